@@ -1,0 +1,54 @@
+# Each target does all its own set-up in .venv, whatever environment is active, and only once.
+#   PYTHON=python3.12   the interpreter .venv is made from
+#   TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"   what to install as torch
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+PY := .venv/bin/python
+CSRC := $(shell find csrc -type f 2>/dev/null)
+CXX_FILES = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+
+.PHONY: demo test test-all lint bench wheel sdist clean
+
+demo: .venv/.ready
+	$(PY) -m reasonkern demo $(ARGS)
+
+test: lint
+	$(PY) -m pytest -m "not slow and not peers" $(ARGS)
+
+test-all: lint .venv/.peers
+	$(PY) -m pytest $(ARGS)
+
+lint: .venv/.ready
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(CXX_FILES) | xargs -r .venv/bin/clang-format --dry-run -Werror
+
+bench: .venv/.ready
+	$(PY) -m benchmarks $(ARGS)
+
+# Setuptools keeps build/lib between builds, and with it modules that have been deleted since.
+wheel: .venv/.ready
+	rm -rf build/lib* build/bdist*
+	$(PY) -m pip wheel -q --no-deps --no-build-isolation -w dist .
+
+sdist: .venv/.ready
+	$(PY) -m build -q --no-isolation --sdist --outdir dist .
+
+clean:
+	rm -rf .venv build dist *.egg-info reasonkern/*.so .pytest_cache .mypy_cache .ruff_cache
+
+.venv/.torch:
+	$(PYTHON) -m venv .venv
+	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q $(TORCH)
+	$(PY) -m pip install -q "setuptools>=77" wheel ninja "numpy<2.4"
+	touch $@
+
+.venv/.ready: .venv/.torch pyproject.toml setup.py $(CSRC)
+	$(PY) -m pip install -q --no-build-isolation -e ".[demo,test,lint,bench]"
+	touch $@
+
+.venv/.peers: .venv/.ready
+	$(PY) -m pip install -q "reasonkern[peers]"
+	touch $@

@@ -1,0 +1,209 @@
+"""Loads the extension libraries, keeps the registry of ops, and says which backend serves what.
+
+Importing this module never touches CUDA and never imports Triton; both wait for a CUDA tensor or
+for `info()`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import warnings
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from reasonkern._evidence import EVIDENCE
+
+Implementation = Callable[..., Any]
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+_ON_CUDA = ("cuda", "triton")
+# backend -> its library, and the namespace and dispatch key under which it implements an op
+_LIBRARIES = {"cpu": ("_C", "reasonkern", "CPU"), "cuda": ("_C_cuda", "reasonkern_cuda", "CUDA")}
+
+_ops: dict[str, dict[str, Implementation | None]] = {}
+
+
+def _load_library(stem: str) -> str:
+    """Loads a library; returns why it is not there, or "" when it is."""
+    if os.environ.get("REASONKERN_NO_EXT") == "1":
+        return "switched off by REASONKERN_NO_EXT=1"
+    paths = sorted(Path(__file__).parent.glob(f"{stem}.*so"))
+    if not paths:
+        no_cuda = stem == "_C_cuda" and torch.version.cuda is None
+        return f"library {stem} is not built" + (": this torch has no CUDA" if no_cuda else "")
+    try:
+        torch.ops.load_library(paths[0])
+    except (OSError, RuntimeError) as error:
+        return f"library {stem} failed to load: {str(error).strip().splitlines()[0]}"
+    return ""
+
+
+_library_reasons = {backend: _load_library(stem) for backend, (stem, _, _) in _LIBRARIES.items()}
+
+
+@lru_cache(maxsize=None)
+def _triton_reason() -> str:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton is not importable: {error}"
+    return ""
+
+
+def reason(backend: str) -> str:
+    """Why a backend is missing on this machine; "" when it is there."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected {' or '.join(BACKENDS)}, got {backend!r}")
+    if backend == "triton":
+        return _triton_reason()
+    return _library_reasons.get(backend, "")
+
+
+def available(backend: str) -> bool:
+    """Whether a backend's code is present on this machine, for whatever device it needs."""
+    return not reason(backend)
+
+
+def register_op(name: str, backends: Mapping[str, Implementation | None]) -> None:
+    """Enters an op: its implementation per backend; None or absent = the op has no such backend."""
+    unknown = set(backends) - set(BACKENDS)
+    if unknown or backends.get("reference") is None:
+        raise ValueError(f"{name}: expected a reference and any of {BACKENDS}, got {set(backends)}")
+    _ops[name] = dict(backends)
+    implementation.cache_clear()
+    _choose.cache_clear()
+
+
+@lru_cache(maxsize=None)
+def implementation(name: str, backend: str) -> Implementation:
+    """The function that computes an op on a backend; RuntimeError says why there is none."""
+    function = _ops[name].get(backend)
+    if function is None or _missing(name, backend):
+        raise RuntimeError(f"reasonkern.{name} on {backend}: {_missing(name, backend)}")
+    return function
+
+
+def _missing(name: str, backend: str) -> str:
+    """Why an op cannot run on a backend; "" when it can."""
+    if _ops[name].get(backend) is None:
+        return "the op has no such implementation"
+    if problem := reason(backend):
+        return problem
+    if backend in _LIBRARIES:
+        stem, namespace, key = _LIBRARIES[backend]
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"{namespace}::{name}", key):
+            return f"library {stem} was built without this op"
+    return ""
+
+
+@lru_cache(maxsize=None)
+def _architecture(device: int) -> str:
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def choose_cuda_backend(name: str, device: torch.device | None = None) -> str:
+    """The backend for CUDA tensors: one with evidence, else Triton, else the reference.
+
+    Falling back to the reference warns once per op and architecture, or raises RuntimeError with
+    REASONKERN_STRICT=1.
+    """
+    index = device.index if device is not None else None
+    return _choose(name, _architecture(torch.cuda.current_device() if index is None else index))
+
+
+@lru_cache(maxsize=None)
+def _choose(name: str, architecture: str) -> str:
+    choice = _preferred(name, architecture)
+    if choice == "reference":
+        notes = "; ".join(_gpu_note(name, backend, architecture) for backend in _ON_CUDA)
+        text = f"reasonkern.{name} runs its slow reference on {architecture}: {notes}"
+        if os.environ.get("REASONKERN_STRICT") == "1":
+            raise RuntimeError(text)
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    return choice
+
+
+def _preferred(name: str, architecture: str) -> str:
+    present = [backend for backend in _ON_CUDA if not _missing(name, backend)]
+    evidenced = [backend for backend in present if (name, architecture, backend) in EVIDENCE]
+    return next(iter(evidenced), "triton" if "triton" in present else "reference")
+
+
+def _gpu_note(name: str, backend: str, architecture: str | None) -> str:
+    """What speaks for or against a backend on a GPU architecture; None = there is no GPU."""
+    if problem := _missing(name, backend):
+        return problem
+    if architecture is None:
+        return "no GPU here"
+    run = EVIDENCE.get((name, architecture, backend))
+    return f"ran on {run}" if run else f"{backend} has never run on {architecture} hardware"
+
+
+def info() -> dict[str, Any]:
+    """The environment and, for every op and backend, whether it exists, what it serves, and why."""
+    environment = _environment()
+    has_gpu = environment["gpu"] is not None
+    architecture = _architecture(torch.cuda.current_device()) if has_gpu else None
+    ops = {name: [_row(name, backend, architecture) for backend in BACKENDS] for name in _ops}
+    return {"environment": environment, "ops": ops}
+
+
+def _row(name: str, backend: str, architecture: str | None) -> dict[str, Any]:
+    chosen = {"cpu": "reference" if _missing(name, "cpu") else "cpu"}
+    if architecture is not None:
+        chosen[f"cuda ({architecture})"] = _preferred(name, architecture)
+    serves = [device for device, choice in chosen.items() if choice == backend]
+    why = _missing(name, backend)
+    if backend in _ON_CUDA:
+        why = _gpu_note(name, backend, architecture)
+    elif backend == "reference":
+        serves.append("other devices")
+        why = "the definition; any device"
+    exists = not _missing(name, backend)
+    return {"backend": backend, "exists": exists, "serves": serves, "why": why}
+
+
+def _environment() -> dict[str, str | None]:
+    has_gpu = torch.version.cuda is not None and torch.cuda.is_available()
+    gpu = None
+    if has_gpu:
+        device = torch.cuda.current_device()
+        gpu = f"{torch.cuda.get_device_name(device)} ({_architecture(device)})"
+    return {
+        "reasonkern": _version("reasonkern"),
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'no'})",
+        "triton": _version("triton"),
+        "cpu": f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads",
+        "gpu": gpu,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def format_info() -> str:
+    """`info()` as text: a head of versions, then one table row per op and backend."""
+    data = info()
+    head = [f"{key:10}  {value or 'none'}" for key, value in data["environment"].items()]
+    rows = [("op", "backend", "exists", "serves", "why")]
+    for name, entries in data["ops"].items():
+        for entry in entries:
+            exists = "yes" if entry["exists"] else "no"
+            serves = ", ".join(entry["serves"]) or "-"
+            rows.append((name, entry["backend"], exists, serves, entry["why"]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join([*head, "", *(line.rstrip() for line in table)])

@@ -1,0 +1,79 @@
+"""The two extension libraries and how they are detected; everything else is in pyproject.toml."""
+
+import os
+import re
+import subprocess
+import sys
+from glob import glob
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ModuleNotFoundError as error:
+    if error.name != "torch":
+        raise
+    sys.exit(
+        "reasonkern compiles against the torch it will run with, and this Python has none.\n"
+        "Install torch >= 2.11, then run: pip install --no-build-isolation ."
+    )
+
+# Binaries built for target 2.11 run on every later torch; -std is left to torch, whose headers
+# want C++17 in 2.11 and C++20 in 2.13.
+TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+# Without contraction the compiler cannot fuse a*b+c in one kernel and not in its twin, so all
+# kernels agree bit for bit on what they share.
+CPU_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", TARGET]
+CUDA_HOST_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-DUSE_CUDA", TARGET]
+NVCC_FLAGS = ["-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
+NVCC_FLAGS += ["-DUSE_CUDA", TARGET]
+
+
+def toolkit_problem():
+    """Why CUDA sources cannot be compiled here, or None when they can."""
+    if torch.version.cuda is None:
+        return "this torch has no CUDA"
+    # An nvcc wrapper in /usr/local/bin makes torch guess /usr/local, which holds no libcudart.
+    if cpp_extension.CUDA_HOME == "/usr/local" and os.path.isdir("/usr/local/cuda"):
+        cpp_extension.CUDA_HOME = "/usr/local/cuda"
+    nvcc = f"{cpp_extension.CUDA_HOME}/bin/nvcc"
+    if not os.path.isfile(nvcc):
+        return "no nvcc was found (set CUDA_HOME)"
+    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    major = re.search(r"release (\d+)", text)
+    if major is None or major[1] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is {major[1] if major else 'unreadable'}, torch has CUDA {torch.version.cuda}"
+    return None
+
+
+def library(kind, name, pattern, flags):
+    """One abi3 library; no Python module inside, reasonkern._load hands it to torch.ops."""
+    sources = sorted(glob(f"csrc/**/{pattern}", recursive=True))
+    if not sources:
+        sys.exit(f"reasonkern: csrc/ holds no {pattern}; the source tree is incomplete.")
+    options = {"include_dirs": ["csrc"], "extra_compile_args": flags, "py_limited_api": True}
+    return kind(name, sources, depends=glob("csrc/**/*.*", recursive=True), **options)
+
+
+wanted = os.environ.get("REASONKERN_CUDA", "")
+if wanted not in ("", "0", "1"):
+    sys.exit(f"REASONKERN_CUDA: expected 0, 1 or unset, got {wanted!r}.")
+problem = "REASONKERN_CUDA=0" if wanted == "0" else toolkit_problem()
+if wanted == "1" and problem:
+    sys.exit(f"REASONKERN_CUDA=1 asks for the CUDA library, but {problem}.")
+
+extensions = [library(cpp_extension.CppExtension, "reasonkern._C", "cpu*.cpp", {"cxx": CPU_FLAGS})]
+if problem is None:
+    if not torch.cuda.is_available():
+        newest = ";10.0+PTX" if tuple(map(int, torch.version.cuda.split("."))) >= (12, 8) else ""
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a" + newest)
+    flags = {"cxx": CUDA_HOST_FLAGS, "nvcc": NVCC_FLAGS}
+    extensions.append(library(cpp_extension.CUDAExtension, "reasonkern._C_cuda", "cuda*.cu", flags))
+print("reasonkern: building _C;", f"_C_cuda left out: {problem}" if problem else "and _C_cuda")
+
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
