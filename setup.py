@@ -1,4 +1,4 @@
-"""The two extension libraries and how they are detected; everything else is in pyproject.toml."""
+"""The extension libraries and how they are detected; everything else is in pyproject.toml."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from setuptools import setup
 
 try:
     import torch
-    from torch.utils import cpp_extension
+    from torch.utils import cpp_extension as cpp
 except ModuleNotFoundError as error:
     if error.name != "torch":
         raise
@@ -25,7 +25,6 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # Without contraction the compiler cannot fuse a*b+c in one kernel and not in its twin, so all
 # kernels agree bit for bit on what they share.
 CPU_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", TARGET]
-CUDA_HOST_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-DUSE_CUDA", TARGET]
 NVCC_FLAGS = ["-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
 NVCC_FLAGS += ["-DUSE_CUDA", TARGET]
 
@@ -35,25 +34,25 @@ def toolkit_problem():
     if torch.version.cuda is None:
         return "this torch has no CUDA"
     # An nvcc wrapper in /usr/local/bin makes torch guess /usr/local, which holds no libcudart.
-    if cpp_extension.CUDA_HOME == "/usr/local" and os.path.isdir("/usr/local/cuda"):
-        cpp_extension.CUDA_HOME = "/usr/local/cuda"
-    nvcc = f"{cpp_extension.CUDA_HOME}/bin/nvcc"
+    if cpp.CUDA_HOME == "/usr/local" and os.path.isdir("/usr/local/cuda"):
+        cpp.CUDA_HOME = "/usr/local/cuda"
+    nvcc = f"{cpp.CUDA_HOME}/bin/nvcc"
     if not os.path.isfile(nvcc):
         return "no nvcc was found (set CUDA_HOME)"
-    text = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
-    major = re.search(r"release (\d+)", text)
-    if major is None or major[1] != torch.version.cuda.split(".")[0]:
-        return f"nvcc is {major[1] if major else 'unreadable'}, torch has CUDA {torch.version.cuda}"
+    major = re.search(rb"release (\d+)", subprocess.check_output([nvcc, "--version"]))
+    if major is None or major[1].decode() != torch.version.cuda.split(".")[0]:
+        return f"{nvcc} is not of torch's CUDA {torch.version.cuda}"
     return None
 
 
-def library(kind, name, pattern, flags):
+def library(kind, name, pattern, **flags):
     """One abi3 library; no Python module inside, reasonkern._load hands it to torch.ops."""
     sources = sorted(glob(f"csrc/**/{pattern}", recursive=True))
     if not sources:
         sys.exit(f"reasonkern: csrc/ holds no {pattern}; the source tree is incomplete.")
-    options = {"include_dirs": ["csrc"], "extra_compile_args": flags, "py_limited_api": True}
-    return kind(name, sources, depends=glob("csrc/**/*.*", recursive=True), **options)
+    options = {"include_dirs": [os.path.abspath("csrc")], "extra_compile_args": flags}
+    options |= {"depends": glob("csrc/**/*.*", recursive=True), "py_limited_api": True}
+    return kind(f"reasonkern.{name}", sources, **options)
 
 
 wanted = os.environ.get("REASONKERN_CUDA", "")
@@ -63,17 +62,18 @@ problem = "REASONKERN_CUDA=0" if wanted == "0" else toolkit_problem()
 if wanted == "1" and problem:
     sys.exit(f"REASONKERN_CUDA=1 asks for the CUDA library, but {problem}.")
 
-extensions = [library(cpp_extension.CppExtension, "reasonkern._C", "cpu*.cpp", {"cxx": CPU_FLAGS})]
+extensions = [library(cpp.CppExtension, "_C", "cpu*.cpp", cxx=CPU_FLAGS)]
 if problem is None:
     if not torch.cuda.is_available():
-        newest = ";10.0+PTX" if tuple(map(int, torch.version.cuda.split("."))) >= (12, 8) else ""
+        # Without a GPU to ask, torch's own choice ends in an IndexError. 10.0 came with CUDA 12.8.
+        newest = ";10.0+PTX" if torch.version.cuda >= "12.8" else ""
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a" + newest)
-    flags = {"cxx": CUDA_HOST_FLAGS, "nvcc": NVCC_FLAGS}
-    extensions.append(library(cpp_extension.CUDAExtension, "reasonkern._C_cuda", "cuda*.cu", flags))
-print("reasonkern: building _C;", f"_C_cuda left out: {problem}" if problem else "and _C_cuda")
+    extensions.append(library(cpp.CUDAExtension, "_C_cuda", "cuda*.cu", nvcc=NVCC_FLAGS))
+built_for = f"for {os.environ.get('TORCH_CUDA_ARCH_LIST', 'the GPUs in sight')}"
+print("reasonkern: building _C; _C_cuda", f"left out: {problem}" if problem else built_for)
 
 setup(
     ext_modules=extensions,
-    cmdclass={"build_ext": cpp_extension.BuildExtension},
+    cmdclass={"build_ext": cpp.BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -49,8 +49,12 @@ def check_number(
     """A finite Python number, not below `minimum` (above it if `exclusive`)."""
     if torch.compiler.is_compiling():
         return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and math.isfinite(value) and (value > minimum if exclusive else value >= minimum):
+    if (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (value > minimum if exclusive else value >= minimum)
+    ):
         return
     bound = "" if minimum == -math.inf else f" {'>' if exclusive else '>='} {minimum:g}"
     fail(name, f"a finite number{bound}", repr(value))
@@ -59,7 +63,7 @@ def check_number(
 def check_range(
     name: str, tensor: Tensor, low: int, high: int, where: Tensor | None = None
 ) -> None:
-    """Elements lie in [low, high), where `where` is true. CPU only: on CUDA it would synchronise."""
+    """Elements lie in [low, high), where `where` is true. CPU only: CUDA would synchronise."""
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return
     outside = (tensor < low) | (tensor >= high)

@@ -12,7 +12,7 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ def _load_library(stem: str) -> str:
         no_cuda = stem == "_C_cuda" and torch.version.cuda is None
         return f"library {stem} is not built" + (": this torch has no CUDA" if no_cuda else "")
     try:
-        torch.ops.load_library(paths[0])
+        torch.ops.load_library(paths[0])  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as error:
         return f"library {stem} failed to load: {str(error).strip().splitlines()[0]}"
     return ""
@@ -48,7 +48,7 @@ def _load_library(stem: str) -> str:
 _library_reasons = {backend: _load_library(stem) for backend, (stem, _, _) in _LIBRARIES.items()}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _triton_reason() -> str:
     try:
         importlib.import_module("triton")
@@ -81,7 +81,7 @@ def register_op(name: str, backends: Mapping[str, Implementation | None]) -> Non
     _choose.cache_clear()
 
 
-@lru_cache(maxsize=None)
+@cache
 def implementation(name: str, backend: str) -> Implementation:
     """The function that computes an op on a backend; RuntimeError says why there is none."""
     function = _ops[name].get(backend)
@@ -103,7 +103,7 @@ def _missing(name: str, backend: str) -> str:
     return ""
 
 
-@lru_cache(maxsize=None)
+@cache
 def _architecture(device: int) -> str:
     major, minor = torch.cuda.get_device_capability(device)
     return f"sm_{major}{minor}"
@@ -119,7 +119,7 @@ def choose_cuda_backend(name: str, device: torch.device | None = None) -> str:
     return _choose(name, _architecture(torch.cuda.current_device() if index is None else index))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _choose(name: str, architecture: str) -> str:
     choice = _preferred(name, architecture)
     if choice == "reference":
