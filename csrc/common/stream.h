@@ -1,0 +1,66 @@
+// Host side of a launch (nvcc only): the caller's device and stream through the stable ABI, and one
+// launch function for plain and clustered kernels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
+
+#ifndef USE_CUDA
+// The shim declares it only for builds of torch itself with CUDA; the symbol is always exported.
+extern "C" AOTI_TORCH_EXPORT AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#endif
+
+namespace reasonkern {
+
+// Makes `device` current for its lifetime; `stream` is the stream torch uses there now.
+class LaunchScope {
+ public:
+  explicit LaunchScope(int32_t device) : guard_(device) {
+    void* handle = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &handle));
+    stream = static_cast<cudaStream_t>(handle);
+  }
+  cudaStream_t stream = nullptr;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
+  return value;
+}
+
+// Launches on `stream` with `cluster` blocks per cluster along x (1: none) and checks the launch.
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, unsigned cluster,
+            std::size_t shared_bytes, cudaStream_t stream, Args... args) {
+  constexpr std::size_t kUnrequested = 48 * 1024;  // more than this must be asked for
+  if (shared_bytes > kUnrequested) {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared_bytes)));
+  }
+  if (cluster > 8) {
+    STD_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+  }
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1 ? 1 : 0;
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+}  // namespace reasonkern
