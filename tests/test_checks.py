@@ -1,0 +1,79 @@
+"""Argument checks: one message form, and silence while torch.compile traces."""
+
+import re
+
+import pytest
+import torch
+
+from reasonkern import _checks
+
+X = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [
+        (
+            lambda: _checks.check_shape("advantage", X, (2,), "(batch,)"),
+            "advantage: expected shape (batch,) = (2,), got (2, 3)",
+        ),
+        (
+            lambda: _checks.check_dtype("targets", X, torch.int32, torch.int64),
+            "targets: expected dtype torch.int32 or torch.int64, got torch.float32",
+        ),
+        (
+            lambda: _checks.check_device("weight", X.to("meta"), X, "logits"),
+            "weight: expected the device of logits, cpu, got meta",
+        ),
+        (
+            lambda: _checks.check_choice("kl", "k4", ("k1", "k2")),
+            "kl: expected 'k1' or 'k2', got 'k4'",
+        ),
+        (
+            lambda: _checks.check_number("temperature", 0.0, 0, exclusive=True),
+            "temperature: expected a finite number > 0, got 0.0",
+        ),
+        (
+            lambda: _checks.check_number("delta", float("nan")),
+            "delta: expected a finite number, got nan",
+        ),
+        (
+            lambda: _checks.check_number("coef", True, 0),
+            "coef: expected a finite number >= 0, got True",
+        ),
+        (
+            lambda: _checks.check_range("targets", torch.tensor([[0, 5], [9, 5]]), 0, 5),
+            "targets: expected values in [0, 5), got 5 at (0, 1)",
+        ),
+    ],
+)
+def test_checks_name_expectation_and_value(check, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check()
+
+
+def test_checks_accept_what_is_right():
+    _checks.check_shape("x", X, (2, 3), "(batch, tokens)")
+    _checks.check_dtype("x", X, torch.float32)
+    _checks.check_device("x", X, X, "x")
+    _checks.check_choice("kl", "k1", ("k1",))
+    _checks.check_number("x", 0, 0)
+    _checks.check_range("t", torch.tensor([-100, 4]), 0, 5, where=torch.tensor([False, True]))
+
+
+def test_checks_do_not_break_a_graph():
+    def front(x, targets, weight, temperature):
+        _checks.check_shape("weight", weight, x.shape[:-1], "(tokens,)")
+        _checks.check_dtype("targets", targets, torch.int64)
+        _checks.check_device("weight", weight, x, "x")
+        _checks.check_number("temperature", temperature, 0, exclusive=True)
+        _checks.check_range("targets", targets, 0, x.shape[-1])
+        return x.sum(-1) * weight / temperature
+
+    compiled = torch.compile(front, backend="eager", fullgraph=True, dynamic=True)
+    for rows_ in (2, 5):
+        x, weight = torch.ones(rows_, 3), torch.ones(rows_)
+        targets = torch.zeros(rows_, dtype=torch.int64)
+        assert torch.equal(compiled(x, targets, weight, 0.5), front(x, targets, weight, 0.5))
+    with pytest.raises(ValueError, match="weight: expected shape"):
+        front(x, targets, weight[1:], 0.5)

@@ -1,0 +1,173 @@
+"""The registry behind `python -m reasonkern info`, the choice of a CUDA backend, its evidence."""
+
+import json
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from benchmarks import evidence
+from reasonkern import _load
+
+TOY = "toy_for_the_registry"
+CUDA_RAN = {(TOY, "sm_90", "cuda"): "a GPU, a day"}
+
+
+def double(x):
+    return 2 * x
+
+
+@pytest.fixture(scope="module", autouse=True)
+def toy_schemas():
+    """The registry asks the dispatcher which kernels a library holds, so the op must be defined."""
+    libraries = [torch.library.Library(ns, "FRAGMENT") for ns in ("reasonkern", "reasonkern_cuda")]
+    for library in libraries:
+        library.define(f"{TOY}(Tensor x) -> Tensor")
+    libraries[1].impl(TOY, double, "CUDA")
+    yield libraries
+    for library in libraries:
+        library._destroy()
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Registers the toy op on a pretended machine: its GPU, libraries, Triton and evidence."""
+
+    def pretend(evidence=(), cuda="", triton="", cpu="not built", gpu=True):
+        monkeypatch.setattr(_load, "_ops", {})
+        monkeypatch.setattr(_load, "EVIDENCE", dict(evidence))
+        monkeypatch.setattr(_load, "_library_reasons", {"cpu": cpu, "cuda": cuda})
+        monkeypatch.setattr(_load, "_triton_reason", lambda: triton)
+        monkeypatch.setattr(_load, "_architecture", lambda device: "sm_90")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Toy GPU")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        _load.register_op(TOY, {backend: double for backend in _load.BACKENDS})
+
+    yield pretend
+    _load._choose.cache_clear()
+    _load.implementation.cache_clear()
+
+
+def rows():
+    return {row["backend"]: row for row in _load.info()["ops"][TOY]}
+
+
+@pytest.mark.parametrize(
+    ("setup", "choice"),
+    [
+        ({"evidence": CUDA_RAN}, "cuda"),
+        ({"evidence": {**CUDA_RAN, (TOY, "sm_90", "triton"): "x"}}, "cuda"),
+        ({"evidence": {(TOY, "sm_100", "cuda"): "another architecture"}}, "triton"),
+        ({"evidence": {("another_op", "sm_90", "cuda"): "x"}}, "triton"),
+        ({"evidence": CUDA_RAN, "cuda": "library _C_cuda is not built"}, "triton"),
+        ({}, "triton"),
+    ],
+)
+def test_cuda_backend_needs_evidence(machine, setup, choice):
+    machine(**setup)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _load.choose_cuda_backend(TOY) == choice
+    assert rows()[choice]["serves"] == ["cuda (sm_90)"]
+
+
+def test_fallback_warns_once_and_strict_refuses(machine, monkeypatch):
+    machine(triton="triton is not importable: gone")
+    monkeypatch.setenv("REASONKERN_STRICT", "1")
+    message = f"{TOY}.*cuda has never run on sm_90 hardware; triton is not importable: gone"
+    with pytest.raises(RuntimeError, match=message):
+        _load.choose_cuda_backend(TOY)
+    monkeypatch.delenv("REASONKERN_STRICT")
+    with pytest.warns(RuntimeWarning, match=message):
+        assert _load.choose_cuda_backend(TOY) == "reference"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _load.choose_cuda_backend(TOY) == "reference"
+
+
+def test_info_says_why_a_backend_does_not_serve(machine):
+    machine(triton="triton is not importable: gone", gpu=False)
+    found = rows()
+    assert found["reference"]["serves"] == ["cpu", "other devices"]
+    assert (found["cpu"]["exists"], found["cpu"]["why"]) == (False, "not built")
+    assert (found["cuda"]["exists"], found["cuda"]["why"]) == (True, "no GPU here")
+    assert (found["triton"]["exists"], found["triton"]["serves"]) == (False, [])
+
+
+def test_library_without_the_op_is_not_a_backend(machine):
+    machine(cpu="")
+    assert rows()["cpu"]["why"] == "library _C was built without this op"
+    with pytest.raises(RuntimeError, match="on cpu: library _C was built without this op"):
+        _load.implementation(TOY, "cpu")
+    assert _load.implementation(TOY, "cuda") is double
+
+
+def test_format_info_is_a_table(machine):
+    machine(evidence=CUDA_RAN)
+    head, table = _load.format_info().split("\n\n")
+    assert re.search(r"^gpu +Toy GPU \(sm_90\)$", head, re.MULTILINE)
+    lines = [re.split(r" {2,}", line) for line in table.splitlines()]
+    assert lines[0] == ["op", "backend", "exists", "serves", "why"]
+    assert [TOY, "cuda", "yes", "cuda (sm_90)", "ran on a GPU, a day"] in lines
+
+
+def test_registry_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="expected a reference and any of"):
+        _load.register_op(TOY, {"cpu": double})
+    with pytest.raises(ValueError, match="expected a reference and any of"):
+        _load.register_op(TOY, {"reference": double, "abacus": double})
+    with pytest.raises(ValueError, match="backend: expected reference or cpu.*got 'abacus'"):
+        _load.reason("abacus")
+
+
+def test_unloadable_library_keeps_its_reason(tmp_path, monkeypatch):
+    (tmp_path / "_C_cuda.abi3.so").write_bytes(b"not a library")
+    monkeypatch.setattr(_load, "__file__", str(tmp_path / "_load.py"))
+    monkeypatch.delenv("REASONKERN_NO_EXT", raising=False)
+    assert _load._load_library("_C_cuda").startswith("library _C_cuda failed to load: ")
+    assert _load._load_library("_C") == "library _C is not built"
+
+
+def test_command_prints_every_op():
+    command = [sys.executable, "-m", "reasonkern", "info"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "policy_loss" in _load._ops
+    for name in _load._ops:
+        for backend in _load.BACKENDS:
+            assert re.search(rf"^{name} +{backend} +(yes|no) ", done.stdout, re.MULTILINE)
+
+
+def result_file(tmp_path, **changes):
+    row = {"name": "ours", "status": "ok", "match": {"loss": 0.1}, "seconds": {"median": 1.0}}
+    row |= {"backend": "cuda", "ops": ["policy_loss", "scale_rows_"], **changes}
+    machine = {"gpu": "Toy GPU", "architecture": "sm_90", "date": "2026-11-23T10:00:00+00:00"}
+    content = {"machine": machine, "cases": [{"device": "cuda", "providers": [row]}]}
+    (tmp_path / "toy").mkdir()
+    (tmp_path / "toy" / "one.json").write_text(json.dumps(content))
+
+
+def test_evidence_comes_from_matching_results(tmp_path):
+    result_file(tmp_path)
+    found = evidence.collect(tmp_path)
+    assert set(found) == {(op, "sm_90", "cuda") for op in ("policy_loss", "scale_rows_")}
+    namespace = {}
+    exec(evidence.render(found), namespace)
+    assert namespace["EVIDENCE"] == found
+    assert found["policy_loss", "sm_90", "cuda"] == "Toy GPU, 2026-11-23 (toy/one.json)"
+
+
+@pytest.mark.parametrize(
+    "change", [{"status": "mismatch"}, {"match": {}}, {"backend": "reference"}]
+)
+def test_no_evidence_without_a_match(tmp_path, change):
+    result_file(tmp_path, **change)
+    assert evidence.collect(tmp_path) == {}
+
+
+def test_evidence_file_is_up_to_date():
+    assert evidence.TARGET.read_text() == evidence.render(evidence.collect())
