@@ -1,0 +1,31 @@
+"""reasonkern: exact, fast kernels for the inner loops of LLM reasoning, as PyTorch operators."""
+
+from ._load import info
+from .policy_loss import (
+    KL,
+    Importance,
+    Objective,
+    PolicyLossOutput,
+    PolicyMetrics,
+    RowContext,
+    TokenStats,
+    policy_loss,
+    token_stats,
+    token_weights,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KL",
+    "Importance",
+    "Objective",
+    "PolicyLossOutput",
+    "PolicyMetrics",
+    "RowContext",
+    "TokenStats",
+    "info",
+    "policy_loss",
+    "token_stats",
+    "token_weights",
+]

@@ -1,0 +1,289 @@
+"""Clipped policy-gradient losses fused with entropy statistics: see README.md in this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from . import paths
+from .inputs import (
+    RowContext,
+    Scaling,
+    canonical_logits,
+    canonical_scaling,
+    canonical_segments,
+    check_rows,
+    row_tensor,
+)
+from .metrics import PolicyMetrics, policy_metrics
+from .objective import KL, Importance, Objective
+from .reference import unpack_hyper
+from .sequence import Segments
+from .weights import token_weights
+
+__all__ = [
+    "KL",
+    "Importance",
+    "Objective",
+    "PolicyLossOutput",
+    "PolicyMetrics",
+    "RowContext",
+    "TokenStats",
+    "policy_loss",
+    "token_stats",
+    "token_weights",
+]
+
+
+class TokenStats(NamedTuple):
+    """Statistics of each row of logits, shaped like ``targets``; float32 (float64 for float64)."""
+
+    logprob: Tensor
+    """log p[target], nats; -inf where the target's logit is -inf."""
+    entropy: Tensor
+    """-sum p ln p, nats."""
+    lse: Tensor
+    """ln sum exp of the scaled logits."""
+    collision: Tensor
+    """sum p^2."""
+    varentropy: Tensor
+    """Variance of ln p under p, nats^2."""
+    max_prob: Tensor
+    """Largest probability."""
+    is_top1: Tensor
+    """bool: the target is the argmax (the first one among ties)."""
+
+
+class PolicyLossOutput(NamedTuple):
+    """What `policy_loss` returns; everything but ``loss`` is detached."""
+
+    loss: Tensor
+    """0-dim, with autograd: the sum over rows of the weighted token losses and added terms."""
+    token_loss: Tensor
+    """Loss per token before its weight, without the entropy bonus, shaped like ``targets``."""
+    logprob: Tensor
+    """log p[target] of this pass."""
+    entropy: Tensor
+    """Entropy of this pass, nats."""
+    metrics: PolicyMetrics
+    """What the clipping did: ``metrics.compute()``; ``a + b`` merges micro-batches."""
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+) -> TokenStats:
+    """Log-probability, entropy and five more statistics of each row in one read of the logits.
+
+    Differentiable (once) through ``logprob``, ``entropy``, ``lse`` and ``collision``. Equivalent
+    to, with z the soft-capped logits over the temperature in float32::
+
+        logp = z.log_softmax(-1)
+        logprob = logp.gather(-1, targets[..., None])[..., 0]
+        entropy = -(logp.exp() * logp).sum(-1)
+        lse, collision, max_prob = z.logsumexp(-1), logp.exp().square().sum(-1), logp.exp().amax(-1)
+
+    Args:
+        logits: (N, V) or (B, T, V), float32, bfloat16, float16 or float64, the last dimension
+            contiguous (``logits[:, :-1]`` costs no copy). -inf entries are allowed.
+        targets: (N,) or (B, T) token ids in [0, V).
+        temperature: a number > 0, or a tensor of one per row or one per sequence (B,).
+        softcap: z = cap * tanh(x / cap) before the temperature; None = off.
+        mask: bool, shaped like ``targets``; rows where it is False are not read: their statistics
+            are 0, their gradient is 0, and any target is allowed. None = all rows.
+
+    Returns:
+        `TokenStats`. A row with NaN or +inf, or without a finite logit, has NaN statistics and
+        gradient 0; a target at -inf has logprob -inf and gradient 0.
+
+    Raises:
+        ValueError: wrong shape, dtype or device; a target outside [0, V) in an unmasked row on CPU
+            (on CUDA such a row has NaN statistics instead, without a synchronisation).
+
+    Example:
+        >>> import torch, reasonkern as rk
+        >>> rk.token_stats(torch.zeros(1, 4), torch.tensor([2])).entropy  # ln 4
+        tensor([1.3863])
+    """
+    rows, y = canonical_logits(logits, targets)
+    scaling = canonical_scaling(rows, temperature, softcap)
+    if mask is not None:
+        _checks.check_dtype("mask", mask, torch.bool)
+        _checks.check_shape("mask", mask, targets.shape, "targets.shape")
+        _checks.check_device("mask", mask, logits, "logits")
+        mask = mask.reshape(y.shape).contiguous()
+    _checks.check_range("targets", y, 0, rows.shape[-1], where=mask)
+    out = torch.ops.reasonkern.token_stats(
+        rows, y, mask, scaling.row_temperature, scaling.temperature, scaling.softcap
+    )
+    return TokenStats(*(t.view(targets.shape) for t in out[:7]))
+
+
+def policy_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    old_logprob: Tensor | None = None,
+    advantage: Tensor,
+    weight: Tensor,
+    objective: Objective | Callable[..., Tensor],
+    ref_logprob: Tensor | None = None,
+    rollout_logprob: Tensor | None = None,
+    segments: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    entropy_weight: Tensor | None = None,
+    inplace_grad: bool = False,
+    loss_scale: Tensor | None = None,
+) -> PolicyLossOutput:
+    """Policy-gradient loss, its gradient, entropy and clipping metrics from one read of the logits.
+
+    ``L = sum_t w_t (sel_t is_t l_t + kl_coef kl_t) - entropy_coef sum_t entropy_weight_t H_t`` with
+    l of the objective. Equivalent to, for `Objective.dapo` and weights w::
+
+        logp = (logits.float() / temperature).log_softmax(-1)
+        logprob = logp.gather(-1, targets[..., None])[..., 0]
+        r = (logprob - old_logprob).exp()
+        l = -torch.minimum(r * advantage, r.clamp(0.8, 1.28) * advantage)
+        loss = (w * l).sum()
+
+    Token-local objectives form the gradient in the forward (one read, one write of the logits);
+    sequence-level ones, OPSM, user-defined ones and float16 without ``loss_scale`` read the logits
+    once more in the backward. Backward runs once; a second call raises RuntimeError.
+
+    Args:
+        logits: (N, V) packed or (B, T, V) padded, float32, bfloat16, float16 or float64, the last
+            dimension contiguous. For ``inplace_grad`` pass the model's full logits with shifted
+            targets and weight 0 on the last position: a slice's backward would allocate them again.
+        targets: (N,) or (B, T) token ids.
+        old_logprob: log-probabilities of the policy that the ratio is against, shaped like
+            ``targets``; None = on-policy, r = 1 with gradient.
+        advantage: shaped like ``targets``, or one per sequence: (B,) for padded rows, one per
+            segment for packed ones.
+        weight: shaped like ``targets``: mask x normaliser, from `token_weights`. Rows whose weight
+            and entropy weight are 0 are not read; any target is allowed there.
+        objective: an `Objective`, or a torch function ``(logprob, entropy, ctx) -> token_loss``.
+        ref_logprob: reference policy, for ``Objective(kl=…)``.
+        rollout_logprob: inference engine's log-probabilities, for ``importance`` and ``opsm``.
+        segments: ``cu_seqlens`` (S + 1,) of packed tokens, for sequence-level terms.
+        temperature: number > 0, or a tensor of one per row or per sequence (B,). No gradient.
+        softcap: z = cap * tanh(x / cap) before the temperature; None = off.
+        entropy_weight: per-row weight of the entropy bonus; None = ``weight``.
+        inplace_grad: write the gradient over the logits: no second (N, V) buffer. The logits must
+            not be used afterwards; autograd raises where another op saved them.
+        loss_scale: 0-dim tensor folded into the gradient before it is rounded to the logits' dtype
+            (GradScaler's factor for float16); scaling the loss by the same factor cancels it.
+
+    Returns:
+        `PolicyLossOutput`. Rows with NaN or +inf logits, a target at -inf or a nonfinite loss give
+        loss 0 and gradient 0 and are counted in ``rows_nonfinite``.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, a missing input of the objective, a per-token
+            advantage for a sequence-level objective; on CPU also targets out of range, nonfinite
+            weights or advantages in active rows (on CUDA such rows are counted instead).
+    """
+    if not isinstance(objective, Objective):
+        objective = Objective.custom(objective)
+    rows, y = canonical_logits(logits, targets)
+    scaling = canonical_scaling(rows, temperature, softcap)
+    packed = logits.ndim == 2
+    context = _context(
+        rows, canonical_segments(segments, y, packed), old_logprob, advantage, weight, ref_logprob,
+        rollout_logprob, entropy_weight,
+    )  # fmt: skip
+    _check_objective(objective, context, packed)
+    check_rows(context, y, rows.shape[-1])
+    if loss_scale is not None:
+        _checks.check_shape("loss_scale", loss_scale, (), "a 0-dim tensor")
+        loss_scale = loss_scale.detach().to(context.weight)
+    row_loss, token_loss, logprob, entropy = _run(
+        objective, rows, y, context, scaling, loss_scale, inplace_grad
+    )
+    metrics = _metrics(objective, logprob, entropy, context)
+    shape = targets.shape
+    return PolicyLossOutput(
+        row_loss.sum(),
+        token_loss.detach().view(shape),
+        logprob.detach().view(shape),
+        entropy.detach().view(shape),
+        metrics,
+    )
+
+
+def _run(
+    objective: Objective,
+    logits: Tensor,
+    targets: Tensor,
+    context: RowContext,
+    scaling: Scaling,
+    loss_scale: Tensor | None,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if paths.is_fused(objective, logits, context, loss_scale):
+        return paths.fused(objective, logits, targets, context, scaling, loss_scale, inplace)
+    return paths.two_phase(objective, logits, targets, context, scaling, inplace)
+
+
+def _context(
+    logits: Tensor,
+    segments: Segments,
+    old_logprob: Tensor | None,
+    advantage: Tensor,
+    weight: Tensor,
+    ref_logprob: Tensor | None,
+    rollout_logprob: Tensor | None,
+    entropy_weight: Tensor | None,
+) -> RowContext:
+    def optional(name: str, x: Tensor | None) -> Tensor | None:
+        return None if x is None else row_tensor(name, x, logits)
+
+    spread = row_tensor("advantage", advantage, logits, per_sequence=True, segments=segments)
+    return RowContext(
+        old_logprob=optional("old_logprob", old_logprob),
+        advantage=spread,
+        weight=row_tensor("weight", weight, logits),
+        entropy_weight=optional("entropy_weight", entropy_weight),
+        ref_logprob=optional("ref_logprob", ref_logprob),
+        rollout_logprob=optional("rollout_logprob", rollout_logprob),
+        segments=segments,
+        advantage_per_sequence=advantage.numel() != spread.numel() or spread.shape[1] == 1,
+    )
+
+
+def _check_objective(o: Objective, context: RowContext, packed: bool) -> None:
+    if o.kl is not None and context.ref_logprob is None:
+        _checks.fail("ref_logprob", f"a tensor for objective {o.name} with kl", None)
+    sequence_importance = isinstance(o.importance, Importance) and o.importance.level == "sequence"
+    if (o.importance is not None or o.opsm is not None) and context.rollout_logprob is None:
+        _checks.fail("rollout_logprob", "a tensor for importance or opsm", None)
+    by_sequence = o.level == "sequence" or sequence_importance or o.opsm is not None
+    if by_sequence and packed and context.segments.cu_seqlens is None:
+        _checks.fail("segments", f"cu_seqlens for packed tokens with objective {o.name}", None)
+    if o.level == "sequence" and not context.advantage_per_sequence:
+        shape = tuple(context.advantage.shape)
+        _checks.fail("advantage", f"one value per sequence for objective {o.name}", shape)
+
+
+def _metrics(o: Objective, logprob: Tensor, entropy: Tensor, context: RowContext) -> PolicyMetrics:
+    with torch.no_grad():
+        h = unpack_hyper(*o.pack(context.weight), logprob.shape)
+        log_ratio = torch.zeros_like(logprob)
+        if context.old_logprob is not None:
+            log_ratio = logprob - context.old_logprob
+        if o.name == "gspo" and o.level == "sequence":
+            used = (context.weight != 0) & torch.isfinite(log_ratio)
+            total = context.sequence_sum(torch.where(used, log_ratio, 0.0))
+            log_ratio = (total / context.sequence_sum(used).clamp_min(1)).to(logprob.dtype)
+        return policy_metrics(
+            o, h, logprob, entropy, log_ratio, context.old_logprob, context.advantage,
+            context.weight, context.entropy_weight, context.ref_logprob,
+        )  # fmt: skip

@@ -1,0 +1,154 @@
+"""From what a trainer holds to what the operators take: rows (B, T), one dtype, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .reference import accumulator_dtype, active_rows
+from .sequence import Segments
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Scaling:
+    """Temperature and soft-cap as the operators take them."""
+
+    row_temperature: Tensor | None
+    temperature: float
+    softcap: float
+
+
+@dataclass(frozen=True, eq=False)
+class RowContext:
+    """The rows of a batch: every tensor is (B, T), or (1, N) for packed tokens; None = not given.
+
+    This is the ``ctx`` of a user-defined objective. ``sequence_sum(x)`` sums over each sequence and
+    gives the sum back to each of its rows.
+    """
+
+    old_logprob: Tensor | None
+    advantage: Tensor
+    weight: Tensor
+    entropy_weight: Tensor | None
+    ref_logprob: Tensor | None
+    rollout_logprob: Tensor | None
+    segments: Segments = field(repr=False)
+    advantage_per_sequence: bool = False
+
+    @property
+    def active(self) -> Tensor:
+        """Rows that are read: weight != 0 or entropy_weight != 0."""
+        return active_rows(self.weight, self.entropy_weight)
+
+    def sequence_sum(self, x: Tensor) -> Tensor:
+        """Sum over each sequence in float64, spread back to its rows."""
+        return self.segments.sum(x)
+
+
+def canonical_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Views (B, T, V) and (B, T) of (N, V), (N,) or (B, T, V), (B, T) inputs."""
+    _checks.check_dtype("logits", logits, *LOGITS_DTYPES)
+    if logits.ndim not in (2, 3):
+        _checks.fail("logits", "shape (N, V) or (B, T, V)", tuple(logits.shape))
+    if logits.shape[-1] == 0:
+        _checks.fail("logits", "a vocabulary of at least 1", tuple(logits.shape))
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        _checks.fail("logits", "the last dimension contiguous", f"strides {logits.stride()}")
+    _checks.check_shape("targets", targets, logits.shape[:-1], "logits.shape[:-1]")
+    _checks.check_dtype("targets", targets, torch.int64, torch.int32)
+    _checks.check_device("targets", targets, logits, "logits")
+    targets = targets.to(torch.int64).contiguous()
+    if logits.ndim == 2:
+        return logits.unsqueeze(0), targets.unsqueeze(0)
+    return logits, targets
+
+
+def canonical_scaling(
+    logits: Tensor, temperature: float | Tensor, softcap: float | None
+) -> Scaling:
+    """A tensor temperature is 0-dim, per sequence (B,), or per row; `logits` are (B, T, V)."""
+    if softcap is not None:
+        _checks.check_number("softcap", softcap, 0, exclusive=True)
+    cap = 0.0 if softcap is None else float(softcap)
+    if not isinstance(temperature, Tensor):
+        _checks.check_number("temperature", temperature, 0, exclusive=True)
+        return Scaling(None, float(temperature), cap)
+    rows = row_tensor("temperature", temperature, logits, per_sequence=True)
+    _check_values("temperature", rows, rows > 0, "positive values")
+    return Scaling(rows, 1.0, cap)
+
+
+def row_tensor(
+    name: str,
+    x: Tensor,
+    logits: Tensor,
+    *,
+    per_sequence: bool = False,
+    segments: Segments | None = None,
+) -> Tensor:
+    """`x` as contiguous (B, T) rows of the accumulator dtype, detached."""
+    batch, tokens = logits.shape[:2]
+    _checks.check_device(name, x, logits, "logits")
+    rows = logits.new_empty(0, dtype=accumulator_dtype(logits.dtype)).expand(batch, tokens, 0)
+    shape = rows.shape[:2]
+    if x.shape != shape and not (batch == 1 and x.shape == (tokens,)):
+        x = _spread(name, x, shape, segments) if per_sequence else x
+    if batch == 1 and x.shape == (tokens,):
+        x = x.unsqueeze(0)
+    _checks.check_shape(name, x, shape, "one value per token")
+    return x.detach().to(rows.dtype).contiguous()
+
+
+def _spread(name: str, x: Tensor, shape: torch.Size, segments: Segments | None) -> Tensor:
+    if x.ndim == 0:
+        return x.expand(shape)
+    if segments is not None and segments.cu_seqlens is not None and segments.ids is not None:
+        _checks.check_shape(name, x, (segments.cu_seqlens.numel() - 1,), "one value per segment")
+        return x[segments.ids]
+    if x.shape in ((shape[0],), (shape[0], 1)):
+        return x.reshape(-1, 1).expand(shape)
+    return x
+
+
+def canonical_segments(cu_seqlens: Tensor | None, targets: Tensor, packed: bool) -> Segments:
+    """Checks ``cu_seqlens``: int, (S + 1,), from 0 to N and, on CPU, non-decreasing."""
+    if cu_seqlens is None:
+        return Segments()
+    if not packed:
+        _checks.fail("segments", "None for padded (B, T) tokens", "cu_seqlens")
+    _checks.check_dtype("segments", cu_seqlens, torch.int32, torch.int64)
+    _checks.check_device("segments", cu_seqlens, targets, "targets")
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
+        _checks.fail("segments", "cu_seqlens of shape (S + 1,), S >= 1", tuple(cu_seqlens.shape))
+    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+        ends = cu_seqlens[0].item(), cu_seqlens[-1].item()
+        if ends != (0, targets.shape[-1]) or (cu_seqlens.diff() < 0).any():
+            expected = f"non-decreasing offsets from 0 to {targets.shape[-1]}"
+            _checks.fail("segments", expected, cu_seqlens.tolist())
+    return Segments.of(targets, cu_seqlens)
+
+
+def _check_values(name: str, x: Tensor, ok: Tensor, expected: str) -> None:
+    """CPU only, like `_checks.check_range`."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or bool(ok.all()):
+        return
+    index = tuple((~ok).nonzero()[0].tolist())
+    _checks.fail(name, expected, f"{x[index].item()} at {index}")
+
+
+def check_rows(context: RowContext, targets: Tensor, vocab: int) -> None:
+    """Values that would otherwise only be counted as nonfinite: refused on CPU."""
+    for name, x in (
+        ("weight", context.weight),
+        ("entropy_weight", context.entropy_weight),
+        ("advantage", context.advantage),
+    ):
+        if x is not None:
+            live = context.active if name == "advantage" else torch.ones_like(context.active)
+            _check_values(name, x, torch.isfinite(x) | ~live, "finite values")
+    _checks.check_range("targets", targets, 0, vocab, where=context.active)

@@ -1,0 +1,203 @@
+"""`PolicyMetrics`: what the clipping did, as a mergeable accumulator on the device, without a sync.
+
+Counts and sums add; minima and maxima combine; variances and covariances merge as centred moments
+(Chan, Golub & LeVeque 1979), so splitting a batch changes the result by rounding only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .objective import Objective
+from .reference import DPPO_KL, DPPO_TV, Hyper, clamped_exp, dppo_keeps
+
+SUMS = (
+    "rows_active",
+    "rows_skipped",
+    "rows_nonfinite",
+    "rows_pos",
+    "rows_neg",
+    "clip_pos_low",
+    "clip_pos_high",
+    "clip_neg_low",
+    "clip_neg_high",
+    "clipped",
+    "dual_or_cap",
+    "kl_old_k1",
+    "kl_old_k2",
+    "kl_old_k3",
+    "kl_ref_k1",
+    "kl_ref_k2",
+    "kl_ref_k3",
+    "entropy",
+    "entropy_pos",
+    "entropy_neg",
+    "contribution_pos",
+    "contribution_neg",
+)
+# Rows of `moments`: (n, mean_x, mean_y, sum of (x - mean_x)(y - mean_y)) of these pairs.
+PAIRS = ("ratio_ratio", "logp_adv", "logp_adv_unclipped")
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyMetrics:
+    """Statistics over the rows with weight != 0, in float64 on the loss's device.
+
+    ``a + b`` merges micro-batches, `all_reduce` merges ranks, `compute` gives the values.
+    """
+
+    sums: Tensor  # (len(SUMS),)
+    ratio_range: Tensor  # (2,) minimum, maximum
+    moments: Tensor  # (len(PAIRS), 4)
+    has_ref: bool
+
+    def __add__(self, other: PolicyMetrics) -> PolicyMetrics:
+        """Merges the statistics of two disjoint sets of rows."""
+        if not isinstance(other, PolicyMetrics):
+            return NotImplemented
+        if self.has_ref != other.has_ref:
+            raise ValueError("metrics: expected ref_logprob in both or in neither, got it in one")
+        n_a, x_a, y_a, c_a = self.moments.unbind(-1)
+        n_b, x_b, y_b, c_b = other.moments.unbind(-1)
+        n = n_a + n_b
+        share = n_b / n.clamp_min(1)
+        dx, dy = x_b - x_a, y_b - y_a
+        moments = (n, x_a + dx * share, y_a + dy * share, c_a + c_b + dx * dy * n_a * share)
+        low = torch.minimum(self.ratio_range[0], other.ratio_range[0])
+        high = torch.maximum(self.ratio_range[1], other.ratio_range[1])
+        return PolicyMetrics(
+            self.sums + other.sums,
+            torch.stack((low, high)),
+            torch.stack(moments, -1),
+            self.has_ref,
+        )
+
+    def all_reduce(self, group: Any = None) -> PolicyMetrics:
+        """Merges the ranks of a process group in rank order, so every rank gets the same bits."""
+        import torch.distributed as dist
+
+        flat = torch.cat((self.sums, self.ratio_range, self.moments.flatten()))
+        gathered = [torch.empty_like(flat) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, flat, group=group)
+        parts = [self._unflatten(part) for part in gathered]
+        merged = parts[0]
+        for part in parts[1:]:
+            merged = merged + part
+        return merged
+
+    def _unflatten(self, flat: Tensor) -> PolicyMetrics:
+        sums, ratio_range, moments = torch.split(flat, [len(SUMS), 2, 4 * len(PAIRS)])
+        return PolicyMetrics(sums, ratio_range, moments.view(len(PAIRS), 4), self.has_ref)
+
+    def compute(self) -> dict[str, Tensor]:
+        """0-dim float64 tensors by name; a mean over no rows is 0 (see ``rows_active``).
+
+        * ``rows_active``, ``rows_skipped`` (weight 0), ``rows_nonfinite`` (excluded from the loss)
+        * ``clip_frac``: tokens whose gradient was clipped (A > 0 above, A < 0 below the bounds)
+        * ``clip_frac_{pos,neg}_{low,high}``: ratio outside a bound, by the sign of A
+        * ``dual_clip_frac``: beyond the dual clip (A < 0) or the ratio cap
+        * ``ratio_mean``, ``ratio_min``, ``ratio_max``, ``ratio_var`` (population)
+        * ``kl_old_k1``, ``_k2``, ``_k3`` (to ``old_logprob``) and ``kl_ref_*`` when given, nats
+        * ``entropy``, ``entropy_pos`` (A > 0), ``entropy_neg`` (A < 0), nats per token
+        * ``ess`` = (sum r)^2 / sum r^2 and ``ess_frac`` = ess / rows
+        * ``contribution_pos``, ``contribution_neg``: sums of max(+-r_eff A, 0), r_eff = min(r,
+          ratio_max) for A >= 0 and max(r, ratio_min) for A < 0 (BAPO's two sides)
+        * ``cov_logp_adv``, ``cov_logp_adv_unclipped``: cov(logp, A) and BAPO's entropy-clip
+          covariance cov(logp, A X), X = 1 for unclipped tokens
+        """
+        s = dict(zip(SUMS, self.sums.unbind(), strict=True))
+        n = s["rows_active"]
+        per_row = 1 / n.clamp_min(1)
+        out = {name: s[name] for name in ("rows_active", "rows_skipped", "rows_nonfinite")}
+        out["clip_frac"] = s["clipped"] * per_row
+        for region in ("pos_low", "pos_high", "neg_low", "neg_high"):
+            out[f"clip_frac_{region}"] = s[f"clip_{region}"] * per_row
+        out["dual_clip_frac"] = s["dual_or_cap"] * per_row
+        _, mean, _, square = self.moments[0].unbind()
+        out["ratio_mean"] = mean
+        out["ratio_min"], out["ratio_max"] = torch.where(n > 0, self.ratio_range, 0.0).unbind()
+        out["ratio_var"] = square * per_row
+        for name in SUMS[11:18]:
+            if self.has_ref or not name.startswith("kl_ref"):
+                out[name] = s[name] * per_row
+        for sign in ("pos", "neg"):
+            out[f"entropy_{sign}"] = s[f"entropy_{sign}"] / s[f"rows_{sign}"].clamp_min(1)
+        sum_squares = square + n * mean * mean
+        out["ess"] = torch.where(n > 0, (n * mean) ** 2 / sum_squares, 0.0)
+        out["ess_frac"] = out["ess"] * per_row
+        for name in ("contribution_pos", "contribution_neg"):
+            out[name] = s[name]
+        for i, name in ((1, "cov_logp_adv"), (2, "cov_logp_adv_unclipped")):
+            out[name] = self.moments[i, 3] * per_row
+        return out
+
+
+def _moments(x: Tensor, y: Tensor, used: Tensor, n: Tensor) -> Tensor:
+    mean_x = torch.where(used, x, 0.0).sum() / n.clamp_min(1)
+    mean_y = torch.where(used, y, 0.0).sum() / n.clamp_min(1)
+    centred = torch.where(used, (x - mean_x) * (y - mean_y), 0.0).sum()
+    return torch.stack((n, mean_x, mean_y, centred))
+
+
+def _estimators(d: Tensor, clamp: float | Tensor) -> list[Tensor]:
+    """k1, k2, k3 of d = log of (other / policy)."""
+    return [-d, 0.5 * d * d, clamped_exp(d, clamp)[0] - 1 - d]
+
+
+@torch.no_grad()
+def policy_metrics(
+    objective: Objective,
+    h: Hyper,
+    logprob: Tensor,
+    entropy: Tensor,
+    log_ratio: Tensor,
+    old_logprob: Tensor | None,
+    advantage: Tensor,
+    weight: Tensor,
+    entropy_weight: Tensor | None,
+    ref_logprob: Tensor | None,
+) -> PolicyMetrics:
+    """Statistics of one batch of rows (B, T); ``log_ratio`` is the one the objective clips."""
+    logp, a = logprob.double(), advantage.double()
+    r = clamped_exp(log_ratio.double(), h.log_ratio_clamp)[0]
+    finite = torch.isfinite(logp) & torch.isfinite(entropy) & torch.isfinite(r) & torch.isfinite(a)
+    if objective.kl is not None and ref_logprob is not None:
+        finite = finite & torch.isfinite(ref_logprob)
+    active = weight != 0
+    used = active & finite
+    either = active if entropy_weight is None else active | (entropy_weight != 0)
+    low, high = r < h.ratio_min, r > h.ratio_max
+    if objective.level == "token" and objective.kind in (DPPO_TV, DPPO_KL):
+        old = logp if old_logprob is None else old_logprob.double()
+        low = high = ~dppo_keeps(objective.kind, logp, old, a, h)
+    pos, neg = a > 0, a < 0
+    clipped = (pos & high) | (neg & low)
+    r_eff = torch.where(neg, torch.clamp_min(r, h.ratio_min), torch.clamp_max(r, h.ratio_max))
+    clips_cap = (r > h.ratio_cap) | (neg & (r > h.dual_clip))
+    old_d = torch.zeros_like(logp) if old_logprob is None else old_logprob.double() - logp
+    ref_d = torch.zeros_like(logp) if ref_logprob is None else ref_logprob.double() - logp
+    entropy = entropy.double()
+    columns = [
+        torch.ones_like(logp), pos, neg, pos & low, pos & high, neg & low, neg & high, clipped,
+        clips_cap, *_estimators(old_d, h.log_ratio_clamp), *_estimators(ref_d, h.log_ratio_clamp),
+        entropy, torch.where(pos, entropy, 0.0), torch.where(neg, entropy, 0.0),
+        torch.clamp_min(r_eff * a, 0), torch.clamp_min(-r_eff * a, 0),
+    ]  # fmt: skip
+    rows = torch.stack([torch.where(used, c.double(), 0.0) for c in columns]).flatten(1).sum(-1)
+    counts = torch.stack(((~active).sum().double(), (either & ~finite).sum().double()))
+    n = rows[0]
+    pairs = ((r, r), (logp, a), (logp, torch.where(clipped, 0.0, a)))
+    return PolicyMetrics(
+        torch.cat((rows[:1], counts, rows[1:])),
+        torch.stack(
+            (torch.where(used, r, torch.inf).amin(), torch.where(used, r, -torch.inf).amax())
+        )
+        if r.numel()
+        else r.new_tensor((torch.inf, -torch.inf)),
+        torch.stack([_moments(x, y, used, n) for x, y in pairs]),
+        ref_logprob is not None,
+    )

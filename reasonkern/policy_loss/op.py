@@ -1,0 +1,202 @@
+"""Operators of the family: schema, fake, autograd and registrations, on one screen each.
+
+``reference`` serves every device; C++ implements the CPU key; the CUDA key picks CUDA C++
+(``reasonkern_cuda::*``) or Triton by evidence (see ``reasonkern.info()``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _load
+from . import reference
+
+LOGITS_ARGS = "Tensor targets, Tensor? mask, Tensor? row_temperature"
+GRAD_ARGS = (
+    "Tensor targets, Tensor? row_temperature, float temperature, float softcap, Tensor logprob, "
+    "Tensor entropy, Tensor collision, Tensor max_prob, Tensor row_max, Tensor? grad_logprob, "
+    "Tensor? grad_entropy, Tensor? grad_lse, Tensor? grad_collision"
+)
+LOSS_ARGS = (
+    "Tensor targets, Tensor? old_logprob, Tensor advantage, Tensor weight, Tensor? entropy_weight, "
+    "Tensor? importance, Tensor? ref_logprob, Tensor? row_temperature, Tensor? loss_scale, "
+    "Tensor? hyper, float[] values, float temperature, float softcap, int kind, int kl_kind, "
+    "bool kl_unbiased"
+)
+SCHEMAS = {
+    "token_stats": f"(Tensor logits, {LOGITS_ARGS}, float temperature, float softcap) -> (Tensor "
+    "logprob, Tensor entropy, Tensor lse, Tensor collision, Tensor varentropy, Tensor max_prob, "
+    "Tensor is_top1, Tensor row_max)",
+    "token_stats_backward": f"(Tensor logits, {GRAD_ARGS}) -> Tensor",
+    "token_stats_backward_": f"(Tensor(a!) logits, {GRAD_ARGS}) -> ()",
+    "policy_loss": f"(Tensor logits, {LOSS_ARGS}, bool needs_grad) -> (Tensor row_loss, "
+    "Tensor token_loss, Tensor logprob, Tensor entropy, Tensor grad_logits)",
+    "policy_loss_": f"(Tensor(a!) logits, {LOSS_ARGS}) -> (Tensor row_loss, Tensor token_loss, "
+    "Tensor logprob, Tensor entropy)",
+    "scale_rows_": "(Tensor(a!) x, Tensor scale) -> ()",
+}
+
+_lib = torch.library.Library("reasonkern", "FRAGMENT")
+_cuda = torch.library.Library("reasonkern_cuda", "FRAGMENT")
+for _name, _schema in SCHEMAS.items():
+    _lib.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    _cuda.define(_name + _schema)
+
+
+# ---- reference: the in-place operators are their functional twins plus a copy
+
+
+def _token_stats_backward_(logits: Tensor, *args: Any) -> None:
+    logits.copy_(reference.token_stats_backward(logits, *args))
+
+
+def _policy_loss_(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    out = reference.policy_loss(logits, *args, needs_grad=True)
+    logits.copy_(out[4])
+    return out[:4]
+
+
+REFERENCE: dict[str, Callable[..., Any]] = {
+    "token_stats": reference.token_stats,
+    "token_stats_backward": reference.token_stats_backward,
+    "token_stats_backward_": _token_stats_backward_,
+    "policy_loss": reference.policy_loss,
+    "policy_loss_": _policy_loss_,
+    "scale_rows_": reference.scale_rows_,
+}
+
+
+# ---- fake: shapes and dtypes only
+
+
+def _like_rows(logits: Tensor, targets: Tensor) -> Tensor:
+    return targets.new_empty(targets.shape, dtype=reference.accumulator_dtype(logits.dtype))
+
+
+def _fake_token_stats(logits: Tensor, targets: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    out = [_like_rows(logits, targets) for _ in range(8)]
+    out[6] = targets.new_empty(targets.shape, dtype=torch.bool)
+    return tuple(out)
+
+
+def _fake_policy_loss(logits: Tensor, targets: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    rows = (_like_rows(logits, targets) for _ in range(4))
+    return (*rows, logits.new_empty(logits.shape if args[-1] else (0,)))
+
+
+def _fake_policy_loss_(logits: Tensor, targets: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(_like_rows(logits, targets) for _ in range(4))
+
+
+FAKE: dict[str, Callable[..., Any]] = {
+    "token_stats": _fake_token_stats,
+    "token_stats_backward": lambda logits, *args: logits.new_empty(logits.shape),
+    "token_stats_backward_": lambda logits, *args: None,
+    "policy_loss": _fake_policy_loss,
+    "policy_loss_": _fake_policy_loss_,
+    "scale_rows_": lambda x, scale: None,
+}
+
+
+# ---- autograd: functional schemas only; `front` wraps the in-place forms in autograd.Function
+
+
+def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, _, row_temperature, temperature, softcap = inputs
+    logprob, entropy, _, collision, varentropy, max_prob, is_top1, row_max = output
+    ctx.save_for_backward(
+        logits, targets, row_temperature, logprob, entropy, collision, max_prob, row_max
+    )
+    ctx.temperature, ctx.softcap = temperature, softcap
+    ctx.mark_non_differentiable(varentropy, max_prob, is_top1, row_max)
+    ctx.set_materialize_grads(False)
+
+
+def _stats_grads(*grads: Tensor | None) -> list[Tensor | None]:
+    """(logprob, entropy, lse, collision) gradients; they arrive with any strides, 0 included."""
+    return [None if g is None else g.contiguous() for g in grads[:4]]
+
+
+def _token_stats_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    logits, targets, row_temperature, *saved = ctx.saved_tensors
+    if all(g is None for g in grads[:4]):
+        return (None,) * 6
+    scaling = row_temperature, ctx.temperature, ctx.softcap
+    grad = torch.ops.reasonkern.token_stats_backward(
+        logits, targets, *scaling, *saved, *_stats_grads(*grads)
+    )
+    return grad, None, None, None, None, None
+
+
+def _save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, token_loss, logprob, entropy, grad_logits = output
+    ctx.save_for_backward(grad_logits, inputs[9])
+    ctx.mark_non_differentiable(token_loss, logprob, entropy, grad_logits)
+    ctx.set_materialize_grads(False)
+
+
+def _policy_loss_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    grad_logits, loss_scale = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 18
+    if grad_logits.numel() == 0 and grad.numel() > 0:
+        raise RuntimeError("reasonkern::policy_loss: backward needs needs_grad=True in the forward")
+    return (scale_saved_gradient(grad_logits, grad, loss_scale), *(None,) * 17)
+
+
+def scale_saved_gradient(grad_logits: Tensor, grad: Tensor, loss_scale: Tensor | None) -> Tensor:
+    """Multiplies the gradient formed in the forward by the incoming one, in place, row by row.
+
+    The version bump makes a second backward over the same graph raise instead of scaling twice.
+    """
+    factor = grad if loss_scale is None else grad / loss_scale
+    torch.ops.reasonkern.scale_rows_(grad_logits, factor.contiguous())
+    if not torch.compiler.is_compiling():
+        torch.autograd.graph.increment_version(grad_logits)
+    return grad_logits
+
+
+# ---- registrations
+
+
+def _cuda_entry(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        backend = _load.choose_cuda_backend(name, args[0].device)
+        return _load.implementation(name, backend)(*args)
+
+    return call
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        from . import triton_kernels
+
+        return getattr(triton_kernels, name)(*args)
+
+    return call
+
+
+for _name in SCHEMAS:
+    _lib.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
+    _lib.impl(_name, _cuda_entry(_name), "CUDA")
+    torch.library.register_fake(f"reasonkern::{_name}", FAKE[_name], lib=_lib)
+    _load.register_op(
+        _name,
+        {
+            "reference": REFERENCE[_name],
+            "cpu": getattr(torch.ops.reasonkern, _name),
+            "cuda": getattr(torch.ops.reasonkern_cuda, _name),
+            "triton": _triton(_name),
+        },
+    )
+
+torch.library.register_autograd(
+    "reasonkern::token_stats", _token_stats_vjp, setup_context=_save_stats, lib=_lib
+)
+torch.library.register_autograd(
+    "reasonkern::policy_loss", _policy_loss_vjp, setup_context=_save_grad, lib=_lib
+)

@@ -1,0 +1,222 @@
+"""The two ways through the logits, and their in-place forms.
+
+* fused: token-local objectives; the operator reads the row once and writes its gradient.
+* two-phase: everything else; statistics, an O(N) map in torch, gradient in the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import op
+from .inputs import RowContext, Scaling
+from .objective import KL, KL_KINDS, Importance, Objective
+from .reference import Hyper, RowLoss, Term, combine, kl_term, objective_rows, unpack_hyper
+from .sequence import importance_weights, opsm_keeps, sequence_term
+
+
+class _InplaceLoss(torch.autograd.Function):
+    """Fused loss whose gradient replaces the logits (mutating operators take no formula)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        row_loss, *rest = torch.ops.reasonkern.policy_loss_(logits.detach(), *args)
+        torch.autograd.graph.increment_version(logits)
+        ctx.save_for_backward(logits, args[8])
+        ctx.mark_non_differentiable(*rest)
+        return (row_loss, *rest)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        logits, loss_scale = ctx.saved_tensors
+        gradient = op.scale_saved_gradient(logits.detach(), grad, loss_scale)
+        return (gradient, *(None,) * 16)
+
+
+class _InplaceTokenStats(torch.autograd.Function):
+    """`token_stats` whose backward writes the gradient over the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        out = torch.ops.reasonkern.token_stats(logits.detach(), *args)
+        logprob, entropy, _, collision, _, max_prob, _, row_max = out
+        ctx.save_for_backward(
+            logits, args[0], args[2], logprob, entropy, collision, max_prob, row_max
+        )
+        ctx.scaling = args[3:]
+        return logprob, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        logits, targets, row_temperature, *stats = ctx.saved_tensors
+        gradient = logits.detach()
+        torch.ops.reasonkern.token_stats_backward_(
+            gradient, targets, row_temperature, *ctx.scaling, *stats,
+            grad_logprob.contiguous(), grad_entropy.contiguous(), None, None,
+        )  # fmt: skip
+        torch.autograd.graph.increment_version(logits)
+        return (gradient, *(None,) * 5)
+
+
+def needs_grad(logits: Tensor) -> bool:
+    return torch.is_grad_enabled() and logits.requires_grad
+
+
+def is_fused(o: Objective, logits: Tensor, context: RowContext, loss_scale: Tensor | None) -> bool:
+    """Token-local, and no term that needs this pass's log-probabilities of other tokens.
+
+    A float16 gradient formed before GradScaler's factor arrives would underflow, so float16 is
+    two-phase unless ``loss_scale`` is folded in.
+    """
+    half = logits.dtype == torch.float16 and loss_scale is None and needs_grad(logits)
+    own_importance = o.importance is not None and context.old_logprob is None
+    return o.level == "token" and o.opsm is None and not own_importance and not half
+
+
+def fused(
+    o: Objective,
+    logits: Tensor,
+    targets: Tensor,
+    context: RowContext,
+    scaling: Scaling,
+    loss_scale: Tensor | None,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(row_loss with autograd, token_loss, logprob, entropy), each (B, T)."""
+    values, hyper = o.pack(context.weight)
+    h = unpack_hyper(values, hyper, targets.shape)
+    args = (
+        targets, context.old_logprob, context.advantage, context.weight, context.entropy_weight,
+        _importance(o, context.old_logprob, context, h), context.ref_logprob,
+        scaling.row_temperature, loss_scale, hyper, values, scaling.temperature, scaling.softcap,
+        o.kind, *_kl(o),
+    )  # fmt: skip
+    if inplace and needs_grad(logits):
+        row_loss, token_loss, logprob, entropy = _InplaceLoss.apply(logits, *args)
+    else:
+        row_loss, token_loss, logprob, entropy, _ = torch.ops.reasonkern.policy_loss(
+            logits, *args, needs_grad(logits)
+        )
+    return row_loss, token_loss, logprob, entropy
+
+
+def two_phase(
+    o: Objective,
+    logits: Tensor,
+    targets: Tensor,
+    context: RowContext,
+    scaling: Scaling,
+    inplace: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `fused`, through the statistics and an O(N) map."""
+    args = (
+        targets, context.active, scaling.row_temperature, scaling.temperature, scaling.softcap,
+    )  # fmt: skip
+    if inplace and needs_grad(logits):
+        logprob, entropy = _InplaceTokenStats.apply(logits, *args)
+    else:
+        logprob, entropy = torch.ops.reasonkern.token_stats(logits, *args)[:2]
+    # Nonfinite rows take no part: their derivative is cut off here, their loss in the map.
+    finite = torch.isfinite(logprob) & torch.isfinite(entropy)
+    lp = torch.where(finite, logprob, 0.0)
+    ent = torch.where(finite, entropy, 0.0)
+    values, hyper = o.pack(context.weight)
+    h = unpack_hyper(values, hyper, targets.shape)
+    if o.level == "custom":
+        row_loss, token_loss = _custom_rows(o, lp, ent, finite, context, h)
+    else:
+        with torch.no_grad():
+            rows = _mapped_rows(o, lp, ent, finite, context, h)
+        # Value from the map, gradient by its analytic derivatives.
+        slope = rows.dlogp * (lp - lp.detach()) + rows.dentropy * (ent - ent.detach())
+        row_loss, token_loss = rows.row_loss + slope, rows.token_loss
+    return row_loss, token_loss.detach(), logprob.detach(), entropy.detach()
+
+
+def _mapped_rows(
+    o: Objective, lp: Tensor, ent: Tensor, finite: Tensor, context: RowContext, h: Hyper
+) -> RowLoss:
+    weight = torch.where(finite, context.weight, 0.0)
+    entropy_weight = context.entropy_weight
+    if entropy_weight is not None:
+        entropy_weight = torch.where(finite, entropy_weight, 0.0)
+    old = lp if context.old_logprob is None else context.old_logprob
+    factor = _importance(o, old, context, h)
+    if o.opsm is not None:
+        assert context.rollout_logprob is not None
+        keeps = opsm_keeps(
+            o.opsm, lp, context.rollout_logprob, context.advantage, weight != 0, context.segments
+        ).to(lp.dtype)
+        factor = keeps if factor is None else factor * keeps
+    if o.level == "token":
+        return objective_rows(
+            o.kind, *_kl(o), lp, ent, context.old_logprob, context.advantage, weight,
+            entropy_weight, factor, context.ref_logprob, h,
+        )  # fmt: skip
+    policy_weight = weight if factor is None else weight * factor
+    term = sequence_term(
+        o, lp, old, context.advantage, policy_weight, weight != 0, context.segments, h
+    )
+    value = term.value if factor is None else factor * term.value
+    return combine(
+        _add_kl(o, Term(value, term.dlogp), lp, old, weight, context, h), lp, ent, weight,
+        entropy_weight, h,
+    )  # fmt: skip
+
+
+def _custom_rows(
+    o: Objective, lp: Tensor, ent: Tensor, finite: Tensor, context: RowContext, h: Hyper
+) -> tuple[Tensor, Tensor]:
+    assert o.function is not None
+    token_loss = o.function(lp, ent, context)
+    if not isinstance(token_loss, Tensor) or token_loss.shape != lp.shape:
+        got = tuple(token_loss.shape) if isinstance(token_loss, Tensor) else type(token_loss)
+        raise ValueError(f"objective: expected a token_loss of shape {tuple(lp.shape)}, got {got}")
+    old = lp if context.old_logprob is None else context.old_logprob
+    factor = _importance(o, old.detach(), context, h)
+    if factor is not None:
+        token_loss = factor * token_loss
+    if isinstance(o.kl, KL) and context.ref_logprob is not None:
+        kl_kind, unbiased = _kl(o)
+        k = kl_term(kl_kind, unbiased, lp.detach(), context.ref_logprob, old.detach(), h)
+        token_loss = token_loss + h.kl_coef * (k.value + k.dlogp * (lp - lp.detach()))
+    entropy_weight = context.weight if context.entropy_weight is None else context.entropy_weight
+    row_loss = context.weight * token_loss - h.entropy_coef * entropy_weight * ent
+    kept = finite & context.active & torch.isfinite(row_loss)
+    return torch.where(kept, row_loss, 0.0), torch.where(kept, token_loss, 0.0)
+
+
+def _add_kl(
+    o: Objective,
+    term: Term,
+    lp: Tensor,
+    old: Tensor,
+    weight: Tensor,
+    context: RowContext,
+    h: Hyper,
+) -> Term:
+    kl_kind, unbiased = _kl(o)
+    if not kl_kind or context.ref_logprob is None:
+        return term
+    k = kl_term(kl_kind, unbiased, lp, context.ref_logprob, old, h)
+    return Term(term.value + h.kl_coef * k.value, term.dlogp + weight * h.kl_coef * k.dlogp)
+
+
+def _kl(o: Objective) -> tuple[int, bool]:
+    return (KL_KINDS[o.kl.estimator], o.kl.unbiased) if isinstance(o.kl, KL) else (0, False)
+
+
+def _importance(o: Objective, old: Tensor | None, context: RowContext, h: Hyper) -> Tensor | None:
+    if not isinstance(o.importance, Importance):
+        return None
+    assert old is not None and context.rollout_logprob is not None
+    return importance_weights(
+        o.importance, old.detach(), context.rollout_logprob, context.weight, context.segments,
+        h.log_ratio_clamp,
+    )  # fmt: skip

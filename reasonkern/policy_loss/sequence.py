@@ -1,0 +1,134 @@
+"""Whole-sequence quantities: segments, importance weights, OPSM, and GSPO, GMPO, VESPO.
+
+These need every token of a sequence, so their losses take two passes over the logits: statistics,
+the O(N) map below, gradient. Sums run in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .objective import Importance, Objective
+from .reference import Hyper, Term, clamped_exp, clip_term
+
+LOG_W_MIN, LOG_W_MAX = math.log(1e-8), 20.0  # VESPO's limits on ln w
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Which rows form a sequence: batch rows of (B, T), or ``cu_seqlens`` (S + 1) over (1, N)."""
+
+    cu_seqlens: Tensor | None = None
+    ids: Tensor | None = None  # (1, N) sequence of each packed row
+
+    @classmethod
+    def of(cls, rows: Tensor, cu_seqlens: Tensor | None) -> Segments:
+        if cu_seqlens is None:
+            return cls()
+        index = torch.arange(rows.shape[-1], device=rows.device)
+        ids = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
+        return cls(cu_seqlens, ids.clamp_max(cu_seqlens.numel() - 2).unsqueeze(0))
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over each sequence, in float64, given back to each of its rows (B, T)."""
+        x = x.double()
+        if self.cu_seqlens is None or self.ids is None:
+            return x.sum(-1, keepdim=True).expand_as(x)
+        # Each segment is summed by one thread in order: deterministic, unlike index_add on CUDA.
+        offsets = self.cu_seqlens.to(torch.int64)
+        sums = torch.segment_reduce(x.reshape(-1), "sum", offsets=offsets, unsafe=True)
+        return sums[self.ids]
+
+    def spread(self, per_sequence: Tensor, rows: Tensor) -> Tensor:
+        """(S,) values to the rows (B, T) of their sequences."""
+        if self.ids is None:
+            return per_sequence.unsqueeze(-1).expand(rows.shape)
+        return per_sequence[self.ids]
+
+
+def importance_weights(
+    term: Importance,
+    old_logprob: Tensor,
+    rollout_logprob: Tensor,
+    weight: Tensor,
+    segments: Segments,
+    log_ratio_clamp: float | Tensor,
+) -> Tensor:
+    """Detached correction w of each row (B, T): truncated to, or zeroed outside, [lo, hi]."""
+    active = weight != 0
+    log_w = torch.where(active, old_logprob - rollout_logprob, 0.0)
+    if term.level == "sequence":
+        total = segments.sum(log_w)
+        if term.geometric_mean:
+            total = total / segments.sum(active).clamp_min(1)
+        log_w = total.to(weight.dtype)
+    w, _ = clamped_exp(log_w, log_ratio_clamp)
+    lo = 0.0 if term.lo is None else term.lo
+    hi = math.inf if term.hi is None else term.hi
+    if term.mode == "truncate":
+        return torch.clamp_max(torch.clamp_min(w, lo), hi)
+    return torch.where((w >= lo) & (w <= hi), w, 0.0)
+
+
+def opsm_keeps(
+    delta: float | Tensor,
+    logprob: Tensor,
+    rollout_logprob: Tensor,
+    advantage: Tensor,
+    active: Tensor,
+    segments: Segments,
+) -> Tensor:
+    """False for tokens with A < 0 of sequences the policy moved away from by more than delta."""
+    drift = segments.sum(torch.where(active, rollout_logprob - logprob, 0.0))
+    mean = drift / segments.sum(active).clamp_min(1)
+    return ~((advantage < 0) & (mean > delta))
+
+
+def sequence_term(
+    objective: Objective,
+    logp: Tensor,
+    old: Tensor,
+    advantage: Tensor,
+    policy_weight: Tensor,
+    active: Tensor,
+    segments: Segments,
+    h: Hyper,
+) -> Term:
+    """Loss of each row's sequence, and the derivative of the *weighted* policy loss by logp.
+
+    ``policy_weight`` is weight * selection * importance. L and the means run over active rows.
+    """
+    log_r = torch.where(active, logp - old, 0.0).double()
+    length = segments.sum(active).clamp_min(1)
+    a = advantage.double()
+    if objective.vespo_shape is not None:
+        k_pos, lam_pos, k_neg, lam_neg = objective.vespo_shape
+        k = torch.where(a < 0, a.new_full((), k_neg), k_pos)
+        lam = torch.where(a < 0, a.new_full((), lam_neg), lam_pos)
+        log_w = segments.sum(log_r).clamp(LOG_W_MIN, LOG_W_MAX)
+        factor = a * torch.exp(lam + k * log_w - lam * torch.exp(log_w))
+        return Term((-factor * logp).to(logp.dtype), (-policy_weight * factor).to(logp.dtype))
+    total_weight = segments.sum(policy_weight)
+    if objective.name == "gspo":
+        s, slope = clamped_exp(segments.sum(log_r) / length, h.log_ratio_clamp)
+        value, ds = clip_term(s, slope, a, h)
+        moved = active
+    else:
+        at_most = torch.clamp_max(log_r, _log(h.ratio_max))
+        at_least = torch.clamp_min(log_r, _log(h.ratio_min))
+        clipped = torch.where(a > 0, at_most, at_least)
+        moved = active & (clipped == log_r)
+        mean, _ = clamped_exp(segments.sum(torch.where(active, clipped, 0.0)) / length, math.inf)
+        value = ds = -mean * a
+    dlogp = torch.where(moved, total_weight * ds / length, 0.0)
+    return Term(torch.where(a == 0, 0.0, value).to(logp.dtype), dlogp.to(logp.dtype))
+
+
+def _log(x: float | Tensor) -> float | Tensor:
+    if isinstance(x, Tensor):
+        return torch.log(x.double())
+    return math.log(x) if x > 0 else -math.inf

@@ -1,0 +1,110 @@
+"""`token_weights`: every aggregation mode of the trainers as one weight per token."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .. import _checks
+from .sequence import Segments
+
+MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
+
+
+def token_weights(
+    mask: Tensor,
+    mode: str = "token-mean",
+    *,
+    segments: Tensor | None = None,
+    max_length: int | None = None,
+    num_tokens: float | Tensor | None = None,
+    num_sequences: float | Tensor | None = None,
+    data_parallel_size: int = 1,
+    count_empty: bool = True,
+) -> Tensor:
+    """Weights w such that ``sum(w * token_loss)`` is the loss in the given aggregation mode.
+
+    ========================  ==============================================  ==================
+    mode                      loss                                            used by
+    ========================  ==============================================  ==================
+    ``token-mean``            sum(mask * l) / num_tokens                      DAPO, BNPO
+    ``seq-mean-token-mean``   mean over sequences of sum(mask * l) / length   GRPO, SAPO
+    ``seq-mean-token-sum``    mean over sequences of sum(mask * l)            verl
+    ``constant``              sum(mask * l) / (num_sequences * max_length)    Dr.GRPO
+    ========================  ==============================================  ==================
+
+    Args:
+        mask: bool or 0/1 numbers, (B, T) padded or (N,) packed; True = the token is trained.
+        mode: one of the table.
+        segments: ``cu_seqlens`` (S + 1,) for packed tokens; needed by the sequence modes.
+        max_length: L_max of mode ``constant``; default T of a padded mask.
+        num_tokens: normaliser of ``token-mean``, a number or 0-dim tensor: the trained tokens of
+            the whole accumulation window over all ranks. Default: those of this mask.
+        num_sequences: likewise for the sequence modes. Default: the sequences of this mask.
+        data_parallel_size: weights are multiplied by it, because DDP and FSDP average gradients.
+        count_empty: whether a sequence without trained tokens counts in the default
+            ``num_sequences`` (TRL counts it, verl does not).
+
+    Returns:
+        float32 tensor of the mask's shape. An empty sequence or an all-masked batch gives zeros.
+
+    Raises:
+        ValueError: unknown mode, missing ``segments`` or ``max_length``, wrong shape or number.
+
+    Example:
+        >>> import torch, reasonkern as rk
+        >>> mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+        >>> rk.token_weights(mask, "seq-mean-token-mean")
+        tensor([[0.2500, 0.2500, 0.0000],
+                [0.5000, 0.0000, 0.0000]])
+    """
+    _checks.check_choice("mode", mode, MODES)
+    if mask.ndim not in (1, 2):
+        _checks.fail("mask", "shape (B, T) or (N,)", tuple(mask.shape))
+    if data_parallel_size < 1:
+        _checks.fail("data_parallel_size", "an integer >= 1", data_parallel_size)
+    for name, value in (("num_tokens", num_tokens), ("num_sequences", num_sequences)):
+        if value is not None and not isinstance(value, Tensor):
+            _checks.check_number(name, value, 0, exclusive=True)
+    trained = (mask if mask.ndim == 2 else mask.unsqueeze(0)) != 0
+    if mode == "token-mean":
+        total = trained.sum().clamp_min(1) if num_tokens is None else num_tokens
+        weights = trained.double() / total
+    else:
+        weights = _sequence_weights(
+            trained, mask.ndim == 1, mode, segments, max_length, num_sequences, count_empty
+        )
+    return (weights * data_parallel_size).float().reshape(mask.shape)
+
+
+def _sequence_weights(
+    trained: Tensor,
+    packed: bool,
+    mode: str,
+    cu_seqlens: Tensor | None,
+    max_length: int | None,
+    num_sequences: float | Tensor | None,
+    count_empty: bool,
+) -> Tensor:
+    if packed and cu_seqlens is None:
+        _checks.fail("segments", f"cu_seqlens for packed tokens in mode {mode}", None)
+    segments = Segments.of(trained, cu_seqlens)
+    length = segments.sum(trained)
+    if num_sequences is None:
+        num_sequences = _count(trained, cu_seqlens, length, count_empty)
+    weights = trained.double() / num_sequences
+    if mode == "seq-mean-token-mean":
+        weights = weights / length.clamp_min(1)
+    if mode == "constant":
+        if max_length is None and packed:
+            _checks.fail("max_length", "L_max for packed tokens in mode constant", None)
+        weights = weights / (trained.shape[-1] if max_length is None else max_length)
+    return weights
+
+
+def _count(
+    trained: Tensor, cu_seqlens: Tensor | None, length: Tensor, count_empty: bool
+) -> float | Tensor:
+    if count_empty:
+        return float(trained.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1)
+    # Each trained token carries 1 / length of its sequence, so a non-empty one adds up to 1.
+    return (trained / length.clamp_min(1)).sum().round().clamp_min(1)
