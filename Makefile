@@ -42,7 +42,7 @@ clean:
 .venv/.torch:
 	$(PYTHON) -m venv .venv
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q $(TORCH)
-	$(PY) -m pip install -q "setuptools>=77" wheel ninja "numpy<2.4"
+	$(PY) -m pip install -q "setuptools>=64" wheel ninja "numpy<2.4"
 	touch $@
 
 .venv/.ready: .venv/.torch pyproject.toml setup.py $(CSRC)

@@ -22,8 +22,7 @@ except ModuleNotFoundError as error:
 # Binaries built for target 2.11 run on every later torch; -std is left to torch, whose headers
 # want C++17 in 2.11 and C++20 in 2.13.
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
-# Without contraction the compiler cannot fuse a*b+c in one kernel and not in its twin, so all
-# kernels agree bit for bit on what they share.
+# Contraction would fuse a*b+c in one kernel and not in its twin, and they must agree bit for bit.
 CPU_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", TARGET]
 NVCC_FLAGS = ["-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
 NVCC_FLAGS += ["-DUSE_CUDA", TARGET]
@@ -73,6 +72,7 @@ built_for = f"for {os.environ.get('TORCH_CUDA_ARCH_LIST', 'the GPUs in sight')}"
 print("reasonkern: building _C; _C_cuda", f"left out: {problem}" if problem else built_for)
 
 setup(
+    license="Apache-2.0",
     ext_modules=extensions,
     cmdclass={"build_ext": cpp.BuildExtension},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
