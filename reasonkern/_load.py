@@ -10,6 +10,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -39,7 +40,7 @@ def _load_library(stem: str) -> str:
         no_cuda = stem == "_C_cuda" and torch.version.cuda is None
         return f"library {stem} is not built" + (": this torch has no CUDA" if no_cuda else "")
     try:
-        torch.ops.load_library(paths[0])  # type: ignore[no-untyped-call]
+        torch.ops.load_library(paths[0])
     except (OSError, RuntimeError) as error:
         return f"library {stem} failed to load: {str(error).strip().splitlines()[0]}"
     return ""
@@ -178,7 +179,7 @@ def _environment() -> dict[str, str | None]:
         device = torch.cuda.current_device()
         gpu = f"{torch.cuda.get_device_name(device)} ({_architecture(device)})"
     return {
-        "reasonkern": _version("reasonkern"),
+        "reasonkern": sys.modules["reasonkern"].__version__,
         "python": platform.python_version(),
         "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'no'})",
         "triton": _version("triton"),

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import reasonkern
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Everything that would start the driver, made to fail loudly.
@@ -110,6 +112,11 @@ def test_installed_wheel_serves_from_its_library(wheel, tmp_path):
     status, output = python(code, tmp_path, REASONKERN_NO_EXT="0")
     assert status == 0, output
     assert output.strip().endswith(str(tmp_path / "reasonkern" / "_load.py"))
+
+
+def test_version_stands_once(wheel):
+    assert wheel.name.split("-")[1] == reasonkern.__version__
+    assert f"\nversion: {reasonkern.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def test_library_is_no_python_module(wheel):
