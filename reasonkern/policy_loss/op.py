@@ -55,7 +55,7 @@ def _token_stats_backward_(logits: Tensor, *args: Any) -> None:
 
 
 def _policy_loss_(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    out = reference.policy_loss(logits, *args, needs_grad=True)
+    out = reference.policy_loss(*(logits, *args, True))
     logits.copy_(out[4])
     return out[:4]
 

@@ -98,7 +98,7 @@ def fused(
         o.kind, *_kl(o),
     )  # fmt: skip
     if inplace and needs_grad(logits):
-        row_loss, token_loss, logprob, entropy = _InplaceLoss.apply(logits, *args)
+        row_loss, token_loss, logprob, entropy = _InplaceLoss.apply(logits, *args)  # type: ignore[no-untyped-call]
     else:
         row_loss, token_loss, logprob, entropy, _ = torch.ops.reasonkern.policy_loss(
             logits, *args, needs_grad(logits)
@@ -119,7 +119,7 @@ def two_phase(
         targets, context.active, scaling.row_temperature, scaling.temperature, scaling.softcap,
     )  # fmt: skip
     if inplace and needs_grad(logits):
-        logprob, entropy = _InplaceTokenStats.apply(logits, *args)
+        logprob, entropy = _InplaceTokenStats.apply(logits, *args)  # type: ignore[no-untyped-call]
     else:
         logprob, entropy = torch.ops.reasonkern.token_stats(logits, *args)[:2]
     # Nonfinite rows take no part: their derivative is cut off here, their loss in the map.
