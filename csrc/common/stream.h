@@ -3,15 +3,12 @@
 #pragma once
 
 #include <cuda_runtime.h>
-
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
-#ifndef USE_CUDA
-// The shim declares it only for builds of torch itself with CUDA; the symbol is always exported.
-extern "C" AOTI_TORCH_EXPORT AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
+#if !defined(USE_CUDA)
+#error "compile with -DUSE_CUDA: the shim declares its CUDA functions only then"
 #endif
 
 namespace reasonkern {
@@ -46,8 +43,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, unsigned cluster,
                                         static_cast<int>(shared_bytes)));
   }
   if (cluster > 8) {
-    STD_CUDA_CHECK(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;

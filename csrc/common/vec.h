@@ -1,6 +1,6 @@
 // 16-byte tiles of bf16, fp16, fp32 and fp64 rows: load, convert to the accumulation type, store.
-// Compiles under nvcc and, after tests/cuda_sim/cuda_sim.h, under a host compiler; there every
-// vector access checks its alignment and every asynchronous copy lands only when it is waited for.
+// Compiles under nvcc and, with the simulator of tests/cuda_sim, under a host compiler, where every
+// vector access checks its alignment.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +9,8 @@
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#elif !defined(CUDA_SIM)
-#error "device code needs nvcc or tests/cuda_sim/cuda_sim.h"
+#else
+#include "cuda_sim.h"
 #endif
 
 namespace reasonkern {

@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "fibers.h"
+#include "numbers.h"
 
 #define CUDA_SIM 1
 #define __global__
@@ -22,6 +23,9 @@
 constexpr int warpSize = 32;
 
 namespace cuda_sim {
+
+template <class T>
+using same_t = std::enable_if_t<true, T>;  // takes no part in template argument deduction
 
 inline void check_aligned(const volatile void* p, std::size_t bytes, const char* what) {
   if (reinterpret_cast<std::uintptr_t>(p) % bytes != 0) {
@@ -60,16 +64,16 @@ inline void cluster_arrive() {
   const unsigned all = machine.cluster * machine.threads;
   if (++machine.arrived < all) return;
   machine.arrived = 0;
-  ++machine.barriers;
+  ++machine.opened;
   for (unsigned i = 0; i < all; ++i) {
-    if (machine.fibers[i].waits == machine.barriers) release(machine.fibers[i]);
+    if (machine.fibers[i].waits == machine.opened) release(machine.fibers[i]);
   }
 }
 
 inline void cluster_wait() {
   Fiber& fiber = self();
   if (++fiber.waits != fiber.arrivals) fail("cluster_wait: called without a cluster_arrive");
-  const bool open = machine.barriers >= fiber.waits;
+  const bool open = machine.opened >= fiber.waits;
   park(open ? State::ready : State::waiting, {"the cluster barrier"});
 }
 
@@ -78,7 +82,7 @@ inline void* cluster_map(const void* p, unsigned rank) {
   if (rank >= machine.cluster) fail("cluster_map: no such block in the cluster");
   Block& block = machine.blocks[rank];
   if (&block != self().block) {
-    if (machine.barriers == 0) fail("cluster_map: before the first cluster barrier");
+    if (machine.opened == 0) fail("cluster_map: before the first cluster barrier");
     if (block.live < machine.threads) fail("cluster_map: threads of the block have exited");
   }
   return block.shared.get() + offset;
@@ -128,7 +132,8 @@ Out meet(const Site& site, unsigned mask, const In& in, Combine combine) {
     return mine.out;
   }
   const auto value = [&](unsigned from) -> const In& {
-    if (from > 31 || !(mask >> from & 1)) fail(site.text() + ": reads a lane that is not in the mask");
+    if (from > 31 || !(mask >> from & 1))
+      fail(site.text() + ": reads a lane that is not in the mask");
     return static_cast<Slot*>(it->slot[from])->in;
   };
   for (unsigned l = 0; l < 32; ++l) {
@@ -159,19 +164,16 @@ Out fold(const Site& site, unsigned mask, T value, Out start, Fold step) {
   });
 }
 
-inline unsigned block_barrier(const Site& site, bool vote) {
+inline void block_barrier(const Site& site) {
   Block& block = *self().block;
   if (block.present != 0 && block.barrier != site) {
     fail("divergent barrier: " + site.text() + " meets " + block.barrier.text());
   }
   block.barrier = site;
-  block.votes += vote;
-  if (++block.present == machine.threads) {
-    block.result = std::exchange(block.votes, block.present = 0);
-    for (unsigned i = 0; i < machine.threads; ++i) release(block.fibers[i]);
-  }
-  park(block.present == 0 ? State::ready : State::waiting, site);
-  return block.result;
+  if (++block.present < machine.threads) return park(State::waiting, site);
+  block.present = 0;
+  for (unsigned i = 0; i < machine.threads; ++i) release(block.fibers[i]);
+  park(State::ready, site);
 }
 
 template <class T, class Update>
@@ -183,49 +185,27 @@ T atomic(T* p, const char* what, Update update) {
   return old;
 }
 
-template <class To, class From>
-To bit_cast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "same size");
-  To to;
-  std::memcpy(&to, &from, sizeof(To));
-  return to;
-}
-
-template <class T>
-struct Same {  // a parameter that takes no part in template argument deduction
-  using type = T;
-};
-
 // Runs kernel(args...) over the grid; `cluster` blocks along x form a cluster (1: none).
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, unsigned cluster,
             std::size_t shared_bytes, Order order, std::uint64_t seed, Args... args) {
-  const auto call = [&] { kernel(static_cast<Params>(args)...); };
-  machine.kernel = &call;
-  machine.body = [](const void* f) { (*static_cast<decltype(call)*>(f))(); };
-  run_grid(grid, block, cluster, shared_bytes, order, seed);
+  machine.kernel = [&] { kernel(static_cast<Params>(args)...); };
+  machine.order = order;
+  machine.random.seed(seed);
+  run_grid(grid, block, cluster, shared_bytes);
 }
 
 }  // namespace cuda_sim
 
 #define CUDA_SIM_HERE(name) cuda_sim::Site at = {name, __builtin_FILE(), __builtin_LINE()}
 
-inline void __syncthreads(CUDA_SIM_HERE("__syncthreads")) { cuda_sim::block_barrier(at, false); }
-inline int __syncthreads_count(int vote, CUDA_SIM_HERE("__syncthreads_count")) {
-  return static_cast<int>(cuda_sim::block_barrier(at, vote != 0));
-}
-inline int __syncthreads_or(int vote, CUDA_SIM_HERE("__syncthreads_or")) {
-  return cuda_sim::block_barrier(at, vote != 0) != 0;
-}
-inline int __syncthreads_and(int vote, CUDA_SIM_HERE("__syncthreads_and")) {
-  return cuda_sim::block_barrier(at, vote == 0) == 0;
-}
+inline void __syncthreads(CUDA_SIM_HERE("__syncthreads")) { cuda_sim::block_barrier(at); }
 
-#define CUDA_SIM_SHUFFLE(name, from)                                                        \
-  template <class T>                                                                        \
-  T name(unsigned mask, T value, int k, int width = 32, CUDA_SIM_HERE(#name)) {             \
-    const int lane = static_cast<int>(cuda_sim::self().rank % 32), base = lane & -width;    \
-    return cuda_sim::shuffle(at, mask, value, static_cast<unsigned>(from));                 \
+#define CUDA_SIM_SHUFFLE(name, from)                                                     \
+  template <class T>                                                                     \
+  T name(unsigned mask, T value, int k, int width = 32, CUDA_SIM_HERE(#name)) {          \
+    const int lane = static_cast<int>(cuda_sim::self().rank % 32), base = lane & -width; \
+    return cuda_sim::shuffle(at, mask, value, static_cast<unsigned>(from));              \
   }
 CUDA_SIM_SHUFFLE(__shfl_sync, base + (k & (width - 1)))
 CUDA_SIM_SHUFFLE(__shfl_up_sync, lane - k < base ? lane : lane - k)
@@ -233,16 +213,16 @@ CUDA_SIM_SHUFFLE(__shfl_down_sync, lane + k >= base + width ? lane : lane + k)
 CUDA_SIM_SHUFFLE(__shfl_xor_sync, (lane ^ k) >= base + width ? lane : lane ^ k)
 
 // r: the result so far, l: a lane of the mask, v: its value, own: the calling lane's value.
-#define CUDA_SIM_FOLD(name, Out, start, step)                                               \
-  template <class T>                                                                        \
-  Out name(unsigned mask, T value, CUDA_SIM_HERE(#name)) {                                  \
-    return cuda_sim::fold<Out>(at, mask, value, start,                                      \
-                               [](Out r, [[maybe_unused]] unsigned l, T v,                  \
-                                  [[maybe_unused]] T own) -> Out { return step; });         \
+#define CUDA_SIM_FOLD(name, Out, start, step)                                       \
+  template <class T>                                                                \
+  Out name(unsigned mask, T value, CUDA_SIM_HERE(#name)) {                          \
+    return cuda_sim::fold<Out>(at, mask, value, start,                              \
+                               [](Out r, [[maybe_unused]] unsigned l, T v,          \
+                                  [[maybe_unused]] T own) -> Out { return step; }); \
   }
 CUDA_SIM_FOLD(__ballot_sync, unsigned, 0u, r | (v != T() ? 1u << l : 0u))
 CUDA_SIM_FOLD(__any_sync, int, 0, r | (v != T()))
-CUDA_SIM_FOLD(__all_sync, int, 1, r & (v != T()))
+CUDA_SIM_FOLD(__all_sync, int, 1, r&(v != T()))
 CUDA_SIM_FOLD(__match_any_sync, unsigned, 0u, r | (v == own ? 1u << l : 0u))
 CUDA_SIM_FOLD(__reduce_add_sync, T, T(0), static_cast<T>(0u + r + v))
 CUDA_SIM_FOLD(__reduce_min_sync, T, std::numeric_limits<T>::max(), std::min(r, v))
@@ -253,9 +233,9 @@ inline void __syncwarp(unsigned mask = ~0u, CUDA_SIM_HERE("__syncwarp")) {
   cuda_sim::fold(at, mask, 0, 0, [](int, unsigned, int, int) { return 0; });
 }
 
-#define CUDA_SIM_ATOMIC(name, update)                                    \
-  template <class T>                                                     \
-  T name(T* p, typename cuda_sim::Same<T>::type v) {                     \
+#define CUDA_SIM_ATOMIC(name, update)                                      \
+  template <class T>                                                       \
+  T name(T* p, cuda_sim::same_t<T> v) {                                    \
     return cuda_sim::atomic(p, #name, [v](T old) -> T { return update; }); \
   }
 CUDA_SIM_ATOMIC(atomicAdd, old + v)
@@ -264,7 +244,7 @@ CUDA_SIM_ATOMIC(atomicMin, old < v ? old : v)
 CUDA_SIM_ATOMIC(atomicOr, old | v)
 CUDA_SIM_ATOMIC(atomicExch, (static_cast<void>(old), v))
 template <class T>
-T atomicCAS(T* p, typename cuda_sim::Same<T>::type expected, typename cuda_sim::Same<T>::type v) {
+T atomicCAS(T* p, cuda_sim::same_t<T> expected, cuda_sim::same_t<T> v) {
   return cuda_sim::atomic(p, "atomicCAS", [=](T old) { return old == expected ? v : old; });
 }
 
@@ -277,73 +257,4 @@ template <class T>
 T __ldg(const T* p) {
   cuda_sim::check_aligned(p, sizeof(T), "__ldg");
   return *p;
-}
-
-// Macros: the host's mathematics library reserves, or newly declares, these names.
-#define __expf(x) std::exp(static_cast<float>(x))
-#define __exp10f(x) std::pow(10.0f, static_cast<float>(x))
-#define __logf(x) std::log(static_cast<float>(x))
-#define __log2f(x) std::log2(static_cast<float>(x))
-#define __powf(x, y) std::pow(static_cast<float>(x), static_cast<float>(y))
-#define rsqrtf(x) (1.0f / std::sqrt(static_cast<float>(x)))
-inline float __fdividef(float x, float y) { return x / y; }
-inline float __fdiv_rn(float x, float y) { return x / y; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fadd_rn(float x, float y) { return x + y; }
-inline float __fmul_rn(float x, float y) { return x * y; }
-inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
-inline float __fsqrt_rn(float x) { return std::sqrt(x); }
-inline float __saturatef(float x) { return x > 0.0f ? std::fmin(x, 1.0f) : 0.0f; }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __ffsll(long long x) { return __builtin_ffsll(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-inline int __clzll(long long x) { return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x)); }
-inline unsigned __umulhi(unsigned x, unsigned y) {
-  return static_cast<unsigned>(static_cast<std::uint64_t>(x) * y >> 32);
-}
-inline int __float_as_int(float x) { return cuda_sim::bit_cast<int>(x); }
-inline unsigned __float_as_uint(float x) { return cuda_sim::bit_cast<unsigned>(x); }
-inline float __int_as_float(int x) { return cuda_sim::bit_cast<float>(x); }
-inline float __uint_as_float(unsigned x) { return cuda_sim::bit_cast<float>(x); }
-inline long long __double_as_longlong(double x) { return cuda_sim::bit_cast<long long>(x); }
-inline double __longlong_as_double(long long x) { return cuda_sim::bit_cast<double>(x); }
-inline float max(float x, float y) { return std::fmax(x, y); }
-inline float min(float x, float y) { return std::fmin(x, y); }
-inline double max(double x, double y) { return std::fmax(x, y); }
-inline double min(double x, double y) { return std::fmin(x, y); }
-using std::max;
-using std::min;
-
-struct __nv_bfloat16 {
-  std::uint16_t bits;
-};
-struct __half {
-  std::uint16_t bits;
-};
-inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(unsigned{x.bits} << 16); }
-inline __nv_bfloat16 __float2bfloat16_rn(float x) {
-  const unsigned bits = __float_as_uint(x);
-  if (std::isnan(x)) return {0x7fff};
-  return {static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}
-inline float __half2float(__half x) {
-  const int exponent = x.bits >> 10 & 31, fraction = x.bits & 1023;
-  const float magnitude =
-      exponent == 31 ? (fraction != 0 ? NAN : INFINITY)
-                     : std::ldexp(static_cast<float>(exponent != 0 ? fraction + 1024 : fraction),
-                                  std::max(exponent, 1) - 25);
-  return std::copysign(magnitude, x.bits >> 15 != 0 ? -1.0f : 1.0f);
-}
-inline __half __float2half_rn(float x) {
-  const float magnitude = std::fabs(x);
-  const int sign = std::signbit(x) ? 0x8000 : 0;
-  int bits = 0x7fff;
-  if (magnitude >= 65520.0f) bits = sign | 0x7c00;
-  if (magnitude < 65520.0f) {  // in units of the last place, 2^-24 and up
-    const int unit = magnitude < 0x1p-14f ? -24 : std::ilogb(magnitude) - 10;
-    bits = sign | (((unit + 24) << 10) + static_cast<int>(std::lrint(std::ldexp(magnitude, -unit))));
-  }
-  return {static_cast<std::uint16_t>(bits)};
 }

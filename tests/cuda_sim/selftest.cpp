@@ -1,0 +1,211 @@
+// Small kernels for tests/test_cuda_sim.py. All take the same arguments, so that one binding starts
+// any of them: `in` and `out` hold n elements of whatever type the kernel says.
+#include <pybind11/pybind11.h>
+
+#include <map>
+
+#include "common/reduce.cuh"
+#include "cuda_sim.h"
+
+using namespace reasonkern;
+
+namespace {
+
+using Kernel = void (*)(const void* in, void* out, int n);
+
+__device__ unsigned global_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
+
+// x → scale·x + shift modulo 2³²: composition is associative and does not commute.
+struct Affine {
+  std::uint32_t scale, shift;
+};
+struct Compose {
+  __device__ Affine operator()(Affine a, Affine b) const {
+    return {b.scale * a.scale, b.scale * a.shift + b.shift};
+  }
+};
+
+// Each cluster composes its own n maps; every thread writes the result it got.
+template <int kWarps>
+__global__ void compose(const void* in, void* out, int n) {
+  Affine* scratch = dynamic_shared<Affine>();
+  const int threads = blockDim.x * cluster_size(), part = (n + threads - 1) / threads;
+  const int first = (cluster_rank() * blockDim.x + threadIdx.x) * part;
+  const Affine* maps =
+      static_cast<const Affine*>(in) + std::size_t{blockIdx.x / cluster_size()} * n;
+  Affine a{1, 0};
+  for (int i = first; i < min(first + part, n); ++i) a = Compose()(a, maps[i]);
+  cluster_sync();
+  static_cast<Affine*>(out)[global_thread()] = cluster_reduce<kWarps>(a, scratch, Compose());
+}
+
+__global__ void shuffles(const void* in, void* out, int n) {
+  const int lane = threadIdx.x;
+  const double v = static_cast<const double*>(in)[lane];
+  double* row = static_cast<double*>(out) + lane;
+  row[0 * n] = __shfl_sync(~0u, v, lane * 7 % 40);
+  row[1 * n] = __shfl_up_sync(~0u, v, 3);
+  row[2 * n] = __shfl_down_sync(~0u, v, 5, 16);
+  row[3 * n] = __shfl_xor_sync(~0u, v, 9);
+  const unsigned half = lane < 16 ? 0xffffu : 0xffff0000u;  // two meetings at once
+  row[4 * n] = __shfl_sync(half, v, lane < 16 ? 2 : 20);
+}
+
+__global__ void votes(const void* in, void* out, int n) {
+  const int lane = threadIdx.x, v = static_cast<const int*>(in)[lane];
+  unsigned* row = static_cast<unsigned*>(out) + lane;
+  row[0 * n] = __ballot_sync(~0u, v > 1);
+  row[1 * n] = __match_any_sync(~0u, v);
+  row[2 * n] = __any_sync(~0u, v == 3) * 2 + __all_sync(~0u, v >= 0);
+  row[3 * n] = __reduce_add_sync(~0u, v);
+  row[4 * n] = __reduce_min_sync(~0u, v) * 100 + __reduce_max_sync(~0u, v);
+  const unsigned odd = 0xaaaaaaaau;
+  if (lane % 2 == 1) row[5 * n] = __ballot_sync(odd, v > 1) | __popc(odd) << 8;
+}
+
+__global__ void atomics(const void* in, void* out, int n) {
+  int* cell = static_cast<int*>(out);
+  const unsigned t = global_thread();
+  if (static_cast<int>(t) >= n) return;
+  const int v = static_cast<const int*>(in)[t];
+  atomicAdd(&cell[0], v);
+  atomicMax(&cell[1], v);
+  atomicMin(&cell[2], v);
+  for (int old = cell[3]; atomicCAS(&cell[3], old, old + v) != old;) old = cell[3];
+  if (atomicExch(&cell[4], 1) == 0) atomicAdd(&cell[5], 1);
+}
+
+// Threads take a lock in turn: the one that holds it must get to run while the others spin.
+__global__ void spinlock(const void*, void* out, int) {
+  int* cell = static_cast<int*>(out);
+  while (atomicCAS(&cell[0], 0, 1) != 0) {
+  }
+  const int count = cell[1];
+  __nanosleep(1);
+  cell[1] = count + 1;
+  atomicExch(&cell[0], 0);
+}
+
+__global__ void spin_forever(const void*, void* out, int) {
+  while (atomicAdd(static_cast<int*>(out), 0) == 0) {
+  }
+}
+
+// Every block reads a word of its right neighbour's shared memory. n: 1 forgets the first barrier,
+// 2 the last.
+__global__ void neighbours(const void*, void* out, int n) {
+  float* mine = dynamic_shared<float>();
+  mine[threadIdx.x] = static_cast<float>(global_thread());
+  if (n != 1) cluster_sync();
+  const unsigned right = (cluster_rank() + 1) % cluster_size();
+  const float* theirs = cluster_map(mine, right);
+  if (n == 2 && cluster_rank() == 0) __nanosleep(1), __nanosleep(1);
+  static_cast<float*>(out)[global_thread()] = theirs[threadIdx.x];
+  if (n != 2) cluster_sync();
+}
+
+__global__ void read_unwritten(const void*, void* out, int) {
+  static_cast<float*>(out)[global_thread()] = dynamic_shared<float>()[threadIdx.x];
+  dynamic_shared<float>()[threadIdx.x] = 1.0f;  // must not survive into the next block
+}
+
+__global__ void barrier_after_exit(const void*, void*, int n) {
+  if (static_cast<int>(threadIdx.x) >= n) return;
+  __syncthreads();
+}
+
+__global__ void two_barriers(const void*, void*, int n) {
+  if (static_cast<int>(threadIdx.x) < n) {
+    __syncthreads();
+  } else {
+    __syncthreads();
+  }
+}
+
+__global__ void missing_lane(const void*, void* out, int n) {
+  if (threadIdx.x % 32 != 5) static_cast<int*>(out)[0] = __shfl_xor_sync(~0u, n, 1);
+}
+
+__global__ void absent_block(const void*, void*, int) {
+  if (cluster_rank() != 1) cluster_sync();
+}
+
+__global__ void last_writer(const void*, void* out, int) {
+  *static_cast<unsigned*>(out) = global_thread();
+}
+
+// Adds 1 to n bf16 numbers from in[1] on, in 16-byte tiles: misaligned unless the head is peeled.
+__global__ void tiles(const void* in, void* out, int n) {
+  const bf16* x = static_cast<const bf16*>(in);
+  bf16* y = static_cast<bf16*>(out);
+  const int head = n > 0 ? head_elements(x) : 1;
+  for (int i = threadIdx.x; i < min(head, n); i += blockDim.x) {
+    y[i] = from_acc<bf16>(to_acc(x[i]) + 1.0f);
+  }
+  for (int i = head + threadIdx.x * 8; i + 8 <= std::abs(n); i += blockDim.x * 8) {
+    float v[8];
+    unpack(load_global(x + i), v);
+    for (float& e : v) e += 1.0f;
+    store_global(y + i, pack<bf16>(v));
+  }
+}
+
+// n: how many of the two groups of copies may still be under way when they are read.
+__global__ void copies(const void* in, void* out, int n) {
+  float* tile = dynamic_shared<float>() + threadIdx.x * 8;
+  const float* x = static_cast<const float*>(in) + threadIdx.x * 8;
+  for (int group = 0; group < 2; ++group) {
+    copy_async(tile + group * 4, x + group * 4);
+    copy_commit();
+  }
+  if (n == 0) copy_wait<0>();
+  if (n == 1) copy_wait<1>();
+  for (int i = 0; i < 8; ++i) static_cast<float*>(out)[threadIdx.x * 8 + i] = tile[i];
+}
+
+template <class T>
+__global__ void round_trip(const void* in, void* out, int n) {
+  const unsigned t = global_thread();
+  if (static_cast<int>(t) >= n) return;
+  const T rounded = from_acc<T>(static_cast<const float*>(in)[t]);
+  static_cast<float*>(out)[t] = to_acc(rounded);
+}
+
+__global__ void past_shared(const void*, void*, int n) { dynamic_shared<char>()[n] = 1; }
+__global__ void overflow(const void*, void* out, int n) { *static_cast<int*>(out) = n + n; }
+
+const std::map<std::string, Kernel> kernels = {
+    {"compose1", compose<1>},
+    {"compose4", compose<4>},
+    {"compose32", compose<32>},
+    {"shuffles", shuffles},
+    {"votes", votes},
+    {"atomics", atomics},
+    {"spinlock", spinlock},
+    {"spin_forever", spin_forever},
+    {"neighbours", neighbours},
+    {"read_unwritten", read_unwritten},
+    {"barrier_after_exit", barrier_after_exit},
+    {"two_barriers", two_barriers},
+    {"missing_lane", missing_lane},
+    {"absent_block", absent_block},
+    {"last_writer", last_writer},
+    {"tiles", tiles},
+    {"copies", copies},
+    {"round_bf16", round_trip<bf16>},
+    {"round_fp16", round_trip<fp16>},
+    {"past_shared", past_shared},
+    {"overflow", overflow},
+};
+
+void run(const std::string& kernel, unsigned grid, unsigned block, unsigned cluster,
+         std::size_t shared_bytes, int order, std::uint64_t seed, std::uintptr_t in,
+         std::uintptr_t out, int n) {
+  cuda_sim::launch(kernels.at(kernel), grid, block, cluster, shared_bytes,
+                   static_cast<cuda_sim::Order>(order), seed, reinterpret_cast<const void*>(in),
+                   reinterpret_cast<void*>(out), n);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(cuda_sim_selftest, m) { m.def("run", &run); }
