@@ -1,0 +1,105 @@
+// CUDA operators of the family: one launch per call, configured by launch_config.h.
+#include "../common/stream.h"
+#include "kernels.cuh"
+#include "operators.h"
+
+namespace reasonkern {
+namespace {
+
+Device describe(int32_t device) {
+  return {10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+              device_attribute(cudaDevAttrComputeCapabilityMinor, device),
+          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+}
+
+template <class E>
+struct Element {
+  using type = E;
+};
+
+// Calls body with the element type of the logits; T is their accumulator type.
+template <class T, class Body>
+void dispatch_element(LogitsType type, const Body& body) {
+  if constexpr (sizeof(T) == 8) {
+    body(Element<double>());
+  } else if (type == LogitsType::kFloat32) {
+    body(Element<float>());
+  } else if (type == LogitsType::kBFloat16) {
+    body(Element<bf16>());
+  } else {
+    body(Element<fp16>());
+  }
+}
+
+void check_vocab(const Rows& rows) {
+  STD_TORCH_CHECK(rows.vocab < INT32_MAX / 2, "logits: expected fewer than 2^30 columns, got ",
+                  rows.vocab);
+}
+
+struct CudaBackend {
+  template <class T>
+  static void token_stats(LogitsType type, const StatsParams<T>& p, int32_t device) {
+    check_vocab(p.rows);
+    const LaunchScope scope(device);
+    dispatch_element<T>(type, [&](auto element) {
+      using E = typename decltype(element)::type;
+      const LaunchConfig c = stats_config(p.rows.vocab, sizeof(E));
+      launch(stats_kernel<E>, grid_blocks(p.rows.rows, 1), c.block, 1, c.shared_bytes, scope.stream,
+             p, c.tiling);
+    });
+  }
+
+  template <class T>
+  static void token_stats_backward(LogitsType type, const GradParams<T>& p, int32_t device) {
+    check_vocab(p.rows);
+    const LaunchScope scope(device);
+    dispatch_element<T>(type, [&](auto element) {
+      using E = typename decltype(element)::type;
+      const LaunchConfig c = rowwise_config(p.rows.vocab, sizeof(E));
+      launch(grad_kernel<E>, grid_blocks(p.rows.rows, c.tiling.slices), c.block, 1, 0, scope.stream,
+             p, c.tiling);
+    });
+  }
+
+  template <class T>
+  static void policy_loss(LogitsType type, const LossParams<T>& p, int32_t device) {
+    check_vocab(p.rows);
+    const LaunchScope scope(device);
+    dispatch_element<T>(type, [&](auto element) {
+      using E = typename decltype(element)::type;
+      const bool needs_grad = p.rows.grad != nullptr;
+      const LaunchConfig c = loss_config(p.rows.vocab, sizeof(E), needs_grad, describe(device));
+      auto kernel = loss_sweep_kernel<E>;
+      if constexpr (sizeof(E) < 8) {
+        if (c.resident) kernel = loss_cluster_kernel<E>;
+      }
+      launch(kernel, grid_blocks(p.rows.rows, c.cluster), c.block, c.cluster, c.shared_bytes,
+             scope.stream, p, c.tiling);
+    });
+  }
+
+  template <class T>
+  static void scale_rows(LogitsType type, const Rows& rows, const T* factors, int32_t device) {
+    check_vocab(rows);
+    const LaunchScope scope(device);
+    dispatch_element<T>(type, [&](auto element) {
+      using E = typename decltype(element)::type;
+      const LaunchConfig c = rowwise_config(rows.vocab, sizeof(E));
+      launch(scale_kernel<E>, grid_blocks(rows.rows, c.tiling.slices), c.block, 1, 0, scope.stream,
+             rows, factors, c.tiling);
+    });
+  }
+};
+
+}  // namespace
+}  // namespace reasonkern
+
+STABLE_TORCH_LIBRARY_IMPL(reasonkern_cuda, CUDA, m) {
+  using Ops = reasonkern::Operators<reasonkern::CudaBackend>;
+  m.impl("token_stats", TORCH_BOX(&Ops::token_stats));
+  m.impl("token_stats_backward", TORCH_BOX(&Ops::token_stats_backward));
+  m.impl("token_stats_backward_", TORCH_BOX(&Ops::token_stats_backward_));
+  m.impl("policy_loss", TORCH_BOX(&Ops::policy_loss));
+  m.impl("policy_loss_", TORCH_BOX(&Ops::policy_loss_));
+  m.impl("scale_rows_", TORCH_BOX(&Ops::scale_rows_));
+}
