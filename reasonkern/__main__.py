@@ -1,0 +1,106 @@
+"""The command line: ``python -m reasonkern {info,demo}``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# add_parser of a group of sub-commands
+AddParser = Callable[..., argparse.ArgumentParser]
+
+
+def _add_info(add: AddParser) -> None:
+    about = "which backend serves which op on this machine, and why others do not"
+    add("info", help=about, description=about).set_defaults(run=_info)
+
+
+def _info(args: argparse.Namespace) -> int:
+    from ._load import format_info
+
+    print(format_info())
+    return 0
+
+
+def _add_demo(add: AddParser) -> None:
+    about = "fine-tune a small transformer on reasoning traces, then RL on their logged outcomes"
+    demo = add("demo", help=about, description=about)
+    demo.set_defaults(run=_demo)
+    demo.add_argument(
+        "--traces",
+        type=Path,
+        metavar="FILE",
+        help="JSONL, plain or gzip, one object per line with problem_id, prompt, text and correct "
+        "(default: generated arithmetic)",
+    )
+    demo.add_argument("--objective", default="dapo", metavar="NAME", help="default: %(default)s")
+    demo.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo-out"),
+        metavar="DIR",
+        help="folder for results.json and the plots (default: %(default)s)",
+    )
+    demo.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    demo.add_argument(
+        "--steps",
+        type=_at_least(4),
+        default=80,
+        help="optimiser steps of each stage (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--batch", type=_at_least(1), default=4, help="windows per step (default: %(default)s)"
+    )
+    demo.add_argument(
+        "--window",
+        type=_at_least(8),
+        default=256,
+        help="tokens in a window (default: %(default)s)",
+    )
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"expected an integer >= {minimum}, got {text}")
+        return value
+
+    parse.__name__ = "int"
+    return parse
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from . import demo
+
+    settings: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("run", "command")}
+    try:
+        return demo.run(demo.Config(**settings))
+    except (demo.DemoError, demo.TraceError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+# One entry per sub-command.
+COMMANDS: tuple[Callable[[AddParser], None], ...] = (_add_info, _add_demo)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a sub-command; the exit status is 2 after a mistake of the user, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m reasonkern")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in COMMANDS:
+        command(commands.add_parser)
+    args = parser.parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""The demo: fine-tune a small transformer on reasoning traces, then RL on their logged outcomes."""
+
+from __future__ import annotations
+
+import time
+
+from .context import Config, Context, DemoError, prepare
+from .cost import measure_loss
+from .report import DEVIATION_LIMIT, summary, table, write_json, write_plots
+from .traces import TraceError
+from .train import fine_tune, learn_policy
+
+__all__ = ["Config", "DemoError", "TraceError", "run"]
+
+STAGES = (fine_tune, learn_policy, measure_loss)
+INTERRUPTED = 130
+
+
+def run(config: Config) -> int:
+    """All stages, then the report; Ctrl-C skips to the report of what there is.
+
+    Returns the exit status: 0, 1 when the results deviate from the eager formulation, or 130.
+    """
+    begin = time.perf_counter()
+    context = prepare(config)
+    status = 0
+    try:
+        for stage in STAGES:
+            stage(context)
+    except KeyboardInterrupt:
+        print("\ninterrupted; writing the results so far", flush=True)
+        status = INTERRUPTED
+    context.results["seconds"] = time.perf_counter() - begin
+    context.results["complete"] = status == 0
+    _report(context)
+    if status == 0 and summary(context.results)["deviation"]["worst"] > DEVIATION_LIMIT:
+        status = 1
+    return status
+
+
+def _report(context: Context) -> None:
+    """JSON first: the plots need a package that may be missing."""
+    out = context.config.out
+    written = [write_json(context.results, context.config, out / "results.json")]
+    written += write_plots(context.results, out)
+    print(table(context.results))
+    print("written: " + ", ".join(map(str, written)), flush=True)

@@ -1,0 +1,142 @@
+"""What the stages of the demo share: the settings, the data, the model and the results so far."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+
+from . import arithmetic
+from .eager import FORMULAS
+from .model import Transformer, seeded
+from .tokenizer import VOCABULARY, Tokenizer
+from .traces import Trace, first_groups, load_traces
+from .windows import Encoded, encode
+
+MAX_TRACES = 1024
+
+
+@dataclass(frozen=True)
+class Config:
+    """The command line, as values."""
+
+    traces: Path | None = None
+    objective: str = "dapo"
+    device: str = "cpu"
+    out: Path = Path("demo-out")
+    seed: int = 0
+    steps: int = 80  # optimiser steps of each stage
+    batch: int = 4
+    window: int = 256
+    width: int = 128
+    layers: int = 4
+    pairs: int = 5  # interleaved timings of the two formulations
+
+
+class DemoError(ValueError):
+    """The demo cannot start; the message names the option and what it accepts."""
+
+
+@dataclass
+class Context:
+    """Stages are functions of a context; each fills its part of `results` as it goes."""
+
+    config: Config
+    device: torch.device
+    tokenizer: Tokenizer
+    sequences: list[Encoded]
+    model: Transformer
+    rng: Random
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+def prepare(config: Config) -> Context:
+    """Read or generate the traces, learn the tokenizer, build the model."""
+    check(config)
+    traces = _read(config)
+    tokenizer = Tokenizer.learn(text for trace in traces for text in (trace.prompt, trace.text))
+    device = torch.device(config.device)
+    model = seeded(VOCABULARY, config.window, config.width, config.layers, config.seed).to(device)
+    sequences = encode(traces, tokenizer)
+    context = Context(config, device, tokenizer, sequences, model, Random(config.seed))
+    context.results["data"] = {
+        "source": str(config.traces) if config.traces else "generated arithmetic",
+        "traces": len(traces),
+        "problems": len({trace.problem_id for trace in traces}),
+        "correct": sum(trace.correct for trace in traces),
+        "tokens": sum(len(sequence.ids) for sequence in sequences),
+        "vocabulary": VOCABULARY,
+        "learnt_pieces": len(tokenizer.pieces),
+        "parameters": model.parameter_count(),
+    }
+    return context
+
+
+def check(config: Config) -> None:
+    """Refuse a setting before any work is done."""
+    if config.objective not in FORMULAS:
+        names = ", ".join(FORMULAS)
+        raise DemoError(f"--objective: expected one of {names}; got {config.objective!r}")
+    try:
+        torch.empty(0, device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise DemoError(f"--device {config.device}: not usable here ({reason})") from error
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DemoError(f"--out {config.out}: cannot be made ({error.strerror})") from error
+    if not os.access(config.out, os.W_OK):
+        raise DemoError(f"--out {config.out}: not writable")
+
+
+def _read(config: Config) -> list[Trace]:
+    if config.traces is None:
+        return arithmetic.generate(seed=config.seed)
+    traces = load_traces(config.traces)
+    kept = first_groups(traces, MAX_TRACES)
+    if len(kept) < len(traces):
+        print(f"using {len(kept)} of {len(traces)} traces: the first groups with both outcomes")
+    return kept
+
+
+Update = Callable[[str], None]
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Update]:
+    """A tqdm bar; without tqdm, a plain line about ten times per stage."""
+    try:
+        tqdm = importlib.import_module("tqdm").tqdm
+    except ImportError:
+        yield _plain(title, total)
+        return
+    with tqdm(total=total, desc=title, ncols=100) as bar:
+
+        def update(note: str) -> None:
+            bar.set_postfix_str(note, refresh=False)
+            bar.update()
+
+        yield update
+
+
+def _plain(title: str, total: int) -> Update:
+    begin = time.perf_counter()
+    done = 0
+
+    def update(note: str) -> None:
+        nonlocal done
+        done += 1
+        if done == total or done % max(1, total // 10) == 0:
+            seconds = time.perf_counter() - begin
+            print(f"{title}: {done}/{total} [{seconds:.0f} s] {note}", flush=True)
+
+    return update

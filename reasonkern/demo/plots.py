@@ -1,0 +1,149 @@
+"""The PNG plots; imported only when matplotlib is installed."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")  # before pyplot: no display is needed
+
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+Results = dict[str, Any]
+Lines = dict[str, str]  # label → metric
+
+# Panel title, y label, lines. Units: log-probabilities, entropies and KL are in nats.
+POLICY_PANELS: tuple[tuple[str, str, Lines], ...] = (
+    ("Loss", "loss", {"loss": "loss"}),
+    (
+        "Entropy",
+        "nats per token",
+        {"all tokens": "entropy", "A > 0": "entropy_pos", "A < 0": "entropy_neg"},
+    ),
+    (
+        "Tokens outside the ratio bounds",
+        "% of tokens",
+        {
+            "A > 0, above": "clip_frac_pos_high",
+            "A > 0, below": "clip_frac_pos_low",
+            "A < 0, above": "clip_frac_neg_high",
+            "A < 0, below": "clip_frac_neg_low",
+        },
+    ),
+    (
+        "KL (k3 estimator)",
+        "nats per token",
+        {"to the old policy": "kl_old_k3", "to the reference": "kl_ref_k3"},
+    ),
+    ("Effective sample size", "% of tokens", {"ESS / tokens": "ess_frac"}),
+    (
+        "Probability ratio to the old policy",
+        "ratio (log scale)",
+        {"max": "ratio_max", "mean": "ratio_mean", "min": "ratio_min"},
+    ),
+)
+
+
+def draw_all(results: Results, out: Path) -> list[Path]:
+    """Draw what the results hold."""
+    written = []
+    if results.get("sft", {}).get("loss"):
+        written.append(_save(_fine_tuning(results), out / "stage1_fine_tuning.png"))
+    if results.get("policy", {}).get("steps"):
+        written.append(_save(_policy(results["policy"]), out / "stage2_policy.png"))
+    if "cost" in results:
+        written.append(_save(_cost(results["cost"]), out / "loss_cost.png"))
+    return written
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def _figure(rows: int, columns: int, title: str) -> tuple[Figure, list[Axes]]:
+    size = (4.4 * columns, 3.2 * rows + 0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
+    figure.suptitle(title, weight="bold")
+    figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
+    panels = list(axes.flat)
+    for panel in panels:
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.ticklabel_format(useOffset=False)
+    return figure, panels
+
+
+def _fine_tuning(results: Results) -> Figure:
+    series, data = results["sft"], results["data"]
+    title = f"Stage 1: fine-tuning on {data['source']}, vocabulary {data['vocabulary']:,}"
+    figure, panels = _figure(1, 3, title)
+    shown = (
+        ("Negative log-likelihood", "nats per token", series["loss"]),
+        ("Entropy of the model", "nats per token", series["entropy"]),
+        ("Top-1 accuracy", "% of tokens", [100 * value for value in series["top1"]]),
+    )
+    for panel, (name, unit, values) in zip(panels, shown, strict=True):
+        panel.plot(range(1, len(values) + 1), values, lw=1.6)
+        panel.set(title=name, xlabel="optimiser step", ylabel=unit, ylim=(0, None))
+    return figure
+
+
+def _policy(policy: Results) -> Figure:
+    steps = policy["steps"]
+    title = (
+        f"Stage 2: {policy['objective']} on the logged groups "
+        f"({policy['batches']} batches per epoch; dotted: a new snapshot of the old policy)"
+    )
+    figure, panels = _figure(2, 3, title)
+    snapshots = [entry["step"] for entry in policy["margin"] if 0 < entry["step"] < len(steps)]
+    for panel, (name, unit, lines) in zip(panels, POLICY_PANELS, strict=True):
+        scale = 100 if unit.startswith("%") else 1
+        for label, key in lines.items():
+            values = [scale * metrics[key] for metrics in steps]
+            panel.plot(range(1, len(values) + 1), values, lw=1.4, label=label)
+        for step in snapshots:
+            panel.axvline(step + 0.5, color="0.5", lw=1, ls=":")
+        panel.set(title=name, xlabel="optimiser step", ylabel=unit)
+        if unit.startswith("ratio"):
+            panel.set_yscale("log")
+        if len(lines) > 1:
+            panel.legend(fontsize="small", framealpha=0.7)
+    return figure
+
+
+def _cost(cost: Results) -> Figure:
+    batch, length, vocabulary = cost["shape"]
+    title = (
+        f"Loss and gradient of {batch}×{length} rows, vocabulary {vocabulary:,}, "
+        f"{cost['dtype']}, {cost['threads']} threads"
+    )
+    figure, (left, right) = _figure(1, 2, title)
+    names = ("fused", "eager")
+    labels = ("reasonkern\n(gradient in place)", "eager torch\n(log_softmax, autograd)")
+    medians = [1e3 * statistics.median(cost["seconds"][name]) for name in names]
+    _bars(left, labels, medians, "Time", "ms (median)")
+    extra = [cost["extra_bytes"][name] for name in names]
+    if None in extra:
+        right.set_axis_off()
+        right.text(0.5, 0.5, "memory not measurable here", ha="center")
+    else:
+        mebibytes = [value / 2**20 for value in extra]
+        logits = cost["logits_bytes"] / 2**20
+        _bars(right, labels, mebibytes, "Peak memory beyond the logits", "MiB")
+        right.axhline(logits, color="0.4", lw=1, ls="--")
+        right.text(0.5, logits, f"logits\n{logits:.0f} MiB", va="bottom", ha="center", size="small")
+    return figure
+
+
+def _bars(panel: Axes, labels: tuple[str, ...], values: list[float], name: str, unit: str) -> None:
+    bars = panel.bar(labels, values, color=["C0", "0.6"], width=0.55)
+    panel.bar_label(bars, [f"{value:,.1f}" for value in values], padding=2)
+    panel.set(title=name, ylabel=unit, xlim=(-0.5, len(values) - 0.5))
+    panel.margins(y=0.15)

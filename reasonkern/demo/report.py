@@ -1,0 +1,158 @@
+"""What the demo leaves behind: results.json, the PNG plots and the final table."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import statistics
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .context import Config
+
+DEVIATION_LIMIT = 1e-4
+Results = dict[str, Any]
+
+
+def summary(results: Results) -> Results:
+    """The figures of the final table; a stage that has not run leaves its part empty."""
+    deviations = results.get("deviations", [])
+    worst = {key: _worst(entry[key] for entry in deviations) for key in ("loss", "gradient")}
+    steps = results.get("policy", {}).get("steps", [])
+    values = [value for metrics in steps for value in metrics.values()]
+    return {
+        "sft": _ends(results.get("sft", {}).get("loss", [])),
+        "policy": {
+            "steps": len(steps),
+            "nonfinite": sum(not math.isfinite(value) for value in values),
+        },
+        "deviation": {
+            **worst,
+            "steps": len(deviations),
+            "worst": max(worst.values()),
+            "limit": DEVIATION_LIMIT,
+        },
+    }
+
+
+def _worst(values: Iterable[float]) -> float:
+    """The maximum; NaN, which max() may drop, is the worst of all."""
+    return max((value if math.isfinite(value) else math.inf for value in values), default=0.0)
+
+
+def _ends(series: list[float], share: float = 0.1) -> Results:
+    """First value and the mean of the last tenth: single batches are noisy."""
+    if not series:
+        return {}
+    tail = series[-max(1, round(len(series) * share)) :]
+    return {"first": series[0], "last": sum(tail) / len(tail), "steps": len(series)}
+
+
+def write_json(results: Results, config: Config, path: Path) -> Path:
+    """Strict JSON: a value that is not finite becomes null."""
+    content = {
+        "config": {key: _plain(value) for key, value in asdict(config).items()},
+        "summary": summary(results),
+        **results,
+    }
+    path.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+    return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_plots(results: Results, out: Path) -> list[Path]:
+    """One PNG per stage that has results; without matplotlib, a message and no pictures."""
+    try:
+        importlib.import_module("matplotlib")
+    except ImportError:
+        print(
+            "plots skipped: matplotlib is not installed (pip install 'reasonkern[demo]'); "
+            "all results are in results.json"
+        )
+        return []
+    plots = importlib.import_module(f"{__package__}.plots")
+    written: list[Path] = plots.draw_all(results, out)
+    return written
+
+
+def table(results: Results) -> str:
+    """The final table."""
+    figures = summary(results)
+    rows = [
+        *_data_rows(results["data"]),
+        *_training_rows(results, figures),
+        *_cost_rows(results.get("cost")),
+        *_deviation_rows(figures["deviation"]),
+        ("total time", f"{results['seconds']:.0f} s"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    rule = "─" * 88
+    return "\n".join([rule, *(f"{name:<{width}}  {text}" for name, text in rows), rule])
+
+
+def _data_rows(data: Results) -> list[tuple[str, str]]:
+    traces = f"{data['traces']} traces of {data['problems']} problems, {data['correct']} correct"
+    return [
+        ("data", f"{data['source']}: {traces}, {data['tokens']:,} tokens"),
+        (
+            "model",
+            f"{data['parameters'] / 1e6:.1f} M parameters, vocabulary {data['vocabulary']:,} "
+            f"({data['learnt_pieces']:,} learnt pieces)",
+        ),
+    ]
+
+
+def _training_rows(results: Results, figures: Results) -> list[tuple[str, str]]:
+    rows = []
+    if ends := figures["sft"]:
+        text = f"{ends['steps']} steps, loss {ends['first']:.3f} → {ends['last']:.3f} nats/token"
+        rows.append(("stage 1, fine-tuning", text))
+    policy = results.get("policy", {})
+    if policy.get("steps"):
+        finite = figures["policy"]["nonfinite"]
+        verdict = "all metrics finite" if not finite else f"{finite} metric values not finite"
+        rows.append((f"stage 2, {policy['objective']}", f"{len(policy['steps'])} steps, {verdict}"))
+    if margins := [entry["nats"] for entry in policy.get("margin", [])]:
+        text = " → ".join(f"{value:+.3f}" for value in margins)
+        rows.append(("log-prob, correct − incorrect", f"{text} nats/token"))
+    return rows
+
+
+def _cost_rows(cost: Results | None) -> list[tuple[str, str]]:
+    if cost is None:
+        return []
+    rows = []
+    for name in ("fused", "eager"):
+        seconds = cost["seconds"][name]
+        extra = cost["extra_bytes"][name]
+        memory = "memory not measurable here" if extra is None else f"{extra / 2**20:.1f} MiB extra"
+        text = f"median {statistics.median(seconds) * 1e3:.1f} ms, {memory}"
+        rows.append((f"loss + gradient, {name}", text))
+    batch, length, vocabulary = cost["shape"]
+    logits = f"{batch}×{length} rows, vocabulary {vocabulary:,}, {cost['dtype']}"
+    size = f"logits {cost['logits_bytes'] / 2**20:.0f} MiB, {cost['threads']} threads"
+    pairs = f"{cost['speedup']:.1f} times faster (median of {len(seconds)} interleaved pairs)"
+    return [*rows, ("", f"{pairs}; {logits}, {size}")]
+
+
+def _deviation_rows(deviation: Results) -> list[tuple[str, str]]:
+    if not deviation["steps"]:
+        return []
+    verdict = "within" if deviation["worst"] <= deviation["limit"] else "ABOVE"
+    text = (
+        f"max |Δloss| {deviation['loss']:.1e}, max |Δgrad| / max |grad| "
+        f"{deviation['gradient']:.1e} at {deviation['steps']} training steps"
+    )
+    return [("deviation from eager", f"{text}: {verdict} {deviation['limit']:.0e}")]

@@ -1,0 +1,233 @@
+"""The two training stages: fine-tuning on the traces, then RL on their logged outcomes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import reasonkern as rk
+
+from . import eager
+from .context import Context, progress
+from .model import Transformer
+from .windows import Batch, logged_batches, random_batch
+
+KL_COEF = 0.02
+ENTROPY_COEF = 0.001
+LEARNING_RATES = {"sft": 3e-3, "policy": 5e-4}
+EPOCHS = 4  # over the same logged groups
+EPOCHS_PER_SNAPSHOT = 2
+CHECKS = 4  # steps of a stage at which the gradient is compared
+# Where the published method aggregates differently from a mean over tokens.
+AGGREGATION = {
+    "grpo": "seq-mean-token-mean",
+    "sapo": "seq-mean-token-mean",
+    "gspo": "seq-mean-token-mean",
+    "gmpo": "seq-mean-token-mean",
+    "dr_grpo": "constant",
+}
+
+
+def build_objective(name: str) -> rk.Objective:
+    """The named objective with its published defaults, KL to the reference and entropy bonus."""
+    make: Callable[..., rk.Objective] = getattr(rk.Objective, name)
+    return make(kl=("k3", KL_COEF), entropy_coef=ENTROPY_COEF)
+
+
+def fine_tune(context: Context) -> None:
+    """Stage 1: −logprob of the traces, right and wrong ones: the policy that logged the groups."""
+    config = context.config
+    series: dict[str, list[float]] = {"loss": [], "entropy": [], "top1": []}
+    context.results["sft"] = series
+    optimizer = _optimizer(context.model, "sft")
+    checked = _checked_steps(config.steps)
+    with progress("stage 1, fine-tuning", config.steps) as update:
+        for step in range(config.steps):
+            batch = random_batch(context.sequences, config.batch, config.window, context.rng)
+            values = _imitation_step(context, optimizer, batch.to(context.device), step, checked)
+            for name, value in values.items():
+                series[name].append(value)
+            update(f"loss {values['loss']:.3f}")
+
+
+def _imitation_step(
+    context: Context,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    step: int,
+    checked: set[int],
+) -> dict[str, float]:
+    logits = context.model(batch.ids)
+    weight = rk.token_weights(batch.mask, mode="token-mean")
+
+    def plain(leaf: Tensor) -> Tensor:
+        return eager.imitation_loss(leaf, batch.targets, weight)
+
+    check = Deviation(context, "sft", step, logits, plain) if step in checked else None
+    stats = rk.token_stats(logits, batch.targets, mask=batch.mask)
+    loss = -(weight * stats.logprob).sum()
+    _descend(optimizer, context.model, loss, step)
+    if check:
+        check.record(loss)
+    tokens = batch.mask.sum()
+    return {
+        "loss": loss.item(),
+        "entropy": (stats.entropy.sum() / tokens).item(),
+        "top1": (stats.is_top1.sum() / tokens).item(),
+    }
+
+
+def learn_policy(context: Context) -> None:
+    """Stage 2: off-policy RL; the same groups for several epochs against frozen log-probs."""
+    config, model = context.config, context.model
+    objective = build_objective(config.objective)
+    batches = [
+        batch.to(context.device)
+        for batch in logged_batches(
+            context.sequences,
+            max(1, config.steps // EPOCHS),
+            config.batch,
+            config.window,
+            context.rng,
+        )
+    ]
+    results: dict[str, Any] = {"batches": len(batches), "objective": config.objective}
+    results |= {"steps": [], "margin": []}
+    context.results["policy"] = results
+    optimizer = _optimizer(model, "policy")
+    reference = [snapshot_logprob(model, batch) for batch in batches]
+    old = reference
+    steps = len(batches) * EPOCHS
+    checked = _checked_steps(steps)
+    with progress(f"stage 2, {config.objective}", steps) as update:
+        for step in range(steps):
+            epoch, at = divmod(step, len(batches))
+            if at == 0 and epoch % EPOCHS_PER_SNAPSHOT == 0:
+                old = [snapshot_logprob(model, batch) for batch in batches]
+                results["margin"].append({"step": step, "nats": margin(batches, old)})
+            rows = policy_rows(context, batches[at], old[at], reference[at])
+            metrics = _policy_step(context, objective, optimizer, batches[at], rows, step, checked)
+            results["steps"].append(metrics)
+            update(f"loss {metrics['loss']:+.4f}")
+        final = [snapshot_logprob(model, batch) for batch in batches]
+        results["margin"].append({"step": steps, "nats": margin(batches, final)})
+
+
+def policy_rows(context: Context, batch: Batch, old: Tensor, reference: Tensor) -> eager.Rows:
+    """What the loss of a logged batch needs beside the logits."""
+    mode = AGGREGATION.get(context.config.objective, "token-mean")
+    weight = rk.token_weights(batch.mask, mode=mode)
+    return eager.Rows(batch.targets, batch.advantage, weight, old, reference)
+
+
+def fused_policy_loss(
+    logits: Tensor, rows: eager.Rows, objective: rk.Objective
+) -> rk.PolicyLossOutput:
+    """The loss of stage 2; its gradient is written over the logits."""
+    return rk.policy_loss(
+        logits,
+        rows.targets,
+        old_logprob=rows.old_logprob,
+        ref_logprob=rows.ref_logprob,
+        advantage=rows.advantage,
+        weight=rows.weight,
+        objective=objective,
+        inplace_grad=True,
+    )
+
+
+def _policy_step(
+    context: Context,
+    objective: rk.Objective,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    rows: eager.Rows,
+    step: int,
+    checked: set[int],
+) -> dict[str, float]:
+    logits = context.model(batch.ids)
+    name = context.config.objective
+
+    def plain(leaf: Tensor) -> Tensor:
+        return eager.policy_loss(leaf, rows, name, objective, KL_COEF)
+
+    check = Deviation(context, "policy", step, logits, plain) if step in checked else None
+    out = fused_policy_loss(logits, rows, objective)
+    _descend(optimizer, context.model, out.loss, step)
+    if check:
+        check.record(out.loss)
+    values = {key: value.item() for key, value in out.metrics.compute().items()}
+    return {"loss": out.loss.item(), **values}
+
+
+class Deviation:
+    """Compares one training step with the eager formulation on the same logits.
+
+    The gradient compared is the one that trains: a hook sees it on its way to the lm_head.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        stage: str,
+        step: int,
+        logits: Tensor,
+        plain: Callable[[Tensor], Tensor],
+    ) -> None:
+        leaf = logits.detach().clone().requires_grad_()
+        loss = plain(leaf)
+        (self.expected,) = torch.autograd.grad(loss, leaf)
+        self.expected_loss = loss.detach()
+        self.entry: dict[str, Any] = {"stage": stage, "step": step}
+        self.log: list[dict[str, Any]] = context.results.setdefault("deviations", [])
+        logits.register_hook(self._compare)
+
+    def _compare(self, gradient: Tensor) -> None:
+        largest = self.expected.abs().max()
+        self.entry["gradient"] = ((gradient - self.expected).abs().max() / largest).item()
+
+    def record(self, loss: Tensor) -> None:
+        """Call after the backward pass."""
+        self.entry["loss"] = (loss.detach() - self.expected_loss).abs().item()
+        self.log.append(self.entry)
+
+
+@torch.no_grad()
+def snapshot_logprob(model: Transformer, batch: Batch) -> Tensor:
+    """Log-probs of the batch under the weights of this moment."""
+    logprob: Tensor = rk.token_stats(model(batch.ids), batch.targets, mask=batch.mask).logprob
+    return logprob
+
+
+def margin(batches: list[Batch], logprobs: list[Tensor]) -> float:
+    """Mean log-prob of the tokens of correct traces minus that of incorrect ones."""
+    means = []
+    for sign in (1, -1):
+        chosen = [batch.mask & (sign * batch.advantage > 0).unsqueeze(1) for batch in batches]
+        total = sum(lp[mask].sum().item() for lp, mask in zip(logprobs, chosen, strict=True))
+        means.append(total / sum(mask.sum().item() for mask in chosen))
+    return means[0] - means[1]
+
+
+def _checked_steps(steps: int) -> set[int]:
+    return {round(index * (steps - 1) / (CHECKS - 1)) for index in range(CHECKS)}
+
+
+def _optimizer(model: Transformer, stage: str) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        model.parameters(), lr=LEARNING_RATES[stage], betas=(0.9, 0.95), weight_decay=0.01
+    )
+
+
+def _descend(optimizer: torch.optim.Optimizer, model: Transformer, loss: Tensor, step: int) -> None:
+    warm_up = 10
+    for group in optimizer.param_groups:
+        full = group.setdefault("full_lr", group["lr"])
+        group["lr"] = full * min(1.0, (step + 1) / warm_up)
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
