@@ -1,8 +1,8 @@
 """The contract every operator must keep, as functions over sample inputs.
 
-A sample is the operator's argument tuple. `run_contract` is called once per operator by the family's
-tests; what opcheck does not see (gradient values, strided incoming gradients, unwritten elements,
-writes outside a view, nondeterminism) is checked here.
+A sample is the operator's argument tuple. A family's tests call `run_contract` once per operator;
+what opcheck does not see (strided incoming gradients, writes outside a view, nondeterminism,
+inputs changed) is checked here.
 """
 
 from __future__ import annotations

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import reasonkern as rk
 import torch
 from contract import run_contract
-from reasonkern.policy_loss import op
 from torch import Tensor
+
+import reasonkern as rk
+from reasonkern.policy_loss import op
 
 B, T, V = 2, 3, 37
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

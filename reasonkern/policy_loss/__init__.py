@@ -255,7 +255,7 @@ def _context(
         ref_logprob=optional("ref_logprob", ref_logprob),
         rollout_logprob=optional("rollout_logprob", rollout_logprob),
         segments=segments,
-        advantage_per_sequence=advantage.numel() != spread.numel() or spread.shape[1] == 1,
+        advantage_per_sequence=advantage.numel() in (1, segments.count(spread)),
     )
 
 

@@ -33,6 +33,10 @@ class Segments:
         ids = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
         return cls(cu_seqlens, ids.clamp_max(cu_seqlens.numel() - 2).unsqueeze(0))
 
+    def count(self, rows: Tensor) -> int:
+        """Number of sequences among rows (B, T)."""
+        return rows.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
+
     def sum(self, x: Tensor) -> Tensor:
         """Sum over each sequence, in float64, given back to each of its rows (B, T)."""
         x = x.double()

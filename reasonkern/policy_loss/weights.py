@@ -90,7 +90,9 @@ def _sequence_weights(
     segments = Segments.of(trained, cu_seqlens)
     length = segments.sum(trained)
     if num_sequences is None:
-        num_sequences = _count(trained, cu_seqlens, length, count_empty)
+        # Each trained token carries 1 / length of its sequence, so a non-empty one adds up to 1.
+        non_empty = (trained / length.clamp_min(1)).sum().round().clamp_min(1)
+        num_sequences = float(segments.count(trained)) if count_empty else non_empty
     weights = trained.double() / num_sequences
     if mode == "seq-mean-token-mean":
         weights = weights / length.clamp_min(1)
@@ -99,12 +101,3 @@ def _sequence_weights(
             _checks.fail("max_length", "L_max for packed tokens in mode constant", None)
         weights = weights / (trained.shape[-1] if max_length is None else max_length)
     return weights
-
-
-def _count(
-    trained: Tensor, cu_seqlens: Tensor | None, length: Tensor, count_empty: bool
-) -> float | Tensor:
-    if count_empty:
-        return float(trained.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1)
-    # Each trained token carries 1 / length of its sequence, so a non-empty one adds up to 1.
-    return (trained / length.clamp_min(1)).sum().round().clamp_min(1)
