@@ -1,4 +1,5 @@
 # Each target does all its own set-up in .venv, whatever environment is active, and only once.
+#   ARGS="--traces FILE"   more arguments for the command behind demo, test, test-all or bench
 #   PYTHON=python3.12   the interpreter .venv is made from
 #   TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"   what to install as torch
 PYTHON ?= python3
