@@ -54,10 +54,9 @@ RK_INLINE void transform(const E* x, E* out, int64_t n, const Body& body) {
 // The logits before the division by the temperature: x, or cap * tanh(x / cap).
 template <class L, bool kCapped>
 struct Capped {
-  typename L::Vec cap, inv_cap;
-  RK_INLINE explicit Capped(typename L::Acc softcap)
-      : cap(splat(softcap)), inv_cap(splat(kCapped ? 1 / softcap : softcap)) {}
-  RK_INLINE typename L::Vec tangent(typename L::Vec x) const { return tanh(x * inv_cap); }
+  typename L::Vec cap;
+  RK_INLINE explicit Capped(typename L::Acc softcap) : cap(splat(softcap)) {}
+  RK_INLINE typename L::Vec tangent(typename L::Vec x) const { return tanh(x / cap); }
   RK_INLINE typename L::Vec operator()(typename L::Vec x) const {
     if (!kCapped) return x;
     const typename L::Vec y = cap * tangent(x);
