@@ -9,7 +9,7 @@ namespace {
 Device describe(int32_t device) {
   return {10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
               device_attribute(cudaDevAttrComputeCapabilityMinor, device),
-          device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+          std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device))};
 }
 
 template <class E>

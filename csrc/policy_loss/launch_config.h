@@ -18,7 +18,7 @@ struct Tiling {
 
 struct Device {
   int arch;  // 90 is sm_90
-  int64_t shared_per_block;
+  std::size_t shared_per_block;
 };
 
 struct LaunchConfig {
@@ -37,21 +37,29 @@ constexpr int kMaxParts = kMaxSlices * kGroup / 32;
 constexpr int64_t kResidentBytes = 228 * 1024 / 3 - 1024;
 constexpr int64_t kScratchBytes = 512;  // behind a cluster block's slice: partials, row scratch
 
+inline Tiling cut(int64_t vocab, int64_t element_bytes, int slices, int group) {
+  const int64_t vec = 16 / element_bytes, len = (vocab + slices - 1) / slices;
+  return {slices, group, (len + vec - 1) / vec * vec};
+}
+
 inline Tiling choose_tiling(int64_t vocab, int64_t element_bytes) {
   int slices = 1;
   while (slices < kMaxSlices &&
-         (vocab + slices - 1) / slices * element_bytes > kResidentBytes - kScratchBytes) {
+         cut(vocab, element_bytes, slices, kGroup).slice_len * element_bytes + kScratchBytes >
+             kResidentBytes) {
     slices *= 2;
   }
-  const int64_t vec = 16 / element_bytes;
-  const int64_t len = (vocab + slices - 1) / slices;
-  return {slices, kGroup, (len + vec - 1) / vec * vec};
+  return cut(vocab, element_bytes, slices, kGroup);
 }
 
 // Shared memory of a block that walks whole rows: one partial per warp of every slice and the row
 // scratch; the bound covers float64 statistics.
 inline std::size_t sweep_shared_bytes(const Tiling& t) {
   return std::size_t(t.slices) * (t.group / 32) * 48 + 512;
+}
+
+inline std::size_t cluster_shared_bytes(const Tiling& t, int64_t element_bytes) {
+  return std::size_t(t.slice_len * element_bytes + kScratchBytes);
 }
 
 // Statistics: two slices of a row at a time, four blocks' loads in flight on an SM.
@@ -66,9 +74,9 @@ inline LaunchConfig stats_config(int64_t vocab, int64_t element_bytes) {
 inline LaunchConfig loss_config(int64_t vocab, int64_t element_bytes, bool needs_grad,
                                 const Device& device) {
   const Tiling t = choose_tiling(vocab, element_bytes);
-  const int64_t resident = t.slice_len * element_bytes + kScratchBytes;
+  const std::size_t resident = cluster_shared_bytes(t, element_bytes);
   if (needs_grad && device.arch >= 90 && element_bytes < 8 && resident <= device.shared_per_block) {
-    return {t, true, unsigned(t.slices), unsigned(t.group), std::size_t(resident)};
+    return {t, true, unsigned(t.slices), unsigned(t.group), resident};
   }
   if (!needs_grad) return stats_config(vocab, element_bytes);
   const unsigned groups = element_bytes == 8 ? 1 : t.slices < 4 ? t.slices : 4;
