@@ -1,0 +1,1 @@
+"""Benchmarks of reasonkern: interleaved pairs, correctness before time, gates as data."""
