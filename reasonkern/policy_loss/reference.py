@@ -71,22 +71,26 @@ def token_stats(
     row = shift(logits, targets, mask, row_temperature, temperature, softcap)
     p = torch.exp(row.d)
     finite_d = torch.where(p > 0, row.d, 0.0)  # 0 * (-inf) is 0 here
-    s = p.sum(-1)
-    log_s = torch.log(s)
-    mean = (p * finite_d).sum(-1) / s
+    # In float32 a sum of 1 and of many small numbers can lose all of the small ones.
+    s, u, q, w = (
+        x.sum(-1, dtype=torch.float64)
+        for x in (p, p * finite_d, p * p, p * finite_d * finite_d)
+    )
+    log_s, mean = torch.log(s), u / s
     y = torch.where(row.active & ~row.bad, targets, 0)
     d_y = row.d.gather(-1, y.unsqueeze(-1)).squeeze(-1)
     stats = (
         d_y - log_s,
         log_s - mean,
         row.row_max + log_s,
-        (p * p).sum(-1) / (s * s),
-        (p * finite_d * finite_d).sum(-1) / s - mean * mean,
+        q / (s * s),
+        w / s - mean * mean,
         1 / s,
         row.row_max,
     )
     logprob, entropy, lse, collision, varentropy, max_prob, row_max = (
-        torch.where(row.active, torch.where(row.bad, torch.nan, stat), 0.0) for stat in stats
+        torch.where(row.active, torch.where(row.bad, torch.nan, stat), 0.0).to(row.d.dtype)
+        for stat in stats
     )
     is_top1 = row.active & ~row.bad & (row.d.argmax(-1) == targets)
     return logprob, entropy, lse, collision, varentropy, max_prob, is_top1, row_max
