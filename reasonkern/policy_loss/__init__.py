@@ -17,6 +17,7 @@ from .inputs import (
     canonical_scaling,
     canonical_segments,
     check_rows,
+    check_tensor,
     row_tensor,
 )
 from .metrics import PolicyMetrics, policy_metrics
@@ -116,6 +117,7 @@ def token_stats(
     rows, y = canonical_logits(logits, targets)
     scaling = canonical_scaling(rows, temperature, softcap)
     if mask is not None:
+        check_tensor("mask", mask)
         _checks.check_dtype("mask", mask, torch.bool)
         _checks.check_shape("mask", mask, targets.shape, "targets.shape")
         _checks.check_device("mask", mask, logits, "logits")
@@ -192,6 +194,8 @@ def policy_loss(
             weights or advantages in active rows (on CUDA such rows are counted instead).
     """
     if not isinstance(objective, Objective):
+        if not callable(objective):
+            _checks.fail("objective", "an Objective or a function", repr(objective))
         objective = Objective.custom(objective)
     rows, y = canonical_logits(logits, targets)
     scaling = canonical_scaling(rows, temperature, softcap)
@@ -203,6 +207,7 @@ def policy_loss(
     _check_objective(objective, context, packed)
     check_rows(context, y, rows.shape[-1])
     if loss_scale is not None:
+        check_tensor("loss_scale", loss_scale)
         _checks.check_shape("loss_scale", loss_scale, (), "a 0-dim tensor")
         loss_scale = loss_scale.detach().to(context.weight)
     row_loss, token_loss, logprob, entropy = _run(

@@ -50,8 +50,15 @@ class RowContext:
         return self.segments.sum(x)
 
 
+def check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        _checks.fail(name, "a tensor", type(x).__name__)
+
+
 def canonical_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Views (B, T, V) and (B, T) of (N, V), (N,) or (B, T, V), (B, T) inputs."""
+    check_tensor("logits", logits)
+    check_tensor("targets", targets)
     _checks.check_dtype("logits", logits, *LOGITS_DTYPES)
     if logits.ndim not in (2, 3):
         _checks.fail("logits", "shape (N, V) or (B, T, V)", tuple(logits.shape))
@@ -92,6 +99,7 @@ def row_tensor(
     segments: Segments | None = None,
 ) -> Tensor:
     """`x` as contiguous (B, T) rows of the accumulator dtype, detached."""
+    check_tensor(name, x)
     batch, tokens = logits.shape[:2]
     _checks.check_device(name, x, logits, "logits")
     rows = logits.new_empty(0, dtype=accumulator_dtype(logits.dtype)).expand(batch, tokens, 0)
@@ -119,6 +127,7 @@ def canonical_segments(cu_seqlens: Tensor | None, targets: Tensor, packed: bool)
     """Checks ``cu_seqlens``: int, (S + 1,), from 0 to N and, on CPU, non-decreasing."""
     if cu_seqlens is None:
         return Segments()
+    check_tensor("segments", cu_seqlens)
     if not packed:
         _checks.fail("segments", "None for padded (B, T) tokens", "cu_seqlens")
     _checks.check_dtype("segments", cu_seqlens, torch.int32, torch.int64)
