@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import _checks
-from .sequence import Segments
+from .inputs import canonical_segments, check_tensor
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
 
@@ -58,22 +59,32 @@ def token_weights(
                 [0.5000, 0.0000, 0.0000]])
     """
     _checks.check_choice("mode", mode, MODES)
+    check_tensor("mask", mask)
     if mask.ndim not in (1, 2):
         _checks.fail("mask", "shape (B, T) or (N,)", tuple(mask.shape))
-    if data_parallel_size < 1:
+    if not isinstance(data_parallel_size, int) or data_parallel_size < 1:
         _checks.fail("data_parallel_size", "an integer >= 1", data_parallel_size)
+    if max_length is not None:
+        _checks.check_number("max_length", max_length, 0, exclusive=True)
     for name, value in (("num_tokens", num_tokens), ("num_sequences", num_sequences)):
-        if value is not None and not isinstance(value, Tensor):
+        if isinstance(value, Tensor):
+            _checks.check_shape(name, value, (), "a number or a 0-dim tensor")
+        elif value is not None:
             _checks.check_number(name, value, 0, exclusive=True)
     trained = (mask if mask.ndim == 2 else mask.unsqueeze(0)) != 0
     if mode == "token-mean":
         total = trained.sum().clamp_min(1) if num_tokens is None else num_tokens
-        weights = trained.double() / total
+        weights = _share(trained, total)
     else:
         weights = _sequence_weights(
             trained, mask.ndim == 1, mode, segments, max_length, num_sequences, count_empty
         )
     return (weights * data_parallel_size).float().reshape(mask.shape)
+
+
+def _share(trained: Tensor, total: float | Tensor) -> Tensor:
+    """1 / total where trained; a window without a trained token has total 0 and weights 0."""
+    return torch.where(trained, trained.double() / total, 0.0)
 
 
 def _sequence_weights(
@@ -87,13 +98,13 @@ def _sequence_weights(
 ) -> Tensor:
     if packed and cu_seqlens is None:
         _checks.fail("segments", f"cu_seqlens for packed tokens in mode {mode}", None)
-    segments = Segments.of(trained, cu_seqlens)
+    segments = canonical_segments(cu_seqlens, trained, packed)
     length = segments.sum(trained)
     if num_sequences is None:
         # Each trained token carries 1 / length of its sequence, so a non-empty one adds up to 1.
         non_empty = (trained / length.clamp_min(1)).sum().round().clamp_min(1)
         num_sequences = float(segments.count(trained)) if count_empty else non_empty
-    weights = trained.double() / num_sequences
+    weights = _share(trained, num_sequences)
     if mode == "seq-mean-token-mean":
         weights = weights / length.clamp_min(1)
     if mode == "constant":
