@@ -36,6 +36,8 @@ class Runner:
     """Untimed work before every call, such as refilling an input that the call overwrites."""
     repeat: int = 1
     """How many times the work is done in one call (graph replay over rotated inputs)."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """Goes into the provider's row after a call: the backend that served it, and its ops."""
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,7 @@ def admit(
     runner = provider.build[case.op](case, inputs)
     runner.reset()
     outputs = runner.outputs(runner.call())
+    row.update(runner.about)
     if provider.checked:
         row["match"] = {k: round(v, 4) for k, v in check.compare(outputs, truth).items()}
         worst = max(row["match"], key=row["match"].__getitem__, default=None)

@@ -24,6 +24,7 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "features": cpu_features(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
+        "architecture": "sm_{}{}".format(*torch.cuda.get_device_capability()) if cuda else None,
         "driver": _driver() if cuda else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

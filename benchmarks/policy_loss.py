@@ -8,18 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.case import (
-    DTYPES,
-    Case,
-    Family,
-    Gate,
-    Provider,
-    Runner,
-    Skip,
-    Tolerance,
-    Truth,
-)
-from benchmarks.peers import Terms, compile, eager, liger, loss_and_gradient, statistics, trl
+from benchmarks.case import DTYPES, Case, Family, Gate, Provider, Tolerance, Truth
+from benchmarks.peers import compile, eager, liger, ours, trl
 
 # Llama 2, Llama 3, Qwen 2.5/3, Gemma 2/3: the vocabularies people train.
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
@@ -50,8 +40,15 @@ class Batch:
 
 DAPO = Spec()
 GSPO = Spec(ratio_min=0.9997, ratio_max=1.0004, sequence_level=True)
-ALL = ("reasonkern", "copy", "eager", "compile", "trl", "liger")
-STATS = ("reasonkern", "copy", "logsumexp", "eager", "compile", "trl", "liger")
+PEERS = ("copy", "eager", "compile", "trl", "liger")
+
+
+def providers_of(op: str, dtype: str, device: str) -> tuple[str, ...]:
+    """Subject first. On a GPU both of our backends take part, whichever the package would pick."""
+    subject = ("reasonkern",) if device == "cpu" else ("ours-cuda", "ours-triton")
+    # torch.logsumexp of half-precision logits answers in half precision: no yardstick.
+    yardstick = ("logsumexp",) if op == "token_stats" and dtype == "float32" else ()
+    return (*subject, *yardstick, *PEERS)
 
 
 def loss_case(
@@ -63,7 +60,7 @@ def loss_case(
     inplace: bool = True,
     device: str = "cpu",
     threads: int | None = 2,
-    providers: tuple[str, ...] = ALL,
+    providers: tuple[str, ...] = (),
     gates: tuple[Gate, ...] = (),
     quick: bool = False,
 ) -> Case:
@@ -77,7 +74,7 @@ def loss_case(
         dtype=dtype,
         device=device,
         passes=3 if spec.sequence_level else 2,
-        providers=providers,
+        providers=providers or providers_of("policy_loss", dtype, device),
         threads=threads if device == "cpu" else None,
         label="-".join(words),
         spec=spec,
@@ -102,8 +99,7 @@ def stats_case(
         dtype=dtype,
         device=device,
         passes=1,
-        # torch.logsumexp of half-precision logits answers in half precision: no yardstick.
-        providers=STATS if dtype == "float32" else tuple(p for p in STATS if p != "logsumexp"),
+        providers=providers_of("token_stats", dtype, device),
         threads=2 if device == "cpu" else None,
         spec=DAPO,
         gates=gates,
@@ -283,61 +279,27 @@ def _sequence_values(
 def _gradient_terms(
     logits: Tensor, targets: Tensor, values: dict[str, Tensor], by_row: tuple[Tensor, ...]
 ) -> Tensor:
-    """Size of the terms of g·(1[v=y] − p_v) − e·p_v·(ln p_v + H), as float32 to save memory."""
+    """Size of the terms of g·(1[v=y] − p_v) − e·p_v·(ln p_v + H), as float32 to save memory.
+
+    1 stands beside |ln p_v| and H for the size of what their own errors come from.
+    """
     logp = torch.log_softmax(logits, dim=-1)
     g = by_row[0].abs().unsqueeze(-1)
     weight = g.expand_as(logp)
     if len(by_row) > 1:
         e = by_row[1].abs().unsqueeze(-1)
-        weight = g + e * (logp + values["entropy"].unsqueeze(-1)).abs()
+        weight = g + e * (1 + logp.abs() + values["entropy"].unsqueeze(-1))
     size = logp.exp() * weight
     return size.scatter_add_(-1, targets.unsqueeze(-1), g).float()
 
 
-def our_token_stats(case: Case, batch: Batch) -> Runner:
-    rk = _reasonkern()
-
-    def compute(logits: Tensor) -> dict[str, Tensor]:
-        stats = rk.token_stats(logits, batch.targets)
-        return {"logprob": stats.logprob, "entropy": stats.entropy, "lse": stats.lse}
-
-    return statistics(batch.logits, compute)
-
-
-def our_policy_loss(case: Case, batch: Batch) -> Runner:
-    rk, spec = _reasonkern(), case.spec
-    make = rk.Objective.gspo if spec.sequence_level else rk.Objective.dapo
-    objective = make(spec.ratio_min, spec.ratio_max, entropy_coef=spec.entropy_coef)
-    leaf = (batch.logits.clone() if spec.inplace else batch.logits.detach()).requires_grad_()
-
-    def compute(logits: Tensor) -> Terms:
-        out = rk.policy_loss(
-            logits,
-            batch.targets,
-            old_logprob=batch.old_logprob,
-            advantage=batch.advantage,
-            weight=batch.weight,
-            objective=objective,
-            inplace_grad=spec.inplace,
-        )
-        return Terms(out.loss, out.logprob, out.entropy)
-
-    def refill() -> None:
-        leaf.detach().copy_(batch.logits)
-
-    return loss_and_gradient(leaf, compute, refill if spec.inplace else None)
-
-
-def _reasonkern():  # type: ignore[no-untyped-def]
-    try:
-        import reasonkern
-    except ImportError as missing:
-        raise Skip(f"reasonkern cannot be imported ({missing})") from None
-    return reasonkern
-
-
+OURS = {"token_stats": ours.token_stats_runner, "policy_loss": ours.policy_loss_runner}
 PROVIDERS = (
-    Provider("reasonkern", {"token_stats": our_token_stats, "policy_loss": our_policy_loss}),
+    Provider("reasonkern", OURS),
+    *(
+        Provider(f"ours-{backend}", {op: ours.on_gpu(backend, b) for op, b in OURS.items()})
+        for backend in ("cuda", "triton")
+    ),
     Provider(
         "copy",
         {"token_stats": eager.copy_runner, "policy_loss": eager.copy_runner},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 COLUMNS = (
-    ("op", -25), ("shape", -13), ("dtype", -9), ("provider", -11), ("median", 10),
+    ("op", -33), ("shape", -13), ("dtype", -9), ("provider", -11), ("median", 10),
     ("p20–p80", 19), ("GB/s", 8), ("% copy", 7), ("peak memory", 12), ("× first", 8), ("pairs", 6),
 )  # fmt: skip
 
@@ -24,12 +24,13 @@ def table(record: dict[str, Any]) -> str:
     for row in record["providers"]:
         start = [op, where, record["dtype"] + threads, row["name"]]
         if "seconds" in row and row["status"] == "ok":
-            lines.append(_line(start + _numbers(row)))
+            backend = f"  [{row['backend']}]" if "backend" in row else ""
+            lines.append(_line(start + _numbers(row)) + backend)
         else:
             mark = {"mismatch": "✗", "failed": "failed"}.get(row["status"], "–")
-            lines.append(_line([*start, mark]) + f"  {row.get('reason', '')}".rstrip())
+            lines.append(_line([*start, mark]) + f"  {row.get('reason', '')[:100]}".rstrip())
         op = where = ""
-    return "\n".join(lines + [_gate(g) for g in record["gates"]])
+    return "\n".join(lines + [f"    {gate_line(g)}" for g in record["gates"]])
 
 
 def _numbers(row: dict[str, Any]) -> list[str]:
@@ -47,11 +48,12 @@ def _numbers(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _gate(gate: dict[str, Any]) -> str:
+def gate_line(gate: dict[str, Any]) -> str:
+    """Bound, value and verdict of a gate."""
     value = "–" if gate["value"] is None else f"{gate['value']:.3g}"
     pairs = f" ({gate['pairs']} pairs)" if gate["pairs"] else ""
     note = f" ({gate['note']})" if "note" in gate else ""
-    return f"    gate {gate['text']}: {value}{pairs} — {gate['status']}{note}"
+    return f"gate {gate['text']}: {value}{pairs} — {gate['status']}{note}"
 
 
 def duration(seconds: float) -> str:

@@ -91,8 +91,9 @@ def copy_runner(case: Case, batch: Batch) -> Runner:
     find the caches in the same state.
     """
     source, destination = batch.logits.clone(), torch.zeros_like(batch.logits)
-    refill = getattr(case.spec, "inplace", False)
-    return Runner(
-        lambda: destination.copy_(source),
-        reset=(lambda: source.copy_(batch.logits)) if refill else (lambda: None),  # type: ignore[arg-type,return-value]
-    )
+
+    def refill() -> None:
+        if case.op == "policy_loss" and case.spec.inplace:
+            source.copy_(batch.logits)
+
+    return Runner(lambda: destination.copy_(source), reset=refill)

@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# Builds, tests, sanitises and measures reasonkern on a machine with a GPU and without a network.
+#
+#   benchmarks/gpu.sh {build,test,sanitize,bench} [--out DIR] [--wheels DIR]
+#
+# A stage stops after at most 9 minutes and goes on where it was when called again with the same
+# DIR (default: gpu-out); take a new DIR for a new commit. A failing step stops nothing.
+# Exit status: 0 all steps of the stage are done and good, 1 all done and something failed,
+# 3 more to do: call again. Logs and verdicts are DIR/STAGE/STEP.{log,ok,failed,refused}.
+#
+# Needs: torch >= 2.11 with CUDA, its nvcc, ninja, setuptools, triton 3.6.
+# Wanted for tests and peers, from --wheels where they are not installed yet:
+WANTED="numpy<2.4 pytest hypothesis expecttest matplotlib tqdm trl==1.16.0 liger-kernel==0.8.5"
+set -u
+
+cd "$(dirname "$0")/.." || exit 1
+STAGE=${1:-}
+[ $# -gt 0 ] && shift
+OUT=gpu-out WHEELS=""
+while [ $# -gt 1 ]; do
+  case $1 in
+    --out) OUT=$2 ;;
+    --wheels) WHEELS=$2 ;;
+    *) break ;;
+  esac
+  shift 2
+done
+if [ $# -gt 0 ]; then
+  echo "gpu.sh: unexpected $1" >&2
+  exit 2
+fi
+PYTHON=${PYTHON:-python3}
+LIMIT=${LIMIT:-530}
+DIR=$OUT/$STAGE
+LATER=0
+NO_TESTS=5 # pytest's exit status when -k leaves nothing
+
+left() { echo $((LIMIT - SECONDS)); }
+
+# step NAME COMMAND…: runs once, within the time that is left; the verdict is a file.
+step() {
+  local name=$1 log=$DIR/$1.log
+  shift
+  if compgen -G "$DIR/$name.[ofr]*" >/dev/null; then return 0; fi
+  if [ "$(left)" -lt "${LEAST:-20}" ]; then
+    LATER=1
+    return 0
+  fi
+  echo "== $STAGE/$name: $*"
+  timeout -s INT -k 10 "$(left)" "$@" >"$log" 2>&1
+  verdict "$name" $?
+}
+
+verdict() {
+  local name=$1 status=$2 log=$DIR/$1.log
+  tail -n 4 "$log"
+  if [ "$status" = 0 ] || { [ "$STAGE" = test ] && [ "$status" = "$NO_TESTS" ]; }; then
+    echo "$status" >"$DIR/$name.ok"
+  elif [ "$status" = 124 ] || [ "$status" = 137 ]; then
+    out_of_time "$name"
+  elif [ -n "${REFUSAL:-}" ] && grep -qiE "$REFUSAL" "$log"; then
+    grep -iE "$REFUSAL" "$log" | head -n 1 >"$DIR/$name.refused"
+    echo "refused: $(cat "$DIR/$name.refused")"
+  else
+    echo "$status" >"$DIR/$name.failed"
+    echo "FAILED with status $status; see $log"
+  fi
+}
+
+# A step may have started late: it gets a second chance, with a whole stage's time.
+out_of_time() {
+  if [ -e "$DIR/$1.once" ]; then
+    echo "out of time twice" >"$DIR/$1.failed"
+  else
+    touch "$DIR/$1.once"
+    LATER=1
+  fi
+}
+
+build() {
+  if [ -n "$WHEELS" ]; then
+    for wheel in $WANTED; do
+      step "wheel-${wheel%%[<=]*}" "$PYTHON" -m pip install -q --no-index --find-links "$WHEELS" "$wheel"
+    done
+  fi
+  REASONKERN_CUDA=1 step install "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
+  step info "$PYTHON" -m reasonkern info
+  step smoke-cuda "$PYTHON" -m benchmarks.smoke cuda
+  step smoke-triton "$PYTHON" -m benchmarks.smoke triton
+}
+
+# Only what touches the GPU: CPU, interpreter and simulator cases run in CI without one.
+tests() {
+  local file
+  for file in tests/test_*.py; do
+    for backend in cuda triton; do
+      step "$(basename "$file" .py)-$backend" "$PYTHON" -m pytest "$file" \
+        -k "$backend and not cuda-sim" -p no:cacheprovider
+    done
+  done
+  step gpu-marked "$PYTHON" -m pytest tests -m gpu -p no:cacheprovider
+}
+
+sanitize() {
+  local tool
+  # A virtualised or locked-down driver refuses the debugger interface; that is no finding.
+  local REFUSAL="not supported|insufficient permission|unable to (find|initialize|attach)|no such file"
+  REFUSAL="$REFUSAL|failed to (initialize|connect|run)|internal sanitizer error|not found"
+  for tool in memcheck racecheck; do
+    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$PYTHON" -m benchmarks.smoke cuda
+  done
+}
+
+bench() {
+  local result=$DIR/results.json
+  "$PYTHON" -m benchmarks --list --device cuda >"$DIR/cases.txt"
+  # Cases that are in the file already are skipped, so an interrupted run only repeats one case.
+  rm -f "$DIR/all-cases.once"
+  step all-cases "$PYTHON" -m benchmarks --device cuda --json "$result" --resume
+  if [ -e "$DIR/all-cases.ok" ]; then
+    step gates "$PYTHON" -m benchmarks --device cuda --json "$result" --resume --check
+    step picture "$PYTHON" -m benchmarks.plot "$result" "$DIR/results.png"
+    echo "commit $result as benchmarks/results/<machine>/<date>-<commit>.json"
+  fi
+}
+
+case $STAGE in
+  build | test | sanitize | bench) mkdir -p "$DIR" ;;
+  *)
+    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    exit 2
+    ;;
+esac
+if [ "$STAGE" = test ]; then tests; else "$STAGE"; fi
+
+echo "-- $STAGE:" "$(find "$DIR" -name '*.ok' | wc -l) ok," \
+  "$(find "$DIR" -name '*.failed' | wc -l) failed, $(find "$DIR" -name '*.refused' | wc -l) refused"
+if [ "$LATER" = 1 ]; then exit 3; fi
+compgen -G "$DIR/*.failed" >/dev/null && exit 1
+exit 0

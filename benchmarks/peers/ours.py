@@ -1,0 +1,103 @@
+"""reasonkern itself: the backend that the package picks on CPU, each GPU backend by name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+from torch import Tensor
+
+from benchmarks.case import Case, Runner, Skip
+from benchmarks.peers import Terms, loss_and_gradient, statistics
+
+if TYPE_CHECKING:
+    from benchmarks.policy_loss import Batch
+
+Build = Callable[[Case, Any], Runner]
+
+
+def library() -> Any:
+    try:
+        import reasonkern
+    except ImportError as missing:
+        raise Skip(f"reasonkern cannot be imported ({missing})") from None
+    return reasonkern
+
+
+def token_stats_runner(case: Case, batch: Batch) -> Runner:
+    rk = library()
+
+    def compute(logits: Tensor) -> dict[str, Tensor]:
+        stats = rk.token_stats(logits, batch.targets)
+        return {"logprob": stats.logprob, "entropy": stats.entropy, "lse": stats.lse}
+
+    return on_cpu(case, statistics(batch.logits, compute))
+
+
+def policy_loss_runner(case: Case, batch: Batch) -> Runner:
+    rk, spec = library(), case.spec
+    make = rk.Objective.gspo if spec.sequence_level else rk.Objective.dapo
+    objective = make(spec.ratio_min, spec.ratio_max, entropy_coef=spec.entropy_coef)
+    leaf = (batch.logits.clone() if spec.inplace else batch.logits.detach()).requires_grad_()
+
+    def compute(logits: Tensor) -> Terms:
+        out = rk.policy_loss(
+            logits,
+            batch.targets,
+            old_logprob=batch.old_logprob,
+            advantage=batch.advantage,
+            weight=batch.weight,
+            objective=objective,
+            inplace_grad=spec.inplace,
+        )
+        return Terms(out.loss, out.logprob, out.entropy)
+
+    def refill() -> None:
+        leaf.detach().copy_(batch.logits)
+
+    return on_cpu(case, loss_and_gradient(leaf, compute, refill if spec.inplace else None))
+
+
+def on_cpu(case: Case, runner: Runner) -> Runner:
+    """Notes which backend serves CPU tensors: without the built extension it is the reference."""
+    if case.device == "cpu":
+        rows = library().info()["ops"][case.op]
+        serving = next(row["backend"] for row in rows if "cpu" in row["serves"])
+        runner.about["backend"] = serving
+    return runner
+
+
+def on_gpu(backend: str, build: Build) -> Build:
+    """The same work, with every op of a CUDA tensor sent to one backend, and the ops noted."""
+
+    def build_forced(case: Case, inputs: Any) -> Runner:
+        library()
+        inner = build(case, inputs)
+        ops: set[str] = set()
+        inner_call = inner.call
+
+        def call() -> Any:
+            with forced(backend, ops):
+                result = inner_call()
+            inner.about.update(backend=backend, ops=sorted(ops))
+            return result
+
+        inner.call = call
+        return inner
+
+    return build_forced
+
+
+@contextlib.contextmanager
+def forced(backend: str, ops: set[str]) -> Iterator[None]:
+    """Overrides the package's choice, which goes by evidence that a benchmark is yet to give."""
+    from reasonkern import _load
+
+    def choose(name: str, device: object = None) -> str:
+        ops.add(name)
+        return backend
+
+    with mock.patch.object(_load, "choose_cuda_backend", choose):
+        yield
