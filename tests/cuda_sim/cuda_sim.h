@@ -1,5 +1,5 @@
-// CUDA's keywords and built-ins for a host compiler: include it before device code and start
-// kernels with cuda_sim::launch. Unsupported, so that use fails to compile: static __shared__
+// CUDA's keywords and built-ins for a host compiler; csrc/common includes it where nvcc is absent.
+// Kernels start with cuda_sim::launch. Unsupported, so that use fails to compile: static __shared__
 // variables (take csrc/common/cluster.cuh's dynamic_shared), __activemask, textures, tensor cores.
 #pragma once
 
@@ -61,12 +61,13 @@ inline unsigned cluster_size() { return machine.cluster; }
 inline void cluster_arrive() {
   Fiber& fiber = self();
   if (fiber.arrivals++ != fiber.waits) fail("cluster_arrive: called twice without a cluster_wait");
-  const unsigned all = machine.cluster * machine.threads;
-  if (++machine.arrived < all) return;
+  if (++machine.arrived < machine.cluster * machine.threads) return;
   machine.arrived = 0;
   ++machine.opened;
-  for (unsigned i = 0; i < all; ++i) {
-    if (machine.fibers[i].waits == machine.opened) release(machine.fibers[i]);
+  for (Block& block : machine.blocks) {
+    for (Fiber& f : block.fibers) {
+      if (f.waits == machine.opened) release(f);
+    }
   }
 }
 
@@ -104,8 +105,8 @@ inline void copy_wait(unsigned pending) {  // as late as the hardware may: nothi
   copies.erase(copies.begin(), young);
 }
 
-// ---- warp collectives: the last lane to come computes every lane's result ----
-
+// A warp collective: the last lane to come computes every lane's result with combine(lane, value),
+// where value(l) is what lane l brought.
 template <class Out, class In, class Combine>
 Out meet(const Site& site, unsigned mask, const In& in, Combine combine) {
   struct Slot {
@@ -114,10 +115,8 @@ Out meet(const Site& site, unsigned mask, const In& in, Combine combine) {
   } mine{in, Out()};
   static const char kind = 0;
   Fiber& fiber = self();
-  const unsigned lane = fiber.rank % 32, first = fiber.rank - lane;
-  const unsigned lanes = std::min(32u, machine.threads - first);
+  const unsigned lane = fiber.rank % 32;
   if (!(mask >> lane & 1)) fail(site.text() + ": the mask does not name the calling lane");
-  if (lanes < 32 && mask >> lanes != 0) fail(site.text() + ": the mask names lanes past the block");
   auto& meetings = fiber.block->meetings[fiber.rank / 32];
   auto it = std::find_if(meetings.begin(), meetings.end(),
                          [&](const Meeting& m) { return m.mask == mask; });
@@ -131,18 +130,16 @@ Out meet(const Site& site, unsigned mask, const In& in, Combine combine) {
     park(State::waiting, site);
     return mine.out;
   }
-  const auto value = [&](unsigned from) -> const In& {
-    if (from > 31 || !(mask >> from & 1))
-      fail(site.text() + ": reads a lane that is not in the mask");
-    return static_cast<Slot*>(it->slot[from])->in;
+  const auto value = [&](unsigned l) -> const In& {
+    if (l > 31 || !(mask >> l & 1)) fail(site.text() + ": reads a lane that is not in the mask");
+    return static_cast<Slot*>(it->slot[l])->in;
   };
   for (unsigned l = 0; l < 32; ++l) {
-    if (mask >> l & 1) static_cast<Slot*>(it->slot[l])->out = combine(l, value);
+    if (!(mask >> l & 1)) continue;
+    static_cast<Slot*>(it->slot[l])->out = combine(l, value);
+    release(fiber.block->fibers[fiber.rank - lane + l]);
   }
   meetings.erase(it);
-  for (unsigned l = 0; l < 32; ++l) {
-    if (mask >> l & 1) release(fiber.block->fibers[first + l]);
-  }
   park(State::ready, site);
   return mine.out;
 }
@@ -172,7 +169,7 @@ inline void block_barrier(const Site& site) {
   block.barrier = site;
   if (++block.present < machine.threads) return park(State::waiting, site);
   block.present = 0;
-  for (unsigned i = 0; i < machine.threads; ++i) release(block.fibers[i]);
+  for (Fiber& f : block.fibers) release(f);
   park(State::ready, site);
 }
 
@@ -183,16 +180,6 @@ T atomic(T* p, const char* what, Update update) {
   const T old = *p;
   *p = update(old);
   return old;
-}
-
-// Runs kernel(args...) over the grid; `cluster` blocks along x form a cluster (1: none).
-template <class... Params, class... Args>
-void launch(void (*kernel)(Params...), dim3 grid, dim3 block, unsigned cluster,
-            std::size_t shared_bytes, Order order, std::uint64_t seed, Args... args) {
-  machine.kernel = [&] { kernel(static_cast<Params>(args)...); };
-  machine.order = order;
-  machine.random.seed(seed);
-  run_grid(grid, block, cluster, shared_bytes);
 }
 
 }  // namespace cuda_sim
@@ -227,8 +214,6 @@ CUDA_SIM_FOLD(__match_any_sync, unsigned, 0u, r | (v == own ? 1u << l : 0u))
 CUDA_SIM_FOLD(__reduce_add_sync, T, T(0), static_cast<T>(0u + r + v))
 CUDA_SIM_FOLD(__reduce_min_sync, T, std::numeric_limits<T>::max(), std::min(r, v))
 CUDA_SIM_FOLD(__reduce_max_sync, T, std::numeric_limits<T>::min(), std::max(r, v))
-CUDA_SIM_FOLD(__reduce_and_sync, T, ~T(0), r& v)
-CUDA_SIM_FOLD(__reduce_or_sync, T, T(0), r | v)
 inline void __syncwarp(unsigned mask = ~0u, CUDA_SIM_HERE("__syncwarp")) {
   cuda_sim::fold(at, mask, 0, 0, [](int, unsigned, int, int) { return 0; });
 }
@@ -241,7 +226,6 @@ inline void __syncwarp(unsigned mask = ~0u, CUDA_SIM_HERE("__syncwarp")) {
 CUDA_SIM_ATOMIC(atomicAdd, old + v)
 CUDA_SIM_ATOMIC(atomicMax, old < v ? v : old)
 CUDA_SIM_ATOMIC(atomicMin, old < v ? old : v)
-CUDA_SIM_ATOMIC(atomicOr, old | v)
 CUDA_SIM_ATOMIC(atomicExch, (static_cast<void>(old), v))
 template <class T>
 T atomicCAS(T* p, cuda_sim::same_t<T> expected, cuda_sim::same_t<T> v) {

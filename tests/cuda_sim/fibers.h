@@ -5,6 +5,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -62,8 +63,8 @@ struct Context {
   std::size_t size = 0;
 #if defined(__x86_64__)
   void* sp = nullptr;
-  void start(std::size_t used, void (*entry)()) {
-    void** top = static_cast<void**>(const_cast<void*>(stack)) + used / sizeof(void*);
+  void start(void (*entry)()) {
+    void** top = static_cast<void**>(const_cast<void*>(stack)) + size / sizeof(void*);
     top[-1] = nullptr;  // the return address of the entry function, which never returns
     top[-2] = reinterpret_cast<void*>(entry);
     sp = top - 8;
@@ -75,10 +76,10 @@ struct Context {
   }
 #else
   ucontext_t sp;
-  void start(std::size_t used, void (*entry)()) {
+  void start(void (*entry)()) {
     getcontext(&sp);
     sp.uc_stack.ss_sp = const_cast<void*>(stack);
-    sp.uc_stack.ss_size = used;
+    sp.uc_stack.ss_size = size;
     makecontext(&sp, entry, 0);
   }
   static void swap(ucontext_t* from, ucontext_t* to) { swapcontext(from, to); }
@@ -121,21 +122,20 @@ struct Block {
   dim3 index;
   unsigned rank = 0, live = 0, present = 0;  // present: at __syncthreads
   Site barrier;
-  Fiber* fibers = nullptr;
   std::unique_ptr<unsigned char, decltype(&std::free)> shared{nullptr, &std::free};
+  std::vector<Fiber> fibers;
   std::vector<std::vector<Meeting>> meetings;  // of each warp
 };
 
 struct Machine {
-  unsigned threads = 0, cluster = 1;           // per block, blocks per cluster
-  unsigned live = 0, arrived = 0, opened = 0;  // threads now, and at the cluster barrier
-  unsigned idle = 0;                           // resumptions since a thread exited or was released
+  unsigned threads = 0, cluster = 1;  // per block, blocks per cluster
+  unsigned arrived = 0, opened = 0;   // at the cluster barrier: threads now, times so far
+  unsigned live = 0, idle = 0;        // idle: resumptions since a thread exited or was released
   std::size_t shared_bytes = 0;
   Order order = Order::forward;
   std::mt19937_64 random;
-  std::vector<Fiber> fibers;
   std::vector<Block> blocks;
-  std::vector<unsigned> turns;
+  std::vector<std::vector<Fiber*>> warps;  // of the cluster, in the order of their turns
   Fiber* running = nullptr;
   Context scheduler;
   std::function<void()> kernel;
@@ -174,53 +174,56 @@ inline void run_thread() {
   park(State::exited, {});
 }
 
-inline void start_thread(Fiber& fiber, Block& block, unsigned rank) {
-  // An odd number of pages, and starts spread over a page, or the stacks would share cache sets.
+// The stack of a thread, below it a page that traps an overflow. An odd number of pages, and tops
+// spread over a page: stacks a power of two apart would share their cache sets.
+inline void give_stack(Context& context, std::size_t number) {
   constexpr std::size_t kPage = 4096, kStack = 33 * kPage;
-  Context& context = fiber.context;
-  if (context.stack == nullptr) {
+  static std::vector<unsigned char*> stacks;
+  while (stacks.size() <= number) {
     void* memory = mmap(nullptr, kStack + kPage, PROT_READ | PROT_WRITE,
                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE) != 0) fail("launch: no stack");
-    context.stack = static_cast<unsigned char*>(memory) + kPage;
-    context.size = kStack;
+    stacks.push_back(static_cast<unsigned char*>(memory) + kPage);
   }
-  __asan_unpoison_memory_region(context.stack, kStack);  // frames a failed launch abandoned
-  context.start(kStack - rank % 64 * 64, run_thread);
-  fiber.state = State::ready;
-  fiber.block = &block;
-  fiber.rank = rank;
-  const unsigned row = rank / blockDim.x;
-  fiber.thread = dim3(rank % blockDim.x, row % blockDim.y, row / blockDim.y);
-  fiber.arrivals = fiber.waits = fiber.committed = 0;
-  fiber.copies.clear();
+  __asan_unpoison_memory_region(stacks[number], kStack);  // frames a failed launch abandoned
+  context.stack = stacks[number];
+  context.size = kStack - number % 64 * 64;
+  context.start(run_thread);
 }
 
-inline void start_cluster(unsigned first_block) {
-  machine.arrived = machine.opened = machine.idle = 0;
-  machine.live = machine.cluster * machine.threads;
-  for (Block& block : machine.blocks) {
-    const unsigned id = first_block + block.rank, row = id / gridDim.x;
-    block.index = dim3(id % gridDim.x, row % gridDim.y, row / gridDim.y);
-    block.live = machine.threads;
-    block.present = 0;
-    block.meetings.assign((machine.threads + 31) / 32, {});
-    std::memset(block.shared.get(), 0xff, machine.shared_bytes);  // NaN in every float format
-    for (unsigned i = 0; i < machine.threads; ++i) start_thread(block.fibers[i], block, i);
+inline void start_block(Block& block, unsigned id, unsigned rank) {
+  const unsigned row = id / gridDim.x;
+  block.index = dim3(id % gridDim.x, row % gridDim.y, row / gridDim.y);
+  block.rank = rank;
+  block.live = machine.threads;
+  void* memory = nullptr;  // of the exact size, for the address sanitizer
+  if (posix_memalign(&memory, 1024, machine.shared_bytes) != 0) fail("launch: no shared memory");
+  block.shared.reset(static_cast<unsigned char*>(memory));
+  std::memset(memory, 0xff, machine.shared_bytes);  // NaN in every float format
+  block.meetings.resize((machine.threads + 31) / 32);
+  block.fibers.resize(machine.threads);
+  for (unsigned i = 0; i < machine.threads; ++i) {
+    Fiber& fiber = block.fibers[i];
+    fiber.block = &block;
+    fiber.rank = i;
+    fiber.thread = dim3(i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y);
+    give_stack(fiber.context, rank * machine.threads + i);
+    if (i % 32 == 0) machine.warps.emplace_back();
+    machine.warps.back().push_back(&fiber);
   }
 }
 
 [[noreturn]] inline void report_deadlock() {
   std::string text = "deadlock";
-  const std::string all = "/" + std::to_string(machine.threads) + " threads ";
   for (const Block& block : machine.blocks) {
     std::map<std::string, unsigned> groups;
-    for (const Fiber* f = block.fibers; f != block.fibers + machine.threads; ++f) {
-      ++groups[f->state == State::exited ? "have exited" : "wait at " + f->site.text()];
+    for (const Fiber& fiber : block.fibers) {
+      ++groups[fiber.state == State::exited ? "have exited" : "wait at " + fiber.site.text()];
     }
-    text += "; block " + std::to_string(block.index.x) + "," + std::to_string(block.index.y) + "," +
-            std::to_string(block.index.z);
-    for (const auto& [where, count] : groups) text += ": " + std::to_string(count) + all + where;
+    const std::string of = "/" + std::to_string(machine.threads) + " threads ";
+    text += "; block (" + std::to_string(block.index.x) + "," + std::to_string(block.index.y) +
+            "," + std::to_string(block.index.z) + ")";
+    for (const auto& [where, count] : groups) text += ": " + std::to_string(count) + of + where;
   }
   fail(text);
 }
@@ -238,20 +241,26 @@ CUDA_SIM_INLINE bool resume(Fiber& fiber) {
   return true;
 }
 
-// Takes turns in groups of a warp's size, some rounds each: a warp's stacks stay in the cache for
-// its next shuffle.
+template <class List>
+void put_in_order(List& list) {
+  if (machine.order == Order::reverse) std::reverse(list.begin(), list.end());
+  if (machine.order == Order::random) std::shuffle(list.begin(), list.end(), machine.random);
+}
+
+// A warp keeps its turn for some rounds: its stacks are in the cache for the next shuffle.
 inline void run_cluster() {
-  auto& turns = machine.turns;
-  while (machine.live > 0) {
-    if (machine.order == Order::random) std::shuffle(turns.begin(), turns.end(), machine.random);
+  const bool random = machine.order == Order::random;
+  for (bool first = true; machine.live > 0; first = false) {
+    if (first || random) {
+      put_in_order(machine.warps);
+      for (auto& warp : machine.warps) put_in_order(warp);
+    }
     bool any = false;
-    for (std::size_t group = 0; group < turns.size(); group += 32) {
+    for (auto& warp : machine.warps) {
       bool ran = true;
-      for (int round = 0; ran && round < 16; ++round) {
+      for (auto rounds = random ? machine.random() % 16 + 1 : 16; ran && rounds > 0; --rounds) {
         ran = false;
-        for (std::size_t i = group; i < std::min(group + 32, turns.size()); ++i) {
-          ran |= resume(machine.fibers[turns[i]]);
-        }
+        for (Fiber* fiber : warp) ran |= resume(*fiber);
         any |= ran;
       }
     }
@@ -259,16 +268,26 @@ inline void run_cluster() {
   }
 }
 
-// 0, step, 2 step, … below `end`, in the machine's order.
-inline std::vector<unsigned> in_order(unsigned end, unsigned step) {
-  std::vector<unsigned> list;
-  for (unsigned i = 0; i < end; i += step) list.push_back(i);
-  if (machine.order == Order::reverse) std::reverse(list.begin(), list.end());
-  if (machine.order == Order::random) std::shuffle(list.begin(), list.end(), machine.random);
-  return list;
+inline void run_grid(unsigned blocks) {
+  std::vector<unsigned> clusters(blocks / machine.cluster);
+  std::iota(clusters.begin(), clusters.end(), 0u);
+  put_in_order(clusters);
+  for (unsigned id : clusters) {
+    machine.arrived = machine.opened = machine.idle = 0;
+    machine.live = machine.cluster * machine.threads;
+    machine.blocks = std::vector<Block>(machine.cluster);
+    machine.warps.clear();
+    for (unsigned rank = 0; rank < machine.cluster; ++rank) {
+      start_block(machine.blocks[rank], id * machine.cluster + rank, rank);
+    }
+    run_cluster();
+  }
 }
 
-inline void run_grid(dim3 grid, dim3 block, unsigned cluster, std::size_t shared_bytes) {
+// Runs kernel(args...) over the grid; `cluster` blocks along x form a cluster (1: none).
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, unsigned cluster,
+            std::size_t shared_bytes, Order order, std::uint64_t seed, Args... args) {
   const unsigned threads = block.x * block.y * block.z, blocks = grid.x * grid.y * grid.z;
   if (machine.running != nullptr) fail("launch: called from device code");
   if (threads < 1 || threads > 1024) fail("launch: a block has 1 to 1024 threads");
@@ -280,21 +299,10 @@ inline void run_grid(dim3 grid, dim3 block, unsigned cluster, std::size_t shared
   machine.threads = threads;
   machine.cluster = cluster;
   machine.shared_bytes = shared_bytes;
-  if (machine.fibers.size() < threads * cluster) machine.fibers.resize(threads * cluster);
-  machine.blocks.clear();
-  machine.blocks.resize(cluster);
-  for (unsigned rank = 0; rank < cluster; ++rank) {
-    void* memory = nullptr;  // of the exact size, for the address sanitizer
-    if (posix_memalign(&memory, 1024, shared_bytes) != 0) fail("launch: no shared memory");
-    machine.blocks[rank].shared.reset(static_cast<unsigned char*>(memory));
-    machine.blocks[rank].rank = rank;
-    machine.blocks[rank].fibers = &machine.fibers[rank * threads];
-  }
-  machine.turns = in_order(threads * cluster, 1);
-  for (unsigned first : in_order(blocks, cluster)) {
-    start_cluster(first);
-    run_cluster();
-  }
+  machine.order = order;
+  machine.random.seed(seed);
+  machine.kernel = [&] { kernel(static_cast<Params>(args)...); };
+  run_grid(blocks);
 }
 
 }  // namespace cuda_sim

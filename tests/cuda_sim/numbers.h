@@ -18,27 +18,14 @@ To bit_cast(From from) {
 
 // Macros: the host's mathematics library reserves, or newly declares, these names.
 #define __expf(x) std::exp(static_cast<float>(x))
-#define __exp10f(x) std::pow(10.0f, static_cast<float>(x))
 #define __logf(x) std::log(static_cast<float>(x))
-#define __log2f(x) std::log2(static_cast<float>(x))
-#define __powf(x, y) std::pow(static_cast<float>(x), static_cast<float>(y))
 #define rsqrtf(x) (1.0f / std::sqrt(static_cast<float>(x)))
 inline float __fdividef(float x, float y) { return x / y; }
-inline float __fdiv_rn(float x, float y) { return x / y; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
-inline float __fsqrt_rn(float x) { return std::sqrt(x); }
-inline float __saturatef(float x) { return x > 0.0f ? std::fmin(x, 1.0f) : 0.0f; }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __ffsll(long long x) { return __builtin_ffsll(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-inline int __clzll(long long x) {
-  return x == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(x));
-}
 inline unsigned __umulhi(unsigned x, unsigned y) {
   return static_cast<unsigned>(static_cast<std::uint64_t>(x) * y >> 32);
 }
@@ -46,8 +33,6 @@ inline int __float_as_int(float x) { return cuda_sim::bit_cast<int>(x); }
 inline unsigned __float_as_uint(float x) { return cuda_sim::bit_cast<unsigned>(x); }
 inline float __int_as_float(int x) { return cuda_sim::bit_cast<float>(x); }
 inline float __uint_as_float(unsigned x) { return cuda_sim::bit_cast<float>(x); }
-inline long long __double_as_longlong(double x) { return cuda_sim::bit_cast<long long>(x); }
-inline double __longlong_as_double(long long x) { return cuda_sim::bit_cast<double>(x); }
 inline float max(float x, float y) { return std::fmax(x, y); }
 inline float min(float x, float y) { return std::fmin(x, y); }
 inline double max(double x, double y) { return std::fmax(x, y); }

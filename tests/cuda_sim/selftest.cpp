@@ -163,6 +163,23 @@ __global__ void copies(const void* in, void* out, int n) {
   for (int i = 0; i < 8; ++i) static_cast<float*>(out)[threadIdx.x * 8 + i] = tile[i];
 }
 
+// x: a positive float per thread; the results of each function lie n apart.
+__global__ void functions(const void* in, void* out, int n) {
+  const unsigned t = global_thread();
+  const float x = static_cast<const float*>(in)[t];
+  double* row = static_cast<double*>(out) + t;
+  row[0 * n] = __expf(x);
+  row[1 * n] = __logf(x);
+  row[2 * n] = rsqrtf(x);
+  row[3 * n] = __fdividef(3.0f, x);
+  row[4 * n] = __fmaf_rn(x, x, -__fmul_rn(x, x));
+  row[5 * n] = min(max(x, 1.0f), 2.0f);
+  const int bits = __float_as_int(x);
+  row[6 * n] = __popc(bits) + 100 * __ffs(bits) + 10000 * __clz(bits);
+  row[7 * n] = __umulhi(__float_as_uint(x), 0x80000001u);
+  row[8 * n] = __ldg(static_cast<const float*>(in) + t) - __uint_as_float(bits) - __int_as_float(0);
+}
+
 template <class T>
 __global__ void round_trip(const void* in, void* out, int n) {
   const unsigned t = global_thread();
@@ -192,6 +209,7 @@ const std::map<std::string, Kernel> kernels = {
     {"last_writer", last_writer},
     {"tiles", tiles},
     {"copies", copies},
+    {"functions", functions},
     {"round_bf16", round_trip<bf16>},
     {"round_fp16", round_trip<fp16>},
     {"past_shared", past_shared},
