@@ -64,6 +64,21 @@ class _InplaceTokenStats(torch.autograd.Function):
         return (gradient, *(None,) * 5)
 
 
+class _FiniteGradient(torch.autograd.Function):
+    """Identity with gradient 0 where the incoming one is not finite.
+
+    A user-defined loss that is nonfinite in a row is left out, yet 0 * inf in its backward is NaN.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return torch.where(torch.isfinite(grad), grad, 0.0)
+
+
 def needs_grad(logits: Tensor) -> bool:
     return torch.is_grad_enabled() and logits.requires_grad
 
@@ -93,7 +108,7 @@ def fused(
     h = unpack_hyper(values, hyper, targets.shape)
     args = (
         targets, context.old_logprob, context.advantage, context.weight, context.entropy_weight,
-        _importance(o, context.old_logprob, context, h), context.ref_logprob,
+        _importance(o, context.old_logprob, context.weight, context, h), context.ref_logprob,
         scaling.row_temperature, loss_scale, hyper, values, scaling.temperature, scaling.softcap,
         o.kind, *_kl(o),
     )  # fmt: skip
@@ -147,13 +162,7 @@ def _mapped_rows(
     if entropy_weight is not None:
         entropy_weight = torch.where(finite, entropy_weight, 0.0)
     old = lp if context.old_logprob is None else context.old_logprob
-    factor = _importance(o, old, context, h)
-    if o.opsm is not None:
-        assert context.rollout_logprob is not None
-        keeps = opsm_keeps(
-            o.opsm, lp, context.rollout_logprob, context.advantage, weight != 0, context.segments
-        ).to(lp.dtype)
-        factor = keeps if factor is None else factor * keeps
+    factor = _selection(o, lp, old, weight, context, h)
     if o.level == "token":
         return objective_rows(
             o.kind, *_kl(o), lp, ent, context.old_logprob, context.advantage, weight,
@@ -174,12 +183,14 @@ def _custom_rows(
     o: Objective, lp: Tensor, ent: Tensor, finite: Tensor, context: RowContext, h: Hyper
 ) -> tuple[Tensor, Tensor]:
     assert o.function is not None
+    lp, ent = _FiniteGradient.apply(lp), _FiniteGradient.apply(ent)  # type: ignore[no-untyped-call]
     token_loss = o.function(lp, ent, context)
     if not isinstance(token_loss, Tensor) or token_loss.shape != lp.shape:
         got = tuple(token_loss.shape) if isinstance(token_loss, Tensor) else type(token_loss)
         raise ValueError(f"objective: expected a token_loss of shape {tuple(lp.shape)}, got {got}")
     old = lp if context.old_logprob is None else context.old_logprob
-    factor = _importance(o, old.detach(), context, h)
+    weight = torch.where(finite, context.weight, 0.0)
+    factor = _selection(o, lp.detach(), old.detach(), weight, context, h)
     if factor is not None:
         token_loss = factor * token_loss
     if isinstance(o.kl, KL) and context.ref_logprob is not None:
@@ -189,7 +200,8 @@ def _custom_rows(
     entropy_weight = context.weight if context.entropy_weight is None else context.entropy_weight
     row_loss = context.weight * token_loss - h.entropy_coef * entropy_weight * ent
     kept = finite & context.active & torch.isfinite(row_loss)
-    return torch.where(kept, row_loss, 0.0), torch.where(kept, token_loss, 0.0)
+    row_loss, token_loss = (torch.where(kept, x, 0.0) for x in (row_loss, token_loss))
+    return row_loss.to(lp.dtype), token_loss.to(lp.dtype)
 
 
 def _add_kl(
@@ -212,11 +224,27 @@ def _kl(o: Objective) -> tuple[int, bool]:
     return (KL_KINDS[o.kl.estimator], o.kl.unbiased) if isinstance(o.kl, KL) else (0, False)
 
 
-def _importance(o: Objective, old: Tensor | None, context: RowContext, h: Hyper) -> Tensor | None:
+def _selection(
+    o: Objective, lp: Tensor, old: Tensor, weight: Tensor, context: RowContext, h: Hyper
+) -> Tensor | None:
+    """Detached factor of the policy term: importance weight times OPSM's selection."""
+    factor = _importance(o, old, weight, context, h)
+    if o.opsm is None:
+        return factor
+    assert context.rollout_logprob is not None
+    keeps = opsm_keeps(
+        o.opsm, lp, context.rollout_logprob, context.advantage, weight != 0, context.segments
+    ).to(lp.dtype)
+    return keeps if factor is None else factor * keeps
+
+
+def _importance(
+    o: Objective, old: Tensor | None, weight: Tensor, context: RowContext, h: Hyper
+) -> Tensor | None:
     if not isinstance(o.importance, Importance):
         return None
     assert old is not None and context.rollout_logprob is not None
     return importance_weights(
-        o.importance, old.detach(), context.rollout_logprob, context.weight, context.segments,
+        o.importance, old.detach(), context.rollout_logprob, weight, context.segments,
         h.log_ratio_clamp,
     )  # fmt: skip
