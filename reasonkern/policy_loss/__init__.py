@@ -208,7 +208,8 @@ def policy_loss(
     check_rows(context, y, rows.shape[-1])
     if loss_scale is not None:
         check_tensor("loss_scale", loss_scale)
-        _checks.check_shape("loss_scale", loss_scale, (), "a 0-dim tensor")
+        if loss_scale.ndim:
+            _checks.fail("loss_scale", "a 0-dim tensor", f"shape {tuple(loss_scale.shape)}")
         loss_scale = loss_scale.detach().to(context.weight)
     row_loss, token_loss, logprob, entropy = _run(
         objective, rows, y, context, scaling, loss_scale, inplace_grad

@@ -29,7 +29,7 @@ class Segments:
     def of(cls, rows: Tensor, cu_seqlens: Tensor | None) -> Segments:
         if cu_seqlens is None:
             return cls()
-        index = torch.arange(rows.shape[-1], device=rows.device)
+        index = torch.arange(rows.shape[-1], dtype=cu_seqlens.dtype, device=rows.device)
         ids = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
         return cls(cu_seqlens, ids.clamp_max(cu_seqlens.numel() - 2).unsqueeze(0))
 
@@ -111,12 +111,11 @@ def sequence_term(
     a = advantage.double()
     if objective.vespo_shape is not None:
         k_pos, lam_pos, k_neg, lam_neg = objective.vespo_shape
-        k = torch.where(a < 0, a.new_full((), k_neg), k_pos)
-        lam = torch.where(a < 0, a.new_full((), lam_neg), lam_pos)
+        k = torch.where(a < 0, _like(a, k_neg), _like(a, k_pos))
+        lam = torch.where(a < 0, _like(a, lam_neg), _like(a, lam_pos))
         log_w = segments.sum(log_r).clamp(LOG_W_MIN, LOG_W_MAX)
         factor = a * torch.exp(lam + k * log_w - lam * torch.exp(log_w))
         return Term((-factor * logp).to(logp.dtype), (-policy_weight * factor).to(logp.dtype))
-    total_weight = segments.sum(policy_weight)
     if objective.name == "gspo":
         s, slope = clamped_exp(segments.sum(log_r) / length, h.log_ratio_clamp)
         value, ds = clip_term(s, slope, a, h)
@@ -128,8 +127,13 @@ def sequence_term(
         moved = active & (clipped == log_r)
         mean, _ = clamped_exp(segments.sum(torch.where(active, clipped, 0.0)) / length, math.inf)
         value = ds = -mean * a
-    dlogp = torch.where(moved, total_weight * ds / length, 0.0)
-    return Term(torch.where(a == 0, 0.0, value).to(logp.dtype), dlogp.to(logp.dtype))
+    value, ds = torch.where(a == 0, 0.0, value), torch.where(active & (a != 0), ds, 0.0)
+    dlogp = torch.where(moved, segments.sum(policy_weight * ds) / length, 0.0)
+    return Term(value.to(logp.dtype), dlogp.to(logp.dtype))
+
+
+def _like(x: Tensor, number: float | Tensor) -> Tensor:
+    return number.to(x) if isinstance(number, Tensor) else x.new_full((), number)
 
 
 def _log(x: float | Tensor) -> float | Tensor:

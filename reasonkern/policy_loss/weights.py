@@ -68,7 +68,8 @@ def token_weights(
         _checks.check_number("max_length", max_length, 0, exclusive=True)
     for name, value in (("num_tokens", num_tokens), ("num_sequences", num_sequences)):
         if isinstance(value, Tensor):
-            _checks.check_shape(name, value, (), "a number or a 0-dim tensor")
+            if value.ndim:
+                _checks.fail(name, "a number or a 0-dim tensor", f"shape {tuple(value.shape)}")
         elif value is not None:
             _checks.check_number(name, value, 0, exclusive=True)
     trained = (mask if mask.ndim == 2 else mask.unsqueeze(0)) != 0
