@@ -176,7 +176,7 @@ def policy_loss(
         ref_logprob: reference policy, for ``Objective(kl=…)``.
         rollout_logprob: inference engine's log-probabilities, for ``importance`` and ``opsm``.
         segments: ``cu_seqlens`` (S + 1,) of packed tokens, for sequence-level terms.
-        temperature: number > 0, or a tensor of one per row or per sequence (B,). No gradient.
+        temperature: number > 0, or a tensor of one per row or per sequence. No gradient.
         softcap: z = cap * tanh(x / cap) before the temperature; None = off.
         entropy_weight: per-row weight of the entropy bonus; None = ``weight``.
         inplace_grad: write the gradient over the logits: no second (N, V) buffer. The logits must
@@ -198,11 +198,12 @@ def policy_loss(
             _checks.fail("objective", "an Objective or a function", repr(objective))
         objective = Objective.custom(objective)
     rows, y = canonical_logits(logits, targets)
-    scaling = canonical_scaling(rows, temperature, softcap)
     packed = logits.ndim == 2
+    sequences = canonical_segments(segments, y, packed)
+    scaling = canonical_scaling(rows, temperature, softcap, sequences)
     context = _context(
-        rows, canonical_segments(segments, y, packed), old_logprob, advantage, weight, ref_logprob,
-        rollout_logprob, entropy_weight,
+        objective, rows, sequences, old_logprob, advantage, weight, ref_logprob, rollout_logprob,
+        entropy_weight,
     )  # fmt: skip
     _check_objective(objective, context, packed)
     check_rows(context, y, rows.shape[-1])
@@ -240,6 +241,7 @@ def _run(
 
 
 def _context(
+    o: Objective,
     logits: Tensor,
     segments: Segments,
     old_logprob: Tensor | None,
@@ -252,7 +254,10 @@ def _context(
     def optional(name: str, x: Tensor | None) -> Tensor | None:
         return None if x is None else row_tensor(name, x, logits)
 
-    spread = row_tensor("advantage", advantage, logits, per_sequence=True, segments=segments)
+    spread = row_tensor(
+        "advantage", advantage, logits, per_sequence=True, segments=segments,
+        sequence_first=o.level == "sequence",
+    )  # fmt: skip
     return RowContext(
         old_logprob=optional("old_logprob", old_logprob),
         advantage=spread,

@@ -76,17 +76,20 @@ def canonical_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def canonical_scaling(
-    logits: Tensor, temperature: float | Tensor, softcap: float | None
+    logits: Tensor,
+    temperature: float | Tensor,
+    softcap: float | None,
+    segments: Segments | None = None,
 ) -> Scaling:
-    """A tensor temperature is 0-dim, per sequence (B,), or per row; `logits` are (B, T, V)."""
+    """A tensor temperature is 0-dim, per sequence, or per row; `logits` are (B, T, V)."""
     if softcap is not None:
         _checks.check_number("softcap", softcap, 0, exclusive=True)
     cap = 0.0 if softcap is None else float(softcap)
     if not isinstance(temperature, Tensor):
         _checks.check_number("temperature", temperature, 0, exclusive=True)
         return Scaling(None, float(temperature), cap)
-    rows = row_tensor("temperature", temperature, logits, per_sequence=True)
-    _check_values("temperature", rows, rows > 0, "positive values")
+    rows = row_tensor("temperature", temperature, logits, per_sequence=True, segments=segments)
+    _check_values("temperature", rows, (rows > 0) & torch.isfinite(rows), "finite positive values")
     return Scaling(rows, 1.0, cap)
 
 
@@ -97,15 +100,20 @@ def row_tensor(
     *,
     per_sequence: bool = False,
     segments: Segments | None = None,
+    sequence_first: bool = False,
 ) -> Tensor:
-    """`x` as contiguous (B, T) rows of the accumulator dtype, detached."""
+    """`x` as contiguous (B, T) rows of the accumulator dtype, detached.
+
+    With as many segments as packed tokens, `sequence_first` reads (N,) as one value per segment.
+    """
     check_tensor(name, x)
     batch, tokens = logits.shape[:2]
     _checks.check_device(name, x, logits, "logits")
     rows = logits.new_empty(0, dtype=accumulator_dtype(logits.dtype)).expand(batch, tokens, 0)
     shape = rows.shape[:2]
-    if x.shape != shape and not (batch == 1 and x.shape == (tokens,)):
-        x = _spread(name, x, shape, segments) if per_sequence else x
+    per_token = x.shape == shape or (batch == 1 and x.shape == (tokens,))
+    if per_sequence and (sequence_first or not per_token):
+        x = _spread(name, x, shape, segments)
     if batch == 1 and x.shape == (tokens,):
         x = x.unsqueeze(0)
     _checks.check_shape(name, x, shape, "one value per token")

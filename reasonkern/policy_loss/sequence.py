@@ -47,12 +47,6 @@ class Segments:
         sums = torch.segment_reduce(x.reshape(-1), "sum", offsets=offsets, unsafe=True)
         return sums[self.ids]
 
-    def spread(self, per_sequence: Tensor, rows: Tensor) -> Tensor:
-        """(S,) values to the rows (B, T) of their sequences."""
-        if self.ids is None:
-            return per_sequence.unsqueeze(-1).expand(rows.shape)
-        return per_sequence[self.ids]
-
 
 def importance_weights(
     term: Importance,
