@@ -19,6 +19,18 @@ __device__ __forceinline__ float exp2_approx(float x) {
 #endif
 }
 
+// max(x, y) that keeps a NaN, unlike fmax.
+__device__ __forceinline__ float max_nan(float x, float y) {
+#if defined(__CUDACC__)
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+#else
+  return x < y || y != y ? y : x;
+#endif
+}
+__device__ __forceinline__ double max_nan(double x, double y) { return x < y || y != y ? y : x; }
+
 // A product that is never contracted into a multiply-add, so that kernels which share a formula
 // also share its bits.
 __device__ __forceinline__ float mul_rn(float x, float y) { return __fmul_rn(x, y); }

@@ -107,8 +107,8 @@ __device__ __forceinline__ void decide_row(RowScratch<acc_t<T>>& s, const LossPa
   using A = acc_t<T>;
   const bool valid = s.target >= 0 && s.target < p.rows.vocab;
   const RowStats<A> stats = row_stats(total, s.x_y, valid, scale);
-  const RowLoss<A> loss = objective_row(p.kind, p.kl_kind, p.kl_unbiased, stats.logprob,
-                                        stats.entropy, s.in, s.hyper);
+  const RowLoss<A> loss =
+      objective_row(p.kind, p.kl_kind, p.kl_unbiased, stats.logprob, stats.entropy, s.in, s.hyper);
   if (writes) {
     p.row_loss[row] = loss.row_loss;
     p.token_loss[row] = loss.token_loss;
@@ -122,7 +122,7 @@ __device__ __forceinline__ void decide_row(RowScratch<acc_t<T>>& s, const LossPa
   const A loss_scale = p.loss_scale != nullptr ? *p.loss_scale : A(1);
   const GradRow<A> g = grad_row(total.m, stats.inv_sum, stats.entropy, A(0), loss.dlogp,
                                 loss.dentropy, A(0), A(0), loss_scale / scale.temperature);
-  s.grad = fold(g, total.m, scale.temperature, s.target);
+  s.grad = fold<T>(g, total.m, scale.temperature, s.target);
 }
 
 // ---- policy_loss, rows that fit on chip: a cluster per row, one block per slice
@@ -275,14 +275,13 @@ __device__ __forceinline__ GradCoefs<acc_t<T>> saved_coefs(const GradParams<acc_
     return zero_row<A>();
   }
   const auto grad = [row](const A* g) { return g != nullptr ? g[row] : A(0); };
-  const GradRow<A> g =
-      grad_row(p.row_max[row], max_prob, p.entropy[row], p.collision[row], grad(p.grad_logprob),
-               grad(p.grad_entropy), grad(p.grad_collision), grad(p.grad_lse),
-               A(1) / scale.temperature);
+  const GradRow<A> g = grad_row(p.row_max[row], max_prob, p.entropy[row], p.collision[row],
+                                grad(p.grad_logprob), grad(p.grad_entropy), grad(p.grad_collision),
+                                grad(p.grad_lse), A(1) / scale.temperature);
   // The maximum in raw units: exact for 16-bit logits, whose maximum is a 16-bit number.
   A m = p.row_max[row] * scale.temperature;
   if (scale.softcap == A(0)) m = to_acc(from_acc<T>(m));
-  return fold(g, m, scale.temperature, p.rows.targets[row]);
+  return fold<T>(g, m, scale.temperature, p.rows.targets[row]);
 }
 
 template <class T>

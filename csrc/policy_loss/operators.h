@@ -167,12 +167,13 @@ class Operators {
     return {out[0], out[1], out[2], out[3], out[4], out[5], is_top1, out[6]};
   }
 
-  static Tensor token_stats_backward(
-      const Tensor& logits, const Tensor& targets, const MaybeTensor& row_temperature,
-      double temperature, double softcap, const Tensor& logprob, const Tensor& entropy,
-      const Tensor& collision, const Tensor& max_prob, const Tensor& row_max,
-      const MaybeTensor& grad_logprob, const MaybeTensor& grad_entropy, const MaybeTensor& grad_lse,
-      const MaybeTensor& grad_collision) {
+  static Tensor token_stats_backward(const Tensor& logits, const Tensor& targets,
+                                     const MaybeTensor& row_temperature, double temperature,
+                                     double softcap, const Tensor& logprob, const Tensor& entropy,
+                                     const Tensor& collision, const Tensor& max_prob,
+                                     const Tensor& row_max, const MaybeTensor& grad_logprob,
+                                     const MaybeTensor& grad_entropy, const MaybeTensor& grad_lse,
+                                     const MaybeTensor& grad_collision) {
     Tensor grad = new_like(logits);
     backward_into(grad, logits, targets, row_temperature, temperature, softcap, logprob, entropy,
                   collision, max_prob, row_max, grad_logprob, grad_entropy, grad_lse,
@@ -180,12 +181,13 @@ class Operators {
     return grad;
   }
 
-  static void token_stats_backward_(
-      const Tensor& logits, const Tensor& targets, const MaybeTensor& row_temperature,
-      double temperature, double softcap, const Tensor& logprob, const Tensor& entropy,
-      const Tensor& collision, const Tensor& max_prob, const Tensor& row_max,
-      const MaybeTensor& grad_logprob, const MaybeTensor& grad_entropy, const MaybeTensor& grad_lse,
-      const MaybeTensor& grad_collision) {
+  static void token_stats_backward_(const Tensor& logits, const Tensor& targets,
+                                    const MaybeTensor& row_temperature, double temperature,
+                                    double softcap, const Tensor& logprob, const Tensor& entropy,
+                                    const Tensor& collision, const Tensor& max_prob,
+                                    const Tensor& row_max, const MaybeTensor& grad_logprob,
+                                    const MaybeTensor& grad_entropy, const MaybeTensor& grad_lse,
+                                    const MaybeTensor& grad_collision) {
     backward_into(logits, logits, targets, row_temperature, temperature, softcap, logprob, entropy,
                   collision, max_prob, row_max, grad_logprob, grad_entropy, grad_lse,
                   grad_collision);
@@ -198,8 +200,8 @@ class Operators {
       const MaybeTensor& row_temperature, const MaybeTensor& loss_scale, const MaybeTensor& hyper,
       const std::vector<double>& values, double temperature, double softcap, int64_t kind,
       int64_t kl_kind, bool kl_unbiased, bool needs_grad) {
-    Tensor grad = needs_grad ? new_like(logits)
-                             : torch::stable::new_empty(logits, {0}, logits.scalar_type());
+    Tensor grad =
+        needs_grad ? new_like(logits) : torch::stable::new_empty(logits, {0}, logits.scalar_type());
     return std::tuple_cat(
         loss_into(needs_grad ? &grad : nullptr, logits, targets, old_logprob, advantage, weight,
                   entropy_weight, importance, ref_logprob, row_temperature, loss_scale, hyper,
@@ -207,13 +209,14 @@ class Operators {
         std::make_tuple(grad));
   }
 
-  static LossTensors policy_loss_(
-      const Tensor& logits, const Tensor& targets, const MaybeTensor& old_logprob,
-      const Tensor& advantage, const Tensor& weight, const MaybeTensor& entropy_weight,
-      const MaybeTensor& importance, const MaybeTensor& ref_logprob,
-      const MaybeTensor& row_temperature, const MaybeTensor& loss_scale, const MaybeTensor& hyper,
-      const std::vector<double>& values, double temperature, double softcap, int64_t kind,
-      int64_t kl_kind, bool kl_unbiased) {
+  static LossTensors policy_loss_(const Tensor& logits, const Tensor& targets,
+                                  const MaybeTensor& old_logprob, const Tensor& advantage,
+                                  const Tensor& weight, const MaybeTensor& entropy_weight,
+                                  const MaybeTensor& importance, const MaybeTensor& ref_logprob,
+                                  const MaybeTensor& row_temperature, const MaybeTensor& loss_scale,
+                                  const MaybeTensor& hyper, const std::vector<double>& values,
+                                  double temperature, double softcap, int64_t kind, int64_t kl_kind,
+                                  bool kl_unbiased) {
     return loss_into(&logits, logits, targets, old_logprob, advantage, weight, entropy_weight,
                      importance, ref_logprob, row_temperature, loss_scale, hyper, values,
                      temperature, softcap, kind, kl_kind, kl_unbiased);

@@ -6,31 +6,40 @@
 
 namespace reasonkern {
 
-// dL/dx_v = jac_v * ( e * (base + slope * t + curve * e) + [v == y] * at_target ), t = x - m and
-// e = exp(t / T); the temperature, 1/s and the loss scale are in the coefficients.
+// dL/dx_v = scale * jac_v * ( p * (base + slope * t + curve * p) + [v == y] * at_target ) with
+// t = x - m and p = inv_sum * exp(t / T). For 16-bit logits, whose gradient is rounded to 2^-9 or
+// 2^-12, `fold` moves scale and inv_sum into the other coefficients and leaves 1 and 1; in float32
+// that would round away what cancels between them.
 template <class A>
 struct GradCoefs {
-  A m, base, slope, curve, at_target;
+  A m, base, slope, curve, at_target, inv_sum, scale;
   int target;
   bool live;  // false: the whole row is zero
 };
 
-template <class A>
+template <class T, class A>
 __device__ __forceinline__ GradCoefs<A> fold(const GradRow<A>& g, A m, A temperature,
                                              int64_t target) {
-  const A factor = g.scale * g.inv_sum;
-  return {m,
-          factor * g.constant,
-          factor * g.linear / temperature,
-          factor * g.inv_sum * g.quadratic,
-          g.scale * g.target,
-          int(target),
-          true};
+  const A slope = g.linear / temperature;
+  if constexpr (sizeof(T) == 2) {
+    const A factor = g.scale * g.inv_sum;
+    return {m,
+            factor * g.constant,
+            factor * slope,
+            factor * g.inv_sum * g.quadratic,
+            g.scale * g.target,
+            A(1),
+            A(1),
+            int(target),
+            true};
+  } else {
+    return {m, g.constant, slope, g.quadratic, g.target, g.inv_sum, g.scale, int(target), true};
+  }
 }
 
 template <class A>
 __device__ __forceinline__ GradCoefs<A> zero_row() {
-  return {A(0), A(0), A(0), A(0), A(0), -1, false};
+  return {A(0), A(0), A(0), A(0), A(0), A(0), A(0), -1, false};
 }
 
 // Vector v holds row elements [position, position + N). kCurve: whether `curve` can be nonzero.
@@ -43,17 +52,23 @@ __device__ __forceinline__ Vec<T> gradient_vector(const Vec<T>& v, int position,
   A x[N], g[N];
   unpack(v, x);
   if (scale.softcap != A(0)) soft_cap(x, scale.softcap);
+  const auto element = [&](int j, A addend) {
+    const A t = shifted(x[j], c.m, scale);
+    A p = quick_exponential(t, scale);
+    if constexpr (sizeof(T) > 2) p *= c.inv_sum;
+    A factor = std::fma(c.slope, t, c.base);
+    if constexpr (kCurve) factor = std::fma(c.curve, p, factor);
+    const A g = std::fma(p, factor, addend);
+    return sizeof(T) > 2 ? c.scale * g : g;
+  };
 #pragma unroll
-  for (int j = 0; j < N; ++j) {
-    const A t = x[j] - c.m, e = exponential(t, scale);
-    A factor = std::fma(c.slope, std::fmax(t, scale.floor), c.base);
-    if constexpr (kCurve) factor = std::fma(c.curve, e, factor);
-    g[j] = e * factor;
-  }
+  for (int j = 0; j < N; ++j) g[j] = element(j, A(0));
   const unsigned lane = unsigned(c.target - position);
-  if (lane < unsigned(N)) {
+  if (lane < unsigned(N)) {  // one vector of the row
 #pragma unroll
-    for (int j = 0; j < N; ++j) g[j] += lane == unsigned(j) ? c.at_target : A(0);
+    for (int j = 0; j < N; ++j) {
+      if (lane == unsigned(j)) g[j] = element(j, c.at_target);
+    }
   }
   if (scale.softcap != A(0)) {
     unpack(v, x);

@@ -28,29 +28,67 @@ constexpr A kInfinity = std::numeric_limits<A>::infinity();
 template <class T>
 struct RowScale {
   using A = acc_t<T>;
-  A temperature, exp_scale, floor, softcap;
+  A temperature, inv_temperature, exp_scale, residual, floor, softcap;
 };
 
 template <class T>
 __device__ __forceinline__ RowScale<T> row_scale(const Scale<acc_t<T>>& s, int64_t row) {
   using A = acc_t<T>;
   const A temperature = s.row_temperature ? s.row_temperature[row] : s.temperature;
-  const A unit = sizeof(T) == 2 ? A(1.4426950408889634) : A(1);
-  // exp is 0 below `floor`; clamping t there turns 0 * (-inf) into 0.
-  const A lowest = sizeof(A) == 8 ? A(-800) : A(-200);
-  return {temperature, unit / temperature, lowest * temperature, s.softcap};
+  const A lowest = sizeof(A) == 8 ? A(-800) : A(-200);  // exp of it is 0
+  return {temperature,
+          A(1) / temperature,
+          A(1.4426950408889634) / temperature,
+          A(0.6931471805599453) * temperature,
+          lowest * temperature,
+          s.softcap};
 }
 
-// exp(t / temperature). 16-bit logits: t log2(e)/T is rounded three times, a relative error of
-// |t/T| 2^-22 on a term that weighs e^(t/T), below 2^-22 of the row; the result is rounded to
-// 2^-9 or 2^-12. Wider logits take the library's exp.
+// x - m, not below scale.floor, so that e t is 0 and not 0 * inf at a masked token. Keeps NaN.
 template <class T>
-__device__ __forceinline__ acc_t<T> exponential(acc_t<T> t, const RowScale<T>& scale) {
+__device__ __forceinline__ acc_t<T> shifted(acc_t<T> x, acc_t<T> m, const RowScale<T>& scale) {
+  return max_nan(x - m, scale.floor);
+}
+
+// t / T to an ulp or two, for the exponent of the library's exp.
+template <class T>
+__device__ __forceinline__ acc_t<T> divided(acc_t<T> t, const RowScale<T>& scale) {
+  const acc_t<T> d = mul_rn(t, scale.inv_temperature);
+  return std::fma(std::fma(-d, scale.temperature, t), scale.inv_temperature, d);
+}
+
+// exp(t / T) for 16-bit gradients: y = t log2(e)/T is off by |y| 2^-23, 3e-6 at p = e^-20, far
+// below the 2^-9 or 2^-12 of the result's rounding. Wider logits take the library's exp.
+template <class T>
+__device__ __forceinline__ acc_t<T> quick_exponential(acc_t<T> t, const RowScale<T>& scale) {
   if constexpr (sizeof(T) == 2) {
     return exp2_approx(t * scale.exp_scale);
   } else {
-    return std::exp(t * scale.exp_scale);
+    return std::exp(divided(t, scale));
   }
+}
+
+// exp(t / T) for statistics, to a few ulp: on a confident row the entropy is the tail alone, and
+// |y| 2^-23 would be its relative error. What the rounding of y lost, t - y ln(2) T, comes back as
+// a first-order term.
+template <class T>
+__device__ __forceinline__ acc_t<T> exponential(acc_t<T> t, const RowScale<T>& scale) {
+  if constexpr (sizeof(T) == 2) {
+    const float y = mul_rn(t, scale.exp_scale), e = exp2_approx(y);
+    return std::fma(mul_rn(e, scale.inv_temperature), std::fma(-y, scale.residual, t), e);
+  } else {
+    return std::exp(divided(t, scale));
+  }
+}
+
+// exp((a - b) / T), given d, the rounded and clamped a - b. One factor hits a whole partial sum, so
+// that the rounding of d, which single elements average out, is put back.
+template <class T>
+__device__ __forceinline__ acc_t<T> exponential_of_difference(acc_t<T> a, acc_t<T> b, acc_t<T> d,
+                                                              const RowScale<T>& scale) {
+  const acc_t<T> e = exponential(d, scale);
+  const acc_t<T> back = d - a, lost = (a - (d - back)) - (b + back);
+  return e == acc_t<T>(0) ? e : std::fma(mul_rn(e, scale.inv_temperature), lost, e);
 }
 
 // cap tanh(x / cap). An infinity stays: -inf is a masked token, +inf makes the row nonfinite.
@@ -130,8 +168,8 @@ __device__ __forceinline__ void join(FullMoments<A>& a, const FullMoments<A>& b)
 template <class T, class M>
 __device__ __forceinline__ void raise_max(M& a, acc_t<T> m, const RowScale<T>& scale) {
   if (m > a.m && a.m > -kInfinity<acc_t<T>>) {
-    const acc_t<T> d = a.m - m;
-    rescale(a, std::fmax(d, scale.floor), exponential(d, scale));
+    const acc_t<T> d = shifted(a.m, m, scale);
+    rescale(a, d, exponential_of_difference(a.m, m, d, scale));
   }
   a.m = m;
 }
@@ -196,8 +234,8 @@ __device__ __forceinline__ void absorb(M& a, const Vec<T> (&v)[kUnroll], const R
       if (nothing_finite) {
         if (x[i][j] != x[i][j]) a.s = x[i][j];  // fmax passed over the NaN
       } else {
-        const A t = x[i][j] - a.m;
-        add(a, exponential(t, scale), std::fmax(t, scale.floor));
+        const A t = shifted(x[i][j], a.m, scale);
+        add(a, exponential(t, scale), t);
       }
     }
   }
@@ -341,7 +379,8 @@ __device__ __forceinline__ RowStats<acc_t<T>> row_stats(const Moments<acc_t<T>>&
     return {nan, nan, nan, nan, nan, false};
   }
   const A log_sum = std::log(a.s), mean = a.u / a.s / scale.temperature;
-  return {(x_y - a.m) / scale.temperature - log_sum, log_sum - mean, log_sum, mean, A(1) / a.s, true};
+  return {
+      (x_y - a.m) / scale.temperature - log_sum, log_sum - mean, log_sum, mean, A(1) / a.s, true};
 }
 
 }  // namespace reasonkern
