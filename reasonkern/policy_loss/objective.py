@@ -83,7 +83,7 @@ class Objective:
     ratio_cap: Number | None = None
     low: Number = 0.0
     high: Number = 0.0
-    vespo_shape: tuple[float, float, float, float] | None = None
+    vespo_shape: tuple[Number, Number, Number, Number] | None = None
     function: Callable[..., Tensor] | None = None
     kl: KL | tuple[Any, ...] | None = None
     entropy_coef: Number = 0.0
@@ -93,10 +93,14 @@ class Objective:
 
     def __post_init__(self) -> None:
         """Normalises the tuples and refuses values that have no meaning."""
-        if self.kl is not None:
-            object.__setattr__(self, "kl", KL(*self.kl))
-        if self.importance is not None:
-            object.__setattr__(self, "importance", Importance(*self.importance))
+        for name, kind in (("kl", KL), ("importance", Importance)):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            required = len(kind._fields) - len(kind._field_defaults)
+            fits = isinstance(given, (tuple, list)) and required <= len(given) <= len(kind._fields)
+            _check(fits, name, "a tuple (" + ", ".join(kind._fields) + ")", given)
+            object.__setattr__(self, name, kind(*given))
         _validate(self)
 
     # ---- token-local objectives
@@ -262,10 +266,10 @@ class Objective:
     @classmethod
     def vespo(
         cls,
-        k_positive: float = 2.0,
-        lambda_positive: float = 3.0,
-        k_negative: float = 3.0,
-        lambda_negative: float = 2.0,
+        k_positive: Number = 2.0,
+        lambda_positive: Number = 3.0,
+        k_negative: Number = 3.0,
+        lambda_negative: Number = 2.0,
         **terms: Any,
     ) -> Objective:
         """-phi(w) A logp, phi = e^{lambda + k ln w - lambda w}, w = detached product of ratios.
@@ -319,15 +323,12 @@ class Objective:
 
 def _row_field(name: str, x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
     x = x.to(device=rows.device, dtype=rows.dtype)
-    if x.ndim and x.shape != rows.shape and x.numel() == rows.numel():
-        x = x.view(rows.shape)  # packed (N,) tokens are rows of shape (1, N)
-    try:
-        return x.expand(shape)
-    except RuntimeError:
-        raise ValueError(
-            f"objective.{name}: expected a float, a 0-dim tensor or a tensor of one value per row "
-            f"{tuple(rows.shape)}, got shape {tuple(x.shape)}"
-        ) from None
+    if x.shape == rows.shape[1:] and rows.shape[0] == 1:
+        x = x.unsqueeze(0)  # packed (N,) tokens are rows of shape (1, N)
+    if x.ndim and x.shape != rows.shape:
+        expected = f"a float, a 0-dim tensor or one value per row {tuple(rows.shape)}"
+        _check(False, name, expected, f"shape {tuple(x.shape)}")
+    return x.expand(shape)
 
 
 def _check(ok: bool, name: str, expected: str, got: object) -> None:
@@ -339,7 +340,8 @@ def _validate(o: Objective) -> None:
     """Refuses values that have no meaning; tensors are taken as they are (no synchronisation)."""
     for name in (*HYPER[:6], "entropy_coef", "log_ratio_clamp", "opsm"):
         x = getattr(o, name)
-        if x is not None and not isinstance(x, Tensor):
+        optional = x is None and name not in ("low", "high", "entropy_coef")
+        if not optional and not isinstance(x, Tensor):
             _check(isinstance(x, (int, float)) and not math.isnan(x), name, "a number", x)
     lo, hi, cap, dual = o.ratio_min, o.ratio_max, o.ratio_cap, o.dual_clip
     if isinstance(lo, (int, float)):
@@ -371,7 +373,7 @@ def _validate_kind(o: Objective) -> None:
                 ok = x >= 0 if o.kind == GPPO else x > 0
                 _check(ok and math.isfinite(x), limits[o.kind], "a positive number", x)
     if o.vespo_shape is not None:
-        ok = all(math.isfinite(x) and x > 0 for x in o.vespo_shape)
+        ok = all(isinstance(x, Tensor) or (math.isfinite(x) and x > 0) for x in o.vespo_shape)
         _check(ok, "vespo", "finite k, lambda > 0", o.vespo_shape)
 
 
@@ -384,10 +386,12 @@ def _validate_terms(o: Objective) -> None:
         _check(o.kl.estimator in KL_KINDS, "kl", "estimator k1, k2 or k3", o.kl.estimator)
         coef = o.kl.coef
         if not isinstance(coef, Tensor):
-            _check(math.isfinite(coef), "kl", "a finite coefficient", coef)
+            ok = isinstance(coef, (int, float)) and math.isfinite(coef)
+            _check(ok, "kl", "a finite coefficient", coef)
     if isinstance(o.importance, Importance):
         level, mode, lo, hi, _ = o.importance
         _check(level in ("token", "sequence"), "importance", "level token or sequence", level)
         _check(mode in ("truncate", "mask"), "importance", "mode truncate or mask", mode)
-        if isinstance(lo, (int, float)) and isinstance(hi, (int, float)):
-            _check(0 <= lo <= hi, "importance", "0 <= lo <= hi", (lo, hi))
+        low, high = 0.0 if lo is None else lo, math.inf if hi is None else hi
+        if not isinstance(low, Tensor) and not isinstance(high, Tensor):
+            _check(0 <= low <= high, "importance", "0 <= lo <= hi", (lo, hi))
