@@ -273,10 +273,9 @@ def _context(
 def _check_objective(o: Objective, context: RowContext, packed: bool) -> None:
     if o.kl is not None and context.ref_logprob is None:
         _checks.fail("ref_logprob", f"a tensor for objective {o.name} with kl", None)
-    sequence_importance = isinstance(o.importance, Importance) and o.importance.level == "sequence"
     if (o.importance is not None or o.opsm is not None) and context.rollout_logprob is None:
         _checks.fail("rollout_logprob", "a tensor for importance or opsm", None)
-    by_sequence = o.level == "sequence" or sequence_importance or o.opsm is not None
+    by_sequence = o.level == "sequence" or _sequence_importance(o) or o.opsm is not None
     if by_sequence and packed and context.segments.cu_seqlens is None:
         _checks.fail("segments", f"cu_seqlens for packed tokens with objective {o.name}", None)
     if o.level == "sequence" and not context.advantage_per_sequence:
@@ -284,17 +283,33 @@ def _check_objective(o: Objective, context: RowContext, packed: bool) -> None:
         _checks.fail("advantage", f"one value per sequence for objective {o.name}", shape)
 
 
+def _sequence_importance(o: Objective) -> bool:
+    return isinstance(o.importance, Importance) and o.importance.level == "sequence"
+
+
 def _metrics(o: Objective, logprob: Tensor, entropy: Tensor, context: RowContext) -> PolicyMetrics:
     with torch.no_grad():
         h = unpack_hyper(*o.pack(context.weight), logprob.shape)
-        log_ratio = torch.zeros_like(logprob)
-        if context.old_logprob is not None:
-            log_ratio = logprob - context.old_logprob
-        if o.name == "gspo" and o.level == "sequence":
-            used = (context.weight != 0) & torch.isfinite(log_ratio)
-            total = context.sequence_sum(torch.where(used, log_ratio, 0.0))
-            log_ratio = (total / context.sequence_sum(used).clamp_min(1)).to(logprob.dtype)
         return policy_metrics(
-            o, h, logprob, entropy, log_ratio, context.old_logprob, context.advantage,
-            context.weight, context.entropy_weight, context.ref_logprob,
+            o, h, logprob, entropy, _log_ratio(o, logprob, entropy, context), context.old_logprob,
+            context.advantage, context.weight, context.entropy_weight, context.ref_logprob,
         )  # fmt: skip
+
+
+def _log_ratio(o: Objective, logprob: Tensor, entropy: Tensor, context: RowContext) -> Tensor:
+    """Log of the ratio that the objective clips; NaN in rows that a NaN input takes out."""
+    log_ratio = torch.zeros_like(logprob)
+    if context.old_logprob is not None:
+        log_ratio = logprob - context.old_logprob
+    used = (context.weight != 0) & torch.isfinite(logprob) & torch.isfinite(entropy)
+    if o.level == "sequence":
+        total = context.sequence_sum(torch.where(used, log_ratio, 0.0))
+        mean = (total / context.sequence_sum(used).clamp_min(1)).to(logprob.dtype)
+        log_ratio = torch.where(mean.isnan() | (o.name == "gspo"), mean, log_ratio)
+    rollout = context.rollout_logprob
+    if rollout is not None and (o.importance is not None or o.opsm is not None):
+        missing = rollout.isnan() & used
+        if o.opsm is not None or _sequence_importance(o):
+            missing = context.sequence_sum(missing) > 0
+        log_ratio = torch.where(missing, torch.nan, log_ratio)
+    return log_ratio

@@ -173,7 +173,8 @@ def policy_metrics(
     low, high = r < h.ratio_min, r > h.ratio_max
     if objective.level == "token" and objective.kind in (DPPO_TV, DPPO_KL):
         old = logp if old_logprob is None else old_logprob.double()
-        low = high = ~dppo_keeps(objective.kind, logp, old, a, h)
+        dropped = ~dppo_keeps(objective.kind, logp, old, a, h)
+        low, high = dropped & (a <= 0), dropped & (a > 0)  # the side each sign is limited on
     pos, neg = a > 0, a < 0
     clipped = (pos & high) | (neg & low)
     r_eff = torch.where(neg, torch.clamp_min(r, h.ratio_min), torch.clamp_max(r, h.ratio_max))

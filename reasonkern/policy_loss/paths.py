@@ -234,7 +234,7 @@ def _selection(
     assert context.rollout_logprob is not None
     keeps = opsm_keeps(
         o.opsm, lp, context.rollout_logprob, context.advantage, weight != 0, context.segments
-    ).to(lp.dtype)
+    )
     return keeps if factor is None else factor * keeps
 
 

@@ -69,7 +69,7 @@ def importance_weights(
     hi = math.inf if term.hi is None else term.hi
     if term.mode == "truncate":
         return torch.clamp_max(torch.clamp_min(w, lo), hi)
-    return torch.where((w >= lo) & (w <= hi), w, 0.0)
+    return torch.where((w < lo) | (w > hi), 0.0, w)  # NaN stays NaN, and its row is counted
 
 
 def opsm_keeps(
@@ -80,10 +80,14 @@ def opsm_keeps(
     active: Tensor,
     segments: Segments,
 ) -> Tensor:
-    """False for tokens with A < 0 of sequences the policy moved away from by more than delta."""
+    """0 for tokens with A < 0 of sequences the policy moved away from by more than delta, else 1.
+
+    NaN for the tokens of a sequence whose drift is NaN.
+    """
     drift = segments.sum(torch.where(active, rollout_logprob - logprob, 0.0))
     mean = drift / segments.sum(active).clamp_min(1)
-    return ~((advantage < 0) & (mean > delta))
+    keeps = torch.where((advantage < 0) & (mean > delta), 0.0, torch.ones_like(logprob))
+    return torch.where(mean.isnan(), torch.nan, keeps)
 
 
 def sequence_term(
