@@ -47,7 +47,7 @@ def cuda_clock(flush_bytes: int = 1 << 28, flushes: int = 4) -> Clock:
         end.record()
         end.synchronize()
         del result
-        return start.elapsed_time(end) / 1e3 / runner.repeat
+        return float(start.elapsed_time(end)) / 1e3 / runner.repeat
 
     return clock
 

@@ -42,7 +42,8 @@ def loss_and_gradient(
     def call() -> Result:
         terms = compute(logits)
         (grad,) = torch.autograd.grad(terms.loss, logits)
-        return Result(Terms(*(t if t is None else t.detach() for t in terms)), grad)
+        rows = (t if t is None else t.detach() for t in terms[1:])
+        return Result(Terms(terms.loss.detach(), *rows), grad)
 
     def outputs(result: Result) -> dict[str, Tensor]:
         loss, logprob, entropy = result.terms
