@@ -1,0 +1,128 @@
+"""Backends every kernel test runs over, and allocations poisoned with NaN."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+# Decided before anything imports Triton: without a GPU its kernels run in the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from reasonkern import _load  # noqa: E402
+
+BACKENDS = ("reference", "cpu", "triton", "cuda-sim", "cuda")
+# Backends that any machine with these programs must have when CI says that the package is built.
+REQUIRED_IN_CI = {"cpu": None, "triton": None, "cuda-sim": "g++"}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The operators of one backend, called as ``backend("token_stats", *args)``."""
+
+    name: str
+    device: str
+    function: Callable[[str], Callable[..., Any]]
+
+    def __call__(self, op: str, *args: Any) -> Any:
+        return self.function(op)(*args)
+
+    @property
+    def slow(self) -> bool:
+        """Interpreted or simulated: a row costs milliseconds."""
+        return self.name == "cuda-sim" or (self.name == "triton" and self.device == "cpu")
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        types = (torch.float32, torch.bfloat16, torch.float16)
+        return types if self.name == "triton" else (*types, torch.float64)
+
+    def to(self, x: Any) -> Any:
+        return x.to(self.device) if isinstance(x, Tensor) else x
+
+
+def _from_registry(name: str) -> Callable[[str], Callable[..., Any]]:
+    return lambda op: _load.implementation(op, name)
+
+
+def _simulated() -> Callable[[str], Callable[..., Any]]:
+    adapter = importlib.import_module("cuda_sim.backend")
+    return lambda op: getattr(adapter, op)
+
+
+def make_backend(name: str) -> Backend:
+    """RuntimeError or ImportError says why it is not here."""
+    gpu = torch.cuda.is_available()
+    if name == "cuda-sim":
+        return Backend(name, "cpu", _simulated())
+    if name == "cuda" and not gpu:
+        raise RuntimeError("no GPU")
+    function = _from_registry(name)
+    if reason := _load.reason(name):
+        raise RuntimeError(reason)
+    if name == "cpu":
+        function("token_stats")
+    return Backend(name, "cuda" if gpu and name in ("triton", "cuda") else "cpu", function)
+
+
+@pytest.fixture(scope="session")
+def _backends() -> dict[str, Backend | str]:
+    return {}
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, _backends: dict[str, Backend | str]) -> Backend:
+    name = request.param
+    if name not in _backends:
+        try:
+            _backends[name] = make_backend(name)
+        except (RuntimeError, ImportError) as error:
+            _backends[name] = f"{name}: {error}"
+    found = _backends[name]
+    if isinstance(found, Backend):
+        return found
+    if os.environ.get("CI") == "true" and name in REQUIRED_IN_CI:
+        tool = REQUIRED_IN_CI[name]
+        if tool is None or shutil.which(tool):
+            pytest.fail(f"CI must have every backend: {found}")
+    pytest.skip(found)
+
+
+# ---- poison
+
+
+POISONED_CALLERS = ("reasonkern", "cuda_sim")
+
+
+def _poison(x: Tensor) -> Tensor:
+    if type(x) is Tensor and x.device.type != "meta" and x.numel():
+        x.fill_(float("nan") if x.is_floating_point() else True if x.dtype == torch.bool else -77)
+    return x
+
+
+def _poisoning(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(*args: Any, **kwargs: Any) -> Tensor:
+        out = allocate(*args, **kwargs)
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return _poison(out) if caller.split(".")[0] in POISONED_CALLERS else out
+
+    return call
+
+
+@pytest.fixture
+def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that the package allocates and does not write comes back as NaN."""
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, _poisoning(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(Tensor, name, _poisoning(getattr(Tensor, name)))
+    yield
