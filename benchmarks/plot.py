@@ -84,8 +84,10 @@ def _time_panel(axes: Any, case: dict[str, Any]) -> None:
     threads = f", {case['threads']} threads" if case["threads"] else ""
     shape = " × ".join(map(str, case["shape"]))
     title = f"{case['op']} {case['label']} [{shape}] {case['dtype']}{threads}"
-    axes.set_title(f"{title} — time", fontsize=9, loc="left")
+    axes.set_title(f"{title} — time, logarithmic", fontsize=9, loc="left")
     _tidy(axes)
+    axes.xaxis.set_major_formatter(lambda seconds, _: duration(seconds))
+    axes.minorticks_off()
 
 
 def _memory_panel(axes: Any, case: dict[str, Any]) -> None:
@@ -93,15 +95,15 @@ def _memory_panel(axes: Any, case: dict[str, Any]) -> None:
     sizes = [row["peak_bytes"] / 2**20 for row in rows]
     colours = [COLOURS.get(row["name"], "0.5") for row in rows]
     bars = axes.barh([row["name"] for row in rows], sizes, color=colours)
-    axes.bar_label(bars, [f" {size:.4g} MiB" for size in sizes], fontsize=8)
+    axes.bar_label(bars, [f" {size:,.1f} MiB" for size in sizes], fontsize=8)
     axes.margins(x=0.3)
+    axes.xaxis.set_visible(False)
     axes.set_title("peak extra memory", fontsize=9, loc="left")
     _tidy(axes)
 
 
 def _tidy(axes: Any) -> None:
     axes.tick_params(labelsize=8)
-    axes.xaxis.set_visible(False)
     axes.spines[["top", "right", "bottom"]].set_visible(False)
 
 
