@@ -212,10 +212,10 @@ def policy_loss(
         if loss_scale.ndim:
             _checks.fail("loss_scale", "a 0-dim tensor", f"shape {tuple(loss_scale.shape)}")
         loss_scale = loss_scale.detach().to(context.weight)
-    row_loss, token_loss, logprob, entropy = _run(
+    row_loss, token_loss, logprob, entropy, finite = _run(
         objective, rows, y, context, scaling, loss_scale, inplace_grad
     )
-    metrics = _metrics(objective, logprob, entropy, context)
+    metrics = _metrics(objective, logprob, entropy, finite, context)
     shape = targets.shape
     return PolicyLossOutput(
         row_loss.sum(),
@@ -234,7 +234,7 @@ def _run(
     scaling: Scaling,
     loss_scale: Tensor | None,
     inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if paths.is_fused(objective, logits, context, loss_scale):
         return paths.fused(objective, logits, targets, context, scaling, loss_scale, inplace)
     return paths.two_phase(objective, logits, targets, context, scaling, inplace)
@@ -287,29 +287,19 @@ def _sequence_importance(o: Objective) -> bool:
     return isinstance(o.importance, Importance) and o.importance.level == "sequence"
 
 
-def _metrics(o: Objective, logprob: Tensor, entropy: Tensor, context: RowContext) -> PolicyMetrics:
+def _metrics(
+    o: Objective, logprob: Tensor, entropy: Tensor, finite: Tensor, context: RowContext
+) -> PolicyMetrics:
     with torch.no_grad():
         h = unpack_hyper(*o.pack(context.weight), logprob.shape)
+        log_ratio = torch.zeros_like(logprob)
+        if context.old_logprob is not None:
+            log_ratio = logprob - context.old_logprob
+        if o.name == "gspo" and o.level == "sequence":
+            used = (context.weight != 0) & finite
+            total = context.sequence_sum(torch.where(used, log_ratio, 0.0))
+            log_ratio = (total / context.sequence_sum(used).clamp_min(1)).to(logprob.dtype)
         return policy_metrics(
-            o, h, logprob, entropy, _log_ratio(o, logprob, entropy, context), context.old_logprob,
-            context.advantage, context.weight, context.entropy_weight, context.ref_logprob,
+            o, h, logprob, entropy, finite, log_ratio, context.old_logprob, context.advantage,
+            context.weight, context.entropy_weight, context.ref_logprob,
         )  # fmt: skip
-
-
-def _log_ratio(o: Objective, logprob: Tensor, entropy: Tensor, context: RowContext) -> Tensor:
-    """Log of the ratio that the objective clips; NaN in rows that a NaN input takes out."""
-    log_ratio = torch.zeros_like(logprob)
-    if context.old_logprob is not None:
-        log_ratio = logprob - context.old_logprob
-    used = (context.weight != 0) & torch.isfinite(logprob) & torch.isfinite(entropy)
-    if o.level == "sequence":
-        total = context.sequence_sum(torch.where(used, log_ratio, 0.0))
-        mean = (total / context.sequence_sum(used).clamp_min(1)).to(logprob.dtype)
-        log_ratio = torch.where(mean.isnan() | (o.name == "gspo"), mean, log_ratio)
-    rollout = context.rollout_logprob
-    if rollout is not None and (o.importance is not None or o.opsm is not None):
-        missing = rollout.isnan() & used
-        if o.opsm is not None or _sequence_importance(o):
-            missing = context.sequence_sum(missing) > 0
-        log_ratio = torch.where(missing, torch.nan, log_ratio)
-    return log_ratio

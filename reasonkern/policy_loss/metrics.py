@@ -154,6 +154,7 @@ def policy_metrics(
     h: Hyper,
     logprob: Tensor,
     entropy: Tensor,
+    finite: Tensor,
     log_ratio: Tensor,
     old_logprob: Tensor | None,
     advantage: Tensor,
@@ -161,10 +162,13 @@ def policy_metrics(
     entropy_weight: Tensor | None,
     ref_logprob: Tensor | None,
 ) -> PolicyMetrics:
-    """Statistics of one batch of rows (B, T); ``log_ratio`` is the one the objective clips."""
+    """Statistics of one batch of rows (B, T); ``log_ratio`` is the one the objective clips.
+
+    Rows that are not ``finite`` were left out of the loss.
+    """
     logp, a = logprob.double(), advantage.double()
     r = clamped_exp(log_ratio.double(), h.log_ratio_clamp)[0]
-    finite = torch.isfinite(logp) & torch.isfinite(entropy) & torch.isfinite(r) & torch.isfinite(a)
+    finite = finite & torch.isfinite(r) & torch.isfinite(a)
     if objective.kl is not None and ref_logprob is not None:
         finite = finite & torch.isfinite(ref_logprob)
     active = weight != 0

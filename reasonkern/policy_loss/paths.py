@@ -102,13 +102,17 @@ def fused(
     scaling: Scaling,
     loss_scale: Tensor | None,
     inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(row_loss with autograd, token_loss, logprob, entropy), each (B, T)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(row_loss with autograd, token_loss, logprob, entropy, finite), each (B, T).
+
+    ``finite`` is False where this pass's statistics or a factor leave the row out of the loss.
+    """
     values, hyper = o.pack(context.weight)
     h = unpack_hyper(values, hyper, targets.shape)
+    factor = _importance(o, context.old_logprob, context.weight, context, h)
     args = (
         targets, context.old_logprob, context.advantage, context.weight, context.entropy_weight,
-        _importance(o, context.old_logprob, context.weight, context, h), context.ref_logprob,
+        factor, context.ref_logprob,
         scaling.row_temperature, loss_scale, hyper, values, scaling.temperature, scaling.softcap,
         o.kind, *_kl(o),
     )  # fmt: skip
@@ -118,7 +122,10 @@ def fused(
         row_loss, token_loss, logprob, entropy, _ = torch.ops.reasonkern.policy_loss(
             logits, *args, needs_grad(logits)
         )
-    return row_loss, token_loss, logprob, entropy
+    finite = torch.isfinite(logprob) & torch.isfinite(entropy)
+    if factor is not None:
+        finite = finite & torch.isfinite(factor)
+    return row_loss, token_loss, logprob, entropy, finite
 
 
 def two_phase(
@@ -128,7 +135,7 @@ def two_phase(
     context: RowContext,
     scaling: Scaling,
     inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `fused`, through the statistics and an O(N) map."""
     args = (
         targets, context.active, scaling.row_temperature, scaling.temperature, scaling.softcap,
@@ -144,14 +151,14 @@ def two_phase(
     values, hyper = o.pack(context.weight)
     h = unpack_hyper(values, hyper, targets.shape)
     if o.level == "custom":
-        row_loss, token_loss = _custom_rows(o, lp, ent, finite, context, h)
+        row_loss, token_loss, finite = _custom_rows(o, lp, ent, finite, context, h)
     else:
         with torch.no_grad():
             rows = _mapped_rows(o, lp, ent, finite, context, h)
         # Value from the map, gradient by its analytic derivatives.
         slope = rows.dlogp * (lp - lp.detach()) + rows.dentropy * (ent - ent.detach())
-        row_loss, token_loss = rows.row_loss + slope, rows.token_loss
-    return row_loss, token_loss.detach(), logprob.detach(), entropy.detach()
+        row_loss, token_loss, finite = rows.row_loss + slope, rows.token_loss, finite & rows.finite
+    return row_loss, token_loss.detach(), logprob.detach(), entropy.detach(), finite
 
 
 def _mapped_rows(
@@ -181,7 +188,7 @@ def _mapped_rows(
 
 def _custom_rows(
     o: Objective, lp: Tensor, ent: Tensor, finite: Tensor, context: RowContext, h: Hyper
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     assert o.function is not None
     lp, ent = _FiniteGradient.apply(lp), _FiniteGradient.apply(ent)  # type: ignore[no-untyped-call]
     token_loss = o.function(lp, ent, context)
@@ -201,7 +208,7 @@ def _custom_rows(
     row_loss = context.weight * token_loss - h.entropy_coef * entropy_weight * ent
     kept = finite & context.active & torch.isfinite(row_loss)
     row_loss, token_loss = (torch.where(kept, x, 0.0) for x in (row_loss, token_loss))
-    return row_loss.to(lp.dtype), token_loss.to(lp.dtype)
+    return row_loss.to(lp.dtype), token_loss.to(lp.dtype), kept
 
 
 def _add_kl(
