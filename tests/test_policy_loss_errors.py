@@ -1,0 +1,318 @@
+"""Every ValueError of the public functions: argument, expectation, what was given."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import pytest
+import torch
+from policy_loss_literal import LENGTHS, T, V, batch, make_batch, spread
+from torch.testing import assert_close
+
+from reasonkern import Objective, policy_loss, token_stats
+
+B, N = len(LENGTHS), sum(LENGTHS)
+NAN, INF = float("nan"), float("inf")
+META = {"device": "meta"}
+F = torch.zeros(B, T)
+IDS = torch.zeros(B, T, dtype=torch.int64)
+ROWS = ("old_logprob", "weight", "entropy_weight", "ref_logprob", "rollout_logprob")
+NOT_LONG = "targets: expected dtype torch.int64 or torch.int32, got torch.float32"
+DTYPES = "torch.float32 or torch.bfloat16 or torch.float16 or torch.float64"
+SEQUENCE_LEVEL = (Objective.gspo(), Objective.gmpo(), Objective.vespo())
+BY_SEQUENCE = (
+    *SEQUENCE_LEVEL,
+    Objective.ppo(opsm=0.1),
+    Objective.ppo(importance=("sequence", "truncate", None, 2.0)),
+)
+
+
+def call(form: str = "padded", **changes: Any) -> Any:
+    b = batch(form).to(torch.float32)
+    given: dict[str, Any] = {"logits": b.logits, "targets": b.targets, "objective": Objective.ppo()}
+    given |= b.given() | changes
+    return policy_loss(given.pop("logits"), given.pop("targets"), **given)
+
+
+PADDED: list[tuple[dict[str, Any], str]] = [
+    ({"logits": [1.0]}, "logits: expected a tensor, got list"),
+    ({"targets": None}, "targets: expected a tensor, got NoneType"),
+    ({"advantage": 1.0}, "advantage: expected a tensor, got float"),
+    ({"loss_scale": 2.0}, "loss_scale: expected a tensor, got float"),
+    ({"objective": "ppo"}, "objective: expected an Objective or a function, got 'ppo'"),
+    ({"logits": F[..., None].long()}, f"logits: expected dtype {DTYPES}, got torch.int64"),
+    ({"logits": F[0]}, "logits: expected shape (N, V) or (B, T, V), got (6,)"),
+    ({"logits": F[None, None]}, "logits: expected shape (N, V) or (B, T, V), got (1, 1, 4, 6)"),
+    (
+        {"logits": F[..., None][..., :0]},
+        "logits: expected a vocabulary of at least 1, got (4, 6, 0)",
+    ),
+    (
+        {"logits": torch.zeros(B, V, T).mT},
+        "logits: expected the last dimension contiguous, got strides (78, 1, 6)",
+    ),
+    ({"targets": IDS[:, 1:]}, "targets: expected shape logits.shape[:-1] = (4, 6), got (4, 5)"),
+    ({"targets": F}, NOT_LONG),
+    ({"targets": IDS.to("meta")}, "targets: expected the device of logits, cpu, got meta"),
+    *(({name: 1.0}, f"{name}: expected a tensor, got float") for name in ROWS),
+    *(
+        ({name: F.to("meta")}, f"{name}: expected the device of logits, cpu, got meta")
+        for name in (*ROWS, "advantage", "temperature")
+    ),
+    *(
+        (
+            {name: 1 + F[:, 1:]},
+            f"{name}: expected shape one value per token = (4, 6), got (4, 5)",
+        )
+        for name in (*ROWS, "advantage", "temperature")
+    ),
+    (
+        {"advantage": torch.ones(B + 1)},
+        "advantage: expected shape one value per token = (4, 6), got (5,)",
+    ),
+    ({"loss_scale": F}, "loss_scale: expected a 0-dim tensor, got shape (4, 6)"),
+    ({"temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),
+    ({"temperature": -1}, "temperature: expected a finite number > 0, got -1"),
+    ({"temperature": NAN}, "temperature: expected a finite number > 0, got nan"),
+    (
+        {"temperature": torch.tensor([1.0, 0.0, 1, 1])},
+        "temperature: expected finite positive values, got 0.0 at (1, 0)",
+    ),
+    (
+        {"temperature": torch.tensor(INF)},
+        "temperature: expected finite positive values, got inf at (0, 0)",
+    ),
+    ({"softcap": 0.0}, "softcap: expected a finite number > 0, got 0.0"),
+    ({"softcap": -30.0}, "softcap: expected a finite number > 0, got -30.0"),
+    ({"weight": F + NAN}, "weight: expected finite values, got nan at (0, 0)"),
+    ({"entropy_weight": F - INF}, "entropy_weight: expected finite values, got -inf at (0, 0)"),
+    (
+        {"advantage": torch.tensor([0, 0, NAN, 0])},
+        "advantage: expected finite values, got nan at (2, 0)",
+    ),
+    ({"targets": IDS + V}, "targets: expected values in [0, 13), got 13 at (0, 0)"),
+    ({"targets": IDS - 100}, "targets: expected values in [0, 13), got -100 at (0, 0)"),
+    (
+        {"segments": torch.tensor([0, 4])},
+        "segments: expected None for padded (B, T) tokens, got cu_seqlens",
+    ),
+    (
+        {"objective": Objective.ppo(kl=("k3", 0.1))},
+        "ref_logprob: expected a tensor for objective ppo with kl, got None",
+    ),
+    *(
+        (
+            {"objective": o, "rollout_logprob": None},
+            "rollout_logprob: expected a tensor for importance or opsm, got None",
+        )
+        for o in (*BY_SEQUENCE[-2:], Objective.ppo(importance=("token", "mask", 0.5, 2.0)))
+    ),
+    *(
+        (
+            {"objective": o, "advantage": F},
+            f"advantage: expected one value per sequence for objective {o.name}, got (4, 6)",
+        )
+        for o in SEQUENCE_LEVEL
+    ),
+    (
+        {"objective": lambda logp, entropy, ctx: logp[0]},
+        "objective: expected a token_loss of shape (4, 6), got (6,)",
+    ),
+    (
+        {"objective": lambda logp, entropy, ctx: 1.0},
+        "objective: expected a token_loss of shape (4, 6), got <class 'float'>",
+    ),
+    *(
+        (
+            {"objective": Objective.ppo(**{name: torch.ones(shape)})},
+            f"objective {name}: expected a float, a 0-dim tensor or one value per row (4, 6), "
+            f"got shape {shape}",
+        )
+        for name, shape in (("ratio_max", (T, B)), ("entropy_coef", (B,)), ("dual_clip", (T,)))
+    ),
+]
+PACKED: list[tuple[dict[str, Any], str]] = [
+    (
+        {"advantage": torch.ones(B + 1)},
+        "advantage: expected shape one value per segment = (4,), got (5,)",
+    ),
+    (
+        {"temperature": torch.ones(3)},
+        "temperature: expected shape one value per segment = (4,), got (3,)",
+    ),
+    (
+        {"objective": Objective.gspo(), "advantage": torch.ones(N)},
+        "advantage: expected shape one value per segment = (4,), got (10,)",
+    ),
+    ({"segments": [0, N]}, "segments: expected a tensor, got list"),
+    (
+        {"segments": torch.tensor([0.0, N])},
+        "segments: expected dtype torch.int32 or torch.int64, got torch.float32",
+    ),
+    (
+        {"segments": torch.tensor([0])},
+        "segments: expected cu_seqlens of shape (S + 1,), S >= 1, got (1,)",
+    ),
+    (
+        {"segments": torch.tensor([[0, N]])},
+        "segments: expected cu_seqlens of shape (S + 1,), S >= 1, got (1, 2)",
+    ),
+    (
+        {"segments": torch.tensor([0, N], **META)},
+        "segments: expected the device of targets, cpu, got meta",
+    ),
+    *(
+        (
+            {"segments": torch.tensor(ends)},
+            f"segments: expected non-decreasing offsets from 0 to 10, got {ends}",
+        )
+        for ends in ([0, 9], [1, 10], [0, 6, 4, 10], [0, 11])
+    ),
+    *(
+        (
+            {
+                "objective": o,
+                "segments": None,
+                "advantage": torch.ones(N),
+                "rollout_logprob": torch.zeros(N),
+            },
+            f"segments: expected cu_seqlens for packed tokens with objective {o.name}, got None",
+        )
+        for o in BY_SEQUENCE
+    ),
+]
+# constructor, keywords, message after "objective "
+OBJECTIVES: list[tuple[str, dict[str, Any], str]] = [
+    ("ppo", {"ratio_cap": 1.2}, "ratio_cap: expected more than ratio_max = 1.2, got 1.2"),
+    (
+        "ppo",
+        {"ratio_max": None, "ratio_cap": 2.0},
+        "ratio_cap: expected more than ratio_max = None, got 2.0",
+    ),
+    ("ppo", {"dual_clip": 1.0}, "dual_clip: expected a ratio > 1 or None, got 1.0"),
+    ("ppo", {"ratio_min": -0.2}, "ratio_min: expected a ratio >= 0 or None, got -0.2"),
+    (
+        "ppo",
+        {"ratio_min": 1.1, "ratio_max": 0.9},
+        "ratio_max: expected at least ratio_min = 1.1, got 0.9",
+    ),
+    ("cispo", {"ratio_max": 0.0}, "ratio_max: expected a ratio > 0 or None, got 0.0"),
+    *(
+        ("ppo", {name: NAN}, f"{name}: expected a number, got nan")
+        for name in ("ratio_min", "ratio_max", "dual_clip", "ratio_cap", "entropy_coef",
+                     "log_ratio_clamp", "opsm")
+    ),
+    ("ppo", {"ratio_min": "0.8"}, "ratio_min: expected a number, got 0.8"),
+    ("ppo", {"entropy_coef": None}, "entropy_coef: expected a number, got None"),
+    ("ppo", {"entropy_coef": INF}, "entropy_coef: expected a finite number, got inf"),
+    ("ppo", {"log_ratio_clamp": 0.0}, "log_ratio_clamp: expected a number > 0 or None, got 0.0"),
+    ("sapo", {"tau_positive": 0.0}, "tau: expected a positive number, got 0.0"),
+    ("sapo", {"tau_negative": NAN}, "high: expected a number, got nan"),
+    ("sapo", {"tau_negative": None}, "high: expected a number, got None"),
+    ("dppo_tv", {"threshold_low": -0.1}, "threshold: expected a positive number, got -0.1"),
+    ("dppo_kl", {"threshold_high": 0.0}, "threshold: expected a positive number, got 0.0"),
+    ("dro", {"beta": 0.0}, "beta: expected a positive number, got 0.0"),
+    ("gppo", {"beta_low": -1.0}, "beta: expected a positive number, got -1.0"),
+    (
+        "vespo",
+        {"k_positive": 0.0},
+        "vespo: expected finite k, lambda > 0, got (0.0, 3.0, 3.0, 2.0)",
+    ),
+    ("cispo", {"dual_clip": 3.0}, "dual_clip: expected None for cispo, got 3.0"),
+    ("gppo", {"ratio_cap": 3.0}, "ratio_cap: expected None for gppo, got 3.0"),
+    ("gmpo", {"dual_clip": 3.0}, "dual_clip: expected None for gmpo, got 3.0"),
+    ("ppo", {"kl": ("k4", 0.1)}, "kl: expected estimator k1, k2 or k3, got k4"),
+    ("ppo", {"kl": ("k3", NAN)}, "kl: expected a finite coefficient, got nan"),
+    ("ppo", {"kl": ("k3",)}, "kl: expected a tuple (estimator, coef, unbiased), got ('k3',)"),
+    ("ppo", {"kl": 0.1}, "kl: expected a tuple (estimator, coef, unbiased), got 0.1"),
+    (
+        "ppo",
+        {"importance": ("token", "mask")},
+        "importance: expected a tuple (level, mode, lo, hi, geometric_mean), "
+        "got ('token', 'mask')",
+    ),
+    (
+        "ppo",
+        {"importance": ("batch", "mask", 0.5, 2.0)},
+        "importance: expected level token or sequence, got batch",
+    ),
+    (
+        "ppo",
+        {"importance": ("token", "clip", 0.5, 2.0)},
+        "importance: expected mode truncate or mask, got clip",
+    ),
+    *(
+        (
+            "ppo",
+            {"importance": ("token", "mask", lo, hi)},
+            f"importance: expected 0 <= lo <= hi, got ({lo}, {hi})",
+        )
+        for lo, hi in ((2.0, 0.5), (-1.0, None), (None, -1.0), (NAN, 2.0), (None, NAN))
+    ),
+]  # fmt: skip
+STATS: list[tuple[dict[str, Any], str]] = [
+    ({"mask": F}, "mask: expected dtype torch.bool, got torch.float32"),
+    ({"mask": F[:1].bool()}, "mask: expected shape targets.shape = (4, 6), got (1, 6)"),
+    ({"mask": F.bool().to("meta")}, "mask: expected the device of logits, cpu, got meta"),
+    ({"mask": [True]}, "mask: expected a tensor, got list"),
+    ({"targets": IDS - 1}, "targets: expected values in [0, 13), got -1 at (0, 0)"),
+    ({"targets": F}, NOT_LONG),
+    ({"temperature": -0.5}, "temperature: expected a finite number > 0, got -0.5"),
+    ({"softcap": NAN}, "softcap: expected a finite number > 0, got nan"),
+]
+
+
+def raises(message: str) -> Any:
+    return pytest.raises(ValueError, match=f"^{re.escape(message)}$")
+
+
+def cases(table: list[Any]) -> Any:
+    return {"argvalues": table, "ids": [row[-1][:50] for row in table]}
+
+
+@pytest.mark.parametrize(("changes", "message"), **cases(PADDED))
+def test_error_with_padded_rows(changes: dict[str, Any], message: str) -> None:
+    with raises(message):
+        call(**changes)
+
+
+@pytest.mark.parametrize(("changes", "message"), **cases(PACKED))
+def test_error_with_packed_rows(changes: dict[str, Any], message: str) -> None:
+    with raises(message):
+        call("packed", **changes)
+
+
+@pytest.mark.parametrize(("constructor", "keywords", "message"), **cases(OBJECTIVES))
+def test_error_of_an_objective(constructor: str, keywords: dict[str, Any], message: str) -> None:
+    with raises("objective " + message):
+        getattr(Objective, constructor)(**keywords)
+
+
+@pytest.mark.parametrize(("changes", "message"), **cases(STATS))
+def test_error_of_token_stats(changes: dict[str, Any], message: str) -> None:
+    given = {"targets": IDS} | changes
+    with raises(message):
+        token_stats(torch.zeros(B, T, V), given.pop("targets"), **given)
+
+
+def test_the_unchanged_calls_are_accepted() -> None:
+    assert torch.isfinite(call().loss) and torch.isfinite(call("packed").loss)
+    assert torch.isfinite(token_stats(torch.zeros(B, T, V), IDS).entropy).all()
+    for constructor in {row[0] for row in OBJECTIVES}:
+        getattr(Objective, constructor)()
+
+
+def test_what_masked_rows_may_hold() -> None:
+    """-100, NaN log-probabilities, advantages and logits of weight 0 are never looked at."""
+    b = make_batch(torch.float32)
+    assert (b.targets[~b.mask] == -100).all() and b.old_logprob[~b.mask].isnan().all()
+    dirty = torch.where(b.mask[..., None], b.logits, NAN)
+    advantage = torch.where(b.mask, spread(b, b.advantage), NAN)
+    names = {name: getattr(b, name) for name in ("ref_logprob", "rollout_logprob")}
+    o = Objective.ppo(kl=("k2", 0.1), importance=("token", "truncate", None, 2.0))
+    expected = call(objective=o, **names)
+    out = call(logits=dirty, advantage=advantage, objective=o, **names)
+    assert math.isfinite(out.loss) and torch.equal(out.loss, expected.loss)
+    assert_close(out.metrics.compute(), expected.metrics.compute())
