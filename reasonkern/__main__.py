@@ -48,8 +48,14 @@ def _add_demo(add: AddParser) -> None:
     demo.add_argument(
         "--steps",
         type=_at_least(4),
-        default=80,
+        default=60,
         help="optimiser steps of each stage (default: %(default)s)",
+    )
+    demo.add_argument(
+        "--minutes",
+        type=float,
+        default=4.5,
+        help="time budget; a slow machine takes fewer steps (default: %(default)s)",
     )
     demo.add_argument(
         "--batch", type=_at_least(1), default=4, help="windows per step (default: %(default)s)"

@@ -22,6 +22,7 @@ from .traces import Trace, first_groups, load_traces
 from .windows import Encoded, encode
 
 MAX_TRACES = 1024
+SHARES = {"sft": 0.4, "policy": 0.85}  # of the time budget, at the end of the stage
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,13 @@ class Config:
     device: str = "cpu"
     out: Path = Path("demo-out")
     seed: int = 0
-    steps: int = 80  # optimiser steps of each stage
+    steps: int = 60  # optimiser steps of each stage
     batch: int = 4
     window: int = 256
     width: int = 128
     layers: int = 4
     pairs: int = 5  # interleaved timings of the two formulations
+    minutes: float = 4.5  # a slow or busy machine takes fewer steps instead of longer
 
 
 class DemoError(ValueError):
@@ -55,7 +57,29 @@ class Context:
     sequences: list[Encoded]
     model: Transformer
     rng: Random
-    results: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=lambda: {"shortened": {}})
+    begin: float = field(default_factory=time.perf_counter)
+
+    def out_of_time(self, stage: str) -> bool:
+        """Whether the stage has to end; if so, that is noted in the results."""
+        late = self._seconds_left(stage) < 0
+        if late:
+            self.results["shortened"][stage] = self.config.steps
+        return late
+
+    def affordable_steps(self, stage: str, done: int) -> int:
+        """Steps that fit into the stage at the pace of the `done` steps so far."""
+        left = self._seconds_left(stage)
+        pace = (60 * self.config.minutes * SHARES[stage] - left) / done
+        # The snapshots and comparisons take the other third.
+        steps = int(0.66 * left / pace)
+        if steps < self.config.steps:
+            self.results["shortened"][stage] = self.config.steps
+        return min(steps, self.config.steps)
+
+    def _seconds_left(self, stage: str) -> float:
+        limit = 60 * self.config.minutes * SHARES[stage]
+        return limit - (time.perf_counter() - self.begin)
 
 
 def prepare(config: Config) -> Context:

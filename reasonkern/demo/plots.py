@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ matplotlib.use("Agg")  # before pyplot: no display is needed
 from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter  # noqa: E402
 
 Results = dict[str, Any]
 Lines = dict[str, str]  # label → metric
 
 # Panel title, y label, lines. Units: log-probabilities, entropies and KL are in nats.
 POLICY_PANELS: tuple[tuple[str, str, Lines], ...] = (
-    ("Loss", "loss", {"loss": "loss"}),
+    ("Loss", "loss", {"step": "loss"}),
     (
         "Entropy",
         "nats per token",
@@ -103,19 +105,33 @@ def _policy(policy: Results) -> Figure:
     )
     figure, panels = _figure(2, 3, title)
     snapshots = [entry["step"] for entry in policy["margin"] if 0 < entry["step"] < len(steps)]
+    _epoch_means(panels[0], [metrics["loss"] for metrics in steps], policy["batches"])
     for panel, (name, unit, lines) in zip(panels, POLICY_PANELS, strict=True):
         scale = 100 if unit.startswith("%") else 1
         for label, key in lines.items():
             values = [scale * metrics[key] for metrics in steps]
+            if key in ("entropy_pos", "entropy_neg"):  # 0 stands for a batch without such tokens
+                values = [value or math.nan for value in values]
             panel.plot(range(1, len(values) + 1), values, lw=1.4, label=label)
         for step in snapshots:
             panel.axvline(step + 0.5, color="0.5", lw=1, ls=":")
         panel.set(title=name, xlabel="optimiser step", ylabel=unit)
         if unit.startswith("ratio"):
             panel.set_yscale("log")
-        if len(lines) > 1:
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            panel.yaxis.set_minor_formatter(NullFormatter())
+        if len(panel.lines) > len(snapshots) + 1:
             panel.legend(fontsize="small", framealpha=0.7)
     return figure
+
+
+def _epoch_means(panel: Axes, values: list[float], length: int) -> None:
+    """At ratio 1 the loss of a batch is minus its mean advantage: only epochs compare."""
+    starts = range(0, len(values) - length + 1, length)
+    means = [statistics.mean(values[start : start + length]) for start in starts]
+    middles = [start + (length + 1) / 2 for start in starts]
+    panel.plot(middles, means, "o-", color="C3", lw=2, zorder=3, label="mean of an epoch")
 
 
 def _cost(cost: Results) -> Figure:

@@ -116,18 +116,25 @@ def _data_rows(data: Results) -> list[tuple[str, str]]:
 
 def _training_rows(results: Results, figures: Results) -> list[tuple[str, str]]:
     rows = []
+    asked = results.get("shortened", {})
     if ends := figures["sft"]:
-        text = f"{ends['steps']} steps, loss {ends['first']:.3f} → {ends['last']:.3f} nats/token"
+        count = _steps(ends["steps"], asked.get("sft"))
+        text = f"{count}, loss {ends['first']:.3f} → {ends['last']:.3f} nats/token"
         rows.append(("stage 1, fine-tuning", text))
     policy = results.get("policy", {})
     if policy.get("steps"):
         finite = figures["policy"]["nonfinite"]
         verdict = "all metrics finite" if not finite else f"{finite} metric values not finite"
-        rows.append((f"stage 2, {policy['objective']}", f"{len(policy['steps'])} steps, {verdict}"))
+        count = _steps(len(policy["steps"]), asked.get("policy"))
+        rows.append((f"stage 2, {policy['objective']}", f"{count}, {verdict}"))
     if margins := [entry["nats"] for entry in policy.get("margin", [])]:
         text = " → ".join(f"{value:+.3f}" for value in margins)
         rows.append(("log-prob, correct − incorrect", f"{text} nats/token"))
     return rows
+
+
+def _steps(done: int, asked: int | None) -> str:
+    return f"{done} steps" if asked is None else f"{done} of {asked} steps in the time budget"
 
 
 def _cost_rows(cost: Results | None) -> list[tuple[str, str]]:
@@ -137,7 +144,7 @@ def _cost_rows(cost: Results | None) -> list[tuple[str, str]]:
     for name in ("fused", "eager"):
         seconds = cost["seconds"][name]
         extra = cost["extra_bytes"][name]
-        memory = "memory not measurable here" if extra is None else f"{extra / 2**20:.1f} MiB extra"
+        memory = "memory not measurable here" if extra is None else f"{_size(extra)} extra"
         text = f"median {statistics.median(seconds) * 1e3:.1f} ms, {memory}"
         rows.append((f"loss + gradient, {name}", text))
     batch, length, vocabulary = cost["shape"]
@@ -145,6 +152,10 @@ def _cost_rows(cost: Results | None) -> list[tuple[str, str]]:
     size = f"logits {cost['logits_bytes'] / 2**20:.0f} MiB, {cost['threads']} threads"
     pairs = f"{cost['speedup']:.1f} times faster (median of {len(seconds)} interleaved pairs)"
     return [*rows, ("", f"{pairs}; {logits}, {size}")]
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
 
 
 def _deviation_rows(deviation: Results) -> list[tuple[str, str]]:

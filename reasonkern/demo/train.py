@@ -18,6 +18,7 @@ from .windows import Batch, logged_batches, random_batch
 KL_COEF = 0.02
 ENTROPY_COEF = 0.001
 LEARNING_RATES = {"sft": 3e-3, "policy": 5e-4}
+WARM_UP = 10  # steps
 EPOCHS = 4  # over the same logged groups
 EPOCHS_PER_SNAPSHOT = 2
 CHECKS = 4  # steps of a stage at which the gradient is compared
@@ -42,12 +43,14 @@ def fine_tune(context: Context) -> None:
     config = context.config
     series: dict[str, list[float]] = {"loss": [], "entropy": [], "top1": []}
     context.results["sft"] = series
-    optimizer = _optimizer(context.model, "sft")
+    descent = Descent(context.model, LEARNING_RATES["sft"], config.steps)
     checked = _checked_steps(config.steps)
     with progress("stage 1, fine-tuning", config.steps) as update:
         for step in range(config.steps):
+            if step and context.out_of_time("sft"):
+                break
             batch = random_batch(context.sequences, config.batch, config.window, context.rng)
-            values = _imitation_step(context, optimizer, batch.to(context.device), step, checked)
+            values = _imitation_step(context, descent, batch.to(context.device), step, checked)
             for name, value in values.items():
                 series[name].append(value)
             update(f"loss {values['loss']:.3f}")
@@ -55,7 +58,7 @@ def fine_tune(context: Context) -> None:
 
 def _imitation_step(
     context: Context,
-    optimizer: torch.optim.Optimizer,
+    descent: Descent,
     batch: Batch,
     step: int,
     checked: set[int],
@@ -69,7 +72,7 @@ def _imitation_step(
     check = Deviation(context, "sft", step, logits, plain) if step in checked else None
     stats = rk.token_stats(logits, batch.targets, mask=batch.mask)
     loss = -(weight * stats.logprob).sum()
-    _descend(optimizer, context.model, loss, step)
+    descent.step(loss)
     if check:
         check.record(loss)
     tokens = batch.mask.sum()
@@ -84,36 +87,38 @@ def learn_policy(context: Context) -> None:
     """Stage 2: off-policy RL; the same groups for several epochs against frozen log-probs."""
     config, model = context.config, context.model
     objective = build_objective(config.objective)
-    batches = [
-        batch.to(context.device)
-        for batch in logged_batches(
-            context.sequences,
-            max(1, config.steps // EPOCHS),
-            config.batch,
-            config.window,
-            context.rng,
-        )
-    ]
+    batches = _logged_batches(context)
     results: dict[str, Any] = {"batches": len(batches), "objective": config.objective}
     results |= {"steps": [], "margin": []}
     context.results["policy"] = results
-    optimizer = _optimizer(model, "policy")
     reference = [snapshot_logprob(model, batch) for batch in batches]
     old = reference
     steps = len(batches) * EPOCHS
+    descent = Descent(model, LEARNING_RATES["policy"], steps)
     checked = _checked_steps(steps)
     with progress(f"stage 2, {config.objective}", steps) as update:
         for step in range(steps):
+            if step and context.out_of_time("policy"):
+                break
             epoch, at = divmod(step, len(batches))
             if at == 0 and epoch % EPOCHS_PER_SNAPSHOT == 0:
                 old = [snapshot_logprob(model, batch) for batch in batches]
                 results["margin"].append({"step": step, "nats": margin(batches, old)})
             rows = policy_rows(context, batches[at], old[at], reference[at])
-            metrics = _policy_step(context, objective, optimizer, batches[at], rows, step, checked)
+            metrics = _policy_step(context, objective, descent, batches[at], rows, step, checked)
             results["steps"].append(metrics)
             update(f"loss {metrics['loss']:+.4f}")
         final = [snapshot_logprob(model, batch) for batch in batches]
-        results["margin"].append({"step": steps, "nats": margin(batches, final)})
+        results["margin"].append({"step": len(results["steps"]), "nats": margin(batches, final)})
+
+
+def _logged_batches(context: Context) -> list[Batch]:
+    """As many as all epochs over them take the steps asked for, or the time left allows."""
+    config = context.config
+    steps = context.affordable_steps("policy", len(context.results["sft"]["loss"]))
+    count = max(1, steps // EPOCHS)
+    batches = logged_batches(context.sequences, count, config.batch, config.window, context.rng)
+    return [batch.to(context.device) for batch in batches]
 
 
 def policy_rows(context: Context, batch: Batch, old: Tensor, reference: Tensor) -> eager.Rows:
@@ -142,7 +147,7 @@ def fused_policy_loss(
 def _policy_step(
     context: Context,
     objective: rk.Objective,
-    optimizer: torch.optim.Optimizer,
+    descent: Descent,
     batch: Batch,
     rows: eager.Rows,
     step: int,
@@ -156,7 +161,7 @@ def _policy_step(
 
     check = Deviation(context, "policy", step, logits, plain) if step in checked else None
     out = fused_policy_loss(logits, rows, objective)
-    _descend(optimizer, context.model, out.loss, step)
+    descent.step(out.loss)
     if check:
         check.record(out.loss)
     values = {key: value.item() for key, value in out.metrics.compute().items()}
@@ -216,18 +221,22 @@ def _checked_steps(steps: int) -> set[int]:
     return {round(index * (steps - 1) / (CHECKS - 1)) for index in range(CHECKS)}
 
 
-def _optimizer(model: Transformer, stage: str) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATES[stage], betas=(0.9, 0.95), weight_decay=0.01
-    )
+class Descent:
+    """AdamW with warm-up, linear decay and a clipped gradient norm."""
 
+    def __init__(self, model: Transformer, rate: float, steps: int) -> None:
+        self.parameters = list(model.parameters())
+        self.adam = torch.optim.AdamW(
+            self.parameters, lr=rate, betas=(0.9, 0.95), weight_decay=0.01
+        )
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.adam, lambda step: min(1.0, (step + 1) / WARM_UP) * (1 - 0.9 * step / steps)
+        )
 
-def _descend(optimizer: torch.optim.Optimizer, model: Transformer, loss: Tensor, step: int) -> None:
-    warm_up = 10
-    for group in optimizer.param_groups:
-        full = group.setdefault("full_lr", group["lr"])
-        group["lr"] = full * min(1.0, (step + 1) / warm_up)
-    optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    def step(self, loss: Tensor) -> None:
+        """One backward pass and one update."""
+        self.adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.adam.step()
+        self.schedule.step()

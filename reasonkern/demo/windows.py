@@ -79,13 +79,16 @@ def logged_batches(
     the snapshot is then exactly 1 at the first step.
     """
     chosen = _whole_groups(sequences, count * size)
+    rng.shuffle(chosen)
+    chosen = _alternating(chosen)
     share = max(1, count * size // len(chosen))
+    starts = [_spread(sequence.starts(window), share) for sequence in chosen]
     rows = [
-        (sequence, start)
-        for sequence in chosen
-        for start in _spread(sequence.starts(window), share)
+        (sequence, own[turn])
+        for turn in range(share)
+        for sequence, own in zip(chosen, starts, strict=True)
+        if turn < len(own)
     ]
-    rng.shuffle(rows)
     return [_batch(rows[at : at + size], window) for at in range(0, len(rows), size)]
 
 
@@ -99,15 +102,15 @@ def _whole_groups(sequences: list[Encoded], most: int) -> list[Encoded]:
     for group in groups.values():
         if chosen and len(chosen) + len(group) > most:
             break
-        chosen += group if len(group) <= most else _alternating(group)[: max(2, most)]
+        chosen += _alternating(group)[: max(2, most)]
     return chosen
 
 
-def _alternating(group: list[Encoded]) -> list[Encoded]:
-    right = [sequence for sequence in group if (sequence.advantage or 0) > 0]
-    wrong = [sequence for sequence in group if (sequence.advantage or 0) < 0]
-    pairs = zip_longest(right, wrong)
-    return [sequence for pair in pairs for sequence in pair if sequence is not None]
+def _alternating(sequences: list[Encoded]) -> list[Encoded]:
+    """Right and wrong in turn while there are both: then batches and cut groups hold both."""
+    right = [sequence for sequence in sequences if (sequence.advantage or 0) > 0]
+    wrong = [sequence for sequence in sequences if (sequence.advantage or 0) < 0]
+    return [one for pair in zip_longest(right, wrong) for one in pair if one is not None]
 
 
 def _spread(starts: list[int], share: int) -> list[int]:
