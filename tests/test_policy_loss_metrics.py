@@ -1,0 +1,432 @@
+"""`PolicyMetrics` against literal float64 loops and under merging; `token_weights`."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from functools import reduce
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from policy_loss_literal import Batch, batch, make_batch, sequences, spread, stats
+from torch import Tensor
+from torch.testing import assert_close
+
+import reasonkern as rk
+from reasonkern import Objective, PolicyMetrics, policy_loss, token_weights
+
+padded_and_packed = pytest.mark.parametrize("form", ["padded", "packed"])
+LOW, HIGH, DUAL, CAP = 0.8, 1.2, 1.6, 2.0
+OBJECTIVE = Objective.ppo(LOW, HIGH, dual_clip=DUAL, ratio_cap=CAP)
+
+
+def large_batch(seed: int = 0) -> Batch:
+    """Several batches of sequences below each other, so that every region holds tokens."""
+    parts = [make_batch(seed=seed + i) for i in range(6)]
+    rows = {
+        k: torch.cat([getattr(p, k) for p in parts])
+        for k, v in vars(parts[0]).items()
+        if v is not None
+    }
+    b = replace(parts[0], **rows)
+    sign = 1 - 2 * (torch.arange(len(b.advantage)) % 3 == 0).double()
+    return replace(b, advantage=b.advantage * sign)
+
+
+def metrics(b: Batch, objective: Objective = OBJECTIVE, **given: Any) -> PolicyMetrics:
+    given = b.given("ref_logprob", **given)
+    return policy_loss(b.logits, b.targets, objective=objective, **given).metrics
+
+
+def k(d: float) -> tuple[float, float, float]:
+    return -d, d * d / 2, math.exp(d) - 1 - d
+
+
+def literal(b: Batch, ratios: Tensor | None = None) -> dict[str, float]:
+    """Every value by a loop over the trained rows; ``ratios`` replaces exp(logp - old)."""
+    logp, entropy = stats(b.logits, b.targets)
+    advantage = spread(b, b.advantage)
+    r_all = (logp - b.old_logprob).exp() if ratios is None else ratios
+    rows = [i for i, w in enumerate(b.weight.flatten().tolist()) if w != 0]
+    columns = (logp, entropy, advantage, r_all, b.old_logprob, b.ref_logprob)
+    table = [[c.flatten()[i].item() for c in columns] for i in rows]
+    n = len(table)
+    out: dict[str, float] = {"rows_active": n, "rows_skipped": b.weight.numel() - n}
+    out["rows_nonfinite"] = 0
+
+    def count(test: Any) -> float:
+        return sum(test(a, r) for _, _, a, r, _, _ in table) / n
+
+    out["clip_frac_pos_low"] = count(lambda a, r: a > 0 and r < LOW)
+    out["clip_frac_pos_high"] = count(lambda a, r: a > 0 and r > HIGH)
+    out["clip_frac_neg_low"] = count(lambda a, r: a < 0 and r < LOW)
+    out["clip_frac_neg_high"] = count(lambda a, r: a < 0 and r > HIGH)
+    out["clip_frac"] = out["clip_frac_pos_high"] + out["clip_frac_neg_low"]
+    out["dual_clip_frac"] = count(lambda a, r: r > CAP or (a < 0 and r > DUAL))
+    r = [row[3] for row in table]
+    out["ratio_mean"], out["ratio_min"], out["ratio_max"] = sum(r) / n, min(r), max(r)
+    out["ratio_var"] = sum((x - out["ratio_mean"]) ** 2 for x in r) / n
+    out["ess"] = sum(r) ** 2 / sum(x * x for x in r)
+    out["ess_frac"] = out["ess"] / n
+    for name, other in (("old", 4), ("ref", 5)):
+        for i in range(3):
+            out[f"kl_{name}_k{i + 1}"] = sum(k(row[other] - row[0])[i] for row in table) / n
+    out["entropy"] = sum(row[1] for row in table) / n
+    for name, sign in (("pos", 1), ("neg", -1)):
+        h = [row[1] for row in table if row[2] * sign > 0]
+        out[f"entropy_{name}"] = sum(h) / len(h)
+        effective = [(min(x, HIGH) if a >= 0 else max(x, LOW)) * a for _, _, a, x, _, _ in table]
+        out[f"contribution_{name}"] = sum(max(sign * v, 0) for v in effective)
+    for name, used in (("cov_logp_adv", False), ("cov_logp_adv_unclipped", True)):
+        x = [row[0] for row in table]
+        y = [
+            0.0 if used and ((a > 0 and r > HIGH) or (a < 0 and r < LOW)) else a
+            for _, _, a, r, _, _ in table
+        ]
+        mx, my = sum(x) / n, sum(y) / n
+        out[name] = sum((u - mx) * (v - my) for u, v in zip(x, y, strict=True)) / n
+    return out
+
+
+def compare(got: PolicyMetrics, expected: dict[str, float], **tolerance: float) -> None:
+    values = got.compute()
+    assert set(values) == set(expected)
+    tolerance = tolerance or {"rtol": 1e-9, "atol": 1e-12}
+    for name, value in values.items():
+        assert value.shape == () and value.dtype == torch.float64
+        want = torch.tensor(float(expected[name]), dtype=torch.float64)
+        assert_close(value, want, msg=lambda m, name=name: f"{name}: {m}", **tolerance)
+
+
+def test_every_value_is_its_definition() -> None:
+    b = large_batch()
+    expected = literal(b)
+    for region in ("pos_low", "pos_high", "neg_low", "neg_high"):
+        assert expected[f"clip_frac_{region}"] > 0.03
+    assert 0.03 < expected["dual_clip_frac"] < 0.5
+    assert abs(expected["cov_logp_adv"] - expected["cov_logp_adv_unclipped"]) > 0.01
+    compare(metrics(b), expected)
+
+
+def test_values_in_float32() -> None:
+    compare(metrics(large_batch().to(torch.float32)), literal(large_batch()), rtol=2e-5, atol=2e-6)
+
+
+def test_packed_rows_have_the_same_values() -> None:
+    b = make_batch()
+    expected = metrics(b).compute()
+    found = metrics(b.pack()).compute()
+    del expected["rows_skipped"], found["rows_skipped"]  # packing removes the padding
+    assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_gspo_reports_the_sequence_ratio() -> None:
+    b = large_batch()
+    logp, _ = stats(b.logits, b.targets)
+    log_r = torch.where(b.mask, logp - b.old_logprob, 0.0)
+    s = (log_r.sum(-1) / b.mask.sum(-1).clamp_min(1)).exp()[:, None].expand(b.targets.shape)
+    objective = Objective.gspo(LOW, HIGH, dual_clip=DUAL, ratio_cap=CAP)
+    compare(metrics(b, objective), literal(b, s))
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [Objective.dppo_tv(0.02, 0.02), Objective.dppo_kl(0.001, 0.001)],
+    ids=lambda o: o.name,
+)
+def test_dppo_reports_the_dropped_tokens_on_the_side_they_are_limited(objective: Objective) -> None:
+    b = large_batch()
+    out = policy_loss(b.logits, b.targets, objective=objective, **b.given())
+    dropped = (out.token_loss == 0) & b.mask
+    positive = spread(b, b.advantage) > 0
+    n = b.mask.sum().double()
+    values = out.metrics.compute()
+    assert (dropped & positive).any() and (dropped & ~positive).any()
+    assert_close(values["clip_frac"], dropped.sum() / n)
+    assert_close(values["clip_frac_pos_high"], (dropped & positive).sum() / n)
+    assert_close(values["clip_frac_neg_low"], (dropped & ~positive).sum() / n)
+    assert values["clip_frac_pos_low"] == values["clip_frac_neg_high"] == 0
+
+
+def test_without_reference_or_old_policy() -> None:
+    b = make_batch()
+    values = metrics(b, ref_logprob=None, old_logprob=None).compute()
+    assert not any(name.startswith("kl_ref") for name in values)
+    assert values["kl_old_k1"] == values["kl_old_k2"] == values["kl_old_k3"] == 0
+    assert values["ratio_min"] == values["ratio_max"] == values["ess_frac"] == 1
+
+
+def test_entropy_weight_alone_does_not_make_a_row_count() -> None:
+    b = make_batch()
+    more = torch.where(torch.arange(6) == 1, 1.0, b.entropy_weight)
+    targets = b.targets.clamp_min(0)
+    out = policy_loss(
+        b.logits, targets, objective=Objective.ppo(entropy_coef=0.1),
+        **b.given(entropy_weight=more),
+    )  # fmt: skip
+    assert out.metrics.compute()["rows_active"] == int(b.mask.sum())
+
+
+def test_nonfinite_rows_are_counted_once_and_left_out() -> None:
+    b = large_batch()
+    logits = b.logits.clone()
+    for sequence, position, value in ((0, 0, math.nan), (2, 0, math.inf), (2, 2, -math.inf)):
+        logits[sequence, position] = value
+    values = metrics(replace(b, logits=logits)).compute()
+    assert values["rows_nonfinite"] == 3 and values["rows_active"] == int(b.mask.sum()) - 3
+    without = b.weight.clone()
+    without[0, 0] = without[2, 0] = without[2, 2] = 0
+    expected = literal(replace(b, weight=without))
+    expected |= {"rows_nonfinite": 3, "rows_skipped": expected["rows_skipped"] - 3}
+    compare(metrics(replace(b, logits=logits)), expected)
+
+
+# ---- merging
+
+
+def part(b: Batch, rows: Tensor) -> PolicyMetrics:
+    """Metrics of the batch with weight 0 outside `rows`, less what it then skips."""
+    found = metrics(replace(b, weight=torch.where(rows, b.weight, 0.0)))
+    outside = torch.zeros_like(found.sums)
+    outside[1] = (~rows).sum()
+    return replace(found, sums=found.sums - outside)
+
+
+WHOLE = large_batch()
+ROWS = WHOLE.targets.numel()
+
+
+@settings(max_examples=30, deadline=None)
+@given(owners=st.lists(st.integers(0, 3), min_size=ROWS, max_size=ROWS))
+def test_split_equals_whole(owners: list[int]) -> None:
+    owner = torch.tensor(owners).view(WHOLE.targets.shape)
+    merged = reduce(lambda a, b: a + b, (part(WHOLE, owner == i) for i in range(4)))
+    assert_close(merged.compute(), metrics(WHOLE).compute(), rtol=1e-10, atol=1e-12)
+
+
+@settings(max_examples=15, deadline=None)
+@given(owners=st.lists(st.integers(0, 2), min_size=ROWS, max_size=ROWS))
+def test_merging_is_associative_and_commutative(owners: list[int]) -> None:
+    owner = torch.tensor(owners).view(WHOLE.targets.shape)
+    a, b, c = (part(WHOLE, owner == i) for i in range(3))
+    for other in (a + (b + c), (c + b) + a, (a + c) + b):
+        assert_close(((a + b) + c).compute(), other.compute(), rtol=1e-11, atol=1e-13)
+
+
+def test_merging_with_an_all_masked_micro_batch_changes_nothing() -> None:
+    nothing = part(WHOLE, torch.zeros_like(WHOLE.mask))
+    assert all(torch.isfinite(v) for v in (nothing + nothing).compute().values())
+    expected = metrics(WHOLE).compute()
+    for merged in (metrics(WHOLE) + nothing, nothing + metrics(WHOLE)):
+        for name, value in merged.compute().items():
+            assert torch.equal(value, expected[name]), name
+
+
+def test_moments_survive_a_large_offset() -> None:
+    """Centred moments: log-probabilities near -700 do not wash out the covariance."""
+    b = replace(WHOLE, logits=WHOLE.logits.clone())
+    down = torch.nn.functional.one_hot(WHOLE.targets.clamp_min(0), b.logits.shape[-1])
+    logits = b.logits - 700.0 * down
+    shift = stats(logits, b.targets)[0] - stats(b.logits, b.targets)[0]
+    b = replace(
+        b, logits=logits, old_logprob=b.old_logprob + shift, ref_logprob=b.ref_logprob + shift
+    )
+    first = torch.arange(ROWS).view(b.targets.shape) % 2 == 0
+    compare(part(b, first) + part(b, ~first), literal(b), rtol=1e-7, atol=1e-9)
+
+
+def test_metrics_with_and_without_reference_do_not_merge() -> None:
+    b = make_batch()
+    with pytest.raises(ValueError, match="^metrics: expected ref_logprob in both or in neither"):
+        metrics(b) + metrics(b, ref_logprob=None)
+    with pytest.raises(TypeError):
+        metrics(b) + 1
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+sys.path.insert(0, {tests!r})
+import test_policy_loss_metrics as m
+rank, folder = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", f"file://{{folder}}/store", rank=rank, world_size=2)
+odd = torch.arange(m.ROWS).view(m.WHOLE.targets.shape) % 3 == 0
+merged = m.part(m.WHOLE, odd if rank else ~odd).all_reduce()
+torch.save(merged.compute(), f"{{folder}}/{{rank}}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_all_reduce_over_two_processes(tmp_path: Path) -> None:
+    script = RANK.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, "-c", script]
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_close(first, metrics(WHOLE).compute(), rtol=1e-10, atol=1e-12)
+
+
+# ---- token_weights
+
+
+def literal_weights(
+    mask: list[list[bool]],
+    mode: str,
+    *,
+    count_empty: bool = True,
+    num_tokens: float | None = None,
+    num_sequences: float | None = None,
+    max_length: int | None = None,
+    data_parallel_size: int = 1,
+) -> list[list[float]]:
+    tokens = num_tokens or sum(map(sum, mask)) or 1
+    kept = [row for row in mask if any(row) or count_empty]
+    rows = num_sequences or len(kept) or 1
+    out = []
+    for row in mask:
+        length = sum(row) or 1
+        w = {
+            "token-mean": 1 / tokens,
+            "seq-mean-token-mean": 1 / (rows * length),
+            "seq-mean-token-sum": 1 / rows,
+            "constant": 1 / (rows * (max_length or len(row) or 1)),
+        }[mode]
+        out.append([w * data_parallel_size if trained else 0.0 for trained in row])
+    return out
+
+
+MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
+masks = st.integers(1, 5).flatmap(
+    lambda t: st.lists(st.lists(st.booleans(), min_size=t, max_size=t), min_size=1, max_size=5)
+)
+normalisers = st.fixed_dictionaries(
+    {"count_empty": st.booleans()},
+    optional={
+        "num_tokens": st.integers(1, 1000),
+        "num_sequences": st.integers(1, 100),
+        "max_length": st.integers(1, 100),
+        "data_parallel_size": st.integers(1, 8),
+    },
+)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=60, deadline=None)
+@given(mask=masks, options=normalisers)
+def test_weights_are_a_literal_loop(mode: str, mask: Any, options: dict[str, Any]) -> None:
+    found = token_weights(torch.tensor(mask), mode, **options)
+    assert found.dtype == torch.float32
+    assert_close(found, torch.tensor(literal_weights(mask, mode, **options)), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@settings(max_examples=60, deadline=None)
+@given(mask=masks, lengths=st.data(), options=normalisers)
+def test_packed_weights_equal_padded_ones(
+    mode: str, mask: Any, lengths: Any, options: dict[str, Any]
+) -> None:
+    """Padding is what lies behind the length of a sequence; masked tokens inside it stay."""
+    t = len(mask[0])
+    sizes = [lengths.draw(st.integers(0, t)) for _ in mask]
+    mask = [
+        [m and i < size for i, m in enumerate(row)] for row, size in zip(mask, sizes, strict=True)
+    ]
+    options = {"max_length": t} | options
+    padded = token_weights(torch.tensor(mask), mode, **options)
+    kept = torch.arange(t) < torch.tensor(sizes)[:, None]
+    offsets = torch.tensor([0, *sizes]).cumsum(0).int()
+    packed = token_weights(torch.tensor(mask)[kept], mode, segments=offsets, **options)
+    assert_close(packed, padded[kept], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_weights_sum_to_one_and_take_any_mask_dtype(mode: str, dtype: torch.dtype) -> None:
+    mask = torch.tensor([[1, 1, 0], [0, 0, 0], [1, 0, 1]])
+    w = token_weights(mask.to(dtype), mode)
+    total = {"token-mean": 1.0, "seq-mean-token-mean": 2 / 3, "constant": 4 / 9}
+    assert_close(w.sum().item(), total.get(mode, 4 / 3))
+    assert w.dtype == torch.float32 and torch.equal(w != 0, mask != 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("count_empty", [False, True])
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0)])
+def test_no_trained_token_gives_zeros(shape: tuple[int, int], count_empty: bool, mode: str) -> None:
+    w = token_weights(torch.zeros(shape), mode, count_empty=count_empty)
+    assert w.shape == shape and not w.any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_window_without_tokens_gives_zeros(mode: str) -> None:
+    """The normalisers are 0-dim tensors that every rank got from a sum, and the sum may be 0."""
+    zero = torch.tensor(0)
+    w = token_weights(torch.zeros(2, 3), mode, num_tokens=zero, num_sequences=zero)
+    assert torch.equal(w, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_tensor_normalisers_equal_numbers(mode: str) -> None:
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    numbers = {"num_tokens": 7, "num_sequences": 5}
+    tensors = {name: torch.tensor(x) for name, x in numbers.items()}
+    assert torch.equal(token_weights(mask, mode, **numbers), token_weights(mask, mode, **tensors))
+
+
+MASK = torch.ones(2, 3)
+WEIGHT_ERRORS: list[tuple[Any, dict[str, Any], str]] = [
+    (MASK, {"mode": "mean"}, "mode: expected 'token-mean' or .*, got 'mean'"),
+    ([1], {}, "mask: expected a tensor, got list"),
+    (MASK[None], {}, r"mask: expected shape \(B, T\) or \(N,\), got \(1, 2, 3\)"),
+    (MASK[0], {"mode": "constant"}, "segments: expected cu_seqlens for packed tokens in mode "),
+    (
+        MASK[0],
+        {"mode": "constant", "segments": torch.tensor([0, 3])},
+        "max_length: expected L_max for packed tokens in mode constant, got None",
+    ),
+    (
+        MASK,
+        {"mode": "constant", "segments": torch.tensor([0, 3])},
+        r"segments: expected None for padded \(B, T\) tokens, got cu_seqlens",
+    ),
+    (
+        MASK[0],
+        {"mode": "seq-mean-token-sum", "segments": torch.tensor([0, 2])},
+        r"segments: expected non-decreasing offsets from 0 to 3, got \[0, 2\]",
+    ),
+    (MASK, {"num_tokens": 0}, "num_tokens: expected a finite number > 0, got 0"),
+    (MASK, {"num_sequences": math.nan}, "num_sequences: expected a finite number > 0, got nan"),
+    (
+        MASK,
+        {"num_tokens": MASK},
+        r"num_tokens: expected a number or a 0-dim tensor, got shape \(2, 3\)",
+    ),
+    (MASK, {"max_length": 0}, "max_length: expected a finite number > 0, got 0"),
+    (MASK, {"data_parallel_size": 0}, "data_parallel_size: expected an integer >= 1, got 0"),
+    (MASK, {"data_parallel_size": 1.5}, "data_parallel_size: expected an integer >= 1, got 1.5"),
+]
+
+
+@pytest.mark.parametrize(("mask", "options", "message"), WEIGHT_ERRORS)
+def test_weight_errors(mask: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match="^" + message):
+        token_weights(mask, **options)
+
+
+@padded_and_packed
+def test_weights_give_the_mean_loss(form: str) -> None:
+    """The point of it: sum(w l) of the op is the mean that the mode names."""
+    b = batch(form)
+    counts = [len(rows) for rows in sequences(b)]
+    w = token_weights(b.mask, "seq-mean-token-mean", segments=b.segments, count_empty=False)
+    out = rk.policy_loss(b.logits, b.targets, objective=Objective.gpg(), **b.given(weight=w))
+    losses = [out.token_loss.flatten()[rows].mean() for rows in sequences(b) if len(rows)]
+    assert counts == [5, 0, 2, 1]
+    assert_close(out.loss, sum(losses) / 3, rtol=1e-6, atol=1e-8)
