@@ -1,0 +1,437 @@
+"""policy_loss against TRL 1.16, Liger 0.8.5 and verl 0.9.1: equal losses, gradients and metrics.
+
+Where a peer deviates, the test states by what.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from policy_loss_literal import Batch, T, gradient, make_batch, spread, stats
+from torch import Tensor
+from torch.testing import assert_close
+
+from reasonkern import Objective, policy_loss, token_stats, token_weights
+
+pytestmark = pytest.mark.peers
+EXACT = {"rtol": 1e-9, "atol": 1e-12}
+SINGLE = {"rtol": 2e-5, "atol": 2e-6}
+
+
+def data(dtype: torch.dtype = torch.float64, seed: int = 0) -> Batch:
+    """Without NaN in the untrained rows, which the peers multiply by 0."""
+    b = make_batch(dtype, seed=seed).clean()
+    return Batch(**(vars(b) | {"targets": b.targets.clamp_min(0)}))
+
+
+def ours(b: Batch, x: Tensor, objective: Objective, mode: str, **options: Any) -> Any:
+    weight = token_weights(b.mask, mode, **options)
+    names = ("ref_logprob", "rollout_logprob")
+    return policy_loss(x, b.targets, objective=objective, **b.given(*names, weight=weight))
+
+
+# ---- TRL: the trainer's loss function on a stand-in trainer
+
+
+def trl_loss(b: Batch, x: Tensor, loss_type: str, **options: Any) -> tuple[Tensor, dict[str, Any]]:
+    """GRPOTrainer._compute_loss and its metrics; options are the trainer's attributes."""
+    trainer = pytest.importorskip("trl.trainer.grpo_trainer", reason="needs trl==1.16.0")
+    utils = pytest.importorskip("trl.trainer.utils")
+    arguments = {
+        "use_bias_correction_kl": False, "delta": None, "steps_per_generation": 1,
+        "sapo_temperature_pos": 1.0, "sapo_temperature_neg": 1.05, "vespo_k_pos": 2.0,
+        "vespo_lambda_pos": 3.0, "vespo_k_neg": 3.0, "vespo_lambda_neg": 2.0,
+    }  # fmt: skip
+    ratio = options.pop("importance_sampling_ratio", None)
+    accelerator = SimpleNamespace(
+        num_processes=1, sync_gradients=True, gather=lambda t: t, reduce=lambda t, reduction: t
+    )
+    attributes = {
+        "aux_loss_enabled": False, "top_entropy_quantile": 1.0, "off_policy_mask_threshold": None,
+        "importance_sampling_level": "token", "beta": 0.0, "loss_type": loss_type,
+        "epsilon_low": 0.2, "epsilon_high": 0.2, "use_vllm": ratio is not None,
+        "vllm_importance_sampling_correction": ratio is not None,
+        "model": SimpleNamespace(training=True), "current_gradient_accumulation_steps": 1,
+        "accelerator": accelerator, "max_completion_length": T, "use_adaptive_entropy": False,
+        "_entropy_bonus_enabled": "entropy_coef" in options, "entropy_coef": 0.0,
+        "_metrics": defaultdict(lambda: defaultdict(list)),
+        "args": SimpleNamespace(
+            **{name: options.pop(name, value) for name, value in arguments.items()}
+        ),
+        "get_gamma_weights": trainer.GRPOTrainer.get_gamma_weights,
+        "get_off_policy_mask": trainer.GRPOTrainer.get_off_policy_mask,
+        "_get_per_token_logps_and_entropies": lambda *args, **kwargs: (
+            utils.selective_log_softmax(x, b.targets), utils.entropy_from_logits(x), None,
+        ),
+    }  # fmt: skip
+    stand_in = SimpleNamespace(**(attributes | options))
+    inputs = {
+        "prompt_ids": b.targets[:, :1], "prompt_mask": b.mask[:, :1], "completion_ids": b.targets,
+        "completion_mask": b.mask.to(x.dtype), "advantages": b.advantage,
+        "old_per_token_logps": b.old_logprob, "ref_per_token_logps": b.ref_logprob,
+        "sampling_per_token_logps": b.rollout_logprob, "num_items_in_batch": b.mask.sum(),
+        "importance_sampling_ratio": ratio,
+    }  # fmt: skip
+    loss = trainer.GRPOTrainer._compute_loss(stand_in, stand_in.model, inputs)
+    return loss, {name: v[0] for name, v in stand_in._metrics["train"].items()}
+
+
+TRL: list[tuple[str, dict[str, Any], Objective, str]] = [
+    ("grpo", {}, Objective.grpo(), "seq-mean-token-mean"),
+    ("grpo", {"beta": 0.1}, Objective.grpo(kl=("k3", 0.1)), "seq-mean-token-mean"),
+    ("dapo", {"epsilon_high": 0.28}, Objective.dapo(), "token-mean"),
+    ("dapo", {"delta": 1.5}, Objective.ppo(ratio_cap=1.5), "token-mean"),
+    (
+        "dapo",
+        {"beta": 0.1, "use_bias_correction_kl": True},
+        Objective.ppo(kl=("k3", 0.1, True)),
+        "token-mean",
+    ),
+    ("bnpo", {}, Objective.ppo(), "token-mean"),
+    ("dr_grpo", {}, Objective.dr_grpo(), "constant"),
+    ("cispo", {"epsilon_high": 1.5}, Objective.cispo(1.5), "token-mean"),
+    ("sapo", {}, Objective.sapo(), "seq-mean-token-mean"),
+    ("vespo", {}, Objective.vespo(), "token-mean"),
+    (
+        "grpo",
+        {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
+        Objective.gspo(),
+        "seq-mean-token-mean",
+    ),
+    (
+        "luspo",
+        {"importance_sampling_level": "sequence"},
+        Objective.gspo(0.8, 1.2),
+        "seq-mean-token-sum",
+    ),
+    ("dapo", {"off_policy_mask_threshold": 0.05}, Objective.ppo(opsm=0.05), "token-mean"),
+    ("bnpo", {"entropy_coef": 0.1}, Objective.ppo(entropy_coef=0.1), "token-mean"),
+]
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "options", "objective", "mode"),
+    TRL,
+    ids=["-".join((row[0], *row[1])) for row in TRL],
+)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_trl_loss(
+    seed: int, loss_type: str, options: dict[str, Any], objective: Objective, mode: str
+) -> None:
+    b = data(seed=seed)
+    x, y = b.leaf(), b.leaf()
+    out = ours(b, x, objective, mode)
+    loss, _ = trl_loss(b, y, loss_type, **options)
+    # Our weights are float32.
+    assert_close(out.loss, loss, rtol=3e-7, atol=1e-9)
+    assert_close(gradient(out.loss, x), gradient(loss, y), rtol=3e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("mode", "lo", "hi", "objective"),
+    [
+        ("token_truncate", None, 1.2, ("token", "truncate", None, 1.2)),
+        ("token_mask", 0.8, 1.2, ("token", "mask", 0.8, 1.2)),
+        ("sequence_truncate", 0.8, 1.2, ("sequence", "truncate", 0.8, 1.2)),
+        ("sequence_mask", None, 1.2, ("sequence", "mask", None, 1.2)),
+    ],
+)
+def test_trl_importance_correction(
+    mode: str, lo: float | None, hi: float, objective: tuple[Any, ...]
+) -> None:
+    """The ratio as the trainer forms it (grpo_trainer.py), through the trainer's loss."""
+    b = data(seed=1)
+    log_r = (b.old_logprob - b.rollout_logprob) * b.mask
+    if mode.startswith("sequence"):
+        log_r = log_r.sum(-1, keepdim=True)
+    ratio = log_r.exp()
+    if mode.endswith("truncate"):
+        ratio = ratio.clamp(lo, hi)
+    else:
+        ratio = ratio.masked_fill((ratio < (lo or 0)) | (ratio > hi), 0.0)
+    x, y = b.leaf(), b.leaf()
+    out = ours(b, x, Objective.ppo(importance=objective), "token-mean")
+    loss, _ = trl_loss(b, y, "dapo", importance_sampling_ratio=ratio)
+    assert_close(out.loss, loss, rtol=3e-7, atol=1e-9)
+    assert_close(gradient(out.loss, x), gradient(loss, y), rtol=3e-7, atol=1e-9)
+
+
+def test_trl_metrics() -> None:
+    b = data(seed=1)
+    # The trainer's means over sequences divide by the length, so every one gets a token.
+    _, theirs = trl_loss(b, b.logits, "dapo", beta=0.1)
+    values = ours(b, b.logits, Objective.ppo(kl=("k3", 0.1)), "token-mean").metrics.compute()
+    same = {
+        "kl": "kl_ref_k3",
+        "entropy": "entropy",
+        "clip_ratio/low_mean": "clip_frac_neg_low",
+        "clip_ratio/high_mean": "clip_frac_pos_high",
+        "clip_ratio/region_mean": "clip_frac",
+    }
+    for name, mine in same.items():
+        assert theirs[name] > 0
+        assert values[mine].item() == pytest.approx(theirs[name], rel=1e-6), name
+
+
+def test_trl_corrects_the_kl_of_gspo_by_the_sequence_ratio() -> None:
+    """Ours multiplies each token's KL by its own ratio: that is what makes it unbiased."""
+    b = data()
+    out = ours(b, b.logits, Objective.gspo(0.8, 1.2, kl=("k3", 0.1, True)), "seq-mean-token-mean")
+    options = {"beta": 0.1, "use_bias_correction_kl": True}
+    loss, _ = trl_loss(b, b.logits, "grpo", importance_sampling_level="sequence", **options)
+    logp, _ = stats(b.logits, b.targets)
+    log_r = (logp - b.old_logprob) * b.mask
+    lengths = b.mask.sum(-1, keepdim=True).clamp_min(1)
+    d = b.ref_logprob - logp
+    between = (log_r.sum(-1, keepdim=True) / lengths).exp() - log_r.exp()
+    difference = 0.1 * (between * (d.exp() - d - 1) * b.mask / lengths / len(lengths)).sum()
+    assert abs(difference) > 1e-5
+    assert_close(loss - out.loss, difference, rtol=1e-4, atol=1e-8)
+
+
+def test_trl_overflows_where_the_advantage_is_zero() -> None:
+    """exp of an unclamped log-ratio is inf, inf * 0 is NaN; here A = 0 gives 0."""
+    b = data()
+    b = Batch(**(vars(b) | {"old_logprob": b.old_logprob - 800, "advantage": 0 * b.advantage}))
+    assert trl_loss(b, b.logits, "dapo")[0].isnan()
+    assert ours(b, b.logits, Objective.dapo(), "token-mean").loss == 0
+
+
+def test_trl_statistics() -> None:
+    utils = pytest.importorskip("trl.trainer.utils", reason="needs trl==1.16.0")
+    b = data(torch.float32)
+    x, y = b.leaf(), b.leaf()
+    found = token_stats(x, b.targets)
+    logp, entropy = utils.selective_log_softmax(y, b.targets), utils.entropy_from_logits(y)
+    assert_close(found.logprob, logp, **SINGLE)
+    assert_close(found.entropy, entropy, **SINGLE)
+    mine = gradient((found.logprob + 0.5 * found.entropy).sum(), x)
+    assert_close(mine, gradient((logp + 0.5 * entropy).sum(), y), **SINGLE)
+    warm = utils.selective_log_softmax(b.logits, b.targets, temperature=0.7)
+    assert_close(token_stats(b.logits, b.targets, temperature=0.7).logprob, warm, **SINGLE)
+
+
+def test_trl_entropy_is_nan_where_a_logit_is_minus_inf() -> None:
+    utils = pytest.importorskip("trl.trainer.utils", reason="needs trl==1.16.0")
+    x = torch.tensor([[0.0, 1.0, -float("inf")]])
+    assert utils.entropy_from_logits(x).isnan()
+    expected = utils.entropy_from_logits(x[:, :2])
+    assert_close(token_stats(x, torch.tensor([0])).entropy, expected)
+
+
+def hidden_states() -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, generator=g)
+    return hidden, torch.randn(33, 5, generator=g), torch.randint(33, (7,), generator=g)
+
+
+@pytest.mark.parametrize(("temperature", "softcap"), [(1.0, None), (0.7, None), (0.9, 3.0)])
+def test_trl_chunked_logprob(temperature: float, softcap: float | None) -> None:
+    kernels = pytest.importorskip("trl.kernels", reason="needs trl==1.16.0")
+    hidden, weight, y = hidden_states()
+    mine, theirs = ([t.clone().requires_grad_() for t in (hidden, weight)] for _ in range(2))
+    outputs = ("entropy", "log_sum_sq_probs", "is_top1")
+    found = token_stats(mine[0] @ mine[1].T, y, temperature=temperature, softcap=softcap)
+    chunked = kernels.ChunkedLogProbFunction.apply(
+        *theirs, None, y, temperature, 8, softcap, 1.0, outputs
+    )
+    logp, entropy, log_collision, _, top1 = chunked
+    assert_close(found.logprob, logp, **SINGLE)
+    assert_close(found.entropy, entropy, **SINGLE)
+    assert_close(found.collision.log(), log_collision, **SINGLE)
+    assert torch.equal(found.is_top1, top1.bool())
+    ones = (found.logprob - 0.3 * found.entropy).sum(), (logp - 0.3 * entropy).sum()
+    both = (torch.autograd.grad(o, t) for o, t in zip(ones, (mine, theirs), strict=True))
+    assert_close(*both, **SINGLE)
+
+
+# ---- Liger
+
+LIGER: list[tuple[str, dict[str, Any], Objective, str]] = [
+    ("grpo", {}, Objective.grpo(), "seq-mean-token-mean"),
+    ("grpo", {"beta": 0.1}, Objective.grpo(kl=("k3", 0.1)), "seq-mean-token-mean"),
+    ("dapo", {"epsilon_high": 0.28}, Objective.dapo(), "token-mean"),
+    ("dapo", {"delta": 1.5}, Objective.ppo(ratio_cap=1.5), "token-mean"),
+    (
+        "dapo",
+        {"beta": 0.1, "use_bias_correction_kl": True},
+        Objective.ppo(kl=("k3", 0.1, True)),
+        "token-mean",
+    ),
+    ("bnpo", {}, Objective.ppo(), "token-mean"),
+    ("dr_grpo", {"max_completion_length": T}, Objective.dr_grpo(), "constant"),
+    ("cispo", {"epsilon_high": 1.5}, Objective.cispo(1.5), "token-mean"),
+    ("sapo", {}, Objective.sapo(), "seq-mean-token-mean"),
+    ("vespo", {}, Objective.vespo(), "token-mean"),
+    (
+        "grpo",
+        {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
+        Objective.gspo(),
+        "seq-mean-token-mean",
+    ),
+    (
+        "luspo",
+        {"importance_sampling_level": "sequence"},
+        Objective.gspo(0.8, 1.2),
+        "seq-mean-token-sum",
+    ),
+    ("dapo", {"temperature": 0.8}, Objective.ppo(), "token-mean"),
+]
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "options", "objective", "mode"),
+    LIGER,
+    ids=["-".join((row[0], *row[1])) for row in LIGER],
+)
+def test_liger_loss(
+    loss_type: str, options: dict[str, Any], objective: Objective, mode: str
+) -> None:
+    liger = pytest.importorskip("liger_kernel.chunked_loss", reason="needs liger-kernel==0.8.5")
+    b = data(torch.float32)
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(*b.targets.shape, 5, generator=g)
+    weight = torch.randn(b.logits.shape[-1], 5, generator=g)
+    temperature = options.get("temperature", 1.0)
+    shift = stats(hidden @ weight.T, b.targets, temperature)[0] - stats(b.logits, b.targets)[0]
+    b = Batch(**(vars(b) | {n: getattr(b, n) + shift for n in ("old_logprob", "ref_logprob")}))
+    mine, theirs = ([t.clone().requires_grad_() for t in (hidden, weight)] for _ in range(2))
+    out = policy_loss(
+        mine[0] @ mine[1].T, b.targets, objective=objective, temperature=temperature,
+        **b.given("ref_logprob", weight=token_weights(b.mask, mode)),
+    )  # fmt: skip
+    loss_fn = liger.LigerFusedLinearGRPOLoss(
+        compiled=False, loss_type=loss_type, use_ref_model="beta" in options,
+        **({"beta": 0.0} | options),
+    )  # fmt: skip
+    loss, _ = loss_fn(
+        *theirs, b.targets, b.mask.float(), b.advantage, ref_per_token_logps=b.ref_logprob,
+        old_per_token_logps=b.old_logprob,
+    )  # fmt: skip
+    assert_close(out.loss, loss, **SINGLE)
+    grads = (torch.autograd.grad(o, t) for o, t in ((out.loss, mine), (loss, theirs)))
+    assert_close(*grads, **SINGLE)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_liger_scaled_cross_entropy(temperature: float) -> None:
+    """Negative log-likelihood and entropy with the entropy's gradient."""
+    liger = pytest.importorskip(
+        "liger_kernel.ops.fused_linear_scaled_cross_entropy", reason="needs liger-kernel==0.8.5"
+    )
+    hidden, weight, y = hidden_states()
+    mine, theirs = ([t.clone().requires_grad_() for t in (hidden, weight)] for _ in range(2))
+    found = token_stats(mine[0] @ mine[1].T, y, temperature=temperature)
+    nll, entropy = liger.LigerFusedLinearScaledCrossEntropyFunction.apply(
+        *theirs, y, temperature, -100, 1, return_entropy=True
+    )
+    assert_close(-found.logprob, nll.float(), **SINGLE)
+    assert_close(found.entropy, entropy.float(), **SINGLE)
+    ones = (found.logprob - 0.3 * found.entropy).sum(), (-nll - 0.3 * entropy).sum()
+    both = (torch.autograd.grad(o, t) for o, t in zip(ones, (mine, theirs), strict=True))
+    assert_close(*both, **SINGLE)
+
+
+# ---- verl
+
+
+def bounds(low: float, high: float, c: float = 3.0) -> dict[str, float]:
+    return {"clip_ratio_low": low, "clip_ratio_high": high, "clip_ratio_c": c}
+
+
+VERL: list[tuple[str, dict[str, Any], Objective, str]] = [
+    ("vanilla", {}, Objective.ppo(dual_clip=3.0), "token-mean"),
+    ("vanilla", {"clip_ratio_c": 1.3}, Objective.ppo(dual_clip=1.3), "token-mean"),
+    (
+        "vanilla",
+        {"clip_ratio_high": 0.28},
+        Objective.dapo(dual_clip=3.0),
+        "seq-mean-token-mean",
+    ),
+    (
+        "gspo",
+        bounds(3e-4, 4e-4),
+        Objective.gspo(),
+        "seq-mean-token-mean",
+    ),
+    ("sapo", {}, Objective.sapo(), "seq-mean-token-mean"),
+    ("cispo", {}, Objective.cispo(1.2, 0.8), "token-mean"),
+    ("geo_mean", bounds(0.4, 0.4), Objective.gmpo(), "seq-mean-token-mean"),
+    ("gpg", {}, Objective.gpg(), "token-mean"),
+    ("dppo_tv", bounds(0.02, 0.03, 20.0), Objective.dppo_tv(0.02, 0.03), "token-mean"),
+    ("dppo_kl", bounds(1e-3, 2e-3, 20.0), Objective.dppo_kl(1e-3, 2e-3), "token-mean"),
+    ("dro", {}, Objective.dro(0.1), "token-mean"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "objective", "mode"),
+    VERL,
+    ids=["-".join((row[0], *row[1])) for row in VERL],
+)
+def test_verl_loss(name: str, options: dict[str, Any], objective: Objective, mode: str) -> None:
+    core, config = verl(name, **options)
+    b = data(seed=1)
+    x, y = b.leaf(), b.leaf()
+    # verl leaves empty sequences out of its means, except in geo_mean, which counts them.
+    out = ours(b, x, objective, mode, count_empty=name == "geo_mean")
+    logp, _ = stats(y, b.targets)
+    loss, theirs = core.get_policy_loss_fn(name)(
+        old_log_prob=b.old_logprob, log_prob=logp, advantages=spread(b, b.advantage).contiguous(),
+        response_mask=b.mask.double(), loss_agg_mode=mode, config=config,
+    )  # fmt: skip
+    assert_close(out.loss, loss, rtol=1e-6, atol=1e-9)
+    assert_close(gradient(out.loss, x), gradient(loss, y), rtol=1e-6, atol=1e-8)
+    if name in ("vanilla", "gspo", "dppo_tv", "dppo_kl"):
+        clipped = out.metrics.compute()["clip_frac"].item()
+        assert clipped == pytest.approx(theirs["actor/pg_clipfrac"], rel=1e-5) and clipped > 0
+
+
+def verl(name: str, **options: Any) -> tuple[Any, Any]:
+    core = pytest.importorskip("verl.trainer.ppo.core_algos", reason="needs verl==0.9.1")
+    workers = pytest.importorskip("verl.workers.config")
+    basic = {"strategy": "fsdp", "rollout_n": 1, "ppo_micro_batch_size_per_gpu": 1}
+    policy = workers.PolicyLossConfig(dro_beta=0.1) if name == "dro" else workers.PolicyLossConfig()
+    return core, workers.ActorConfig(policy_loss=policy, **basic, **options)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "mine"), [("k1", "k1"), ("k2", "k2"), ("low_var_kl", "k3"), ("k3", "k3")]
+)
+def test_verl_kl_estimators(theirs: str, mine: Any) -> None:
+    core, _ = verl("")
+    b = data()
+    x, y = b.leaf(), b.leaf()
+    nothing = Objective.gpg(kl=(mine, 1.0))
+    given = b.given("ref_logprob", advantage=torch.zeros(len(b.advantage)))
+    out = policy_loss(x, b.targets, objective=nothing, **given)
+    kl = core.kl_penalty(stats(y, b.targets)[0], b.ref_logprob, theirs)
+    loss = (b.weight * kl).sum()
+    assert_close(out.loss, loss, **EXACT)
+    assert_close(gradient(out.loss, x), gradient(loss, y), **EXACT)
+
+
+MODES: dict[str, Callable[[Batch], dict[str, Any]]] = {
+    "token-mean": lambda b: {},
+    "seq-mean-token-mean": lambda b: {"count_empty": False},
+    "seq-mean-token-sum": lambda b: {"count_empty": False},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_verl_aggregation(mode: str) -> None:
+    core, _ = verl("")
+    b = data()
+    losses = torch.randn(b.mask.shape, generator=torch.Generator().manual_seed(0))
+    expected = core.agg_loss(losses, b.mask.float(), mode)
+    found = (token_weights(b.mask, mode, **MODES[mode](b)) * losses).sum()
+    assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    options = {"dp_size": 2, "batch_num_tokens": 50, "global_batch_size": 9}
+    mine = {"data_parallel_size": 2, "num_tokens": 50, "num_sequences": 9}
+    expected = core.agg_loss(losses, b.mask.float(), mode, **options)
+    assert_close((token_weights(b.mask, mode, **mine) * losses).sum(), expected, **SINGLE)
