@@ -140,7 +140,7 @@ def dppo(lp: Tensor, old: Tensor, a: Tensor, inside: Tensor, back: Tensor) -> Te
 
 def dppo_tv(lp: Tensor, old: Tensor, a: Tensor) -> Tensor:
     moved = (lp.exp() - old.exp()).detach()
-    return dppo(lp, old, a, moved.abs() <= 0.2, torch.where(a > 0, moved < 0, moved > 0))
+    return dppo(lp, old, a, moved.abs() <= 0.15, torch.where(a > 0, moved < 0, moved > 0))
 
 
 def dppo_kl(lp: Tensor, old: Tensor, a: Tensor) -> Tensor:

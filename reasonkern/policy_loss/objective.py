@@ -67,7 +67,8 @@ class Objective:
     * ``entropy_coef``: subtracts ``entropy_coef * sum(entropy_weight * entropy)``.
     * ``importance=("token" | "sequence", "truncate" | "mask", lo, hi, geometric_mean=False)``:
       weight exp(old_logprob - rollout_logprob) on the policy term (TIS, IcePop, MIS).
-    * ``opsm``: drops sequences with A < 0 and mean(rollout_logprob - logp) > opsm (DeepSeek-V3.2).
+    * ``opsm``: drops sequences with A < 0 and mean(rollout_logprob - logp) > opsm (DeepSeek-V3.2,
+      arXiv 2512.02556).
     * ``log_ratio_clamp`` (20): the log-ratio is clamped to +-this before exp; the gradient through
       the ratio is 0 outside. None turns it off.
 
@@ -177,7 +178,10 @@ class Objective:
     def cispo(
         cls, ratio_max: Number | None = 5.0, ratio_min: Number | None = None, **terms: Any
     ) -> Objective:
-        """-sg(clip(r)) A logp: every token keeps a gradient (MiniMax-M1, arXiv 2506.13585)."""
+        """-sg(clip(r)) A logp: every token keeps a gradient (MiniMax-M1, arXiv 2506.13585).
+
+        The upper bound is the one ScaleRL recommends (arXiv 2510.13786), without a lower one.
+        """
         return cls("cispo", kind=CISPO, ratio_min=ratio_min, ratio_max=ratio_max, **terms)
 
     @classmethod
@@ -210,15 +214,15 @@ class Objective:
     @classmethod
     def dppo_tv(
         cls,
-        threshold_low: Number = 0.2,
-        threshold_high: Number = 0.2,
+        threshold_low: Number = 0.15,
+        threshold_high: Number = 0.15,
         ratio_max: Number | None = 20.0,
         **terms: Any,
     ) -> Objective:
         """-A sg(min(r, ratio_max)) logp where the token's probability stays in the trust region.
 
-        A > 0: p - p_old <= threshold_high; else p - p_old >= -threshold_low
-        (DPPO-Binary-TV, arXiv 2602.04879).
+        A > 0: p - p_old <= threshold_high; else p - p_old >= -threshold_low (DPPO-Binary-TV,
+        arXiv 2602.04879; thresholds of the authors' verl recipe, ratio_max of verl's loss).
         """
         return cls(
             "dppo_tv", kind=DPPO_TV, ratio_max=ratio_max, low=threshold_low, high=threshold_high,
