@@ -1,0 +1,193 @@
+"""Compiles every Triton kernel of policy_loss ahead of time, without a GPU.
+
+The compiler cannot run in a process that interprets kernels (TRITON_INTERPRET=1), so this file is
+also a program: it prints what the compiler made of the kernels as JSON, and the tests read that.
+"""
+
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the Triton backend needs triton, which is Linux only")
+
+KERNELS = ("stats_kernel", "stats_backward_kernel", "loss_kernel", "scale_rows_kernel")
+# plain: aligned rows and no optional argument. full: every optional one, soft-cap, unaligned rows.
+CASES = list(product(("plain", "full"), (80, 90, 100), ("fp32", "bf16", "fp16")))
+
+CONSTEXPR = {"SOFTCAP", "ALIGNED", "BLOCK"}
+OPTIONAL = {
+    "stats_kernel": {"mask", "row_temperature"},
+    "stats_backward_kernel": {"row_temperature", "grad_entropy", "grad_lse", "grad_collision"},
+    "loss_kernel": {
+        "old_logprob", "entropy_weight", "importance", "ref_logprob", "row_temperature",
+        "loss_scale", "hyper",
+    },
+    "scale_rows_kernel": set(),
+}  # fmt: skip
+POINTEES = {"targets": "i64", "mask": "i1", "is_top1": "i1"}
+
+
+# ---- the program: compile, print
+
+
+def source(kernel, variant, dtype):
+    from triton.compiler import ASTSource
+
+    from reasonkern.policy_loss.triton_kernels import config
+    from reasonkern.policy_loss.triton_objective import Hyper
+
+    names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    full = variant == "full"
+    block, options = config(names[dtype], full and "SOFTCAP" in kernel.arg_names)
+    constants = {"SOFTCAP": full, "ALIGNED": not full, "BLOCK": block}
+    if not full:
+        constants |= dict.fromkeys(OPTIONAL[kernel.__name__])
+    signature = {}
+    for param in kernel.params:
+        element = dtype if param.name in ("logits", "grad", "x") else "fp32"
+        signature[param.name] = "*" + POINTEES.get(param.name, element)
+        if param.annotation_type:
+            signature[param.name] = param.annotation_type
+        if param.name == "values":
+            signature[param.name] = Hyper(*["fp32"] * 9)
+        if param.name in constants:
+            signature[param.name] = "constexpr"
+    constants = {name: value for name, value in constants.items() if name in signature}
+    return ASTSource(fn=kernel, signature=signature, constexprs=constants), options
+
+
+def resources(cubin):
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+
+
+def reduction_layouts(ttgir):
+    """How the lanes of a block lie in threads where they are added or compared."""
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\.blocked<.*>)$", ttgir, re.MULTILINE))
+    used = re.findall(r"\}\) : \(tensor<\d+xf32, (#\w+)>\) -> f32", ttgir)
+    return sorted({layouts[name] for name in used})
+
+
+def compile_all():
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from reasonkern.policy_loss import triton_kernels
+
+    rows = []
+    for variant, cc, dtype in CASES:
+        for name in KERNELS:
+            src, options = source(getattr(triton_kernels, name), variant, dtype)
+            compiled = triton.compile(src, target=GPUTarget("cuda", cc, 32), options=options)
+            row = {"kernel": name, "variant": variant, "cc": cc, "dtype": dtype}
+            row["layouts"] = reduction_layouts(compiled.asm["ttgir"])
+            rows.append(row | resources(compiled.asm["cubin"]))
+    return rows
+
+
+def call_arguments(kernel, small):
+    """One of two calls that differ in sizes, alignment and numbers, in no presence or dtype."""
+    numbers = {"i32": (1, 4096), "i64": (1, 2**33), "fp32": (1.0, float("inf"))}
+    values = {}
+    for param in kernel.params:
+        if param.is_constexpr:
+            values[param.name] = 0
+        elif param.annotation_type:
+            values[param.name] = numbers[param.annotation_type][0 if small else 1]
+        elif param.name == "values":
+            values[param.name] = ((1.0 if small else float("inf")),) * 9
+        else:
+            pointer = torch.zeros(64)  # 64-byte aligned; one element further on it is not
+            values[param.name] = pointer[1:] if small else pointer
+    return values
+
+
+def specialisations():
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import CUDABackend
+    from triton.runtime.jit import create_function_from_signature
+
+    from reasonkern.policy_loss import triton_kernels
+
+    backend = CUDABackend(GPUTarget("cuda", 90, 32))
+    rows = []
+    for name in KERNELS:
+        kernel = getattr(triton_kernels, name)
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        keys = [repr(bind(**call_arguments(kernel, small))[1]) for small in (True, False)]
+        constexprs = [param.name for param in kernel.params if param.is_constexpr]
+        rows.append({"kernel": name, "constexprs": constexprs, "keys": keys})
+    return rows
+
+
+if __name__ == "__main__":
+    print(json.dumps({"compiled": compile_all(), "specialised": specialisations()}))
+    sys.exit()
+
+
+# ---- the tests
+
+
+@pytest.fixture(scope="module")
+def report():
+    root = Path(__file__).parents[1]
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), env.get("PYTHONPATH"))))
+    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(("variant", "cc", "dtype"), CASES)
+def test_compiles_without_spills(report, variant, cc, dtype):
+    case = {"variant": variant, "cc": cc, "dtype": dtype}
+    rows = {row["kernel"]: row for row in report["compiled"] if case.items() <= row.items()}
+    assert set(rows) == set(KERNELS)
+    for name, row in rows.items():
+        assert 0 < row["REG"] <= 255
+        assert (row["LOCAL"], row["STACK"]) == (0, 0), name
+
+
+@pytest.mark.parametrize(("variant", "cc", "dtype"), CASES)
+def test_statistics_and_loss_add_a_row_in_the_same_order(report, variant, cc, dtype):
+    """Half of what makes logprob bitwise equal in both; the other half is no contraction."""
+    case = {"variant": variant, "cc": cc, "dtype": dtype}
+    layouts = {
+        row["kernel"]: row["layouts"] for row in report["compiled"] if case.items() <= row.items()
+    }
+    assert len(layouts["stats_kernel"]) == 1
+    assert layouts["stats_kernel"] == layouts["loss_kernel"]
+
+
+@pytest.mark.parametrize("softcap", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_config_depends_on_nothing_that_would_change_the_sums(dtype, softcap):
+    from reasonkern.policy_loss.triton_kernels import config
+
+    block, options = config(dtype, softcap)
+    assert options["enable_fp_fusion"] is False
+    assert (block, options["num_warps"]) == (config(dtype, not softcap)[0], block // 512)
+    assert list(inspect.signature(config).parameters) == ["dtype", "softcap"]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_sizes_and_hyper_parameters_do_not_recompile(report, name):
+    (row,) = [row for row in report["specialised"] if row["kernel"] == name]
+    assert set(row["constexprs"]) <= CONSTEXPR
+    small, large = row["keys"]
+    assert small == large
