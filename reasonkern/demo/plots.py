@@ -45,7 +45,7 @@ POLICY_PANELS: tuple[tuple[str, str, Lines], ...] = (
     ("Effective sample size", "% of tokens", {"ESS / tokens": "ess_frac"}),
     (
         "Probability ratio to the old policy",
-        "ratio (log scale)",
+        "ratio",
         {"max": "ratio_max", "mean": "ratio_mean", "min": "ratio_min"},
     ),
 )
@@ -116,11 +116,8 @@ def _policy(policy: Results) -> Figure:
         for step in snapshots:
             panel.axvline(step + 0.5, color="0.5", lw=1, ls=":")
         panel.set(title=name, xlabel="optimiser step", ylabel=unit)
-        if unit.startswith("ratio"):
-            panel.set_yscale("log")
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-            panel.yaxis.set_minor_formatter(NullFormatter())
+        if unit == "ratio":
+            _log_scale_if_wide(panel)
         if len(panel.lines) > len(snapshots) + 1:
             panel.legend(fontsize="small", framealpha=0.7)
     return figure
@@ -132,6 +129,16 @@ def _epoch_means(panel: Axes, values: list[float], length: int) -> None:
     means = [statistics.mean(values[start : start + length]) for start in starts]
     middles = [start + (length + 1) / 2 for start in starts]
     panel.plot(middles, means, "o-", color="C3", lw=2, zorder=3, label="mean of an epoch")
+
+
+def _log_scale_if_wide(panel: Axes) -> None:
+    """A narrow range would show a single tick on a log axis."""
+    low, high = panel.dataLim.intervaly
+    if low > 0 and high / low > 8:
+        panel.set(yscale="log", ylabel="ratio (log scale)")
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _cost(cost: Results) -> Figure:
