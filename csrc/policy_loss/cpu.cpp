@@ -1,16 +1,12 @@
-// CPU operators of the family: validation, one row at a time, registration. The loops over a row
+// CPU backend of the family: one row at a time, then the launches for operators.h. The loops over a row
 // are in cpu_rows.h; everything here is O(1) per row and done in double.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <limits>
-#include <optional>
-#include <tuple>
-#include <vector>
 
-#include "../common/checks.h"
 #include "cpu_dispatch.h"
-#include "policy_loss.h"
+#include "operators.h"
 
 namespace reasonkern {
 namespace cpu {
@@ -40,9 +36,7 @@ struct Row {
     return softcap == 0 || std::isinf(raw) ? raw : softcap * std::tanh(raw / softcap);
   }
   // z_v - max z for the raw logit of v.
-  double shifted(double raw, double top) const {
-    return (capped(raw) - capped(top)) / temperature;
-  }
+  double shifted(double raw, double top) const { return (capped(raw) - capped(top)) / temperature; }
   void clear_grad() const {
     if (grad != nullptr) std::fill(grad, grad + vocab, static_cast<E>(0.0f));
   }
@@ -98,7 +92,8 @@ void write_gradient(const Row<E>& row, double top, const GradRow<double>& g) {
       g.scale * (1 - tangent * tangent) * (rest - g.target * std::expm1(d + std::log(g.inv_sum)));
   const double a = g.inv_sum * g.scale;
   const GradCoefs<T> coefs{row.scale(), static_cast<T>(top), static_cast<T>(a * g.constant),
-                           static_cast<T>(a * g.linear), static_cast<T>(a * g.inv_sum * g.quadratic)};
+                           static_cast<T>(a * g.linear),
+                           static_cast<T>(a * g.inv_sum * g.quadratic)};
   kernels<E>().gradient[row.softcap != 0][g.quadratic != 0](row.x, row.grad, row.vocab, coefs);
   row.grad[row.target] = static_cast<E>(static_cast<T>(target));
 }
@@ -133,9 +128,10 @@ void grad_row(const GradParams<Acc<E>>& p, int64_t r) {
   // forward pass exactly.
   const bool raw = row.softcap == 0 && row.temperature == 1;
   const double top = raw ? p.row_max[r] : kernels<E>().maximum(row.x, row.vocab);
-  write_gradient<E>(row, top,
-                    reasonkern::grad_row<double>(p.row_max[r], p.max_prob[r], p.entropy[r],
-                                                 p.collision[r], g, e, c, k, 1.0 / row.temperature));
+  write_gradient<E>(
+      row, top,
+      reasonkern::grad_row<double>(p.row_max[r], p.max_prob[r], p.entropy[r], p.collision[r], g, e,
+                                   c, k, 1.0 / row.temperature));
 }
 
 template <class E>
@@ -178,265 +174,61 @@ void for_each_row(const Rows& rows, const Body& body) {
   });
 }
 
-// ---- tensors to params
-
 template <class E>
-struct ElementType {
+struct Element {
   typedef E type;
 };
 
-// Calls body with the element type of `logits`.
-template <class Body>
-void dispatch(const Tensor& logits, const Body& body) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return body(ElementType<float>());
-    case ScalarType::BFloat16:
-      return body(ElementType<BFloat16>());
-    case ScalarType::Half:
-      return body(ElementType<Half>());
-    case ScalarType::Double:
-      return body(ElementType<double>());
-    default:
-      STD_TORCH_CHECK(false, "logits: expected float32, bfloat16, float16 or float64, got ",
-                      logits.scalar_type());
+// Calls body with the element type of the logits; T is their accumulator type.
+template <class T, class Body>
+void dispatch_element(LogitsType type, const Body& body) {
+  if constexpr (sizeof(T) == 8) {
+    body(Element<double>());
+  } else if (type == LogitsType::kFloat32) {
+    body(Element<float>());
+  } else if (type == LogitsType::kBFloat16) {
+    body(Element<BFloat16>());
+  } else {
+    body(Element<Half>());
   }
 }
 
-ScalarType acc_dtype(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-void check_logits(const Tensor& logits, const char* name) {
-  STD_TORCH_CHECK(logits.dim() == 3, name, ": expected shape (B, T, V), got ",
-                  shape_text(logits.sizes()));
-  STD_TORCH_CHECK(logits.size(2) <= 1 || logits.stride(2) == 1, name,
-                  ": expected a contiguous last dimension, got strides ",
-                  shape_text(logits.strides()));
-}
-
-// `grad` is null, the logits themselves, or a new tensor.
-Rows make_rows(const Tensor& logits, const Tensor& targets, const Tensor* grad) {
-  check_logits(logits, "logits");
-  check_tensor(targets, "targets", ScalarType::Long, {logits.sizes().data(), 2}, logits);
-  Rows rows{};
-  rows.logits = logits.const_data_ptr();
-  rows.rows = logits.size(0) * logits.size(1);
-  rows.seq = logits.size(1);
-  rows.vocab = logits.size(2);
-  rows.stride_b = logits.stride(0);
-  rows.stride_t = logits.stride(1);
-  rows.targets = targets.const_data_ptr<int64_t>();
-  if (grad != nullptr) {
-    check_rows_apart(*grad, "logits");
-    rows.grad = grad->mutable_data_ptr();
-    rows.grad_stride_b = grad->stride(0);
-    rows.grad_stride_t = grad->stride(1);
-  }
-  return rows;
-}
-
-// Row tensors of one call: (B, T), of the accumulator's type, beside the logits.
-template <class T>
-class RowTensors {
- public:
-  explicit RowTensors(const Tensor& logits) : logits_(logits), dtype_(acc_dtype(logits)) {}
-
-  const T* read(const Tensor& t, const char* name) const {
-    check_tensor(t, name, dtype_, shape(), logits_);
-    return t.const_data_ptr<T>();
-  }
-  const T* read(const std::optional<Tensor>& t, const char* name) const {
-    return t.has_value() ? read(*t, name) : nullptr;
-  }
-  Scale<T> scale(const std::optional<Tensor>& row_temperature, double temperature,
-                 double softcap) const {
-    STD_TORCH_CHECK(temperature > 0, "temperature: expected a positive number, got ", temperature);
-    STD_TORCH_CHECK(softcap >= 0, "softcap: expected a positive number or 0, got ", softcap);
-    return {static_cast<T>(temperature), read(row_temperature, "row_temperature"),
-            static_cast<T>(softcap)};
-  }
-  IntHeaderOnlyArrayRef shape() const { return {logits_.sizes().data(), 2}; }
-
- private:
-  const Tensor& logits_;
-  ScalarType dtype_;
-};
-
-Tensor new_rows(const Tensor& logits, ScalarType dtype) {
-  return torch::stable::new_empty(logits, {logits.sizes().data(), 2}, dtype);
-}
-
-Tensor new_like(const Tensor& logits) {
-  return torch::stable::new_empty(logits, logits.sizes(), logits.scalar_type());
-}
-
-// ---- operators
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> token_stats(
-    const Tensor& logits, const Tensor& targets, const std::optional<Tensor>& mask,
-    const std::optional<Tensor>& row_temperature, double temperature, double softcap) {
-  const Rows rows = make_rows(logits, targets, nullptr);
-  std::vector<Tensor> out;
-  for (int k = 0; k < 7; ++k) out.push_back(new_rows(logits, acc_dtype(logits)));
-  Tensor is_top1 = new_rows(logits, ScalarType::Bool);
-  dispatch(logits, [&](auto element) {
-    typedef typename decltype(element)::type E;
-    typedef Acc<E> T;
-    const RowTensors<T> row_tensors(logits);
-    StatsParams<T> p{};
-    p.rows = rows;
-    p.scale = row_tensors.scale(row_temperature, temperature, softcap);
-    if (mask.has_value()) {
-      check_tensor(*mask, "mask", ScalarType::Bool, row_tensors.shape(), logits);
-      p.mask = mask->const_data_ptr<bool>();
-    }
-    const auto to = [&](int k) { return out[k].mutable_data_ptr<T>(); };
-    p.out = {to(0), to(1), to(2), to(3), to(4), to(5), is_top1.mutable_data_ptr<bool>(), to(6)};
-    for_each_row(rows, [&p](int64_t r) { stats_row<E>(p, r); });
-  });
-  return {out[0], out[1], out[2], out[3], out[4], out[5], is_top1, out[6]};
-}
-
-void stats_backward(const Tensor& logits, const Tensor& grad, const Tensor& targets,
-                    const std::optional<Tensor>& row_temperature, double temperature,
-                    double softcap, const Tensor& logprob, const Tensor& entropy,
-                    const Tensor& collision, const Tensor& max_prob, const Tensor& row_max,
-                    const std::optional<Tensor>& grad_logprob,
-                    const std::optional<Tensor>& grad_entropy,
-                    const std::optional<Tensor>& grad_lse,
-                    const std::optional<Tensor>& grad_collision) {
-  const Rows rows = make_rows(logits, targets, &grad);
-  dispatch(logits, [&](auto element) {
-    typedef typename decltype(element)::type E;
-    typedef Acc<E> T;
-    const RowTensors<T> from(logits);
-    GradParams<T> p{};
-    p.rows = rows;
-    p.scale = from.scale(row_temperature, temperature, softcap);
-    p.logprob = from.read(logprob, "logprob");
-    p.entropy = from.read(entropy, "entropy");
-    p.collision = from.read(collision, "collision");
-    p.max_prob = from.read(max_prob, "max_prob");
-    p.row_max = from.read(row_max, "row_max");
-    p.grad_logprob = from.read(grad_logprob, "grad_logprob");
-    p.grad_entropy = from.read(grad_entropy, "grad_entropy");
-    p.grad_lse = from.read(grad_lse, "grad_lse");
-    p.grad_collision = from.read(grad_collision, "grad_collision");
-    for_each_row(rows, [&p](int64_t r) { grad_row<E>(p, r); });
-  });
-}
-
-typedef std::tuple<Tensor, Tensor, Tensor, Tensor> LossTensors;
-
-// The objective's numbers: nine floats, or nine rows of a tensor that hold one value or one a row.
-template <class T>
-void fill_hyper(LossParams<T>& p, const Tensor& logits, const std::optional<Tensor>& hyper,
-                const std::vector<double>& values) {
-  STD_TORCH_CHECK(values.size() == kNumHyper, "values: expected ", kNumHyper, " numbers, got ",
-                  values.size());
-  const auto v = [&values](int k) { return static_cast<T>(values[k]); };
-  p.hyper = {v(0), v(1), v(2), v(3), v(4), v(5), v(6), v(7), v(8)};
-  if (!hyper.has_value()) return;
-  STD_TORCH_CHECK(hyper->dim() == 2 && hyper->size(0) == kNumHyper &&
-                      (hyper->size(1) == 1 || hyper->size(1) == p.rows.rows),
-                  "hyper: expected shape (", kNumHyper, ", 1) or (", kNumHyper, ", ", p.rows.rows,
-                  "), got ", shape_text(hyper->sizes()));
-  check_tensor(*hyper, "hyper", acc_dtype(logits), hyper->sizes(), logits);
-  p.device_hyper = hyper->const_data_ptr<T>();
-  p.hyper_rows = hyper->size(1);
-}
-
-LossTensors loss(const Tensor& logits, const Tensor* grad, const Tensor& targets,
-                 const std::optional<Tensor>& old_logprob, const Tensor& advantage,
-                 const Tensor& weight, const std::optional<Tensor>& entropy_weight,
-                 const std::optional<Tensor>& importance, const std::optional<Tensor>& ref_logprob,
-                 const std::optional<Tensor>& row_temperature,
-                 const std::optional<Tensor>& loss_scale, const std::optional<Tensor>& hyper,
-                 const std::vector<double>& values, double temperature, double softcap,
-                 int64_t kind, int64_t kl_kind, bool kl_unbiased) {
-  const Rows rows = make_rows(logits, targets, grad);
-  LossTensors out{new_rows(logits, acc_dtype(logits)), new_rows(logits, acc_dtype(logits)),
-                  new_rows(logits, acc_dtype(logits)), new_rows(logits, acc_dtype(logits))};
-  dispatch(logits, [&](auto element) {
-    typedef typename decltype(element)::type E;
-    typedef Acc<E> T;
-    const RowTensors<T> from(logits);
-    LossParams<T> p{};
-    p.rows = rows;
-    p.scale = from.scale(row_temperature, temperature, softcap);
-    p.old_logprob = from.read(old_logprob, "old_logprob");
-    p.advantage = from.read(advantage, "advantage");
-    p.weight = from.read(weight, "weight");
-    p.entropy_weight = from.read(entropy_weight, "entropy_weight");
-    p.importance = from.read(importance, "importance");
-    p.ref_logprob = from.read(ref_logprob, "ref_logprob");
-    if (loss_scale.has_value()) {
-      check_tensor(*loss_scale, "loss_scale", acc_dtype(logits), loss_scale->sizes(), logits);
-      STD_TORCH_CHECK(loss_scale->numel() == 1, "loss_scale: expected one element, got shape ",
-                      shape_text(loss_scale->sizes()));
-      p.loss_scale = loss_scale->const_data_ptr<T>();
-    }
-    fill_hyper(p, logits, hyper, values);
-    p.kind = static_cast<int>(kind);
-    p.kl_kind = static_cast<int>(kl_kind);
-    p.kl_unbiased = kl_unbiased;
-    p.row_loss = std::get<0>(out).mutable_data_ptr<T>();
-    p.token_loss = std::get<1>(out).mutable_data_ptr<T>();
-    p.logprob = std::get<2>(out).mutable_data_ptr<T>();
-    p.entropy = std::get<3>(out).mutable_data_ptr<T>();
-    for_each_row(rows, [&p](int64_t r) { loss_row<E>(p, r); });
-  });
-  return out;
-}
-
-void scale_rows(const Tensor& x, const Tensor& scale) {
-  check_logits(x, "x");
-  check_rows_apart(x, "x");
-  dispatch(x, [&](auto element) {
-    typedef typename decltype(element)::type E;
-    const Acc<E>* factors = RowTensors<Acc<E>>(x).read(scale, "scale");
-    Rows rows{};
-    rows.rows = x.size(0) * x.size(1);
-    rows.vocab = x.size(2);
-    const int64_t seq = x.size(1), stride_b = x.stride(0), stride_t = x.stride(1);
-    E* const base = static_cast<E*>(x.mutable_data_ptr());
-    for_each_row(rows, [=](int64_t r) {
-      E* const row = base + r / seq * stride_b + r % seq * stride_t;
-      if (factors[r] != 1) kernels<E>().scale(row, rows.vocab, factors[r]);
+struct CpuBackend {
+  template <class T>
+  static void token_stats(LogitsType type, const StatsParams<T>& p, int32_t) {
+    dispatch_element<T>(type, [&](auto element) {
+      typedef typename decltype(element)::type E;
+      for_each_row(p.rows, [&p](int64_t r) { stats_row<E>(p, r); });
     });
-  });
-}
-
-// An operator and its in-place twin from one function that is told where the gradient goes.
-template <auto Run>
-struct BackwardForms;
-template <class... Args, void (*Run)(const Tensor&, const Tensor&, Args...)>
-struct BackwardForms<Run> {
-  static Tensor functional(const Tensor& logits, Args... args) {
-    Tensor grad = new_like(logits);
-    Run(logits, grad, args...);
-    return grad;
   }
-  static void inplace(const Tensor& logits, Args... args) { Run(logits, logits, args...); }
-};
 
-template <auto Run>
-struct LossForms;
-template <class... Args, LossTensors (*Run)(const Tensor&, const Tensor*, Args...)>
-struct LossForms<Run> {
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> functional(const Tensor& logits,
-                                                                       Args... args,
-                                                                       bool needs_grad) {
-    if (needs_grad) {
-      Tensor grad = new_like(logits);
-      return std::tuple_cat(Run(logits, &grad, args...), std::make_tuple(grad));
-    }
-    Tensor none = torch::stable::new_empty(logits, {0}, logits.scalar_type());
-    return std::tuple_cat(Run(logits, nullptr, args...), std::make_tuple(none));
+  template <class T>
+  static void token_stats_backward(LogitsType type, const GradParams<T>& p, int32_t) {
+    dispatch_element<T>(type, [&](auto element) {
+      typedef typename decltype(element)::type E;
+      for_each_row(p.rows, [&p](int64_t r) { grad_row<E>(p, r); });
+    });
   }
-  static LossTensors inplace(const Tensor& logits, Args... args) {
-    return Run(logits, &logits, args...);
+
+  template <class T>
+  static void policy_loss(LogitsType type, const LossParams<T>& p, int32_t) {
+    dispatch_element<T>(type, [&](auto element) {
+      typedef typename decltype(element)::type E;
+      for_each_row(p.rows, [&p](int64_t r) { loss_row<E>(p, r); });
+    });
+  }
+
+  template <class T>
+  static void scale_rows(LogitsType type, const Rows& rows, const T* factors, int32_t) {
+    dispatch_element<T>(type, [&](auto element) {
+      typedef typename decltype(element)::type E;
+      for_each_row(rows, [&](int64_t r) {
+        if (factors[r] == 1) return;
+        E* row = static_cast<E*>(rows.grad) + r / rows.seq * rows.grad_stride_b +
+                 r % rows.seq * rows.grad_stride_t;
+        kernels<E>().scale(row, rows.vocab, factors[r]);
+      });
+    });
   }
 };
 
@@ -450,11 +242,11 @@ extern "C" __attribute__((visibility("default"))) const char* reasonkern_cpu_cap
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reasonkern, CPU, m) {
-  using namespace reasonkern::cpu;
-  m.impl("token_stats", TORCH_BOX(&token_stats));
-  m.impl("token_stats_backward", TORCH_BOX(&BackwardForms<&stats_backward>::functional));
-  m.impl("token_stats_backward_", TORCH_BOX(&BackwardForms<&stats_backward>::inplace));
-  m.impl("policy_loss", TORCH_BOX(&LossForms<&loss>::functional));
-  m.impl("policy_loss_", TORCH_BOX(&LossForms<&loss>::inplace));
-  m.impl("scale_rows_", TORCH_BOX(&scale_rows));
+  typedef reasonkern::Operators<reasonkern::cpu::CpuBackend> Ops;
+  m.impl("token_stats", TORCH_BOX(&Ops::token_stats));
+  m.impl("token_stats_backward", TORCH_BOX(&Ops::token_stats_backward));
+  m.impl("token_stats_backward_", TORCH_BOX(&Ops::token_stats_backward_));
+  m.impl("policy_loss", TORCH_BOX(&Ops::policy_loss));
+  m.impl("policy_loss_", TORCH_BOX(&Ops::policy_loss_));
+  m.impl("scale_rows_", TORCH_BOX(&Ops::scale_rows_));
 }
