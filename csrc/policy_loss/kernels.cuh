@@ -21,20 +21,22 @@ __device__ __forceinline__ void write_stats(const StatsOut<acc_t<T>>& out, int64
                                             int64_t target, bool valid, const RowScale<T>& scale) {
   using A = acc_t<T>;
   const RowStats<A> stats = row_stats(a, x_y, valid, scale);
-  const A z_max = stats.finite ? a.m / scale.temperature : stats.inv_sum;  // NaN
-  const A second = a.w / a.s / scale.temperature / scale.temperature;
+  const A z_max = stats.finite ? a.m / scale.temperature.value : stats.inv_sum;  // NaN
+  // In double: what is near 1, or a difference, keeps the accuracy of the sums.
+  const double sum = double(a.s) + double(a.n), t = scale.temperature.value;
+  const double mean = a.u / (sum * t), second = a.w / (sum * t * t);
   out.logprob[row] = stats.logprob;
   out.entropy[row] = stats.entropy;
   out.lse[row] = z_max + stats.log_sum;
-  out.collision[row] = a.q * stats.inv_sum * stats.inv_sum;
-  out.varentropy[row] = second - stats.mean * stats.mean;
+  out.collision[row] = stats.finite ? A((double(a.q) + double(a.n)) / (sum * sum)) : z_max;
+  out.varentropy[row] = stats.finite ? A(second - mean * mean) : z_max;
   out.max_prob[row] = stats.inv_sum;
   out.row_max[row] = z_max;
   out.is_top1[row] = stats.finite && a.argmax == target;
 }
 
 template <class T>
-__global__ void __launch_bounds__(sizeof(T) == 8 ? kGroup : 512)
+__global__ void __launch_bounds__(kGroup, sizeof(T) == 8 ? 1 : 3)
     stats_kernel(StatsParams<acc_t<T>> p, Tiling tiling) {
   using A = acc_t<T>;
   FullMoments<A>* parts = dynamic_shared<FullMoments<A>>();
@@ -55,7 +57,7 @@ __global__ void __launch_bounds__(sizeof(T) == 8 ? kGroup : 512)
         const int64_t y = p.rows.targets[row];
         const bool valid = y >= 0 && y < vocab;
         A x_y = valid ? to_acc(logits[y]) : A(0);
-        if (scale.softcap != A(0)) x_y = soft_capped(x_y, scale.softcap);
+        if (scale.softcap.value != A(0)) x_y = soft_capped(x_y, scale.softcap);
         write_stats(p.out, row, total, x_y, y, valid, scale);
       }
     }
@@ -96,7 +98,7 @@ __device__ __forceinline__ void prepare_row(RowScratch<acc_t<T>>& s, const LossP
   s.target = p.rows.targets[row];
   const bool valid = s.target >= 0 && s.target < p.rows.vocab;
   s.x_y = valid ? to_acc(logits[s.target]) : A(0);
-  if (scale.softcap != A(0)) s.x_y = soft_capped(s.x_y, scale.softcap);
+  if (scale.softcap.value != A(0)) s.x_y = soft_capped(s.x_y, scale.softcap);
 }
 
 // Leaves the gradient's coefficients in s.grad; `writes`: this block writes the row's outputs.
@@ -121,8 +123,8 @@ __device__ __forceinline__ void decide_row(RowScratch<acc_t<T>>& s, const LossPa
   }
   const A loss_scale = p.loss_scale != nullptr ? *p.loss_scale : A(1);
   const GradRow<A> g = grad_row(total.m, stats.inv_sum, stats.entropy, A(0), loss.dlogp,
-                                loss.dentropy, A(0), A(0), loss_scale / scale.temperature);
-  s.grad = fold<T>(g, total.m, scale.temperature, s.target);
+                                loss.dentropy, A(0), A(0), loss_scale / scale.temperature.value);
+  s.grad = fold<T>(g, total.m, scale.temperature.value, s.target);
 }
 
 // ---- policy_loss, rows that fit on chip: a cluster per row, one block per slice
@@ -143,6 +145,21 @@ __device__ __forceinline__ void fetch_vectors(T* shared, const T* p, int n, bool
   copy_commit();
 }
 
+template <class T>
+__device__ __forceinline__ void load_tile(Vec<T> (&v)[kUnroll], const T* shared, int n,
+                                          int position, int step) {
+  const bool inside = position + (kUnroll - 1) * step < n;  // the last vector is padded with -inf
+  if (inside) {
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) v[i] = load_shared(shared + position + i * step);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i, position += step) {
+      v[i] = position < n ? load_shared(shared + position) : load_elements(shared, 0, 0);
+    }
+  }
+}
+
 // The block's slice through shared memory into moments: kStages groups of copies run ahead, every
 // thread reads only what it fetched, so no barrier. `meanwhile` runs behind the first fetches.
 template <class T, class Meanwhile>
@@ -159,18 +176,15 @@ __device__ __forceinline__ Moments<acc_t<T>> fetch_moments(T* shared, const T* p
     fetch_vectors(shared, p, slice.n, aligned, start + stage * tile, step);
   }
   meanwhile();
-  for (int at = start; at < slice.n; at += tile) {
+  for (int first = 0; first < slice.n; first += tile) {
+    const int at = first + start;
     copy_wait<kStages - 1>();
     Vec<T> v[kUnroll];
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      const int position = at + i * step;
-      v[i] = position < slice.n ? load_shared(shared + position) : load_elements(p, 0, 0);
-    }
+    load_tile(v, shared, slice.n, at, step);
     absorb(a, v, scale, slice.begin + at, step);
     fetch_vectors(shared, p, slice.n, aligned, at + kStages * tile, step);
   }
-  return warp_merge(a, scale);
+  return warp_join(a);
 }
 
 template <class T>
@@ -231,7 +245,7 @@ __global__ void __launch_bounds__(kGroup, 3)
 // ---- policy_loss, other rows: one block per row reads it twice, or once when grad is null
 
 template <class T>
-__global__ void __launch_bounds__(sizeof(T) == 8 ? kGroup : 1024)
+__global__ void __launch_bounds__(kSweepGroups* kGroup, 1)
     loss_sweep_kernel(LossParams<acc_t<T>> p, Tiling tiling) {
   using A = acc_t<T>;
   const int vocab = int(p.rows.vocab);
@@ -277,11 +291,11 @@ __device__ __forceinline__ GradCoefs<acc_t<T>> saved_coefs(const GradParams<acc_
   const auto grad = [row](const A* g) { return g != nullptr ? g[row] : A(0); };
   const GradRow<A> g = grad_row(p.row_max[row], max_prob, p.entropy[row], p.collision[row],
                                 grad(p.grad_logprob), grad(p.grad_entropy), grad(p.grad_collision),
-                                grad(p.grad_lse), A(1) / scale.temperature);
+                                grad(p.grad_lse), A(1) / scale.temperature.value);
   // The maximum in raw units: exact for 16-bit logits, whose maximum is a 16-bit number.
-  A m = p.row_max[row] * scale.temperature;
-  if (scale.softcap == A(0)) m = to_acc(from_acc<T>(m));
-  return fold<T>(g, m, scale.temperature, p.rows.targets[row]);
+  A m = p.row_max[row] * scale.temperature.value;
+  if (scale.softcap.value == A(0)) m = to_acc(from_acc<T>(m));
+  return fold<T>(g, m, scale.temperature.value, p.rows.targets[row]);
 }
 
 template <class T>

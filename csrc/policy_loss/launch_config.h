@@ -30,8 +30,8 @@ struct LaunchConfig {
 };
 
 constexpr int kGroup = 256;
-constexpr int kMaxSlices = 8;  // the largest portable cluster
-constexpr int kMaxParts = kMaxSlices * kGroup / 32;
+constexpr int kMaxSlices = 8;    // the largest portable cluster
+constexpr int kSweepGroups = 2;  // slices that a block of the two-sweep loss takes at a time
 // An SM of 228 KiB holds three blocks of this size (1 KiB of each is the driver's), so that one
 // block's loads, another's arithmetic and a third's stores overlap.
 constexpr int64_t kResidentBytes = 228 * 1024 / 3 - 1024;
@@ -55,22 +55,24 @@ inline Tiling choose_tiling(int64_t vocab, int64_t element_bytes) {
 // Shared memory of a block that walks whole rows: one partial per warp of every slice and the row
 // scratch; the bound covers float64 statistics.
 inline std::size_t sweep_shared_bytes(const Tiling& t) {
-  return std::size_t(t.slices) * (t.group / 32) * 48 + 512;
+  return std::size_t(t.slices) * (t.group / 32) * 56 + 512;
 }
 
 inline std::size_t cluster_shared_bytes(const Tiling& t, int64_t element_bytes) {
   return std::size_t(t.slice_len * element_bytes + kScratchBytes);
 }
 
-// Statistics: two slices of a row at a time, four blocks' loads in flight on an SM.
-inline LaunchConfig stats_config(int64_t vocab, int64_t element_bytes) {
-  const Tiling t = choose_tiling(vocab, element_bytes);
-  const unsigned groups = element_bytes == 8 || t.slices == 1 ? 1 : 2;
+inline LaunchConfig sweep_config(const Tiling& t, unsigned groups) {
   return {t, false, 1, groups * t.group, sweep_shared_bytes(t)};
 }
 
-// The fused loss: a cluster where the row fits on chip, else two sweeps of one block, as many
-// threads as possible per row so that few rows are under way and the second sweep finds them in L2.
+// Statistics: a row per block, three blocks to an SM.
+inline LaunchConfig stats_config(int64_t vocab, int64_t element_bytes) {
+  return sweep_config(choose_tiling(vocab, element_bytes), 1);
+}
+
+// The fused loss: a cluster where the row fits on chip, else two sweeps of one block per row, one
+// block to an SM: few rows are under way and the second sweep finds them in L2.
 inline LaunchConfig loss_config(int64_t vocab, int64_t element_bytes, bool needs_grad,
                                 const Device& device) {
   const Tiling t = choose_tiling(vocab, element_bytes);
@@ -78,9 +80,7 @@ inline LaunchConfig loss_config(int64_t vocab, int64_t element_bytes, bool needs
   if (needs_grad && device.arch >= 90 && element_bytes < 8 && resident <= device.shared_per_block) {
     return {t, true, unsigned(t.slices), unsigned(t.group), resident};
   }
-  if (!needs_grad) return stats_config(vocab, element_bytes);
-  const unsigned groups = element_bytes == 8 ? 1 : t.slices < 4 ? t.slices : 4;
-  return {t, false, 1, groups * t.group, sweep_shared_bytes(t)};
+  return sweep_config(t, t.slices < kSweepGroups ? t.slices : kSweepGroups);
 }
 
 // Kernels without a reduction: one block per row and slice.

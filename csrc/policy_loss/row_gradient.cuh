@@ -51,7 +51,7 @@ __device__ __forceinline__ Vec<T> gradient_vector(const Vec<T>& v, int position,
   constexpr int N = Vec<T>::size;
   A x[N], g[N];
   unpack(v, x);
-  if (scale.softcap != A(0)) soft_cap(x, scale.softcap);
+  if (scale.softcap.value != A(0)) soft_cap(x, scale.softcap);
   const auto element = [&](int j, A addend) {
     const A t = shifted(x[j], c.m, scale);
     A p = quick_exponential(t, scale);
@@ -70,11 +70,11 @@ __device__ __forceinline__ Vec<T> gradient_vector(const Vec<T>& v, int position,
       if (lane == unsigned(j)) g[j] = element(j, c.at_target);
     }
   }
-  if (scale.softcap != A(0)) {
+  if (scale.softcap.value != A(0)) {
     unpack(v, x);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const A tanh_x = std::tanh(x[j] / scale.softcap);
+      const A tanh_x = soft_tanh(x[j], scale.softcap);
       g[j] *= std::fma(-tanh_x, tanh_x, A(1));
     }
   }
@@ -97,14 +97,14 @@ template <bool kCurve, class T>
 __device__ __forceinline__ void write_gradient(T* grad, const T* p, int n, int begin,
                                                const GradCoefs<acc_t<T>>& c,
                                                const RowScale<T>& scale, int thread, int threads) {
-  constexpr int N = Vec<T>::size;
+  constexpr int N = Vec<T>::size, U = 2;
   const bool aligned = is_aligned(p), grad_aligned = is_aligned(grad);
   const int step = threads * N;
-  for (int at = thread * N; at < n; at += kUnroll * step) {
-    Vec<T> v[kUnroll];
+  for (int at = thread * N; at < n; at += U * step) {
+    Vec<T> v[U];
     load_vectors<Reuse::last>(v, p, n, aligned, at, step);
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
+    for (int i = 0; i < U; ++i) {
       const int position = at + i * step;
       if (position < n) {
         store_vector(grad, n, grad_aligned, position,

@@ -16,9 +16,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from cuda_sim.build import load
+from torch import Tensor
 
 ORDERS = ("forward", "reverse", "random")
 STATS = ("logprob", "entropy", "lse", "collision", "varentropy", "max_prob", "is_top1", "row_max")

@@ -1,0 +1,102 @@
+// Rows, their slices, and vector access to a slice whatever its alignment.
+#pragma once
+
+#include <limits>
+
+#include "../common/vec.h"
+#include "launch_config.h"
+#include "policy_loss.h"
+
+namespace reasonkern {
+
+template <class A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
+// ---- access to a slice: elements p[0, n), vectors counted from p, which may be misaligned
+
+template <class T>
+__device__ __forceinline__ bool is_aligned(const T* p) {
+  return reinterpret_cast<std::uintptr_t>(p) % 16 == 0;
+}
+
+// Elements past the end read as -inf, which no statistic sees.
+template <class T>
+__device__ __forceinline__ Vec<T> load_elements(const T* p, int n, int position) {
+  Vec<T> v;
+#pragma unroll
+  for (int j = 0; j < Vec<T>::size; ++j) {
+    v.lane[j] = position + j < n ? p[position + j] : from_acc<T>(-kInfinity<acc_t<T>>);
+  }
+  return v;
+}
+
+// All loads are issued before the first is looked at. At the end of the slice their addresses are
+// clamped and what lies past it is replaced afterwards.
+template <Reuse reuse, class T, int U>
+__device__ __forceinline__ void load_vectors(Vec<T> (&v)[U], const T* p, int n, bool aligned,
+                                             int position, int step) {
+  constexpr int N = Vec<T>::size;
+  if (aligned && position + (U - 1) * step + N <= n) {
+#pragma unroll
+    for (int i = 0; i < U; ++i) v[i] = load_global<reuse>(p + position + i * step);
+  } else if (aligned && n >= N) {
+    const int last = n / N * N - N;
+#pragma unroll
+    for (int i = 0; i < U; ++i) {
+      const int at = position + i * step;
+      v[i] = load_global<reuse>(p + (at < last ? at : last));
+    }
+#pragma unroll
+    for (int i = 0; i < U; ++i) {
+      const int at = position + i * step;
+      if (at > last) v[i] = load_elements(p, n, at);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < U; ++i) v[i] = load_elements(p, n, position + i * step);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_vector(T* p, int n, bool aligned, int position,
+                                             const Vec<T>& v) {
+  constexpr int N = Vec<T>::size;
+  if (aligned && position + N <= n) {
+    store_global(p + position, v);
+  } else {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
+      if (position + j < n) p[position + j] = v.lane[j];
+    }
+  }
+}
+
+// ---- slices and rows
+
+struct Slice {
+  int begin, n;
+};
+
+__device__ __forceinline__ Slice slice_of(const Tiling& t, int64_t vocab, int slice) {
+  const int64_t begin = slice * t.slice_len, left = vocab - begin;
+  return {int(begin), int(left < 0 ? 0 : left < t.slice_len ? left : t.slice_len)};
+}
+
+// Row r = (r / seq, r % seq) of a strided (B, T, V) tensor.
+template <class T>
+__device__ __forceinline__ T* row_pointer(T* base, int64_t stride_b, int64_t stride_t, int64_t seq,
+                                          int64_t row) {
+  if (stride_b == seq * stride_t) return base + row * stride_t;
+  return base + row / seq * stride_b + row % seq * stride_t;
+}
+
+template <class T>
+__device__ __forceinline__ const T* logits_row(const Rows& r, int64_t row) {
+  return row_pointer(static_cast<const T*>(r.logits), r.stride_b, r.stride_t, r.seq, row);
+}
+template <class T>
+__device__ __forceinline__ T* grad_row_pointer(const Rows& r, int64_t row) {
+  return row_pointer(static_cast<T*>(r.grad), r.grad_stride_b, r.grad_stride_t, r.seq, row);
+}
+
+}  // namespace reasonkern

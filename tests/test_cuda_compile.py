@@ -1,0 +1,62 @@
+"""Every CUDA source compiles without a warning for three architectures, and no kernel spills."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "csrc").rglob("cuda*.cu"))
+ARCHITECTURES = ("80", "90a", "100")
+NVCC = shutil.which("nvcc")
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH")
+
+FLAGS = ["-O3", "-Werror", "all-warnings", "--expt-relaxed-constexpr", "-Xptxas", "-v"]
+FLAGS += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
+
+
+def compile_all(source: Path, folder: Path) -> dict[str, str]:
+    """What the compiler said, per architecture; the headers of a CPU build of torch suffice."""
+    include = Path(torch.__file__).parent / "include"
+
+    def compile_one(arch: str) -> str:
+        command = [
+            str(NVCC),
+            "-c",
+            str(source),
+            "-o",
+            str(folder / f"{source.parent.name}{arch}.o"),
+        ]
+        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{include}", *FLAGS]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, f"sm_{arch}: {done.stderr}"
+        return done.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(ARCHITECTURES, pool.map(compile_one, ARCHITECTURES), strict=True))
+
+
+def kernels(log: str) -> Iterator[tuple[str, int, int]]:
+    """(mangled name, bytes of spill stores, bytes of spill loads) of every entry function."""
+    entry = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+    for name, stores, loads in re.findall(entry, log, re.DOTALL):
+        yield name, int(stores), int(loads)
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.parent.name)
+def test_compiles_clean_and_without_spills(source: Path, tmp_path: Path) -> None:
+    for arch, log in compile_all(source, tmp_path).items():
+        found = list(kernels(log))
+        assert len(found) == log.count("Compiling entry function") > 0
+        spilled = [
+            f"{name}: {stores} + {loads}" for name, stores, loads in found if stores or loads
+        ]
+        assert not spilled, f"sm_{arch} spills (bytes stored + loaded):\n" + "\n".join(spilled)
