@@ -160,6 +160,6 @@ def test_under_sanitizers(sanitizers: str) -> None:
     from cuda_sim.build import run_sanitized
 
     chosen = "every_number_of_slices or nonfinite or alignment"
-    command = ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", chosen]
+    command = ["-m", "pytest", "-x", "-p", "no:cacheprovider", "-k", chosen]
     done = run_sanitized([*command, str(Path(__file__))], sanitizers)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
