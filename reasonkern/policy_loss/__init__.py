@@ -159,7 +159,8 @@ def policy_loss(
 
     Token-local objectives form the gradient in the forward (one read, one write of the logits);
     sequence-level ones, OPSM, user-defined ones and float16 without ``loss_scale`` read the logits
-    once more in the backward. Backward runs once; a second call raises RuntimeError.
+    once more in the backward. Backward runs once; a second call raises RuntimeError, except in the
+    two-pass form without ``inplace_grad``, which keeps what it needs.
 
     Args:
         logits: (N, V) packed or (B, T, V) padded, float32, bfloat16, float16 or float64, the last
