@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -320,7 +321,9 @@ def test_tensor_hyper_parameters_equal_floats(field: str, how: str, form: str) -
 @pytest.mark.parametrize("make", [Objective.ppo, Objective.gspo, Objective.gmpo])
 def test_bounds_that_differ_between_rows(make: Callable[..., Objective]) -> None:
     """GSPO's gradient sums each row's own clipped loss; PPO's and GMPO's bounds act by token."""
-    b = make_batch(seed=5)
+    b = make_batch(spread=0.1)
+    # All ratios are near 1.2, in the middle of the upper bounds.
+    b = replace(b, old_logprob=b.old_logprob - 0.18, advantage=b.advantage.abs())
     c = b.clean()
     g = torch.Generator().manual_seed(2)
     high = 1 + 0.4 * torch.rand(b.targets.shape, generator=g, dtype=torch.float64)
