@@ -151,8 +151,10 @@ RK_HOST_DEVICE Term<T> kl_term(int kl_kind, bool unbiased, T logp, T ref_logprob
   Term<T> k{-d, T(1)};
   if (kl_kind == kK2) k = {T(0.5) * d * d, -d};
   if (kl_kind == kK3) {
-    const Ratio<T> e = clamped_exp(d, log_ratio_clamp);
-    k = {e.value - d - T(1), T(1) - e.slope * e.value};
+    // Not exp(d) - 1 - d, which loses all digits while the policies are close.
+    const bool inside = d >= -log_ratio_clamp && d <= log_ratio_clamp;
+    const T grown = std::expm1(clamp(d, -log_ratio_clamp, log_ratio_clamp));
+    k = {grown - d, inside ? -grown : T(1)};
   }
   if (!unbiased) return k;
   const Ratio<T> r = clamped_exp(logp - old_logprob, log_ratio_clamp);

@@ -73,8 +73,7 @@ def token_stats(
     finite_d = torch.where(p > 0, row.d, 0.0)  # 0 * (-inf) is 0 here
     # In float32 a sum of 1 and of many small numbers can lose all of the small ones.
     s, u, q, w = (
-        x.sum(-1, dtype=torch.float64)
-        for x in (p, p * finite_d, p * p, p * finite_d * finite_d)
+        x.sum(-1, dtype=torch.float64) for x in (p, p * finite_d, p * p, p * finite_d * finite_d)
     )
     log_s, mean = torch.log(s), u / s
     y = torch.where(row.active & ~row.bad, targets, 0)
@@ -259,8 +258,10 @@ def kl_term(kl_kind: int, unbiased: bool, logp: Tensor, ref: Tensor, old: Tensor
     elif kl_kind == 2:
         k = Term(0.5 * d * d, -d)
     else:
-        exp_d, inside = clamped_exp(d, h.log_ratio_clamp)
-        k = Term(exp_d - d - 1, 1 - inside * exp_d)
+        # Not exp(d) - 1 - d, which loses all digits while the policies are close.
+        clamped = torch.clamp_max(torch.clamp_min(d, -h.log_ratio_clamp), h.log_ratio_clamp)
+        grown = torch.expm1(clamped)
+        k = Term(grown - d, torch.where(clamped == d, -grown, 1.0))
     if not unbiased:
         return k
     r, slope = clamped_exp(logp - old, h.log_ratio_clamp)

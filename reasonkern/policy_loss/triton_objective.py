@@ -227,10 +227,12 @@ def token_term(kind, logp, old_logprob, a, h):
 def kl_term(kl_kind, unbiased, logp, ref_logprob, old_logprob, log_ratio_clamp):
     """k1, k2, k3 of d = ref - logp; `unbiased` multiplies by r and differentiates through it."""
     d = ref_logprob - logp
-    e = clamped_exp(d, log_ratio_clamp)
-    k3 = e.value - d - 1.0
+    inside = (d >= -log_ratio_clamp) & (d <= log_ratio_clamp)
+    # Not exp(d) - 1 - d, which loses all digits while the policies are close.
+    grown = expm1(clamp(d, -log_ratio_clamp, log_ratio_clamp))
+    k3 = grown - d
     value = tl.where(kl_kind == K3, k3, tl.where(kl_kind == K2, 0.5 * d * d, -d))
-    k3_slope = 1.0 - e.slope * e.value
+    k3_slope = tl.where(inside, -grown, 1.0)
     slope = tl.where(kl_kind == K3, k3_slope, tl.where(kl_kind == K2, -d, 1.0))
     r = clamped_exp(logp - old_logprob, log_ratio_clamp)
     through = r.value * (r.slope * value + slope)
