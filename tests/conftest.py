@@ -97,6 +97,16 @@ def backend(request: pytest.FixtureRequest, _backends: dict[str, Backend | str])
     pytest.skip(found)
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.fixture(params=FLOATS, ids=lambda d: str(d).removeprefix("torch."))
+def dtype(request: pytest.FixtureRequest, backend: Backend) -> torch.dtype:
+    if request.param not in backend.dtypes:
+        pytest.skip(f"{backend.name} does not take {request.param}")
+    return request.param
+
+
 # ---- poison
 
 

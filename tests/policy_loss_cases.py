@@ -1,4 +1,4 @@
-"""Hard inputs, the published formulas written out with autograd, and the tolerance rule.
+"""Hard inputs, and the published formulas written out with autograd.
 
 Nothing here uses the package's mathematics: `literal_stats` and `literal_loss` are log_softmax and
 the formulas of the papers with ``.detach()`` where the paper stops the gradient. In float64 they
@@ -7,32 +7,25 @@ check the reference, in float32 they are the baseline whose error the kernels ar
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import torch
-from contract import bits
+from tolerance import INF, baseline_error, digest, randn
+from tolerance import acc as acc
+from tolerance import assert_close as assert_close
 from torch import Tensor
 
 from reasonkern.policy_loss import reference as ref
 
-INF = float("inf")
 NAN = float("nan")
 CLAMP = 20.0
-
-
-def acc(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+# What the nearby runs of a loss's baseline differ in.
+MOVED = ("logits", "advantage", "weight", "entropy_weight", "importance")
 
 
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
-
-
-def randn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
 # --------------------------------------------------------------------------- hard rows
@@ -207,8 +200,8 @@ def ppo_loss(r: Tensor, a: Tensor, n: Numbers) -> Tensor:
     return dual_clipped(-torch.minimum(capped * a, clipped * a), a, n)
 
 
-def gppo_loss(r: Tensor, a: Tensor, n: Numbers) -> Tensor:
-    straight = r / r.detach()  # 1 with the gradient of r
+def gppo_loss(logp: Tensor, r: Tensor, a: Tensor, n: Numbers) -> Tensor:
+    straight = (logp - logp.detach()).exp()  # r / sg(r), also where the log-ratio is clamped
     below, above = (a < 0) & (r < n.ratio_min), (a > 0) & (r > n.ratio_max)
     loss = -r * a
     loss = torch.where(below, -n.low * n.ratio_min * straight * a, loss)
@@ -240,7 +233,7 @@ def policy_term(a: LossArgs, logp: Tensor, old: Tensor, n: Numbers) -> Tensor:
     if a.kind == ref.CLIP:
         return ppo_loss(r, adv, n)
     if a.kind == ref.GPPO:
-        return gppo_loss(r, adv, n)
+        return gppo_loss(logp, r, adv, n)
     if a.kind == ref.CISPO:
         return -clamp(r, n.ratio_min, n.ratio_max).detach() * adv * logp
     if a.kind == ref.SAPO:
@@ -291,19 +284,57 @@ def literal_loss(a: LossArgs) -> Loss:
     return Loss(row_loss, loss, logp, entropy, grad)
 
 
-def loss_gradient_terms(a: LossArgs, exact: Loss) -> Tensor:
-    """`gradient_terms` of a loss with these exact results."""
+def gradient_terms(
+    z: Tensor, targets: Tensor, inverse_temperature: Tensor | float, *scalars: Tensor
+) -> Tensor:
+    """Sum of the magnitudes of the terms that a logit's gradient is the sum of."""
+    g, e, c, k = (x.double().abs().unsqueeze(-1) for x in scalars)
+    logp = z.double().log_softmax(-1)
+    p, d = logp.exp(), (z.double() - z.double().amax(-1, keepdim=True)).clamp_min(-1e4)
+    mean = 1 + (p * d).sum(-1, keepdim=True).abs()  # ln s - H, with s >= 1
+    terms = p * (g + e * (d.abs() + mean) + 2 * c + k)
+    at_target = torch.zeros_like(terms).scatter(-1, targets.unsqueeze(-1), g.expand_as(terms))
+    return (terms + at_target) * inverse_temperature
+
+
+class LossTerms(NamedTuple):
+    """Sums of the magnitudes of the terms that each result is the sum of; see `assert_close`."""
+
+    row_loss: Tensor
+    token_loss: Tensor
+    grad_logits: Tensor
+
+
+def loss_terms(a: LossArgs, exact: Loss) -> LossTerms:
     a = a.cast(torch.float64)
-    h = ref.unpack_hyper(list(a.values), a.hyper, a.targets.shape)
-    rows = ref.objective_rows(
-        a.kind, a.kl_kind, a.kl_unbiased, exact.logprob, exact.entropy, a.old_logprob, a.advantage,
-        a.weight, a.entropy_weight, a.importance, a.ref_logprob, h,
+    h, logp = numbers(a), exact.logprob
+    old = logp if a.old_logprob is None else a.old_logprob
+    ones = torch.ones_like(a.weight)
+    policy = ref.objective_rows(
+        a.kind, 0, False, logp, exact.entropy, a.old_logprob, a.advantage, ones, None,
+        a.importance, None, ref.Hyper(*h)._replace(entropy_coef=0.0),
     )  # fmt: skip
+    value, slope = policy.token_loss.abs(), policy.dlogp.abs()
+    if a.kind == ref.DRO:
+        factor = ones if a.importance is None else a.importance.abs()
+        value = factor * ((a.advantage * logp).abs() + h.low * (logp - old) ** 2)
+        slope = factor * (a.advantage.abs() + h.low * (logp - old).abs())
+    if a.ref_logprob is not None and a.kl_kind:
+        d = a.ref_logprob - logp
+        e = ratio_of(d, 0 * d, h)
+        k = (d.abs(), d * d / 2, e + d.abs() + 1)[a.kl_kind - 1]
+        dk = (ones, d.abs(), e + 1)[a.kl_kind - 1]
+        r = ratio_of(logp, old, h) if a.kl_unbiased else ones
+        value = value + h.kl_coef.abs() * r * k
+        slope = slope + h.kl_coef.abs() * r * (dk + k if a.kl_unbiased else dk)
+    ew = a.weight if a.entropy_weight is None else a.entropy_weight
+    e = h.entropy_coef * ew
     z = scaled_logits(a.logits, a.row_temperature, a.temperature, a.softcap)
     t = a.temperature if a.row_temperature is None else a.row_temperature.unsqueeze(-1)
-    zero = torch.zeros_like(rows.dlogp)
     scale = (1.0 if a.loss_scale is None else a.loss_scale) / t
-    return gradient_terms(z, a.targets, scale, rows.dlogp, rows.dentropy, zero, zero)
+    y = torch.where((a.weight != 0) | (ew != 0), a.targets, 0)
+    gradient = gradient_terms(z, y, scale, a.weight * slope, e, 0 * e, 0 * e)
+    return LossTerms(a.weight.abs() * value + (e * exact.entropy).abs(), value, gradient)
 
 
 def exact_loss(a: LossArgs) -> Loss:
@@ -326,133 +357,3 @@ def loss_and_error(a: LossArgs) -> tuple[Loss, Loss]:
     inputs = [getattr(a, name) for name in moved]
     truth, error = baseline_error(inputs, exact, plain, digest(*a.args()))
     return Loss(*truth), Loss(*error)
-
-
-# --------------------------------------------------------------------------- tolerance
-
-
-def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Spacing of `dtype` at the magnitude of x (float64)."""
-    info = torch.finfo(dtype)
-    exponent = torch.frexp(x.abs().clamp_min(info.tiny)).exponent - 1
-    return torch.ldexp(torch.full_like(x, info.eps), exponent)
-
-
-NEARBY = 8  # runs of the baseline
-MOVED = ("logits", "advantage", "weight", "entropy_weight", "importance")  # what they differ in
-
-
-def nearby(x: Tensor, run: int) -> Tensor:
-    """x in float32; from run 1 on moved by about 1e-3: as hard, but it rounds anew."""
-    x = x.float()
-    noise = 1e-3 * randn(*x.shape, seed=900 + run).float()
-    return x if run == 0 else torch.where(x == 0, x, x + noise)  # 0 means: not active
-
-
-def baseline_error(
-    inputs: Sequence[Tensor],
-    exact: Callable[..., Sequence[Tensor]],
-    plain: Callable[..., Sequence[Tensor]],
-    key: str,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """The float64 truth, and how far plain float32 torch is from it at every element.
-
-    `exact` and `plain` are functions of `inputs`, the logits first. One run can be exact at an
-    element by luck, so its error is the largest one of the runs on `NEARBY` nearby inputs, each
-    against its own truth; and, for an element of a gradient row, of the elements of the row within
-    the same power of two. float64 has no truth above it: its baseline error is that of float32 in
-    units of the last place, or the one in float64 if that is larger. `key` names the inputs: every
-    backend gets the same ones.
-    """
-    if key not in _known:
-        truth = list(exact(*(x.double() for x in inputs)))
-        worst = [torch.zeros_like(t, dtype=torch.float64) for t in truth]
-        for run in range(NEARBY):
-            moved = [nearby(x, run) for x in inputs]
-            expected = exact(*(x.double() for x in moved))
-            errors = [_distance(b, e) for b, e in zip(plain(*moved), expected, strict=True)]
-            worst = [torch.maximum(w, e) for w, e in zip(worst, errors, strict=True)]
-        if inputs[0].dtype == torch.float64:
-            own = [_distance(b, e) for b, e in zip(plain(*inputs), truth, strict=True)]
-            worst = [torch.maximum(w * 2.0**-29, e) for w, e in zip(worst, own, strict=True)]
-        for i, t in enumerate(truth):
-            if t.ndim == inputs[0].ndim:
-                worst[i] = like_magnitude(worst[i], t)
-        _known[key] = truth, worst
-    return _known[key]
-
-
-_known: dict[str, tuple[list[Tensor], list[Tensor]]] = {}
-
-
-def digest(*values: Any) -> str:
-    """Names inputs by their content."""
-    h = hashlib.sha256()
-    for v in values:
-        data = bits(v.cpu()).numpy().tobytes() if isinstance(v, Tensor) else repr(v).encode()
-        h.update(repr((v.dtype, v.shape) if isinstance(v, Tensor) else "").encode() + data)
-    return h.hexdigest()
-
-
-def _distance(x: Tensor, y: Tensor) -> Tensor:
-    return (x.double() - y.double()).abs().nan_to_num(0.0, posinf=0.0)
-
-
-def like_magnitude(error: Tensor, value: Tensor) -> Tensor:
-    """The largest error of the elements of the row in the same binade."""
-    binade = (torch.frexp(value).exponent + 1100).clamp(0, 2200).long()
-    worst = error.new_zeros(*error.shape[:-1], 2201).scatter_reduce(-1, binade, error, "amax")
-    return worst.gather(-1, binade)
-
-
-def gradient_terms(
-    z: Tensor, targets: Tensor, inverse_temperature: Tensor | float, *scalars: Tensor
-) -> Tensor:
-    """Sum of the magnitudes of the terms that a logit's gradient is the sum of."""
-    g, e, c, k = (x.double().abs().unsqueeze(-1) for x in scalars)
-    logp = z.double().log_softmax(-1)
-    p, d = logp.exp(), (z.double() - z.double().amax(-1, keepdim=True)).clamp_min(-1e4)
-    mean = (p * d).sum(-1, keepdim=True).abs()
-    terms = p * (g + e * (d.abs() + mean) + 2 * c + k)
-    at_target = torch.zeros_like(terms).scatter(-1, targets.unsqueeze(-1), g.expand_as(terms))
-    return (terms + at_target) * inverse_temperature
-
-
-def assert_close(
-    name: str,
-    got: Tensor,
-    expected: Tensor,
-    base_error: Tensor | float,
-    slack: int = 0,
-    terms: Tensor | None = None,
-) -> None:
-    """error <= 2 * baseline error + 2 ulp of got's dtype (+ `slack` ulp), element by element.
-
-    An element that is the sum of larger terms, which cancel, is measured in ulp of those: `terms`
-    for a gradient; 1 for logprob and entropy, which contain the logarithm of a sum s >= 1.
-    Infinities and NaN are compared exactly; below the smallest normal float32 a kernel may flush
-    to 0. For float64 the truth is as rounded as what is measured: twice the ulps.
-    """
-    dtype = got.dtype
-    got, expected = got.detach().cpu().double(), expected.double()
-    assert got.shape == expected.shape, name
-    finite = torch.isfinite(expected)
-    same = (got == expected) | (got.isnan() & expected.isnan())
-    assert same[~finite].all(), f"{name}: {got[~finite]} instead of {expected[~finite]}"
-    error = torch.where(finite, (got - expected).abs(), 0.0)
-    size = torch.where(finite, expected, 0.0).abs()
-    if name in ("logprob", "entropy"):
-        size = size.clamp_min(1.0)
-    floor = 2 if dtype != torch.float64 else 4
-    allowed = 2 * base_error + (floor + slack) * ulp(size, dtype)
-    if terms is not None:
-        allowed += floor * ulp(terms, acc(dtype))
-    allowed += 0.0 if dtype == torch.float16 else torch.finfo(torch.float32).tiny
-    wrong = ~(error <= allowed)
-    if wrong.any():
-        worst = (error / allowed).nan_to_num(INF).argmax()
-        i = tuple(int(j) for j in torch.unravel_index(worst, got.shape))
-        raise AssertionError(
-            f"{name}: {int(wrong.sum())} of {wrong.numel()} elements; worst at {i}: got "
-            f"{got[i]:.9g}, expected {expected[i]:.9g}, allowed error {allowed[i]:.3g}"
-        )
