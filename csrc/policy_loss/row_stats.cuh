@@ -222,7 +222,7 @@ __device__ __forceinline__ M merge_parts(int count, const RowScale<T>& scale, Pa
 
 template <class A>
 struct RowStats {
-  A logprob, entropy, log_sum, mean, inv_sum;  // mean = u/s, in units of z
+  A logprob, entropy, log_sum, inv_sum;
   bool finite;  // false: NaN or +inf logit, no finite logit, invalid target; all values NaN
 };
 
@@ -233,15 +233,11 @@ __device__ __forceinline__ RowStats<acc_t<T>> row_stats(const Moments<acc_t<T>>&
   using A = acc_t<T>;
   if (!valid || !std::isfinite(a.m) || std::isnan(a.s)) {
     const A nan = std::numeric_limits<A>::quiet_NaN();
-    return {nan, nan, nan, nan, nan, false};
+    return {nan, nan, nan, nan, false};
   }
   const A sum = a.s + a.n, mean = a.u / sum / scale.temperature.value;
   const A log_sum = std::log1p(a.s + (a.n - A(1)));
-  return {(x_y - a.m) / scale.temperature.value - log_sum,
-          log_sum - mean,
-          log_sum,
-          mean,
-          A(1) / sum,
+  return {(x_y - a.m) / scale.temperature.value - log_sum, log_sum - mean, log_sum, A(1) / sum,
           true};
 }
 
