@@ -53,6 +53,10 @@ PADDED: list[tuple[dict[str, Any], str]] = [
         {"logits": torch.zeros(B, V, T).mT},
         "logits: expected the last dimension contiguous, got strides (78, 1, 6)",
     ),
+    (
+        {"logits": torch.zeros(V).expand(B, T, V), "inplace_grad": True},
+        "logits: expected rows that do not share memory for inplace_grad, got (0, 0, 1)",
+    ),
     ({"targets": IDS[:, 1:]}, "targets: expected shape logits.shape[:-1] = (4, 6), got (4, 5)"),
     ({"targets": F}, NOT_LONG),
     ({"targets": IDS.to("meta")}, "targets: expected the device of logits, cpu, got meta"),

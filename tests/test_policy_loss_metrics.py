@@ -154,6 +154,19 @@ def test_dppo_reports_the_dropped_tokens_on_the_side_they_are_limited(objective:
     assert values["clip_frac_pos_low"] == values["clip_frac_neg_high"] == 0
 
 
+def test_objectives_without_a_ratio_clip_nothing() -> None:
+    b = batch("padded")
+    for objective in (Objective.reinforce(), Objective.gpg(), Objective.rloo()):
+        out = policy_loss(b.logits, b.targets, objective=objective, **b.given())
+        values = out.metrics.compute()
+        assert values["ratio_max"] > 1.05 and values["ratio_min"] < 0.95
+        assert all(value == 0 for name, value in values.items() if name.startswith("clip_frac"))
+    bounded = policy_loss(
+        b.logits, b.targets, objective=Objective.reinforce(0.95, 1.05), **b.given()
+    )
+    assert bounded.metrics.compute()["clip_frac"] > 0
+
+
 def test_without_reference_or_old_policy() -> None:
     b = make_batch()
     values = metrics(b, ref_logprob=None, old_logprob=None).compute()

@@ -207,6 +207,10 @@ def policy_loss(
         entropy_weight,
     )  # fmt: skip
     _check_objective(objective, context, packed)
+    if inplace_grad and any(
+        n > 1 and not s for n, s in zip(rows.shape, rows.stride(), strict=True)
+    ):
+        _checks.fail("logits", "rows that do not share memory for inplace_grad", rows.stride())
     check_rows(context, y, rows.shape[-1])
     if loss_scale is not None:
         check_tensor("loss_scale", loss_scale)

@@ -179,6 +179,8 @@ def policy_metrics(
         old = logp if old_logprob is None else old_logprob.double()
         dropped = ~dppo_keeps(objective.kind, logp, old, a, h)
         low, high = dropped & (a <= 0), dropped & (a > 0)  # the side each sign is limited on
+    if objective.leaves_out_ratio:
+        low = high = torch.zeros_like(active)
     pos, neg = a > 0, a < 0
     clipped = (pos & high) | (neg & low)
     r_eff = torch.where(neg, torch.clamp_min(r, h.ratio_min), torch.clamp_max(r, h.ratio_max))

@@ -291,6 +291,12 @@ class Objective:
         """
         return cls("custom", level="custom", function=function, **terms)
 
+    @property
+    def leaves_out_ratio(self) -> bool:
+        """Whether both bounds of a detached ratio are 1, as in REINFORCE: it clips nothing."""
+        bounds = (self.ratio_min, self.ratio_max)
+        return self.kind == CISPO and all(isinstance(x, (int, float)) and x == 1 for x in bounds)
+
     # ---- what the operators take
 
     def numbers(self) -> tuple[Number, ...]:
