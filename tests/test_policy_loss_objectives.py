@@ -312,18 +312,21 @@ def test_log_ratio_clamp_limits_the_value_and_stops_the_gradient(backend: Backen
 def test_zero_advantage_gives_zero_whatever_the_ratio(
     backend: Backend, objective: Objective
 ) -> None:
-    """inf * 0 included: unclamped, the ratio of the last row overflows."""
+    """inf * 0 included: unclamped, the ratio of row 0 overflows, and its KL term must survive."""
     a = batch(objective, torch.float32, seed=70)
     a = cases.replace(a, values=(*a.values[:8], INF)).rows(slice(-6, None))
-    a.old_logprob[0, -1] = -200.0
+    a.old_logprob[0, 0] = -200.0
     a.advantage[:] = 0
-    out = run_loss(backend, a.map(backend.to))
-    assert torch.isfinite(out.logprob).all()
-    if objective.kind != ref.DRO:  # its quadratic term does not carry A
-        assert all((t == 0).all() for t in (out.row_loss, out.token_loss, out.grad_logits))
+    out = run_loss(backend, with_terms(a, kl_kind=1).map(backend.to))
+    assert torch.isfinite(out.logprob).all() and (out.grad_logits[0, 0] != 0).any()
+    if objective.kind == ref.DRO:  # its quadratic term does not carry A
+        return
+    active = with_terms(a).weight[0] != 0
+    k1 = 0.3 * (out.logprob - with_terms(a).ref_logprob)[0, active]
+    assert torch.allclose(out.token_loss[0, active], k1, rtol=1e-5, atol=1e-6)
     if not backend.slow:
-        kept = run_loss(backend, with_terms(a, kl_kind=1).map(backend.to))
-        assert (kept.token_loss[0, 0] != 0) and (kept.grad_logits[0, 0] != 0).any()
+        plain = run_loss(backend, a.map(backend.to))
+        assert all((t == 0).all() for t in (plain.row_loss, plain.token_loss, plain.grad_logits))
 
 
 def test_overflowing_ratio_drops_its_row_alone(backend: Backend) -> None:

@@ -2,14 +2,14 @@
 // these keep a direct call of an operator from reading or writing out of bounds.
 #pragma once
 
-#include <cstdint>
-#include <sstream>
-#include <string>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+
+#include <cstdint>
+#include <sstream>
+#include <string>
 
 namespace reasonkern {
 

@@ -1,12 +1,12 @@
 // Instruction sets of this processor, and what code compiled for one of them needs.
 #pragma once
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
-
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>

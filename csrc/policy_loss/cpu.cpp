@@ -1,5 +1,5 @@
-// CPU backend of the family: one row at a time, then the launches for operators.h. The loops over a row
-// are in cpu_rows.h; everything here is O(1) per row and done in double.
+// CPU backend of the family: one row at a time, then the launches for operators.h. The loops over
+// a row are in cpu_rows.h; everything here is O(1) per row and done in double.
 #include <algorithm>
 #include <atomic>
 #include <cmath>

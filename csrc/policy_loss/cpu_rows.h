@@ -119,8 +119,8 @@ struct TileSums {
   RK_INLINE void block(const E* x) {
     for (int k = 0; k < kUnroll; ++k) {
       // The lower bound keeps -inf out of e * d; it is the first operand so that a NaN passes.
-      const typename L::Vec d = max(
-          splat(L::kLowest), (capped(load(x + k * L::kWidth)) - top) * inv_temperature);
+      const typename L::Vec d =
+          max(splat(L::kLowest), (capped(load(x + k * L::kWidth)) - top) * inv_temperature);
       const typename L::Vec e = exp(d);
       s[k] = s[k] + e;
       u[k] = fma(e, d, u[k]);
