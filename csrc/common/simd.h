@@ -14,8 +14,13 @@
 
 typedef float F __attribute__((vector_size(RK_SIMD_BYTES)));
 typedef uint32_t U __attribute__((vector_size(RK_SIMD_BYTES)));
-typedef uint16_t Narrow __attribute__((vector_size(RK_SIMD_BYTES / 2)));
 constexpr int kLanes = RK_SIMD_BYTES / 4;
+
+// Loops handle vectors in groups, one step for the whole group before the next step: a dependent
+// chain of 60 cycles fills the processor's scheduler before it finds the next vector's chain.
+constexpr int kGroup = 4;
+#define RK_EACH for (int k = 0; k < kGroup; ++k)
+
 #if RK_SIMD == 4
 // GCC 12 warns about its own unmasked intrinsics; a full mask leaves no trace in the code.
 constexpr __mmask16 kAll = 0xffff;
@@ -42,6 +47,8 @@ RK_INLINE F max(F a, F b) {
   return _mm512_maskz_max_ps(kAll, a, b);
 #elif RK_SIMD == 3
   return _mm256_max_ps(a, b);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a, b);
 #else
   return a > b ? a : b;
 #endif
@@ -49,94 +56,94 @@ RK_INLINE F max(F a, F b) {
 
 RK_INLINE F select(U mask, F yes, F no) { return F((mask & U(yes)) | (~mask & U(no))); }
 
-RK_INLINE F load(const float* p) {
+RK_INLINE float first_lane(F x) { return x[0]; }
+
+RK_INLINE F load_one(const float* p) {
   F x;
   __builtin_memcpy(&x, p, sizeof x);
   return x;
 }
 
-RK_INLINE void store(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
+RK_INLINE void store_one(float* p, F x) { __builtin_memcpy(p, &x, sizeof x); }
 
-RK_INLINE F load(const BFloat16* p) {
-  Narrow bits;
-  __builtin_memcpy(&bits, p, sizeof bits);
-  return F(__builtin_convertvector(bits, U) << 16);
+// Not loops: GCC 12 would make them calls of memcpy through the stack.
+RK_INLINE void load(const float* p, F (&x)[kGroup]) {
+  x[0] = load_one(p);
+  x[1] = load_one(p + kLanes);
+  x[2] = load_one(p + 2 * kLanes);
+  x[3] = load_one(p + 3 * kLanes);
 }
 
-// Round to nearest even. The NaNs that arithmetic makes stay NaN: their low half is empty.
-RK_INLINE void store(BFloat16* p, F x) {
-  const U bits = U(x);
-  const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Narrow narrow = __builtin_convertvector(rounded, Narrow);
-  __builtin_memcpy(p, &narrow, sizeof narrow);
+RK_INLINE void store(float* p, const F (&x)[kGroup]) {
+  store_one(p, x[0]);
+  store_one(p + kLanes, x[1]);
+  store_one(p + 2 * kLanes, x[2]);
+  store_one(p + 3 * kLanes, x[3]);
 }
 
-RK_INLINE F load(const Half* p) {
+// Two bfloat16 to a 32-bit word: even elements go to one vector, odd ones to the next. No result
+// depends on which lane an element is in.
+RK_INLINE void load(const BFloat16* p, F (&x)[kGroup]) {
+  for (int k = 0; k < kGroup; k += 2) {
+    U words;
+    __builtin_memcpy(&words, p + k * kLanes, sizeof words);
+    x[k] = F(words << 16);
+    x[k + 1] = F(words & 0xffff0000u);
+  }
+}
+
+// Nearest even in the upper half. The NaNs that arithmetic makes stay NaN: their lower half is 0.
+RK_INLINE U rounded_to_bfloat16(F x) { return U(x) + 0x7fffu + ((U(x) >> 16) & 1u); }
+
+RK_INLINE void store(BFloat16* p, const F (&x)[kGroup]) {
+  for (int k = 0; k < kGroup; k += 2) {
+    const U words =
+        (rounded_to_bfloat16(x[k]) >> 16) | (rounded_to_bfloat16(x[k + 1]) & 0xffff0000u);
+    __builtin_memcpy(p + k * kLanes, &words, sizeof words);
+  }
+}
+
+RK_INLINE void load(const Half* p, F (&x)[kGroup]) {
+  for (int k = 0; k < kGroup; ++k, p += kLanes) {
 #if RK_SIMD == 4
-  return _mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    x[k] = _mm512_maskz_cvtph_ps(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 #elif RK_SIMD == 3
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    x[k] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  F x;
-  for (int k = 0; k < kLanes; ++k) x[k] = static_cast<float>(p[k]);
-  return x;
+    float lanes[kLanes];
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = static_cast<float>(p[lane]);
+    x[k] = load_one(lanes);
 #endif
+  }
 }
 
-RK_INLINE void store(Half* p, F x) {
+RK_INLINE void store(Half* p, const F (&x)[kGroup]) {
+  for (int k = 0; k < kGroup; ++k, p += kLanes) {
 #if RK_SIMD == 4
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_maskz_cvtps_ph(kAll, x, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_maskz_cvtps_ph(kAll, x[k], _MM_FROUND_TO_NEAREST_INT));
 #elif RK_SIMD == 3
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                     _mm256_cvtps_ph(x[k], _MM_FROUND_TO_NEAREST_INT));
 #else
-  for (int k = 0; k < kLanes; ++k) p[k] = static_cast<Half>(x[k]);
+    float lanes[kLanes];
+    store_one(lanes, x[k]);
+    for (int lane = 0; lane < kLanes; ++lane) p[lane] = static_cast<Half>(lanes[lane]);
 #endif
-}
-
-// exp for d in [-104, 0.3], at most 1.1 ulp wrong; exactly 1 at 0 and 0 at -104; NaN stays NaN.
-// exp(d) = 2^n exp(r) with n = round(d / ln 2), found in the low bits of d / ln 2 + 1.5 * 2^23.
-RK_INLINE F exp(F d) {
-  const F shift = splat(12582912.0f);
-  const F shifted = fma(d, splat(1.44269504f), shift);
-  const F n = shifted - shift;
-  F r = fma(n, splat(-0.693359375f), d);  // nine bits: n times it is exact
-  r = fma(n, splat(2.12194440e-4f), r);
-  F p = fma(splat(0.00138145406f), r, splat(0.00836874545f));
-  p = fma(p, r, splat(0.041668389f));
-  p = fma(p, r, splat(0.166665211f));
-  p = fma(p, r, splat(0.49999994f));
-  p = fma(p, r, splat(1.0f));
-  p = fma(p, r, splat(1.0f));
-#if RK_SIMD == 4
-  return _mm512_maskz_scalef_ps(kAll, p, n);
-#else
-  // n is at least -150: 2^(n + 64) is a normal number, and the last factor rounds only once.
-  return p * F((U(shifted) << 23) + ((127u + 64u) << 23)) * splat(0x1p-64f);
-#endif
-}
-
-// At most 2 ulp wrong: an odd polynomial near 0, 1 - 2 / (1 + exp(2|x|)) elsewhere.
-RK_INLINE F tanh(F x) {
-  const F magnitude = F(U(x) & 0x7fffffffu);
-  const F t = x * x;
-  F p = fma(splat(-0.00627420424f), t, splat(0.0210716557f));
-  p = fma(p, t, splat(-0.0538523048f));
-  p = fma(p, t, splat(0.13332586f));
-  p = fma(p, t, splat(-0.333333164f));
-  const F near_zero = fma(p * t, x, x);
-  const F e = exp(max(splat(-104.0f), -2.0f * magnitude));
-  const F far = 1.0f - 2.0f * e / (1.0f + e);
-  return select(U(magnitude < splat(0.55f)), near_zero, F(U(far) | (U(x) & 0x80000000u)));
+  }
 }
 
 // Doubles go one by one: float64 logits are for gradient checks, not for speed.
 RK_INLINE double splat(double x) { return x; }
 RK_INLINE double fma(double a, double b, double c) { return a * b + c; }
 RK_INLINE double max(double a, double b) { return a > b ? a : b; }
-RK_INLINE double load(const double* p) { return *p; }
-RK_INLINE void store(double* p, double x) { *p = x; }
-RK_INLINE double exp(double d) { return __builtin_exp(d); }
-RK_INLINE double tanh(double x) { return __builtin_tanh(x); }
+RK_INLINE void store_one(double* p, double x) { *p = x; }
+RK_INLINE double first_lane(double x) { return x; }
+RK_INLINE void load(const double* p, double (&x)[kGroup]) {
+  x[0] = p[0], x[1] = p[1], x[2] = p[2], x[3] = p[3];
+}
+RK_INLINE void store(double* p, const double (&x)[kGroup]) {
+  p[0] = x[0], p[1] = x[1], p[2] = x[2], p[3] = x[3];
+}
 
 #undef RK_SIMD_BYTES

@@ -19,13 +19,23 @@ struct AccOf<double> {
 template <class E>
 using Acc = typename AccOf<E>::type;
 
-// Logits per tile: with the tile prefetched after it, in floats, within a first-level cache.
-constexpr int64_t kTile = 2048;
+// Logits per tile: long enough to hide what starting and ending a tile costs, short enough that the
+// tile and the one prefetched after it fit beside a row of gradients in a second-level cache.
+constexpr int64_t kTile = 8192;
 
 template <class T>
 struct RowScale {
-  T inv_temperature, softcap;  // softcap 0: off
+  T temperature, softcap;  // softcap 0: off
 };
+
+// What d = z - max z takes beyond a subtraction; each mode can do what the one before it can.
+enum class Mode : int { kPlain, kScaled, kCapped };
+
+template <class T>
+Mode mode_of(const RowScale<T>& scale) {
+  if (scale.softcap != 0) return Mode::kCapped;
+  return scale.temperature == 1 ? Mode::kPlain : Mode::kScaled;
+}
 
 // Sums of e = exp(d) over a row, d = (x - top) / T with x soft-capped, or not: s = sum e,
 // u = sum e d, q = sum e^2, w = sum e d^2. `top` is the largest raw logit and `top_tile` the start
@@ -46,8 +56,8 @@ template <class E>
 struct RowKernels {
   typedef RowSums Sums(const E* x, int64_t vocab, const RowScale<Acc<E>>&);
   typedef void Gradient(const E* x, E* out, int64_t vocab, const GradCoefs<Acc<E>>&);
-  Sums* sums[2][2];          // [soft-capped][with q and w]
-  Gradient* gradient[2][2];  // [soft-capped][quadratic]
+  Sums* sums[3][2];          // [mode][with q and w]
+  Gradient* gradient[3][2];  // [mode][quadratic]
   double (*maximum)(const E* x, int64_t vocab);
   void (*scale)(E* x, int64_t vocab, Acc<E> factor);
 };
@@ -55,6 +65,7 @@ struct RowKernels {
 namespace baseline {
 #define RK_SIMD 0
 #include "../common/simd.h"
+#include "../common/simd_math.h"
 #include "cpu_rows.h"
 #undef RK_SIMD
 }  // namespace baseline
@@ -70,6 +81,7 @@ namespace baseline {
 namespace v3 {
 #define RK_SIMD 3
 #include "../common/simd.h"
+#include "../common/simd_math.h"
 #include "cpu_rows.h"
 #undef RK_SIMD
 }  // namespace v3
@@ -85,6 +97,7 @@ namespace v3 {
 namespace v4 {
 #define RK_SIMD 4
 #include "../common/simd.h"
+#include "../common/simd_math.h"
 #include "cpu_rows.h"
 #undef RK_SIMD
 }  // namespace v4

@@ -1,133 +1,178 @@
 // Loops over one row of logits. Included once per instruction set (see cpu_dispatch.h), after
-// common/simd.h and under the same rules: no include guard, no templates of other headers.
+// common/simd.h and common/simd_math.h and under the same rules: no include guard, no templates of
+// other headers.
 
 struct FloatLanes {
   typedef float Acc;
   typedef F Vec;
-  static constexpr int kWidth = kLanes;
-  static constexpr float kLowest = -104.0f;  // exp is 0 from here on
+  static constexpr int kBlock = kGroup * kLanes;  // elements handled at a time
+  static constexpr float kLowest = kExpZero;
+  static constexpr float kScale = kExpScale;  // of every exponential
+  static RK_INLINE F over(F x, F, F inv_temperature) { return x * inv_temperature; }
 };
 
 struct DoubleLanes {
   typedef double Acc;
   typedef double Vec;
-  static constexpr int kWidth = 1;
+  static constexpr int kBlock = kGroup;
   static constexpr double kLowest = -746.0;
+  static constexpr double kScale = 1.0;
+  static RK_INLINE double over(double x, double temperature, double) { return x / temperature; }
 };
 
-// Vectors per step: enough independent chains to cover the latency of exp.
-constexpr int kUnroll = 4;
-
 template <class L>
-constexpr int block_size() {
-  return kUnroll * L::kWidth;
+RK_INLINE typename L::Vec minus_infinity() {
+  return splat(-static_cast<typename L::Acc>(__builtin_inff()));
 }
 
-// Calls body.block on consecutive blocks of x[0, n). The last one is filled up with -inf, which
-// adds nothing to a maximum or a sum of exponentials.
+// Copies n < kBlock elements and fills up with -inf, which adds nothing to a maximum or to a sum
+// of exponentials.
+template <class L, class E>
+RK_INLINE void pad(const E* x, int64_t n, E (&padded)[L::kBlock]) {
+  for (int k = 0; k < L::kBlock; ++k) padded[k] = static_cast<E>(-__builtin_inff());
+  __builtin_memcpy(padded, x, n * sizeof(E));
+}
+
+// Calls body.block on consecutive blocks of x[0, n).
 template <class L, class E, class Body>
 RK_INLINE void walk(const E* x, int64_t n, Body& body) {
-  constexpr int kBlock = block_size<L>();
-  int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) body.block(x + i);
-  if (i == n) return;
-  E padded[kBlock];
-  for (int k = 0; k < kBlock; ++k) padded[k] = static_cast<E>(-__builtin_inff());
-  __builtin_memcpy(padded, x + i, (n - i) * sizeof(E));
+  for (; n >= L::kBlock; n -= L::kBlock, x += L::kBlock) body.block(x);
+  if (n == 0) return;
+  E padded[L::kBlock];
+  pad<L>(x, n, padded);
   body.block(padded);
 }
 
 // As walk, for a body that reads x and writes out, which may be the same row.
 template <class L, class E, class Body>
 RK_INLINE void transform(const E* x, E* out, int64_t n, const Body& body) {
-  constexpr int kBlock = block_size<L>();
-  int64_t i = 0;
-  for (; i + kBlock <= n; i += kBlock) body.block(x + i, out + i);
-  if (i == n) return;
-  E padded[kBlock];
-  for (int k = 0; k < kBlock; ++k) padded[k] = static_cast<E>(-__builtin_inff());
-  __builtin_memcpy(padded, x + i, (n - i) * sizeof(E));
+  for (; n >= L::kBlock; n -= L::kBlock, x += L::kBlock, out += L::kBlock) body.block(x, out);
+  if (n == 0) return;
+  E padded[L::kBlock];
+  pad<L>(x, n, padded);
   body.block(padded, padded);
-  __builtin_memcpy(out + i, padded, (n - i) * sizeof(E));
+  __builtin_memcpy(out, padded, n * sizeof(E));
 }
-
-// The logits before the division by the temperature: x, or cap * tanh(x / cap).
-template <class L, bool kCapped>
-struct Capped {
-  typename L::Vec cap;
-  RK_INLINE explicit Capped(typename L::Acc softcap) : cap(splat(softcap)) {}
-  RK_INLINE typename L::Vec tangent(typename L::Vec x) const { return tanh(x / cap); }
-  RK_INLINE typename L::Vec operator()(typename L::Vec x) const {
-    if (!kCapped) return x;
-    const typename L::Vec y = cap * tangent(x);
-    return x == splat(-static_cast<typename L::Acc>(__builtin_inff())) ? x : y;
-  }
-  RK_INLINE typename L::Acc one(typename L::Acc x) const {
-    const typename L::Vec y = (*this)(splat(x));
-    typename L::Acc first;
-    __builtin_memcpy(&first, &y, sizeof first);
-    return first;
-  }
-};
 
 template <class L>
 struct Maximum {
-  typename L::Vec top[kUnroll];
-  RK_INLINE Maximum() {
-    for (auto& t : top) t = splat(-static_cast<typename L::Acc>(__builtin_inff()));
-  }
+  typename L::Vec top[kGroup];
+  RK_INLINE Maximum() { RK_EACH top[k] = minus_infinity<L>(); }
   template <class E>
-  RK_INLINE void block(const E* x) {  // a NaN is passed over: the sums will show it
-    for (int k = 0; k < kUnroll; ++k) top[k] = max(load(x + k * L::kWidth), top[k]);
+  RK_INLINE void block(const E* from) {  // a NaN is passed over: the sums will show it
+    typename L::Vec x[kGroup];
+    load(from, x);
+    RK_EACH top[k] = max(x[k], top[k]);
   }
   RK_INLINE typename L::Acc result() const {
-    typename L::Acc lanes[L::kWidth];
-    store(lanes, max(max(top[0], top[1]), max(top[2], top[3])));
-    for (int k = 1; k < L::kWidth; ++k) lanes[0] = lanes[k] > lanes[0] ? lanes[k] : lanes[0];
+    typename L::Acc lanes[L::kBlock];
+    store(lanes, top);
+    for (int k = 1; k < L::kBlock; ++k) lanes[0] = lanes[k] > lanes[0] ? lanes[k] : lanes[0];
     return lanes[0];
   }
 };
 
-template <class L>
-RK_INLINE double total(const typename L::Vec (&v)[kUnroll]) {
-  typename L::Acc stored[L::kWidth];
-  store(stored, (v[0] + v[1]) + (v[2] + v[3]));
-  double lanes[L::kWidth];
-  for (int k = 0; k < L::kWidth; ++k) lanes[k] = static_cast<double>(stored[k]);
-  for (int half = L::kWidth / 2; half > 0; half /= 2) {
-    for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
-  }
-  return lanes[0];
-}
+// z - max z of raw logits under a mode of RowScale; z is x / T, or cap * tanh(x / cap) / T.
+template <class L, Mode kMode>
+struct Shift {
+  typename L::Vec top, temperature, inv_temperature, cap;
 
-// Sums over one tile, relative to `top`. kFull adds q and w and leaves s and u untouched, bit by
-// bit: the log-probability of the two passes is the same number.
-template <class L, bool kCapped, bool kFull>
-struct TileSums {
-  typename L::Vec s[kUnroll], u[kUnroll], q[kUnroll], w[kUnroll];
-  typename L::Vec top, inv_temperature;
-  Capped<L, kCapped> capped;
-
-  RK_INLINE TileSums(typename L::Acc top_, const RowScale<typename L::Acc>& scale)
-      : top(splat(top_)), inv_temperature(splat(scale.inv_temperature)), capped(scale.softcap) {
-    for (int k = 0; k < kUnroll; ++k) {
-      s[k] = u[k] = q[k] = w[k] = splat(static_cast<typename L::Acc>(0));
+  RK_INLINE Shift(typename L::Acc top_, const RowScale<typename L::Acc>& scale)
+      : top(splat(top_)),
+        temperature(splat(scale.temperature)),
+        inv_temperature(splat(1 / scale.temperature)),
+        cap(splat(scale.softcap)) {
+    if (kMode == Mode::kCapped) {
+      typename L::Vec x[kGroup], tangent[kGroup];
+      RK_EACH x[k] = top;
+      capped(x, tangent);
+      top = x[0];
     }
   }
+  // tangent = tanh(x / cap), x = cap * tangent, except that -inf stays.
+  RK_INLINE void capped(typename L::Vec (&x)[kGroup], typename L::Vec (&tangent)[kGroup]) const {
+    typename L::Vec y[kGroup];
+    RK_EACH y[k] = x[k] / cap;
+    tanh(y, tangent);
+    RK_EACH x[k] = x[k] == minus_infinity<L>() ? x[k] : cap * tangent[k];
+  }
+  // The lower bound keeps -inf out of products with 0; it is the first operand so that NaN passes.
+  RK_INLINE void operator()(typename L::Vec (&x)[kGroup],
+                            typename L::Vec (&tangent)[kGroup]) const {
+    if (kMode == Mode::kCapped) capped(x, tangent);
+    RK_EACH x[k] = x[k] - top;
+    if (kMode != Mode::kPlain) RK_EACH x[k] = L::over(x[k], temperature, inv_temperature);
+    RK_EACH x[k] = max(splat(L::kLowest), x[k]);
+  }
+};
+
+// Asks for the `bytes` that lie `ahead` bytes after p, to the second-level cache. The address may
+// be past the end of the row, or nowhere.
+template <size_t bytes>
+RK_INLINE void prefetch(const void* p, size_t ahead) {
+  const uintptr_t first = reinterpret_cast<uintptr_t>(p) + ahead;
+  for (size_t b = 0; b < bytes; b += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(first + b), 0, 2);
+  }
+}
+
+// Sums over one tile. kFull adds q and w and leaves s and u untouched, bit by bit: the
+// log-probability of the two passes is the same number.
+template <class L, Mode kMode, bool kFull>
+struct TileSums {
+  struct Partial {
+    typename L::Vec s[2], u[2], q[2], w[2];
+  };
+  Partial now{}, before{};  // before: finished stretches, added up apart so that few rounding
+                            // errors reach any one number
+  Shift<L, kMode> shift;
+
+  RK_INLINE explicit TileSums(const Shift<L, kMode>& shift_) : shift(shift_) {}
 
   template <class E>
-  RK_INLINE void block(const E* x) {
-    for (int k = 0; k < kUnroll; ++k) {
-      // The lower bound keeps -inf out of e * d; it is the first operand so that a NaN passes.
-      const typename L::Vec d =
-          max(splat(L::kLowest), (capped(load(x + k * L::kWidth)) - top) * inv_temperature);
-      const typename L::Vec e = exp(d);
-      s[k] = s[k] + e;
-      u[k] = fma(e, d, u[k]);
+  RK_INLINE void block(const E* from) {
+    prefetch<L::kBlock * sizeof(E)>(from, kTile * sizeof(E));
+    typename L::Vec d[kGroup], e[kGroup], tangent[kGroup];
+    load(from, d);
+    shift(d, tangent);
+    scaled_exp(d, e);
+    RK_EACH now.s[k % 2] = now.s[k % 2] + e[k];
+    RK_EACH now.u[k % 2] = fma(e[k], d[k], now.u[k % 2]);
+    if (kFull) {
+      RK_EACH now.q[k % 2] = fma(e[k], e[k], now.q[k % 2]);
+      RK_EACH now.w[k % 2] = fma(e[k] * d[k], d[k], now.w[k % 2]);
+    }
+  }
+  RK_INLINE void finish_stretch() {
+    for (int k = 0; k < 2; ++k) {
+      before.s[k] = before.s[k] + now.s[k];
+      before.u[k] = before.u[k] + now.u[k];
       if (kFull) {
-        q[k] = fma(e, e, q[k]);
-        w[k] = fma(e * d, d, w[k]);
+        before.q[k] = before.q[k] + now.q[k];
+        before.w[k] = before.w[k] + now.w[k];
       }
+    }
+    now = Partial{};
+  }
+  static RK_INLINE double total(const typename L::Vec (&v)[2]) {
+    constexpr int kWidth = L::kBlock / kGroup;
+    typename L::Acc stored[2 * kWidth];
+    store_one(stored, v[0]);
+    store_one(stored + kWidth, v[1]);
+    double lanes[2 * kWidth];
+    for (int k = 0; k < 2 * kWidth; ++k) lanes[k] = static_cast<double>(stored[k]);
+    for (int half = kWidth; half > 0; half /= 2) {
+      for (int k = 0; k < half; ++k) lanes[k] += lanes[k + half];
+    }
+    return lanes[0];
+  }
+  RK_INLINE void add_to(RowSums& row) const {
+    constexpr double unscale = 1.0 / L::kScale;
+    row.s += unscale * total(before.s);
+    row.u += unscale * total(before.u);
+    if (kFull) {
+      row.q += unscale * unscale * total(before.q);
+      row.w += unscale * total(before.w);
     }
   }
 };
@@ -141,34 +186,33 @@ RK_INLINE void lower(RowSums& r, double down) {
   r.q = a * a * r.q;
 }
 
-// One pass from memory: a tile is read for its maximum, then again from L1 for its sums. Tiles and
-// merges depend on the vocabulary alone.
-template <class L, class E, bool kCapped, bool kFull>
+// One pass from memory: a tile is read for its maximum, then again from cache for its sums while
+// the next tile is on its way. Tiles and merges depend on the vocabulary alone.
+template <class L, class E, Mode kMode, bool kFull>
 RowSums row_sums(const E* x, int64_t vocab, const RowScale<typename L::Acc>& scale) {
-  typedef typename L::Acc Acc;
-  const Capped<L, kCapped> capped(scale.softcap);
   RowSums row{-static_cast<double>(__builtin_inff()), 0, 0, 0, 0, 0};
-  Acc reference = 0;  // stands in for the maximum while only -inf has been seen
+  Shift<L, kMode> shift(0, scale);  // 0 stands in for the maximum while only -inf has been seen
   for (int64_t begin = 0; begin < vocab; begin += kTile) {
     const int64_t n = vocab - begin < kTile ? vocab - begin : kTile;
     Maximum<L> maximum;
     walk<L>(x + begin, n, maximum);
-    const Acc top = maximum.result();
+    const typename L::Acc top = maximum.result();
     if (top > row.top) {
-      const Acc before = reference;
-      reference = capped.one(top);
-      if (row.s > 0) lower(row, static_cast<double>((before - reference) * scale.inv_temperature));
+      const Shift<L, kMode> raised(top, scale);
+      const typename L::Vec down =
+          L::over(shift.top - raised.top, raised.temperature, raised.inv_temperature);
+      if (row.s > 0) lower(row, static_cast<double>(first_lane(down)));
       row.top = static_cast<double>(top);
       row.top_tile = begin;
+      shift = raised;
     }
-    TileSums<L, kCapped, kFull> tile(reference, scale);
-    walk<L>(x + begin, n, tile);
-    row.s += total<L>(tile.s);
-    row.u += total<L>(tile.u);
-    if (kFull) {
-      row.q += total<L>(tile.q);
-      row.w += total<L>(tile.w);
+    TileSums<L, kMode, kFull> tile(shift);
+    constexpr int64_t kStretch = 8 * L::kBlock;
+    for (int64_t done = 0; done < n; done += kStretch) {
+      walk<L>(x + begin + done, n - done < kStretch ? n - done : kStretch, tile);
+      tile.finish_stretch();
     }
+    tile.add_to(row);
   }
   return row;
 }
@@ -180,40 +224,34 @@ double row_maximum(const E* x, int64_t vocab) {
   return static_cast<double>(maximum.result());
 }
 
-template <class L, bool kCapped, bool kQuadratic>
+template <class L, Mode kMode, bool kQuadratic>
 struct Gradient {
-  typename L::Vec top, inv_temperature, constant, linear, quadratic;
-  Capped<L, kCapped> capped;
+  Shift<L, kMode> shift;
+  typename L::Vec constant, linear, quadratic;
 
   RK_INLINE explicit Gradient(const GradCoefs<typename L::Acc>& c)
-      : top(splat(Capped<L, kCapped>(c.scale.softcap).one(c.top))),
-        inv_temperature(splat(c.scale.inv_temperature)),
-        constant(splat(c.constant)),
-        linear(splat(c.linear)),
-        quadratic(splat(c.quadratic)),
-        capped(c.scale.softcap) {}
+      : shift(c.top, c.scale),
+        constant(splat(c.constant * (1 / L::kScale))),
+        linear(splat(c.linear * (1 / L::kScale))),
+        quadratic(splat(c.quadratic * (1 / L::kScale / L::kScale))) {}
 
   template <class E>
-  RK_INLINE void block(const E* x, E* out) const {
-    for (int k = 0; k < kUnroll; ++k) {
-      const typename L::Vec raw = load(x + k * L::kWidth);
-      const typename L::Vec d = max(splat(L::kLowest), (capped(raw) - top) * inv_temperature);
-      const typename L::Vec e = exp(d);
-      typename L::Vec factor = fma(linear, d, constant);
-      if (kQuadratic) factor = fma(quadratic, e, factor);
-      typename L::Vec g = e * factor;
-      if (kCapped) {
-        const typename L::Vec t = capped.tangent(raw);
-        g = g * (static_cast<typename L::Acc>(1) - t * t);
-      }
-      store(out + k * L::kWidth, g);
-    }
+  RK_INLINE void block(const E* from, E* to) const {
+    typename L::Vec d[kGroup], e[kGroup], g[kGroup], tangent[kGroup];
+    load(from, d);
+    shift(d, tangent);
+    scaled_exp(d, e);
+    RK_EACH g[k] = fma(linear, d[k], constant);
+    if (kQuadratic) RK_EACH g[k] = fma(quadratic, e[k], g[k]);
+    RK_EACH g[k] = e[k] * g[k];
+    if (kMode == Mode::kCapped) RK_EACH g[k] = g[k] * (1.0f - tangent[k] * tangent[k]);
+    store(to, g);
   }
 };
 
-template <class L, class E, bool kCapped, bool kQuadratic>
+template <class L, class E, Mode kMode, bool kQuadratic>
 void row_gradient(const E* x, E* out, int64_t vocab, const GradCoefs<typename L::Acc>& coefs) {
-  const Gradient<L, kCapped, kQuadratic> gradient(coefs);
+  const Gradient<L, kMode, kQuadratic> gradient(coefs);
   transform<L>(x, out, vocab, gradient);
 }
 
@@ -221,10 +259,11 @@ template <class L>
 struct Scaling {
   typename L::Vec factor;
   template <class E>
-  RK_INLINE void block(const E* x, E* out) const {
-    for (int k = 0; k < kUnroll; ++k) {
-      store(out + k * L::kWidth, load(x + k * L::kWidth) * factor);
-    }
+  RK_INLINE void block(const E* from, E* to) const {
+    typename L::Vec x[kGroup];
+    load(from, x);
+    RK_EACH x[k] = x[k] * factor;
+    store(to, x);
   }
 };
 
@@ -234,12 +273,24 @@ void scale_row(E* x, int64_t vocab, typename L::Acc factor) {
   transform<L>(x, x, vocab, scaling);
 }
 
+template <class L, class E, Mode kMode>
+void fill_mode(RowKernels<E>& table) {
+  constexpr int mode = static_cast<int>(kMode);
+  table.sums[mode][0] = row_sums<L, E, kMode, false>;
+  table.sums[mode][1] = row_sums<L, E, kMode, true>;
+  table.gradient[mode][0] = row_gradient<L, E, kMode, false>;
+  table.gradient[mode][1] = row_gradient<L, E, kMode, true>;
+}
+
 template <class L, class E>
 RowKernels<E> row_kernels() {
-  return {{{row_sums<L, E, false, false>, row_sums<L, E, false, true>},
-           {row_sums<L, E, true, false>, row_sums<L, E, true, true>}},
-          {{row_gradient<L, E, false, false>, row_gradient<L, E, false, true>},
-           {row_gradient<L, E, true, false>, row_gradient<L, E, true, true>}},
-          row_maximum<L, E>,
-          scale_row<L, E>};
+  RowKernels<E> table;
+  fill_mode<L, E, Mode::kPlain>(table);
+  fill_mode<L, E, Mode::kScaled>(table);
+  fill_mode<L, E, Mode::kCapped>(table);
+  table.maximum = row_maximum<L, E>;
+  table.scale = scale_row<L, E>;
+  return table;
 }
+
+#undef RK_EACH
