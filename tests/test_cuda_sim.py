@@ -48,9 +48,8 @@ def test_reductions_keep_the_order_and_agree_in_every_thread(sim, order, warps, 
     maps = rng.integers(0, 2**32, (2, n, 2), dtype=np.uint32)
     maps[..., 0] |= 1  # odd factors: no product collapses to zero
     out = np.zeros((2, cluster * block, 2), np.uint32)
-    shared = 8 * (warps + 16)
-    layout = {"grid": grid, "block": block, "cluster": cluster, "shared": shared, "n": n}
-    run(sim, f"compose{warps}", maps, out, order=order, **layout)
+    layout = {"grid": grid, "block": block, "cluster": cluster, "shared": 8 * warps, "n": n}
+    run(sim, "compose", maps, out, order=order, **layout)
     for row in range(2):
         expected = compose_all(maps[row])
         assert expected != compose_all(maps[row][::-1])

@@ -68,12 +68,6 @@ __device__ __forceinline__ Vec<T> pack(const acc_t<T> (&in)[Vec<T>::size]) {
   return v;
 }
 
-// Elements from p up to the next 16-byte boundary: a row's scalar head before its first tile.
-template <class T>
-__device__ __forceinline__ int head_elements(const T* p) {
-  return static_cast<int>((16 - reinterpret_cast<std::uintptr_t>(p) % 16) % 16 / sizeof(T));
-}
-
 enum class Reuse { again, last };
 
 // A coherent load, not ld.global.nc: the gradient may be written over the row just read.
