@@ -20,6 +20,7 @@ SANITIZE = "CUDA_SIM_SANITIZE"  # the sanitizers of a process started by run_san
 
 # No contraction, so that a fused multiply-add is one only where the source says fma.
 FLAGS = ["-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
+FLAGS += [f"-fmacro-prefix-map={path}/=" for path in (HERE, CSRC)]
 FLAGS += ["-Wall", "-Wextra", "-Wno-unknown-pragmas"]
 # Sanitised code compiles three times as long with more than -O1. No class here has a vtable.
 SANITIZED = ["-O1", "-fno-sanitize-recover=all", "-fno-sanitize=vptr", "-fno-omit-frame-pointer"]

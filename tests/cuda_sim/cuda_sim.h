@@ -1,14 +1,31 @@
-// CUDA's keywords and built-ins for a host compiler; csrc/common includes it where nvcc is absent.
-// Kernels start with cuda_sim::launch. Unsupported, so that use fails to compile: static __shared__
-// variables (take csrc/common/cluster.cuh's dynamic_shared), __activemask, textures, tensor cores.
+// CUDA for a host compiler: csrc/common includes this where nvcc is absent. Each thread of a
+// cluster is a fiber, and one runs at a time until it waits at a barrier; the clusters of a grid
+// run one by one. Kernels start with cuda_sim::launch. Static __shared__ variables fail to compile,
+// since there would be one for all blocks: csrc/common/cluster.cuh has dynamic_shared.
 #pragma once
 
-#include <cmath>
-#include <limits>
-#include <type_traits>
+#include <malloc.h>
+#include <ucontext.h>
 
-#include "fibers.h"
-#include "numbers.h"
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#else
+inline void __sanitizer_start_switch_fiber(void**, const void*, std::size_t) {}
+inline void __sanitizer_finish_switch_fiber(void*, const void**, std::size_t*) {}
+#endif
 
 #define CUDA_SIM 1
 #define __global__
@@ -16,229 +33,367 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __cluster_dims__(...)
-#define __grid_constant__
-#define __align__(n) alignas(n)
 
-constexpr int warpSize = 32;
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace cuda_sim {
 
-template <class T>
-using same_t = std::enable_if_t<true, T>;  // takes no part in template argument deduction
+[[noreturn]] inline void fail(const std::string& message) { throw std::runtime_error(message); }
 
-inline void check_aligned(const volatile void* p, std::size_t bytes, const char* what) {
-  if (reinterpret_cast<std::uintptr_t>(p) % bytes != 0) {
-    fail(std::string(what) + ": the address is misaligned, not a multiple of " +
-         std::to_string(bytes) + " bytes");
+struct Site {  // the built-in that a thread called, and where
+  const char *what, *file;
+  int line;
+  std::string text() const {
+    return std::string(what) + " (" + file + ":" + std::to_string(line) + ")";
   }
+};
+
+struct Barrier {  // of the threads of a block, of a cluster, or of a mask of a warp
+  unsigned arrived = 0, opened = 0;  // threads now, times so far
+  Site site{};                       // of those who have arrived
+  // What lanes bring to a warp collective. Two sets, used in turn: a lane may come to the next
+  // collective before another has read what it needs of this one.
+  alignas(16) unsigned char brought[2][32][64];
+};
+
+struct Fiber {
+  const void* stack = nullptr;
+  std::size_t stack_size = 0;
+  struct Block* block = nullptr;
+  unsigned rank = 0;                 // in the block, x fastest
+  const Barrier* barrier = nullptr;  // null: it has exited
+  unsigned opening = 0;              // it goes on when the barrier has opened so often
+  unsigned cluster_opening = 0;      // from cluster_arrive to cluster_wait
+  std::vector<std::vector<std::pair<void*, const void*>>> copies{1};  // under way, by group
+  void *fake_stack = nullptr, *registers[5] = {};                     // while it does not run
+};
+
+struct Block {
+  dim3 index;
+  unsigned live;
+  std::shared_ptr<unsigned char> shared;
+  Barrier barrier;
+  std::map<std::pair<unsigned, unsigned>, Barrier> warp_barriers;  // by warp and mask
+  std::vector<Fiber> fibers;
+};
+
+enum class Order { forward, reverse, random };
+constexpr std::size_t kStack = 1 << 17;  // takes memory only as far as it is used
+
+struct Machine {
+  unsigned threads, cluster;  // per block, blocks per cluster
+  std::size_t shared_bytes;
+  Order order;
+  std::mt19937_64 random;
+  std::function<void()> kernel;
+  std::unique_ptr<char[]> stacks{};
+  std::vector<Block> blocks{};  // of the running cluster
+  Barrier barrier{};
+  Fiber scheduler{}, *running = nullptr;
+  std::exception_ptr error{};
+};
+inline Machine machine;
+inline Fiber& self() { return *machine.running; }
+void run_thread();
+
+// The compiler's own setjmp: swapcontext costs a system call, and longjmp would make the address
+// sanitizer forget the frames it leaves. Neither function may be inlined.
+#define CUDA_SIM_SWITCH __attribute__((noinline, no_sanitize("address"))) inline
+CUDA_SIM_SWITCH void leap(Fiber& to) { __builtin_longjmp(to.registers, 1); }
+CUDA_SIM_SWITCH void switch_fiber(Fiber& from, Fiber& to) {
+  __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_size);
+  if (__builtin_setjmp(from.registers) == 0) {
+    if (to.registers[1] != nullptr) leap(to);  // the address at which it stopped
+    ucontext_t fresh;
+    getcontext(&fresh);
+    fresh.uc_stack.ss_sp = const_cast<void*>(to.stack);
+    fresh.uc_stack.ss_size = to.stack_size;
+    makecontext(&fresh, run_thread, 0);
+    setcontext(&fresh);
+  }
+  __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+}
+
+inline void yield() { switch_fiber(self(), machine.scheduler); }
+
+inline void wait(const Barrier* barrier, unsigned opening) {
+  self().barrier = barrier;
+  self().opening = opening;
+  yield();
+}
+
+// Returns the opening to wait for, which happens when `expected` threads have arrived.
+inline unsigned arrive(Barrier& b, unsigned expected, const Site& site) {
+  if (b.arrived++ == 0) b.site = site;
+  if (b.site.line != site.line || std::strcmp(b.site.what, site.what) != 0) {
+    fail("divergent barrier: " + site.text() + " meets " + b.site.text());
+  }
+  if (b.arrived < expected) return b.opened + 1;
+  b.arrived = 0;
+  return ++b.opened;
+}
+
+inline void run_thread() {
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler.stack, &machine.scheduler.stack_size);
+  try {
+    machine.kernel();
+  } catch (...) {
+    machine.error = std::current_exception();
+  }
+  Block& block = *self().block;  // its shared memory goes with its last thread, mapped or not
+  if (--block.live == 0) std::memset(block.shared.get(), 0xff, machine.shared_bytes);
+  wait(nullptr, 0);
+}
+
+inline dim3 place(unsigned i, const dim3& shape) {
+  return dim3(i % shape.x, i / shape.x % shape.y, i / shape.x / shape.y);
+}
+
+inline bool resume(Fiber& fiber) {
+  if (fiber.barrier == nullptr || fiber.barrier->opened < fiber.opening) return false;
+  machine.running = &fiber;
+  threadIdx = place(fiber.rank, blockDim);
+  blockIdx = fiber.block->index;
+  switch_fiber(machine.scheduler, fiber);
+  if (machine.error) std::rethrow_exception(std::exchange(machine.error, nullptr));
+  return true;
+}
+
+inline std::vector<unsigned> turns(unsigned n) {  // 0 … n - 1 in the order of the launch
+  std::vector<unsigned> list(n);
+  for (unsigned i = 0; i < n; ++i) list[i] = i;
+  if (machine.order == Order::reverse) std::reverse(list.begin(), list.end());
+  if (machine.order == Order::random) std::shuffle(list.begin(), list.end(), machine.random);
+  return list;
+}
+
+[[noreturn]] inline void report_deadlock() {
+  std::ostringstream text("deadlock", std::ios::ate);
+  for (const Block& block : machine.blocks) {
+    std::map<std::string, unsigned> groups;
+    for (const Fiber& f : block.fibers) {
+      ++groups[f.barrier == nullptr ? "have exited" : "wait at " + f.barrier->site.text()];
+    }
+    const auto [x, y, z] = block.index;
+    text << "; block (" << x << "," << y << "," << z << ")";
+    for (const auto& [what, n] : groups) {
+      text << ": " << n << "/" << machine.threads << " threads " << what;
+    }
+  }
+  fail(text.str());
+}
+
+inline void start_block(unsigned id, unsigned rank) {
+  Block& block = machine.blocks[rank];
+  block.index = place(id, gridDim);
+  block.live = machine.threads;
+  void* memory = memalign(1024, machine.shared_bytes);  // no byte more, for the sanitizer
+  block.shared.reset(static_cast<unsigned char*>(memory), free);
+  std::memset(memory, 0xff, machine.shared_bytes);  // NaN in every float format
+  for (unsigned i = 0; i < machine.threads; ++i) {
+    const char* stack = machine.stacks.get() + (rank * machine.threads + i) * kStack;
+    const std::size_t size = kStack - i % 64 * 64;  // stacks in step would share cache sets
+    block.fibers.push_back({stack, size, &block, i, &block.barrier});
+  }
+}
+
+inline void run_cluster(unsigned id) {
+  machine.barrier = {};
+  machine.blocks = std::vector<Block>(machine.cluster);
+  for (unsigned i = 0; i < machine.cluster; ++i) start_block(id * machine.cluster + i, i);
+  bool any = true;
+  for (unsigned passes = 0; any; ++passes) {
+    if (passes > 1'000'000) fail("livelock: the threads only wait on memory");
+    any = false;
+    for (unsigned i : turns(machine.cluster * machine.threads)) {
+      any |= resume(machine.blocks[i / machine.threads].fibers[i % machine.threads]);
+    }
+  }
+  for (const Block& block : machine.blocks) {
+    if (block.live > 0) report_deadlock();
+  }
+}
+
+// Runs kernel(args...) over the grid; `cluster` blocks along x form a cluster (1: none).
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), dim3 grid, dim3 block, unsigned cluster,
+            std::size_t shared_bytes, Order order, std::uint64_t seed, Args... args) {
+  const unsigned threads = block.x * block.y * block.z, blocks = grid.x * grid.y * grid.z;
+  if (threads < 1 || threads > 1024) fail("launch: a block has 1 to 1024 threads");
+  if (cluster < 1 || cluster > 16) fail("launch: a cluster has 1 to 16 blocks");
+  if (blocks < 1 || grid.x % cluster != 0) fail("launch: grid.x is a multiple of the cluster size");
+  if (shared_bytes > 227 * 1024) fail("launch: a block has at most 227 KiB of shared memory");
+  gridDim = grid;
+  blockDim = block;
+  const auto run = [&] { kernel(static_cast<Params>(args)...); };
+  machine = {threads, cluster, shared_bytes, order, std::mt19937_64(seed), run};
+  machine.stacks.reset(new char[cluster * threads * kStack]);
+  for (unsigned id : turns(blocks / cluster)) run_cluster(id);
+}
+
+// The last parameter of a built-in at which threads meet; the default is the place of the call.
+#define CUDA_SIM_HERE(name) cuda_sim::Site at = {name, __builtin_FILE(), __builtin_LINE()}
+
+template <class T>
+T* aligned(T* p, std::size_t bytes, const char* what) {
+  if (reinterpret_cast<std::uintptr_t>(p) % bytes == 0) return p;
+  fail(std::string(what) + ": the address is misaligned");
 }
 
 inline void copy16(void* to, const void* from, const char* what) {
-  check_aligned(to, 16, what);
-  check_aligned(from, 16, what);
-  std::memcpy(to, from, 16);
+  std::memcpy(aligned(to, 16, what), aligned(from, 16, what), 16);
 }
 
 inline void* shared_base(std::size_t offset, std::size_t alignment) {
-  if (offset > machine.shared_bytes) fail("dynamic_shared: the offset lies behind the end");
-  check_aligned(reinterpret_cast<void*>(offset), alignment, "dynamic_shared");
-  return self().block->shared.get() + offset;
+  return aligned(self().block->shared.get() + offset, alignment, "dynamic_shared");
 }
 
-inline std::size_t shared_offset(const void* p, std::size_t bytes, const char* what) {
-  const auto base = reinterpret_cast<std::uintptr_t>(self().block->shared.get());
-  const std::size_t offset = reinterpret_cast<std::uintptr_t>(p) - base;
-  if (offset > machine.shared_bytes || bytes > machine.shared_bytes - offset) {
-    fail(std::string(what) + ": the pointer is not into this block's shared memory");
-  }
-  return offset;
-}
-
-inline unsigned cluster_rank() { return self().block->rank; }
+inline unsigned cluster_rank() { return self().block - machine.blocks.data(); }
 inline unsigned cluster_size() { return machine.cluster; }
 
-inline void cluster_arrive() {
-  Fiber& fiber = self();
-  if (fiber.arrivals++ != fiber.waits) fail("cluster_arrive: called twice without a cluster_wait");
-  if (++machine.arrived < machine.cluster * machine.threads) return;
-  machine.arrived = 0;
-  ++machine.opened;
-  for (Block& block : machine.blocks) {
-    for (Fiber& f : block.fibers) {
-      if (f.waits == machine.opened) release(f);
-    }
-  }
+inline void cluster_arrive(CUDA_SIM_HERE("the cluster barrier")) {
+  if (self().cluster_opening != 0) fail("cluster_arrive: called twice without a cluster_wait");
+  self().cluster_opening = arrive(machine.barrier, machine.cluster * machine.threads, at);
 }
 
 inline void cluster_wait() {
-  Fiber& fiber = self();
-  if (++fiber.waits != fiber.arrivals) fail("cluster_wait: called without a cluster_arrive");
-  const bool open = machine.opened >= fiber.waits;
-  park(open ? State::ready : State::waiting, {"the cluster barrier"});
+  if (self().cluster_opening == 0) fail("cluster_wait: called without a cluster_arrive");
+  wait(&machine.barrier, std::exchange(self().cluster_opening, 0));
 }
 
 inline void* cluster_map(const void* p, unsigned rank) {
-  const std::size_t offset = shared_offset(p, 0, "cluster_map");
+  const std::size_t offset = static_cast<const unsigned char*>(p) - self().block->shared.get();
+  if (offset > machine.shared_bytes) fail("cluster_map: not into this block's shared memory");
   if (rank >= machine.cluster) fail("cluster_map: no such block in the cluster");
-  Block& block = machine.blocks[rank];
+  const Block& block = machine.blocks[rank];
   if (&block != self().block) {
-    if (machine.opened == 0) fail("cluster_map: before the first cluster barrier");
+    if (machine.barrier.opened == 0) fail("cluster_map: before the first cluster barrier");
     if (block.live < machine.threads) fail("cluster_map: threads of the block have exited");
   }
   return block.shared.get() + offset;
 }
 
 inline void copy_async16(void* shared, const void* global) {
-  shared_offset(shared, 16, "copy_async");
-  check_aligned(shared, 16, "copy_async");
-  check_aligned(global, 16, "copy_async");
-  self().copies.push_back({shared, global, self().committed});
+  void* to = cluster_map(aligned(shared, 16, "copy_async"), cluster_rank());
+  self().copies.back().emplace_back(to, aligned(global, 16, "copy_async"));
 }
-inline void copy_commit() { ++self().committed; }
+inline void copy_commit() { self().copies.emplace_back(); }
 inline void copy_wait(unsigned pending) {  // as late as the hardware may: nothing lands before
-  auto& copies = self().copies;
-  auto young = copies.begin();
-  for (; young != copies.end() && young->group + pending < self().committed; ++young) {
-    std::memcpy(young->to, young->from, 16);
+  auto& groups = self().copies;
+  for (; groups.size() > pending + 1; groups.erase(groups.begin())) {
+    for (const auto& [to, from] : groups.front()) std::memcpy(to, from, 16);
   }
-  copies.erase(copies.begin(), young);
 }
 
-// A warp collective: the last lane to come computes every lane's result with combine(lane, value),
-// where value(l) is what lane l brought.
-template <class Out, class In, class Combine>
-Out meet(const Site& site, unsigned mask, const In& in, Combine combine) {
-  struct Slot {
-    In in;
-    Out out;
-  } mine{in, Out()};
-  static const char kind = 0;
-  Fiber& fiber = self();
-  const unsigned lane = fiber.rank % 32;
-  if (!(mask >> lane & 1)) fail(site.text() + ": the mask does not name the calling lane");
-  auto& meetings = fiber.block->meetings[fiber.rank / 32];
-  auto it = std::find_if(meetings.begin(), meetings.end(),
-                         [&](const Meeting& m) { return m.mask == mask; });
-  if (it == meetings.end()) it = meetings.insert(it, Meeting{mask, 0, &kind, site, {}});
-  if (it->kind != &kind) {
-    fail("divergent warp: " + site.text() + " meets " + it->site.text() + " under one mask");
-  }
-  it->present |= 1u << lane;
-  it->slot[lane] = &mine;
-  if (it->present != mask) {
-    park(State::waiting, site);
-    return mine.out;
-  }
-  const auto value = [&](unsigned l) -> const In& {
-    if (l > 31 || !(mask >> l & 1)) fail(site.text() + ": reads a lane that is not in the mask");
-    return static_cast<Slot*>(it->slot[l])->in;
-  };
-  for (unsigned l = 0; l < 32; ++l) {
-    if (!(mask >> l & 1)) continue;
-    static_cast<Slot*>(it->slot[l])->out = combine(l, value);
-    release(fiber.block->fibers[fiber.rank - lane + l]);
-  }
-  meetings.erase(it);
-  park(State::ready, site);
-  return mine.out;
-}
-
+// A warp collective: each lane of `mask` brings a value and, when all have come, reads what it
+// needs of them, read(lane), before its next collective.
 template <class T>
-T shuffle(const Site& site, unsigned mask, T value, unsigned from) {
-  const auto take = [](unsigned lane, auto& in) { return in(in(lane).second).first; };
-  return meet<T>(site, mask, std::pair<T, unsigned>(value, from), take);
-}
-
-template <class Out, class T, class Fold>
-Out fold(const Site& site, unsigned mask, T value, Out start, Fold step) {
-  return meet<Out>(site, mask, value, [=](unsigned lane, auto& in) {
-    Out result = start;
-    for (unsigned l = 0; l < 32; ++l) {
-      if (mask >> l & 1) result = step(result, l, in(l), in(lane));
-    }
-    return result;
-  });
-}
-
-inline void block_barrier(const Site& site) {
-  Block& block = *self().block;
-  if (block.present != 0 && block.barrier != site) {
-    fail("divergent barrier: " + site.text() + " meets " + block.barrier.text());
-  }
-  block.barrier = site;
-  if (++block.present < machine.threads) return park(State::waiting, site);
-  block.present = 0;
-  for (Fiber& f : block.fibers) release(f);
-  park(State::ready, site);
-}
-
-template <class T, class Update>
-T atomic(T* p, const char* what, Update update) {
-  check_aligned(p, sizeof(T), what);
-  park(State::ready, {what});  // other threads come between, and a spinning thread lets them
-  const T old = *p;
-  *p = update(old);
-  return old;
+auto collective(const Site& at, unsigned mask, const T& value) {
+  static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= 64, "Barrier::brought");
+  const unsigned warp = self().rank / 32, lane = self().rank % 32;
+  if (!(mask >> lane & 1)) fail(at.text() + ": the mask does not name the calling lane");
+  Barrier& barrier = self().block->warp_barriers[{warp, mask}];
+  auto& brought = barrier.brought[barrier.opened % 2];
+  std::memcpy(brought[lane], &value, sizeof(T));
+  wait(&barrier, arrive(barrier, __builtin_popcount(mask), at));
+  return [=, &brought](unsigned from) {
+    if (from > 31 || !(mask >> from & 1)) fail(at.text() + ": reads a lane outside the mask");
+    T read = value;
+    std::memcpy(&read, brought[from], sizeof(T));
+    return read;
+  };
 }
 
 }  // namespace cuda_sim
 
-#define CUDA_SIM_HERE(name) cuda_sim::Site at = {name, __builtin_FILE(), __builtin_LINE()}
-
-inline void __syncthreads(CUDA_SIM_HERE("__syncthreads")) { cuda_sim::block_barrier(at); }
+inline void __syncthreads(CUDA_SIM_HERE("__syncthreads")) {
+  auto& barrier = cuda_sim::self().block->barrier;
+  cuda_sim::wait(&barrier, cuda_sim::arrive(barrier, cuda_sim::machine.threads, at));
+}
+inline void __syncwarp(unsigned mask = ~0u, CUDA_SIM_HERE("__syncwarp")) {
+  cuda_sim::collective(at, mask, 0);
+}
 
 #define CUDA_SIM_SHUFFLE(name, from)                                                     \
   template <class T>                                                                     \
   T name(unsigned mask, T value, int k, int width = 32, CUDA_SIM_HERE(#name)) {          \
     const int lane = static_cast<int>(cuda_sim::self().rank % 32), base = lane & -width; \
-    return cuda_sim::shuffle(at, mask, value, static_cast<unsigned>(from));              \
+    return cuda_sim::collective(at, mask, value)(from);                                  \
   }
 CUDA_SIM_SHUFFLE(__shfl_sync, base + (k & (width - 1)))
 CUDA_SIM_SHUFFLE(__shfl_up_sync, lane - k < base ? lane : lane - k)
 CUDA_SIM_SHUFFLE(__shfl_down_sync, lane + k >= base + width ? lane : lane + k)
 CUDA_SIM_SHUFFLE(__shfl_xor_sync, (lane ^ k) >= base + width ? lane : lane ^ k)
 
-// r: the result so far, l: a lane of the mask, v: its value, own: the calling lane's value.
-#define CUDA_SIM_FOLD(name, Out, start, step)                                       \
-  template <class T>                                                                \
-  Out name(unsigned mask, T value, CUDA_SIM_HERE(#name)) {                          \
-    return cuda_sim::fold<Out>(at, mask, value, start,                              \
-                               [](Out r, [[maybe_unused]] unsigned l, T v,          \
-                                  [[maybe_unused]] T own) -> Out { return step; }); \
+// Folds `step` over the lanes of the mask; r: the result so far, read(l): what lane l brought.
+#define CUDA_SIM_FOLD(name, Out, start, step)                \
+  template <class T>                                         \
+  Out name(unsigned mask, T value, CUDA_SIM_HERE(#name)) {   \
+    const auto read = cuda_sim::collective(at, mask, value); \
+    Out r = start;                                           \
+    for (unsigned l = 0; l < 32; ++l) {                      \
+      if (mask >> l & 1) r = step;                           \
+    }                                                        \
+    return r;                                                \
   }
-CUDA_SIM_FOLD(__ballot_sync, unsigned, 0u, r | (v != T() ? 1u << l : 0u))
-CUDA_SIM_FOLD(__any_sync, int, 0, r | (v != T()))
-CUDA_SIM_FOLD(__all_sync, int, 1, r&(v != T()))
-CUDA_SIM_FOLD(__match_any_sync, unsigned, 0u, r | (v == own ? 1u << l : 0u))
-CUDA_SIM_FOLD(__reduce_add_sync, T, T(0), static_cast<T>(0u + r + v))
-CUDA_SIM_FOLD(__reduce_min_sync, T, std::numeric_limits<T>::max(), std::min(r, v))
-CUDA_SIM_FOLD(__reduce_max_sync, T, std::numeric_limits<T>::min(), std::max(r, v))
-inline void __syncwarp(unsigned mask = ~0u, CUDA_SIM_HERE("__syncwarp")) {
-  cuda_sim::fold(at, mask, 0, 0, [](int, unsigned, int, int) { return 0; });
-}
+CUDA_SIM_FOLD(__ballot_sync, unsigned, 0, read(l) != T() ? r | 1u << l : r)
+CUDA_SIM_FOLD(__any_sync, int, 0, r || read(l) != T())
+CUDA_SIM_FOLD(__all_sync, int, 1, read(l) != T() && r)
+CUDA_SIM_FOLD(__match_any_sync, unsigned, 0, read(l) == value ? r | 1u << l : r)
+CUDA_SIM_FOLD(__reduce_add_sync, T, 0, static_cast<T>(0u + r + read(l)))
+CUDA_SIM_FOLD(__reduce_min_sync, T, value, std::min(r, read(l)))
+CUDA_SIM_FOLD(__reduce_max_sync, T, value, std::max(r, read(l)))
 
-#define CUDA_SIM_ATOMIC(name, update)                                      \
-  template <class T>                                                       \
-  T name(T* p, cuda_sim::same_t<T> v) {                                    \
-    return cuda_sim::atomic(p, #name, [v](T old) -> T { return update; }); \
+// Other threads come between two atomics, and a spinning thread lets them. v: the operands.
+#define CUDA_SIM_ATOMIC(name, update)                      \
+  template <class T, class... Values>                      \
+  T name(T* p, Values... values) {                         \
+    const T v[] = {static_cast<T>(values)...};             \
+    cuda_sim::yield();                                     \
+    const T old = *cuda_sim::aligned(p, sizeof(T), #name); \
+    *p = update;                                           \
+    return old;                                            \
   }
-CUDA_SIM_ATOMIC(atomicAdd, old + v)
-CUDA_SIM_ATOMIC(atomicMax, old < v ? v : old)
-CUDA_SIM_ATOMIC(atomicMin, old < v ? old : v)
-CUDA_SIM_ATOMIC(atomicExch, (static_cast<void>(old), v))
-template <class T>
-T atomicCAS(T* p, cuda_sim::same_t<T> expected, cuda_sim::same_t<T> v) {
-  return cuda_sim::atomic(p, "atomicCAS", [=](T old) { return old == expected ? v : old; });
-}
+CUDA_SIM_ATOMIC(atomicAdd, old + v[0])
+CUDA_SIM_ATOMIC(atomicMax, std::max(old, v[0]))
+CUDA_SIM_ATOMIC(atomicMin, std::min(old, v[0]))
+CUDA_SIM_ATOMIC(atomicExch, v[0])
+CUDA_SIM_ATOMIC(atomicCAS, old == v[0] ? v[1] : old)
 
 inline void __threadfence() {}
-inline void __threadfence_block() {}
-inline void __nanosleep(unsigned) { cuda_sim::park(cuda_sim::State::ready, {"__nanosleep"}); }
-inline void __trap() { cuda_sim::fail("__trap"); }
+inline void __nanosleep(unsigned) { cuda_sim::yield(); }
 
-template <class T>
-T __ldg(const T* p) {
-  cuda_sim::check_aligned(p, sizeof(T), "__ldg");
-  return *p;
+// The fast functions are exact here, so no test may depend on their error. Macros where the host's
+// mathematics library reserves, or newly declares, the name.
+#define __expf(x) std::exp(static_cast<float>(x))
+#define __logf(x) std::log(static_cast<float>(x))
+#define rsqrtf(x) (1.0f / std::sqrt(static_cast<float>(x)))
+inline float __fdividef(float x, float y) { return x / y; }
+inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+inline float max(float x, float y) { return std::fmax(x, y); }
+inline float min(float x, float y) { return std::fmin(x, y); }
+inline int max(int x, int y) { return std::max(x, y); }
+inline int min(int x, int y) { return std::min(x, y); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+inline unsigned __umulhi(unsigned x, unsigned y) { return std::uint64_t{x} * y >> 32; }
+inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
+inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
+inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
+inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
+
+using __half = _Float16;
+inline float __half2float(__half x) { return x; }
+inline __half __float2half_rn(float x) { return static_cast<__half>(x); }
+enum class __nv_bfloat16 : std::uint16_t {};
+inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(unsigned(x) << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) {
+  const unsigned bits = __float_as_uint(x), half = 0x7fff + (bits >> 16 & 1);
+  return static_cast<__nv_bfloat16>(std::isnan(x) ? 0x7fff : (bits + half) >> 16);
 }
