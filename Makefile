@@ -38,7 +38,8 @@ sdist: .venv/.ready
 	$(PY) -m build -q --no-isolation --sdist --outdir dist .
 
 clean:
-	rm -rf .venv build dist *.egg-info reasonkern/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info reasonkern/*.so tests/cuda_sim/_build
+	rm -rf .pytest_cache .mypy_cache .ruff_cache
 
 .venv/.torch:
 	$(PYTHON) -m venv .venv
