@@ -24,6 +24,7 @@ K3 = tl.constexpr(3)
 
 INF = tl.constexpr(float("inf"))
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class Hyper(NamedTuple):
@@ -100,12 +101,20 @@ def clamp(x, lo, hi):
 
 
 @triton.jit
-def exp_within(x):
-    """exp of |x| <= 200 to a few ulp; tl.exp rounds x log2(e) first, an error of |x| / 2 ulp."""
+def exp_times_power(x, power):
+    """exp(x) 2^power, |x| <= 200, to a few ulp; tl.exp rounds x log2(e), an error of |x| / 2 ulp.
+
+    The hardware flushes results below 2^-126; a power keeps them for what they are multiplied by.
+    """
     n = tl.floor(x * LOG2_E + 0.5)
     # ln 2 in two parts; n times the first is exact.
     r = x - n * 0.693359375 + n * 2.1219444e-4
-    return tl.exp2(r * LOG2_E) * tl.exp2(n)
+    return tl.exp2(r * LOG2_E) * tl.exp2(n + power)
+
+
+@triton.jit
+def exp_within(x):
+    return exp_times_power(x, 0.0)
 
 
 @triton.jit

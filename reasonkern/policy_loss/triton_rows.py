@@ -6,10 +6,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .triton_objective import INF, exp_within, is_finite
+from .triton_objective import INF, LN_2, LOG2_E, exp_times_power, exp_within, is_finite
 
 # exp of this is 0 in fp32. d is cut here so that 0 * d stays 0 for a logit of -inf.
 MIN_SHIFT = tl.constexpr(-200.0)
+TWO_TO_64 = tl.constexpr(2.0**64)
+TWO_TO_MINUS_64 = tl.constexpr(2.0**-64)
 # Loads in flight ahead of the arithmetic; 3 blocks of 8 KiB per program.
 STAGES = tl.constexpr(3)
 
@@ -71,7 +73,7 @@ def tanh(x):
     fit = tl.fma(x2, fit, 0.13332915306091309)
     fit = tl.fma(x2, fit, -0.3333333134651184)
     size = tl.abs(x)
-    large = 1.0 - 2.0 / (tl.exp(2.0 * size) + 1.0)
+    large = 1.0 - tl.div_rn(2.0, exp_within(tl.minimum(2.0 * size, 100.0)) + 1.0)
     return tl.where(size < 0.6, tl.fma(x * x2, fit, x), tl.where(x < 0, -large, large))
 
 
@@ -121,10 +123,14 @@ def add_block(sums, x, start, inv_temperature, MOMENTS: tl.constexpr):
         s = a * s
         top = block_top
         first_block = start
-    # While every logit so far is -inf: d = -inf, which adds nothing.
+    # While every logit so far is -inf: d = MIN_SHIFT, which adds nothing.
     d = (x - tl.where(top == -INF, 0.0, top)) * inv_temperature
-    e = tl.exp(d)
-    d = tl.maximum(d, MIN_SHIFT)
+    d = tl.maximum(d, MIN_SHIFT, propagate_nan=tl.PropagateNan.ALL)
+    # The hardware's exponential is one of base 2; what the rounding of d log2(e) lost comes back
+    # as a first-order term.
+    power = d * LOG2_E
+    e = tl.exp2(power)
+    e = tl.fma(e, tl.fma(power, -LN_2, d), e)
     s += e
     u = tl.fma(e, d, u)
     if MOMENTS:
@@ -147,10 +153,16 @@ def row_sums(x, vocab, scale, SOFTCAP: tl.constexpr, MOMENTS: tl.constexpr, BLOC
         block = load_capped(x, full + lanes, vocab, scale, SOFTCAP)
         sums = add_block(sums, block, full, scale.inv_temperature, MOMENTS)
     top, first_block, s, u, q, w = sums
-    s, u = tl.sum(s, 0), tl.sum(u, 0)
+    s, u = sum_lanes(s), sum_lanes(u)
     if MOMENTS:
-        q, w = tl.sum(q, 0), tl.sum(w, 0)
+        q, w = sum_lanes(q), sum_lanes(w)
     return Sums(top, first_block, s, u, q, w)
+
+
+@triton.jit
+def sum_lanes(x):
+    """In float64, where the order of adding, the compiler's choice by alignment, moves no bit."""
+    return tl.sum(x.to(tl.float64), 0).to(tl.float32)
 
 
 @triton.jit
@@ -182,12 +194,20 @@ def gradient(x, cols, y, g, scale, SOFTCAP: tl.constexpr, QUADRATIC: tl.constexp
     if SOFTCAP:
         x, slope = soften(x, scale)
     d = tl.maximum((x - g.row_max) * scale.inv_temperature, MIN_SHIFT)
-    p = (exp_within(d) if WIDE else tl.exp(d)) * g.inv_sum
-    factor = tl.fma(g.linear, d, g.constant)
-    if QUADRATIC:
-        factor = tl.fma(g.quadratic, p, factor)
-    grad = p * factor
-    grad = tl.where(cols == y, grad + g.target, grad)
+    if WIDE:  # in units of 2^-64, so that no intermediate is flushed
+        p = exp_times_power(d, 64.0) * g.inv_sum
+        factor = tl.fma(g.linear, d, g.constant)
+        if QUADRATIC:
+            factor = tl.fma(g.quadratic, p * TWO_TO_MINUS_64, factor)
+        grad = p * factor
+        grad = tl.where(cols == y, grad + g.target * TWO_TO_64, grad) * TWO_TO_MINUS_64
+    else:
+        p = tl.exp(d) * g.inv_sum
+        factor = tl.fma(g.linear, d, g.constant)
+        if QUADRATIC:
+            factor = tl.fma(g.quadratic, p, factor)
+        grad = p * factor
+        grad = tl.where(cols == y, grad + g.target, grad)
     if SOFTCAP:
         grad *= slope
     return grad * g.scale
