@@ -1,6 +1,7 @@
 // CUDA operators of the family: one launch per call, configured by launch_config.h.
 #include "../common/stream.h"
 #include "kernels.cuh"
+#include "metrics.cuh"
 #include "operators.h"
 
 namespace reasonkern {
@@ -89,6 +90,13 @@ struct CudaBackend {
              rows, factors, c.tiling);
     });
   }
+
+  template <class T>
+  static void policy_metrics(const MetricsParams<T>& p, int32_t device) {
+    const LaunchScope scope(device);
+    launch(metrics_kernel<T>, 1, kMetricsBlock, 1, metrics_shared_bytes(kMetricsBlock),
+           scope.stream, p);
+  }
 };
 
 }  // namespace
@@ -102,4 +110,5 @@ STABLE_TORCH_LIBRARY_IMPL(reasonkern_cuda, CUDA, m) {
   m.impl("policy_loss", TORCH_BOX(&Ops::policy_loss));
   m.impl("policy_loss_", TORCH_BOX(&Ops::policy_loss_));
   m.impl("scale_rows_", TORCH_BOX(&Ops::scale_rows_));
+  m.impl("policy_metrics", TORCH_BOX(&Ops::policy_metrics));
 }

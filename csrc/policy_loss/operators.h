@@ -1,10 +1,11 @@
 // The operators of the family over tensors: checks, plain params structs, outputs. A backend
-// supplies the four launches; its file registers `Operators<Backend>`:
+// supplies the five launches; its file registers `Operators<Backend>`:
 //
 //   template <class T> static void token_stats(LogitsType, const StatsParams<T>&, int32_t device);
 //   ... token_stats_backward(LogitsType, const GradParams<T>&, device)
 //   ... policy_loss(LogitsType, const LossParams<T>&, device)
 //   ... scale_rows(LogitsType, const Rows&, const T* factors, device)
+//   ... policy_metrics(const MetricsParams<T>&, device)
 //
 // T is the accumulator type; kFloat64 comes with double and the other types with float.
 #pragma once
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "../common/checks.h"
+#include "metrics.h"
 #include "policy_loss.h"
 
 namespace reasonkern {
@@ -116,19 +118,20 @@ class RowTensors {
 };
 
 // The objective's numbers: nine floats, or nine rows of a tensor that hold one value or one a row.
-template <class T>
-void fill_hyper(LossParams<T>& p, const Tensor& logits, const MaybeTensor& hyper,
+template <class T, class Params>
+void fill_hyper(Params& p, int64_t rows, const Tensor& beside, const MaybeTensor& hyper,
                 const std::vector<double>& values) {
   STD_TORCH_CHECK(values.size() == kNumHyper, "values: expected ", kNumHyper, " numbers, got ",
                   values.size());
-  const auto v = [&values](int k) { return static_cast<T>(values[k]); };
+  typedef decltype(p.hyper.low) Number;
+  const auto v = [&values](int k) { return static_cast<Number>(values[k]); };
   p.hyper = {v(0), v(1), v(2), v(3), v(4), v(5), v(6), v(7), v(8)};
   if (!hyper.has_value()) return;
   STD_TORCH_CHECK(hyper->dim() == 2 && hyper->size(0) == kNumHyper &&
-                      (hyper->size(1) == 1 || hyper->size(1) == p.rows.rows),
-                  "hyper: expected shape (", kNumHyper, ", 1) or (", kNumHyper, ", ", p.rows.rows,
+                      (hyper->size(1) == 1 || hyper->size(1) == rows),
+                  "hyper: expected shape (", kNumHyper, ", 1) or (", kNumHyper, ", ", rows,
                   "), got ", shape_text(hyper->sizes()));
-  check_tensor(*hyper, "hyper", acc_dtype(logits), hyper->sizes(), logits);
+  check_tensor(*hyper, "hyper", acc_dtype(beside), hyper->sizes(), beside);
   p.device_hyper = hyper->const_data_ptr<T>();
   p.hyper_rows = hyper->size(1);
 }
@@ -240,6 +243,41 @@ class Operators {
     });
   }
 
+  static Tensor policy_metrics(const Tensor& logprob, const Tensor& entropy,
+                               const MaybeTensor& old_logprob, const Tensor& advantage,
+                               const Tensor& weight, const MaybeTensor& entropy_weight,
+                               const MaybeTensor& importance, const MaybeTensor& ref_logprob,
+                               const MaybeTensor& log_ratio, const MaybeTensor& finite,
+                               const MaybeTensor& hyper, const std::vector<double>& values,
+                               int64_t kind, bool clips, bool needs_ref) {
+    STD_TORCH_CHECK(logprob.dim() == 2, "logprob: expected shape (B, T), got ",
+                    shape_text(logprob.sizes()));
+    Tensor out = torch::stable::new_empty(logprob, {kNumMetrics}, ScalarType::Double);
+    dispatch_acc(logits_type(logprob, "logprob"), [&](auto acc) {
+      using T = decltype(acc);
+      const RowTensors<T> from(logprob);
+      MetricsParams<T> p{};
+      p.rows = logprob.numel();
+      p.logprob = from.read(logprob, "logprob");
+      p.entropy = from.read(entropy, "entropy");
+      p.old_logprob = from.read(old_logprob, "old_logprob");
+      p.advantage = from.read(advantage, "advantage");
+      p.weight = from.read(weight, "weight");
+      p.entropy_weight = from.read(entropy_weight, "entropy_weight");
+      p.importance = from.read(importance, "importance");
+      p.ref_logprob = from.read(ref_logprob, "ref_logprob");
+      p.log_ratio = from.read(log_ratio, "log_ratio");
+      p.finite = from.read_mask(finite, "finite");
+      fill_hyper<T>(p, p.rows, logprob, hyper, values);
+      p.kind = static_cast<int>(kind);
+      p.clips = clips;
+      p.needs_ref = needs_ref;
+      p.out = out.mutable_data_ptr<double>();
+      Backend::policy_metrics(p, logprob.get_device_index());  // no rows have metrics too
+    });
+    return out;
+  }
+
  private:
   static void backward_into(const Tensor& grad, const Tensor& logits, const Tensor& targets,
                             const MaybeTensor& row_temperature, double temperature, double softcap,
@@ -294,7 +332,7 @@ class Operators {
       p.importance = from.read(importance, "importance");
       p.ref_logprob = from.read(ref_logprob, "ref_logprob");
       p.loss_scale = from.read_scalar(loss_scale, "loss_scale");
-      fill_hyper(p, logits, hyper, values);
+      fill_hyper<T>(p, rows.rows, logits, hyper, values);
       p.kind = static_cast<int>(kind);
       p.kl_kind = static_cast<int>(kl_kind);
       p.kl_unbiased = kl_unbiased;

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _load
-from . import reference
+from . import metrics, reference
 
 LOGITS_ARGS = "Tensor targets, Tensor? mask, Tensor? row_temperature"
 GRAD_ARGS = (
@@ -38,6 +38,10 @@ SCHEMAS = {
     "policy_loss_": f"(Tensor(a!) logits, {LOSS_ARGS}) -> (Tensor row_loss, Tensor token_loss, "
     "Tensor logprob, Tensor entropy)",
     "scale_rows_": "(Tensor(a!) x, Tensor scale) -> ()",
+    "policy_metrics": "(Tensor logprob, Tensor entropy, Tensor? old_logprob, Tensor advantage, "
+    "Tensor weight, Tensor? entropy_weight, Tensor? importance, Tensor? ref_logprob, "
+    "Tensor? log_ratio, Tensor? finite, Tensor? hyper, float[] values, int kind, bool clips, "
+    "bool needs_ref) -> Tensor",
 }
 
 _lib = torch.library.Library("reasonkern", "FRAGMENT")
@@ -67,6 +71,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "policy_loss": reference.policy_loss,
     "policy_loss_": _policy_loss_,
     "scale_rows_": reference.scale_rows_,
+    "policy_metrics": metrics.metric_rows,
 }
 
 
@@ -99,6 +104,9 @@ FAKE: dict[str, Callable[..., Any]] = {
     "policy_loss": _fake_policy_loss,
     "policy_loss_": _fake_policy_loss_,
     "scale_rows_": lambda x, scale: None,
+    "policy_metrics": lambda logprob, *args: logprob.new_empty(
+        len(metrics.SUMS) + 2 + 4 * len(metrics.PAIRS), dtype=torch.float64
+    ),
 }
 
 
