@@ -122,6 +122,20 @@ def test_contract_scale_rows(dtype: torch.dtype) -> None:
     run_contract(OPS.scale_rows_.default, [(x, scale), empty], mutable=(0,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_contract_policy_metrics(dtype: torch.dtype) -> None:
+    r = [rows(dtype, seed) for seed in range(8)]
+    values = [0.8, 1.2, 3.0, 3.0, 0.1, 0.1, 0.0, 0.0, 20.0]
+    hyper = torch.tensor(values, dtype=dtype)[:, None].expand(9, B * T).contiguous()
+    required = (r[0], r[1], r[2], r[3], r[4], None, None, None, None, None)
+    samples = [
+        (*required, None, values, 0, True, False),
+        (*r[:6], r[6].exp(), r[7], r[0] - r[2], r[1] > 0, hyper, values, 4, True, True),
+        (r[0][:0], r[1][:0], None, r[2][:0], r[3][:0], *required[5:], None, values, 0, True, False),
+    ]
+    run_contract(OPS.policy_metrics.default, samples, views=False)
+
+
 def test_every_operator_has_a_contract_test() -> None:
     assert set(op.SCHEMAS) == {
         "token_stats",
@@ -130,6 +144,7 @@ def test_every_operator_has_a_contract_test() -> None:
         "policy_loss",
         "policy_loss_",
         "scale_rows_",
+        "policy_metrics",
     }
 
 

@@ -5,6 +5,7 @@
 
 #include "cuda_sim.h"
 #include "policy_loss/kernels.cuh"
+#include "policy_loss/metrics.cuh"
 
 namespace py = pybind11;
 using namespace reasonkern;
@@ -153,11 +154,37 @@ void scale_rows(const Launch& l, const Fields& f) {
 }
 
 template <class E>
+void policy_metrics(const Launch& l, const Fields& f) {
+  MetricsParams<acc_t<E>> p{};
+  p.rows = f.number<std::int64_t>("rows");
+  f.point(p.logprob, "logprob");
+  f.point(p.entropy, "entropy");
+  f.point(p.old_logprob, "old_logprob");
+  f.point(p.advantage, "advantage");
+  f.point(p.weight, "weight");
+  f.point(p.entropy_weight, "entropy_weight");
+  f.point(p.importance, "importance");
+  f.point(p.ref_logprob, "ref_logprob");
+  f.point(p.log_ratio, "log_ratio");
+  f.point(p.finite, "finite");
+  f.point(p.device_hyper, "hyper");
+  const auto v = f.number<std::array<double, kNumHyper>>("values");
+  p.hyper = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]};
+  p.hyper_rows = f.number<std::int64_t>("hyper_rows");
+  p.kind = f.number<int>("kind");
+  p.clips = f.number<bool>("clips");
+  p.needs_ref = f.number<bool>("needs_ref");
+  f.point(p.out, "out");
+  l.start(metrics_kernel<acc_t<E>>, 1, l.group, 1, metrics_shared_bytes(l.group), p);
+}
+
+template <class E>
 void run_typed(const std::string& op, const Launch& l, const Fields& f) {
   if (op == "token_stats") return token_stats<E>(l, f);
   if (op == "token_stats_backward") return token_stats_backward<E>(l, f);
   if (op == "policy_loss") return policy_loss<E>(l, f);
   if (op == "scale_rows") return scale_rows<E>(l, f);
+  if (op == "policy_metrics") return policy_metrics<E>(l, f);
   throw std::invalid_argument("op: got " + op);
 }
 
