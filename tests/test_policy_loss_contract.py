@@ -136,6 +136,18 @@ def test_contract_policy_metrics(dtype: torch.dtype) -> None:
     run_contract(OPS.policy_metrics.default, samples, views=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_contract_objective_map(dtype: torch.dtype) -> None:
+    samples = []
+    for o in loss_samples(dtype):
+        _, _, *given, _, _, hyper, values, _, _, kind, kl_kind, unbiased = o
+        shape = given[1].shape
+        logp = -3 + 0.1 * torch.linspace(-1, 1, shape.numel(), dtype=acc(dtype)).view(shape)
+        leaves = logp.requires_grad_(), (0.5 - logp).detach().requires_grad_()
+        samples.append((*leaves, *given, hyper, values, kind, kl_kind, unbiased))
+    run_contract(OPS.objective_map.default, samples, differentiable_outputs=1, views=False)
+
+
 def test_every_operator_has_a_contract_test() -> None:
     assert set(op.SCHEMAS) == {
         "token_stats",
@@ -144,6 +156,7 @@ def test_every_operator_has_a_contract_test() -> None:
         "policy_loss",
         "policy_loss_",
         "scale_rows_",
+        "objective_map",
         "policy_metrics",
     }
 

@@ -175,3 +175,10 @@ def test_a_fused_forward_is_three_operators(inplace: bool) -> None:
     assert launches(Objective.ppo(kl=("k3", 0.1)), **every) == fused
     by_sequence = launches(plain, advantage=row[:, 0], inplace_grad=inplace)
     assert by_sequence == fused | {"clone": 1}  # one value a sequence spread over its rows
+
+
+def test_two_phase_forwards() -> None:
+    """Token-local objectives of given statistics; what the whole-sequence ones still cost."""
+    local = {"token_stats": 1, "objective_map": 1, "sum": 1, "policy_metrics": 1}
+    found = launches(Objective.dapo(entropy_coef=0.1), torch.float16)
+    assert found == local | {"ne": 1}  # the rows to read

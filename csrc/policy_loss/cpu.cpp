@@ -82,6 +82,13 @@ struct CpuBackend {
     });
   }
 
+  template <class T>
+  static void objective_map(const MapParams<T>& p, int32_t) {
+    torch::stable::parallel_for(0, p.loss.rows.rows, 1024, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) map_row(p, r);
+    });
+  }
+
   // Chunks of rows are merged in order, whichever thread took them.
   template <class T>
   static void policy_metrics(const MetricsParams<T>& p, int32_t) {
@@ -116,4 +123,5 @@ STABLE_TORCH_LIBRARY_IMPL(reasonkern, CPU, m) {
   m.impl("policy_loss_", TORCH_BOX(&Ops::policy_loss_));
   m.impl("scale_rows_", TORCH_BOX(&Ops::scale_rows_));
   m.impl("policy_metrics", TORCH_BOX(&Ops::policy_metrics));
+  m.impl("objective_map", TORCH_BOX(&Ops::objective_map));
 }

@@ -1,11 +1,12 @@
 // The operators of the family over tensors: checks, plain params structs, outputs. A backend
-// supplies the five launches; its file registers `Operators<Backend>`:
+// supplies the launches; its file registers `Operators<Backend>`:
 //
 //   template <class T> static void token_stats(LogitsType, const StatsParams<T>&, int32_t device);
 //   ... token_stats_backward(LogitsType, const GradParams<T>&, device)
 //   ... policy_loss(LogitsType, const LossParams<T>&, device)
 //   ... scale_rows(LogitsType, const Rows&, const T* factors, device)
 //   ... policy_metrics(const MetricsParams<T>&, device)
+//   ... objective_map(const MapParams<T>&, device)
 //
 // T is the accumulator type; kFloat64 comes with double and the other types with float.
 #pragma once
@@ -16,6 +17,7 @@
 
 #include "../common/checks.h"
 #include "metrics.h"
+#include "objective_map.h"
 #include "policy_loss.h"
 
 namespace reasonkern {
@@ -136,6 +138,10 @@ void fill_hyper(Params& p, int64_t rows, const Tensor& beside, const MaybeTensor
   p.hyper_rows = hyper->size(1);
 }
 
+inline void check_rows(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, ": expected shape (B, T), got ", shape_text(t.sizes()));
+}
+
 inline Tensor new_rows(const Tensor& logits, ScalarType dtype) {
   return torch::stable::new_empty(logits, {logits.sizes().data(), 2}, dtype);
 }
@@ -243,6 +249,43 @@ class Operators {
     });
   }
 
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> objective_map(
+      const Tensor& logprob, const Tensor& entropy, const MaybeTensor& old_logprob,
+      const Tensor& advantage, const Tensor& weight, const MaybeTensor& entropy_weight,
+      const MaybeTensor& importance, const MaybeTensor& ref_logprob, const MaybeTensor& hyper,
+      const std::vector<double>& values, int64_t kind, int64_t kl_kind, bool kl_unbiased) {
+    check_rows(logprob, "logprob");
+    std::vector<Tensor> out;
+    for (int k = 0; k < 4; ++k) out.push_back(new_rows(logprob, logprob.scalar_type()));
+    Tensor finite = new_rows(logprob, ScalarType::Bool);
+    dispatch_acc(logits_type(logprob, "logprob"), [&](auto acc) {
+      using T = decltype(acc);
+      const RowTensors<T> from(logprob);
+      const auto to = [&](int k) { return out[k].mutable_data_ptr<T>(); };
+      MapParams<T> p{};
+      p.logprob = from.read(logprob, "logprob");
+      p.entropy = from.read(entropy, "entropy");
+      p.loss.rows.rows = logprob.numel();
+      p.loss.old_logprob = from.read(old_logprob, "old_logprob");
+      p.loss.advantage = from.read(advantage, "advantage");
+      p.loss.weight = from.read(weight, "weight");
+      p.loss.entropy_weight = from.read(entropy_weight, "entropy_weight");
+      p.loss.importance = from.read(importance, "importance");
+      p.loss.ref_logprob = from.read(ref_logprob, "ref_logprob");
+      fill_hyper<T>(p.loss, logprob.numel(), logprob, hyper, values);
+      p.loss.kind = static_cast<int>(kind);
+      p.loss.kl_kind = static_cast<int>(kl_kind);
+      p.loss.kl_unbiased = kl_unbiased;
+      p.loss.row_loss = to(0);
+      p.loss.token_loss = to(1);
+      p.dlogp = to(2);
+      p.dentropy = to(3);
+      p.finite = finite.mutable_data_ptr<bool>();
+      if (logprob.numel() > 0) Backend::objective_map(p, logprob.get_device_index());
+    });
+    return {out[0], out[1], out[2], out[3], finite};
+  }
+
   static Tensor policy_metrics(const Tensor& logprob, const Tensor& entropy,
                                const MaybeTensor& old_logprob, const Tensor& advantage,
                                const Tensor& weight, const MaybeTensor& entropy_weight,
@@ -250,8 +293,7 @@ class Operators {
                                const MaybeTensor& log_ratio, const MaybeTensor& finite,
                                const MaybeTensor& hyper, const std::vector<double>& values,
                                int64_t kind, bool clips, bool needs_ref) {
-    STD_TORCH_CHECK(logprob.dim() == 2, "logprob: expected shape (B, T), got ",
-                    shape_text(logprob.sizes()));
+    check_rows(logprob, "logprob");
     Tensor out = torch::stable::new_empty(logprob, {kNumMetrics}, ScalarType::Double);
     dispatch_acc(logits_type(logprob, "logprob"), [&](auto acc) {
       using T = decltype(acc);

@@ -38,6 +38,10 @@ SCHEMAS = {
     "policy_loss_": f"(Tensor(a!) logits, {LOSS_ARGS}) -> (Tensor row_loss, Tensor token_loss, "
     "Tensor logprob, Tensor entropy)",
     "scale_rows_": "(Tensor(a!) x, Tensor scale) -> ()",
+    "objective_map": "(Tensor logprob, Tensor entropy, Tensor? old_logprob, Tensor advantage, "
+    "Tensor weight, Tensor? entropy_weight, Tensor? importance, Tensor? ref_logprob, "
+    "Tensor? hyper, float[] values, int kind, int kl_kind, bool kl_unbiased) -> (Tensor row_loss, "
+    "Tensor token_loss, Tensor dlogp, Tensor dentropy, Tensor finite)",
     "policy_metrics": "(Tensor logprob, Tensor entropy, Tensor? old_logprob, Tensor advantage, "
     "Tensor weight, Tensor? entropy_weight, Tensor? importance, Tensor? ref_logprob, "
     "Tensor? log_ratio, Tensor? finite, Tensor? hyper, float[] values, int kind, bool clips, "
@@ -64,6 +68,13 @@ def _policy_loss_(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return out[:4]
 
 
+def _objective_map(logprob: Tensor, entropy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *rows, hyper, values, kind, kl_kind, kl_unbiased = args
+    h = reference.unpack_hyper(values, hyper, logprob.shape)
+    inputs: tuple[Any, ...] = (kind, kl_kind, kl_unbiased, logprob, entropy, *rows, h)
+    return tuple(reference.objective_rows(*inputs))
+
+
 REFERENCE: dict[str, Callable[..., Any]] = {
     "token_stats": reference.token_stats,
     "token_stats_backward": reference.token_stats_backward,
@@ -71,6 +82,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "policy_loss": reference.policy_loss,
     "policy_loss_": _policy_loss_,
     "scale_rows_": reference.scale_rows_,
+    "objective_map": _objective_map,
     "policy_metrics": metrics.metric_rows,
 }
 
@@ -97,6 +109,11 @@ def _fake_policy_loss_(logits: Tensor, targets: Tensor, *args: Any) -> tuple[Ten
     return tuple(_like_rows(logits, targets) for _ in range(4))
 
 
+def _fake_objective_map(logprob: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    rows = (logprob.new_empty(logprob.shape) for _ in range(4))
+    return (*rows, logprob.new_empty(logprob.shape, dtype=torch.bool))
+
+
 FAKE: dict[str, Callable[..., Any]] = {
     "token_stats": _fake_token_stats,
     "token_stats_backward": lambda logits, *args: logits.new_empty(logits.shape),
@@ -104,6 +121,7 @@ FAKE: dict[str, Callable[..., Any]] = {
     "policy_loss": _fake_policy_loss,
     "policy_loss_": _fake_policy_loss_,
     "scale_rows_": lambda x, scale: None,
+    "objective_map": _fake_objective_map,
     "policy_metrics": lambda logprob, *args: logprob.new_empty(
         len(metrics.SUMS) + 2 + 4 * len(metrics.PAIRS), dtype=torch.float64
     ),
@@ -168,6 +186,19 @@ def scale_saved_gradient(grad_logits: Tensor, grad: Tensor, loss_scale: Tensor |
     return grad_logits
 
 
+def _save_slopes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:4])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _objective_map_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    dlogp, dentropy = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 13
+    return (grad * dlogp, grad * dentropy, *(None,) * 11)
+
+
 # ---- registrations
 
 
@@ -212,4 +243,7 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "reasonkern::policy_loss", _policy_loss_vjp, setup_context=_save_grad, lib=_lib
+)
+torch.library.register_autograd(
+    "reasonkern::objective_map", _objective_map_vjp, setup_context=_save_slopes, lib=_lib
 )

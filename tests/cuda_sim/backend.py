@@ -168,3 +168,16 @@ def policy_metrics(logprob: Tensor, *values: Any) -> Tensor:
     launch = asdict(replace(settings, blocks=1)) | {"order": ORDERS.index(settings.order)}
     _start("policy_metrics", logprob.dtype, launch, args | {"rows": logprob.numel()}, args)
     return args["out"]
+
+
+def objective_map(logprob: Tensor, *values: Any) -> tuple[Tensor, ...]:
+    names = ("entropy", "old_logprob", "advantage", "weight", "entropy_weight", "importance")
+    names += ("ref_logprob", "hyper", "values", "kind", "kl_kind", "kl_unbiased")
+    args = {"logprob": logprob, **dict(zip(names, values, strict=True))}
+    args["hyper_rows"] = 0 if args["hyper"] is None else args["hyper"].shape[1]
+    out = {name: torch.empty_like(logprob) for name in ("row_loss", "token_loss", "dlogp")}
+    out["dentropy"] = torch.empty_like(logprob)
+    out["finite"] = torch.empty_like(logprob, dtype=torch.bool)
+    launch = asdict(settings) | {"order": ORDERS.index(settings.order)}
+    _start("objective_map", logprob.dtype, launch, args | out | {"rows": logprob.numel()}, args)
+    return tuple(out.values())
