@@ -182,3 +182,10 @@ def test_two_phase_forwards() -> None:
     local = {"token_stats": 1, "objective_map": 1, "sum": 1, "policy_metrics": 1}
     found = launches(Objective.dapo(entropy_coef=0.1), torch.float16)
     assert found == local | {"ne": 1}  # the rows to read
+    row = torch.empty(4, 8, device="meta")
+    for objective, most in (
+        (Objective.gspo(), 136),
+        (Objective.gmpo(), 109),
+        (Objective.vespo(), 99),
+    ):
+        assert launches(objective, advantage=row[:, 0]).total() <= most, objective.name
