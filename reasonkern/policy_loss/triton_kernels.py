@@ -227,42 +227,29 @@ def scale_rows_kernel(
     tl.store(x + full + lanes, block.to(x.dtype.element_ty), mask=inside)
 
 
-# ---- the objective alone, a block of rows per program
-
-
-@triton.jit
-def load_rows(pointer, row, inside, other):
-    return tl.load(pointer + row, mask=inside, other=0.0) if pointer is not None else other
+# ---- the objective alone, a row per program: blocks of rows spill
 
 
 @kernel
 def map_kernel(
     logprob, entropy, old_logprob, advantage, weight, entropy_weight, importance, ref_logprob,
     hyper, row_loss, token_loss, dlogp, dentropy, finite,
-    rows: tl.int32, hyper_rows: tl.int32, values, kind: tl.int32, kl_kind: tl.int32,
-    kl_unbiased: tl.int32, BLOCK: tl.constexpr,
+    hyper_rows: tl.int32, values, kind: tl.int32, kl_kind: tl.int32, kl_unbiased: tl.int32,
 ):  # fmt: skip
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < rows
-    logp = tl.load(logprob + row, mask=inside, other=0.0)
-    h = tl.load(entropy + row, mask=inside, other=0.0)
-    w = tl.load(weight + row, mask=inside, other=0.0)
-    inputs = RowInputs(
-        tl.load(advantage + row, mask=inside, other=0.0),
-        w,
-        load_rows(entropy_weight, row, inside, w),
-        load_rows(importance, row, inside, w * 0.0 + 1.0),
-        load_rows(old_logprob, row, inside, logp),
-        load_rows(ref_logprob, row, inside, logp),
+    row = tl.program_id(0)
+    logp = tl.load(logprob + row)
+    inputs = load_row_inputs(
+        advantage, weight, entropy_weight, importance, old_logprob, ref_logprob, row, logp
     )
-    values = load_hyper(values, hyper, hyper_rows, tl.where(inside, row, 0))
+    values = load_hyper(values, hyper, hyper_rows, row)
+    h = tl.load(entropy + row)
     loss = objective_row(kind, kl_kind, kl_unbiased != 0, logp, h, inputs, values)
-    active = (w != 0) | (inputs.entropy_weight != 0)
-    tl.store(row_loss + row, tl.where(active, loss.row_loss, 0.0), mask=inside)
-    tl.store(token_loss + row, tl.where(active, loss.token_loss, 0.0), mask=inside)
-    tl.store(dlogp + row, tl.where(active, loss.dlogp, 0.0), mask=inside)
-    tl.store(dentropy + row, tl.where(active, loss.dentropy, 0.0), mask=inside)
-    tl.store(finite + row, loss.finite | ~active, mask=inside)
+    active = (inputs.weight != 0) | (inputs.entropy_weight != 0)
+    tl.store(row_loss + row, tl.where(active, loss.row_loss, 0.0))
+    tl.store(token_loss + row, tl.where(active, loss.token_loss, 0.0))
+    tl.store(dlogp + row, tl.where(active, loss.dlogp, 0.0))
+    tl.store(dentropy + row, tl.where(active, loss.dentropy, 0.0))
+    tl.store(finite + row, loss.finite | ~active)
 
 
 # ---- launchers
@@ -388,13 +375,12 @@ def objective_map(
     check_runnable("objective_map", logprob)
     out = [torch.empty_like(logprob) for _ in range(4)]
     out.append(torch.empty_like(logprob, dtype=torch.bool))
-    rows, block = logprob.numel(), 128
-    if rows:
+    if logprob.numel():
         with torch.cuda.device_of(logprob):
-            map_kernel[(triton.cdiv(rows, block),)](
+            map_kernel[(logprob.numel(),)](
                 logprob, entropy, old_logprob, advantage, weight, entropy_weight, importance,
-                ref_logprob, hyper, *out, rows, 1 if hyper is None else hyper.shape[1],
-                Hyper(*values), kind, 0 if ref_logprob is None else kl_kind, int(kl_unbiased),
-                BLOCK=block, num_warps=4, enable_fp_fusion=False,
+                ref_logprob, hyper, *out, 1 if hyper is None else hyper.shape[1], Hyper(*values),
+                kind, 0 if ref_logprob is None else kl_kind, int(kl_unbiased),
+                num_warps=1, enable_fp_fusion=False,
             )  # fmt: skip
     return tuple(out)
