@@ -22,7 +22,9 @@ FORMS = ("padded", "packed")
 
 
 class Calls(TorchDispatchMode):
-    """Names of the package's operators that ran, and the largest new tensor of any operator."""
+    """Names of the package's operators over logits, and the largest new tensor of any operator."""
+
+    OVER_ROWS = ("policy_metrics", "objective_map")
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,8 +34,9 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
         out = func(*args, **(kwargs or {}))
-        if func.namespace == "reasonkern":
-            self.names.append(func._schema.name.split("::")[1])
+        name = func._schema.name.split("::")[1]
+        if func.namespace == "reasonkern" and name not in self.OVER_ROWS:
+            self.names.append(name)
         for t in out if isinstance(out, (tuple, list)) else [out]:
             if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in before:
                 self.outputs.append((str(func), t.numel() * t.element_size()))

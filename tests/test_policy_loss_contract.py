@@ -122,6 +122,32 @@ def test_contract_scale_rows(dtype: torch.dtype) -> None:
     run_contract(OPS.scale_rows_.default, [(x, scale), empty], mutable=(0,))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_contract_policy_metrics(dtype: torch.dtype) -> None:
+    r = [rows(dtype, seed) for seed in range(8)]
+    values = [0.8, 1.2, 3.0, 3.0, 0.1, 0.1, 0.0, 0.0, 20.0]
+    hyper = torch.tensor(values, dtype=dtype)[:, None].expand(9, B * T).contiguous()
+    required = (r[0], r[1], r[2], r[3], r[4], None, None, None, None, None)
+    samples = [
+        (*required, None, values, 0, True, False),
+        (*r[:6], r[6].exp(), r[7], r[0] - r[2], r[1] > 0, hyper, values, 4, True, True),
+        (r[0][:0], r[1][:0], None, r[2][:0], r[3][:0], *required[5:], None, values, 0, True, False),
+    ]
+    run_contract(OPS.policy_metrics.default, samples, views=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_contract_objective_map(dtype: torch.dtype) -> None:
+    samples = []
+    for o in loss_samples(dtype):
+        _, _, *given, _, _, hyper, values, _, _, kind, kl_kind, unbiased = o
+        shape = given[1].shape
+        logp = -3 + 0.1 * torch.linspace(-1, 1, shape.numel(), dtype=acc(dtype)).view(shape)
+        leaves = logp.requires_grad_(), (0.5 - logp).detach().requires_grad_()
+        samples.append((*leaves, *given, hyper, values, kind, kl_kind, unbiased))
+    run_contract(OPS.objective_map.default, samples, differentiable_outputs=1, views=False)
+
+
 def test_every_operator_has_a_contract_test() -> None:
     assert set(op.SCHEMAS) == {
         "token_stats",
@@ -130,6 +156,8 @@ def test_every_operator_has_a_contract_test() -> None:
         "policy_loss",
         "policy_loss_",
         "scale_rows_",
+        "objective_map",
+        "policy_metrics",
     }
 
 

@@ -19,7 +19,13 @@ import torch
 
 pytest.importorskip("triton", reason="the Triton backend needs triton, which is Linux only")
 
-KERNELS = ("stats_kernel", "stats_backward_kernel", "loss_kernel", "scale_rows_kernel")
+KERNELS = (
+    "stats_kernel",
+    "stats_backward_kernel",
+    "loss_kernel",
+    "scale_rows_kernel",
+    "map_kernel",
+)
 # plain: aligned rows and no optional argument. full: every optional one, soft-cap, unaligned rows.
 CASES = list(product(("plain", "full"), (80, 90, 100), ("fp32", "bf16", "fp16")))
 
@@ -32,8 +38,9 @@ OPTIONAL = {
         "loss_scale", "hyper",
     },
     "scale_rows_kernel": set(),
+    "map_kernel": {"old_logprob", "entropy_weight", "importance", "ref_logprob", "hyper"},
 }  # fmt: skip
-POINTEES = {"targets": "i64", "mask": "i1", "is_top1": "i1"}
+POINTEES = {"targets": "i64", "mask": "i1", "is_top1": "i1", "finite": "i1"}
 
 
 # ---- the program: compile, print

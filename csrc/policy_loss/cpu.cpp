@@ -81,6 +81,28 @@ struct CpuBackend {
       });
     });
   }
+
+  template <class T>
+  static void objective_map(const MapParams<T>& p, int32_t) {
+    torch::stable::parallel_for(0, p.loss.rows.rows, 1024, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r) map_row(p, r);
+    });
+  }
+
+  // Chunks of rows are merged in order, whichever thread took them.
+  template <class T>
+  static void policy_metrics(const MetricsParams<T>& p, int32_t) {
+    constexpr int64_t kChunk = 1024;
+    std::vector<Metrics> parts(1 + p.rows / kChunk, no_metrics());
+    torch::stable::parallel_for(0, parts.size(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) {
+        const int64_t stop = std::min(p.rows, (c + 1) * kChunk);
+        for (int64_t r = c * kChunk; r < stop; ++r) merge(parts[c], row_metrics(p, r));
+      }
+    });
+    for (size_t c = 1; c < parts.size(); ++c) merge(parts[0], parts[c]);
+    write_metrics(p.out, parts[0]);
+  }
 };
 
 }  // namespace
@@ -100,4 +122,6 @@ STABLE_TORCH_LIBRARY_IMPL(reasonkern, CPU, m) {
   m.impl("policy_loss", TORCH_BOX(&Ops::policy_loss));
   m.impl("policy_loss_", TORCH_BOX(&Ops::policy_loss_));
   m.impl("scale_rows_", TORCH_BOX(&Ops::scale_rows_));
+  m.impl("policy_metrics", TORCH_BOX(&Ops::policy_metrics));
+  m.impl("objective_map", TORCH_BOX(&Ops::objective_map));
 }

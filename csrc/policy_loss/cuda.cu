@@ -1,6 +1,8 @@
 // CUDA operators of the family: one launch per call, configured by launch_config.h.
 #include "../common/stream.h"
 #include "kernels.cuh"
+#include "metrics.cuh"
+#include "objective_map.cuh"
 #include "operators.h"
 
 namespace reasonkern {
@@ -95,6 +97,20 @@ struct CudaBackend {
              rows, factors, c.tiling);
     });
   }
+
+  template <class T>
+  static void objective_map(const MapParams<T>& p, int32_t device) {
+    const LaunchScope scope(device);
+    const int64_t blocks = (p.loss.rows.rows + kMapBlock - 1) / kMapBlock;
+    launch(map_kernel<T>, grid_blocks(blocks, 1), kMapBlock, 1, 0, scope.stream, p);
+  }
+
+  template <class T>
+  static void policy_metrics(const MetricsParams<T>& p, int32_t device) {
+    const LaunchScope scope(device);
+    launch(metrics_kernel<T>, 1, kMetricsBlock, 1, metrics_shared_bytes(kMetricsBlock),
+           scope.stream, p);
+  }
 };
 
 }  // namespace
@@ -108,4 +124,6 @@ STABLE_TORCH_LIBRARY_IMPL(reasonkern_cuda, CUDA, m) {
   m.impl("policy_loss", TORCH_BOX(&Ops::policy_loss));
   m.impl("policy_loss_", TORCH_BOX(&Ops::policy_loss_));
   m.impl("scale_rows_", TORCH_BOX(&Ops::scale_rows_));
+  m.impl("policy_metrics", TORCH_BOX(&Ops::policy_metrics));
+  m.impl("objective_map", TORCH_BOX(&Ops::objective_map));
 }

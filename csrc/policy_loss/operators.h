@@ -1,10 +1,12 @@
 // The operators of the family over tensors: checks, plain params structs, outputs. A backend
-// supplies the four launches; its file registers `Operators<Backend>`:
+// supplies the launches; its file registers `Operators<Backend>`:
 //
 //   template <class T> static void token_stats(LogitsType, const StatsParams<T>&, int32_t device);
 //   ... token_stats_backward(LogitsType, const GradParams<T>&, device)
 //   ... policy_loss(LogitsType, const LossParams<T>&, device)
 //   ... scale_rows(LogitsType, const Rows&, const T* factors, device)
+//   ... policy_metrics(const MetricsParams<T>&, device)
+//   ... objective_map(const MapParams<T>&, device)
 //
 // T is the accumulator type; kFloat64 comes with double and the other types with float.
 #pragma once
@@ -14,6 +16,8 @@
 #include <vector>
 
 #include "../common/checks.h"
+#include "metrics.h"
+#include "objective_map.h"
 #include "policy_loss.h"
 
 namespace reasonkern {
@@ -116,21 +120,26 @@ class RowTensors {
 };
 
 // The objective's numbers: nine floats, or nine rows of a tensor that hold one value or one a row.
-template <class T>
-void fill_hyper(LossParams<T>& p, const Tensor& logits, const MaybeTensor& hyper,
+template <class T, class Params>
+void fill_hyper(Params& p, int64_t rows, const Tensor& beside, const MaybeTensor& hyper,
                 const std::vector<double>& values) {
   STD_TORCH_CHECK(values.size() == kNumHyper, "values: expected ", kNumHyper, " numbers, got ",
                   values.size());
-  const auto v = [&values](int k) { return static_cast<T>(values[k]); };
+  typedef decltype(p.hyper.low) Number;
+  const auto v = [&values](int k) { return static_cast<Number>(values[k]); };
   p.hyper = {v(0), v(1), v(2), v(3), v(4), v(5), v(6), v(7), v(8)};
   if (!hyper.has_value()) return;
   STD_TORCH_CHECK(hyper->dim() == 2 && hyper->size(0) == kNumHyper &&
-                      (hyper->size(1) == 1 || hyper->size(1) == p.rows.rows),
-                  "hyper: expected shape (", kNumHyper, ", 1) or (", kNumHyper, ", ", p.rows.rows,
+                      (hyper->size(1) == 1 || hyper->size(1) == rows),
+                  "hyper: expected shape (", kNumHyper, ", 1) or (", kNumHyper, ", ", rows,
                   "), got ", shape_text(hyper->sizes()));
-  check_tensor(*hyper, "hyper", acc_dtype(logits), hyper->sizes(), logits);
+  check_tensor(*hyper, "hyper", acc_dtype(beside), hyper->sizes(), beside);
   p.device_hyper = hyper->const_data_ptr<T>();
   p.hyper_rows = hyper->size(1);
+}
+
+inline void check_rows(const Tensor& t, const char* name) {
+  STD_TORCH_CHECK(t.dim() == 2, name, ": expected shape (B, T), got ", shape_text(t.sizes()));
 }
 
 inline Tensor new_rows(const Tensor& logits, ScalarType dtype) {
@@ -240,6 +249,77 @@ class Operators {
     });
   }
 
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> objective_map(
+      const Tensor& logprob, const Tensor& entropy, const MaybeTensor& old_logprob,
+      const Tensor& advantage, const Tensor& weight, const MaybeTensor& entropy_weight,
+      const MaybeTensor& importance, const MaybeTensor& ref_logprob, const MaybeTensor& hyper,
+      const std::vector<double>& values, int64_t kind, int64_t kl_kind, bool kl_unbiased) {
+    check_rows(logprob, "logprob");
+    std::vector<Tensor> out;
+    for (int k = 0; k < 4; ++k) out.push_back(new_rows(logprob, logprob.scalar_type()));
+    Tensor finite = new_rows(logprob, ScalarType::Bool);
+    dispatch_acc(logits_type(logprob, "logprob"), [&](auto acc) {
+      using T = decltype(acc);
+      const RowTensors<T> from(logprob);
+      const auto to = [&](int k) { return out[k].mutable_data_ptr<T>(); };
+      MapParams<T> p{};
+      p.logprob = from.read(logprob, "logprob");
+      p.entropy = from.read(entropy, "entropy");
+      p.loss.rows.rows = logprob.numel();
+      p.loss.old_logprob = from.read(old_logprob, "old_logprob");
+      p.loss.advantage = from.read(advantage, "advantage");
+      p.loss.weight = from.read(weight, "weight");
+      p.loss.entropy_weight = from.read(entropy_weight, "entropy_weight");
+      p.loss.importance = from.read(importance, "importance");
+      p.loss.ref_logprob = from.read(ref_logprob, "ref_logprob");
+      fill_hyper<T>(p.loss, logprob.numel(), logprob, hyper, values);
+      p.loss.kind = static_cast<int>(kind);
+      p.loss.kl_kind = static_cast<int>(kl_kind);
+      p.loss.kl_unbiased = kl_unbiased;
+      p.loss.row_loss = to(0);
+      p.loss.token_loss = to(1);
+      p.dlogp = to(2);
+      p.dentropy = to(3);
+      p.finite = finite.mutable_data_ptr<bool>();
+      if (logprob.numel() > 0) Backend::objective_map(p, logprob.get_device_index());
+    });
+    return {out[0], out[1], out[2], out[3], finite};
+  }
+
+  static Tensor policy_metrics(const Tensor& logprob, const Tensor& entropy,
+                               const MaybeTensor& old_logprob, const Tensor& advantage,
+                               const Tensor& weight, const MaybeTensor& entropy_weight,
+                               const MaybeTensor& importance, const MaybeTensor& ref_logprob,
+                               const MaybeTensor& log_ratio, const MaybeTensor& finite,
+                               const MaybeTensor& hyper, const std::vector<double>& values,
+                               int64_t kind, bool clips, bool needs_ref) {
+    check_rows(logprob, "logprob");
+    Tensor out = torch::stable::new_empty(logprob, {kNumMetrics}, ScalarType::Double);
+    dispatch_acc(logits_type(logprob, "logprob"), [&](auto acc) {
+      using T = decltype(acc);
+      const RowTensors<T> from(logprob);
+      MetricsParams<T> p{};
+      p.rows = logprob.numel();
+      p.logprob = from.read(logprob, "logprob");
+      p.entropy = from.read(entropy, "entropy");
+      p.old_logprob = from.read(old_logprob, "old_logprob");
+      p.advantage = from.read(advantage, "advantage");
+      p.weight = from.read(weight, "weight");
+      p.entropy_weight = from.read(entropy_weight, "entropy_weight");
+      p.importance = from.read(importance, "importance");
+      p.ref_logprob = from.read(ref_logprob, "ref_logprob");
+      p.log_ratio = from.read(log_ratio, "log_ratio");
+      p.finite = from.read_mask(finite, "finite");
+      fill_hyper<T>(p, p.rows, logprob, hyper, values);
+      p.kind = static_cast<int>(kind);
+      p.clips = clips;
+      p.needs_ref = needs_ref;
+      p.out = out.mutable_data_ptr<double>();
+      Backend::policy_metrics(p, logprob.get_device_index());  // no rows have metrics too
+    });
+    return out;
+  }
+
  private:
   static void backward_into(const Tensor& grad, const Tensor& logits, const Tensor& targets,
                             const MaybeTensor& row_temperature, double temperature, double softcap,
@@ -294,7 +374,7 @@ class Operators {
       p.importance = from.read(importance, "importance");
       p.ref_logprob = from.read(ref_logprob, "ref_logprob");
       p.loss_scale = from.read_scalar(loss_scale, "loss_scale");
-      fill_hyper(p, logits, hyper, values);
+      fill_hyper<T>(p, rows.rows, logits, hyper, values);
       p.kind = static_cast<int>(kind);
       p.kl_kind = static_cast<int>(kl_kind);
       p.kl_unbiased = kl_unbiased;

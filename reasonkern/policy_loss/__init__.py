@@ -12,7 +12,6 @@ from .. import _checks
 from . import paths
 from .inputs import (
     RowContext,
-    Scaling,
     canonical_logits,
     canonical_scaling,
     canonical_segments,
@@ -20,9 +19,8 @@ from .inputs import (
     check_tensor,
     row_tensor,
 )
-from .metrics import PolicyMetrics, policy_metrics
+from .metrics import PolicyMetrics, measure
 from .objective import KL, Importance, Objective
-from .reference import unpack_hyper
 from .sequence import Segments
 from .weights import token_weights
 
@@ -217,32 +215,21 @@ def policy_loss(
         if loss_scale.ndim:
             _checks.fail("loss_scale", "a 0-dim tensor", f"shape {tuple(loss_scale.shape)}")
         loss_scale = loss_scale.detach().to(context.weight)
-    row_loss, token_loss, logprob, entropy, finite = _run(
-        objective, rows, y, context, scaling, loss_scale, inplace_grad
-    )
-    metrics = _metrics(objective, logprob, entropy, finite, context)
+    values, hyper = objective.pack(context.weight)
+    if paths.is_fused(objective, rows, context, loss_scale):
+        out = paths.fused(
+            objective, rows, y, context, scaling, loss_scale, inplace_grad, hyper, values
+        )
+    else:
+        out = paths.two_phase(objective, rows, y, context, scaling, inplace_grad, hyper, values)
     shape = targets.shape
     return PolicyLossOutput(
-        row_loss.sum(),
-        token_loss.detach().view(shape),
-        logprob.detach().view(shape),
-        entropy.detach().view(shape),
-        metrics,
+        out.row_loss.sum(),
+        out.token_loss.detach().view(shape),
+        out.logprob.detach().view(shape),
+        out.entropy.detach().view(shape),
+        _metrics(objective, out, context, hyper, values),
     )
-
-
-def _run(
-    objective: Objective,
-    logits: Tensor,
-    targets: Tensor,
-    context: RowContext,
-    scaling: Scaling,
-    loss_scale: Tensor | None,
-    inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if paths.is_fused(objective, logits, context, loss_scale):
-        return paths.fused(objective, logits, targets, context, scaling, loss_scale, inplace)
-    return paths.two_phase(objective, logits, targets, context, scaling, inplace)
 
 
 def _context(
@@ -292,19 +279,22 @@ def _sequence_importance(o: Objective) -> bool:
     return isinstance(o.importance, Importance) and o.importance.level == "sequence"
 
 
+@torch.no_grad()
 def _metrics(
-    o: Objective, logprob: Tensor, entropy: Tensor, finite: Tensor, context: RowContext
+    o: Objective,
+    rows: paths.LossRows,
+    context: RowContext,
+    hyper: Tensor | None,
+    values: list[float],
 ) -> PolicyMetrics:
-    with torch.no_grad():
-        h = unpack_hyper(*o.pack(context.weight), logprob.shape)
-        log_ratio = torch.zeros_like(logprob)
-        if context.old_logprob is not None:
-            log_ratio = logprob - context.old_logprob
-        if o.name == "gspo" and o.level == "sequence":
-            used = (context.weight != 0) & finite
-            total = context.sequence_sum(torch.where(used, log_ratio, 0.0))
-            log_ratio = (total / context.sequence_sum(used).clamp_min(1)).to(logprob.dtype)
-        return policy_metrics(
-            o, h, logprob, entropy, finite, log_ratio, context.old_logprob, context.advantage,
-            context.weight, context.entropy_weight, context.ref_logprob,
-        )  # fmt: skip
+    log_ratio = None  # of the token
+    if o.name == "gspo" and context.old_logprob is not None and rows.finite is not None:
+        used = (context.weight != 0) & rows.finite
+        total = context.sequence_sum(torch.where(used, rows.logprob - context.old_logprob, 0.0))
+        mean = total / context.sequence_sum(used).clamp_min(1)
+        log_ratio = mean.to(rows.logprob.dtype).contiguous()
+    return measure(
+        o, rows.logprob, rows.entropy, context.old_logprob, context.advantage, context.weight,
+        context.entropy_weight, rows.importance, context.ref_logprob, log_ratio, rows.finite,
+        hyper, values,
+    )  # fmt: skip

@@ -89,7 +89,9 @@ def canonical_scaling(
         _checks.check_number("temperature", temperature, 0, exclusive=True)
         return Scaling(None, float(temperature), cap)
     rows = row_tensor("temperature", temperature, logits, per_sequence=True, segments=segments)
-    _check_values("temperature", rows, (rows > 0) & torch.isfinite(rows), "finite positive values")
+    if _checks_values(rows):
+        ok = (rows > 0) & torch.isfinite(rows)
+        _check_values("temperature", rows, ok, "finite positive values")
     return Scaling(rows, 1.0, cap)
 
 
@@ -109,15 +111,14 @@ def row_tensor(
     check_tensor(name, x)
     batch, tokens = logits.shape[:2]
     _checks.check_device(name, x, logits, "logits")
-    rows = logits.new_empty(0, dtype=accumulator_dtype(logits.dtype)).expand(batch, tokens, 0)
-    shape = rows.shape[:2]
+    shape = logits.shape[:2]
     per_token = x.shape == shape or (batch == 1 and x.shape == (tokens,))
     if per_sequence and (sequence_first or not per_token):
         x = _spread(name, x, shape, segments)
     if batch == 1 and x.shape == (tokens,):
         x = x.unsqueeze(0)
     _checks.check_shape(name, x, shape, "one value per token")
-    return x.detach().to(rows.dtype).contiguous()
+    return x.detach().to(accumulator_dtype(logits.dtype)).contiguous()
 
 
 def _spread(name: str, x: Tensor, shape: torch.Size, segments: Segments | None) -> Tensor:
@@ -150,22 +151,30 @@ def canonical_segments(cu_seqlens: Tensor | None, targets: Tensor, packed: bool)
     return Segments.of(targets, cu_seqlens)
 
 
+def _checks_values(x: Tensor) -> bool:
+    """CPU only, like `_checks.check_range`: elsewhere it would synchronise."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_finite(name: str, x: Tensor, where: Tensor | None = None) -> None:
+    ok = torch.isfinite(x)
+    if not ok.all():
+        _check_values(name, x, ok if where is None else ok | ~where, "finite values")
+
+
 def _check_values(name: str, x: Tensor, ok: Tensor, expected: str) -> None:
-    """CPU only, like `_checks.check_range`."""
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or bool(ok.all()):
-        return
-    index = tuple((~ok).nonzero()[0].tolist())
-    _checks.fail(name, expected, f"{x[index].item()} at {index}")
+    if not ok.all():
+        index = tuple((~ok).nonzero()[0].tolist())
+        _checks.fail(name, expected, f"{x[index].item()} at {index}")
 
 
 def check_rows(context: RowContext, targets: Tensor, vocab: int) -> None:
     """Values that would otherwise only be counted as nonfinite: refused on CPU."""
-    for name, x in (
-        ("weight", context.weight),
-        ("entropy_weight", context.entropy_weight),
-        ("advantage", context.advantage),
-    ):
-        if x is not None:
-            live = context.active if name == "advantage" else torch.ones_like(context.active)
-            _check_values(name, x, torch.isfinite(x) | ~live, "finite values")
-    _checks.check_range("targets", targets, 0, vocab, where=context.active)
+    if not _checks_values(targets):
+        return
+    active = context.active
+    _check_finite("weight", context.weight)
+    if context.entropy_weight is not None:
+        _check_finite("entropy_weight", context.entropy_weight)
+    _check_finite("advantage", context.advantage, active)
+    _checks.check_range("targets", targets, 0, vocab, where=active)

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from .objective import Objective
-from .reference import DPPO_KL, DPPO_TV, Hyper, clamped_exp, dppo_keeps
+from .reference import (
+    CLIP,
+    DPPO_KL,
+    DPPO_TV,
+    Hyper,
+    active_rows,
+    clamped_exp,
+    dppo_keeps,
+    unpack_hyper,
+)
 
 SUMS = (
     "rows_active",
@@ -83,15 +92,11 @@ class PolicyMetrics:
         flat = torch.cat((self.sums, self.ratio_range, self.moments.flatten()))
         gathered = [torch.empty_like(flat) for _ in range(dist.get_world_size(group))]
         dist.all_gather(gathered, flat, group=group)
-        parts = [self._unflatten(part) for part in gathered]
+        parts = [_unflatten(part, self.has_ref) for part in gathered]
         merged = parts[0]
         for part in parts[1:]:
             merged = merged + part
         return merged
-
-    def _unflatten(self, flat: Tensor) -> PolicyMetrics:
-        sums, ratio_range, moments = torch.split(flat, [len(SUMS), 2, 4 * len(PAIRS)])
-        return PolicyMetrics(sums, ratio_range, moments.view(len(PAIRS), 4), self.has_ref)
 
     def compute(self) -> dict[str, Tensor]:
         """0-dim float64 tensors by name; a mean over no rows is 0 (see ``rows_active``).
@@ -136,6 +141,39 @@ class PolicyMetrics:
         return out
 
 
+def measure(
+    objective: Objective,
+    logprob: Tensor,
+    entropy: Tensor,
+    old_logprob: Tensor | None,
+    advantage: Tensor,
+    weight: Tensor,
+    entropy_weight: Tensor | None,
+    importance: Tensor | None,
+    ref_logprob: Tensor | None,
+    log_ratio: Tensor | None,
+    finite: Tensor | None,
+    hyper: Tensor | None,
+    values: list[float],
+) -> PolicyMetrics:
+    """Statistics of one batch of rows (B, T), by one operator; see `metric_rows`."""
+    kind = objective.kind if objective.level == "token" else CLIP
+    flat = torch.ops.reasonkern.policy_metrics(
+        logprob, entropy, old_logprob, advantage, weight, entropy_weight, importance, ref_logprob,
+        log_ratio, finite, hyper, values, kind, not objective.leaves_out_ratio,
+        objective.kl is not None,
+    )  # fmt: skip
+    return _unflatten(flat, ref_logprob is not None)
+
+
+def _unflatten(flat: Tensor, has_ref: bool) -> PolicyMetrics:
+    sums, ratio_range, moments = torch.split(flat, [len(SUMS), 2, 4 * len(PAIRS)])
+    return PolicyMetrics(sums, ratio_range, moments.view(len(PAIRS), 4), has_ref)
+
+
+# ---- the definition of the operator; csrc/policy_loss/metrics.h computes the same in one pass
+
+
 def _moments(x: Tensor, y: Tensor, used: Tensor, n: Tensor) -> Tensor:
     mean_x = torch.where(used, x, 0.0).sum() / n.clamp_min(1)
     mean_y = torch.where(used, y, 0.0).sum() / n.clamp_min(1)
@@ -145,66 +183,84 @@ def _moments(x: Tensor, y: Tensor, used: Tensor, n: Tensor) -> Tensor:
 
 def _estimators(d: Tensor, clamp: float | Tensor) -> list[Tensor]:
     """k1, k2, k3 of d = log of (other / policy)."""
-    return [-d, 0.5 * d * d, clamped_exp(d, clamp)[0] - 1 - d]
+    within = torch.clamp_max(torch.clamp_min(d, -clamp), clamp)
+    return [-d, 0.5 * d * d, torch.expm1(within) - d]
 
 
-@torch.no_grad()
-def policy_metrics(
-    objective: Objective,
-    h: Hyper,
+def _beyond_bounds(
+    r: Tensor, logp: Tensor, old_logprob: Tensor | None, a: Tensor, h: Hyper, kind: int, clips: bool
+) -> tuple[Tensor, Tensor]:
+    """Rows beyond the lower and the upper bound."""
+    if not clips:
+        none = torch.zeros_like(r, dtype=torch.bool)
+        return none, none
+    if kind not in (DPPO_TV, DPPO_KL):
+        return r < h.ratio_min, r > h.ratio_max
+    old = logp if old_logprob is None else old_logprob.double()
+    dropped = ~dppo_keeps(kind, logp, old, a, h)
+    return dropped & (a <= 0), dropped & (a > 0)  # the side each sign is limited on
+
+
+def metric_rows(
     logprob: Tensor,
     entropy: Tensor,
-    finite: Tensor,
-    log_ratio: Tensor,
     old_logprob: Tensor | None,
     advantage: Tensor,
     weight: Tensor,
     entropy_weight: Tensor | None,
+    importance: Tensor | None,
     ref_logprob: Tensor | None,
-) -> PolicyMetrics:
-    """Statistics of one batch of rows (B, T); ``log_ratio`` is the one the objective clips.
+    log_ratio: Tensor | None,
+    finite: Tensor | None,
+    hyper: Tensor | None,
+    values: list[float],
+    kind: int,
+    clips: bool,
+    needs_ref: bool,
+) -> Tensor:
+    """(sums, ratio_range, moments) of rows (B, T) as one float64 vector.
 
-    Rows that are not ``finite`` were left out of the loss.
+    ``log_ratio`` is the one the objective clips; None = logprob - old_logprob. Rows where
+    ``finite`` is False or an input is not finite were left out of the loss. ``kind`` matters for
+    DPPO, whose dropped tokens count as clipped; with ``clips`` False none does.
     """
+    h = unpack_hyper(values, hyper, logprob.shape)
+    if log_ratio is None:
+        log_ratio = torch.zeros_like(logprob) if old_logprob is None else logprob - old_logprob
     logp, a = logprob.double(), advantage.double()
     r = clamped_exp(log_ratio.double(), h.log_ratio_clamp)[0]
-    finite = finite & torch.isfinite(r) & torch.isfinite(a)
-    if objective.kl is not None and ref_logprob is not None:
-        finite = finite & torch.isfinite(ref_logprob)
+    good = torch.isfinite(logp) & torch.isfinite(entropy) & torch.isfinite(r) & torch.isfinite(a)
+    if finite is not None:
+        good = good & finite
+    for factor in (importance, ref_logprob if needs_ref else None):
+        if factor is not None:
+            good = good & torch.isfinite(factor)
     active = weight != 0
-    used = active & finite
-    either = active if entropy_weight is None else active | (entropy_weight != 0)
-    low, high = r < h.ratio_min, r > h.ratio_max
-    if objective.level == "token" and objective.kind in (DPPO_TV, DPPO_KL):
-        old = logp if old_logprob is None else old_logprob.double()
-        dropped = ~dppo_keeps(objective.kind, logp, old, a, h)
-        low, high = dropped & (a <= 0), dropped & (a > 0)  # the side each sign is limited on
-    if objective.leaves_out_ratio:
-        low = high = torch.zeros_like(active)
+    used = active & good
+    read = active_rows(weight, entropy_weight)
+    low, high = _beyond_bounds(r, logp, old_logprob, a, h, kind, clips)
     pos, neg = a > 0, a < 0
     clipped = (pos & high) | (neg & low)
     r_eff = torch.where(neg, torch.clamp_min(r, h.ratio_min), torch.clamp_max(r, h.ratio_max))
-    clips_cap = (r > h.ratio_cap) | (neg & (r > h.dual_clip))
-    old_d = torch.zeros_like(logp) if old_logprob is None else old_logprob.double() - logp
-    ref_d = torch.zeros_like(logp) if ref_logprob is None else ref_logprob.double() - logp
+    beyond_cap = (r > h.ratio_cap) | (neg & (r > h.dual_clip))
+    old_d, ref_d = (
+        torch.zeros_like(logp) if other is None else other.double() - logp
+        for other in (old_logprob, ref_logprob)
+    )
     entropy = entropy.double()
     columns = [
         torch.ones_like(logp), pos, neg, pos & low, pos & high, neg & low, neg & high, clipped,
-        clips_cap, *_estimators(old_d, h.log_ratio_clamp), *_estimators(ref_d, h.log_ratio_clamp),
+        beyond_cap, *_estimators(old_d, h.log_ratio_clamp), *_estimators(ref_d, h.log_ratio_clamp),
         entropy, torch.where(pos, entropy, 0.0), torch.where(neg, entropy, 0.0),
         torch.clamp_min(r_eff * a, 0), torch.clamp_min(-r_eff * a, 0),
     ]  # fmt: skip
     rows = torch.stack([torch.where(used, c.double(), 0.0) for c in columns]).flatten(1).sum(-1)
-    counts = torch.stack(((~active).sum().double(), (either & ~finite).sum().double()))
-    n = rows[0]
+    counts = torch.stack(((~active).sum().double(), (read & ~good).sum().double()))
     pairs = ((r, r), (logp, a), (logp, torch.where(clipped, 0.0, a)))
-    return PolicyMetrics(
-        torch.cat((rows[:1], counts, rows[1:])),
-        torch.stack(
-            (torch.where(used, r, torch.inf).amin(), torch.where(used, r, -torch.inf).amax())
-        )
-        if r.numel()
-        else r.new_tensor((torch.inf, -torch.inf)),
-        torch.stack([_moments(x, y, used, n) for x, y in pairs]),
-        ref_logprob is not None,
+    moments = [_moments(x, y, used, rows[0]) for x, y in pairs]
+    ends = r.new_tensor((torch.inf, -torch.inf))
+    low_r, high_r = (torch.where(used, r, end).flatten() for end in ends)
+    ratio_range = torch.stack(
+        (torch.cat((ends[:1], low_r)).amin(), torch.cat((ends[1:], high_r)).amax())
     )
+    return torch.cat((rows[:1], counts, rows[1:], ratio_range, *moments))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _load
-from . import reference
+from . import metrics, reference
 
 LOGITS_ARGS = "Tensor targets, Tensor? mask, Tensor? row_temperature"
 GRAD_ARGS = (
@@ -39,6 +39,14 @@ SCHEMAS = {
     "policy_loss_": f"(Tensor(a!) logits, {LOSS_ARGS}) -> (Tensor row_loss, Tensor token_loss, "
     "Tensor logprob, Tensor entropy)",
     "scale_rows_": "(Tensor(a!) x, Tensor scale) -> ()",
+    "objective_map": "(Tensor logprob, Tensor entropy, Tensor? old_logprob, Tensor advantage, "
+    "Tensor weight, Tensor? entropy_weight, Tensor? importance, Tensor? ref_logprob, "
+    "Tensor? hyper, float[] values, int kind, int kl_kind, bool kl_unbiased) -> (Tensor row_loss, "
+    "Tensor token_loss, Tensor dlogp, Tensor dentropy, Tensor finite)",
+    "policy_metrics": "(Tensor logprob, Tensor entropy, Tensor? old_logprob, Tensor advantage, "
+    "Tensor weight, Tensor? entropy_weight, Tensor? importance, Tensor? ref_logprob, "
+    "Tensor? log_ratio, Tensor? finite, Tensor? hyper, float[] values, int kind, bool clips, "
+    "bool needs_ref) -> Tensor",
 }
 
 _lib = torch.library.Library("reasonkern", "FRAGMENT")
@@ -61,6 +69,13 @@ def _policy_loss_(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return out[:4]
 
 
+def _objective_map(logprob: Tensor, entropy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *rows, hyper, values, kind, kl_kind, kl_unbiased = args
+    h = reference.unpack_hyper(values, hyper, logprob.shape)
+    inputs: tuple[Any, ...] = (kind, kl_kind, kl_unbiased, logprob, entropy, *rows, h)
+    return tuple(reference.objective_rows(*inputs))
+
+
 REFERENCE: dict[str, Callable[..., Any]] = {
     "token_stats": reference.token_stats,
     "token_stats_backward": reference.token_stats_backward,
@@ -68,6 +83,8 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "policy_loss": reference.policy_loss,
     "policy_loss_": _policy_loss_,
     "scale_rows_": reference.scale_rows_,
+    "objective_map": _objective_map,
+    "policy_metrics": metrics.metric_rows,
 }
 
 
@@ -93,6 +110,11 @@ def _fake_policy_loss_(logits: Tensor, targets: Tensor, *args: Any) -> tuple[Ten
     return tuple(_like_rows(logits, targets) for _ in range(4))
 
 
+def _fake_objective_map(logprob: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    rows = (logprob.new_empty(logprob.shape) for _ in range(4))
+    return (*rows, logprob.new_empty(logprob.shape, dtype=torch.bool))
+
+
 FAKE: dict[str, Callable[..., Any]] = {
     "token_stats": _fake_token_stats,
     "token_stats_backward": lambda logits, *args: logits.new_empty(logits.shape),
@@ -100,6 +122,10 @@ FAKE: dict[str, Callable[..., Any]] = {
     "policy_loss": _fake_policy_loss,
     "policy_loss_": _fake_policy_loss_,
     "scale_rows_": lambda x, scale: None,
+    "objective_map": _fake_objective_map,
+    "policy_metrics": lambda logprob, *args: logprob.new_empty(
+        len(metrics.SUMS) + 2 + 4 * len(metrics.PAIRS), dtype=torch.float64
+    ),
 }
 
 
@@ -161,6 +187,19 @@ def scale_saved_gradient(grad_logits: Tensor, grad: Tensor, loss_scale: Tensor |
     return grad_logits
 
 
+def _save_slopes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:4])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _objective_map_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    dlogp, dentropy = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 13
+    return (grad * dlogp, grad * dentropy, *(None,) * 11)
+
+
 # ---- registrations
 
 
@@ -175,6 +214,9 @@ def _cuda_entry(name: str) -> Callable[..., Any]:
 
 
 def _triton(name: str) -> Callable[..., Any]:
+    if name == "policy_metrics":
+        return REFERENCE[name]  # float64 sums over O(N) rows; a build with nvcc has a kernel
+
     def call(*args: Any) -> Any:
         from . import triton_kernels
 
@@ -202,4 +244,7 @@ torch.library.register_autograd(
 )
 torch.library.register_autograd(
     "reasonkern::policy_loss", _policy_loss_vjp, setup_context=_save_grad, lib=_lib
+)
+torch.library.register_autograd(
+    "reasonkern::objective_map", _objective_map_vjp, setup_context=_save_slopes, lib=_lib
 )

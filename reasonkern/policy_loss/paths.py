@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,19 @@ from torch.autograd.function import once_differentiable
 from . import op
 from .inputs import RowContext, Scaling
 from .objective import KL, KL_KINDS, Importance, Objective
-from .reference import Hyper, RowLoss, Term, combine, kl_term, objective_rows, unpack_hyper
+from .reference import Hyper, RowLoss, Term, combine, kl_term, unpack_hyper
 from .sequence import importance_weights, opsm_keeps, sequence_term
+
+
+class LossRows(NamedTuple):
+    """What either way gives of each row, (B, T); ``row_loss`` carries the gradient."""
+
+    row_loss: Tensor
+    token_loss: Tensor
+    logprob: Tensor
+    entropy: Tensor
+    importance: Tensor | None
+    finite: Tensor | None  # False: left out of the loss; None: by the statistics and the importance
 
 
 class _InplaceLoss(torch.autograd.Function):
@@ -102,12 +113,10 @@ def fused(
     scaling: Scaling,
     loss_scale: Tensor | None,
     inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(row_loss with autograd, token_loss, logprob, entropy, finite), each (B, T).
-
-    ``finite`` is False where this pass's statistics or a factor leave the row out of the loss.
-    """
-    values, hyper = o.pack(context.weight)
+    hyper: Tensor | None,
+    values: list[float],
+) -> LossRows:
+    """One operator reads the row and writes its gradient."""
     h = unpack_hyper(values, hyper, targets.shape)
     factor = _importance(o, context.old_logprob, context.weight, context, h)
     args = (
@@ -122,10 +131,7 @@ def fused(
         row_loss, token_loss, logprob, entropy, _ = torch.ops.reasonkern.policy_loss(
             logits, *args, needs_grad(logits)
         )
-    finite = torch.isfinite(logprob) & torch.isfinite(entropy)
-    if factor is not None:
-        finite = finite & torch.isfinite(factor)
-    return row_loss, token_loss, logprob, entropy, finite
+    return LossRows(row_loss, token_loss, logprob, entropy, factor, None)
 
 
 def two_phase(
@@ -135,7 +141,9 @@ def two_phase(
     context: RowContext,
     scaling: Scaling,
     inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hyper: Tensor | None,
+    values: list[float],
+) -> LossRows:
     """As `fused`, through the statistics and an O(N) map."""
     args = (
         targets, context.active, scaling.row_temperature, scaling.temperature, scaling.softcap,
@@ -144,24 +152,49 @@ def two_phase(
         logprob, entropy = _InplaceTokenStats.apply(logits, *args)  # type: ignore[no-untyped-call]
     else:
         logprob, entropy = torch.ops.reasonkern.token_stats(logits, *args)[:2]
+    if o.level == "token" and o.opsm is None and o.importance is None:
+        return _local_rows(o, logprob, entropy, context, None, hyper, values)
     # Nonfinite rows take no part: their derivative is cut off here, their loss in the map.
     finite = torch.isfinite(logprob) & torch.isfinite(entropy)
     lp = torch.where(finite, logprob, 0.0)
     ent = torch.where(finite, entropy, 0.0)
-    values, hyper = o.pack(context.weight)
     h = unpack_hyper(values, hyper, targets.shape)
+    if o.level == "token":
+        with torch.no_grad():
+            old = lp if context.old_logprob is None else context.old_logprob
+            weight = torch.where(finite, context.weight, 0.0)
+            factor = _selection(o, lp, old, weight, context, h)
+        return _local_rows(o, logprob, entropy, context, factor, hyper, values)
     if o.level == "custom":
         row_loss, token_loss, finite = _custom_rows(o, lp, ent, finite, context, h)
     else:
         with torch.no_grad():
-            rows = _mapped_rows(o, lp, ent, finite, context, h)
+            rows = _sequence_rows(o, lp, ent, finite, context, h)
         # Value from the map, gradient by its analytic derivatives.
         slope = rows.dlogp * (lp - lp.detach()) + rows.dentropy * (ent - ent.detach())
         row_loss, token_loss, finite = rows.row_loss + slope, rows.token_loss, finite & rows.finite
-    return row_loss, token_loss.detach(), logprob.detach(), entropy.detach(), finite
+    rest = token_loss.detach(), logprob.detach(), entropy.detach()
+    return LossRows(row_loss, *rest, None, finite)
 
 
-def _mapped_rows(
+def _local_rows(
+    o: Objective,
+    logprob: Tensor,
+    entropy: Tensor,
+    context: RowContext,
+    factor: Tensor | None,
+    hyper: Tensor | None,
+    values: list[float],
+) -> LossRows:
+    """Token-local objectives of given statistics, by one operator."""
+    row_loss, token_loss, _, _, finite = torch.ops.reasonkern.objective_map(
+        logprob, entropy, context.old_logprob, context.advantage, context.weight,
+        context.entropy_weight, factor, context.ref_logprob, hyper, values, o.kind, *_kl(o),
+    )  # fmt: skip
+    return LossRows(row_loss, token_loss, logprob.detach(), entropy.detach(), factor, finite)
+
+
+def _sequence_rows(
     o: Objective, lp: Tensor, ent: Tensor, finite: Tensor, context: RowContext, h: Hyper
 ) -> RowLoss:
     weight = torch.where(finite, context.weight, 0.0)
@@ -170,11 +203,6 @@ def _mapped_rows(
         entropy_weight = torch.where(finite, entropy_weight, 0.0)
     old = lp if context.old_logprob is None else context.old_logprob
     factor = _selection(o, lp, old, weight, context, h)
-    if o.level == "token":
-        return objective_rows(
-            o.kind, *_kl(o), lp, ent, context.old_logprob, context.advantage, weight,
-            entropy_weight, factor, context.ref_logprob, h,
-        )  # fmt: skip
     policy_weight = weight if factor is None else weight * factor
     term = sequence_term(
         o, lp, old, context.advantage, policy_weight, weight != 0, context.segments, h

@@ -225,6 +225,31 @@ def scale_rows_kernel(
     tl.store(x + full + lanes, block.to(x.dtype.element_ty), mask=inside)
 
 
+# ---- the objective alone, a row per program: blocks of rows spill
+
+
+@kernel
+def map_kernel(
+    logprob, entropy, old_logprob, advantage, weight, entropy_weight, importance, ref_logprob,
+    hyper, row_loss, token_loss, dlogp, dentropy, finite,
+    hyper_rows: tl.int32, values, kind: tl.int32, kl_kind: tl.int32, kl_unbiased: tl.int32,
+):  # fmt: skip
+    row = tl.program_id(0)
+    logp = tl.load(logprob + row)
+    inputs = load_row_inputs(
+        advantage, weight, entropy_weight, importance, old_logprob, ref_logprob, row, logp
+    )
+    values = load_hyper(values, hyper, hyper_rows, row)
+    h = tl.load(entropy + row)
+    loss = objective_row(kind, kl_kind, kl_unbiased != 0, logp, h, inputs, values)
+    active = (inputs.weight != 0) | (inputs.entropy_weight != 0)
+    tl.store(row_loss + row, tl.where(active, loss.row_loss, 0.0))
+    tl.store(token_loss + row, tl.where(active, loss.token_loss, 0.0))
+    tl.store(dlogp + row, tl.where(active, loss.dlogp, 0.0))
+    tl.store(dentropy + row, tl.where(active, loss.dentropy, 0.0))
+    tl.store(finite + row, loss.finite | ~active)
+
+
 # ---- launchers
 
 
@@ -339,3 +364,21 @@ def policy_loss_(logits, *args):
 def scale_rows_(x, scale):
     check_runnable("scale_rows_", x)
     launch(scale_rows_kernel, x, scale, *sizes(x))
+
+
+def objective_map(
+    logprob, entropy, old_logprob, advantage, weight, entropy_weight, importance, ref_logprob,
+    hyper, values, kind, kl_kind, kl_unbiased,
+):  # fmt: skip
+    check_runnable("objective_map", logprob)
+    out = [torch.empty_like(logprob) for _ in range(4)]
+    out.append(torch.empty_like(logprob, dtype=torch.bool))
+    if logprob.numel():
+        with torch.cuda.device_of(logprob):
+            map_kernel[(logprob.numel(),)](
+                logprob, entropy, old_logprob, advantage, weight, entropy_weight, importance,
+                ref_logprob, hyper, *out, 1 if hyper is None else hyper.shape[1], Hyper(*values),
+                kind, 0 if ref_logprob is None else kl_kind, int(kl_unbiased),
+                num_warps=1, enable_fp_fusion=False,
+            )  # fmt: skip
+    return tuple(out)

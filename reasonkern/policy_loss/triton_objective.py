@@ -57,6 +57,7 @@ class RowLoss(NamedTuple):
     token_loss: tl.tensor
     dlogp: tl.tensor
     dentropy: tl.tensor
+    finite: tl.tensor
 
 
 class Term(NamedTuple):
@@ -269,6 +270,7 @@ def objective_row(kind, kl_kind, kl_unbiased, logp, entropy, row, h):
         tl.where(finite, value, 0.0),
         tl.where(finite, dlogp, 0.0),
         tl.where(finite, dentropy, 0.0),
+        finite,
     )
 
 

@@ -74,13 +74,23 @@ def _run(op: str, logits: Tensor, grad: Tensor | None, args: dict[str, Any]) -> 
         "grad_stride_t": target.stride(1),
         **args,
     }
-    for name, value in args.items():
+    if fields["rows"]:
+        _start(op, logits.dtype, launch, fields, args)
+
+
+def _start(
+    op: str,
+    dtype: torch.dtype,
+    launch: dict[str, Any],
+    fields: dict[str, Any],
+    rows: dict[str, Any],
+) -> None:
+    for name, value in rows.items():
         if isinstance(value, Tensor):
             assert value.is_contiguous(), f"{name}: row tensors are contiguous at operator level"
     pointers = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items()}
-    if fields["rows"]:
-        given = {k: v for k, v in pointers.items() if v is not None}
-        module().run(op, str(logits.dtype).removeprefix("torch."), launch, given)
+    given = {k: v for k, v in pointers.items() if v is not None}
+    module().run(op, str(dtype).removeprefix("torch."), launch, given)
 
 
 def _rows(logits: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -145,3 +155,28 @@ def policy_loss_(logits: Tensor, *values: Any) -> tuple[Tensor, ...]:
 def scale_rows_(x: Tensor, scale: Tensor) -> None:
     args = {"factors": scale}
     _run("scale_rows", x, x, args)
+
+
+def policy_metrics(logprob: Tensor, *values: Any) -> Tensor:
+    """One block of `group` threads; the result depends on their number."""
+    names = ("entropy", "old_logprob", "advantage", "weight", "entropy_weight", "importance")
+    names += ("ref_logprob", "log_ratio", "finite", "hyper", "values", "kind", "clips", "needs_ref")
+    args = {"logprob": logprob, **dict(zip(names, values, strict=True))}
+    args["hyper_rows"] = 0 if args["hyper"] is None else args["hyper"].shape[1]
+    args["out"] = logprob.new_empty(36, dtype=torch.float64)
+    launch = asdict(replace(settings, blocks=1)) | {"order": ORDERS.index(settings.order)}
+    _start("policy_metrics", logprob.dtype, launch, args | {"rows": logprob.numel()}, args)
+    return args["out"]
+
+
+def objective_map(logprob: Tensor, *values: Any) -> tuple[Tensor, ...]:
+    names = ("entropy", "old_logprob", "advantage", "weight", "entropy_weight", "importance")
+    names += ("ref_logprob", "hyper", "values", "kind", "kl_kind", "kl_unbiased")
+    args = {"logprob": logprob, **dict(zip(names, values, strict=True))}
+    args["hyper_rows"] = 0 if args["hyper"] is None else args["hyper"].shape[1]
+    out = {name: torch.empty_like(logprob) for name in ("row_loss", "token_loss", "dlogp")}
+    out["dentropy"] = torch.empty_like(logprob)
+    out["finite"] = torch.empty_like(logprob, dtype=torch.bool)
+    launch = asdict(settings) | {"order": ORDERS.index(settings.order)}
+    _start("objective_map", logprob.dtype, launch, args | out | {"rows": logprob.numel()}, args)
+    return tuple(out.values())

@@ -5,6 +5,8 @@
 
 #include "cuda_sim.h"
 #include "policy_loss/kernels.cuh"
+#include "policy_loss/metrics.cuh"
+#include "policy_loss/objective_map.cuh"
 
 namespace py = pybind11;
 using namespace reasonkern;
@@ -114,30 +116,35 @@ void token_stats_backward(const Launch& l, const Fields& f) {
   l.start(grad_kernel<E>, unsigned(l.slices), l.group, 1, 0, p, t);
 }
 
-template <class E>
-void policy_loss(const Launch& l, const Fields& f) {
-  using A = acc_t<E>;
-  LossParams<A> p{};
-  p.rows = rows_of(f);
-  p.scale = scale_of<A>(f);
+template <class A>
+void fill_objective(LossParams<A>& p, const Fields& f) {
   f.point(p.old_logprob, "old_logprob");
   f.point(p.advantage, "advantage");
   f.point(p.weight, "weight");
   f.point(p.entropy_weight, "entropy_weight");
   f.point(p.importance, "importance");
   f.point(p.ref_logprob, "ref_logprob");
-  f.point(p.loss_scale, "loss_scale");
   f.point(p.device_hyper, "hyper");
   f.point(p.row_loss, "row_loss");
   f.point(p.token_loss, "token_loss");
-  f.point(p.logprob, "logprob");
-  f.point(p.entropy, "entropy");
   const auto v = f.number<std::array<A, kNumHyper>>("values");
   p.hyper = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]};
   p.hyper_rows = f.number<std::int64_t>("hyper_rows");
   p.kind = f.number<int>("kind");
   p.kl_kind = f.number<int>("kl_kind");
   p.kl_unbiased = f.number<bool>("kl_unbiased");
+}
+
+template <class E>
+void policy_loss(const Launch& l, const Fields& f) {
+  using A = acc_t<E>;
+  LossParams<A> p{};
+  p.rows = rows_of(f);
+  p.scale = scale_of<A>(f);
+  fill_objective(p, f);
+  f.point(p.loss_scale, "loss_scale");
+  f.point(p.logprob, "logprob");
+  f.point(p.entropy, "entropy");
   const Tiling t = cut(p.rows.vocab, sizeof(E), l.slices, l.group);
   if (l.resident) {
     l.start(loss_cluster_kernel<E>, unsigned(l.slices), l.group, l.slices,
@@ -145,6 +152,19 @@ void policy_loss(const Launch& l, const Fields& f) {
   } else {
     l.start(loss_sweep_kernel<E>, 1, l.group, 1, sweep_shared_bytes(t), p, t);
   }
+}
+
+template <class E>
+void objective_map(const Launch& l, const Fields& f) {
+  MapParams<acc_t<E>> p{};
+  fill_objective(p.loss, f);
+  p.loss.rows.rows = f.number<std::int64_t>("rows");
+  f.point(p.logprob, "logprob");
+  f.point(p.entropy, "entropy");
+  f.point(p.dlogp, "dlogp");
+  f.point(p.dentropy, "dentropy");
+  f.point(p.finite, "finite");
+  l.start(map_kernel<acc_t<E>>, 1, l.group, 1, 0, p);
 }
 
 template <class E>
@@ -157,11 +177,38 @@ void scale_rows(const Launch& l, const Fields& f) {
 }
 
 template <class E>
+void policy_metrics(const Launch& l, const Fields& f) {
+  MetricsParams<acc_t<E>> p{};
+  p.rows = f.number<std::int64_t>("rows");
+  f.point(p.logprob, "logprob");
+  f.point(p.entropy, "entropy");
+  f.point(p.old_logprob, "old_logprob");
+  f.point(p.advantage, "advantage");
+  f.point(p.weight, "weight");
+  f.point(p.entropy_weight, "entropy_weight");
+  f.point(p.importance, "importance");
+  f.point(p.ref_logprob, "ref_logprob");
+  f.point(p.log_ratio, "log_ratio");
+  f.point(p.finite, "finite");
+  f.point(p.device_hyper, "hyper");
+  const auto v = f.number<std::array<double, kNumHyper>>("values");
+  p.hyper = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]};
+  p.hyper_rows = f.number<std::int64_t>("hyper_rows");
+  p.kind = f.number<int>("kind");
+  p.clips = f.number<bool>("clips");
+  p.needs_ref = f.number<bool>("needs_ref");
+  f.point(p.out, "out");
+  l.start(metrics_kernel<acc_t<E>>, 1, l.group, 1, metrics_shared_bytes(l.group), p);
+}
+
+template <class E>
 void run_typed(const std::string& op, const Launch& l, const Fields& f) {
   if (op == "token_stats") return token_stats<E>(l, f);
   if (op == "token_stats_backward") return token_stats_backward<E>(l, f);
   if (op == "policy_loss") return policy_loss<E>(l, f);
   if (op == "scale_rows") return scale_rows<E>(l, f);
+  if (op == "objective_map") return objective_map<E>(l, f);
+  if (op == "policy_metrics") return policy_metrics<E>(l, f);
   throw std::invalid_argument("op: got " + op);
 }
 
