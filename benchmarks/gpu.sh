@@ -89,14 +89,16 @@ build() {
   step smoke-triton "$PYTHON" -m benchmarks.smoke triton
 }
 
-# Only what touches the GPU: CPU, interpreter and simulator cases run in CI without one.
+# Only what touches the GPU: CPU, interpreter and simulator cases run in CI without one. One process
+# per backend, or one per few cores where pytest-xdist is there: importing torch costs more than most
+# tests.
 tests() {
-  local file
-  for file in tests/test_*.py; do
-    for backend in cuda triton; do
-      step "$(basename "$file" .py)-$backend" "$PYTHON" -m pytest "$file" \
-        -k "$backend and not cuda-sim" -p no:cacheprovider
-    done
+  local backend workers=()
+  if "$PYTHON" -c "import xdist" 2>/dev/null; then workers=(-n 6); fi
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+  for backend in cuda triton; do
+    step "$backend" "$PYTHON" -m pytest tests "${workers[@]}" -k "$backend and not sim and not compile" \
+      -p no:cacheprovider -rf
   done
   step gpu-marked "$PYTHON" -m pytest tests -m gpu -p no:cacheprovider
 }
