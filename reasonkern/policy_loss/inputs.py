@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .. import _checks
+from .objective import Importance, Objective
 from .reference import accumulator_dtype, active_rows
 from .sequence import Segments
 
@@ -73,6 +75,19 @@ def canonical_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if logits.ndim == 2:
         return logits.unsqueeze(0), targets.unsqueeze(0)
     return logits, targets
+
+
+def canonical_mask(
+    mask: Tensor | None, targets: Tensor, shape: torch.Size, device_of: str = "logits"
+) -> Tensor | None:
+    """`mask`, of the `shape` of the caller's targets, in the shape of the canonical ones."""
+    if mask is None:
+        return None
+    check_tensor("mask", mask)
+    _checks.check_dtype("mask", mask, torch.bool)
+    _checks.check_shape("mask", mask, shape, "targets.shape")
+    _checks.check_device("mask", mask, targets, device_of)
+    return mask.reshape(targets.shape).contiguous()
 
 
 def canonical_scaling(
@@ -169,3 +184,67 @@ def check_rows(context: RowContext, targets: Tensor, vocab: int) -> None:
             live = context.active if name == "advantage" else torch.ones_like(context.active)
             _check_values(name, x, torch.isfinite(x) | ~live, "finite values")
     _checks.check_range("targets", targets, 0, vocab, where=context.active)
+
+
+def as_objective(objective: Objective | Callable[..., Tensor]) -> Objective:
+    if isinstance(objective, Objective):
+        return objective
+    if not callable(objective):
+        _checks.fail("objective", "an Objective or a function", repr(objective))
+    return Objective.custom(objective)
+
+
+def canonical_loss_scale(loss_scale: Tensor | None, context: RowContext) -> Tensor | None:
+    if loss_scale is None:
+        return None
+    check_tensor("loss_scale", loss_scale)
+    if loss_scale.ndim:
+        _checks.fail("loss_scale", "a 0-dim tensor", f"shape {tuple(loss_scale.shape)}")
+    return loss_scale.detach().to(context.weight)
+
+
+def row_context(
+    o: Objective,
+    logits: Tensor,
+    segments: Segments,
+    old_logprob: Tensor | None,
+    advantage: Tensor,
+    weight: Tensor,
+    ref_logprob: Tensor | None,
+    rollout_logprob: Tensor | None,
+    entropy_weight: Tensor | None,
+) -> RowContext:
+    def optional(name: str, x: Tensor | None) -> Tensor | None:
+        return None if x is None else row_tensor(name, x, logits)
+
+    spread = row_tensor(
+        "advantage", advantage, logits, per_sequence=True, segments=segments,
+        sequence_first=o.level == "sequence",
+    )  # fmt: skip
+    return RowContext(
+        old_logprob=optional("old_logprob", old_logprob),
+        advantage=spread,
+        weight=row_tensor("weight", weight, logits),
+        entropy_weight=optional("entropy_weight", entropy_weight),
+        ref_logprob=optional("ref_logprob", ref_logprob),
+        rollout_logprob=optional("rollout_logprob", rollout_logprob),
+        segments=segments,
+        advantage_per_sequence=advantage.numel() in (1, segments.count(spread)),
+    )
+
+
+def check_objective(o: Objective, context: RowContext, packed: bool) -> None:
+    if o.kl is not None and context.ref_logprob is None:
+        _checks.fail("ref_logprob", f"a tensor for objective {o.name} with kl", None)
+    if (o.importance is not None or o.opsm is not None) and context.rollout_logprob is None:
+        _checks.fail("rollout_logprob", "a tensor for importance or opsm", None)
+    by_sequence = o.level == "sequence" or _sequence_importance(o) or o.opsm is not None
+    if by_sequence and packed and context.segments.cu_seqlens is None:
+        _checks.fail("segments", f"cu_seqlens for packed tokens with objective {o.name}", None)
+    if o.level == "sequence" and not context.advantage_per_sequence:
+        shape = tuple(context.advantage.shape)
+        _checks.fail("advantage", f"one value per sequence for objective {o.name}", shape)
+
+
+def _sequence_importance(o: Objective) -> bool:
+    return isinstance(o.importance, Importance) and o.importance.level == "sequence"

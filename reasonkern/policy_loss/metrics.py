@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .inputs import RowContext
 from .objective import Objective
-from .reference import DPPO_KL, DPPO_TV, Hyper, clamped_exp, dppo_keeps
+from .reference import DPPO_KL, DPPO_TV, Hyper, clamped_exp, dppo_keeps, unpack_hyper
 
 SUMS = (
     "rows_active",
@@ -208,3 +209,22 @@ def policy_metrics(
         torch.stack([_moments(x, y, used, n) for x, y in pairs]),
         ref_logprob is not None,
     )
+
+
+def loss_metrics(
+    o: Objective, logprob: Tensor, entropy: Tensor, finite: Tensor, context: RowContext
+) -> PolicyMetrics:
+    """`policy_metrics` with the log-ratio that the objective clips: of the sequence for GSPO."""
+    with torch.no_grad():
+        h = unpack_hyper(*o.pack(context.weight), logprob.shape)
+        log_ratio = torch.zeros_like(logprob)
+        if context.old_logprob is not None:
+            log_ratio = logprob - context.old_logprob
+        if o.name == "gspo" and o.level == "sequence":
+            used = (context.weight != 0) & finite
+            total = context.sequence_sum(torch.where(used, log_ratio, 0.0))
+            log_ratio = (total / context.sequence_sum(used).clamp_min(1)).to(logprob.dtype)
+        return policy_metrics(
+            o, h, logprob, entropy, finite, log_ratio, context.old_logprob, context.advantage,
+            context.weight, context.entropy_weight, context.ref_logprob,
+        )  # fmt: skip

@@ -83,13 +83,19 @@ def needs_grad(logits: Tensor) -> bool:
     return torch.is_grad_enabled() and logits.requires_grad
 
 
-def is_fused(o: Objective, logits: Tensor, context: RowContext, loss_scale: Tensor | None) -> bool:
+def is_fused(
+    o: Objective,
+    dtype: torch.dtype,
+    needs_gradient: bool,
+    context: RowContext,
+    loss_scale: Tensor | None,
+) -> bool:
     """Token-local, and no term that needs this pass's log-probabilities of other tokens.
 
     A float16 gradient formed before GradScaler's factor arrives would underflow, so float16 is
     two-phase unless ``loss_scale`` is folded in.
     """
-    half = logits.dtype == torch.float16 and loss_scale is None and needs_grad(logits)
+    half = dtype == torch.float16 and loss_scale is None and needs_gradient
     own_importance = o.importance is not None and context.old_logprob is None
     return o.level == "token" and o.opsm is None and not own_importance and not half
 
@@ -107,25 +113,36 @@ def fused(
 
     ``finite`` is False where this pass's statistics or a factor leave the row out of the loss.
     """
-    values, hyper = o.pack(context.weight)
-    h = unpack_hyper(values, hyper, targets.shape)
-    factor = _importance(o, context.old_logprob, context.weight, context, h)
-    args = (
-        targets, context.old_logprob, context.advantage, context.weight, context.entropy_weight,
-        factor, context.ref_logprob,
-        scaling.row_temperature, loss_scale, hyper, values, scaling.temperature, scaling.softcap,
-        o.kind, *_kl(o),
-    )  # fmt: skip
+    args = fused_args(o, targets, context, scaling, loss_scale)
     if inplace and needs_grad(logits):
         row_loss, token_loss, logprob, entropy = _InplaceLoss.apply(logits, *args)  # type: ignore[no-untyped-call]
     else:
         row_loss, token_loss, logprob, entropy, _ = torch.ops.reasonkern.policy_loss(
             logits, *args, needs_grad(logits)
         )
+    return row_loss, token_loss, logprob, entropy, finite_rows(logprob, entropy, args)
+
+
+def fused_args(
+    o: Objective, targets: Tensor, context: RowContext, scaling: Scaling, loss_scale: Tensor | None
+) -> tuple[Any, ...]:
+    """What the operator `policy_loss` takes after the logits."""
+    values, hyper = o.pack(context.weight)
+    h = unpack_hyper(values, hyper, targets.shape)
+    importance = _importance(o, context.old_logprob, context.weight, context, h)
+    return (
+        targets, context.old_logprob, context.advantage, context.weight, context.entropy_weight,
+        importance, context.ref_logprob,
+        scaling.row_temperature, loss_scale, hyper, values, scaling.temperature, scaling.softcap,
+        o.kind, *_kl(o),
+    )  # fmt: skip
+
+
+def finite_rows(logprob: Tensor, entropy: Tensor, args: tuple[Any, ...]) -> Tensor:
+    """Rows that neither this pass's statistics nor the importance weight leave out of the loss."""
     finite = torch.isfinite(logprob) & torch.isfinite(entropy)
-    if factor is not None:
-        finite = finite & torch.isfinite(factor)
-    return row_loss, token_loss, logprob, entropy, finite
+    importance = args[5]
+    return finite if importance is None else finite & torch.isfinite(importance)
 
 
 def two_phase(
@@ -144,12 +161,19 @@ def two_phase(
         logprob, entropy = _InplaceTokenStats.apply(logits, *args)  # type: ignore[no-untyped-call]
     else:
         logprob, entropy = torch.ops.reasonkern.token_stats(logits, *args)[:2]
+    return loss_of_statistics(o, logprob, entropy, context)
+
+
+def loss_of_statistics(
+    o: Objective, logprob: Tensor, entropy: Tensor, context: RowContext
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The O(N) map of the two-phase path, differentiable through the statistics; as `fused`."""
     # Nonfinite rows take no part: their derivative is cut off here, their loss in the map.
     finite = torch.isfinite(logprob) & torch.isfinite(entropy)
     lp = torch.where(finite, logprob, 0.0)
     ent = torch.where(finite, entropy, 0.0)
     values, hyper = o.pack(context.weight)
-    h = unpack_hyper(values, hyper, targets.shape)
+    h = unpack_hyper(values, hyper, logprob.shape)
     if o.level == "custom":
         row_loss, token_loss, finite = _custom_rows(o, lp, ent, finite, context, h)
     else:
