@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import policy_loss_cases as cases
@@ -325,6 +326,69 @@ def backward_twice() -> None:
     )  # fmt: skip
     out.loss.backward(retain_graph=True)
     refused(RuntimeError, "modified by an inplace operation", out.loss.backward)
+
+
+def group_of_one_rank() -> None:
+    """The single-process path, to the bit; with padding columns too."""
+    groups = [dist.new_group([r]) for r in range(size())]
+    b = make_batch()
+    expected, gradient = run_loss(b, b.logits, OBJECTIVES["dapo_entropy"], None)
+    alone = Parallel(vocab_group=groups[rank()])
+    got, part = run_loss(b, b.logits, OBJECTIVES["dapo_entropy"], alone)
+    assert torch.equal(part, gradient) and torch.equal(got.token_loss, expected.token_loss)
+    padded = torch.cat((b.logits, b.logits), -1)
+    parallel = Parallel(vocab_group=groups[rank()], vocab_size=V)
+    got, part = run_loss(b, padded, OBJECTIVES["dapo_entropy"], parallel)
+    compare(got, expected, **EXACT)
+    assert_close(part, torch.cat((gradient, torch.zeros_like(gradient)), -1), **EXACT)
+
+
+def compiled_breaks_the_graph_and_agrees() -> None:
+    b = make_batch()
+    parallel = Parallel(vocab_group=world(), segment_group=world())
+    objective = OBJECTIVES["gspo"]
+
+    def step(logits: Tensor) -> Tensor:
+        return rk.policy_loss(
+            logits, b.targets, objective=objective, parallel=parallel, **b.given()
+        ).loss
+
+    results = []
+    for function in (step, torch.compile(step, backend="eager")):
+        leaf = own(b.logits).clone().requires_grad_()
+        loss = function(leaf)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    assert_close(results[1], results[0], **EXACT)
+
+
+def worked_example() -> None:
+    """The trainer of the family's README, on 2 x 2 ranks, trains like a single process."""
+    text = (Path(rk.__file__).parent / "policy_loss" / "README.md").read_text()
+    code = text.split("```python\n# A Megatron-style step")[1].split("```")[0]
+    tp, dp = grid()
+    cp = [dist.new_group([r]) for r in range(size())][rank()]
+    scope: dict[str, Any] = {"tp": tp, "dp": dp, "cp": cp, "padded_from": V}
+    exec("# A Megatron-style step" + code, scope)
+    b = make_batch()
+    hidden, head = randn(*b.targets.shape, 5, seed=1), randn(V + 3, 5, seed=2)
+    weight = rk.token_weights(b.mask, "token-mean").double()
+    whole = replace(b, weight=weight, entropy_weight=weight)
+    leaf = head[:V].clone().requires_grad_()
+    expected = rk.policy_loss(
+        hidden @ leaf.t(), b.targets, objective=scope["objective"], **whole.given()
+    )
+    expected.loss.backward()
+    mine = head[8 * tp.rank() : 8 * tp.rank() + 8].clone().requires_grad_()
+    rows = [slice(2 * dp.rank() + i, 2 * dp.rank() + i + 1) for i in range(2)]
+    names = ("targets", "mask", "old_logprob", "advantage")
+    micro_batches = [{n: getattr(b, n)[r] for n in names} | {"tokens": hidden[r]} for r in rows]
+    metrics = scope["step"](lambda tokens: tokens @ mine.t(), micro_batches)
+    average = ranks.total(mine.grad, dp) / 2  # what DDP does
+    at = slice(8 * tp.rank(), min(8 * tp.rank() + 8, V))
+    assert_close(average[: at.stop - at.start], leaf.grad[at], rtol=1e-6, atol=1e-8)
+    assert (average[at.stop - at.start :] == 0).all()
+    assert_close(metrics["ratio_mean"], expected.metrics.compute()["ratio_mean"], **EXACT)
 
 
 # ---- DTensor

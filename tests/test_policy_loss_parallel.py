@@ -38,6 +38,7 @@ VOCABULARY = (
     "statistics_and_their_gradients",
     "one_gather_forward_none_backward",
     "backward_twice",
+    "group_of_one_rank",
     "dtensor_logits",
     "errors",
 )
@@ -48,12 +49,14 @@ TWO = (
     "default_weights_over_data_ranks",
     "pieces_on_two_ranks",
     "weights_of_pieces",
+    "compiled_breaks_the_graph_and_agrees",
 )
 FOUR = (
     *VOCABULARY,
     "grid_of_vocabulary_and_data",
     "grid_of_vocabulary_and_pieces",
     "grid_of_pieces_and_data",
+    "worked_example",
 )
 
 

@@ -31,12 +31,14 @@ class Parallel:
     The three groups are three axes of the mesh of ranks: ranks of one ``vocab_group`` hold the same
     rows and different columns, ranks of one ``segment_group`` pieces of the same sequences, ranks
     of one ``data_group`` different sequences. Make one object per sharding and keep it: the first
-    use exchanges the number of columns of each rank, once. Every rank of a group
-    must make the same calls with the same rows; an error on one rank leaves the others waiting.
+    use exchanges the number of columns of each rank, once. Every rank of a group must make the same
+    calls with the same rows; an error on one rank leaves the others waiting. torch.compile breaks
+    the graph at a group's collective.
 
     Args:
         vocab_group: ranks with the columns of the vocabulary, in rank order; shards may differ in
-            size. Targets, weights and all other row tensors are the same on each of them.
+            size. Targets, weights and all other row tensors are the same on each of them. The loss
+            takes the two-pass form, in which ``loss_scale`` is not needed.
         data_group: ranks with other sequences: ``out.metrics.all_reduce()`` and the defaults of
             `token_weights` run over it.
         segment_group: ranks with the other pieces of each sequence (context parallelism): rows b of
@@ -112,6 +114,7 @@ def in_rank_order(parts: Tensor) -> Tensor:
     return reduce(torch.add, parts.unbind(0))
 
 
+@torch.compiler.disable
 def total(x: Tensor, *groups: ProcessGroup | None) -> Tensor:
     """Sum over the ranks of each group, the same bits on all of them; None = this rank alone."""
     for group in groups:
@@ -126,21 +129,22 @@ class _GroupTotal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return total(x, group)
+        return in_rank_order(gather(x, group))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return total(grad, ctx.group), None
+        return in_rank_order(gather(grad, ctx.group)), None
 
 
 def group_total(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Differentiable `total` over the pieces of sequences."""
-    if group is None:
-        return x
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _GroupTotal.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
-    return total(x, group)
+    return x if group is None else _differentiable_total(x, group)
+
+
+@torch.compiler.disable
+def _differentiable_total(x: Tensor, group: ProcessGroup) -> Tensor:
+    return _GroupTotal.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # ---- the shard of a rank
@@ -178,6 +182,13 @@ class VocabShard:
 
 def vocab_shard(logits: Tensor, parallel: Parallel | None) -> tuple[Tensor, VocabShard | None]:
     """This rank's logits as a plain tensor, and where they belong; None = a whole vocabulary."""
+    logits, shard = _find_shard(logits, parallel)
+    if shard is not None and len(shard.bounds) == 2 and shard.vocab == logits.shape[-1]:
+        return logits, None  # the group is this rank alone
+    return logits, shard
+
+
+def _find_shard(logits: Tensor, parallel: Parallel | None) -> tuple[Tensor, VocabShard | None]:
     check_parallel(parallel)
     if hasattr(logits, "to_local"):
         return _shard_of_dtensor(logits, parallel)
@@ -190,6 +201,7 @@ def vocab_shard(logits: Tensor, parallel: Parallel | None) -> tuple[Tensor, Voca
     return logits, shard_of_columns(parallel, logits.shape[-1], logits.device)
 
 
+@torch.compiler.disable
 def shard_of_columns(parallel: Parallel, columns: int, device: torch.device) -> VocabShard:
     """The shard of a rank that holds `columns`; the first time the ranks tell each other."""
     import torch.distributed as dist
@@ -385,6 +397,7 @@ def sharded_gradient(logits: Tensor, args: tuple[Any, ...], columns: int, inplac
     return gradient
 
 
+@torch.compiler.disable
 def token_stats(
     logits: Tensor, targets: Tensor, mask: Tensor | None, row_temperature: Tensor | None,
     temperature: float, softcap: float, shard: VocabShard, inplace: bool = False,
