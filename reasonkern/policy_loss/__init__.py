@@ -23,6 +23,7 @@ from .inputs import (
     check_rows,
     row_context,
 )
+from .linear import linear_policy_loss, linear_token_stats
 from .metrics import PolicyMetrics, loss_metrics
 from .objective import KL, Importance, Objective
 from .outputs import PolicyLossOutput, TokenStats
@@ -38,6 +39,8 @@ __all__ = [
     "PolicyMetrics",
     "RowContext",
     "TokenStats",
+    "linear_policy_loss",
+    "linear_token_stats",
     "policy_loss",
     "token_stats",
     "token_weights",
