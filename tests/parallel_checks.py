@@ -96,9 +96,7 @@ def same_on_all_ranks(*tensors: Tensor) -> None:
 def group_backend() -> Backend:
     def token_stats(x: Tensor, y: Tensor, mask: Tensor | None, *scaling: Any) -> Any:
         shard = ranks.VocabShard(world(), rank(), bounds(x.shape[-1]))
-        out = ranks.sharded_statistics(
-            own(x).contiguous(), y, shard.owner(y), mask, *scaling, shard
-        )
+        out = ranks.token_stats(own(x).contiguous(), y, mask, *scaling, shard)
         same_on_all_ranks(*out)
         return out
 
@@ -389,6 +387,83 @@ def worked_example() -> None:
     assert_close(average[: at.stop - at.start], leaf.grad[at], rtol=1e-6, atol=1e-8)
     assert (average[at.stop - at.start :] == 0).all()
     assert_close(metrics["ratio_mean"], expected.metrics.compute()["ratio_mean"], **EXACT)
+
+
+# ---- from hidden states and the rows of the head
+
+
+def run_linear(
+    b: Batch, x: Sequence[Tensor], objective: Any, parallel: Parallel | None, **options: Any
+) -> tuple[rk.PolicyLossOutput, list[Tensor]]:
+    """The output and the gradients of 3 times the loss by hidden, weight and bias."""
+    leaves = [t.clone().requires_grad_() for t in x]
+    out = rk.linear_policy_loss(
+        *leaves[:2], b.targets, bias=leaves[2], objective=objective, parallel=parallel,
+        **b.given(*ROWS), **options,
+    )  # fmt: skip
+    return out, list(torch.autograd.grad(3 * out.loss, leaves))
+
+
+def linear_problem(form: str, dtype: torch.dtype) -> tuple[Batch, list[Tensor]]:
+    """Hidden states, head and bias whose logits are those of the batch."""
+    b = batch(form).to(dtype)
+    weight, bias = torch.linalg.qr(randn(V, V, seed=7))[0].to(dtype), randn(V, seed=8).to(dtype)
+    return b, [(b.logits - bias) @ weight, weight, bias]
+
+
+def own_rows(x: Sequence[Tensor], at: Sequence[int] | None = None) -> list[Tensor]:
+    return [x[0], *(own(t.t() if t.ndim > 1 else t, at).t() for t in x[1:])]
+
+
+def linear_loss_of_every_objective() -> None:
+    for form, dtype, tolerance in (
+        ("padded", torch.float64, EXACT),
+        ("packed", torch.float32, ROUNDED),
+    ):
+        b, x = linear_problem(form, dtype)
+        for name, objective in OBJECTIVES.items():
+            expected, whole = run_linear(b, x, objective, None)
+            for options in ({}, {"chunk_rows": 3, "compact": True}):
+                got, parts = run_linear(b, own_rows(x), objective, Parallel(world()), **options)
+                compare(got, expected, **tolerance)
+                for part, gradient in zip(parts, own_rows(whole), strict=True):
+                    assert_close(part, gradient, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+                same_on_all_ranks(*got[:4], parts[0])
+
+
+def linear_padding_and_own_reduction() -> None:
+    b, x = linear_problem("padded", torch.float64)
+    at = (0, 7, V + 4) if size() == 2 else (0, 7, V, V + 4, V + 9)
+    pad = torch.full((at[-1] - V, V), cases.NAN).double()
+    padded = [x[0], torch.cat((x[1], pad)), torch.cat((x[2], pad[:, 0]))]
+    expected, whole = run_linear(b, x, OBJECTIVES["gspo"], None)
+    whole = [whole[0], torch.cat((whole[1], 0 * pad.nan_to_num())), whole[2]]
+    whole[2] = torch.cat((whole[2], torch.zeros(at[-1] - V).double()))
+    for reduced in (True, False):
+        parallel = Parallel(world(), vocab_size=V, reduce_dhidden=reduced)
+        got, parts = run_linear(b, own_rows(padded, at), OBJECTIVES["gspo"], parallel)
+        compare(got, expected, **EXACT)
+        if not reduced:
+            assert (parts[0] - whole[0]).abs().max() > 1e-3
+            parts[0] = ranks.total(parts[0], world())
+        for part, gradient in zip(parts, own_rows(whole, at), strict=True):
+            assert_close(part, gradient, **EXACT)
+
+
+def linear_statistics_and_frozen_head() -> None:
+    _, x = linear_problem("padded", torch.float64)
+    y, mask = make_batch().targets.clamp_min(0), make_batch().mask
+    results = []
+    for operands, parallel in ((x, None), (own_rows(x), Parallel(world()))):
+        hidden = operands[0].clone().requires_grad_()
+        stats = rk.linear_token_stats(
+            hidden, operands[1], y, bias=operands[2], mask=mask, temperature=0.7, softcap=4.0,
+            parallel=parallel,
+        )  # fmt: skip
+        sum(getattr(stats, name).sum() for name in ("logprob", "lse", "collision")).backward()
+        results.append((*stats, hidden.grad))
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert_close(got, expected, **EXACT)
 
 
 # ---- DTensor

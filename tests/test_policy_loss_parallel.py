@@ -39,6 +39,9 @@ VOCABULARY = (
     "one_gather_forward_none_backward",
     "backward_twice",
     "group_of_one_rank",
+    "linear_loss_of_every_objective",
+    "linear_padding_and_own_reduction",
+    "linear_statistics_and_frozen_head",
     "dtensor_logits",
     "errors",
 )

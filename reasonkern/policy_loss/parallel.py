@@ -9,7 +9,7 @@ nothing cancels that a single pass over the row would not cancel.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _checks
+from .reference import accumulator_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -97,6 +98,13 @@ def check_parallel(parallel: Any) -> None:
         _checks.fail("parallel", "a Parallel or None", type(parallel).__name__)
 
 
+def has_vocab_group(parallel: Parallel) -> bool:
+    """Whether the vocabulary is spread over ranks."""
+    if parallel.vocab_group is None and parallel.vocab_size is not None:
+        _checks.fail("vocab_size", "None without a vocab_group", parallel.vocab_size)
+    return parallel.vocab_group is not None
+
+
 # ---- collectives, in rank order
 
 
@@ -168,6 +176,10 @@ class VocabShard:
         """Columns of this rank that exist."""
         return self.bounds[self.rank + 1] - self.bounds[self.rank]
 
+    def is_whole(self, columns: int) -> bool:
+        """Whether the group is this rank alone and nothing of its columns is padding."""
+        return self.bounds == (0, columns)
+
     def owner(self, targets: Tensor) -> Tensor:
         """The rank that has each target; of a target outside the vocabulary the nearest one."""
         owner = torch.zeros_like(targets)
@@ -183,8 +195,8 @@ class VocabShard:
 def vocab_shard(logits: Tensor, parallel: Parallel | None) -> tuple[Tensor, VocabShard | None]:
     """This rank's logits as a plain tensor, and where they belong; None = a whole vocabulary."""
     logits, shard = _find_shard(logits, parallel)
-    if shard is not None and len(shard.bounds) == 2 and shard.vocab == logits.shape[-1]:
-        return logits, None  # the group is this rank alone
+    if shard is not None and shard.is_whole(logits.shape[-1]):
+        return logits, None
     return logits, shard
 
 
@@ -192,9 +204,7 @@ def _find_shard(logits: Tensor, parallel: Parallel | None) -> tuple[Tensor, Voca
     check_parallel(parallel)
     if hasattr(logits, "to_local"):
         return _shard_of_dtensor(logits, parallel)
-    if parallel is None or parallel.vocab_group is None:
-        if parallel is not None and parallel.vocab_size is not None:
-            _checks.fail("vocab_size", "None without a vocab_group", parallel.vocab_size)
+    if parallel is None or not has_vocab_group(parallel):
         return logits, None
     if not isinstance(logits, Tensor) or not logits.ndim:
         return logits, None  # refused by the checks of the logits
@@ -257,18 +267,22 @@ def _shard_of_dtensor(logits: Any, parallel: Parallel | None) -> tuple[Tensor, V
 LOGPROB, ENTROPY, LSE, COLLISION, VARENTROPY, MAX_PROB, IS_TOP1, ROW_MAX = range(8)
 
 
-def local_statistics(logits: Tensor, targets: Tensor, *args: Any) -> Tensor:
-    """(8, B, T): the operator's outputs for the columns of this rank.
+def sharded_statistics(
+    of_columns: Callable[[Tensor], tuple[Tensor, ...]], targets: Tensor, owner: Tensor,
+    mask: Tensor | None, temperature: float | Tensor, dtype: torch.dtype, shard: VocabShard,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """The eight outputs of the operator `token_stats`; one all-gather of 8 numbers per row.
 
-    A part of a row that is empty or all -inf has row_max -inf.
+    ``of_columns`` gives those of this rank's columns for the column of each target.
     """
-    if logits.shape[-1] == 0:
-        from .reference import accumulator_dtype
-
-        dtype = accumulator_dtype(logits.dtype)
-        return torch.full((8, *targets.shape), -torch.inf, dtype=dtype, device=logits.device)
-    out = torch.ops.reasonkern.token_stats(logits, targets, *args)
-    return torch.stack([x.to(out[0].dtype) for x in out])
+    if shard.columns:
+        own = torch.stack([x.to(dtype) for x in of_columns(shard.local(targets, owner))])
+    else:  # like a part that is all -inf
+        own = torch.full((8, *targets.shape), -torch.inf, dtype=dtype, device=targets.device)
+    valid = (targets >= 0) & (targets < shard.vocab)
+    # The operators round the temperature to the accumulator's type.
+    t = temperature if isinstance(temperature, Tensor) else own.new_tensor(temperature)
+    return merge_statistics(gather(own, shard.group), owner, mask, valid, t)
 
 
 def merge_statistics(
@@ -283,7 +297,7 @@ def merge_statistics(
     row_max = stats[ROW_MAX]
     top = row_max.amax(0)  # NaN wins
     empty = row_max == -torch.inf
-    # ln of the sum of exp(z - max z) over the part; the part's own sum is 1 / max_prob >= 1.
+    # ln of the sum of exp(z - top) over the part; its sum about its own maximum is 1 / max_prob.
     log_mass = torch.where(
         empty, -torch.inf, (row_max - top) / temperature.double() - torch.log(stats[MAX_PROB])
     )
@@ -326,10 +340,14 @@ class _ShardedStats(torch.autograd.Function):
         row_temperature: Tensor | None, temperature: float, softcap: float, shard: VocabShard,
         inplace: bool,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        owner = shard.owner(targets)
+        owner, columns = shard.owner(targets), logits.detach()[..., : shard.columns]
         out = sharded_statistics(
-            logits.detach(), targets, owner, mask, row_temperature, temperature, softcap, shard
-        )
+            lambda y: torch.ops.reasonkern.token_stats(
+                columns, y, mask, row_temperature, temperature, softcap
+            ),
+            targets, owner, mask, temperature if row_temperature is None else row_temperature,
+            accumulator_dtype(logits.dtype), shard,
+        )  # fmt: skip
         logprob, entropy, _, collision, varentropy, max_prob, is_top1, row_max = out
         saved = (logprob, entropy, collision, max_prob, row_max)
         ctx.save_for_backward(logits, targets, owner, row_temperature, *saved)
@@ -353,20 +371,6 @@ class _ShardedStats(torch.autograd.Function):
         if inplace:
             torch.autograd.graph.increment_version(logits)
         return (gradient, *(None,) * 7)
-
-
-def sharded_statistics(
-    logits: Tensor, targets: Tensor, owner: Tensor, mask: Tensor | None,
-    row_temperature: Tensor | None, temperature: float, softcap: float, shard: VocabShard,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The eight outputs of the operator `token_stats`; one all-gather of 8 numbers per row."""
-    scaling = (row_temperature, temperature, softcap)
-    own = logits[..., : shard.columns]
-    parts = gather(local_statistics(own, shard.local(targets, owner), mask, *scaling), shard.group)
-    valid = (targets >= 0) & (targets < shard.vocab)
-    # The operators round the temperature to the accumulator's type.
-    t = parts.new_tensor(temperature) if row_temperature is None else row_temperature
-    return merge_statistics(parts, owner, mask, valid, t)
 
 
 def local_grads(
