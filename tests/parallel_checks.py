@@ -25,6 +25,7 @@ from torch.testing import assert_close
 import reasonkern as rk
 from reasonkern import Objective, Parallel
 from reasonkern.policy_loss import parallel as ranks
+from reasonkern.policy_loss import parallel_rows as rows_over_ranks
 from reasonkern.policy_loss import reference as ref
 
 OBJECTIVES: dict[str, Any] = {
@@ -96,16 +97,16 @@ def same_on_all_ranks(*tensors: Tensor) -> None:
 def group_backend() -> Backend:
     def token_stats(x: Tensor, y: Tensor, mask: Tensor | None, *scaling: Any) -> Any:
         shard = ranks.VocabShard(world(), rank(), bounds(x.shape[-1]))
-        out = ranks.token_stats(own(x).contiguous(), y, mask, *scaling, shard)
+        out = rows_over_ranks.token_stats(own(x).contiguous(), y, mask, *scaling, shard)
         same_on_all_ranks(*out)
         return out
 
     def token_stats_backward(x: Tensor, y: Tensor, *args: Any) -> Tensor:
         shard = ranks.VocabShard(world(), rank(), bounds(x.shape[-1]))
         owner = shard.owner(y)
-        grads = ranks.local_grads(owner == rank(), *args[-4:])
+        grads = rows_over_ranks.local_grads(owner == rank(), *args[-4:])
         args = (shard.local(y, owner), *args[:-4], *grads)
-        part = ranks.sharded_gradient(own(x).contiguous(), args, shard.columns, False)
+        part = rows_over_ranks.sharded_gradient(own(x).contiguous(), args, shard.columns, False)
         whole = torch.zeros_like(x)
         own(whole).copy_(part)
         return ranks.total(whole.double(), world()).to(x.dtype)
@@ -296,6 +297,18 @@ def statistics_and_their_gradients() -> None:
         for got, expected in zip(all_stats[1], all_stats[0], strict=True):
             assert_close(got, expected, **EXACT)
         assert_close(grads[1], own(grads[0]), **EXACT)
+
+
+def empty_batches() -> None:
+    for shape in ((0,), (2, 0)):
+        x = torch.zeros(*shape, own(torch.zeros(V)).numel()).requires_grad_()
+        y = torch.zeros(shape, dtype=torch.int64)
+        rows = torch.zeros(shape)
+        out = rk.policy_loss(
+            x, y, advantage=rows, weight=rows, objective=Objective.ppo(), parallel=Parallel(world())
+        )
+        out.loss.backward()
+        assert out.loss == 0 and x.grad is not None and x.grad.shape == x.shape
 
 
 def one_gather_forward_none_backward() -> None:

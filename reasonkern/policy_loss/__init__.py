@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from . import parallel as ranks
-from . import paths
+from . import parallel_rows, paths
 from .inputs import (
     RowContext,
     Scaling,
@@ -27,7 +26,7 @@ from .linear import linear_policy_loss, linear_token_stats
 from .metrics import PolicyMetrics, loss_metrics
 from .objective import KL, Importance, Objective
 from .outputs import PolicyLossOutput, TokenStats
-from .parallel import Parallel
+from .parallel import Parallel, VocabShard, vocab_shard
 from .weights import token_weights
 
 __all__ = [
@@ -91,7 +90,7 @@ def token_stats(
         >>> rk.token_stats(torch.zeros(1, 4), torch.tensor([2])).entropy  # ln 4
         tensor([1.3863])
     """
-    logits, shard = ranks.vocab_shard(logits, parallel)
+    logits, shard = vocab_shard(logits, parallel)
     rows, y = canonical_logits(logits, targets, least=1 if shard is None else 0)
     scaling = canonical_scaling(rows, temperature, softcap)
     mask = canonical_mask(mask, y, targets.shape)
@@ -101,7 +100,7 @@ def token_stats(
     if shard is None:
         out = torch.ops.reasonkern.token_stats(*args)
     else:
-        out = ranks.token_stats(*args, shard)
+        out = parallel_rows.token_stats(*args, shard)
     return TokenStats(*(t.view(targets.shape) for t in out[:7]))
 
 
@@ -177,7 +176,7 @@ def policy_loss(
             weights or advantages in active rows (on CUDA such rows are counted instead).
     """
     objective = as_objective(objective)
-    logits, shard = ranks.vocab_shard(logits, parallel)
+    logits, shard = vocab_shard(logits, parallel)
     rows, y = canonical_logits(logits, targets, least=1 if shard is None else 0)
     packed = logits.ndim == 2
     sequences = canonical_segments(segments, y, packed, parallel)
@@ -215,7 +214,7 @@ def _run(
     scaling: Scaling,
     loss_scale: Tensor | None,
     inplace: bool,
-    shard: ranks.VocabShard | None,
+    shard: VocabShard | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if shard is None and paths.is_fused(
         objective, logits.dtype, paths.needs_grad(logits), context, loss_scale

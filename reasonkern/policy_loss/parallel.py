@@ -1,15 +1,8 @@
-"""`Parallel`: a vocabulary, sequences or a batch spread over the ranks of process groups.
-
-Each rank holds some columns of the logits. It computes the statistics of its part of every row
-with the operator `token_stats`; one all-gather later every rank merges the same numbers in rank
-order, so all get the same bits. The merge takes the parts as outcomes of a first draw, of the rank,
-with probability ``share``: entropy, collision and varentropy then are sums of terms >= 0, and
-nothing cancels that a single pass over the row would not cancel.
-"""
+"""`Parallel`: a vocabulary, sequences or a batch spread over the ranks of process groups."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import TYPE_CHECKING, Any
@@ -19,7 +12,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _checks
-from .reference import accumulator_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -259,154 +251,3 @@ def _shard_of_dtensor(logits: Any, parallel: Parallel | None) -> tuple[Tensor, V
     columns = [b - a for a, b in zip(ends, ends[1:], strict=False)]
     size = None if parallel is None else parallel.vocab_size
     return logits.to_local(), _shard(group, mesh.get_local_rank(dim), columns, size)
-
-
-# ---- statistics of rows spread over ranks
-
-# The order of the operator's outputs, which are what the ranks exchange.
-LOGPROB, ENTROPY, LSE, COLLISION, VARENTROPY, MAX_PROB, IS_TOP1, ROW_MAX = range(8)
-
-
-def sharded_statistics(
-    of_columns: Callable[[Tensor], tuple[Tensor, ...]], targets: Tensor, owner: Tensor,
-    mask: Tensor | None, temperature: float | Tensor, dtype: torch.dtype, shard: VocabShard,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The eight outputs of the operator `token_stats`; one all-gather of 8 numbers per row.
-
-    ``of_columns`` gives those of this rank's columns for the column of each target.
-    """
-    if shard.columns:
-        own = torch.stack([x.to(dtype) for x in of_columns(shard.local(targets, owner))])
-    else:  # like a part that is all -inf
-        own = torch.full((8, *targets.shape), -torch.inf, dtype=dtype, device=targets.device)
-    valid = (targets >= 0) & (targets < shard.vocab)
-    # The operators round the temperature to the accumulator's type.
-    t = temperature if isinstance(temperature, Tensor) else own.new_tensor(temperature)
-    return merge_statistics(gather(own, shard.group), owner, mask, valid, t)
-
-
-def merge_statistics(
-    parts: Tensor, owner: Tensor, mask: Tensor | None, valid: Tensor, temperature: Tensor
-) -> tuple[Tensor, ...]:
-    """The operator's outputs for whole rows from (ranks, 8, B, T): see the family's README.md.
-
-    ``owner`` is the rank of each row's target, ``valid`` False where no rank has it.
-    """
-    dtype, parts = parts.dtype, parts.double()
-    stats = parts.unbind(1)  # eight of (ranks, B, T)
-    row_max = stats[ROW_MAX]
-    top = row_max.amax(0)  # NaN wins
-    empty = row_max == -torch.inf
-    # ln of the sum of exp(z - top) over the part; its sum about its own maximum is 1 / max_prob.
-    log_mass = torch.where(
-        empty, -torch.inf, (row_max - top) / temperature.double() - torch.log(stats[MAX_PROB])
-    )
-    mass = torch.exp(log_mass)
-    heaviest = mass.argmax(0, keepdim=True)
-    others = mass.scatter(0, heaviest, 0.0)
-    # 1 - share of the heaviest part is what a confident row's log-probability is made of.
-    rest = torch.log1p(in_rank_order(others) / mass.gather(0, heaviest)[0])
-    log_sum = torch.log(mass.gather(0, heaviest)[0]) + rest
-    log_share = (log_mass - log_sum).scatter(0, heaviest, -rest.unsqueeze(0))
-    share = torch.exp(log_share)
-    mean = torch.where(empty, 0.0, stats[ENTROPY] - log_share)  # of -ln p, within the part
-    entropy = in_rank_order(share * mean)
-    spread = torch.where(empty, 0.0, stats[VARENTROPY]) + (mean - entropy).square()
-    collision = torch.where(empty, 0.0, stats[COLLISION]) * share.square()
-    at = owner.unsqueeze(0)
-    logprob = (stats[LOGPROB] + log_share).gather(0, at)[0]
-    logprob = torch.where(empty.gather(0, at)[0], -torch.inf, logprob)
-    first = (row_max == top).int().argmax(0)  # the first rank that has the maximum
-    lse = stats[LSE].gather(0, heaviest)[0] + rest
-    merged = (
-        logprob, entropy, lse, in_rank_order(collision), in_rank_order(share * spread),
-        torch.exp(-log_sum), top,
-    )  # fmt: skip
-    active = torch.ones_like(valid) if mask is None else mask
-    good = active & valid & torch.isfinite(top)
-    otherwise = torch.where(active, torch.nan, 0.0)
-    *rest_of, merged_max = (torch.where(good, x, otherwise).to(dtype) for x in merged)
-    merged_max = torch.where(active & valid & (top == -torch.inf), -torch.inf, merged_max)
-    is_top1 = good & (first == owner) & (stats[IS_TOP1].gather(0, at)[0] != 0)
-    return (*rest_of, is_top1, merged_max)
-
-
-class _ShardedStats(torch.autograd.Function):
-    """`token_stats` of rows spread over ranks; the backward needs no communication."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, mask: Tensor | None,
-        row_temperature: Tensor | None, temperature: float, softcap: float, shard: VocabShard,
-        inplace: bool,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        owner, columns = shard.owner(targets), logits.detach()[..., : shard.columns]
-        out = sharded_statistics(
-            lambda y: torch.ops.reasonkern.token_stats(
-                columns, y, mask, row_temperature, temperature, softcap
-            ),
-            targets, owner, mask, temperature if row_temperature is None else row_temperature,
-            accumulator_dtype(logits.dtype), shard,
-        )  # fmt: skip
-        logprob, entropy, _, collision, varentropy, max_prob, is_top1, row_max = out
-        saved = (logprob, entropy, collision, max_prob, row_max)
-        ctx.save_for_backward(logits, targets, owner, row_temperature, *saved)
-        ctx.given = temperature, softcap, shard, inplace
-        ctx.mark_non_differentiable(varentropy, max_prob, is_top1, row_max)
-        ctx.set_materialize_grads(False)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, targets, owner, row_temperature, *saved = ctx.saved_tensors
-        temperature, softcap, shard, inplace = ctx.given
-        if all(g is None for g in grads[:4]):
-            return (None,) * 8
-        args = (
-            shard.local(targets, owner), row_temperature, temperature, softcap, *saved,
-            *local_grads(owner == shard.rank, *grads[:4]),
-        )  # fmt: skip
-        gradient = sharded_gradient(logits.detach(), args, shard.columns, inplace)
-        if inplace:
-            torch.autograd.graph.increment_version(logits)
-        return (gradient, *(None,) * 7)
-
-
-def local_grads(
-    owned: Tensor, logprob: Tensor | None, entropy: Tensor | None, lse: Tensor | None,
-    collision: Tensor | None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """What the operator's backward takes on this rank.
-
-    d logprob / dx_v = 1[v = y] - p_v and d lse / dx_v = p_v: where another rank has the target,
-    g of logprob is -g of lse.
-    """
-    if logprob is not None:
-        elsewhere = torch.where(owned, 0.0, -logprob)
-        lse = elsewhere if lse is None else lse + elsewhere
-        logprob = torch.where(owned, logprob, 0.0)
-    grads = (logprob, entropy, lse, collision)
-    return tuple(None if g is None else g.contiguous() for g in grads)
-
-
-def sharded_gradient(logits: Tensor, args: tuple[Any, ...], columns: int, inplace: bool) -> Tensor:
-    """Gradient of this rank's logits, 0 in padding columns."""
-    if columns == logits.shape[-1] and columns and not inplace:
-        return torch.ops.reasonkern.token_stats_backward(logits, *args)  # type: ignore[no-any-return]
-    gradient = logits if inplace else logits.clone()
-    if columns:
-        torch.ops.reasonkern.token_stats_backward_(gradient[..., :columns], *args)
-    gradient[..., columns:] = 0
-    return gradient
-
-
-@torch.compiler.disable
-def token_stats(
-    logits: Tensor, targets: Tensor, mask: Tensor | None, row_temperature: Tensor | None,
-    temperature: float, softcap: float, shard: VocabShard, inplace: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The operator `token_stats` over a vocabulary group, with autograd."""
-    return _ShardedStats.apply(  # type: ignore[no-any-return, no-untyped-call]
-        logits, targets, mask, row_temperature, temperature, softcap, shard, inplace
-    )

@@ -15,15 +15,8 @@ from torch.autograd.function import once_differentiable
 from .chunks import Plan
 from .inputs import Scaling
 from .linear_op import OPS, to_inputs
-from .parallel import (
-    Parallel,
-    VocabShard,
-    check_parallel,
-    has_vocab_group,
-    local_grads,
-    shard_of_columns,
-    sharded_statistics,
-)
+from .parallel import Parallel, VocabShard, check_parallel, has_vocab_group, shard_of_columns
+from .parallel_rows import local_grads, sharded_statistics
 from .reference import accumulator_dtype
 
 Operands = tuple[Tensor, Tensor, Tensor | None]  # (N, D), (V, D), (V,)
