@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -100,6 +100,14 @@ def has_vocab_group(parallel: Parallel) -> bool:
 # ---- collectives, in rank order
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def untraced(function: F) -> F:
+    """torch.compile breaks its graph here; ``torch.compiler.disable`` imports the compiler."""
+    return cast(F, torch._disable_dynamo(function))  # type: ignore[attr-defined]
+
+
 def gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """(ranks, *x.shape): x of every rank."""
     import torch.distributed as dist
@@ -114,7 +122,7 @@ def in_rank_order(parts: Tensor) -> Tensor:
     return reduce(torch.add, parts.unbind(0))
 
 
-@torch.compiler.disable
+@untraced
 def total(x: Tensor, *groups: ProcessGroup | None) -> Tensor:
     """Sum over the ranks of each group, the same bits on all of them; None = this rank alone."""
     for group in groups:
@@ -142,7 +150,7 @@ def group_total(x: Tensor, group: ProcessGroup | None) -> Tensor:
     return x if group is None else _differentiable_total(x, group)
 
 
-@torch.compiler.disable
+@untraced
 def _differentiable_total(x: Tensor, group: ProcessGroup) -> Tensor:
     return _GroupTotal.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -203,7 +211,7 @@ def _find_shard(logits: Tensor, parallel: Parallel | None) -> tuple[Tensor, Voca
     return logits, shard_of_columns(parallel, logits.shape[-1], logits.device)
 
 
-@torch.compiler.disable
+@untraced
 def shard_of_columns(parallel: Parallel, columns: int, device: torch.device) -> VocabShard:
     """The shard of a rank that holds `columns`; the first time the ranks tell each other."""
     import torch.distributed as dist

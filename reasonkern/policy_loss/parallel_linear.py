@@ -15,7 +15,14 @@ from torch.autograd.function import once_differentiable
 from .chunks import Plan
 from .inputs import Scaling
 from .linear_op import OPS, to_inputs
-from .parallel import Parallel, VocabShard, check_parallel, has_vocab_group, shard_of_columns
+from .parallel import (
+    Parallel,
+    VocabShard,
+    check_parallel,
+    has_vocab_group,
+    shard_of_columns,
+    untraced,
+)
 from .parallel_rows import local_grads, sharded_statistics
 from .reference import accumulator_dtype
 
@@ -94,7 +101,7 @@ def with_padding(gradient: Tensor | None, rows: int) -> Tensor | None:
     return whole
 
 
-@torch.compiler.disable
+@untraced
 def _sharded(*args: Any) -> tuple[Tensor, ...]:
     return _ShardedLinearStats.apply(*args)  # type: ignore[no-any-return, no-untyped-call]
 

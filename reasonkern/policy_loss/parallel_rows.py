@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .parallel import VocabShard, gather, in_rank_order
+from .parallel import VocabShard, gather, in_rank_order, untraced
 from .reference import accumulator_dtype
 
 # The order of the operator's outputs, which are what the ranks exchange.
@@ -175,7 +175,7 @@ def sharded_gradient(logits: Tensor, args: tuple[Any, ...], columns: int, inplac
     return gradient
 
 
-@torch.compiler.disable
+@untraced
 def token_stats(
     logits: Tensor, targets: Tensor, mask: Tensor | None, row_temperature: Tensor | None,
     temperature: float, softcap: float, shard: VocabShard, inplace: bool = False,
