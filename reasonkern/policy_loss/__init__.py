@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .. import _checks
 from . import paths
+from .bapo import bapo_bounds
+from .conflict import conflict_token_weights, entropy_filter
 from .inputs import (
     RowContext,
     Scaling,
@@ -25,6 +27,7 @@ from .inputs import (
 from .metrics import PolicyMetrics, loss_metrics
 from .objective import KL, Importance, Objective
 from .outputs import PolicyLossOutput, TokenStats
+from .selection import covariance_mask, high_entropy_mask
 from .weights import token_weights
 
 __all__ = [
@@ -35,6 +38,11 @@ __all__ = [
     "PolicyMetrics",
     "RowContext",
     "TokenStats",
+    "bapo_bounds",
+    "conflict_token_weights",
+    "covariance_mask",
+    "entropy_filter",
+    "high_entropy_mask",
     "policy_loss",
     "token_stats",
     "token_weights",
@@ -172,10 +180,10 @@ def policy_loss(
         _checks.fail("logits", "rows that do not share memory for inplace_grad", rows.stride())
     check_rows(context, y, rows.shape[-1])
     loss_scale = canonical_loss_scale(loss_scale, context)
-    row_loss, token_loss, logprob, entropy, finite = _run(
+    row_loss, token_loss, logprob, entropy, finite, used = _run(
         objective, rows, y, context, scaling, loss_scale, inplace_grad
     )
-    metrics = loss_metrics(objective, logprob, entropy, finite, context)
+    metrics = loss_metrics(used, logprob, entropy, finite, context)
     shape = targets.shape
     return PolicyLossOutput(
         row_loss.sum(),
@@ -194,7 +202,7 @@ def _run(
     scaling: Scaling,
     loss_scale: Tensor | None,
     inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> paths.PathOutput:
     if paths.is_fused(objective, logits.dtype, paths.needs_grad(logits), context, loss_scale):
         return paths.fused(objective, logits, targets, context, scaling, loss_scale, inplace)
     return paths.two_phase(objective, logits, targets, context, scaling, inplace)

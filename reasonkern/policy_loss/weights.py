@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .inputs import canonical_segments, check_tensor
+from .._checks import check_tensor
+from .inputs import canonical_segments
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
 
@@ -49,7 +50,8 @@ def token_weights(
         float32 tensor of the mask's shape. An empty sequence or an all-masked batch gives zeros.
 
     Raises:
-        ValueError: unknown mode, missing ``segments`` or ``max_length``, wrong shape or number.
+        ValueError: unknown mode, missing ``segments`` or ``max_length``, wrong shape or number;
+            on CPU also a mask with other values than 0 and 1.
 
     Example:
         >>> import torch, reasonkern as rk
@@ -60,6 +62,7 @@ def token_weights(
     """
     _checks.check_choice("mode", mode, MODES)
     check_tensor("mask", mask)
+    _checks.check_mask("mask", mask)
     if mask.ndim not in (1, 2):
         _checks.fail("mask", "shape (B, T) or (N,)", tuple(mask.shape))
     if not isinstance(data_parallel_size, int) or data_parallel_size < 1:
