@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks
 from .._checks import check_tensor
 from .objective import Importance, Objective
+from .parallel import Parallel
 from .reference import accumulator_dtype, active_rows
 from .sequence import Segments
 
@@ -31,7 +32,7 @@ class RowContext:
     """The rows of a batch: every tensor is (B, T), or (1, N) for packed tokens; None = not given.
 
     This is the ``ctx`` of a user-defined objective. ``sequence_sum(x)`` sums over each sequence and
-    gives the sum back to each of its rows.
+    gives the sum back to each of its rows; `parallel` is what was given to the loss.
     """
 
     old_logprob: Tensor | None
@@ -49,18 +50,22 @@ class RowContext:
         return active_rows(self.weight, self.entropy_weight)
 
     def sequence_sum(self, x: Tensor) -> Tensor:
-        """Sum over each sequence in float64, spread back to its rows."""
+        """Sum over each sequence, all pieces of it, in float64, spread back to its rows."""
         return self.segments.sum(x)
 
+    @property
+    def parallel(self) -> Parallel | None:
+        return self.segments.parallel
 
-def canonical_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Views (B, T, V) and (B, T) of (N, V), (N,) or (B, T, V), (B, T) inputs."""
+
+def canonical_logits(logits: Tensor, targets: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
+    """Views (B, T, V) and (B, T) of (N, V), (N,) or (B, T, V), (B, T) inputs, V >= `least`."""
     check_tensor("logits", logits)
     check_tensor("targets", targets)
     _checks.check_dtype("logits", logits, *LOGITS_DTYPES)
     if logits.ndim not in (2, 3):
         _checks.fail("logits", "shape (N, V) or (B, T, V)", tuple(logits.shape))
-    if logits.shape[-1] == 0:
+    if logits.shape[-1] < least:
         _checks.fail("logits", "a vocabulary of at least 1", tuple(logits.shape))
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         _checks.fail("logits", "the last dimension contiguous", f"strides {logits.stride()}")
@@ -145,10 +150,12 @@ def _spread(name: str, x: Tensor, shape: torch.Size, segments: Segments | None) 
     return x
 
 
-def canonical_segments(cu_seqlens: Tensor | None, targets: Tensor, packed: bool) -> Segments:
+def canonical_segments(
+    cu_seqlens: Tensor | None, targets: Tensor, packed: bool, parallel: Parallel | None = None
+) -> Segments:
     """Checks ``cu_seqlens``: int, (S + 1,), from 0 to N and, on CPU, non-decreasing."""
     if cu_seqlens is None:
-        return Segments()
+        return Segments(parallel=parallel)
     check_tensor("segments", cu_seqlens)
     if not packed:
         _checks.fail("segments", "None for padded (B, T) tokens", "cu_seqlens")
@@ -161,7 +168,7 @@ def canonical_segments(cu_seqlens: Tensor | None, targets: Tensor, packed: bool)
         if ends != (0, targets.shape[-1]) or (cu_seqlens.diff() < 0).any():
             expected = f"non-decreasing offsets from 0 to {targets.shape[-1]}"
             _checks.fail("segments", expected, cu_seqlens.tolist())
-    return Segments.of(targets, cu_seqlens)
+    return Segments.of(targets, cu_seqlens, parallel)
 
 
 def _check_values(name: str, x: Tensor, ok: Tensor, expected: str) -> None:

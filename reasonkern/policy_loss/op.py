@@ -31,6 +31,7 @@ SCHEMAS = {
     "token_stats": f"(Tensor logits, {LOGITS_ARGS}, float temperature, float softcap) -> (Tensor "
     "logprob, Tensor entropy, Tensor lse, Tensor collision, Tensor varentropy, Tensor max_prob, "
     "Tensor is_top1, Tensor row_max)",
+    # row_max is the largest logit after the soft-cap and before the temperature.
     "token_stats_backward": f"(Tensor logits, {GRAD_ARGS}) -> Tensor",
     "token_stats_backward_": f"(Tensor(a!) logits, {GRAD_ARGS}) -> ()",
     "policy_loss": f"(Tensor logits, {LOSS_ARGS}, bool needs_grad) -> (Tensor row_loss, "

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import op
+from . import op, parallel
 from .adaptive import adapt
 from .inputs import RowContext, Scaling
 from .objective import KL, KL_KINDS, Importance, Objective
@@ -163,12 +163,17 @@ def two_phase(
     context: RowContext,
     scaling: Scaling,
     inplace: bool,
+    shard: parallel.VocabShard | None = None,
 ) -> PathOutput:
-    """As `fused`, through the statistics and an O(N) map."""
+    """As `fused`, through the statistics and an O(N) map; `shard`: logits are a rank's columns."""
     args = (
         targets, context.active, scaling.row_temperature, scaling.temperature, scaling.softcap,
     )  # fmt: skip
-    if inplace and needs_grad(logits):
+    if shard is not None:
+        logprob, entropy = parallel.token_stats(
+            logits, *args, shard, inplace and needs_grad(logits)
+        )[:2]
+    elif inplace and needs_grad(logits):
         logprob, entropy = _InplaceTokenStats.apply(logits, *args)  # type: ignore[no-untyped-call]
     else:
         logprob, entropy = torch.ops.reasonkern.token_stats(logits, *args)[:2]
