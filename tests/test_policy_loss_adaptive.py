@@ -58,7 +58,7 @@ def clip_cov(b: Batch) -> TokenLoss:
         unclipped = torch.where(a > 0, r <= 1.2, r >= 0.8)
         eligible = used & unclipped & (cov > LOW) & (cov < HIGH)
         count = min(max(1, int(FRACTION * int(used.sum()))), int(eligible.sum()))
-        keys = selection.random_keys(used.numel(), 5, used.device, None).view(used.shape)
+        keys = selection.random_keys(used.numel(), 5, used.device, ()).view(used.shape)
         order = keys[eligible].sort(descending=True).values
         dropped = eligible & (keys >= order[count - 1]) if count else eligible
         return torch.where(dropped, 0.0, literal.ppo(r, a, 0.8, 1.2))
