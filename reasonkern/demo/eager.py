@@ -176,7 +176,9 @@ def _kl_cov(t: Terms) -> Tensor:
     covariance = _covariance(t)
     count = max(1, int(2e-4 * t.mask.sum()))
     threshold = covariance[t.mask > 0].topk(count).values[-1]
-    penalty = torch.where(covariance >= threshold, t.log_ratio.abs(), 0.0)
+    # At r = 1 rounding would decide the sign of the penalty's gradient, which is 0.
+    moved = (covariance >= threshold) & (t.log_ratio.abs() > 1e-6)
+    penalty = torch.where(moved, t.log_ratio.abs(), 0.0)
     return penalty - t.ratio * t.a
 
 
