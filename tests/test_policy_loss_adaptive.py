@@ -273,6 +273,23 @@ def test_metrics_count_with_the_bounds_that_were_chosen() -> None:
 
 
 @every
+def test_from_hidden_states(name: str) -> None:
+    """`linear_policy_loss` chooses what `policy_loss` chooses on the product."""
+    make, _ = ADAPTIVE[name]
+    b = make_batch().clean()
+    given = b.given(*names(name))
+    head = torch.eye(b.logits.shape[-1], dtype=torch.float64)
+    pairs = [[b.leaf(), head.clone().requires_grad_()] for _ in range(2)]
+    out = rk.linear_policy_loss(*pairs[0], b.targets, objective=make(), **given)
+    logits = pairs[1][0] @ pairs[1][1].mT
+    expected = policy_loss(logits, b.targets, objective=make(), **given)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(out.metrics.compute(), expected.metrics.compute())
+    found = torch.autograd.grad(out.loss, pairs[0])
+    torch.testing.assert_close(found, torch.autograd.grad(expected.loss, pairs[1]))
+
+
+@every
 def test_nonfinite_and_masked_rows_take_no_part(name: str) -> None:
     """Their statistics enter no mean, no quantile, no sum."""
     make, _ = ADAPTIVE[name]
