@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .. import _checks
 from . import parallel_rows, paths
+from .bapo import bapo_bounds
+from .conflict import conflict_token_weights, entropy_filter
 from .inputs import (
     RowContext,
     Scaling,
@@ -27,6 +29,7 @@ from .metrics import PolicyMetrics, loss_metrics
 from .objective import KL, Importance, Objective
 from .outputs import PolicyLossOutput, TokenStats
 from .parallel import Parallel, VocabShard, vocab_shard
+from .selection import covariance_mask, high_entropy_mask
 from .weights import token_weights
 
 __all__ = [
@@ -38,6 +41,11 @@ __all__ = [
     "PolicyMetrics",
     "RowContext",
     "TokenStats",
+    "bapo_bounds",
+    "conflict_token_weights",
+    "covariance_mask",
+    "entropy_filter",
+    "high_entropy_mask",
     "linear_policy_loss",
     "linear_token_stats",
     "policy_loss",
@@ -192,10 +200,10 @@ def policy_loss(
         _checks.fail("logits", "rows that do not share memory for inplace_grad", rows.stride())
     check_rows(context, y, rows.shape[-1] if shard is None else shard.vocab)
     loss_scale = canonical_loss_scale(loss_scale, context)
-    row_loss, token_loss, logprob, entropy, finite = _run(
+    row_loss, token_loss, logprob, entropy, finite, used = _run(
         objective, rows, y, context, scaling, loss_scale, inplace_grad, shard
     )
-    metrics = loss_metrics(objective, logprob, entropy, finite, context)
+    metrics = loss_metrics(used, logprob, entropy, finite, context)
     shape = targets.shape
     return PolicyLossOutput(
         row_loss.sum(),
@@ -215,7 +223,7 @@ def _run(
     loss_scale: Tensor | None,
     inplace: bool,
     shard: VocabShard | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> paths.PathOutput:
     if shard is None and paths.is_fused(
         objective, logits.dtype, paths.needs_grad(logits), context, loss_scale
     ):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._checks import check_tensor as check_tensor
 from .objective import Importance, Objective
 from .parallel import Parallel
 from .reference import accumulator_dtype, active_rows
@@ -55,11 +56,6 @@ class RowContext:
     @property
     def parallel(self) -> Parallel | None:
         return self.segments.parallel
-
-
-def check_tensor(name: str, x: object) -> None:
-    if not isinstance(x, Tensor):
-        _checks.fail(name, "a tensor", type(x).__name__)
 
 
 def canonical_logits(logits: Tensor, targets: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
@@ -136,7 +132,10 @@ def row_tensor(
         x = _spread(name, x, shape, segments)
     if batch == 1 and x.shape == (tokens,):
         x = x.unsqueeze(0)
-    _checks.check_shape(name, x, shape, "one value per token")
+    meaning = "one value per token"
+    if per_sequence and batch == 1 and (segments is None or segments.cu_seqlens is None):
+        meaning += " (for one per sequence, packed logits need segments=cu_seqlens)"
+    _checks.check_shape(name, x, shape, meaning)
     return x.detach().to(rows.dtype).contiguous()
 
 
@@ -245,7 +244,11 @@ def check_objective(o: Objective, context: RowContext, packed: bool) -> None:
         _checks.fail("ref_logprob", f"a tensor for objective {o.name} with kl", None)
     if (o.importance is not None or o.opsm is not None) and context.rollout_logprob is None:
         _checks.fail("rollout_logprob", "a tensor for importance or opsm", None)
+    if o.rule is not None and o.rule.needs_rollout and context.rollout_logprob is None:
+        expected = f"a tensor for {o.name} as in the paper (old_logprob, if that policy sampled)"
+        _checks.fail("rollout_logprob", expected, None)
     by_sequence = o.level == "sequence" or _sequence_importance(o) or o.opsm is not None
+    by_sequence = by_sequence or (o.rule is not None and o.rule.by_sequence)
     if by_sequence and packed and context.segments.cu_seqlens is None:
         _checks.fail("segments", f"cu_seqlens for packed tokens with objective {o.name}", None)
     if o.level == "sequence" and not context.advantage_per_sequence:

@@ -214,7 +214,7 @@ def linear_policy_loss(
         logprob, entropy = parallel_linear.linear_token_stats(
             head.operands, head.targets, context.active, scaling, plan, shard, parallel
         )[:2]
-        row_loss, token_loss, logprob, entropy, finite = paths.loss_of_statistics(
+        row_loss, token_loss, logprob, entropy, finite, objective = paths.loss_of_statistics(
             objective, logprob, entropy, context
         )
         loss = row_loss.sum()

@@ -155,6 +155,14 @@ def _differentiable_total(x: Tensor, group: ProcessGroup) -> Tensor:
     return _GroupTotal.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
+def batch_groups(parallel: Parallel | None) -> tuple[ProcessGroup, ...]:
+    """Groups over which a statistic of the whole batch adds up: pieces first, then sequences."""
+    if parallel is None:
+        return ()
+    groups = (parallel.segment_group, parallel.data_group)
+    return tuple(group for group in groups if group is not None)
+
+
 # ---- the shard of a rank
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .op import claim_backward
 from .parallel import VocabShard, gather, in_rank_order, untraced
 from .reference import accumulator_dtype
 
@@ -133,8 +134,10 @@ class _ShardedStats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, targets, owner, row_temperature, *saved = ctx.saved_tensors
         temperature, softcap, shard, inplace = ctx.given
+        if inplace:
+            claim_backward(ctx)
+        logits, targets, owner, row_temperature, *saved = ctx.saved_tensors
         if all(g is None for g in grads[:4]):
             return (None,) * 8
         args = (

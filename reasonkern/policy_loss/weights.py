@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .inputs import canonical_segments, check_tensor
+from .._checks import check_tensor
+from .inputs import canonical_segments
 from .parallel import Parallel, check_parallel, total
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
@@ -55,7 +56,8 @@ def token_weights(
 
     Raises:
         ValueError: unknown mode, missing ``segments`` or ``max_length`` (always needed with a
-            ``segment_group``), wrong shape or number.
+            ``segment_group``), wrong shape or number; on CPU also a mask with other values than 0
+            and 1.
 
     Example:
         >>> import torch, reasonkern as rk
@@ -66,6 +68,7 @@ def token_weights(
     """
     _checks.check_choice("mode", mode, MODES)
     check_tensor("mask", mask)
+    _checks.check_mask("mask", mask)
     if mask.ndim not in (1, 2):
         _checks.fail("mask", "shape (B, T) or (N,)", tuple(mask.shape))
     if not isinstance(data_parallel_size, int) or data_parallel_size < 1:
