@@ -115,4 +115,4 @@ def linear_token_stats(
     if shard is None or parallel is None:
         return OPS.linear_token_stats(*operands, targets, mask, *numbers, *plan)  # type: ignore[no-any-return]
     args = (*operands, targets, mask, *numbers, plan, shard, parallel.reduce_dhidden)
-    return _sharded(*args)  # type: ignore[no-any-return]
+    return _sharded(*args)
