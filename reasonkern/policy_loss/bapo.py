@@ -158,7 +158,9 @@ def search(
         amount = amount * rollout_logprob.double().exp()
     amount = torch.where(trained, amount, 0.0).reshape(-1)
     ratio = torch.where(trained, ratio.double(), 0.0).reshape(-1)
-    sums = total(_side_sums(ratio, amount, lows, highs), *groups)
+    sums = _side_sums(ratio, amount, lows, highs)
+    if groups:
+        sums = total(sums, *groups)
     pos, neg = sums.split((len(highs), len(lows)))
     low_last, high_last = len(lows) - 1, len(highs) - 1
     if variant == "paper":  # (low, high) of every probe, in the order of the loop
