@@ -53,4 +53,5 @@ clean:
 
 .venv/.peers: .venv/.ready
 	$(PY) -m pip install -q "reasonkern[peers]"
+	$(PY) -m pip install -q --no-deps verl==0.9.1
 	touch $@
