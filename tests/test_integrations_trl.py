@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+
+from reasonkern import Objective
 
 pytestmark = pytest.mark.peers
 ROOT = Path(__file__).parent.parent
@@ -198,3 +204,254 @@ def test_old_and_reference_logprobs_equal_trls(pair: tuple[Any, Any]) -> None:
     trainer.compute_loss(trainer.model, batch | {"old_per_token_logps": mine[0]})
     values = trainer._row_metrics["train"].compute()
     assert values["ratio_min"] == values["ratio_max"] == 1.0
+
+
+def test_tool_tokens_and_unscored_ones_are_left_out(pair: tuple[Any, Any]) -> None:
+    """A tool's token may have any old log-probability."""
+    tool_mask = torch.ones(len(LENGTHS), COMPLETION, dtype=torch.long)
+    tool_mask[0, 1:3] = 0
+    batch = add_logprobs(pair[1], make_batch(tool_mask=tool_mask))
+    far = torch.where(tool_mask == 0, -200.0, batch["old_per_token_logps"])
+    found, expected = (
+        loss_and_gradients(t, batch | {"old_per_token_logps": old})
+        for t, old in zip(pair, (far, batch["old_per_token_logps"]), strict=True)
+    )
+    assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
+    assert_same_gradients(found[1], expected[1])
+    logged, theirs = (t._metrics["train"] for t in pair)
+    assert logged["clip_ratio/region_mean"] == pytest.approx(theirs["clip_ratio/region_mean"])
+
+
+def test_experts_balance_as_with_trl(
+    trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+) -> None:
+    transformers = importlib.import_module("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=14, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        router_aux_loss_coef=0.1, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+        initializer_range=0.3,
+    )  # fmt: skip
+    results = []
+    for kind in (ours.GRPOTrainer, trl.GRPOTrainer):
+        torch.manual_seed(0)
+        model = transformers.MixtralForCausalLM(config)
+        options = {"model": model, "gradient_accumulation_steps": 2, "loss_type": "grpo"}
+        trainer = make_trainer(kind, example, model_folder, tmp_path, **options)
+        results.append((*loss_and_gradients(trainer, make_batch()), trainer._metrics["train"]))
+    (loss, mine, logged), (expected, theirs, theirs_logged) = results
+    assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(mine, theirs)
+    assert logged["aux_loss"] == pytest.approx(theirs_logged["aux_loss"], rel=1e-5)
+
+
+def test_models_that_cannot_narrow_their_logits(
+    pair: tuple[Any, Any], ours: ModuleType, example: ModuleType
+) -> None:
+    """Without ``logits_to_keep`` the logits of the prompt are there too, with weight 0."""
+    mine, theirs = pair
+    batch = add_logprobs(theirs, make_batch())
+    model = example.Qwen2ForCausalLM(mine.model.config)
+    model.load_state_dict(mine.model.state_dict())
+    plain = model.forward
+
+    def forward(input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
+        return plain(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    model.forward = forward
+    ours._add_head(model)
+    mine.model = model
+    found, expected = (loss_and_gradients(t, batch) for t in pair)
+    assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
+    assert_same_gradients(found[1], expected[1])
+
+
+def test_the_gradient_replaces_the_logits(pair: tuple[Any, Any], ours: ModuleType) -> None:
+    trainer = pair[0]
+    seen: list[Tensor] = []
+    trainer.model.lm_head.register_forward_hook(lambda *call: seen.append(call[-1].detach()))
+    batch = add_logprobs(trainer, make_batch())
+    loss = trainer.compute_loss(trainer.model, batch)
+    logits = seen[-1]
+    assert logits.shape[1] == COMPLETION + 1
+    # A softmax's gradient sums to 0; rows that are not trained are 0.
+    assert logits.abs().max() > 0 and logits.sum(-1).abs().max() < 1e-6
+    assert not logits[:, -1].any() and not logits[3].any()
+    loss.backward()
+
+
+def test_adaptive_entropy_follows_trls_controller(
+    trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+) -> None:
+    options = {"use_adaptive_entropy": True, "entropy_target": 5.0, "loss_type": "grpo"}
+    kinds = (ours.GRPOTrainer, trl.GRPOTrainer)
+    pair = [make_trainer(kind, example, model_folder, tmp_path, **options) for kind in kinds]
+    for _ in range(3):
+        found, expected = (loss_and_gradients(t, make_batch()) for t in pair)
+        assert_same_gradients(found[1], expected[1])
+        assert pair[0].entropy_coef == pair[1].entropy_coef
+    assert pair[0].entropy_coef > 0
+    assert pair[0]._metrics["train"]["policy_loss"] == pytest.approx(
+        pair[1]._metrics["train"]["policy_loss"], abs=1e-6
+    )
+
+
+def test_an_objective_of_its_own(
+    ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+) -> None:
+    """Its value, TRL's clip metrics at its bounds, and its policy loss without the bonus."""
+    objective = Objective.ppo(0.9, 1.05)
+    common = {"loss_type": "grpo", "entropy_coef": 0.05, "gradient_accumulation_steps": 2}
+    own = make_trainer(
+        ours.GRPOTrainer, example, model_folder, tmp_path, objective=objective, **common
+    )
+    native = make_trainer(
+        ours.GRPOTrainer, example, model_folder, tmp_path, epsilon=0.1, epsilon_high=0.05, **common
+    )
+    batch = add_logprobs(own, make_batch())
+    found, expected = (loss_and_gradients(t, batch) for t in (own, native))
+    assert_close(found[0], expected[0])
+    assert_same_gradients(found[1], expected[1])
+    assert own._metrics["train"].keys() == native._metrics["train"].keys()
+    for name, values in native._metrics["train"].items():
+        assert own._metrics["train"][name] == pytest.approx(values, rel=1e-5, nan_ok=True), name
+
+
+# ---- what is refused
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"top_entropy_quantile": 0.5}, r"args\.top_entropy_quantile: expected 1\.0"),
+    ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
+    ({"objective": "gppo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
+    ({"beta": 0.1, "importance_sampling_level": "sequence"}, "use_bias_correction_kl: expected F"),
+    ({"objective": "gppo", "loss_type": "cispo"}, r"args\.loss_type: expected grpo, bnpo"),
+    ({"objective": "gppo", "epsilon": 0.1}, r"args\.epsilon: expected 0\.2: the objective has its"),
+    ({"objective": "gpo"}, "objective: expected the name of a constructor .*'gpo'"),
+    ({"objective": "custom"}, "objective: expected the name of a constructor .*'custom'"),
+    ({"objective": 3}, "objective: expected a name, an Objective or None, got int"),
+    ({"objective": Objective.ppo(kl=("k1", 0.1))}, r"objective\.kl: expected to come from"),
+    ({"objective": Objective.ppo(entropy_coef=0.1)}, r"objective\.entropy_coef: expected to come"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[m for _, m in REFUSED])
+def test_refused(
+    options: dict[str, Any], message: str, ours: ModuleType, example: ModuleType,
+    model_folder: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        make_trainer(ours.GRPOTrainer, example, model_folder, tmp_path, **dict(options))
+
+
+def test_a_changed_trl_is_an_import_error(
+    trl: ModuleType, ours: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add_fused_lm_head(model: Any, temperature: float) -> None: ...
+
+    monkeypatch.setattr(trl, "add_fused_lm_head", add_fused_lm_head)
+    monkeypatch.delitem(sys.modules, "reasonkern.integrations.trl")
+    with pytest.raises(ImportError, match=r"does not fit trl 1\.16.*cast_lm_head_to_fp32, outputs"):
+        importlib.import_module("reasonkern.integrations.trl")
+
+
+# ---- training
+
+RUNS = ("gppo", "ce_gppo", "gspo", "gmpo", "reinforce", "dppo_tv")
+
+
+@pytest.mark.parametrize("objective", RUNS)
+def test_twenty_steps_have_finite_plotted_metrics(
+    objective: str, example: ModuleType, tmp_path: Path
+) -> None:
+    history = example.main(["--objective", objective, "--steps", "20", "--out", str(tmp_path)])
+    assert len(history) == 2
+    assert (tmp_path / f"trl_{objective}.png").stat().st_size > 10_000
+    for row in history:
+        for name, value in row.items():
+            assert value is None or math.isfinite(value), name
+        assert {"entropy", "clip_ratio/region_mean", "reasonkern/ess_frac"} <= row.keys()
+        assert row["reasonkern/rows_nonfinite"] == 0
+        assert 0 < row["reasonkern/ess_frac"] <= 1
+        assert row["reasonkern/entropy_pos"] > 0 and row["reasonkern/ratio_var"] > 0
+
+
+def test_a_run_equals_trls(
+    trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+) -> None:
+    """The same tokens are sampled as long as rounding does not part the two: 4 updates."""
+    options = {
+        "max_steps": 4, "per_device_train_batch_size": 32, "num_generations": 8,
+        "num_iterations": 2, "gradient_accumulation_steps": 2, "loss_type": "dapo",
+    }  # fmt: skip
+    found = []
+    for kind in (ours.GRPOTrainer, trl.GRPOTrainer):
+        trainer = make_trainer(kind, example, model_folder, tmp_path, logging_steps=1, **options)
+        trainer.train()
+        found.append((trainer.state.log_history, trainer.model.state_dict()))
+    for mine, theirs in zip(found[0][0], found[1][0], strict=True):
+        for name in theirs.keys() - {"step_time"}:
+            if not name.startswith("train_"):
+                assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+    for name, weight in found[1][1].items():
+        assert_close(found[0][1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_example_raises_the_reward(example: ModuleType) -> None:
+    history = example.main(["--steps", "300"])
+    assert history[0]["reward"] < 0.15
+    assert history[-1]["reward"] > history[0]["reward"] + 0.3
+
+
+# ---- two processes
+
+RANKED: dict[str, dict[str, Any]] = {
+    "dapo": {"loss_type": "dapo", "per_device_train_batch_size": 4},
+    "grpo": {"loss_type": "grpo", "per_device_train_batch_size": 4},
+}
+
+
+def launch(script: str, *arguments: str) -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+        "--master_port", str(port), script, *arguments,
+    ]  # fmt: skip
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_two_processes_equal_trl_and_one_process(
+    trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "ranks.pt"
+    launch("tests/trl_ranks.py", str(model_folder), str(out))
+    results = torch.load(out)
+    for name, options in RANKED.items():
+        (loss, mine, metrics), (expected, theirs, their_metrics) = (
+            results[owner, name] for owner in ("ours", "trl")
+        )
+        assert_close(loss, expected, rtol=1e-5, atol=1e-7)
+        assert_same_gradients(mine, theirs)
+        assert metrics.pop("rows") == [sum(LENGTHS)]  # of both ranks
+        for key, values in their_metrics.items():
+            assert metrics[key] == pytest.approx(values, rel=1e-4, abs=1e-6, nan_ok=True), key
+        single = make_trainer(ours.GRPOTrainer, example, model_folder, tmp_path, **options)
+        whole, gradients = loss_and_gradients(single, add_logprobs(single, make_batch()))
+        assert_close(loss, whole, rtol=1e-5, atol=1e-7)
+        assert_same_gradients(mine, gradients)
+
+
+@pytest.mark.slow
+def test_the_example_runs_on_two_processes() -> None:
+    printed = launch("examples/trl_grpo.py", "--objective", "gppo", "--steps", "10")
+    assert printed.count("gppo: mean reward") == 1

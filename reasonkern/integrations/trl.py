@@ -185,6 +185,11 @@ def _check_config(args: Any, loss_type: str, own_bounds: bool) -> None:
     if loss_type == "vespo" and args.use_vllm and args.vllm_importance_sampling_correction:
         _unsupported("vllm_importance_sampling_correction", "False for vespo", True)
     if own_bounds:
+        if loss_type in ("cispo", "sapo", "vespo"):
+            means = (
+                "grpo, bnpo, dr_grpo, dapo or luspo, which says how token losses are aggregated,"
+            )
+            _unsupported("loss_type", means, loss_type)
         for name, default in (("epsilon", 0.2), ("epsilon_high", None), ("delta", None)):
             if getattr(args, name) != default:
                 _unsupported(
@@ -271,6 +276,7 @@ class GRPOTrainer(_Base):
     def __init__(self, *args: Any, objective: str | Objective | None = None, **kwargs: Any) -> None:
         with _our_head():
             super().__init__(*args, **kwargs)
+        self._own_objective = False
         if objective is None or (isinstance(objective, str) and objective in AGGREGATION):
             self.loss_type: str = objective or self.args.loss_type
             _check_config(self.args, self.loss_type, own_bounds=False)
@@ -281,6 +287,7 @@ class GRPOTrainer(_Base):
             if not isinstance(found, Objective):
                 _checks.fail("objective", "a name, an Objective or None", type(found).__name__)
             self.objective = _with_terms(found, _terms(self.args))
+            self._own_objective = True
             # TRL's clip metrics count against the objective's bounds.
             low, high = self.objective.numbers()[:2]
             self.epsilon_low, self.epsilon_high = 1 - low, high - 1
@@ -306,17 +313,29 @@ class GRPOTrainer(_Base):
             for name in ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")
             if inputs.get(name) is not None
         }
-        call = _Call(model, self._rows(inputs["advantages"], mask, known, inputs))
+        rows = self._rows(inputs["advantages"], mask, known, inputs)
+        call = _Call(model, rows)
         super()._compute_loss(call, inputs | known)  # for its metrics and its entropy controller
-        assert call.output is not None and call.output.metrics is not None
-        loss, mode = call.output.loss, "train" if self.model.training else "eval"
-        seen, new = self._row_metrics.get(mode), call.output.metrics
-        self._row_metrics[mode] = new if seen is None else seen + new
-        if self.aux_loss_enabled:
-            scale = self.router_aux_loss_coef / self._accumulation_steps()
-            loss = loss + scale * call.output.aux_loss
-        assert loss is not None
+        output, mode = call.output, "train" if self.model.training else "eval"
+        assert output is not None and output.loss is not None and output.metrics is not None
+        seen = self._row_metrics.get(mode)
+        self._row_metrics[mode] = output.metrics if seen is None else seen + output.metrics
+        if self._own_objective and self._entropy_bonus_enabled:
+            self._metrics[mode]["policy_loss"][-1] = self._policy_loss(output, rows)
+        loss = output.loss
+        if self.aux_loss_enabled and output.aux_loss is not None:
+            loss = loss + (self.router_aux_loss_coef / self._steps()) * output.aux_loss
         return loss
+
+    def _policy_loss(self, output: _HeadOutput, rows: _Rows) -> float:
+        """The loss without the entropy bonus, scaled and averaged over ranks as TRL logs it."""
+        assert output.loss is not None and rows.entropy_weight is not None
+        bonus = rows.objective.entropy_coef * (rows.entropy_weight * output.entropy).sum()
+        loss = output.loss.detach() + bonus
+        if AGGREGATION[self.loss_type] != "window":
+            loss = loss * self._steps()
+        mean: float = self.accelerator.gather(loss).nanmean().item()
+        return mean
 
     def _rows(
         self, advantage: Tensor, mask: Tensor, known: dict[str, Tensor], inputs: dict[str, Any]
@@ -332,13 +351,14 @@ class GRPOTrainer(_Base):
         entropy_weight = None
         if self._entropy_bonus_enabled:
             objective = replace(objective, entropy_coef=self._entropy_coefficient())
-            entropy_weight = token_weights(mask, "token-mean") / self._accumulation_steps()
+            entropy_weight = token_weights(mask, "token-mean") / self._steps()
         return _Rows(
             objective, advantage, self._weights(mask, inputs), entropy_weight, old,
             known.get("ref_per_token_logps"), rollout,
         )  # fmt: skip
 
-    def _accumulation_steps(self) -> int:
+    def _steps(self) -> int:
+        """Micro-batches of an optimizer step."""
         return self.current_gradient_accumulation_steps if self.model.training else 1
 
     def _entropy_coefficient(self) -> float:
@@ -352,10 +372,10 @@ class GRPOTrainer(_Base):
             # num_items_in_batch spans the generation batch.
             tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
             if self.model.training:
-                tokens = tokens * self._accumulation_steps() / self.args.steps_per_generation
+                tokens = tokens * self._steps() / self.args.steps_per_generation
             return token_weights(mask, "token-mean", num_tokens=tokens)
         longest = self.max_completion_length if mode == "constant" else None
-        return token_weights(mask, mode, max_length=longest) / self._accumulation_steps()
+        return token_weights(mask, mode, max_length=longest) / self._steps()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the merged metrics of the rows since the last call."""
