@@ -18,7 +18,7 @@ test: lint
 	$(PY) -m pytest -m "not slow and not peers" $(ARGS)
 
 test-all: lint .venv/.peers
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --summary docs/test-all.md $(ARGS)
 
 lint: .venv/.ready
 	$(PY) -m ruff check .

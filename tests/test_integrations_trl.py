@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -206,7 +207,47 @@ def test_old_and_reference_logprobs_equal_trls(pair: tuple[Any, Any]) -> None:
     assert values["ratio_min"] == values["ratio_max"] == 1.0
 
 
-def test_tool_tokens_and_unscored_ones_are_left_out(pair: tuple[Any, Any]) -> None:
+VLLM = {
+    "token_truncate": (None, 1.2),
+    "token_mask": (0.8, 1.2),
+    "sequence_truncate": (0.8, 1.2),
+    "sequence_mask": (None, 1.2),
+}
+
+
+@pytest.mark.parametrize("mode", VLLM)
+def test_importance_correction_equals_trls(
+    mode: str, trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """TRL's correction of vLLM's log-probabilities, without vLLM; one token has none."""
+    low, high = VLLM[mode]
+    options = {
+        "vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_min": low,
+        "vllm_importance_sampling_clip_max": high, "loss_type": "grpo", "beta": 0.1,
+    }  # fmt: skip
+    kinds = (ours.GRPOTrainer, trl.GRPOTrainer)
+    mine, theirs = (make_trainer(k, example, model_folder, tmp_path, **options) for k in kinds)
+    batch = add_logprobs(theirs, make_batch())
+    batch["sampling_per_token_logps"][0, 2] = float("nan")
+    difference = batch["old_per_token_logps"] - batch["sampling_per_token_logps"]
+    difference = (difference * batch["completion_mask"]).nan_to_num(nan=0.0)
+    if mode.startswith("sequence"):
+        difference = difference.sum(-1, keepdim=True)
+    ratio = difference.exp()
+    if mode.endswith("truncate"):
+        ratio = ratio.clamp(low, high)
+    else:
+        ratio = ratio.masked_fill((ratio < (low or 0)) | (ratio > high), 0.0)
+    mine.args.use_vllm = mine.use_vllm = theirs.use_vllm = True
+    mine.objective = ours._trl_objective(mine.args, "grpo", ours._terms(mine.args))
+    batch["importance_sampling_ratio"] = ratio
+    found, expected = (loss_and_gradients(t, batch) for t in (mine, theirs))
+    assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
+    assert_same_gradients(found[1], expected[1])
+
+
+def test_tool_tokens_are_left_out(pair: tuple[Any, Any]) -> None:
     """A tool's token may have any old log-probability."""
     tool_mask = torch.ones(len(LENGTHS), COMPLETION, dtype=torch.long)
     tool_mask[0, 1:3] = 0
@@ -355,6 +396,26 @@ def test_a_changed_trl_is_an_import_error(
 
 
 # ---- training
+
+
+def test_readme(trl: ModuleType, ours: ModuleType, example: ModuleType, tmp_path: Path) -> None:
+    """Before and after, with the names they use; the trainer of the second one takes a step."""
+    text = (ROOT / "README.md").read_text()
+    section = text.partition("## Your trainer: TRL")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len(blocks) == 2
+    for block, kind in zip(blocks, (trl.GRPOTrainer, ours.GRPOTrainer), strict=True):
+        names = {
+            "model": example.make_model(), "reward": example.reward,
+            "config": example.make_config(str(tmp_path), 1, logging_steps=1),
+            "data": example.make_dataset(), "tokenizer": example.make_tokenizer(),
+        }  # fmt: skip
+        exec(block, names)
+        assert type(names["trainer"]) is kind
+    names["trainer"].train()
+    assert names["trainer"].objective.name == "gppo"
+    assert "reasonkern/ess_frac" in names["trainer"].state.log_history[0]
+
 
 RUNS = ("gppo", "ce_gppo", "gspo", "gmpo", "reinforce", "dppo_tv")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -272,3 +273,11 @@ def test_verl_loads_the_module_by_itself(core: ModuleType) -> None:
     assert "register.<locals>.loss" in done.stdout
     toml = (ROOT / "pyproject.toml").read_text()
     assert 'reasonkern = "reasonkern.integrations.verl"' in toml
+
+
+def test_readme(core: ModuleType, ours: ModuleType) -> None:
+    text = (ROOT / "README.md").read_text()
+    section = text.partition("## Your trainer: TRL")[2].partition("\n## ")[0]
+    modes = re.findall(r"policy_loss\.loss_mode=(\w+)", section)
+    assert modes == ["vanilla", "rk_gppo"]
+    assert set(modes) | set(re.findall(r"`(rk_\w+)`", section)) <= set(core.POLICY_LOSS_REGISTRY)
