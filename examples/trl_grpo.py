@@ -12,6 +12,7 @@ text. A completion's reward is the share of that answer it gets right from its s
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import tempfile
 import warnings
@@ -28,6 +29,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers  # noqa: E402
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 from trl import GRPOConfig  # noqa: E402
 
+from reasonkern import Objective  # noqa: E402
 from reasonkern.integrations.trl import GRPOTrainer  # noqa: E402
 
 WORDS = ["<pad>", "<eos>", "+", "=", *"0123456789"]
@@ -79,6 +81,11 @@ def make_config(folder: str, steps: int, **changes: Any) -> GRPOConfig:
     return GRPOConfig(**(options | changes))
 
 
+def make_objective(name: str) -> str | Objective:
+    """GTPO drops completions of high entropy, unless the model started from one: this one did."""
+    return Objective.gtpo(initial_entropy=math.log(len(WORDS))) if name == "gtpo" else name
+
+
 def plot(history: list[dict[str, Any]], objective: str, folder: Path) -> Path:
     import matplotlib.pyplot as plt
 
@@ -105,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             make_model(), reward, args=make_config(folder, options.steps),
-            objective=options.objective, train_dataset=make_dataset(),
+            objective=make_objective(options.objective), train_dataset=make_dataset(),
             processing_class=make_tokenizer(),
         )  # fmt: skip
         trainer.train()

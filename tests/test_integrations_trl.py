@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+import reasonkern as rk
 from reasonkern import Objective
 
 pytestmark = pytest.mark.peers
@@ -133,6 +134,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "opsm": {"loss_type": "grpo", "off_policy_mask_threshold": 0.05},
     "entropy": {"loss_type": "dapo", "entropy_coef": 0.05},
     "temperature": {"loss_type": "dapo", "temperature": 0.7},
+    "top-entropy": {"loss_type": "dapo", "top_entropy_quantile": 0.45, "beta": 0.1},
+    "top-entropy-bonus": {
+        "loss_type": "grpo", "top_entropy_quantile": 0.45, "entropy_coef": 0.05,
+    },
     "accumulation": {
         "loss_type": "dapo", "gradient_accumulation_steps": 4, "steps_per_generation": 8,
         "entropy_coef": 0.05,
@@ -173,10 +178,14 @@ def test_the_name_of_a_loss_type_means_that_loss(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     """objective="bnpo" is GRPOConfig(loss_type="bnpo"), on-policy and in eval mode too."""
+    high = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
     mine = make_trainer(
-        ours.GRPOTrainer, example, model_folder, tmp_path, loss_type="dapo", objective=loss_type
+        ours.GRPOTrainer, example, model_folder, tmp_path, objective=loss_type,
+        **{"loss_type": "dapo"} | high,
+    )  # fmt: skip
+    theirs = make_trainer(
+        trl.GRPOTrainer, example, model_folder, tmp_path, loss_type=loss_type, **high
     )
-    theirs = make_trainer(trl.GRPOTrainer, example, model_folder, tmp_path, loss_type=loss_type)
     found, expected = (loss_and_gradients(t, make_batch()) for t in (mine, theirs))
     assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     assert_same_gradients(found[1], expected[1])
@@ -240,7 +249,7 @@ def test_importance_correction_equals_trls(
     else:
         ratio = ratio.masked_fill((ratio < (low or 0)) | (ratio > high), 0.0)
     mine.args.use_vllm = mine.use_vllm = theirs.use_vllm = True
-    mine.objective = ours._trl_objective(mine.args, "grpo", ours._terms(mine.args))
+    mine.objective = mine._trls(None)
     batch["importance_sampling_ratio"] = ratio
     found, expected = (loss_and_gradients(t, batch) for t in (mine, theirs))
     assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
@@ -358,10 +367,71 @@ def test_an_objective_of_its_own(
         assert own._metrics["train"][name] == pytest.approx(values, rel=1e-5, nan_ok=True), name
 
 
+def test_bapo_balances_the_bounds_of_each_batch(
+    ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+) -> None:
+    bapo, ppo = (
+        make_trainer(
+            ours.GRPOTrainer, example, model_folder, tmp_path, objective=objective,
+            num_iterations=2, loss_type="grpo",
+        )
+        for objective in ("bapo", Objective.ppo())
+    )  # fmt: skip
+    batch = add_logprobs(bapo, make_batch())
+    found = loss_and_gradients(bapo, batch)
+    ids = torch.cat((batch["prompt_ids"], batch["completion_ids"]), 1)
+    mask = torch.cat((batch["prompt_mask"], batch["completion_mask"]), 1)
+    with torch.no_grad():
+        logp = bapo._get_per_token_logps_and_entropies(bapo.model, ids, mask, COMPLETION)[0]
+    bounds = rk.bapo_bounds(
+        (logp - batch["old_per_token_logps"]).exp(), batch["advantages"][:, None].expand_as(logp),
+        batch["completion_mask"], variant="paper",
+        rollout_logprob=batch["sampling_per_token_logps"],
+    )  # fmt: skip
+    ppo.objective = Objective.ppo(*bounds)
+    expected = loss_and_gradients(ppo, batch)
+    assert_close(found[0], expected[0])
+    assert_same_gradients(found[1], expected[1])
+
+
+def test_gtpo_weighs_conflicting_tokens_of_a_prompt(
+    ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+) -> None:
+    """The factors of the generated groups follow their rows through TRL's shuffling."""
+    trainer = make_trainer(
+        ours.GRPOTrainer, example, model_folder, tmp_path, objective="gtpo",
+        per_device_train_batch_size=32, num_generations=8, gradient_accumulation_steps=2,
+        scale_rewards="none",
+    )  # fmt: skip
+    seen = []
+    original = trainer._compute_loss
+
+    def compute(model: Any, inputs: dict[str, Any]) -> Tensor:
+        seen.append(inputs)
+        return original(model, inputs)
+
+    trainer._compute_loss = compute
+    trainer.train()
+    assert len(seen) == 2 and seen[0]["advantages"].shape == (32,)
+    whole = {k: torch.cat([part[k] for part in seen]) for k in seen[0] if seen[0][k].ndim}
+    # Rows of one prompt, in any order.
+    group = whole["prompt_ids"].unique(dim=0, return_inverse=True)[1]
+    expected = rk.conflict_token_weights(
+        whole["completion_ids"], whole["advantages"], group, whole["completion_mask"]
+    )
+    assert torch.equal(whole["conflict_weights"], expected)
+    assert (expected > 1).any() and (expected == 0).any()
+
+
 # ---- what is refused
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"top_entropy_quantile": 0.5}, r"args\.top_entropy_quantile: expected 1\.0"),
+    (
+        {"objective": "high_entropy", "top_entropy_quantile": 0.5},
+        r"args\.top_entropy_quantile: expected 1\.0 with this objective",
+    ),
+    ({"objective": "bapo"}, r"args\.num_iterations: expected more updates than one .* for bapo"),
+    ({"loss_type": "cispo"}, r"args\.epsilon_high: expected CISPO's largest ratio"),
     ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
     ({"objective": "gppo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
     ({"beta": 0.1, "importance_sampling_level": "sequence"}, "use_bias_correction_kl: expected F"),
@@ -417,7 +487,10 @@ def test_readme(trl: ModuleType, ours: ModuleType, example: ModuleType, tmp_path
     assert "reasonkern/ess_frac" in names["trainer"].state.log_history[0]
 
 
-RUNS = ("gppo", "ce_gppo", "gspo", "gmpo", "reinforce", "dppo_tv")
+RUNS = (
+    "gppo", "bapo", "gtpo", "ce_gppo", "gspo", "gmpo", "reinforce", "dppo_tv", "clip_cov",
+    "high_entropy",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("objective", RUNS)
@@ -430,7 +503,8 @@ def test_twenty_steps_have_finite_plotted_metrics(
     for row in history:
         for name, value in row.items():
             assert value is None or math.isfinite(value), name
-        assert {"entropy", "clip_ratio/region_mean", "reasonkern/ess_frac"} <= row.keys()
+        assert {"entropy", "reasonkern/clip_frac", "reasonkern/ess_frac"} <= row.keys()
+        assert ("clip_ratio/region_mean" in row) == (objective != "bapo")
         assert row["reasonkern/rows_nonfinite"] == 0
         assert 0 < row["reasonkern/ess_frac"] <= 1
         assert row["reasonkern/entropy_pos"] > 0 and row["reasonkern/ratio_var"] > 0

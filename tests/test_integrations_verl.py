@@ -59,6 +59,8 @@ def call(
     )  # fmt: skip
 
 
+torch.manual_seed(0)
+SEED = int(torch.randint(2**62, ()))  # what the registered function draws after manual_seed(0)
 # name: (configuration, our objective with the same numbers)
 OBJECTIVES: dict[str, tuple[dict[str, Any], Objective]] = {
     "rk_ppo": ({}, Objective.ppo(dual_clip=3.0)),
@@ -70,6 +72,10 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], Objective]] = {
     "rk_gspo": ({"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4}, Objective.gspo()),
     "rk_gmpo": ({"clip_ratio_low": 0.4, "clip_ratio_high": 0.4}, Objective.gmpo()),
     "rk_cispo": ({}, Objective.cispo(1.2, 0.8)),
+    "rk_tppo": ({}, Objective.tppo(0.8, 1.2, dual_clip=3.0)),
+    "rk_bapo": ({"clip_ratio_c": 2.0}, Objective.bapo("code", dual_clip=2.0)),
+    "rk_kl_cov": ({}, Objective.kl_cov(2e-4, 0.1)),
+    "rk_clip_cov": ({}, Objective.clip_cov(seed=SEED)),
     "rk_dppo_tv": (
         {"clip_ratio_low": 0.02, "clip_ratio_high": 0.03, "clip_ratio_c": 20.0},
         Objective.dppo_tv(0.02, 0.03),
@@ -100,6 +106,7 @@ def test_registered_loss_equals_policy_loss(name: str, core: ModuleType, ours: M
     logp, _ = stats(y, b.targets)
     # What masked tokens hold does not matter.
     off = torch.where(b.mask, 0.0, float("nan"))
+    torch.manual_seed(0)
     loss, metrics = call(core, name, b, logp + off, make_config(**options))
     assert_close(loss, expected.loss, **SINGLE)
     mine, theirs = gradient(expected.loss, x), gradient(loss, y)
@@ -120,6 +127,7 @@ VERLS = {  # ours: (verl's own, the only aggregation of verl's, or None)
     "rk_dppo_kl": ("dppo_kl", None),
     "rk_dro": ("dro", None),
     "rk_gpg": ("gpg", None),
+    "rk_kl_cov": ("kl_cov", None),
 }
 MODES = (
     "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm",
@@ -228,6 +236,8 @@ def test_a_loss_with_its_own_numbers(
         (Objective.ppo(entropy_coef=0.1), r"objective\.entropy_coef: expected not set"),
         (Objective.ppo(opsm=0.1), r"objective\.opsm: expected not set"),
         (Objective.custom(lambda *_: None), r"objective\.function: expected not set"),
+        (Objective.gtpo(), "objective: expected one that needs no entropies"),
+        (Objective.high_entropy(), "objective: expected one that needs no entropies"),
         (lambda config: Objective.ppo(), "name: expected a name"),
     ],
 )

@@ -22,12 +22,31 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks
-from ..policy_loss import Objective, PolicyMetrics, policy_loss, token_stats, token_weights
+from ..policy_loss import (
+    Objective,
+    PolicyMetrics,
+    conflict_token_weights,
+    policy_loss,
+    token_stats,
+    token_weights,
+)
+from ..policy_loss.adaptive import BalancedBounds, CovarianceSelection
 from ._peer import import_peer, require_arguments
+from ._trl_objective import (
+    AGGREGATION,
+    TopEntropy,
+    check_config,
+    check_off_policy,
+    named_objective,
+    terms,
+    trl_objective,
+    with_terms,
+)
 
 TESTED = "1.16"
 _trl = import_peer("trl.trainer.grpo_trainer", TESTED)
@@ -38,19 +57,6 @@ for _function, _names in (
     (_Base._compute_loss, ("model", "inputs")),
 ):
     require_arguments("trl", TESTED, _function, *_names)
-
-# TRL's loss types and how each aggregates; "window": by the trained tokens of all micro-batches of
-# an optimizer step on all ranks.
-AGGREGATION = {
-    "grpo": "seq-mean-token-mean",
-    "sapo": "seq-mean-token-mean",
-    "bnpo": "token-mean",
-    "dr_grpo": "constant",
-    "luspo": "seq-mean-token-sum",
-    "dapo": "window",
-    "cispo": "window",
-    "vespo": "window",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +76,13 @@ class _Rows:
 
     def padded(self, left: int, right: int) -> dict[str, Any]:
         """The arguments, with rows of weight 0 before and after the completion."""
-        return {
-            name: F.pad(x, (left, right)) if isinstance(x, Tensor) and x.ndim > 1 else x
-            for name, x in vars(self).items()
-        }
+
+        def pad(x: Any) -> Any:
+            return F.pad(x, (left, right)) if isinstance(x, Tensor) and x.ndim > 1 else x
+
+        arguments = {name: pad(x) for name, x in vars(self).items()}
+        o = self.objective
+        return arguments | {"objective": replace(o, selection=pad(o.selection))}
 
 
 class _HeadOutput(NamedTuple):
@@ -83,6 +92,7 @@ class _HeadOutput(NamedTuple):
     entropy: Tensor
     aux_loss: Tensor | None
     loss: Tensor | None = None
+    token_loss: Tensor | None = None
     metrics: PolicyMetrics | None = None
 
 
@@ -149,7 +159,12 @@ def _score(output: Any, targets: Tensor, rows: _Rows | None, temperature: float)
         return _HeadOutput(stats.logprob[:, inside], stats.entropy[:, inside], aux_loss)
     out = policy_loss(logits, y, temperature=temperature, inplace_grad=True, **rows.padded(left, 1))
     return _HeadOutput(
-        out.logprob[:, inside], out.entropy[:, inside], aux_loss, out.loss, out.metrics
+        out.logprob[:, inside],
+        out.entropy[:, inside],
+        aux_loss,
+        out.loss,
+        out.token_loss[:, inside],
+        out.metrics,
     )
 
 
@@ -164,90 +179,13 @@ def _our_head() -> Iterator[None]:
         _trl.add_fused_lm_head = original
 
 
-# ---- the objective of a configuration
-
-
-def _unsupported(name: str, expected: str, got: object) -> None:
-    _checks.fail(f"args.{name}", f"{expected} with reasonkern's GRPOTrainer", repr(got))
-
-
-def _check_config(args: Any, loss_type: str, own_bounds: bool) -> None:
-    if args.top_entropy_quantile < 1:
-        _unsupported("top_entropy_quantile", "1.0", args.top_entropy_quantile)
-    if args.cast_lm_head_to_fp32 and (args.bf16 or args.fp16):
-        _unsupported("cast_lm_head_to_fp32", "False in mixed precision", True)
-    level = args.importance_sampling_level
-    if level != "token" and (own_bounds or loss_type in ("cispo", "sapo", "vespo")):
-        _unsupported("importance_sampling_level", "'token' for this objective", level)
-    if level != "token" and args.beta and args.use_bias_correction_kl:
-        # TRL weights each token's KL by the ratio of the sequence, which is not unbiased.
-        _unsupported("use_bias_correction_kl", "False at the sequence level", True)
-    if loss_type == "vespo" and args.use_vllm and args.vllm_importance_sampling_correction:
-        _unsupported("vllm_importance_sampling_correction", "False for vespo", True)
-    if own_bounds:
-        if loss_type in ("cispo", "sapo", "vespo"):
-            means = (
-                "grpo, bnpo, dr_grpo, dapo or luspo, which says how token losses are aggregated,"
-            )
-            _unsupported("loss_type", means, loss_type)
-        for name, default in (("epsilon", 0.2), ("epsilon_high", None), ("delta", None)):
-            if getattr(args, name) != default:
-                _unsupported(
-                    name, f"{default}: the objective has its own bounds", getattr(args, name)
-                )
-
-
-def _terms(args: Any) -> dict[str, Any]:
-    """KL, importance correction and sequence mask as TRL's configuration describes them."""
-    terms: dict[str, Any] = {"opsm": args.off_policy_mask_threshold}
-    if args.beta:
-        terms["kl"] = ("k3", args.beta, args.use_bias_correction_kl)
-    if args.use_vllm and args.vllm_importance_sampling_correction:
-        level, _, mode = args.vllm_importance_sampling_mode.partition("_")
-        lo, hi = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
-        terms["importance"] = (level, mode, lo, hi)
-    return terms
-
-
-def _trl_objective(args: Any, loss_type: str, terms: dict[str, Any]) -> Objective:
-    """TRL's loss type with TRL's numbers."""
-    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
-    if loss_type == "cispo":
-        return Objective.cispo(high, **terms)
-    if loss_type == "sapo":
-        return Objective.sapo(args.sapo_temperature_pos, args.sapo_temperature_neg, **terms)
-    if loss_type == "vespo":
-        shape = (args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg)
-        return Objective.vespo(*shape, **terms)
-    build = Objective.gspo if args.importance_sampling_level == "sequence" else Objective.ppo
-    return build(1 - args.epsilon, 1 + high, ratio_cap=args.delta, **terms)
-
-
-def _named_objective(name: str) -> Objective:
-    build = getattr(Objective, name, None)
-    if name == "custom" or name.startswith("_") or not inspect.ismethod(build):
-        _checks.fail(
-            "objective", "the name of a constructor of Objective, or of a TRL loss type", repr(name)
-        )
-    objective: Objective = build()
-    return objective
-
-
-def _with_terms(objective: Objective, terms: dict[str, Any]) -> Objective:
-    for name, default in (
-        ("kl", None),
-        ("importance", None),
-        ("opsm", None),
-        ("entropy_coef", 0.0),
-    ):
-        if getattr(objective, name) is not default and getattr(objective, name) != default:
-            _checks.fail(
-                f"objective.{name}", "to come from the trainer's args", getattr(objective, name)
-            )
-    return replace(objective, **terms)
-
-
 # ---- the trainer
+
+
+def _trained(inputs: dict[str, Any]) -> Tensor:
+    """Mask (B, K) of the tokens that the policy wrote."""
+    mask: Tensor = inputs["completion_mask"]
+    return mask * inputs["tool_mask"] if "tool_mask" in inputs else mask
 
 
 class GRPOTrainer(_Base):
@@ -257,10 +195,12 @@ class GRPOTrainer(_Base):
         *args: as for TRL's trainer.
         objective: None = the one of ``args.loss_type``, with the numbers of ``args``; a name: one
             of TRL's loss types, or a constructor of `Objective` with its published numbers
-            ("gppo", "ce_gppo", "reinforce", "dppo_tv", "gmpo", …); or an `Objective`. KL, entropy
-            bonus, importance correction and the off-policy mask come from ``args`` (``beta``,
-            ``entropy_coef``, ``vllm_importance_sampling_*``, ``off_policy_mask_threshold``), and
-            ``args.loss_type`` says how token losses are aggregated.
+            ("gppo", "bapo", "gtpo", "dppo_tv", "gmpo", …); or an `Objective`. KL, entropy bonus,
+            importance correction, off-policy mask and entropy mask come from ``args`` (``beta``,
+            ``entropy_coef``, ``vllm_importance_sampling_*``, ``off_policy_mask_threshold``,
+            ``top_entropy_quantile``), and ``args.loss_type`` says how token losses are aggregated.
+            GTPO as published wants ``args.scale_rewards="none"``, and for a model with a mean
+            entropy above ln 2 ``Objective.gtpo(initial_entropy=…)``: else it drops everything.
         **kwargs: as for TRL's trainer.
 
     TRL's metrics keep their names; those of `PolicyMetrics.compute`, merged over micro-batches and
@@ -269,29 +209,63 @@ class GRPOTrainer(_Base):
 
     Raises:
         ImportError: when imported without TRL, or where TRL's interface changed.
-        ValueError: unknown objective; an option that is not supported (``top_entropy_quantile``
-            below 1, a sequence level for CISPO, SAPO and VESPO, …), each by name.
+        ValueError: unknown objective; an option that is not supported (a sequence level for CISPO,
+            SAPO and VESPO, …) or would be ignored (``epsilon`` with an objective that has its own
+            bounds, …), each by name.
     """
 
     def __init__(self, *args: Any, objective: str | Objective | None = None, **kwargs: Any) -> None:
         with _our_head():
             super().__init__(*args, **kwargs)
-        self._own_objective = False
-        if objective is None or (isinstance(objective, str) and objective in AGGREGATION):
-            self.loss_type: str = objective or self.args.loss_type
-            _check_config(self.args, self.loss_type, own_bounds=False)
-            self.objective = _trl_objective(self.args, self.loss_type, _terms(self.args))
-        else:
-            _check_config(self.args, self.loss_type, own_bounds=True)
-            found = _named_objective(objective) if isinstance(objective, str) else objective
-            if not isinstance(found, Objective):
-                _checks.fail("objective", "a name, an Objective or None", type(found).__name__)
-            self.objective = _with_terms(found, _terms(self.args))
-            self._own_objective = True
-            # TRL's clip metrics count against the objective's bounds.
-            low, high = self.objective.numbers()[:2]
-            self.epsilon_low, self.epsilon_high = 1 - low, high - 1
+        self._own_objective = not (
+            objective is None or (isinstance(objective, str) and objective in AGGREGATION)
+        )
+        self.objective = self._own(objective) if self._own_objective else self._trls(objective)
         self._row_metrics: dict[str, PolicyMetrics] = {}
+
+    def _trls(self, loss_type: Any) -> Objective:
+        self.loss_type: str = loss_type or self.args.loss_type
+        check_config(self.args, self.loss_type, own_bounds=False)
+        return trl_objective(self.args, self.loss_type, self._terms())
+
+    def _own(self, objective: Any) -> Objective:
+        check_config(self.args, self.loss_type, own_bounds=True)
+        if isinstance(objective, str):
+            ranks = dist.group.WORLD if self.accelerator.num_processes > 1 else None
+            objective = named_objective(objective, ranks)
+        if not isinstance(objective, Objective):
+            _checks.fail("objective", "a name, an Objective or None", type(objective).__name__)
+        if objective.rule is not None and objective.rule.needs_rollout:
+            check_off_policy(self.args, objective.name)
+        found = with_terms(objective, self._terms())
+        # TRL's clip metrics count against the objective's bounds.
+        low, high = found.numbers()[:2]
+        self.epsilon_low, self.epsilon_high = 1 - low, high - 1
+        return found
+
+    def _terms(self) -> dict[str, Any]:
+        found = terms(self.args)
+        if self.top_entropy_quantile < 1:
+            found["rule"] = TopEntropy(self.top_entropy_quantile, self.get_high_entropy_mask)
+        return found
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output: dict[str, Any] = super()._generate_and_score_completions(inputs)
+        if self.objective.name == "gtpo":
+            output["conflict_weights"] = self._conflict_weights(output)
+        return output
+
+    def _conflict_weights(self, output: dict[str, Any]) -> Tensor:
+        """GTPO's factors: here, because the completions of a prompt are shuffled apart later."""
+        mask, accelerator = _trained(output), self.accelerator
+        columns = (output["completion_ids"], mask)
+        tokens, trained = (accelerator.pad_across_processes(x, dim=1) for x in columns)
+        tokens, trained, advantage = accelerator.gather((tokens, trained, output["advantages"]))
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        group = torch.arange(len(tokens), device=tokens.device) // size
+        weights = conflict_token_weights(tokens, advantage, group, trained)
+        first = accelerator.process_index * len(mask)
+        return weights[first : first + len(mask), : mask.shape[1]]
 
     def _get_per_token_logps_and_entropies(
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int,
@@ -304,9 +278,7 @@ class GRPOTrainer(_Base):
         )
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        mask = inputs["completion_mask"]
-        if "tool_mask" in inputs:
-            mask = mask * inputs["tool_mask"]
+        mask = _trained(inputs)
         # Rows that are not trained are not read and have log-probability 0.
         known = {
             name: torch.where(mask != 0, inputs[name], 0.0)
@@ -329,9 +301,8 @@ class GRPOTrainer(_Base):
 
     def _policy_loss(self, output: _HeadOutput, rows: _Rows) -> float:
         """The loss without the entropy bonus, scaled and averaged over ranks as TRL logs it."""
-        assert output.loss is not None and rows.entropy_weight is not None
-        bonus = rows.objective.entropy_coef * (rows.entropy_weight * output.entropy).sum()
-        loss = output.loss.detach() + bonus
+        assert output.token_loss is not None
+        loss = (rows.weight * output.token_loss).sum()
         if AGGREGATION[self.loss_type] != "window":
             loss = loss * self._steps()
         mean: float = self.accelerator.gather(loss).nanmean().item()
@@ -348,6 +319,10 @@ class GRPOTrainer(_Base):
             rollout = torch.where(rollout.isnan(), old, rollout)
         if rollout is None and objective.opsm is not None:
             objective = replace(objective, opsm=None)  # on-policy: nothing has drifted
+        if isinstance(objective.rule, CovarianceSelection):
+            objective = replace(objective, rule=replace(objective.rule, seed=self._step))
+        if "conflict_weights" in inputs:
+            objective = replace(objective, selection=inputs["conflict_weights"])
         entropy_weight = None
         if self._entropy_bonus_enabled:
             objective = replace(objective, entropy_coef=self._entropy_coefficient())
@@ -384,6 +359,9 @@ class GRPOTrainer(_Base):
         if metrics is not None:
             if self.accelerator.num_processes > 1:
                 metrics = metrics.all_reduce()
+            if isinstance(self.objective.rule, BalancedBounds):  # TRL knows no bounds that move
+                for name in [n for n in self._metrics[mode] if n.startswith("clip_ratio/")]:
+                    del self._metrics[mode][name]
             found = metrics.compute()
             values = torch.stack(list(found.values())).tolist()  # one synchronisation
             for name, value in zip(found, values, strict=True):

@@ -14,6 +14,7 @@ numbers of its own.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..policy_loss import Objective, token_weights
+from ..policy_loss.adaptive import EntropyFilter, HighEntropySelection
 from ..policy_loss.inputs import check_objective, row_context
 from ..policy_loss.metrics import loss_metrics
 from ..policy_loss.paths import loss_of_statistics
@@ -51,22 +53,17 @@ AGGREGATION = {
 
 
 def _bounds(config: Any) -> tuple[float, float]:
-    low, high = config.clip_ratio_low, config.clip_ratio_high
-    return (
-        config.clip_ratio if low is None else low,
-        config.clip_ratio if high is None else high,
-    )
+    """clip_ratio_low and clip_ratio_high."""
+    given = config.clip_ratio_low, config.clip_ratio_high
+    low, high = (config.clip_ratio if x is None else x for x in given)
+    return low, high
 
 
-def _clipped(name: str) -> Callable[[Any], Objective]:
-    def build(config: Any) -> Objective:
-        low, high = _bounds(config)
-        objective: Objective = getattr(Objective, name)(
-            1 - low, 1 + high, dual_clip=config.clip_ratio_c
-        )
-        return objective
-
-    return build
+def _clipped(name: str, config: Any) -> Objective:
+    low, high = _bounds(config)
+    build = getattr(Objective, name)
+    objective: Objective = build(1 - low, 1 + high, dual_clip=config.clip_ratio_c)
+    return objective
 
 
 def _gspo(config: Any) -> Objective:
@@ -85,22 +82,35 @@ def _cispo(config: Any) -> Objective:
     return Objective.cispo(1 + high, 1 - low)
 
 
-def _dppo(name: str) -> Callable[[Any], Objective]:
-    def build(config: Any) -> Objective:
-        low, high = _bounds(config)
-        objective: Objective = getattr(Objective, name)(low, high, config.clip_ratio_c)
-        return objective
-
-    return build
+def _dppo(name: str, config: Any) -> Objective:
+    objective: Objective = getattr(Objective, name)(*_bounds(config), config.clip_ratio_c)
+    return objective
 
 
+def _clip_cov(config: Any) -> Objective:
+    """Each call draws anew, from torch's generator."""
+    low, high = _bounds(config)
+    p, seed = config.policy_loss, int(torch.randint(2**62, ()))
+    return Objective.clip_cov(
+        1 - low, 1 + high, p.clip_cov_ratio, p.clip_cov_lb, p.clip_cov_ub, seed
+    )
+
+
+def _kl_cov(config: Any) -> Objective:
+    return Objective.kl_cov(config.policy_loss.kl_cov_ratio, config.policy_loss.ppo_kl_coef)
+
+
+CLIPPED = ("ppo", "grpo", "dapo", "dr_grpo", "gppo", "ce_gppo", "tppo")
 OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
-    **{name: _clipped(name) for name in ("ppo", "grpo", "dapo", "dr_grpo", "gppo", "ce_gppo")},
+    **{name: functools.partial(_clipped, name) for name in CLIPPED},
+    **{name: functools.partial(_dppo, name) for name in ("dppo_tv", "dppo_kl")},
     "gspo": _gspo,
     "gmpo": _gmpo,
     "cispo": _cispo,
-    "dppo_tv": _dppo("dppo_tv"),
-    "dppo_kl": _dppo("dppo_kl"),
+    "clip_cov": _clip_cov,
+    "kl_cov": _kl_cov,
+    # The paper's variant needs the engine's log-probabilities, which verl gives no policy loss.
+    "bapo": lambda config: Objective.bapo("code", dual_clip=config.clip_ratio_c),
     "sapo": lambda config: Objective.sapo(config.tau_pos, config.tau_neg),
     "dro": lambda config: Objective.dro(config.policy_loss.dro_beta),
     "vespo": lambda config: Objective.vespo(),
@@ -189,10 +199,8 @@ def objective_loss(
     )
     check_objective(objective, context, packed=False)
     known = torch.where(mask, log_prob, 0.0).to(context.weight)
-    row_loss, _, logprob, entropy, finite = loss_of_statistics(
-        objective, known, torch.zeros_like(known), context
-    )
-    values = loss_metrics(objective, logprob, entropy, finite, context).compute()
+    out = loss_of_statistics(objective, known, torch.zeros_like(known), context)
+    values = loss_metrics(out.objective, out.logprob, out.entropy, out.finite, context).compute()
     numbers = torch.stack(list(values.values())).tolist()  # one synchronisation
     found = dict(zip(values, numbers, strict=True))
     metrics = {
@@ -201,7 +209,7 @@ def objective_loss(
         "actor/pg_clipfrac_lower": found["dual_clip_frac"],
     }
     ours = {k: v for k, v in found.items() if not k.startswith("entropy")}
-    return row_loss.sum(), metrics | {f"actor/reasonkern/{k}": v for k, v in ours.items()}
+    return out.row_loss.sum(), metrics | {f"actor/reasonkern/{k}": v for k, v in ours.items()}
 
 
 def register(objective: Objective | Callable[[Any], Objective], name: str | None = None) -> str:
@@ -212,9 +220,9 @@ def register(objective: Objective | Callable[[Any], Objective], name: str | None
         name: for ``policy_loss.loss_mode``; default: ``rk_`` and the objective's name.
 
     Raises:
-        ValueError: a term that verl adds itself (``kl``, ``entropy_coef``, ``importance``), one
-            that needs the engine's log-probabilities (``opsm``), a user-defined function, which may
-            need entropies, or no name for a function.
+        ValueError: a term that verl adds itself (``kl``, ``entropy_coef``, ``importance``) or that
+            needs the engine's log-probabilities (``opsm``), an objective that needs entropies
+            (``gtpo``, ``high_entropy``, user-defined ones), or no name for a function.
 
     Example, in a module that ``VERL_USE_EXTERNAL_MODULES`` names::
 
@@ -222,12 +230,13 @@ def register(objective: Objective | Callable[[Any], Objective], name: str | None
     """
     if isinstance(objective, Objective):
         for term in ("kl", "importance", "opsm", "entropy_coef", "function"):
-            if getattr(objective, term):
-                _checks.fail(
-                    f"objective.{term}",
-                    "not set: verl has its own, or no input for it",
-                    getattr(objective, term),
-                )
+            if given := getattr(objective, term):
+                expected = "not set: verl has its own, or no input for it"
+                _checks.fail(f"objective.{term}", expected, given)
+        if isinstance(objective.rule, (EntropyFilter, HighEntropySelection)):
+            _checks.fail(
+                "objective", "one that needs no entropies, which verl keeps", objective.name
+            )
         name = f"rk_{objective.name}" if name is None else name
     elif name is None:
         _checks.fail("name", "a name for a function of the configuration", None)

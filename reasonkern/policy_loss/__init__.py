@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from . import parallel as ranks
 from . import paths
+from .bapo import bapo_bounds
+from .conflict import conflict_token_weights, entropy_filter
 from .inputs import (
     RowContext,
     Scaling,
@@ -25,16 +28,24 @@ from .inputs import (
 from .metrics import PolicyMetrics, loss_metrics
 from .objective import KL, Importance, Objective
 from .outputs import PolicyLossOutput, TokenStats
+from .parallel import Parallel
+from .selection import covariance_mask, high_entropy_mask
 from .weights import token_weights
 
 __all__ = [
     "KL",
     "Importance",
     "Objective",
+    "Parallel",
     "PolicyLossOutput",
     "PolicyMetrics",
     "RowContext",
     "TokenStats",
+    "bapo_bounds",
+    "conflict_token_weights",
+    "covariance_mask",
+    "entropy_filter",
+    "high_entropy_mask",
     "policy_loss",
     "token_stats",
     "token_weights",
@@ -48,6 +59,7 @@ def token_stats(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,
+    parallel: Parallel | None = None,
 ) -> TokenStats:
     """Log-probability, entropy and five more statistics of each row in one read of the logits.
 
@@ -67,6 +79,9 @@ def token_stats(
         softcap: z = cap * tanh(x / cap) before the temperature; None = off.
         mask: bool, shaped like ``targets``; rows where it is False are not read: their statistics
             are 0, their gradient is 0, and any target is allowed. None = all rows.
+        parallel: with a ``vocab_group`` the logits are this rank's columns, and the statistics,
+            the same on every rank, those of the whole rows, after one all-gather of 32 bytes per
+            row; a DTensor sharded on its last dimension needs no `Parallel`. None = whole rows.
 
     Returns:
         `TokenStats`. A row with NaN or +inf, or without a finite logit, has NaN statistics and
@@ -81,13 +96,17 @@ def token_stats(
         >>> rk.token_stats(torch.zeros(1, 4), torch.tensor([2])).entropy  # ln 4
         tensor([1.3863])
     """
-    rows, y = canonical_logits(logits, targets)
+    logits, shard = ranks.vocab_shard(logits, parallel)
+    rows, y = canonical_logits(logits, targets, least=1 if shard is None else 0)
     scaling = canonical_scaling(rows, temperature, softcap)
     mask = canonical_mask(mask, y, targets.shape)
-    _checks.check_range("targets", y, 0, rows.shape[-1], where=mask)
-    out = torch.ops.reasonkern.token_stats(
-        rows, y, mask, scaling.row_temperature, scaling.temperature, scaling.softcap
-    )
+    vocab = rows.shape[-1] if shard is None else shard.vocab
+    _checks.check_range("targets", y, 0, vocab, where=mask)
+    args = (rows, y, mask, scaling.row_temperature, scaling.temperature, scaling.softcap)
+    if shard is None:
+        out = torch.ops.reasonkern.token_stats(*args)
+    else:
+        out = ranks.token_stats(*args, shard)
     return TokenStats(*(t.view(targets.shape) for t in out[:7]))
 
 
@@ -107,6 +126,7 @@ def policy_loss(
     entropy_weight: Tensor | None = None,
     inplace_grad: bool = False,
     loss_scale: Tensor | None = None,
+    parallel: Parallel | None = None,
 ) -> PolicyLossOutput:
     """Policy-gradient loss, its gradient, entropy and clipping metrics from one read of the logits.
 
@@ -146,6 +166,11 @@ def policy_loss(
             not be used afterwards; autograd raises where another op saved them.
         loss_scale: 0-dim tensor folded into the gradient before it is rounded to the logits' dtype
             (GradScaler's factor for float16); scaling the loss by the same factor cancels it.
+        parallel: `Parallel`. ``vocab_group``: the logits are this rank's columns, the loss is the
+            same on every rank, the gradient that of this rank's columns (always the two-pass form,
+            one all-gather of 32 bytes per row); a DTensor sharded on its last dimension needs no
+            `Parallel`. ``segment_group``: sequence-level terms sum over the pieces of a sequence.
+            ``data_group``: where ``metrics.all_reduce()`` merges.
 
     Returns:
         `PolicyLossOutput`. Rows with NaN or +inf logits, a target at -inf or a nonfinite loss give
@@ -157,9 +182,10 @@ def policy_loss(
             weights or advantages in active rows (on CUDA such rows are counted instead).
     """
     objective = as_objective(objective)
-    rows, y = canonical_logits(logits, targets)
+    logits, shard = ranks.vocab_shard(logits, parallel)
+    rows, y = canonical_logits(logits, targets, least=1 if shard is None else 0)
     packed = logits.ndim == 2
-    sequences = canonical_segments(segments, y, packed)
+    sequences = canonical_segments(segments, y, packed, parallel)
     scaling = canonical_scaling(rows, temperature, softcap, sequences)
     context = row_context(
         objective, rows, sequences, old_logprob, advantage, weight, ref_logprob, rollout_logprob,
@@ -170,12 +196,12 @@ def policy_loss(
         n > 1 and not s for n, s in zip(rows.shape, rows.stride(), strict=True)
     ):
         _checks.fail("logits", "rows that do not share memory for inplace_grad", rows.stride())
-    check_rows(context, y, rows.shape[-1])
+    check_rows(context, y, rows.shape[-1] if shard is None else shard.vocab)
     loss_scale = canonical_loss_scale(loss_scale, context)
-    row_loss, token_loss, logprob, entropy, finite = _run(
-        objective, rows, y, context, scaling, loss_scale, inplace_grad
+    row_loss, token_loss, logprob, entropy, finite, used = _run(
+        objective, rows, y, context, scaling, loss_scale, inplace_grad, shard
     )
-    metrics = loss_metrics(objective, logprob, entropy, finite, context)
+    metrics = loss_metrics(used, logprob, entropy, finite, context)
     shape = targets.shape
     return PolicyLossOutput(
         row_loss.sum(),
@@ -194,7 +220,10 @@ def _run(
     scaling: Scaling,
     loss_scale: Tensor | None,
     inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if paths.is_fused(objective, logits.dtype, paths.needs_grad(logits), context, loss_scale):
+    shard: ranks.VocabShard | None,
+) -> paths.PathOutput:
+    if shard is None and paths.is_fused(
+        objective, logits.dtype, paths.needs_grad(logits), context, loss_scale
+    ):
         return paths.fused(objective, logits, targets, context, scaling, loss_scale, inplace)
-    return paths.two_phase(objective, logits, targets, context, scaling, inplace)
+    return paths.two_phase(objective, logits, targets, context, scaling, inplace, shard)
