@@ -7,36 +7,27 @@ Two lines of a script change::
     trainer = GRPOTrainer(..., objective="gppo")  # without objective: that of args.loss_type
 
 TRL keeps generation, rewards, advantages, metrics and the adaptive entropy coefficient; it calls
-the model through a head that is replaced here, and its own loss function runs on the detached
-log-probabilities for its metrics alone.
+the model through a head that is replaced by the one in ``_trl_head``, and its own loss function
+runs on the detached log-probabilities for its metrics alone.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
-import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _checks
-from ..policy_loss import (
-    Objective,
-    PolicyMetrics,
-    conflict_token_weights,
-    policy_loss,
-    token_stats,
-    token_weights,
-)
+from ..policy_loss import Objective, PolicyMetrics, conflict_token_weights, token_weights
 from ..policy_loss.adaptive import BalancedBounds, CovarianceSelection
 from ._peer import import_peer, require_arguments
+from ._trl_head import HeadCall, HeadOutput, HeadRows, add_head
 from ._trl_objective import (
     AGGREGATION,
     TopEntropy,
@@ -59,127 +50,15 @@ for _function, _names in (
     require_arguments("trl", TESTED, _function, *_names)
 
 
-@dataclass(frozen=True, eq=False)
-class _Rows:
-    """What `policy_loss` takes besides the logits, each (B, K) for the K completion tokens.
-
-    Not a tuple or a dict: FSDP casts the floating tensors of those to its parameter dtype.
-    """
-
-    objective: Objective
-    advantage: Tensor  # or (B,)
-    weight: Tensor
-    entropy_weight: Tensor | None
-    old_logprob: Tensor | None
-    ref_logprob: Tensor | None
-    rollout_logprob: Tensor | None
-
-    def padded(self, left: int, right: int) -> dict[str, Any]:
-        """The arguments, with rows of weight 0 before and after the completion."""
-
-        def pad(x: Any) -> Any:
-            return F.pad(x, (left, right)) if isinstance(x, Tensor) and x.ndim > 1 else x
-
-        arguments = {name: pad(x) for name, x in vars(self).items()}
-        o = self.objective
-        return arguments | {"objective": replace(o, selection=pad(o.selection))}
-
-
-class _HeadOutput(NamedTuple):
-    """What TRL reads from a model's output, and the loss."""
-
-    log_probs: Tensor
-    entropy: Tensor
-    aux_loss: Tensor | None
-    loss: Tensor | None = None
-    token_loss: Tensor | None = None
-    metrics: PolicyMetrics | None = None
-
-
-class _Call:
-    """Stands for the model in TRL's functions, which only call it; keeps the last output."""
-
-    def __init__(self, model: Any, rows: _Rows | None = None) -> None:
-        self.model, self.rows = model, rows
-        self.tokens: int | None = None
-        self.output: _HeadOutput | None = None
-
-    def __call__(self, **inputs: Any) -> _HeadOutput:
-        self.output = self.model(**inputs, tokens=self.tokens, rows=self.rows)
-        return self.output
-
-
-def _add_head(
-    model: Any,
-    temperature: float = 1.0,
-    cast_lm_head_to_fp32: bool = False,
-    outputs: tuple[str, ...] = ("log_probs",),
-) -> None:
-    """Has the arguments and the effect of TRL's ``add_fused_lm_head``, with full logits.
-
-    ``model(..., labels=, fused_lm_head=True, tokens=K)`` returns statistics of the last K tokens;
-    with ``rows`` also the loss, whose gradient replaces the logits. It happens inside the model's
-    forward, so autocast and parallel wrappers do not copy the logits.
-    """
-    plain = model.forward
-    narrows = "logits_to_keep" in inspect.signature(plain).parameters
-
-    @functools.wraps(type(model).forward)  # generate() checks its arguments against the signature
-    def forward(
-        self: Any,
-        *args: Any,
-        fused_lm_head: bool = False,
-        labels: Tensor | None = None,
-        tokens: int | None = None,
-        rows: _Rows | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        if not fused_lm_head:
-            return (
-                plain(*args, **kwargs) if labels is None else plain(*args, labels=labels, **kwargs)
-            )
-        assert labels is not None and tokens is not None
-        # The last position predicts nothing: it stays, with weight 0, because the backward of a
-        # slice would allocate the logits once more.
-        kept = {"logits_to_keep": tokens + 1} if narrows else {}
-        output = plain(*args, use_cache=False, **kept, **kwargs)
-        return _score(output, labels[:, -tokens:], rows, temperature)
-
-    model.forward = types.MethodType(forward, model)
-
-
-def _score(output: Any, targets: Tensor, rows: _Rows | None, temperature: float) -> _HeadOutput:
-    logits = output.logits
-    left = logits.shape[1] - targets.shape[1] - 1
-    inside = slice(left, -1)
-    aux_loss = getattr(output, "aux_loss", None)
-    y = F.pad(targets, (left, 1), value=-100)
-    if rows is None:
-        stats = token_stats(logits, y, temperature=temperature, mask=y >= 0)
-        return _HeadOutput(stats.logprob[:, inside], stats.entropy[:, inside], aux_loss)
-    out = policy_loss(logits, y, temperature=temperature, inplace_grad=True, **rows.padded(left, 1))
-    return _HeadOutput(
-        out.logprob[:, inside],
-        out.entropy[:, inside],
-        aux_loss,
-        out.loss,
-        out.token_loss[:, inside],
-        out.metrics,
-    )
-
-
 @contextmanager
-def _our_head() -> Iterator[None]:
+def _our_head(logits: bool) -> Iterator[None]:
     """While TRL's trainer sets itself up, its function that patches a model is this one."""
     original: Callable[..., None] = _trl.add_fused_lm_head
-    _trl.add_fused_lm_head = _add_head
+    _trl.add_fused_lm_head = functools.partial(add_head, logits=logits)
     try:
         yield
     finally:
         _trl.add_fused_lm_head = original
-
-
-# ---- the trainer
 
 
 def _trained(inputs: dict[str, Any]) -> Tensor:
@@ -201,6 +80,9 @@ class GRPOTrainer(_Base):
             ``top_entropy_quantile``), and ``args.loss_type`` says how token losses are aggregated.
             GTPO as published wants ``args.scale_rewards="none"``, and for a model with a mean
             entropy above ln 2 ``Objective.gtpo(initial_entropy=…)``: else it drops everything.
+        logits: False = `linear_policy_loss`: the loss from the hidden states and the head, without
+            logits, where the head is a plain linear layer; True = `policy_loss` on the model's own
+            logits, which the gradient replaces.
         **kwargs: as for TRL's trainer.
 
     TRL's metrics keep their names; those of `PolicyMetrics.compute`, merged over micro-batches and
@@ -214,8 +96,14 @@ class GRPOTrainer(_Base):
             bounds, …), each by name.
     """
 
-    def __init__(self, *args: Any, objective: str | Objective | None = None, **kwargs: Any) -> None:
-        with _our_head():
+    def __init__(
+        self,
+        *args: Any,
+        objective: str | Objective | None = None,
+        logits: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        with _our_head(logits):
             super().__init__(*args, **kwargs)
         self._own_objective = not (
             objective is None or (isinstance(objective, str) and objective in AGGREGATION)
@@ -271,7 +159,7 @@ class GRPOTrainer(_Base):
         self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int,
         *args: Any, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        call = model if isinstance(model, _Call) else _Call(model)
+        call = model if isinstance(model, HeadCall) else HeadCall(model)
         call.tokens = logits_to_keep
         return super()._get_per_token_logps_and_entropies(
             call, input_ids, attention_mask, logits_to_keep, *args, **kwargs
@@ -286,7 +174,7 @@ class GRPOTrainer(_Base):
             if inputs.get(name) is not None
         }
         rows = self._rows(inputs["advantages"], mask, known, inputs)
-        call = _Call(model, rows)
+        call = HeadCall(model, rows)
         super()._compute_loss(call, inputs | known)  # for its metrics and its entropy controller
         output, mode = call.output, "train" if self.model.training else "eval"
         assert output is not None and output.loss is not None and output.metrics is not None
@@ -299,7 +187,7 @@ class GRPOTrainer(_Base):
             loss = loss + (self.router_aux_loss_coef / self._steps()) * output.aux_loss
         return loss
 
-    def _policy_loss(self, output: _HeadOutput, rows: _Rows) -> float:
+    def _policy_loss(self, output: HeadOutput, rows: HeadRows) -> float:
         """The loss without the entropy bonus, scaled and averaged over ranks as TRL logs it."""
         assert output.token_loss is not None
         loss = (rows.weight * output.token_loss).sum()
@@ -310,7 +198,7 @@ class GRPOTrainer(_Base):
 
     def _rows(
         self, advantage: Tensor, mask: Tensor, known: dict[str, Tensor], inputs: dict[str, Any]
-    ) -> _Rows:
+    ) -> HeadRows:
         objective, old = self.objective, known.get("old_per_token_logps")
         rollout = known.get("sampling_per_token_logps")
         if rollout is None:
@@ -327,7 +215,7 @@ class GRPOTrainer(_Base):
         if self._entropy_bonus_enabled:
             objective = replace(objective, entropy_coef=self._entropy_coefficient())
             entropy_weight = token_weights(mask, "token-mean") / self._steps()
-        return _Rows(
+        return HeadRows(
             objective, advantage, self._weights(mask, inputs), entropy_weight, old,
             known.get("ref_per_token_logps"), rollout,
         )  # fmt: skip
