@@ -74,7 +74,7 @@ def make_config(folder: str, steps: int, **changes: Any) -> GRPOConfig:
     options: dict[str, Any] = {
         "output_dir": folder, "max_steps": steps, "per_device_train_batch_size": 128,
         "num_generations": 16, "num_iterations": 2, "max_completion_length": 3,
-        "learning_rate": 7e-4, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5,
+        "learning_rate": 1e-3, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5,
         "loss_type": "grpo", "use_cpu": True, "bf16": False, "gradient_checkpointing": False,
         "logging_steps": 10, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
     }  # fmt: skip
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument(
         "--objective", default="grpo", help="a TRL loss type or an Objective's name"
     )
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--out", type=Path, help="folder for the plot")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:

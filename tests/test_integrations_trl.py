@@ -302,6 +302,36 @@ def test_experts_balance_as_with_trl(
     assert logged["aux_loss"] == pytest.approx(theirs_logged["aux_loss"], rel=1e-5)
 
 
+SCALED = {
+    "Gemma2": {"final_logit_softcapping": 2.0, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "Granite": {"logits_scaling": 0.5},
+    "Cohere": {"logit_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_heads_that_scale_or_cap(
+    family: str, logits: bool, trl: ModuleType, ours: ModuleType, example: ModuleType,
+    model_folder: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    transformers = importlib.import_module("transformers")
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=14, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, bos_token_id=None,
+        eos_token_id=1, initializer_range=0.3, **SCALED[family],
+    )  # fmt: skip
+    results = []
+    for kind, head in ((ours.GRPOTrainer, {"logits": logits}), (trl.GRPOTrainer, {})):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        options = {"model": model, "loss_type": "grpo", "temperature": 0.8}
+        trainer = make_trainer(kind, example, model_folder, tmp_path, **options, **head)
+        results.append(loss_and_gradients(trainer, make_batch()))
+    (loss, mine), (expected, theirs) = results
+    assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(mine, theirs)
+
+
 @pytest.mark.parametrize("logits", [True], indirect=True)
 def test_models_that_cannot_narrow_their_logits(
     pair: tuple[Any, Any], logits: bool, ours: ModuleType, example: ModuleType
