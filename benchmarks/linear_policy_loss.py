@@ -143,13 +143,18 @@ def truth(case: Case, batch: HeadBatch) -> Truth:
     """The eager formulation in float64, one sequence at a time: the logits of all do not fit.
 
     Allowed is twice the largest error of the same formulation on materialised logits of the case's
-    dtype, computed in float32 from there, plus two units of rounding of the largest value.
+    dtype, computed in float32 from there in the worse of its two textbook forms, plus two units of
+    rounding of the largest value.
     """
-    exact = sequence_by_sequence(case.spec, batch, torch.float64)
-    plain = sequence_by_sequence(case.spec, batch, batch.hidden.dtype)
+    exact = sequence_by_sequence(case.spec, batch, torch.float64, eager.log_softmax)
+    errors = dict.fromkeys(exact, 0.0)
+    for form in (eager.log_softmax, eager.minus_logsumexp):
+        plain = sequence_by_sequence(case.spec, batch, batch.hidden.dtype, form)
+        for name, value in exact.items():
+            errors[name] = max(errors[name], largest(plain[name].double() - value))
     tolerance = {}
     for name, value in exact.items():
-        error = largest(plain[name].double() - value)
+        error = errors[name]
         eps = torch.finfo(batch.hidden.dtype if "grad" in name else torch.float32).eps
         tolerance[name] = Tolerance(0.0, 2 * error + 2 * eps * max(largest(value), 1e-30))
     # The loss is a sum whose terms cancel: the rows decide whether a provider is right.
@@ -163,7 +168,9 @@ def largest(x: Tensor) -> float:
     return max(abs(low.item()), abs(high.item())) if x.numel() else 0.0
 
 
-def sequence_by_sequence(spec: Spec, batch: HeadBatch, dtype: torch.dtype) -> dict[str, Tensor]:
+def sequence_by_sequence(
+    spec: Spec, batch: HeadBatch, dtype: torch.dtype, form: eager.LogSoftmax
+) -> dict[str, Tensor]:
     """Loss, rows and gradients; the head's is summed in float64 (float32 in half precision)."""
     head = batch.head.to(dtype)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -173,10 +180,10 @@ def sequence_by_sequence(spec: Spec, batch: HeadBatch, dtype: torch.dtype) -> di
         one = batch.sequence(b)
         hidden = one.hidden.to(dtype)
         logits = (hidden @ head.T).requires_grad_()
-        terms = eager.policy_loss(logits, one, spec)
+        terms = eager.policy_loss(logits, one, spec, form)
         (gradient,) = torch.autograd.grad(terms.loss, logits)
         gradient = gradient.flatten(0, 1)
-        entropy = eager.row_statistics(logits.detach(), one.targets)["entropy"]
+        entropy = textbook_entropy(logits.detach(), form)
         rows["loss"].append(terms.loss.detach())
         rows["logprob"].append(terms.logprob.detach().flatten())
         rows["entropy"].append(entropy.flatten())
@@ -184,6 +191,15 @@ def sequence_by_sequence(spec: Spec, batch: HeadBatch, dtype: torch.dtype) -> di
         add_outer(grad_head, gradient, hidden.flatten(0, 1))
     out = {name: torch.cat(x) for name, x in rows.items() if name != "loss"}
     return out | {"loss": torch.stack(rows["loss"]).sum(), "grad_head": grad_head}
+
+
+def textbook_entropy(logits: Tensor, form: eager.LogSoftmax) -> Tensor:
+    """-Σ p ln p, and with the second form of the logarithm ln Σ e^z - Σ p z, as in TRL."""
+    x = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    if form is eager.log_softmax:
+        logp = form(x)
+        return -(logp.exp() * logp).sum(-1)
+    return torch.logsumexp(x, -1) - (torch.softmax(x, -1) * x).sum(-1)
 
 
 def add_outer(total: Tensor, a: Tensor, b: Tensor) -> None:

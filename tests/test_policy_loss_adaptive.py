@@ -58,7 +58,7 @@ def clip_cov(b: Batch) -> TokenLoss:
         unclipped = torch.where(a > 0, r <= 1.2, r >= 0.8)
         eligible = used & unclipped & (cov > LOW) & (cov < HIGH)
         count = min(max(1, int(FRACTION * int(used.sum()))), int(eligible.sum()))
-        keys = selection.random_keys(used.numel(), 5, used.device, None).view(used.shape)
+        keys = selection.random_keys(used.numel(), 5, used.device, ()).view(used.shape)
         order = keys[eligible].sort(descending=True).values
         dropped = eligible & (keys >= order[count - 1]) if count else eligible
         return torch.where(dropped, 0.0, literal.ppo(r, a, 0.8, 1.2))
@@ -270,6 +270,52 @@ def test_metrics_count_with_the_bounds_that_were_chosen() -> None:
     torch.testing.assert_close(out.loss, expected.loss)
     torch.testing.assert_close(out.metrics.compute(), expected.metrics.compute())
     assert out.metrics.compute()["clip_frac"] > 0
+
+
+@every
+def test_from_hidden_states(name: str) -> None:
+    """`linear_policy_loss` chooses what `policy_loss` chooses on the product."""
+    make, _ = ADAPTIVE[name]
+    b = make_batch().clean()
+    given = b.given(*names(name))
+    head = torch.eye(b.logits.shape[-1], dtype=torch.float64)
+    pairs = [[b.leaf(), head.clone().requires_grad_()] for _ in range(2)]
+    out = rk.linear_policy_loss(*pairs[0], b.targets, objective=make(), **given)
+    logits = pairs[1][0] @ pairs[1][1].mT
+    expected = policy_loss(logits, b.targets, objective=make(), **given)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(out.metrics.compute(), expected.metrics.compute())
+    found = torch.autograd.grad(out.loss, pairs[0])
+    torch.testing.assert_close(found, torch.autograd.grad(expected.loss, pairs[1]))
+
+
+META = {"device": "meta"}
+ROWS, MASK = torch.zeros(4, 6, **META), torch.zeros(4, 6, dtype=torch.bool, **META)
+IDS, GROUP = MASK.long(), torch.zeros(4, dtype=torch.int64, **META)
+CALLS: dict[str, Callable[[], Any]] = {
+    "bapo_bounds": lambda: rk.bapo_bounds(ROWS, ROWS, MASK, rollout_logprob=ROWS),
+    "bapo_bounds code": lambda: rk.bapo_bounds(ROWS, ROWS, MASK, variant="code"),
+    "conflict_token_weights": lambda: rk.conflict_token_weights(IDS, ROWS[:, 0], GROUP, MASK),
+    "covariance_mask": lambda: rk.covariance_mask(ROWS, ROWS, MASK),
+    "covariance_mask kl": lambda: rk.covariance_mask(ROWS, ROWS, MASK, mode="kl"),
+    "entropy_filter": lambda: rk.entropy_filter(ROWS[:, 0], ROWS, MASK),
+    "high_entropy_mask": lambda: rk.high_entropy_mask(ROWS, MASK),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_waits_for_the_device(name: str) -> None:
+    """Meta tensors have no values that could be read."""
+    out = CALLS[name]()
+    assert all(x.is_meta for x in (out if isinstance(out, tuple) else (out,)))
+
+
+@every
+def test_no_objective_waits_for_the_device(name: str) -> None:
+    given = {"old_logprob": ROWS, "advantage": ROWS[:, 0], "weight": ROWS}
+    given |= dict.fromkeys(names(name), ROWS)
+    out = policy_loss(torch.zeros(4, 6, 9, **META), IDS, objective=ADAPTIVE[name][0](), **given)
+    assert out.loss.is_meta and out.metrics.compute()["clip_frac"].is_meta
 
 
 @every

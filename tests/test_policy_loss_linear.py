@@ -398,7 +398,7 @@ def test_second_backward() -> None:
     loss = linear(x, b, OBJECTIVES["every term"]).loss
     first = torch.autograd.grad(2 * loss, x, retain_graph=True)
     kept = [g.clone() for g in first]
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="differentiated before"):
         torch.autograd.grad(loss, x)
     assert_same_bits(first, kept)
     loss = linear(x, b, OBJECTIVES["gspo"]).loss

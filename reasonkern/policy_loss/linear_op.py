@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from .chunks import HeadChunks, Needs, Plan, Selection
-from .op import GRAD_ARGS, LOSS_ARGS, scale_saved_gradient
+from .op import (
+    GRAD_ARGS,
+    LOSS_ARGS,
+    claim_backward,
+    once_differentiable,
+    scale_saved_gradient,
+)
 from .reference import accumulator_dtype, active_rows
 
 HEAD_ARGS = "Tensor hidden, Tensor head_weight, Tensor? bias"
@@ -180,11 +186,12 @@ def _stats_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return (None,) * 12
     temperature, softcap, *plan = ctx.numbers
     incoming = [None if g is None else g.contiguous() for g in grads[:4]]
-    out = OPS.linear_token_stats_backward(
-        hidden, weight, bias, targets, row_temperature, temperature, softcap, *stats, *incoming,
-        *plan, *ctx.needs_input_grad[:3],
-    )  # fmt: skip
-    return *_to_inputs(out, (hidden, weight, bias), ctx.needs_input_grad), *(None,) * 9
+    with torch.no_grad():
+        out = OPS.linear_token_stats_backward(
+            hidden, weight, bias, targets, row_temperature, temperature, softcap, *stats,
+            *incoming, *plan, *ctx.needs_input_grad[:3],
+        )  # fmt: skip
+    return *to_inputs(out, (hidden, weight, bias), ctx.needs_input_grad), *(None,) * 9
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -198,9 +205,10 @@ def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _loss_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     """The gradients of the forward times the incoming one; rounded to the inputs' dtype here."""
-    *gradients, loss_scale = ctx.saved_tensors
     if grad is None:
         return (None,) * 26
+    claim_backward(ctx)
+    *gradients, loss_scale = ctx.saved_tensors
     if any(want and not have for want, have in zip(ctx.needs_input_grad, ctx.needs, strict=False)):
         raise RuntimeError("reasonkern::linear_policy_loss: backward needs need_* in the forward")
     out: list[Tensor | None] = [None] * 3
@@ -209,15 +217,16 @@ def _loss_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
             rows = x.view(1, -1, x.shape[-1])
             factor = grad.expand(rows.shape[:2])
             scale_saved_gradient(rows, factor, loss_scale)
-            out[i] = x.to(ctx.dtypes[i])
+            out[i] = once_differentiable(x.to(ctx.dtypes[i]))
     return *out, *(None,) * 23
 
 
-def _to_inputs(
+def to_inputs(
     gradients: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...], needs: Any
 ) -> list[Tensor | None]:
+    """Gradients in the dtype of their inputs, None where unwanted."""
     return [
-        g.to(x.dtype) if need and x is not None else None
+        once_differentiable(g.to(x.dtype)) if need and x is not None else None
         for g, x, need in zip(gradients, inputs, needs, strict=False)
     ]
 
