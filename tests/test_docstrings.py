@@ -17,8 +17,9 @@ import pytest
 import reasonkern as rk
 from reasonkern import Objective
 
-# Triton kernels import Triton, the demo its extras, __main__ runs, libraries are no modules.
-NOT_IMPORTED = ("triton", "demo", "__main__", "._C")
+# Triton kernels import Triton, the demo its extras, integrations their trainer, __main__ runs,
+# libraries are no modules.
+NOT_IMPORTED = ("triton", "demo", "integrations.", "__main__", "._C")
 FUNCTIONS = [getattr(rk, name) for name in rk.__all__ if inspect.isfunction(getattr(rk, name))]
 CONSTRUCTORS = [name for name, member in vars(Objective).items() if isinstance(member, classmethod)]
 

@@ -43,6 +43,8 @@ class RowContext:
     rollout_logprob: Tensor | None
     segments: Segments = field(repr=False)
     advantage_per_sequence: bool = False
+    importance: Tensor | None = None
+    """Detached factor of the policy term, instead of the one that the objective computes."""
 
     @property
     def active(self) -> Tensor:
@@ -219,6 +221,7 @@ def row_context(
     ref_logprob: Tensor | None,
     rollout_logprob: Tensor | None,
     entropy_weight: Tensor | None,
+    importance: Tensor | None = None,
 ) -> RowContext:
     def optional(name: str, x: Tensor | None) -> Tensor | None:
         return None if x is None else row_tensor(name, x, logits)
@@ -236,6 +239,7 @@ def row_context(
         rollout_logprob=optional("rollout_logprob", rollout_logprob),
         segments=segments,
         advantage_per_sequence=advantage.numel() in (1, segments.count(spread)),
+        importance=optional("importance", importance),
     )
 
 

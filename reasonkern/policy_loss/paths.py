@@ -302,7 +302,7 @@ def _importance(
     o: Objective, old: Tensor | None, weight: Tensor, context: RowContext, h: Hyper
 ) -> Tensor | None:
     if not isinstance(o.importance, Importance):
-        return None
+        return context.importance
     assert old is not None and context.rollout_logprob is not None
     return importance_weights(
         o.importance, old.detach(), context.rollout_logprob, weight, context.segments,
