@@ -18,7 +18,7 @@ test: lint
 	$(PY) -m pytest -m "not slow and not peers" $(ARGS)
 
 test-all: lint .venv/.peers
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest --summary docs/test-all.md $(ARGS)
 
 lint: .venv/.ready
 	$(PY) -m ruff check .
@@ -53,4 +53,5 @@ clean:
 
 .venv/.peers: .venv/.ready
 	$(PY) -m pip install -q "reasonkern[peers]"
+	$(PY) -m pip install -q --no-deps verl==0.9.1
 	touch $@

@@ -8,10 +8,12 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from summary import Summary
 from torch import Tensor
 
 # Decided before anything imports Triton: without a GPU its kernels run in the interpreter.
@@ -23,6 +25,16 @@ from reasonkern import _load  # noqa: E402
 BACKENDS = ("reference", "cpu", "triton", "cuda-sim", "cuda")
 # Backends that any machine with these programs must have when CI says that the package is built.
 REQUIRED_IN_CI = {"cpu": None, "triton": None, "cuda-sim": "g++"}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--summary", type=Path, metavar="FILE", help="write a dated summary")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--summary")
+    if path is not None:
+        config.pluginmanager.register(Summary(path), "summary")
 
 
 @dataclass(frozen=True)

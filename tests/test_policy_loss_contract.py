@@ -158,6 +158,7 @@ def test_every_operator_has_a_contract_test() -> None:
         "scale_rows_",
         "objective_map",
         "policy_metrics",
+        "conflict_runs",  # test_policy_loss_conflict.py
     }
 
 

@@ -7,12 +7,15 @@ Counts and sums add; minima and maxima combine; variances and covariances merge 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .inputs import RowContext
 from .objective import Objective
+from .parallel import Parallel, gather
 from .reference import (
     CLIP,
     DPPO_KL,
@@ -63,6 +66,7 @@ class PolicyMetrics:
     ratio_range: Tensor  # (2,) minimum, maximum
     moments: Tensor  # (len(PAIRS), 4)
     has_ref: bool
+    parallel: Parallel | None = None  # what `all_reduce` merges over by default
 
     def __add__(self, other: PolicyMetrics) -> PolicyMetrics:
         """Merges the statistics of two disjoint sets of rows."""
@@ -83,19 +87,26 @@ class PolicyMetrics:
             torch.stack((low, high)),
             torch.stack(moments, -1),
             self.has_ref,
+            self.parallel,
         )
 
     def all_reduce(self, group: Any = None) -> PolicyMetrics:
-        """Merges the ranks of a process group in rank order, so every rank gets the same bits."""
-        import torch.distributed as dist
+        """Merges the ranks of a process group in rank order, so every rank gets the same bits.
 
-        flat = torch.cat((self.sums, self.ratio_range, self.moments.flatten()))
-        gathered = [torch.empty_like(flat) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, flat, group=group)
-        parts = [_unflatten(part, self.has_ref) for part in gathered]
-        merged = parts[0]
-        for part in parts[1:]:
-            merged = merged + part
+        Default: the ``segment_group`` and ``data_group`` of the loss's `Parallel`, whose
+        ``vocab_group`` holds the same rows and has nothing to add; without one, all ranks.
+        """
+        if group is None and self.parallel is not None:
+            groups = [self.parallel.segment_group, self.parallel.data_group]
+        else:
+            groups = [group or torch.distributed.group.WORLD]
+        merged = self
+        for ranks in groups:
+            if ranks is not None:
+                flat = torch.cat((merged.sums, merged.ratio_range, merged.moments.flatten()))
+                gathered = gather(flat, ranks)
+                parts = [_unflatten(part, self.has_ref, self.parallel) for part in gathered]
+                merged = reduce(PolicyMetrics.__add__, parts)
         return merged
 
     def compute(self) -> dict[str, Tensor]:
@@ -141,34 +152,37 @@ class PolicyMetrics:
         return out
 
 
-def measure(
-    objective: Objective,
+def loss_metrics(
+    context: RowContext,
     logprob: Tensor,
     entropy: Tensor,
-    old_logprob: Tensor | None,
-    advantage: Tensor,
-    weight: Tensor,
-    entropy_weight: Tensor | None,
-    importance: Tensor | None,
-    ref_logprob: Tensor | None,
-    log_ratio: Tensor | None,
     finite: Tensor | None,
-    hyper: Tensor | None,
+    factor: Tensor | None,
+    objective: Objective,
     values: list[float],
+    hyper: Tensor | None,
 ) -> PolicyMetrics:
-    """Statistics of one batch of rows (B, T), by one operator; see `metric_rows`."""
-    kind = objective.kind if objective.level == "token" else CLIP
-    flat = torch.ops.reasonkern.policy_metrics(
-        logprob, entropy, old_logprob, advantage, weight, entropy_weight, importance, ref_logprob,
-        log_ratio, finite, hyper, values, kind, not objective.leaves_out_ratio,
-        objective.kl is not None,
-    )  # fmt: skip
-    return _unflatten(flat, ref_logprob is not None)
+    """Metrics of one call, of the last seven fields of its `paths.PathOutput`."""
+    with torch.no_grad():
+        logprob, entropy = logprob.detach(), entropy.detach()
+        log_ratio = None  # of the token
+        if objective.name == "gspo" and context.old_logprob is not None and finite is not None:
+            used = (context.weight != 0) & finite
+            total = context.sequence_sum(torch.where(used, logprob - context.old_logprob, 0.0))
+            mean = total / context.sequence_sum(used).clamp_min(1)
+            log_ratio = mean.to(logprob.dtype).contiguous()
+        kind = objective.kind if objective.level == "token" else CLIP
+        flat = torch.ops.reasonkern.policy_metrics(
+            logprob, entropy, context.old_logprob, context.advantage, context.weight,
+            context.entropy_weight, factor, context.ref_logprob, log_ratio, finite, hyper, values,
+            kind, not objective.leaves_out_ratio, objective.kl is not None,
+        )  # fmt: skip
+    return _unflatten(flat, context.ref_logprob is not None, context.parallel)
 
 
-def _unflatten(flat: Tensor, has_ref: bool) -> PolicyMetrics:
+def _unflatten(flat: Tensor, has_ref: bool, parallel: Parallel | None) -> PolicyMetrics:
     sums, ratio_range, moments = torch.split(flat, [len(SUMS), 2, 4 * len(PAIRS)])
-    return PolicyMetrics(sums, ratio_range, moments.view(len(PAIRS), 4), has_ref)
+    return PolicyMetrics(sums, ratio_range, moments.view(len(PAIRS), 4), has_ref, parallel)
 
 
 # ---- the definition of the operator; csrc/policy_loss/metrics.h computes the same in one pass

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _load
-from . import metrics, reference
+from . import conflict, metrics, reference
 
 LOGITS_ARGS = "Tensor targets, Tensor? mask, Tensor? row_temperature"
 GRAD_ARGS = (
@@ -47,6 +47,8 @@ SCHEMAS = {
     "Tensor weight, Tensor? entropy_weight, Tensor? importance, Tensor? ref_logprob, "
     "Tensor? log_ratio, Tensor? finite, Tensor? hyper, float[] values, int kind, bool clips, "
     "bool needs_ref) -> Tensor",
+    "conflict_runs": "(Tensor tokens, Tensor mask, Tensor sign, Tensor members, Tensor spans) "
+    "-> Tensor",
 }
 
 _lib = torch.library.Library("reasonkern", "FRAGMENT")
@@ -85,6 +87,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "scale_rows_": reference.scale_rows_,
     "objective_map": _objective_map,
     "policy_metrics": metrics.metric_rows,
+    "conflict_runs": conflict.conflict_runs,
 }
 
 
@@ -126,10 +129,44 @@ FAKE: dict[str, Callable[..., Any]] = {
     "policy_metrics": lambda logprob, *args: logprob.new_empty(
         len(metrics.SUMS) + 2 + 4 * len(metrics.PAIRS), dtype=torch.float64
     ),
+    "conflict_runs": lambda tokens, *args: tokens.new_empty((tokens.shape[0], 2)),
 }
 
 
 # ---- autograd: functional schemas only; `front` wraps the in-place forms in autograd.Function
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient without a derivative of its own: asking for one raises, nothing else does."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:
+        raise RuntimeError(
+            "reasonkern: policy_loss and token_stats have no second derivatives; their gradient "
+            "was differentiated (create_graph=True and a backward through the result)"
+        )
+
+
+def once_differentiable(gradient: Tensor) -> Tensor:
+    """Marks a gradient formed under ``create_graph=True``; otherwise it is returned as it is."""
+    if not torch.is_grad_enabled():
+        return gradient
+    marked: Tensor = _OnceDifferentiable.apply(gradient.detach().requires_grad_())  # type: ignore[no-untyped-call]
+    return marked
+
+
+def claim_backward(ctx: Any) -> None:
+    """The first backward consumes what the forward left, so a second one raises."""
+    if getattr(ctx, "consumed", False):
+        raise RuntimeError(
+            "reasonkern: this loss was differentiated before, and its first backward consumed the "
+            "gradient formed in the forward; call policy_loss again instead of retain_graph=True"
+        )
+    ctx.consumed = True
 
 
 def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -153,10 +190,11 @@ def _token_stats_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     if all(g is None for g in grads[:4]):
         return (None,) * 6
     scaling = row_temperature, ctx.temperature, ctx.softcap
-    grad = torch.ops.reasonkern.token_stats_backward(
-        logits, targets, *scaling, *saved, *_stats_grads(*grads)
-    )
-    return grad, None, None, None, None, None
+    with torch.no_grad():
+        grad = torch.ops.reasonkern.token_stats_backward(
+            logits, targets, *scaling, *saved, *_stats_grads(*grads)
+        )
+    return once_differentiable(grad), None, None, None, None, None
 
 
 def _save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -167,9 +205,10 @@ def _save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _policy_loss_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    grad_logits, loss_scale = ctx.saved_tensors
     if grad is None:
         return (None,) * 18
+    claim_backward(ctx)
+    grad_logits, loss_scale = ctx.saved_tensors
     if grad_logits.numel() == 0 and grad.numel() > 0:
         raise RuntimeError("reasonkern::policy_loss: backward needs needs_grad=True in the forward")
     return (scale_saved_gradient(grad_logits, grad, loss_scale), *(None,) * 17)
@@ -178,13 +217,14 @@ def _policy_loss_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | N
 def scale_saved_gradient(grad_logits: Tensor, grad: Tensor, loss_scale: Tensor | None) -> Tensor:
     """Multiplies the gradient formed in the forward by the incoming one, in place, row by row.
 
-    The version bump makes a second backward over the same graph raise instead of scaling twice.
+    In place the version bump tells every other op that saved the logits.
     """
-    factor = grad if loss_scale is None else grad / loss_scale
-    torch.ops.reasonkern.scale_rows_(grad_logits, factor.contiguous())
+    with torch.no_grad():
+        factor = grad if loss_scale is None else grad / loss_scale
+        torch.ops.reasonkern.scale_rows_(grad_logits, factor.contiguous())
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(grad_logits)
-    return grad_logits
+    return once_differentiable(grad_logits)
 
 
 def _save_slopes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

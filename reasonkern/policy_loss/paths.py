@@ -10,24 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import op
+from . import op, parallel_rows
+from .adaptive import adapt
 from .inputs import RowContext, Scaling
 from .objective import KL, KL_KINDS, Importance, Objective
-from .reference import Hyper, RowLoss, Term, combine, kl_term, unpack_hyper
+from .parallel import VocabShard
+from .reference import Hyper, RowLoss, Term, combine, kl_term, objective_rows, unpack_hyper
 from .sequence import importance_weights, opsm_keeps, sequence_term
-
-
-class LossRows(NamedTuple):
-    """What either way gives of each row, (B, T); ``row_loss`` carries the gradient."""
-
-    row_loss: Tensor
-    token_loss: Tensor
-    logprob: Tensor
-    entropy: Tensor
-    importance: Tensor | None
-    finite: Tensor | None  # False: left out of the loss; None: by the statistics and the importance
 
 
 class _InplaceLoss(torch.autograd.Function):
@@ -42,8 +32,8 @@ class _InplaceLoss(torch.autograd.Function):
         return (row_loss, *rest)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        op.claim_backward(ctx)
         logits, loss_scale = ctx.saved_tensors
         gradient = op.scale_saved_gradient(logits.detach(), grad, loss_scale)
         return (gradient, *(None,) * 16)
@@ -63,16 +53,17 @@ class _InplaceTokenStats(torch.autograd.Function):
         return logprob, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        op.claim_backward(ctx)
         logits, targets, row_temperature, *stats = ctx.saved_tensors
         gradient = logits.detach()
-        torch.ops.reasonkern.token_stats_backward_(
-            gradient, targets, row_temperature, *ctx.scaling, *stats,
-            grad_logprob.contiguous(), grad_entropy.contiguous(), None, None,
-        )  # fmt: skip
+        with torch.no_grad():
+            torch.ops.reasonkern.token_stats_backward_(
+                gradient, targets, row_temperature, *ctx.scaling, *stats,
+                grad_logprob.contiguous(), grad_entropy.contiguous(), None, None,
+            )  # fmt: skip
         torch.autograd.graph.increment_version(logits)
-        return (gradient, *(None,) * 5)
+        return (op.once_differentiable(gradient), *(None,) * 5)
 
 
 class _FiniteGradient(torch.autograd.Function):
@@ -90,19 +81,39 @@ class _FiniteGradient(torch.autograd.Function):
         return torch.where(torch.isfinite(grad), grad, 0.0)
 
 
+class PathOutput(NamedTuple):
+    """What both paths return, (B, T) each; ``row_loss`` with autograd."""
+
+    row_loss: Tensor
+    token_loss: Tensor
+    logprob: Tensor
+    entropy: Tensor
+    finite: Tensor | None  # False where the row was left out; None: where a value is not finite
+    factor: Tensor | None  # of the policy term: importance weight, selections
+    objective: Objective  # with what its rule chose for this batch
+    values: list[float]  # its numbers, as the operators take them
+    hyper: Tensor | None
+
+
 def needs_grad(logits: Tensor) -> bool:
     return torch.is_grad_enabled() and logits.requires_grad
 
 
-def is_fused(o: Objective, logits: Tensor, context: RowContext, loss_scale: Tensor | None) -> bool:
-    """Token-local, and no term that needs this pass's log-probabilities of other tokens.
+def is_fused(
+    o: Objective,
+    dtype: torch.dtype,
+    needs_gradient: bool,
+    context: RowContext,
+    loss_scale: Tensor | None,
+) -> bool:
+    """Token-local, and no rule or term that needs this pass's statistics of other tokens.
 
     A float16 gradient formed before GradScaler's factor arrives would underflow, so float16 is
     two-phase unless ``loss_scale`` is folded in.
     """
-    half = logits.dtype == torch.float16 and loss_scale is None and needs_grad(logits)
+    half = dtype == torch.float16 and loss_scale is None and needs_gradient
     own_importance = o.importance is not None and context.old_logprob is None
-    return o.level == "token" and o.opsm is None and not own_importance and not half
+    return o.passes == 1 and not own_importance and not half
 
 
 def fused(
@@ -113,25 +124,38 @@ def fused(
     scaling: Scaling,
     loss_scale: Tensor | None,
     inplace: bool,
-    hyper: Tensor | None,
-    values: list[float],
-) -> LossRows:
+) -> PathOutput:
     """One operator reads the row and writes its gradient."""
-    h = unpack_hyper(values, hyper, targets.shape)
-    factor = _importance(o, context.old_logprob, context.weight, context, h)
-    args = (
-        targets, context.old_logprob, context.advantage, context.weight, context.entropy_weight,
-        factor, context.ref_logprob,
-        scaling.row_temperature, loss_scale, hyper, values, scaling.temperature, scaling.softcap,
-        o.kind, *_kl(o),
-    )  # fmt: skip
+    args = fused_args(o, targets, context, scaling, loss_scale)
     if inplace and needs_grad(logits):
         row_loss, token_loss, logprob, entropy = _InplaceLoss.apply(logits, *args)  # type: ignore[no-untyped-call]
     else:
         row_loss, token_loss, logprob, entropy, _ = torch.ops.reasonkern.policy_loss(
             logits, *args, needs_grad(logits)
         )
-    return LossRows(row_loss, token_loss, logprob, entropy, factor, None)
+    return PathOutput(row_loss, token_loss, logprob, entropy, None, *fused_choices(o, args))
+
+
+def fused_choices(
+    o: Objective, args: tuple[Any, ...]
+) -> tuple[Tensor | None, Objective, list[float], Tensor | None]:
+    """The last four of `PathOutput`, from `fused_args`."""
+    return args[5], o, args[10], args[9]
+
+
+def fused_args(
+    o: Objective, targets: Tensor, context: RowContext, scaling: Scaling, loss_scale: Tensor | None
+) -> tuple[Any, ...]:
+    """What the operator `policy_loss` takes after the logits."""
+    values, hyper = o.pack(context.weight)
+    h = unpack_hyper(values, hyper, targets.shape)
+    importance = _factor(o, context.old_logprob, context.weight, context, h)
+    return (
+        targets, context.old_logprob, context.advantage, context.weight, context.entropy_weight,
+        importance, context.ref_logprob,
+        scaling.row_temperature, loss_scale, hyper, values, scaling.temperature, scaling.softcap,
+        o.kind, *_kl(o),
+    )  # fmt: skip
 
 
 def two_phase(
@@ -141,40 +165,65 @@ def two_phase(
     context: RowContext,
     scaling: Scaling,
     inplace: bool,
-    hyper: Tensor | None,
-    values: list[float],
-) -> LossRows:
-    """As `fused`, through the statistics and an O(N) map."""
+    shard: VocabShard | None = None,
+) -> PathOutput:
+    """As `fused`, through the statistics and an O(N) map; `shard`: logits are a rank's columns."""
     args = (
         targets, context.active, scaling.row_temperature, scaling.temperature, scaling.softcap,
     )  # fmt: skip
-    if inplace and needs_grad(logits):
+    if shard is not None:
+        logprob, entropy = parallel_rows.token_stats(
+            logits, *args, shard, inplace and needs_grad(logits)
+        )[:2]
+    elif inplace and needs_grad(logits):
         logprob, entropy = _InplaceTokenStats.apply(logits, *args)  # type: ignore[no-untyped-call]
     else:
         logprob, entropy = torch.ops.reasonkern.token_stats(logits, *args)[:2]
-    if o.level == "token" and o.opsm is None and o.importance is None:
-        return _local_rows(o, logprob, entropy, context, None, hyper, values)
+    return loss_of_statistics(o, logprob, entropy, context)
+
+
+def loss_of_statistics(
+    o: Objective, logprob: Tensor, entropy: Tensor, context: RowContext
+) -> PathOutput:
+    """The O(N) map of the two-phase path, differentiable through the statistics; as `fused`."""
+    values, hyper = o.pack(context.weight)
+    if _is_plain(o, context):
+        return _local_rows(o, logprob, entropy, context, None, values, hyper)
     # Nonfinite rows take no part: their derivative is cut off here, their loss in the map.
     finite = torch.isfinite(logprob) & torch.isfinite(entropy)
     lp = torch.where(finite, logprob, 0.0)
     ent = torch.where(finite, entropy, 0.0)
-    h = unpack_hyper(values, hyper, targets.shape)
-    if o.level == "token":
+    h = unpack_hyper(values, hyper, logprob.shape)
+    if o.rule is not None:
+        o, context = adapt(o, lp, ent, finite, context, h)
+        values, hyper = o.pack(context.weight)
+        h = unpack_hyper(values, hyper, logprob.shape)
+    if o.level == "token" and not _is_penalised(o):
         with torch.no_grad():
-            old = lp if context.old_logprob is None else context.old_logprob
+            old = lp.detach() if context.old_logprob is None else context.old_logprob
             weight = torch.where(finite, context.weight, 0.0)
-            factor = _selection(o, lp, old, weight, context, h)
-        return _local_rows(o, logprob, entropy, context, factor, hyper, values)
+            factor = _selection(o, lp.detach(), old, weight, context, h)
+        return _local_rows(o, logprob, entropy, context, factor, values, hyper)
     if o.level == "custom":
         row_loss, token_loss, finite = _custom_rows(o, lp, ent, finite, context, h)
     else:
         with torch.no_grad():
-            rows = _sequence_rows(o, lp, ent, finite, context, h)
+            rows = _mapped_rows(o, lp, ent, finite, context, h)
         # Value from the map, gradient by its analytic derivatives.
         slope = rows.dlogp * (lp - lp.detach()) + rows.dentropy * (ent - ent.detach())
         row_loss, token_loss, finite = rows.row_loss + slope, rows.token_loss, finite & rows.finite
     rest = token_loss.detach(), logprob.detach(), entropy.detach()
-    return LossRows(row_loss, *rest, None, finite)
+    return PathOutput(row_loss, *rest, finite, None, o, values, hyper)
+
+
+def _is_plain(o: Objective, context: RowContext) -> bool:
+    """Token-local, with nothing to work out from other rows or to multiply in."""
+    extras = (o.rule, o.opsm, o.importance, o.selection, context.importance)
+    return o.level == "token" and not _is_penalised(o) and all(x is None for x in extras)
+
+
+def _is_penalised(o: Objective) -> bool:
+    return isinstance(o.log_ratio_penalty, Tensor) or o.log_ratio_penalty != 0
 
 
 def _local_rows(
@@ -183,18 +232,19 @@ def _local_rows(
     entropy: Tensor,
     context: RowContext,
     factor: Tensor | None,
-    hyper: Tensor | None,
     values: list[float],
-) -> LossRows:
+    hyper: Tensor | None,
+) -> PathOutput:
     """Token-local objectives of given statistics, by one operator."""
     row_loss, token_loss, _, _, finite = torch.ops.reasonkern.objective_map(
         logprob, entropy, context.old_logprob, context.advantage, context.weight,
         context.entropy_weight, factor, context.ref_logprob, hyper, values, o.kind, *_kl(o),
     )  # fmt: skip
-    return LossRows(row_loss, token_loss, logprob.detach(), entropy.detach(), factor, finite)
+    rest = logprob.detach(), entropy.detach(), finite, factor, o, values, hyper
+    return PathOutput(row_loss, token_loss, *rest)
 
 
-def _sequence_rows(
+def _mapped_rows(
     o: Objective, lp: Tensor, ent: Tensor, finite: Tensor, context: RowContext, h: Hyper
 ) -> RowLoss:
     weight = torch.where(finite, context.weight, 0.0)
@@ -203,6 +253,11 @@ def _sequence_rows(
         entropy_weight = torch.where(finite, entropy_weight, 0.0)
     old = lp if context.old_logprob is None else context.old_logprob
     factor = _selection(o, lp, old, weight, context, h)
+    if o.level == "token":  # with a penalty, which the operator does not know
+        return objective_rows(
+            o.kind, *_kl(o), lp, ent, context.old_logprob, context.advantage, weight,
+            entropy_weight, factor, context.ref_logprob, h, o.log_ratio_penalty,
+        )  # fmt: skip
     policy_weight = weight if factor is None else weight * factor
     term = sequence_term(
         o, lp, old, context.advantage, policy_weight, weight != 0, context.segments, h
@@ -262,8 +317,8 @@ def _kl(o: Objective) -> tuple[int, bool]:
 def _selection(
     o: Objective, lp: Tensor, old: Tensor, weight: Tensor, context: RowContext, h: Hyper
 ) -> Tensor | None:
-    """Detached factor of the policy term: importance weight times OPSM's selection."""
-    factor = _importance(o, old, weight, context, h)
+    """Detached factor of the policy term, with OPSM's selection."""
+    factor = _factor(o, old, weight, context, h)
     if o.opsm is None:
         return factor
     assert context.rollout_logprob is not None
@@ -273,11 +328,21 @@ def _selection(
     return keeps if factor is None else factor * keeps
 
 
+def _factor(
+    o: Objective, old: Tensor | None, weight: Tensor, context: RowContext, h: Hyper
+) -> Tensor | None:
+    """Importance weight times the objective's selection."""
+    importance, selection = _importance(o, old, weight, context, h), o.selection_rows(weight)
+    if importance is None or selection is None:
+        return selection if importance is None else importance
+    return importance * selection
+
+
 def _importance(
     o: Objective, old: Tensor | None, weight: Tensor, context: RowContext, h: Hyper
 ) -> Tensor | None:
     if not isinstance(o.importance, Importance):
-        return None
+        return context.importance
     assert old is not None and context.rollout_logprob is not None
     return importance_weights(
         o.importance, old.detach(), context.rollout_logprob, weight, context.segments,

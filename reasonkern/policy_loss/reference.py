@@ -330,12 +330,19 @@ def objective_rows(
     importance: Tensor | None,
     ref_logprob: Tensor | None,
     h: Hyper,
+    penalty: Number = 0.0,
 ) -> RowLoss:
-    """The token-local objectives; on-policy rows (no ``old_logprob``) have r = 1 with gradient."""
+    """The token-local objectives; on-policy rows (no ``old_logprob``) have r = 1 with gradient.
+
+    ``penalty`` is the factor of |log r| that KL-Cov adds to the policy term.
+    """
     old = logp if old_logprob is None else old_logprob
     term = token_term(kind, logp, old, advantage, h)
     if kind != DRO:  # A = 0 gives 0 whatever the ratio; DRO's quadratic term does not carry A
         term = Term(*(torch.where(advantage == 0, 0.0, t) for t in term))
+    if isinstance(penalty, Tensor) or penalty != 0:
+        d = logp - old
+        term = Term(term.value + penalty * d.abs(), term.dlogp + penalty * d.sign())
     if importance is not None:
         term = Term(*(importance * t for t in term))
     if kl_kind and ref_logprob is not None:

@@ -27,8 +27,8 @@ LOSSES = ("row_loss", "token_loss", "logprob", "entropy")
 
 @dataclass(frozen=True)
 class Settings:
-    """slices: pieces of a row and blocks of a cluster; group: threads of a block; blocks: rows under
-    way; resident: a row in a cluster, else swept by one block."""
+    """slices: pieces of a row and blocks of a cluster; group: threads of a block; blocks: rows
+    under way; resident: a row in a cluster, else swept by one block."""
 
     slices: int = 2
     group: int = 32

@@ -1,0 +1,1 @@
+"""Drop-ins for trainers; each module imports its trainer, this package imports none of them."""

@@ -1,0 +1,163 @@
+"""The head through which TRL's trainer calls a model: statistics of tokens, or their loss."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..policy_loss import (
+    Objective,
+    PolicyLossOutput,
+    PolicyMetrics,
+    linear_policy_loss,
+    linear_token_stats,
+    policy_loss,
+    token_stats,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class HeadRows:
+    """What `policy_loss` takes besides the logits, each (B, K) for the K completion tokens.
+
+    Not a tuple or a dict: FSDP casts the floating tensors of those to its parameter dtype.
+    """
+
+    objective: Objective
+    advantage: Tensor  # or (B,)
+    weight: Tensor
+    entropy_weight: Tensor | None
+    old_logprob: Tensor | None
+    ref_logprob: Tensor | None
+    rollout_logprob: Tensor | None
+
+    def padded(self, left: int, right: int) -> dict[str, Any]:
+        """The arguments, with rows of weight 0 before and after the completion."""
+
+        def pad(x: Any) -> Any:
+            return F.pad(x, (left, right)) if isinstance(x, Tensor) and x.ndim > 1 else x
+
+        arguments = {name: pad(x) for name, x in vars(self).items()}
+        o = self.objective
+        return arguments | {"objective": replace(o, selection=pad(o.selection))}
+
+
+class HeadOutput(NamedTuple):
+    """What TRL reads from a model's output, and the loss."""
+
+    log_probs: Tensor
+    entropy: Tensor
+    aux_loss: Tensor | None
+    loss: Tensor | None = None
+    token_loss: Tensor | None = None
+    metrics: PolicyMetrics | None = None
+
+
+class HeadCall:
+    """Stands for the model in TRL's functions, which only call it; keeps the last output."""
+
+    def __init__(self, model: Any, rows: HeadRows | None = None) -> None:
+        self.model, self.rows = model, rows
+        self.tokens: int | None = None
+        self.output: HeadOutput | None = None
+
+    def __call__(self, **inputs: Any) -> HeadOutput:
+        self.output = self.model(**inputs, tokens=self.tokens, rows=self.rows)
+        return self.output
+
+
+def add_head(
+    model: Any,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
+    outputs: tuple[str, ...] = ("log_probs",),
+    *,
+    logits: bool = False,
+) -> None:
+    """Has the arguments and the effect of TRL's ``add_fused_lm_head``.
+
+    ``model(..., labels=, fused_lm_head=True, tokens=K)`` returns statistics of the last K tokens;
+    with ``rows`` also the loss, whose gradient is formed there. It happens inside the model's
+    forward, where autocast and parallel wrappers neither copy the logits nor hide the head.
+    """
+    plain = model.forward
+    narrows = "logits_to_keep" in inspect.signature(plain).parameters
+    projects = not logits and not cast_lm_head_to_fp32 and _has_plain_head(model)
+
+    @functools.wraps(type(model).forward)  # generate() checks its arguments against the signature
+    def forward(
+        self: Any,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        tokens: int | None = None,
+        rows: HeadRows | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if not fused_lm_head:
+            given = {} if labels is None else {"labels": labels}
+            return plain(*args, **given, **kwargs)
+        assert labels is not None and tokens is not None
+        targets, kwargs["use_cache"] = labels[:, -tokens:], False
+        if projects and not kwargs.get("output_router_logits"):
+            hidden = self.base_model(*args, **kwargs).last_hidden_state[:, -tokens - 1 :]
+            return _score_hidden(self, hidden, targets, rows, temperature)
+        # The last position predicts nothing: it stays, with weight 0, because the backward of a
+        # slice would allocate the logits once more.
+        kept = {"logits_to_keep": tokens + 1} if narrows else {}
+        return _score_logits(plain(*args, **kept, **kwargs), targets, rows, temperature)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _has_plain_head(model: Any) -> bool:
+    """Whether the logits are a linear map of the last hidden states, but for a soft-cap."""
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    scales = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    scaled = any(getattr(config, name, None) is not None for name in scales)
+    return type(head) is torch.nn.Linear and not scaled and not hasattr(head.weight, "ds_id")
+
+
+def _score_hidden(
+    model: Any, hidden: Tensor, targets: Tensor, rows: HeadRows | None, temperature: float
+) -> HeadOutput:
+    """Without logits; rows that are masked out take no part in the matrix products."""
+    head, inside = model.get_output_embeddings(), slice(None, -1)
+    y = F.pad(targets, (0, 1), value=-100)
+    options: dict[str, Any] = {
+        "bias": head.bias, "temperature": temperature, "compact": True,
+        "softcap": getattr(model.config.get_text_config(), "final_logit_softcapping", None),
+    }  # fmt: skip
+    if rows is None:
+        stats = linear_token_stats(hidden, head.weight, y, mask=y >= 0, **options)
+        return HeadOutput(stats.logprob[:, inside], stats.entropy[:, inside], None)
+    out = linear_policy_loss(hidden, head.weight, y, **rows.padded(0, 1), **options)
+    return _head_output(out, inside, None)
+
+
+def _score_logits(
+    output: Any, targets: Tensor, rows: HeadRows | None, temperature: float
+) -> HeadOutput:
+    """With the model's logits, over which the gradient is written."""
+    logits = output.logits
+    left = logits.shape[1] - targets.shape[1] - 1
+    inside = slice(left, -1)
+    aux_loss = getattr(output, "aux_loss", None)
+    y = F.pad(targets, (left, 1), value=-100)
+    if rows is None:
+        stats = token_stats(logits, y, temperature=temperature, mask=y >= 0)
+        return HeadOutput(stats.logprob[:, inside], stats.entropy[:, inside], aux_loss)
+    out = policy_loss(logits, y, temperature=temperature, inplace_grad=True, **rows.padded(left, 1))
+    return _head_output(out, inside, aux_loss)
+
+
+def _head_output(out: PolicyLossOutput, inside: slice, aux_loss: Tensor | None) -> HeadOutput:
+    token_loss, logprob, entropy = (x[:, inside] for x in out[1:4])
+    return HeadOutput(logprob, entropy, aux_loss, out.loss, token_loss, out.metrics)

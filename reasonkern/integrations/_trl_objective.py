@@ -1,0 +1,138 @@
+"""The objective that a configuration of TRL's GRPO describes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from .. import _checks
+from ..policy_loss import Objective, RowContext
+from ..policy_loss.adaptive import Rows, Rule
+from ..policy_loss.reference import Hyper
+
+# TRL's loss types and how each aggregates; "window": by the trained tokens of all micro-batches of
+# an optimizer step on all ranks.
+AGGREGATION = {
+    "grpo": "seq-mean-token-mean",
+    "sapo": "seq-mean-token-mean",
+    "bnpo": "token-mean",
+    "dr_grpo": "constant",
+    "luspo": "seq-mean-token-sum",
+    "dapo": "window",
+    "cispo": "window",
+    "vespo": "window",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class TopEntropy(Rule):
+    """``top_entropy_quantile`` by TRL's own function, which interpolates between entropies."""
+
+    quantile: float
+    choose: Callable[[Tensor, Tensor, float], Tensor]  # get_high_entropy_mask
+
+    def apply(
+        self, o: Objective, rows: Rows, context: RowContext, h: Hyper
+    ) -> tuple[Objective, RowContext]:
+        """A selection of the policy loss; the entropy bonus is the mean over the same tokens."""
+        kept = self.choose(rows.entropy, rows.used, 1 - self.quantile)
+        bonus = context.entropy_weight
+        if bonus is not None:
+            share = (bonus != 0).sum() / (kept & (bonus != 0)).sum().clamp_min(1)
+            context = replace(context, entropy_weight=bonus * kept * share)
+        return replace(o, rule=None, selection=kept.to(context.weight.dtype)), context
+
+
+def _unsupported(name: str, expected: str, got: object) -> None:
+    _checks.fail(f"args.{name}", f"{expected} with reasonkern's GRPOTrainer", repr(got))
+
+
+def check_config(args: Any, loss_type: str, own_bounds: bool) -> None:
+    """Refuses the options that would otherwise be ignored, or mean something else than in TRL."""
+    if args.cast_lm_head_to_fp32 and (args.bf16 or args.fp16):
+        _unsupported("cast_lm_head_to_fp32", "False in mixed precision", True)
+    level = args.importance_sampling_level
+    if level != "token" and (own_bounds or loss_type in ("cispo", "sapo", "vespo")):
+        _unsupported("importance_sampling_level", "'token' for this objective", level)
+    if level != "token" and args.beta and args.use_bias_correction_kl:
+        # TRL weights each token's KL by the ratio of the sequence, which is not unbiased.
+        _unsupported("use_bias_correction_kl", "False at the sequence level", True)
+    if loss_type == "vespo" and args.use_vllm and args.vllm_importance_sampling_correction:
+        _unsupported("vllm_importance_sampling_correction", "False for vespo", True)
+    if loss_type == "cispo" and not own_bounds and (args.epsilon_high or args.epsilon) < 1:
+        expected = "CISPO's largest ratio, 1 or more (ScaleRL: 5.0),"
+        _unsupported("epsilon_high", expected, args.epsilon_high)
+    if own_bounds:
+        if loss_type in ("cispo", "sapo", "vespo"):
+            means = (
+                "grpo, bnpo, dr_grpo, dapo or luspo, which says how token losses are aggregated,"
+            )
+            _unsupported("loss_type", means, loss_type)
+        for name, default in (("epsilon", 0.2), ("epsilon_high", None), ("delta", None)):
+            if getattr(args, name) != default:
+                _unsupported(
+                    name, f"{default}: the objective has its own bounds", getattr(args, name)
+                )
+
+
+def check_off_policy(args: Any, name: str) -> None:
+    """Refuses runs whose every update is on-policy: there all ratios are 1."""
+    reuse = args.steps_per_generation * args.num_iterations
+    corrects = args.use_vllm and args.vllm_importance_sampling_correction
+    if args.gradient_accumulation_steps % reuse == 0 and not corrects:
+        expected = "more updates than one from a generation"
+        _unsupported("num_iterations", f"{expected} for {name}", args.num_iterations)
+
+
+def terms(args: Any) -> dict[str, Any]:
+    """KL, importance correction and sequence mask as TRL's configuration describes them."""
+    terms: dict[str, Any] = {"opsm": args.off_policy_mask_threshold}
+    if args.beta:
+        terms["kl"] = ("k3", args.beta, args.use_bias_correction_kl)
+    if args.use_vllm and args.vllm_importance_sampling_correction:
+        level, _, mode = args.vllm_importance_sampling_mode.partition("_")
+        lo, hi = args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max
+        terms["importance"] = (level, mode, lo, hi)
+    return terms
+
+
+def trl_objective(args: Any, loss_type: str, terms: dict[str, Any]) -> Objective:
+    """TRL's loss type with TRL's numbers."""
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    if loss_type == "cispo":
+        return Objective.cispo(high, **terms)
+    if loss_type == "sapo":
+        return Objective.sapo(args.sapo_temperature_pos, args.sapo_temperature_neg, **terms)
+    if loss_type == "vespo":
+        shape = (args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg)
+        return Objective.vespo(*shape, **terms)
+    build = Objective.gspo if args.importance_sampling_level == "sequence" else Objective.ppo
+    return build(1 - args.epsilon, 1 + high, ratio_cap=args.delta, **terms)
+
+
+def named_objective(name: str, data_group: Any) -> Objective:
+    """A constructor's published numbers; the batch of BAPO and others spans ``data_group``."""
+    build = getattr(Objective, name, None)
+    if name == "custom" or name.startswith("_") or not inspect.ismethod(build):
+        _checks.fail(
+            "objective", "the name of a constructor of Objective, or of a TRL loss type", repr(name)
+        )
+    across = (
+        {"data_group": data_group} if "data_group" in inspect.signature(build).parameters else {}
+    )
+    objective: Objective = build(**across)
+    return objective
+
+
+def with_terms(objective: Objective, terms: dict[str, Any]) -> Objective:
+    """The objective with the trainer's terms; it may not have the same ones of its own."""
+    for name in ("kl", "importance", "opsm", "entropy_coef"):
+        if given := getattr(objective, name):
+            _checks.fail(f"objective.{name}", "to come from the trainer's args", given)
+    if objective.rule is not None and "rule" in terms:
+        _unsupported("top_entropy_quantile", "1.0 with this objective", terms["rule"].quantile)
+    return replace(objective, **terms)

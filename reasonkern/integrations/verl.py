@@ -1,0 +1,260 @@
+"""verl's policy-loss registry with reasonkern's objectives, as ``rk_<name>``.
+
+No line of code changes: verl loads this module as a plugin of the installed package, in its driver
+and in every worker, and the configuration names the loss::
+
+    actor_rollout_ref.actor.policy_loss.loss_mode=rk_gppo
+
+verl calls a policy loss with log-probabilities, not logits, so this is the objective alone: the
+O(N) map of the family, with its analytic gradient. Bounds come from the actor's configuration
+(``clip_ratio_low``, ``clip_ratio_high``, ``clip_ratio_c``, ``tau_pos``, ``tau_neg``,
+``policy_loss.dro_beta``), as they do for verl's own losses; `register` adds an `Objective` with
+numbers of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..policy_loss import Objective, token_weights
+from ..policy_loss.adaptive import EntropyFilter, HighEntropySelection
+from ..policy_loss.inputs import check_objective, row_context
+from ..policy_loss.metrics import loss_metrics
+from ..policy_loss.paths import loss_of_statistics
+from ..policy_loss.sequence import Segments
+from ._peer import import_peer, require_arguments
+
+TESTED = "0.9"
+_core = import_peer("verl.trainer.ppo.core_algos", TESTED)
+require_arguments("verl", TESTED, _core.register_policy_loss, "name")
+require_arguments(
+    "verl", TESTED, _core.get_policy_loss_fn("vanilla"), "old_log_prob", "log_prob", "advantages",
+    "response_mask", "loss_agg_mode", "config", "rollout_is_weights",
+)  # fmt: skip
+
+# verl's names for an aggregation, and ours.
+AGGREGATION = {
+    "token-mean": "token-mean",
+    "token-sum": "token-mean",
+    "seq-mean-token-sum": "seq-mean-token-sum",
+    "seq-mean-token-sum-norm": "constant",
+    "seq-mean-token-mean": "seq-mean-token-mean",
+}
+
+
+# ---- objectives with the numbers of verl's configuration
+
+
+def _bounds(config: Any) -> tuple[float, float]:
+    """clip_ratio_low and clip_ratio_high."""
+    given = config.clip_ratio_low, config.clip_ratio_high
+    low, high = (config.clip_ratio if x is None else x for x in given)
+    return low, high
+
+
+def _clipped(name: str, config: Any) -> Objective:
+    low, high = _bounds(config)
+    build = getattr(Objective, name)
+    objective: Objective = build(1 - low, 1 + high, dual_clip=config.clip_ratio_c)
+    return objective
+
+
+def _gspo(config: Any) -> Objective:
+    low, high = _bounds(config)
+    return Objective.gspo(1 - low, 1 + high)
+
+
+def _gmpo(config: Any) -> Objective:
+    """The bounds are of the log-ratio, as in verl's geo_mean."""
+    low, high = _bounds(config)
+    return Objective.gmpo(math.exp(-low), math.exp(high))
+
+
+def _cispo(config: Any) -> Objective:
+    low, high = _bounds(config)
+    return Objective.cispo(1 + high, 1 - low)
+
+
+def _dppo(name: str, config: Any) -> Objective:
+    objective: Objective = getattr(Objective, name)(*_bounds(config), config.clip_ratio_c)
+    return objective
+
+
+def _clip_cov(config: Any) -> Objective:
+    """Each call draws anew, from torch's generator."""
+    low, high = _bounds(config)
+    p, seed = config.policy_loss, int(torch.randint(2**62, ()))
+    return Objective.clip_cov(
+        1 - low, 1 + high, p.clip_cov_ratio, p.clip_cov_lb, p.clip_cov_ub, seed
+    )
+
+
+def _kl_cov(config: Any) -> Objective:
+    return Objective.kl_cov(config.policy_loss.kl_cov_ratio, config.policy_loss.ppo_kl_coef)
+
+
+CLIPPED = ("ppo", "grpo", "dapo", "dr_grpo", "gppo", "ce_gppo", "tppo")
+OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
+    **{name: functools.partial(_clipped, name) for name in CLIPPED},
+    **{name: functools.partial(_dppo, name) for name in ("dppo_tv", "dppo_kl")},
+    "gspo": _gspo,
+    "gmpo": _gmpo,
+    "cispo": _cispo,
+    "clip_cov": _clip_cov,
+    "kl_cov": _kl_cov,
+    # The paper's variant needs the engine's log-probabilities, which verl gives no policy loss.
+    "bapo": lambda config: Objective.bapo("code", dual_clip=config.clip_ratio_c),
+    "sapo": lambda config: Objective.sapo(config.tau_pos, config.tau_neg),
+    "dro": lambda config: Objective.dro(config.policy_loss.dro_beta),
+    "vespo": lambda config: Objective.vespo(),
+    "gpg": lambda config: Objective.gpg(),
+}
+
+
+# ---- the loss
+
+
+def _weights(mask: Tensor, mode: str, info: dict[str, Any]) -> Tensor:
+    """The weights of verl's `agg_loss`; ``info`` is the configuration's ``global_batch_info``."""
+    _checks.check_choice("loss_agg_mode", mode, AGGREGATION)
+    ranks, by_token = info.get("dp_size", 1), mode.startswith("token")
+    total = info.get("batch_num_tokens" if by_token else "global_batch_size")
+    if mode == "token-sum":
+        total = 1
+    elif total is None and ranks > 1:
+        name = "batch_num_tokens" if by_token else "global_batch_size"
+        _checks.fail(f"global_batch_info[{name!r}]", f"a number with dp_size {ranks}", None)
+    return token_weights(
+        mask,
+        AGGREGATION[mode],
+        max_length=info.get("loss_scale_factor"),
+        num_tokens=total if by_token else None,
+        num_sequences=None if by_token else total,
+        data_parallel_size=ranks,
+        count_empty=False,
+    )
+
+
+def _per_sequence(advantages: Tensor, mask: Tensor) -> Tensor:
+    """A sequence's advantage, which verl spreads over its tokens; ValueError where they differ."""
+    kept = torch.where(mask, advantages, 0.0)
+    mean = kept.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
+    apart = torch.where(mask, (advantages - mean).abs(), 0.0)
+    if (apart > 1e-5 * mean.abs().clamp_min(1e-6)).any():
+        _checks.fail("advantages", "one value per sequence for a sequence-level objective", "more")
+    return mean.squeeze(-1)
+
+
+def objective_loss(
+    objective: Objective,
+    old_log_prob: Tensor,
+    log_prob: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    loss_agg_mode: str = "token-mean",
+    config: Any = None,
+    rollout_is_weights: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """A policy loss as verl calls it, for any `Objective` that needs log-probabilities alone.
+
+    Args:
+        objective: the loss of a token; entropy bonus and KL are verl's own terms.
+        old_log_prob: (B, T), of the policy that the ratio is against.
+        log_prob: (B, T), with autograd.
+        advantages: (B, T); equal within a sequence for a sequence-level objective.
+        response_mask: (B, T) bool or 0/1; masked tokens may hold anything.
+        loss_agg_mode: one of verl's, with ``config.global_batch_info`` as its normalisers.
+        config: verl's ActorConfig.
+        rollout_is_weights: (B, T) detached factors of the token losses. None = 1.
+
+    Returns:
+        The loss, and metrics by name: ``actor/pg_clipfrac``, ``actor/ppo_kl`` and
+        ``actor/pg_clipfrac_lower`` as verl defines them, and those of `PolicyMetrics.compute` as
+        ``actor/reasonkern/*``.
+
+    Raises:
+        ValueError: unknown aggregation, missing normaliser, advantages that differ within a
+            sequence, an objective with terms that need more than log-probabilities.
+    """
+    mask = response_mask != 0
+    info = {} if config is None else config.global_batch_info
+    context = row_context(
+        objective,
+        log_prob.unsqueeze(-1),
+        Segments(),
+        torch.where(mask, old_log_prob, 0.0),
+        _per_sequence(advantages, mask) if objective.level == "sequence" else advantages,
+        _weights(mask, loss_agg_mode, info),
+        None,
+        None,
+        None,
+        rollout_is_weights,
+    )
+    check_objective(objective, context, packed=False)
+    known = torch.where(mask, log_prob, 0.0).to(context.weight)
+    out = loss_of_statistics(objective, known, torch.zeros_like(known), context)
+    values = loss_metrics(context, *out[2:]).compute()
+    numbers = torch.stack(list(values.values())).tolist()  # one synchronisation
+    found = dict(zip(values, numbers, strict=True))
+    metrics = {
+        "actor/pg_clipfrac": found["clip_frac"],
+        "actor/ppo_kl": -found["kl_old_k1"],
+        "actor/pg_clipfrac_lower": found["dual_clip_frac"],
+    }
+    ours = {k: v for k, v in found.items() if not k.startswith("entropy")}
+    return out.row_loss.sum(), metrics | {f"actor/reasonkern/{k}": v for k, v in ours.items()}
+
+
+def register(objective: Objective | Callable[[Any], Objective], name: str | None = None) -> str:
+    """Registers an objective as a policy loss of verl, and returns its name.
+
+    Args:
+        objective: an `Objective`, or a function from verl's ActorConfig to one.
+        name: for ``policy_loss.loss_mode``; default: ``rk_`` and the objective's name.
+
+    Raises:
+        ValueError: a term that verl adds itself (``kl``, ``entropy_coef``, ``importance``) or that
+            needs the engine's log-probabilities (``opsm``), an objective that needs entropies
+            (``gtpo``, ``high_entropy``, user-defined ones), or no name for a function.
+
+    Example, in a module that ``VERL_USE_EXTERNAL_MODULES`` names::
+
+        register(rk.Objective.gppo(0.8, 1.28, beta_low=0.5), "rk_gppo_half")
+    """
+    if isinstance(objective, Objective):
+        for term in ("kl", "importance", "opsm", "entropy_coef", "function"):
+            if given := getattr(objective, term):
+                expected = "not set: verl has its own, or no input for it"
+                _checks.fail(f"objective.{term}", expected, given)
+        if isinstance(objective.rule, (EntropyFilter, HighEntropySelection)):
+            _checks.fail(
+                "objective", "one that needs no entropies, which verl keeps", objective.name
+            )
+        name = f"rk_{objective.name}" if name is None else name
+    elif name is None:
+        _checks.fail("name", "a name for a function of the configuration", None)
+
+    def loss(
+        old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
+        loss_agg_mode: str = "token-mean", config: Any = None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:  # fmt: skip
+        found = objective if isinstance(objective, Objective) else objective(config)
+        return objective_loss(
+            found, old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config,
+            rollout_is_weights,
+        )  # fmt: skip
+
+    _core.register_policy_loss(name)(loss)
+    return name
+
+
+for _name, _build in OBJECTIVES.items():
+    register(_build, f"rk_{_name}")

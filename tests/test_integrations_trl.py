@@ -1,0 +1,633 @@
+"""Our GRPOTrainer against TRL 1.16's on the same model and batch, and real training runs."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+import reasonkern as rk
+from reasonkern import Objective
+
+pytestmark = pytest.mark.peers
+ROOT = Path(__file__).parent.parent
+LENGTHS = (5, 3, 1, 0, 4, 5)  # completions; the fourth is masked out, as a truncated one can be
+PROMPT, COMPLETION = 4, 5
+
+
+@pytest.fixture(scope="module")
+def trl() -> ModuleType:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    return pytest.importorskip("trl.trainer.grpo_trainer", reason="needs trl==1.16.0")
+
+
+@pytest.fixture(scope="module")
+def ours(trl: ModuleType) -> ModuleType:
+    return importlib.import_module("reasonkern.integrations.trl")
+
+
+@pytest.fixture(scope="module")
+def example(ours: ModuleType) -> ModuleType:
+    return importlib.import_module("examples.trl_grpo")
+
+
+@pytest.fixture(scope="module")
+def model_folder(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TRL loads the reference model from where the model came from."""
+    folder = tmp_path_factory.mktemp("model")
+    model = example.make_model(initializer_range=0.3)  # logits that are not all alike
+    model.save_pretrained(folder)
+    return folder
+
+
+def make_batch(seed: int = 0, **changes: Any) -> dict[str, Any]:
+    """What TRL's `_compute_loss` gets; log-probabilities near those of a random model."""
+    g = torch.Generator().manual_seed(seed)
+    rows = len(LENGTHS)
+    completion_mask = (torch.arange(COMPLETION) < torch.tensor(LENGTHS)[:, None]).long()
+    prompt_mask = torch.ones(rows, PROMPT, dtype=torch.long)
+    prompt_mask[1, :2] = 0  # padded on the left
+    batch = {
+        "prompt_ids": torch.randint(2, 14, (rows, PROMPT), generator=g),
+        "prompt_mask": prompt_mask,
+        "completion_ids": torch.randint(2, 14, (rows, COMPLETION), generator=g),
+        "completion_mask": completion_mask,
+        "advantages": torch.tensor([1.3, -0.7, 0.9, 1.0, -1.1, 0.0]),
+        "num_items_in_batch": torch.tensor(50),
+    }
+    return batch | changes
+
+
+def add_logprobs(trainer: Any, batch: dict[str, Any], seed: int = 1) -> dict[str, Any]:
+    """Old log-probabilities up to e^+-0.5 from the model's own, reference ones as well."""
+    ids = torch.cat((batch["prompt_ids"], batch["completion_ids"]), 1)
+    mask = torch.cat((batch["prompt_mask"], batch["completion_mask"]), 1)
+    with torch.no_grad():
+        logp = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, COMPLETION)[0]
+    g = torch.Generator().manual_seed(seed)
+    noise = [scale * torch.randn(logp.shape, generator=g) for scale in (0.5, 0.3, 0.3)]
+    names = ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")
+    return batch | {name: logp + n for name, n in zip(names, noise, strict=True)}
+
+
+def make_trainer(kind: Any, example: ModuleType, folder: Path, output: Path, **options: Any) -> Any:
+    own = {name: options.pop(name) for name in ("objective", "logits") if name in options}
+    options = {
+        "per_device_train_batch_size": 6,
+        "num_generations": 2,
+        "num_iterations": 1,
+    } | options
+    model = options.pop("model", None) or example.Qwen2ForCausalLM.from_pretrained(folder)
+    trainer = kind(
+        model, example.reward, args=example.make_config(str(output), 1, **options),
+        train_dataset=example.make_dataset(), processing_class=example.make_tokenizer(),
+        **own,
+    )  # fmt: skip
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    trainer.model.train()
+    return trainer
+
+
+def loss_and_gradients(trainer: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.detach(), {n: p.grad for n, p in trainer.model.named_parameters()}
+
+
+def assert_same_gradients(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Within fp32 rounding: 2e-6 of the largest element (a key bias's gradient is 0 but for it)."""
+    assert mine.keys() == theirs.keys()
+    largest = max(g.abs().max().item() for g in theirs.values())
+    assert largest > 1e-2
+    for name, expected in theirs.items():
+        difference = (mine[name] - expected).abs().max().item()
+        assert difference <= 2e-6 * largest, f"{name}: {difference} of {largest}"
+
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "grpo": {"loss_type": "grpo"},
+    "grpo-kl": {"loss_type": "grpo", "beta": 0.1},
+    "bnpo": {"loss_type": "bnpo"},
+    "dr_grpo": {"loss_type": "dr_grpo"},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
+    "dapo-two-sided": {"loss_type": "dapo", "delta": 1.5},
+    "dapo-unbiased-kl": {"loss_type": "dapo", "beta": 0.1, "use_bias_correction_kl": True},
+    "cispo": {"loss_type": "cispo", "epsilon_high": 1.5},
+    "sapo": {"loss_type": "sapo"},
+    "vespo": {"loss_type": "vespo"},
+    "gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.1},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence", "epsilon": 0.1},
+    "opsm": {"loss_type": "grpo", "off_policy_mask_threshold": 0.05},
+    "entropy": {"loss_type": "dapo", "entropy_coef": 0.05},
+    "temperature": {"loss_type": "dapo", "temperature": 0.7},
+    "top-entropy": {"loss_type": "dapo", "top_entropy_quantile": 0.45, "beta": 0.1},
+    "top-entropy-bonus": {
+        "loss_type": "grpo", "top_entropy_quantile": 0.45, "entropy_coef": 0.05,
+    },
+    "accumulation": {
+        "loss_type": "dapo", "gradient_accumulation_steps": 4, "steps_per_generation": 8,
+        "entropy_coef": 0.05,
+    },
+    "accumulation-grpo": {"loss_type": "grpo", "gradient_accumulation_steps": 4},
+}  # fmt: skip
+
+
+@pytest.fixture(params=[False, True], ids=["hidden", "logits"])
+def logits(request: pytest.FixtureRequest) -> bool:
+    """Both heads: from hidden states, and on the model's logits."""
+    return request.param
+
+
+@pytest.fixture
+def pair(
+    request: pytest.FixtureRequest, logits: bool, trl: ModuleType, ours: ModuleType,
+    example: ModuleType, model_folder: Path, tmp_path: Path,
+) -> tuple[Any, Any]:  # fmt: skip
+    """(our trainer, TRL's) with the same model and configuration."""
+    options = getattr(request, "param", {"loss_type": "grpo"})
+    mine = make_trainer(ours.GRPOTrainer, example, model_folder, tmp_path, logits=logits, **options)
+    return mine, make_trainer(trl.GRPOTrainer, example, model_folder, tmp_path, **options)
+
+
+@pytest.mark.parametrize("pair", CONFIGS.values(), ids=CONFIGS, indirect=True)
+def test_loss_gradients_and_metrics_equal_trls(pair: tuple[Any, Any]) -> None:
+    mine, theirs = pair
+    batch = add_logprobs(theirs, make_batch())
+    found, expected = (loss_and_gradients(t, batch) for t in pair)
+    assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
+    assert_same_gradients(found[1], expected[1])
+    logged, theirs_logged = (t._metrics["train"] for t in pair)
+    assert logged.keys() == theirs_logged.keys()
+    for name, values in theirs_logged.items():
+        assert logged[name] == pytest.approx(values, rel=1e-4, abs=1e-6, nan_ok=True), name
+    clipped = [v for k, v in theirs_logged.items() if k.endswith(("region_mean", "clip_ratio"))]
+    assert not clipped or clipped[0][0] > 0
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"])
+def test_the_name_of_a_loss_type_means_that_loss(
+    loss_type: str, trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """objective="bnpo" is GRPOConfig(loss_type="bnpo"), on-policy and in eval mode too."""
+    high = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
+    mine = make_trainer(
+        ours.GRPOTrainer, example, model_folder, tmp_path, objective=loss_type,
+        **{"loss_type": "dapo"} | high,
+    )  # fmt: skip
+    theirs = make_trainer(
+        trl.GRPOTrainer, example, model_folder, tmp_path, loss_type=loss_type, **high
+    )
+    found, expected = (loss_and_gradients(t, make_batch()) for t in (mine, theirs))
+    assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
+    assert_same_gradients(found[1], expected[1])
+    with torch.no_grad():
+        losses = [t.compute_loss(t.model.eval(), make_batch()) for t in (mine, theirs)]
+    assert_close(*losses, rtol=1e-5, atol=1e-6)
+    assert mine._metrics["eval"].keys() == theirs._metrics["eval"].keys()
+
+
+def test_old_and_reference_logprobs_equal_trls(pair: tuple[Any, Any], logits: bool) -> None:
+    batch = make_batch()
+    ids = torch.cat((batch["prompt_ids"], batch["completion_ids"]), 1)
+    mask = torch.cat((batch["prompt_mask"], batch["completion_mask"]), 1)
+    with torch.no_grad():
+        mine, theirs = (
+            t._get_per_token_logps_and_entropies(
+                t.model, ids, mask, COMPLETION, batch_size=4, compute_entropy=True
+            )
+            for t in pair
+        )
+    assert mine[0].shape == (len(LENGTHS), COMPLETION)
+    assert_close(mine[0], theirs[0], rtol=1e-5, atol=1e-5)
+    assert_close(mine[1], theirs[1], rtol=1e-5, atol=1e-5)
+    # The same statistics in both passes: the first update has ratio 1.
+    trainer = pair[0]
+    trainer.compute_loss(trainer.model, batch | {"old_per_token_logps": mine[0]})
+    values = trainer._row_metrics["train"].compute()
+    # (Rows that a pass leaves out of the matrix products move their last bits.)
+    tolerance = 0 if logits else 1e-5
+    assert 1 - tolerance <= values["ratio_min"] <= values["ratio_max"] <= 1 + tolerance
+
+
+VLLM = {
+    "token_truncate": (None, 1.2),
+    "token_mask": (0.8, 1.2),
+    "sequence_truncate": (0.8, 1.2),
+    "sequence_mask": (None, 1.2),
+}
+
+
+@pytest.mark.parametrize("mode", VLLM)
+def test_importance_correction_equals_trls(
+    mode: str, trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """TRL's correction of vLLM's log-probabilities, without vLLM; one token has none."""
+    low, high = VLLM[mode]
+    options = {
+        "vllm_importance_sampling_mode": mode, "vllm_importance_sampling_clip_min": low,
+        "vllm_importance_sampling_clip_max": high, "loss_type": "grpo", "beta": 0.1,
+    }  # fmt: skip
+    kinds = (ours.GRPOTrainer, trl.GRPOTrainer)
+    mine, theirs = (make_trainer(k, example, model_folder, tmp_path, **options) for k in kinds)
+    batch = add_logprobs(theirs, make_batch())
+    batch["sampling_per_token_logps"][0, 2] = float("nan")
+    difference = batch["old_per_token_logps"] - batch["sampling_per_token_logps"]
+    difference = (difference * batch["completion_mask"]).nan_to_num(nan=0.0)
+    if mode.startswith("sequence"):
+        difference = difference.sum(-1, keepdim=True)
+    ratio = difference.exp()
+    if mode.endswith("truncate"):
+        ratio = ratio.clamp(low, high)
+    else:
+        ratio = ratio.masked_fill((ratio < (low or 0)) | (ratio > high), 0.0)
+    mine.args.use_vllm = mine.use_vllm = theirs.use_vllm = True
+    mine.objective = mine._trls(None)
+    batch["importance_sampling_ratio"] = ratio
+    found, expected = (loss_and_gradients(t, batch) for t in (mine, theirs))
+    assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
+    assert_same_gradients(found[1], expected[1])
+
+
+def test_tool_tokens_are_left_out(pair: tuple[Any, Any]) -> None:
+    """A tool's token may have any old log-probability."""
+    tool_mask = torch.ones(len(LENGTHS), COMPLETION, dtype=torch.long)
+    tool_mask[0, 1:3] = 0
+    batch = add_logprobs(pair[1], make_batch(tool_mask=tool_mask))
+    far = torch.where(tool_mask == 0, -200.0, batch["old_per_token_logps"])
+    found, expected = (
+        loss_and_gradients(t, batch | {"old_per_token_logps": old})
+        for t, old in zip(pair, (far, batch["old_per_token_logps"]), strict=True)
+    )
+    assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
+    assert_same_gradients(found[1], expected[1])
+    logged, theirs = (t._metrics["train"] for t in pair)
+    assert logged["clip_ratio/region_mean"] == pytest.approx(theirs["clip_ratio/region_mean"])
+
+
+def test_experts_balance_as_with_trl(
+    trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+) -> None:
+    transformers = importlib.import_module("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=14, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        router_aux_loss_coef=0.1, pad_token_id=0, bos_token_id=None, eos_token_id=1,
+        initializer_range=0.3,
+    )  # fmt: skip
+    results = []
+    for kind in (ours.GRPOTrainer, trl.GRPOTrainer):
+        torch.manual_seed(0)
+        model = transformers.MixtralForCausalLM(config)
+        options = {"model": model, "gradient_accumulation_steps": 2, "loss_type": "grpo"}
+        trainer = make_trainer(kind, example, model_folder, tmp_path, **options)
+        results.append((*loss_and_gradients(trainer, make_batch()), trainer._metrics["train"]))
+    (loss, mine, logged), (expected, theirs, theirs_logged) = results
+    assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(mine, theirs)
+    assert logged["aux_loss"] == pytest.approx(theirs_logged["aux_loss"], rel=1e-5)
+
+
+SCALED = {
+    "Gemma2": {"final_logit_softcapping": 2.0, "head_dim": 16, "query_pre_attn_scalar": 16},
+    "Granite": {"logits_scaling": 0.5},
+    "Cohere": {"logit_scale": 0.5},
+}
+
+
+@pytest.mark.parametrize("family", SCALED)
+def test_heads_that_scale_or_cap(
+    family: str, logits: bool, trl: ModuleType, ours: ModuleType, example: ModuleType,
+    model_folder: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    transformers = importlib.import_module("transformers")
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=14, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, bos_token_id=None,
+        eos_token_id=1, initializer_range=0.3, **SCALED[family],
+    )  # fmt: skip
+    results = []
+    for kind, head in ((ours.GRPOTrainer, {"logits": logits}), (trl.GRPOTrainer, {})):
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        options = {"model": model, "loss_type": "grpo", "temperature": 0.8}
+        trainer = make_trainer(kind, example, model_folder, tmp_path, **options, **head)
+        results.append(loss_and_gradients(trainer, make_batch()))
+    (loss, mine), (expected, theirs) = results
+    assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(mine, theirs)
+
+
+@pytest.mark.parametrize("logits", [True], indirect=True)
+def test_models_that_cannot_narrow_their_logits(
+    pair: tuple[Any, Any], logits: bool, ours: ModuleType, example: ModuleType
+) -> None:
+    """Without ``logits_to_keep`` the logits of the prompt are there too, with weight 0."""
+    mine, theirs = pair
+    batch = add_logprobs(theirs, make_batch())
+    model = example.Qwen2ForCausalLM(mine.model.config)
+    model.load_state_dict(mine.model.state_dict())
+    plain = model.forward
+
+    def forward(input_ids: Tensor, attention_mask: Tensor, use_cache: bool) -> Any:
+        return plain(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+    model.forward = forward
+    ours.add_head(model, logits=True)
+    mine.model = model
+    found, expected = (loss_and_gradients(t, batch) for t in pair)
+    assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
+    assert_same_gradients(found[1], expected[1])
+
+
+def test_what_becomes_of_the_logits(pair: tuple[Any, Any], logits: bool) -> None:
+    """The gradient replaces them, or they are not computed by the model."""
+    trainer = pair[0]
+    seen: list[Tensor] = []
+    trainer.model.lm_head.register_forward_hook(lambda *call: seen.append(call[-1].detach()))
+    batch = add_logprobs(trainer, make_batch())
+    loss = trainer.compute_loss(trainer.model, batch)
+    assert bool(seen) == logits
+    if logits:
+        x = seen[-1]
+        assert x.shape[1] == COMPLETION + 1
+        # A softmax's gradient sums to 0; rows that are not trained are 0.
+        assert x.abs().max() > 0 and x.sum(-1).abs().max() < 1e-6
+        assert not x[:, -1].any() and not x[3].any()
+    loss.backward()
+
+
+def test_adaptive_entropy_follows_trls_controller(
+    trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+) -> None:
+    options = {"use_adaptive_entropy": True, "entropy_target": 5.0, "loss_type": "grpo"}
+    kinds = (ours.GRPOTrainer, trl.GRPOTrainer)
+    pair = [make_trainer(kind, example, model_folder, tmp_path, **options) for kind in kinds]
+    for _ in range(3):
+        found, expected = (loss_and_gradients(t, make_batch()) for t in pair)
+        assert_same_gradients(found[1], expected[1])
+        assert pair[0].entropy_coef == pair[1].entropy_coef
+    assert pair[0].entropy_coef > 0
+    assert pair[0]._metrics["train"]["policy_loss"] == pytest.approx(
+        pair[1]._metrics["train"]["policy_loss"], abs=1e-6
+    )
+
+
+def test_an_objective_of_its_own(
+    ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+) -> None:
+    """Its value, TRL's clip metrics at its bounds, and its policy loss without the bonus."""
+    objective = Objective.ppo(0.9, 1.05)
+    common = {"loss_type": "grpo", "entropy_coef": 0.05, "gradient_accumulation_steps": 2}
+    own = make_trainer(
+        ours.GRPOTrainer, example, model_folder, tmp_path, objective=objective, **common
+    )
+    native = make_trainer(
+        ours.GRPOTrainer, example, model_folder, tmp_path, epsilon=0.1, epsilon_high=0.05, **common
+    )
+    batch = add_logprobs(own, make_batch())
+    found, expected = (loss_and_gradients(t, batch) for t in (own, native))
+    assert_close(found[0], expected[0])
+    assert_same_gradients(found[1], expected[1])
+    assert own._metrics["train"].keys() == native._metrics["train"].keys()
+    for name, values in native._metrics["train"].items():
+        assert own._metrics["train"][name] == pytest.approx(values, rel=1e-5, nan_ok=True), name
+
+
+def test_bapo_balances_the_bounds_of_each_batch(
+    ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+) -> None:
+    bapo, ppo = (
+        make_trainer(
+            ours.GRPOTrainer, example, model_folder, tmp_path, objective=objective,
+            num_iterations=2, loss_type="grpo",
+        )
+        for objective in ("bapo", Objective.ppo())
+    )  # fmt: skip
+    batch = add_logprobs(bapo, make_batch())
+    found = loss_and_gradients(bapo, batch)
+    ids = torch.cat((batch["prompt_ids"], batch["completion_ids"]), 1)
+    mask = torch.cat((batch["prompt_mask"], batch["completion_mask"]), 1)
+    with torch.no_grad():
+        logp = bapo._get_per_token_logps_and_entropies(bapo.model, ids, mask, COMPLETION)[0]
+    bounds = rk.bapo_bounds(
+        (logp - batch["old_per_token_logps"]).exp(), batch["advantages"][:, None].expand_as(logp),
+        batch["completion_mask"], variant="paper",
+        rollout_logprob=batch["sampling_per_token_logps"],
+    )  # fmt: skip
+    ppo.objective = Objective.ppo(*bounds)
+    expected = loss_and_gradients(ppo, batch)
+    assert_close(found[0], expected[0])
+    assert_same_gradients(found[1], expected[1])
+
+
+def test_gtpo_weighs_conflicting_tokens_of_a_prompt(
+    ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+) -> None:
+    """The factors of the generated groups follow their rows through TRL's shuffling."""
+    trainer = make_trainer(
+        ours.GRPOTrainer, example, model_folder, tmp_path, objective="gtpo",
+        per_device_train_batch_size=32, num_generations=8, gradient_accumulation_steps=2,
+        scale_rewards="none",
+    )  # fmt: skip
+    seen = []
+    original = trainer._compute_loss
+
+    def compute(model: Any, inputs: dict[str, Any]) -> Tensor:
+        seen.append(inputs)
+        return original(model, inputs)
+
+    trainer._compute_loss = compute
+    trainer.train()
+    assert len(seen) == 2 and seen[0]["advantages"].shape == (32,)
+    whole = {k: torch.cat([part[k] for part in seen]) for k in seen[0] if seen[0][k].ndim}
+    # Rows of one prompt, in any order.
+    group = whole["prompt_ids"].unique(dim=0, return_inverse=True)[1]
+    expected = rk.conflict_token_weights(
+        whole["completion_ids"], whole["advantages"], group, whole["completion_mask"]
+    )
+    assert torch.equal(whole["conflict_weights"], expected)
+    assert (expected > 1).any() and (expected == 0).any()
+
+
+# ---- what is refused
+
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    (
+        {"objective": "high_entropy", "top_entropy_quantile": 0.5},
+        r"args\.top_entropy_quantile: expected 1\.0 with this objective",
+    ),
+    ({"objective": "bapo"}, r"args\.num_iterations: expected more updates than one .* for bapo"),
+    ({"loss_type": "cispo"}, r"args\.epsilon_high: expected CISPO's largest ratio"),
+    ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
+    ({"objective": "gppo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
+    ({"beta": 0.1, "importance_sampling_level": "sequence"}, "use_bias_correction_kl: expected F"),
+    ({"objective": "gppo", "loss_type": "cispo"}, r"args\.loss_type: expected grpo, bnpo"),
+    ({"objective": "gppo", "epsilon": 0.1}, r"args\.epsilon: expected 0\.2: the objective has its"),
+    ({"objective": "gpo"}, "objective: expected the name of a constructor .*'gpo'"),
+    ({"objective": "custom"}, "objective: expected the name of a constructor .*'custom'"),
+    ({"objective": 3}, "objective: expected a name, an Objective or None, got int"),
+    ({"objective": Objective.ppo(kl=("k1", 0.1))}, r"objective\.kl: expected to come from"),
+    ({"objective": Objective.ppo(entropy_coef=0.1)}, r"objective\.entropy_coef: expected to come"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[m for _, m in REFUSED])
+def test_refused(
+    options: dict[str, Any], message: str, ours: ModuleType, example: ModuleType,
+    model_folder: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        make_trainer(ours.GRPOTrainer, example, model_folder, tmp_path, **dict(options))
+
+
+def test_a_changed_trl_is_an_import_error(
+    trl: ModuleType, ours: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def add_fused_lm_head(model: Any, temperature: float) -> None: ...
+
+    monkeypatch.setattr(trl, "add_fused_lm_head", add_fused_lm_head)
+    monkeypatch.delitem(sys.modules, "reasonkern.integrations.trl")
+    with pytest.raises(ImportError, match=r"does not fit trl 1\.16.*cast_lm_head_to_fp32, outputs"):
+        importlib.import_module("reasonkern.integrations.trl")
+
+
+# ---- training
+
+
+def test_readme(trl: ModuleType, ours: ModuleType, example: ModuleType, tmp_path: Path) -> None:
+    """Before and after, with the names they use; the trainer of the second one takes a step."""
+    text = (ROOT / "README.md").read_text()
+    section = text.partition("## Your trainer: TRL")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    assert len(blocks) == 2
+    for block, kind in zip(blocks, (trl.GRPOTrainer, ours.GRPOTrainer), strict=True):
+        names = {
+            "model": example.make_model(), "reward": example.reward,
+            "config": example.make_config(str(tmp_path), 1, logging_steps=1),
+            "data": example.make_dataset(), "tokenizer": example.make_tokenizer(),
+        }  # fmt: skip
+        exec(block, names)
+        assert type(names["trainer"]) is kind
+    names["trainer"].train()
+    assert names["trainer"].objective.name == "gppo"
+    assert "reasonkern/ess_frac" in names["trainer"].state.log_history[0]
+
+
+RUNS = (
+    "gppo", "bapo", "gtpo", "ce_gppo", "gspo", "gmpo", "reinforce", "dppo_tv", "clip_cov",
+    "high_entropy",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", RUNS)
+def test_twenty_steps_have_finite_plotted_metrics(
+    objective: str, example: ModuleType, tmp_path: Path
+) -> None:
+    history = example.main(["--objective", objective, "--steps", "20", "--out", str(tmp_path)])
+    assert len(history) == 2
+    assert (tmp_path / f"trl_{objective}.png").stat().st_size > 10_000
+    for row in history:
+        for name, value in row.items():
+            assert value is None or math.isfinite(value), name
+        assert {"entropy", "reasonkern/clip_frac", "reasonkern/ess_frac"} <= row.keys()
+        assert ("clip_ratio/region_mean" in row) == (objective != "bapo")
+        assert row["reasonkern/rows_nonfinite"] == 0
+        assert 0 < row["reasonkern/ess_frac"] <= 1
+        assert row["reasonkern/entropy_pos"] > 0 and row["reasonkern/ratio_var"] > 0
+
+
+def test_a_run_equals_trls(
+    trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+) -> None:
+    """The same tokens are sampled as long as rounding does not part the two: 4 updates."""
+    options = {
+        "max_steps": 4, "per_device_train_batch_size": 32, "num_generations": 8,
+        "num_iterations": 2, "gradient_accumulation_steps": 2, "loss_type": "dapo",
+    }  # fmt: skip
+    found = []
+    for kind in (ours.GRPOTrainer, trl.GRPOTrainer):
+        trainer = make_trainer(kind, example, model_folder, tmp_path, logging_steps=1, **options)
+        trainer.train()
+        found.append((trainer.state.log_history, trainer.model.state_dict()))
+    for mine, theirs in zip(found[0][0], found[1][0], strict=True):
+        for name in theirs.keys() - {"step_time"}:
+            if not name.startswith("train_"):
+                assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
+    for name, weight in found[1][1].items():
+        assert_close(found[0][1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_example_raises_the_reward(example: ModuleType) -> None:
+    history = example.main(["--steps", "300"])
+    assert history[0]["reward"] < 0.15
+    assert history[-1]["reward"] > history[0]["reward"] + 0.3
+
+
+# ---- two processes
+
+RANKED: dict[str, dict[str, Any]] = {
+    "dapo": {"loss_type": "dapo", "per_device_train_batch_size": 4},
+    "grpo": {"loss_type": "grpo", "per_device_train_batch_size": 4},
+}
+
+
+def launch(script: str, *arguments: str) -> str:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
+        "--master_port", str(port), script, *arguments,
+    ]  # fmt: skip
+    environment = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+        "TRL_EXPERIMENTAL_SILENCE": "1",
+    }  # fmt: skip
+    done = subprocess.run(
+        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def test_two_processes_equal_trl_and_one_process(
+    trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "ranks.pt"
+    launch("tests/trl_ranks.py", str(model_folder), str(out))
+    results = torch.load(out)
+    for name, options in RANKED.items():
+        (loss, mine, metrics), (expected, theirs, their_metrics) = (
+            results[owner, name] for owner in ("ours", "trl")
+        )
+        assert_close(loss, expected, rtol=1e-5, atol=1e-7)
+        assert_same_gradients(mine, theirs)
+        assert metrics.pop("rows") == [sum(LENGTHS)]  # of both ranks
+        for key, values in their_metrics.items():
+            assert metrics[key] == pytest.approx(values, rel=1e-4, abs=1e-6, nan_ok=True), key
+        single = make_trainer(ours.GRPOTrainer, example, model_folder, tmp_path, **options)
+        whole, gradients = loss_and_gradients(single, add_logprobs(single, make_batch()))
+        assert_close(loss, whole, rtol=1e-5, atol=1e-7)
+        assert_same_gradients(mine, gradients)
+
+
+@pytest.mark.slow
+def test_the_example_runs_on_two_processes() -> None:
+    printed = launch("examples/trl_grpo.py", "--objective", "gppo", "--steps", "10")
+    assert printed.count("gppo: mean reward") == 1
