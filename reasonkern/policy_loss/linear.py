@@ -209,7 +209,7 @@ def linear_policy_loss(
         args = paths.fused_args(objective, head.targets, context, scaling, loss_scale)
         out = linear_op.OPS.linear_policy_loss(*head.operands, *args, *plan, *needs)
         loss, token_loss, logprob, entropy = out[:4]
-        rest = (None, *paths.fused_choices(objective, args))
+        rest: tuple[Any, ...] = (None, *paths.fused_choices(objective, args))
     else:
         logprob, entropy = parallel_linear.linear_token_stats(
             head.operands, head.targets, context.active, scaling, plan, shard, parallel
