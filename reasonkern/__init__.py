@@ -1,6 +1,6 @@
 """reasonkern: exact, fast kernels for the inner loops of LLM reasoning, as PyTorch operators."""
 
-from . import shaping
+from . import scaling, shaping
 from ._load import info
 from .policy_loss import (
     KL,
@@ -27,6 +27,7 @@ __all__ = [
     "TokenStats",
     "info",
     "policy_loss",
+    "scaling",
     "shaping",
     "token_stats",
     "token_weights",

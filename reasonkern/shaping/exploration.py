@@ -11,6 +11,8 @@ from .. import _checks
 from .groups import Groups, check_tensor, narrow
 
 MODES = ("leave-one-out", "leverage")
+# The Gram matrix is off by 1e-16 of its trace, the bonus then by 1e-16 tr K / λ of its value.
+SMALLEST_RIDGE = 1e-12
 
 
 def elliptical_bonus(
@@ -57,7 +59,9 @@ def elliptical_bonus(
         equal features.
 
     Raises:
-        ValueError: wrong shape, dtype or device, an unknown mode, or a number out of range.
+        ValueError: wrong shape, dtype or device, an unknown mode, a number out of range; on CPU
+            also features that are not finite and a λ below 1e-12 tr K, where rounding would decide
+            the result (on CUDA both give NaN).
     """
     if check_tensor("features", features).ndim != 2 or not features.is_floating_point():
         _checks.fail("features", "floating point of shape (N, d)", tuple(features.shape))
@@ -70,6 +74,9 @@ def elliptical_bonus(
     if not len(features):
         return narrow(features.new_zeros(0), features)
     phi = features.detach().double()
+    if phi.device.type == "cpu" and not phi.isfinite().all():
+        index = tuple((~phi.isfinite()).nonzero()[0].tolist())
+        _checks.fail("features", "finite numbers", f"{phi[index].item()} at {index}")
     if project is not None:
         phi = phi @ sparse_projection(phi.shape[1], project, seed, phi.device)
     shape = (
@@ -106,16 +113,22 @@ def _by_group(
     mean = padded.sum(1, True) / size.clamp_min(1).unsqueeze(-1)
     padded = (padded - mean) * used.unsqueeze(-1)
     gram = padded @ padded.mT
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1, True)
     ridge = torch.full_like(size, lam)
     if relative:
-        trace = gram.diagonal(dim1=1, dim2=2).sum(1, True)
         ridge = lam * trace / (size - 1).clamp_min(1)
         ridge = torch.where(ridge > 0, ridge, 1.0)  # all features equal: K = 0, the bonus is 0
+    lost = ridge < SMALLEST_RIDGE * trace
+    if phi.device.type == "cpu" and lost.any():
+        _checks.fail(
+            "lam", f"a ridge of at least {SMALLEST_RIDGE} tr K", f"{lam}: it is rounded away"
+        )
     matrix = gram + torch.diag_embed(ridge.expand(shape))
     factor, _ = torch.linalg.cholesky_ex(matrix)
     diagonal = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2) * ridge
     bonus = 1 / diagonal - 1 if mode == "leave-one-out" else 1 - diagonal
-    bonus = torch.cat((bonus.clamp_min(0).flatten(), phi.new_full((1,), torch.nan)))
+    bonus = torch.where(lost, torch.nan, bonus.clamp_min(0))
+    bonus = torch.cat((bonus.flatten(), phi.new_full((1,), torch.nan)))
     return bonus[slot]
 
 

@@ -64,6 +64,7 @@ for _name, _schema in SCHEMAS.items():
     _lib.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
     _lib.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
     _lib.impl(_name, _cuda_entry(_name), "CUDA")
+    _lib.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"reasonkern::{_name}", FAKE[_name], lib=_lib)
     _load.register_op(
         _name,
