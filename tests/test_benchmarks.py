@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import check, engine, memory, policy_loss, report, timing
+from benchmarks import check, engine, memory, policy_loss, report, shaping, timing
 from benchmarks.case import Case, Family, Gate, Provider, Runner, Skip, Tolerance, Truth
 from benchmarks.peers import eager, ours
 
@@ -331,7 +331,8 @@ def test_list_selects(capsys):
     stats = "token_stats/256x151936/float32/t2/cpu"
     assert listed(capsys, "--case", "token_stats/256x151936") == [stats]
     assert all("bfloat16" in case for case in listed(capsys, "--dtype", "bf16"))
-    assert len(listed(capsys, "--check")) == len(policy_loss.CPU_GATED)
+    gated = len(policy_loss.CPU_GATED) + len(shaping.GATED)
+    assert len(listed(capsys, "--check")) == gated
     assert 0 < len(listed(capsys, "--quick")) < len(listed(capsys))
 
 

@@ -41,7 +41,7 @@ def vote(
     nobody), the last step of DeepPrune and of multi-agent debate.
 
     Args:
-        answers: one per sample; None = no answer, which is no vote.
+        answers: one per sample; None is no answer and no vote.
         weights: one number >= 0 per sample; None = 1 each.
         tie: "earliest": the answer that appeared first wins; "latest": the one whose first
             appearance is last; "none": nobody.
@@ -103,7 +103,7 @@ def temperature_vote(
     temperatures each casts one vote for its winner; a tie goes to the answer of the lowest one.
 
     Args:
-        answers: one per sample; None = no answer.
+        answers: one per sample; None is no answer.
         temperature: that of each sample.
         intra: σ_intra in (0, 1]. Paper: 0.8.
         cross: σ_cross in (0, 1]. Paper: 1.
