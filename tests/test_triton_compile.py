@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel of policy_loss ahead of time, without a GPU.
+"""Compiles every Triton kernel of policy_loss and shaping ahead of time, without a GPU.
 
 The compiler cannot run in a process that interprets kernels (TRITON_INTERPRET=1), so this file is
 also a program: it prints what the compiler made of the kernels as JSON, and the tests read that.
@@ -20,6 +20,7 @@ import torch
 pytest.importorskip("triton", reason="the Triton backend needs triton, which is Linux only")
 
 KERNELS = ("stats_kernel", "stats_backward_kernel", "loss_kernel", "scale_rows_kernel")
+SHAPING = ("gae_kernel", "select_kernel")  # their element types are fixed
 # plain: aligned rows and no optional argument. full: every optional one, soft-cap, unaligned rows.
 CASES = list(product(("plain", "full"), (80, 90, 100), ("fp32", "bf16", "fp16")))
 
@@ -32,8 +33,15 @@ OPTIONAL = {
         "loss_scale", "hyper",
     },
     "scale_rows_kernel": set(),
+    "gae_kernel": {"mask", "row_decay", "row_decay_value", "bootstrap_value", "truncated"},
+    "select_kernel": set(),
 }  # fmt: skip
-POINTEES = {"targets": "i64", "mask": "i1", "is_top1": "i1"}
+POINTEES = {"targets": "i64", "mask": "i1", "is_top1": "i1", "truncated": "i1", "picks": "i64"}
+POINTEES |= dict.fromkeys(("gram", "score", "factor"), "fp64")
+
+
+def kernels(dtype):
+    return (*KERNELS, *SHAPING) if dtype == "fp32" else KERNELS
 
 
 # ---- the program: compile, print
@@ -44,10 +52,13 @@ def source(kernel, variant, dtype):
 
     from reasonkern.policy_loss.triton_kernels import config
     from reasonkern.policy_loss.triton_objective import Hyper
+    from reasonkern.shaping import triton_kernels as shaping_kernels
 
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     full = variant == "full"
     block, options = config(names[dtype], full and "SOFTCAP" in kernel.arg_names)
+    if kernel.__name__ in SHAPING:
+        block, options = shaping_kernels.BLOCK, shaping_kernels.OPTIONS
     constants = {"SOFTCAP": full, "ALIGNED": not full, "BLOCK": block}
     if not full:
         constants |= dict.fromkeys(OPTIONAL[kernel.__name__])
@@ -83,16 +94,21 @@ def reduction_layouts(ttgir):
     return sorted({layouts[name] for name in used})
 
 
+def find(name):
+    from reasonkern.policy_loss import triton_kernels
+    from reasonkern.shaping import triton_kernels as shaping_kernels
+
+    return getattr(shaping_kernels if name in SHAPING else triton_kernels, name)
+
+
 def compile_all():
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from reasonkern.policy_loss import triton_kernels
-
     rows = []
     for variant, cc, dtype in CASES:
-        for name in KERNELS:
-            src, options = source(getattr(triton_kernels, name), variant, dtype)
+        for name in kernels(dtype):
+            src, options = source(find(name), variant, dtype)
             compiled = triton.compile(src, target=GPUTarget("cuda", cc, 32), options=options)
             row = {"kernel": name, "variant": variant, "cc": cc, "dtype": dtype}
             row["layouts"] = reduction_layouts(compiled.asm["ttgir"])
@@ -122,12 +138,10 @@ def specialisations():
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import create_function_from_signature
 
-    from reasonkern.policy_loss import triton_kernels
-
     backend = CUDABackend(GPUTarget("cuda", 90, 32))
     rows = []
-    for name in KERNELS:
-        kernel = getattr(triton_kernels, name)
+    for name in (*KERNELS, *SHAPING):
+        kernel = find(name)
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         keys = [repr(bind(**call_arguments(kernel, small))[1]) for small in (True, False)]
         constexprs = [param.name for param in kernel.params if param.is_constexpr]
@@ -157,7 +171,7 @@ def report():
 def test_compiles_without_spills(report, variant, cc, dtype):
     case = {"variant": variant, "cc": cc, "dtype": dtype}
     rows = {row["kernel"]: row for row in report["compiled"] if case.items() <= row.items()}
-    assert set(rows) == set(KERNELS)
+    assert set(rows) == set(kernels(dtype))
     for name, row in rows.items():
         assert 0 < row["REG"] <= 255
         assert (row["LOCAL"], row["STACK"]) == (0, 0), name
@@ -185,7 +199,7 @@ def test_config_depends_on_nothing_that_would_change_the_sums(dtype, softcap):
     assert list(inspect.signature(config).parameters) == ["dtype", "softcap"]
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", (*KERNELS, *SHAPING))
 def test_sizes_and_hyper_parameters_do_not_recompile(report, name):
     (row,) = [row for row in report["specialised"] if row["kernel"] == name]
     assert set(row["constexprs"]) <= CONSTEXPR
