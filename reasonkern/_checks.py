@@ -19,6 +19,12 @@ def fail(name: str, expected: str, got: object) -> NoReturn:
     raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
+def check_tensor(name: str, value: object) -> None:
+    """The value is a tensor."""
+    if not isinstance(value, Tensor):
+        fail(name, "a tensor", type(value).__name__)
+
+
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -> None:
     """`meaning` names the dimensions, for example "(batch, tokens)"."""
     if tuple(tensor.shape) != tuple(shape):
@@ -72,6 +78,26 @@ def check_range(
     if outside.any():
         index = tuple(outside.nonzero()[0].tolist())
         fail(name, f"values in [{low}, {high})", f"{tensor[index].item()} at {index}")
+
+
+def check_finite(name: str, tensor: Tensor, where: Tensor) -> None:
+    """Elements are finite where `where` is true. CPU only, like `check_range`."""
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return
+    wrong = where & ~torch.isfinite(tensor)
+    if wrong.any():
+        index = tuple(wrong.nonzero()[0].tolist())
+        fail(name, "finite values in trained tokens", f"{tensor[index].item()} at {index}")
+
+
+def check_mask(name: str, tensor: Tensor) -> None:
+    """Bool, or numbers that are 0 or 1. Values are checked on CPU only, like `check_range`."""
+    if tensor.dtype == torch.bool or torch.compiler.is_compiling() or tensor.device.type != "cpu":
+        return
+    wrong = (tensor != 0) & (tensor != 1)
+    if wrong.any():
+        index = tuple(wrong.nonzero()[0].tolist())
+        fail(name, "bool or 0/1 values", f"{tensor[index].item()} at {index}")
 
 
 def _one_of(choices: Iterable[str]) -> str:

@@ -99,6 +99,7 @@ def literal_gradient(
 ) -> tuple[Stats, Tensor]:
     x = x.clone().requires_grad_()
     base = cases.literal_stats(cases.scaled_logits(x, *scaling), y.clamp(0, x.shape[-1] - 1))
+    base = base._replace(row_max=cases.scaled_logits(x, None, 1.0, scaling[2]).amax(-1))
     outputs = (base.logprob, base.entropy, base.lse, base.collision)
     total = sum((g * t).sum() for g, t in zip(grads, outputs, strict=True))
     (gradient,) = torch.autograd.grad(total, x)

@@ -145,6 +145,12 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {
     "dro": ("2405.19107", {"low": 0.1}),
     "gspo": ("2507.18071", {"ratio_min": 1 - 3e-4, "ratio_max": 1 + 4e-4}),
     "gmpo": ("2507.20673", {"ratio_min": math.exp(-0.4), "ratio_max": math.exp(0.4)}),
+    "tppo": ("2506.15050", {"ratio_min": 0.8, "ratio_max": 1.28}),
+    "bapo": ("2510.18927", {"ratio_min": None, "ratio_max": None}),
+    "clip_cov": ("2505.22617", {"ratio_min": 0.8, "ratio_max": 1.2}),
+    "kl_cov": ("2505.22617", {"ratio_min": None, "ratio_max": None}),
+    "high_entropy": ("2506.01939", {"ratio_min": 0.8, "ratio_max": 1.28}),
+    "gtpo": ("2508.03772", {"ratio_min": 1.0, "ratio_max": 1.0}),
     "vespo": ("2602.10693", {"vespo_shape": (2.0, 3.0, 3.0, 2.0)}),
 }
 

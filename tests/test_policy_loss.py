@@ -13,6 +13,7 @@ from policy_loss_cases import INF, NAN, LossArgs, Stats
 from policy_loss_checks import (
     check_loss,
     check_stats,
+    literal_gradient,
     row_grads,
     run_gradient,
     run_loss,
@@ -100,19 +101,26 @@ def test_target_at_minus_inf(backend: Backend, dtype: torch.dtype) -> None:
 def test_row_of_minus_inf_only(backend: Backend, vocab: int) -> None:
     x = randn(1, 3, vocab, seed=4).float()
     x[0, 1] = -INF
-    assert_row_has_no_statistics(backend, x, torch.zeros(1, 3, dtype=torch.int64), (0, 1))
+    y = torch.zeros(1, 3, dtype=torch.int64)
+    assert_row_has_no_statistics(backend, x, y, (0, 1), row_max=-INF)
 
 
-def assert_row_has_no_statistics(backend: Backend, x: Tensor, y: Tensor, row: Any) -> None:
+def assert_row_has_no_statistics(
+    backend: Backend, x: Tensor, y: Tensor, row: Any, row_max: float = NAN
+) -> None:
     """NaN statistics, gradient 0, out of the loss; the other rows are bitwise what they are
-    without it."""
+    without it. `row_max` alone tells a row of -inf, which may be one part of a row, from a bad one.
+    """
     clean, clean_y = x.clone(), y.clone()
     clean[row], clean_y[row] = 1.0, 0
     others = torch.ones(y.shape, dtype=torch.bool)
     others[row] = False
     stats = run_stats(backend, backend.to(x), y)
-    for t in stats:
+    for t in stats[:-1]:
         assert (t[row] == 0 if t.dtype == torch.bool else t[row].isnan()).all()
+    expected = torch.full_like(stats.row_max[row], row_max)
+    assert torch.equal(stats.row_max[row].isnan(), expected.isnan())
+    assert expected.isnan().all() or torch.equal(stats.row_max[row], expected)
     gradient = run_gradient(backend, backend.to(x), y, stats, row_grads(y, x.dtype))
     assert (gradient[row] == 0).all()
     out = run_loss(backend, simple_loss(backend.to(x), y))
@@ -244,6 +252,29 @@ def test_offset_3000(backend: Backend) -> None:
     naive = got.lse.double() - (x.double().softmax(-1).float() * x).sum(-1)
     assert (naive - expected.entropy).abs().max() > 1e-4
     check_loss(backend, simple_loss(backend.to(x), y))
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_offset_3000_under_a_temperature(backend: Backend, per_row: bool) -> None:
+    """3000 / 0.7 is rounded by up to 2.4e-4: the maximum is kept and subtracted before that.
+
+    The row shifted by -3000 has the same gradient, and plain torch is accurate there.
+    """
+    x = (randn(2, 3, 2000, seed=8) + 3000).float()
+    y = torch.randint(2000, (2, 3), generator=cases.generator(9))
+    rows = 0.5 + randn(2, 3, seed=10).abs().float() if per_row else None
+    scaling = (rows, 0.7, 0.0)
+    got = check_stats(backend, backend.to(x), y, None, *scaling)
+    assert torch.equal(got.row_max, x.amax(-1))
+    grads = row_grads(y, x.dtype)
+    gradient = run_gradient(backend, backend.to(x), y, got, grads, *scaling)
+    _, plain = literal_gradient(x - 3000, y, None, grads, *scaling)
+    wide = [t.double() if isinstance(t, Tensor) else t for t in scaling]
+    _, exact = literal_gradient(x.double() - 3000, y, None, [g.double() for g in grads], *wide)
+    error, allowed = ((g.double() - exact).abs().max() for g in (gradient, plain))
+    assert error <= 2 * allowed + 1e-7
+    loss = simple_loss(backend.to(x), y, row_temperature=rows, temperature=0.7)
+    check_loss(backend, loss)
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.7])

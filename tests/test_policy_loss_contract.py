@@ -130,6 +130,7 @@ def test_every_operator_has_a_contract_test() -> None:
         "policy_loss",
         "policy_loss_",
         "scale_rows_",
+        "conflict_runs",  # test_policy_loss_conflict.py
     }
 
 

@@ -24,6 +24,7 @@ DTYPES = "torch.float32 or torch.bfloat16 or torch.float16 or torch.float64"
 SEQUENCE_LEVEL = (Objective.gspo(), Objective.gmpo(), Objective.vespo())
 BY_SEQUENCE = (
     *SEQUENCE_LEVEL,
+    Objective.gtpo(),
     Objective.ppo(opsm=0.1),
     Objective.ppo(importance=("sequence", "truncate", None, 2.0)),
 )
@@ -121,6 +122,11 @@ PADDED: list[tuple[dict[str, Any], str]] = [
         for o in SEQUENCE_LEVEL
     ),
     (
+        {"objective": Objective.bapo(), "rollout_logprob": None},
+        "rollout_logprob: expected a tensor for bapo as in the paper (old_logprob, if that "
+        "policy sampled), got None",
+    ),
+    (
         {"objective": lambda logp, entropy, ctx: logp[0]},
         "objective: expected a token_loss of shape (4, 6), got (6,)",
     ),
@@ -149,6 +155,14 @@ PACKED: list[tuple[dict[str, Any], str]] = [
     (
         {"objective": Objective.gspo(), "advantage": torch.ones(N)},
         "advantage: expected shape one value per segment = (4,), got (10,)",
+    ),
+    *(
+        (
+            {"segments": None, name: torch.ones(B)},
+            f"{name}: expected shape one value per token (for one per sequence, packed logits "
+            "need segments=cu_seqlens) = (1, 10), got (4,)",
+        )
+        for name in ("advantage", "temperature")
     ),
     ({"segments": [0, N]}, "segments: expected a tensor, got list"),
     (
@@ -196,13 +210,23 @@ OBJECTIVES: list[tuple[str, dict[str, Any], str]] = [
         "ratio_cap: expected more than ratio_max = None, got 2.0",
     ),
     ("ppo", {"dual_clip": 1.0}, "dual_clip: expected a ratio > 1 or None, got 1.0"),
-    ("ppo", {"ratio_min": -0.2}, "ratio_min: expected a ratio >= 0 or None, got -0.2"),
-    (
-        "ppo",
-        {"ratio_min": 1.1, "ratio_max": 0.9},
-        "ratio_max: expected at least ratio_min = 1.1, got 0.9",
+    *(
+        (
+            "ppo",
+            {"ratio_min": lo},
+            f"ratio_min: expected a ratio in [0, 1], not an epsilon, or None, got {lo}",
+        )
+        for lo in (-0.2, 1.1)
     ),
-    ("cispo", {"ratio_max": 0.0}, "ratio_max: expected a ratio > 0 or None, got 0.0"),
+    *(
+        (
+            name,
+            {"ratio_max": 0.28},
+            "ratio_max: expected a ratio >= 1, not an epsilon, or None, got 0.28",
+        )
+        for name in ("dapo", "cispo", "gspo")
+    ),
+    ("ppo", {"selection": 0.5}, "selection: expected a tensor, got float"),
     *(
         ("ppo", {name: NAN}, f"{name}: expected a number, got nan")
         for name in ("ratio_min", "ratio_max", "dual_clip", "ratio_cap", "entropy_coef",

@@ -397,6 +397,8 @@ MASK = torch.ones(2, 3)
 WEIGHT_ERRORS: list[tuple[Any, dict[str, Any], str]] = [
     (MASK, {"mode": "mean"}, "mode: expected 'token-mean' or .*, got 'mean'"),
     ([1], {}, "mask: expected a tensor, got list"),
+    (MASK / 2, {}, r"mask: expected bool or 0/1 values, got 0.5 at \(0, 0\)"),
+    (-MASK.int(), {}, r"mask: expected bool or 0/1 values, got -1 at \(0, 0\)"),
     (MASK[None], {}, r"mask: expected shape \(B, T\) or \(N,\), got \(1, 2, 3\)"),
     (MASK[0], {"mode": "constant"}, "segments: expected cu_seqlens for packed tokens in mode "),
     (

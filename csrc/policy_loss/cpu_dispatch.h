@@ -38,14 +38,16 @@ Mode mode_of(const RowScale<T>& scale) {
 }
 
 // Sums of e = exp(d) over a row, d = (x - top) / T with x soft-capped, or not: s = sum e,
-// u = sum e d, q = sum e^2, w = sum e d^2. `top` is the largest raw logit and `top_tile` the start
-// of the first tile that has it. NaN and +inf leave s not finite.
+// u = sum e d, q = sum e^2, w = sum e d^2. `top` is the largest raw logit, `capped_top` the same
+// after the soft-cap and `top_tile` the start of the first tile that has it. NaN and +inf leave s
+// not finite.
 struct RowSums {
-  double top, s, u, q, w;
+  double top, s, u, q, w, capped_top;
   int64_t top_tile;
 };
 
-// dL/dx_v = jac_v * e * (constant + linear * d + quadratic * e), jac_v = 1 - tanh^2(x_v / cap).
+// dL/dx_v = jac_v * e * (constant + linear * d + quadratic * e), jac_v = 1 - tanh^2(x_v / cap);
+// `top` is after the soft-cap.
 template <class T>
 struct GradCoefs {
   RowScale<T> scale;
@@ -56,9 +58,9 @@ template <class E>
 struct RowKernels {
   typedef RowSums Sums(const E* x, int64_t vocab, const RowScale<Acc<E>>&);
   typedef void Gradient(const E* x, E* out, int64_t vocab, const GradCoefs<Acc<E>>&);
-  Sums* sums[3][2];          // [mode][with q and w]
-  Gradient* gradient[3][2];  // [mode][quadratic]
-  double (*maximum)(const E* x, int64_t vocab);
+  Sums* sums[3][2];                                     // [mode][with q and w]
+  Gradient* gradient[3][2];                             // [mode][quadratic]
+  Acc<E> (*capped)(Acc<E> x, const RowScale<Acc<E>>&);  // as the loops cap it, to the bit
   void (*scale)(E* x, int64_t vocab, Acc<E> factor);
 };
 

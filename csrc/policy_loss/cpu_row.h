@@ -13,6 +13,7 @@ namespace reasonkern {
 namespace cpu {
 
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+constexpr double kLowest = -746.0;  // exp of it is 0; -inf would make 0 * d a NaN
 
 // One row of logits and of the gradient, and how its logits are read.
 template <class E>
@@ -44,7 +45,8 @@ struct Row {
   }
 };
 
-struct Statistics {  // all NaN for a row with a bad logit or target
+// All NaN for a row with a bad logit or target, but for the row_max of a row of -inf.
+struct Statistics {
   double top, logprob, entropy, lse, collision, varentropy, max_prob, row_max;
   int64_t top_tile;
 };
@@ -54,15 +56,16 @@ Statistics row_statistics(const Row<E>& row, bool full) {
   Statistics bad{kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, kNaN, 0};
   if (!row.valid_target()) return bad;
   const RowSums r = kernels<E>().sums[row.mode()][full](row.x, row.vocab, row.scale());
+  if (r.s == 0) bad.row_max = r.top;  // -inf: no logit is finite, none is NaN
   if (!std::isfinite(r.top) || !std::isfinite(r.s)) return bad;
   const double log_s = std::log(r.s), mean = r.u / r.s;
   Statistics out;
   out.top = r.top;
   out.top_tile = r.top_tile;
-  out.row_max = row.capped(r.top) / row.temperature;
+  out.row_max = r.capped_top;
   out.logprob = row.shifted(static_cast<double>(row.x[row.target]), r.top) - log_s;
   out.entropy = log_s - mean;
-  out.lse = out.row_max + log_s;
+  out.lse = row.capped(r.top) / row.temperature + log_s;
   out.collision = r.q / (r.s * r.s);
   out.varentropy = std::max(r.w / r.s - mean * mean, 0.0);
   out.max_prob = 1 / r.s;
@@ -81,19 +84,21 @@ bool is_first_maximum(const Row<E>& row, const Statistics& stats) {
   return !earlier;
 }
 
-// `top` is the raw maximum. The target's element is formed apart, from 1 - p, which p * (-g) + g
-// loses when the token was nearly certain.
+// The target's element is formed apart, from 1 - p, which p * (-g) + g loses when the token was
+// nearly certain.
 template <class E>
-void write_gradient(const Row<E>& row, double top, const GradRow<double>& g) {
+void write_gradient(const Row<E>& row, const GradRow<double>& g) {
   typedef Acc<E> T;
   const double raw = static_cast<double>(row.x[row.target]);
-  const double d = row.shifted(raw, top), p = std::exp(d) * g.inv_sum;
+  const double x_y = row.softcap == 0 ? raw : kernels<E>().capped(static_cast<T>(raw), row.scale());
+  const double d = std::max((x_y - g.row_max) / row.temperature, kLowest);
+  const double p = std::exp(d) * g.inv_sum;
   const double tangent = row.softcap == 0 ? 0 : std::tanh(raw / row.softcap);
   const double rest = p * (g.constant + g.target + g.linear * d + g.quadratic * p);
   const double target =
       g.scale * (1 - tangent * tangent) * (rest - g.target * std::expm1(d + std::log(g.inv_sum)));
   const double a = g.inv_sum * g.scale;
-  const GradCoefs<T> coefs{row.scale(), static_cast<T>(top), static_cast<T>(a * g.constant),
+  const GradCoefs<T> coefs{row.scale(), static_cast<T>(g.row_max), static_cast<T>(a * g.constant),
                            static_cast<T>(a * g.linear),
                            static_cast<T>(a * g.inv_sum * g.quadratic)};
   kernels<E>().gradient[row.mode()][g.quadratic != 0](row.x, row.grad, row.vocab, coefs);
@@ -126,14 +131,9 @@ void grad_row(const GradParams<Acc<E>>& p, int64_t r) {
   const bool live = p.max_prob[r] > 0 && std::isfinite(p.max_prob[r]) &&
                     std::isfinite(p.logprob[r]) && row.valid_target();
   if (!live || (g == 0 && e == 0 && c == 0 && k == 0)) return row.clear_grad();
-  // The saved maximum is after soft-cap and temperature, rounded; the raw one gives the d of the
-  // forward pass exactly.
-  const bool raw = row.softcap == 0 && row.temperature == 1;
-  const double top = raw ? p.row_max[r] : kernels<E>().maximum(row.x, row.vocab);
   write_gradient<E>(
-      row, top,
-      reasonkern::grad_row<double>(p.row_max[r], p.max_prob[r], p.entropy[r], p.collision[r], g, e,
-                                   c, k, 1.0 / row.temperature));
+      row, reasonkern::grad_row<double>(p.row_max[r], p.max_prob[r], p.entropy[r], p.collision[r],
+                                        g, e, c, k, 1.0 / row.temperature));
 }
 
 template <class E>
@@ -155,9 +155,8 @@ void loss_row(const LossParams<Acc<E>>& p, int64_t r) {
   if (row.grad == nullptr) return;
   if (loss.dlogp == 0 && loss.dentropy == 0) return row.clear_grad();  // or not finite
   const double scale = (p.loss_scale ? *p.loss_scale : T(1)) / static_cast<double>(row.temperature);
-  write_gradient<E>(row, stats.top,
-                    reasonkern::grad_row<double>(stats.row_max, stats.max_prob, stats.entropy, 0,
-                                                 loss.dlogp, loss.dentropy, 0, 0, scale));
+  write_gradient<E>(row, reasonkern::grad_row<double>(stats.row_max, stats.max_prob, stats.entropy,
+                                                      0, loss.dlogp, loss.dentropy, 0, 0, scale));
 }
 
 }  // namespace cpu

@@ -72,7 +72,8 @@ struct Maximum {
   }
 };
 
-// z - max z of raw logits under a mode of RowScale; z is x / T, or cap * tanh(x / cap) / T.
+// z - max z of raw logits under a mode of RowScale; z is x / T, or cap * tanh(x / cap) / T. The
+// maximum is given after the soft-cap and before the temperature.
 template <class L, Mode kMode>
 struct Shift {
   typename L::Vec top, temperature, inv_temperature, cap;
@@ -81,14 +82,7 @@ struct Shift {
       : top(splat(top_)),
         temperature(splat(scale.temperature)),
         inv_temperature(splat(1 / scale.temperature)),
-        cap(splat(scale.softcap)) {
-    if (kMode == Mode::kCapped) {
-      typename L::Vec x[kGroup], tangent[kGroup];
-      RK_EACH x[k] = top;
-      capped(x, tangent);
-      top = x[0];
-    }
-  }
+        cap(splat(scale.softcap)) {}
   // tangent = tanh(x / cap), x = cap * tangent, except that -inf stays.
   RK_INLINE void capped(typename L::Vec (&x)[kGroup], typename L::Vec (&tangent)[kGroup]) const {
     typename L::Vec y[kGroup];
@@ -105,6 +99,15 @@ struct Shift {
     RK_EACH x[k] = max(splat(L::kLowest), x[k]);
   }
 };
+
+template <class L, Mode kMode>
+typename L::Acc capped(typename L::Acc value, const RowScale<typename L::Acc>& scale) {
+  if (kMode != Mode::kCapped) return value;
+  typename L::Vec x[kGroup], tangent[kGroup];
+  RK_EACH x[k] = splat(value);
+  Shift<L, kMode>(0, scale).capped(x, tangent);
+  return first_lane(x[0]);
+}
 
 // Asks for the `bytes` that lie `ahead` bytes after p, to the second-level cache. The address may
 // be past the end of the row, or nowhere.
@@ -190,7 +193,7 @@ RK_INLINE void lower(RowSums& r, double down) {
 // the next tile is on its way. Tiles and merges depend on the vocabulary alone.
 template <class L, class E, Mode kMode, bool kFull>
 RowSums row_sums(const E* x, int64_t vocab, const RowScale<typename L::Acc>& scale) {
-  RowSums row{-static_cast<double>(__builtin_inff()), 0, 0, 0, 0, 0};
+  RowSums row{-static_cast<double>(__builtin_inff()), 0, 0, 0, 0, 0, 0};
   Shift<L, kMode> shift(0, scale);  // 0 stands in for the maximum while only -inf has been seen
   for (int64_t begin = 0; begin < vocab; begin += kTile) {
     const int64_t n = vocab - begin < kTile ? vocab - begin : kTile;
@@ -198,11 +201,13 @@ RowSums row_sums(const E* x, int64_t vocab, const RowScale<typename L::Acc>& sca
     walk<L>(x + begin, n, maximum);
     const typename L::Acc top = maximum.result();
     if (top > row.top) {
-      const Shift<L, kMode> raised(top, scale);
+      const typename L::Acc capped_top = capped<L, kMode>(top, scale);
+      const Shift<L, kMode> raised(capped_top, scale);
       const typename L::Vec down =
           L::over(shift.top - raised.top, raised.temperature, raised.inv_temperature);
       if (row.s > 0) lower(row, static_cast<double>(first_lane(down)));
       row.top = static_cast<double>(top);
+      row.capped_top = static_cast<double>(capped_top);
       row.top_tile = begin;
       shift = raised;
     }
@@ -215,13 +220,6 @@ RowSums row_sums(const E* x, int64_t vocab, const RowScale<typename L::Acc>& sca
     tile.add_to(row);
   }
   return row;
-}
-
-template <class L, class E>
-double row_maximum(const E* x, int64_t vocab) {
-  Maximum<L> maximum;
-  walk<L>(x, vocab, maximum);
-  return static_cast<double>(maximum.result());
 }
 
 template <class L, Mode kMode, bool kQuadratic>
@@ -288,7 +286,7 @@ RowKernels<E> row_kernels() {
   fill_mode<L, E, Mode::kPlain>(table);
   fill_mode<L, E, Mode::kScaled>(table);
   fill_mode<L, E, Mode::kCapped>(table);
-  table.maximum = row_maximum<L, E>;
+  table.capped = capped<L, Mode::kCapped>;
   table.scale = scale_row<L, E>;
   return table;
 }

@@ -21,17 +21,19 @@ __device__ __forceinline__ void write_stats(const StatsOut<acc_t<T>>& out, int64
                                             int64_t target, bool valid, const RowScale<T>& scale) {
   using A = acc_t<T>;
   const RowStats<A> stats = row_stats(a, x_y, valid, scale);
-  const A z_max = stats.finite ? a.m / scale.temperature.value : stats.inv_sum;  // NaN
+  const A nan = stats.inv_sum;  // where the row is not finite
   // In double: what is near 1, or a difference, keeps the accuracy of the sums.
   const double sum = double(a.s) + double(a.n), t = scale.temperature.value;
   const double mean = a.u / (sum * t), second = a.w / (sum * t * t);
   out.logprob[row] = stats.logprob;
   out.entropy[row] = stats.entropy;
-  out.lse[row] = z_max + stats.log_sum;
-  out.collision[row] = stats.finite ? A((double(a.q) + double(a.n)) / (sum * sum)) : z_max;
-  out.varentropy[row] = stats.finite ? A(second - mean * mean) : z_max;
+  out.lse[row] = a.m / scale.temperature.value + stats.log_sum;
+  out.collision[row] = stats.finite ? A((double(a.q) + double(a.n)) / (sum * sum)) : nan;
+  out.varentropy[row] = stats.finite ? A(second - mean * mean) : nan;
   out.max_prob[row] = stats.inv_sum;
-  out.row_max[row] = z_max;
+  // A row of -inf is told from one with a NaN or +inf: a shard of a vocabulary may be all masked.
+  const bool empty = valid && a.m == -kInfinity<A> && !std::isnan(a.s);
+  out.row_max[row] = stats.finite || empty ? a.m : nan;
   out.is_top1[row] = stats.finite && a.argmax == target;
 }
 
@@ -292,10 +294,7 @@ __device__ __forceinline__ GradCoefs<acc_t<T>> saved_coefs(const GradParams<acc_
   const GradRow<A> g = grad_row(p.row_max[row], max_prob, p.entropy[row], p.collision[row],
                                 grad(p.grad_logprob), grad(p.grad_entropy), grad(p.grad_collision),
                                 grad(p.grad_lse), A(1) / scale.temperature.value);
-  // The maximum in raw units: exact for 16-bit logits, whose maximum is a 16-bit number.
-  A m = p.row_max[row] * scale.temperature.value;
-  if (scale.softcap.value == A(0)) m = to_acc(from_acc<T>(m));
-  return fold<T>(g, m, scale.temperature.value, p.rows.targets[row]);
+  return fold<T>(g, p.row_max[row], scale.temperature.value, p.rows.targets[row]);
 }
 
 template <class T>

@@ -191,7 +191,8 @@ RK_HOST_DEVICE RowLoss<T> objective_row(int kind, int kl_kind, bool kl_unbiased,
 
 // Coefficients of one gradient row, with d = z_v - m and p = exp(d) * inv_sum:
 //   dL/dx_v = scale * jac_v * ( p * (constant + linear * d + quadratic * p) + [v == y] * target )
-// where scale = loss_scale / T and jac_v = 1 - tanh^2(x_v / cap) under a soft-cap.
+// where scale = loss_scale / T and jac_v = 1 - tanh^2(x_v / cap) under a soft-cap. row_max is T m,
+// the largest logit after the soft-cap.
 template <typename T>
 struct GradRow {
   T row_max, inv_sum, constant, linear, quadratic, target, scale;

@@ -32,7 +32,7 @@ template <typename T>
 struct StatsOut {  // each (rows); any of them may be null only in the fused op
   T *logprob, *entropy, *lse, *collision, *varentropy, *max_prob;
   bool* is_top1;
-  T* row_max;
+  T* row_max;  // after the soft-cap, before the temperature; -inf for a row of -inf
 };
 
 template <typename T>

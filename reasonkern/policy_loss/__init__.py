@@ -3,75 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _checks
+from . import parallel as ranks
 from . import paths
+from .bapo import bapo_bounds
+from .conflict import conflict_token_weights, entropy_filter
 from .inputs import (
     RowContext,
     Scaling,
+    as_objective,
     canonical_logits,
+    canonical_loss_scale,
+    canonical_mask,
     canonical_scaling,
     canonical_segments,
+    check_objective,
     check_rows,
-    check_tensor,
-    row_tensor,
+    row_context,
 )
-from .metrics import PolicyMetrics, policy_metrics
+from .metrics import PolicyMetrics, loss_metrics
 from .objective import KL, Importance, Objective
-from .reference import unpack_hyper
-from .sequence import Segments
+from .outputs import PolicyLossOutput, TokenStats
+from .parallel import Parallel
+from .selection import covariance_mask, high_entropy_mask
 from .weights import token_weights
 
 __all__ = [
     "KL",
     "Importance",
     "Objective",
+    "Parallel",
     "PolicyLossOutput",
     "PolicyMetrics",
     "RowContext",
     "TokenStats",
+    "bapo_bounds",
+    "conflict_token_weights",
+    "covariance_mask",
+    "entropy_filter",
+    "high_entropy_mask",
     "policy_loss",
     "token_stats",
     "token_weights",
 ]
-
-
-class TokenStats(NamedTuple):
-    """Statistics of each row of logits, shaped like ``targets``; float32 (float64 for float64)."""
-
-    logprob: Tensor
-    """log p[target], nats; -inf where the target's logit is -inf."""
-    entropy: Tensor
-    """-sum p ln p, nats."""
-    lse: Tensor
-    """ln sum exp of the scaled logits."""
-    collision: Tensor
-    """sum p^2."""
-    varentropy: Tensor
-    """Variance of ln p under p, nats^2."""
-    max_prob: Tensor
-    """Largest probability."""
-    is_top1: Tensor
-    """bool: the target is the argmax (the first one among ties)."""
-
-
-class PolicyLossOutput(NamedTuple):
-    """What `policy_loss` returns; everything but ``loss`` is detached."""
-
-    loss: Tensor
-    """0-dim, with autograd: the sum over rows of the weighted token losses and added terms."""
-    token_loss: Tensor
-    """Loss per token before its weight, without the entropy bonus, shaped like ``targets``."""
-    logprob: Tensor
-    """log p[target] of this pass."""
-    entropy: Tensor
-    """Entropy of this pass, nats."""
-    metrics: PolicyMetrics
-    """What the clipping did: ``metrics.compute()``; ``a + b`` merges micro-batches."""
 
 
 def token_stats(
@@ -81,6 +59,7 @@ def token_stats(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     mask: Tensor | None = None,
+    parallel: Parallel | None = None,
 ) -> TokenStats:
     """Log-probability, entropy and five more statistics of each row in one read of the logits.
 
@@ -100,6 +79,9 @@ def token_stats(
         softcap: z = cap * tanh(x / cap) before the temperature; None = off.
         mask: bool, shaped like ``targets``; rows where it is False are not read: their statistics
             are 0, their gradient is 0, and any target is allowed. None = all rows.
+        parallel: with a ``vocab_group`` the logits are this rank's columns, and the statistics,
+            the same on every rank, those of the whole rows, after one all-gather of 32 bytes per
+            row; a DTensor sharded on its last dimension needs no `Parallel`. None = whole rows.
 
     Returns:
         `TokenStats`. A row with NaN or +inf, or without a finite logit, has NaN statistics and
@@ -114,18 +96,17 @@ def token_stats(
         >>> rk.token_stats(torch.zeros(1, 4), torch.tensor([2])).entropy  # ln 4
         tensor([1.3863])
     """
-    rows, y = canonical_logits(logits, targets)
+    logits, shard = ranks.vocab_shard(logits, parallel)
+    rows, y = canonical_logits(logits, targets, least=1 if shard is None else 0)
     scaling = canonical_scaling(rows, temperature, softcap)
-    if mask is not None:
-        check_tensor("mask", mask)
-        _checks.check_dtype("mask", mask, torch.bool)
-        _checks.check_shape("mask", mask, targets.shape, "targets.shape")
-        _checks.check_device("mask", mask, logits, "logits")
-        mask = mask.reshape(y.shape).contiguous()
-    _checks.check_range("targets", y, 0, rows.shape[-1], where=mask)
-    out = torch.ops.reasonkern.token_stats(
-        rows, y, mask, scaling.row_temperature, scaling.temperature, scaling.softcap
-    )
+    mask = canonical_mask(mask, y, targets.shape)
+    vocab = rows.shape[-1] if shard is None else shard.vocab
+    _checks.check_range("targets", y, 0, vocab, where=mask)
+    args = (rows, y, mask, scaling.row_temperature, scaling.temperature, scaling.softcap)
+    if shard is None:
+        out = torch.ops.reasonkern.token_stats(*args)
+    else:
+        out = ranks.token_stats(*args, shard)
     return TokenStats(*(t.view(targets.shape) for t in out[:7]))
 
 
@@ -145,6 +126,7 @@ def policy_loss(
     entropy_weight: Tensor | None = None,
     inplace_grad: bool = False,
     loss_scale: Tensor | None = None,
+    parallel: Parallel | None = None,
 ) -> PolicyLossOutput:
     """Policy-gradient loss, its gradient, entropy and clipping metrics from one read of the logits.
 
@@ -184,6 +166,11 @@ def policy_loss(
             not be used afterwards; autograd raises where another op saved them.
         loss_scale: 0-dim tensor folded into the gradient before it is rounded to the logits' dtype
             (GradScaler's factor for float16); scaling the loss by the same factor cancels it.
+        parallel: `Parallel`. ``vocab_group``: the logits are this rank's columns, the loss is the
+            same on every rank, the gradient that of this rank's columns (always the two-pass form,
+            one all-gather of 32 bytes per row); a DTensor sharded on its last dimension needs no
+            `Parallel`. ``segment_group``: sequence-level terms sum over the pieces of a sequence.
+            ``data_group``: where ``metrics.all_reduce()`` merges.
 
     Returns:
         `PolicyLossOutput`. Rows with NaN or +inf logits, a target at -inf or a nonfinite loss give
@@ -194,33 +181,27 @@ def policy_loss(
             advantage for a sequence-level objective; on CPU also targets out of range, nonfinite
             weights or advantages in active rows (on CUDA such rows are counted instead).
     """
-    if not isinstance(objective, Objective):
-        if not callable(objective):
-            _checks.fail("objective", "an Objective or a function", repr(objective))
-        objective = Objective.custom(objective)
-    rows, y = canonical_logits(logits, targets)
+    objective = as_objective(objective)
+    logits, shard = ranks.vocab_shard(logits, parallel)
+    rows, y = canonical_logits(logits, targets, least=1 if shard is None else 0)
     packed = logits.ndim == 2
-    sequences = canonical_segments(segments, y, packed)
+    sequences = canonical_segments(segments, y, packed, parallel)
     scaling = canonical_scaling(rows, temperature, softcap, sequences)
-    context = _context(
+    context = row_context(
         objective, rows, sequences, old_logprob, advantage, weight, ref_logprob, rollout_logprob,
         entropy_weight,
     )  # fmt: skip
-    _check_objective(objective, context, packed)
+    check_objective(objective, context, packed)
     if inplace_grad and any(
         n > 1 and not s for n, s in zip(rows.shape, rows.stride(), strict=True)
     ):
         _checks.fail("logits", "rows that do not share memory for inplace_grad", rows.stride())
-    check_rows(context, y, rows.shape[-1])
-    if loss_scale is not None:
-        check_tensor("loss_scale", loss_scale)
-        if loss_scale.ndim:
-            _checks.fail("loss_scale", "a 0-dim tensor", f"shape {tuple(loss_scale.shape)}")
-        loss_scale = loss_scale.detach().to(context.weight)
-    row_loss, token_loss, logprob, entropy, finite = _run(
-        objective, rows, y, context, scaling, loss_scale, inplace_grad
+    check_rows(context, y, rows.shape[-1] if shard is None else shard.vocab)
+    loss_scale = canonical_loss_scale(loss_scale, context)
+    row_loss, token_loss, logprob, entropy, finite, used = _run(
+        objective, rows, y, context, scaling, loss_scale, inplace_grad, shard
     )
-    metrics = _metrics(objective, logprob, entropy, finite, context)
+    metrics = loss_metrics(used, logprob, entropy, finite, context)
     shape = targets.shape
     return PolicyLossOutput(
         row_loss.sum(),
@@ -239,72 +220,10 @@ def _run(
     scaling: Scaling,
     loss_scale: Tensor | None,
     inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if paths.is_fused(objective, logits, context, loss_scale):
+    shard: ranks.VocabShard | None,
+) -> paths.PathOutput:
+    if shard is None and paths.is_fused(
+        objective, logits.dtype, paths.needs_grad(logits), context, loss_scale
+    ):
         return paths.fused(objective, logits, targets, context, scaling, loss_scale, inplace)
-    return paths.two_phase(objective, logits, targets, context, scaling, inplace)
-
-
-def _context(
-    o: Objective,
-    logits: Tensor,
-    segments: Segments,
-    old_logprob: Tensor | None,
-    advantage: Tensor,
-    weight: Tensor,
-    ref_logprob: Tensor | None,
-    rollout_logprob: Tensor | None,
-    entropy_weight: Tensor | None,
-) -> RowContext:
-    def optional(name: str, x: Tensor | None) -> Tensor | None:
-        return None if x is None else row_tensor(name, x, logits)
-
-    spread = row_tensor(
-        "advantage", advantage, logits, per_sequence=True, segments=segments,
-        sequence_first=o.level == "sequence",
-    )  # fmt: skip
-    return RowContext(
-        old_logprob=optional("old_logprob", old_logprob),
-        advantage=spread,
-        weight=row_tensor("weight", weight, logits),
-        entropy_weight=optional("entropy_weight", entropy_weight),
-        ref_logprob=optional("ref_logprob", ref_logprob),
-        rollout_logprob=optional("rollout_logprob", rollout_logprob),
-        segments=segments,
-        advantage_per_sequence=advantage.numel() in (1, segments.count(spread)),
-    )
-
-
-def _check_objective(o: Objective, context: RowContext, packed: bool) -> None:
-    if o.kl is not None and context.ref_logprob is None:
-        _checks.fail("ref_logprob", f"a tensor for objective {o.name} with kl", None)
-    if (o.importance is not None or o.opsm is not None) and context.rollout_logprob is None:
-        _checks.fail("rollout_logprob", "a tensor for importance or opsm", None)
-    by_sequence = o.level == "sequence" or _sequence_importance(o) or o.opsm is not None
-    if by_sequence and packed and context.segments.cu_seqlens is None:
-        _checks.fail("segments", f"cu_seqlens for packed tokens with objective {o.name}", None)
-    if o.level == "sequence" and not context.advantage_per_sequence:
-        shape = tuple(context.advantage.shape)
-        _checks.fail("advantage", f"one value per sequence for objective {o.name}", shape)
-
-
-def _sequence_importance(o: Objective) -> bool:
-    return isinstance(o.importance, Importance) and o.importance.level == "sequence"
-
-
-def _metrics(
-    o: Objective, logprob: Tensor, entropy: Tensor, finite: Tensor, context: RowContext
-) -> PolicyMetrics:
-    with torch.no_grad():
-        h = unpack_hyper(*o.pack(context.weight), logprob.shape)
-        log_ratio = torch.zeros_like(logprob)
-        if context.old_logprob is not None:
-            log_ratio = logprob - context.old_logprob
-        if o.name == "gspo" and o.level == "sequence":
-            used = (context.weight != 0) & finite
-            total = context.sequence_sum(torch.where(used, log_ratio, 0.0))
-            log_ratio = (total / context.sequence_sum(used).clamp_min(1)).to(logprob.dtype)
-        return policy_metrics(
-            o, h, logprob, entropy, finite, log_ratio, context.old_logprob, context.advantage,
-            context.weight, context.entropy_weight, context.ref_logprob,
-        )  # fmt: skip
+    return paths.two_phase(objective, logits, targets, context, scaling, inplace, shard)

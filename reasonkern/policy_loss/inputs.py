@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from .. import _checks
+from .._checks import check_tensor
+from .objective import Importance, Objective
+from .parallel import Parallel
 from .reference import accumulator_dtype, active_rows
 from .sequence import Segments
 
@@ -28,7 +32,7 @@ class RowContext:
     """The rows of a batch: every tensor is (B, T), or (1, N) for packed tokens; None = not given.
 
     This is the ``ctx`` of a user-defined objective. ``sequence_sum(x)`` sums over each sequence and
-    gives the sum back to each of its rows.
+    gives the sum back to each of its rows; `parallel` is what was given to the loss.
     """
 
     old_logprob: Tensor | None
@@ -46,23 +50,22 @@ class RowContext:
         return active_rows(self.weight, self.entropy_weight)
 
     def sequence_sum(self, x: Tensor) -> Tensor:
-        """Sum over each sequence in float64, spread back to its rows."""
+        """Sum over each sequence, all pieces of it, in float64, spread back to its rows."""
         return self.segments.sum(x)
 
+    @property
+    def parallel(self) -> Parallel | None:
+        return self.segments.parallel
 
-def check_tensor(name: str, x: object) -> None:
-    if not isinstance(x, Tensor):
-        _checks.fail(name, "a tensor", type(x).__name__)
 
-
-def canonical_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Views (B, T, V) and (B, T) of (N, V), (N,) or (B, T, V), (B, T) inputs."""
+def canonical_logits(logits: Tensor, targets: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
+    """Views (B, T, V) and (B, T) of (N, V), (N,) or (B, T, V), (B, T) inputs, V >= `least`."""
     check_tensor("logits", logits)
     check_tensor("targets", targets)
     _checks.check_dtype("logits", logits, *LOGITS_DTYPES)
     if logits.ndim not in (2, 3):
         _checks.fail("logits", "shape (N, V) or (B, T, V)", tuple(logits.shape))
-    if logits.shape[-1] == 0:
+    if logits.shape[-1] < least:
         _checks.fail("logits", "a vocabulary of at least 1", tuple(logits.shape))
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         _checks.fail("logits", "the last dimension contiguous", f"strides {logits.stride()}")
@@ -73,6 +76,19 @@ def canonical_logits(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     if logits.ndim == 2:
         return logits.unsqueeze(0), targets.unsqueeze(0)
     return logits, targets
+
+
+def canonical_mask(
+    mask: Tensor | None, targets: Tensor, shape: torch.Size, device_of: str = "logits"
+) -> Tensor | None:
+    """`mask`, of the `shape` of the caller's targets, in the shape of the canonical ones."""
+    if mask is None:
+        return None
+    check_tensor("mask", mask)
+    _checks.check_dtype("mask", mask, torch.bool)
+    _checks.check_shape("mask", mask, shape, "targets.shape")
+    _checks.check_device("mask", mask, targets, device_of)
+    return mask.reshape(targets.shape).contiguous()
 
 
 def canonical_scaling(
@@ -116,7 +132,10 @@ def row_tensor(
         x = _spread(name, x, shape, segments)
     if batch == 1 and x.shape == (tokens,):
         x = x.unsqueeze(0)
-    _checks.check_shape(name, x, shape, "one value per token")
+    meaning = "one value per token"
+    if per_sequence and batch == 1 and (segments is None or segments.cu_seqlens is None):
+        meaning += " (for one per sequence, packed logits need segments=cu_seqlens)"
+    _checks.check_shape(name, x, shape, meaning)
     return x.detach().to(rows.dtype).contiguous()
 
 
@@ -131,10 +150,12 @@ def _spread(name: str, x: Tensor, shape: torch.Size, segments: Segments | None) 
     return x
 
 
-def canonical_segments(cu_seqlens: Tensor | None, targets: Tensor, packed: bool) -> Segments:
+def canonical_segments(
+    cu_seqlens: Tensor | None, targets: Tensor, packed: bool, parallel: Parallel | None = None
+) -> Segments:
     """Checks ``cu_seqlens``: int, (S + 1,), from 0 to N and, on CPU, non-decreasing."""
     if cu_seqlens is None:
-        return Segments()
+        return Segments(parallel=parallel)
     check_tensor("segments", cu_seqlens)
     if not packed:
         _checks.fail("segments", "None for padded (B, T) tokens", "cu_seqlens")
@@ -147,7 +168,7 @@ def canonical_segments(cu_seqlens: Tensor | None, targets: Tensor, packed: bool)
         if ends != (0, targets.shape[-1]) or (cu_seqlens.diff() < 0).any():
             expected = f"non-decreasing offsets from 0 to {targets.shape[-1]}"
             _checks.fail("segments", expected, cu_seqlens.tolist())
-    return Segments.of(targets, cu_seqlens)
+    return Segments.of(targets, cu_seqlens, parallel)
 
 
 def _check_values(name: str, x: Tensor, ok: Tensor, expected: str) -> None:
@@ -169,3 +190,71 @@ def check_rows(context: RowContext, targets: Tensor, vocab: int) -> None:
             live = context.active if name == "advantage" else torch.ones_like(context.active)
             _check_values(name, x, torch.isfinite(x) | ~live, "finite values")
     _checks.check_range("targets", targets, 0, vocab, where=context.active)
+
+
+def as_objective(objective: Objective | Callable[..., Tensor]) -> Objective:
+    if isinstance(objective, Objective):
+        return objective
+    if not callable(objective):
+        _checks.fail("objective", "an Objective or a function", repr(objective))
+    return Objective.custom(objective)
+
+
+def canonical_loss_scale(loss_scale: Tensor | None, context: RowContext) -> Tensor | None:
+    if loss_scale is None:
+        return None
+    check_tensor("loss_scale", loss_scale)
+    if loss_scale.ndim:
+        _checks.fail("loss_scale", "a 0-dim tensor", f"shape {tuple(loss_scale.shape)}")
+    return loss_scale.detach().to(context.weight)
+
+
+def row_context(
+    o: Objective,
+    logits: Tensor,
+    segments: Segments,
+    old_logprob: Tensor | None,
+    advantage: Tensor,
+    weight: Tensor,
+    ref_logprob: Tensor | None,
+    rollout_logprob: Tensor | None,
+    entropy_weight: Tensor | None,
+) -> RowContext:
+    def optional(name: str, x: Tensor | None) -> Tensor | None:
+        return None if x is None else row_tensor(name, x, logits)
+
+    spread = row_tensor(
+        "advantage", advantage, logits, per_sequence=True, segments=segments,
+        sequence_first=o.level == "sequence",
+    )  # fmt: skip
+    return RowContext(
+        old_logprob=optional("old_logprob", old_logprob),
+        advantage=spread,
+        weight=row_tensor("weight", weight, logits),
+        entropy_weight=optional("entropy_weight", entropy_weight),
+        ref_logprob=optional("ref_logprob", ref_logprob),
+        rollout_logprob=optional("rollout_logprob", rollout_logprob),
+        segments=segments,
+        advantage_per_sequence=advantage.numel() in (1, segments.count(spread)),
+    )
+
+
+def check_objective(o: Objective, context: RowContext, packed: bool) -> None:
+    if o.kl is not None and context.ref_logprob is None:
+        _checks.fail("ref_logprob", f"a tensor for objective {o.name} with kl", None)
+    if (o.importance is not None or o.opsm is not None) and context.rollout_logprob is None:
+        _checks.fail("rollout_logprob", "a tensor for importance or opsm", None)
+    if o.rule is not None and o.rule.needs_rollout and context.rollout_logprob is None:
+        expected = f"a tensor for {o.name} as in the paper (old_logprob, if that policy sampled)"
+        _checks.fail("rollout_logprob", expected, None)
+    by_sequence = o.level == "sequence" or _sequence_importance(o) or o.opsm is not None
+    by_sequence = by_sequence or (o.rule is not None and o.rule.by_sequence)
+    if by_sequence and packed and context.segments.cu_seqlens is None:
+        _checks.fail("segments", f"cu_seqlens for packed tokens with objective {o.name}", None)
+    if o.level == "sequence" and not context.advantage_per_sequence:
+        shape = tuple(context.advantage.shape)
+        _checks.fail("advantage", f"one value per sequence for objective {o.name}", shape)
+
+
+def _sequence_importance(o: Objective) -> bool:
+    return isinstance(o.importance, Importance) and o.importance.level == "sequence"

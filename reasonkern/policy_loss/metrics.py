@@ -6,14 +6,17 @@ Counts and sums add; minima and maxima combine; variances and covariances merge 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .inputs import RowContext
 from .objective import Objective
-from .reference import DPPO_KL, DPPO_TV, Hyper, clamped_exp, dppo_keeps
+from .parallel import Parallel, gather
+from .reference import DPPO_KL, DPPO_TV, Hyper, clamped_exp, dppo_keeps, unpack_hyper
 
 SUMS = (
     "rows_active",
@@ -54,6 +57,7 @@ class PolicyMetrics:
     ratio_range: Tensor  # (2,) minimum, maximum
     moments: Tensor  # (len(PAIRS), 4)
     has_ref: bool
+    parallel: Parallel | None = None  # what `all_reduce` merges over by default
 
     def __add__(self, other: PolicyMetrics) -> PolicyMetrics:
         """Merges the statistics of two disjoint sets of rows."""
@@ -74,24 +78,31 @@ class PolicyMetrics:
             torch.stack((low, high)),
             torch.stack(moments, -1),
             self.has_ref,
+            self.parallel,
         )
 
     def all_reduce(self, group: Any = None) -> PolicyMetrics:
-        """Merges the ranks of a process group in rank order, so every rank gets the same bits."""
-        import torch.distributed as dist
+        """Merges the ranks of a process group in rank order, so every rank gets the same bits.
 
-        flat = torch.cat((self.sums, self.ratio_range, self.moments.flatten()))
-        gathered = [torch.empty_like(flat) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(gathered, flat, group=group)
-        parts = [self._unflatten(part) for part in gathered]
-        merged = parts[0]
-        for part in parts[1:]:
-            merged = merged + part
+        Default: the ``segment_group`` and ``data_group`` of the loss's `Parallel`, whose
+        ``vocab_group`` holds the same rows and has nothing to add; without one, all ranks.
+        """
+        if group is None and self.parallel is not None:
+            groups = [self.parallel.segment_group, self.parallel.data_group]
+        else:
+            groups = [group or torch.distributed.group.WORLD]
+        merged = self
+        for ranks in groups:
+            if ranks is not None:
+                flat = torch.cat((merged.sums, merged.ratio_range, merged.moments.flatten()))
+                parts = [self._unflatten(part) for part in gather(flat, ranks)]
+                merged = reduce(PolicyMetrics.__add__, parts)
         return merged
 
     def _unflatten(self, flat: Tensor) -> PolicyMetrics:
         sums, ratio_range, moments = torch.split(flat, [len(SUMS), 2, 4 * len(PAIRS)])
-        return PolicyMetrics(sums, ratio_range, moments.view(len(PAIRS), 4), self.has_ref)
+        moments = moments.view(len(PAIRS), 4)
+        return PolicyMetrics(sums, ratio_range, moments, self.has_ref, self.parallel)
 
     def compute(self) -> dict[str, Tensor]:
         """0-dim float64 tensors by name; a mean over no rows is 0 (see ``rows_active``).
@@ -208,3 +219,23 @@ def policy_metrics(
         torch.stack([_moments(x, y, used, n) for x, y in pairs]),
         ref_logprob is not None,
     )
+
+
+def loss_metrics(
+    o: Objective, logprob: Tensor, entropy: Tensor, finite: Tensor, context: RowContext
+) -> PolicyMetrics:
+    """`policy_metrics` with the log-ratio that the objective clips: of the sequence for GSPO."""
+    with torch.no_grad():
+        h = unpack_hyper(*o.pack(context.weight), logprob.shape)
+        log_ratio = torch.zeros_like(logprob)
+        if context.old_logprob is not None:
+            log_ratio = logprob - context.old_logprob
+        if o.name == "gspo" and o.level == "sequence":
+            used = (context.weight != 0) & finite
+            total = context.sequence_sum(torch.where(used, log_ratio, 0.0))
+            log_ratio = (total / context.sequence_sum(used).clamp_min(1)).to(logprob.dtype)
+        metrics = policy_metrics(
+            o, h, logprob, entropy, finite, log_ratio, context.old_logprob, context.advantage,
+            context.weight, context.entropy_weight, context.ref_logprob,
+        )  # fmt: skip
+        return replace(metrics, parallel=context.parallel)

@@ -14,6 +14,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .adaptive import (
+    BalancedBounds,
+    CovarianceSelection,
+    EntropyFilter,
+    HighEntropySelection,
+    Rule,
+)
+from .bapo import Range
+from .conflict import LN_2
+from .objective_checks import check, validate
 from .reference import CISPO, CLIP, DPPO_KL, DPPO_TV, DRO, GPPO, SAPO
 
 Number = float | Tensor
@@ -71,6 +81,7 @@ class Objective:
       arXiv 2512.02556).
     * ``log_ratio_clamp`` (20): the log-ratio is clamped to +-this before exp; the gradient through
       the ratio is 0 outside. None turns it off.
+    * ``selection``: 0-dim or per-row factor on the policy term alone (a mask, a factor per token).
 
     Numeric fields are floats, 0-dim tensors (a schedule never recompiles) or per-row tensors.
     """
@@ -91,6 +102,9 @@ class Objective:
     importance: Importance | tuple[Any, ...] | None = None
     opsm: Number | None = None
     log_ratio_clamp: Number | None = 20.0
+    selection: Tensor | None = None
+    log_ratio_penalty: Number = 0.0
+    rule: Rule | None = None
 
     def __post_init__(self) -> None:
         """Normalises the tuples and refuses values that have no meaning."""
@@ -100,9 +114,9 @@ class Objective:
                 continue
             required = len(kind._fields) - len(kind._field_defaults)
             fits = isinstance(given, (tuple, list)) and required <= len(given) <= len(kind._fields)
-            _check(fits, name, "a tuple (" + ", ".join(kind._fields) + ")", given)
+            check(fits, name, "a tuple (" + ", ".join(kind._fields) + ")", given)
             object.__setattr__(self, name, kind(*given))
-        _validate(self)
+        validate(self)
 
     # ---- token-local objectives
 
@@ -140,6 +154,17 @@ class Objective:
     ) -> Objective:
         """PPO's loss without length or std normalisation (arXiv 2503.20783); mode ``constant``."""
         return cls("dr_grpo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+
+    @classmethod
+    def tppo(
+        cls, ratio_min: Number | None = 0.8, ratio_max: Number | None = 1.28, **terms: Any
+    ) -> Objective:
+        """PPO's loss with clip-higher on the current window's tokens (T-PPO, arXiv 2506.15050).
+
+        The paper released no code and its bounds are not known to us: these are DAPO's. Weights
+        from its policy mask, advantages from its extended GAE (bootstrap with the last value).
+        """
+        return cls("tppo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
 
     @classmethod
     def gppo(
@@ -283,6 +308,100 @@ class Objective:
         shape = (k_positive, lambda_positive, k_negative, lambda_negative)
         return cls("vespo", level="sequence", vespo_shape=shape, **terms)
 
+    # ---- objectives that look at the whole batch (two passes over the logits)
+
+    @classmethod
+    def bapo(
+        cls,
+        variant: Literal["paper", "code"] = "paper",
+        low: Range | None = None,
+        high: Range | None = None,
+        target: float | None = None,
+        data_group: Any = None,
+        **terms: Any,
+    ) -> Objective:
+        """PPO's loss with bounds from `reasonkern.bapo_bounds` of each batch (BAPO, 2510.18927).
+
+        ``variant="paper"`` needs ``rollout_logprob``; pass ``old_logprob`` there if that policy
+        sampled. ``variant="code"`` clips dually at 3 unless ``dual_clip`` is given, as the released
+        code does. The batch is the call's, over ``data_group`` if given; for a window of several
+        calls compute the bounds once and use `ppo` with them.
+        """
+        if variant == "code":
+            terms = {"dual_clip": 3.0, **terms}
+        return cls("bapo", rule=BalancedBounds(variant, low, high, target, data_group), **terms)
+
+    @classmethod
+    def clip_cov(
+        cls,
+        ratio_min: Number | None = 0.8,
+        ratio_max: Number | None = 1.2,
+        fraction: float = 2e-4,
+        low: float = 1.0,
+        high: float = 5.0,
+        seed: int | Tensor = 0,
+        data_group: Any = None,
+        **terms: Any,
+    ) -> Objective:
+        """PPO's loss without a few unclipped tokens of high covariance (Clip-Cov, 2505.22617).
+
+        They are drawn by `reasonkern.covariance_mask`; give another ``seed`` each step. The bounds
+        are those of the paper's PPO, the rest its and verl's defaults.
+        """
+        rule = CovarianceSelection("clip", fraction, low, high, 0.0, seed, data_group)
+        return cls("clip_cov", ratio_min=ratio_min, ratio_max=ratio_max, rule=rule, **terms)
+
+    @classmethod
+    def kl_cov(
+        cls, fraction: float = 2e-4, coef: float = 1.0, data_group: Any = None, **terms: Any
+    ) -> Objective:
+        """-rA, + coef |log r| on the tokens of largest covariance (KL-Cov, arXiv 2505.22617).
+
+        The ratio is not clipped. The paper takes fraction 2e-3 for 7B and 2e-4 for 32B with coef 1;
+        verl's configuration has 2e-4 and 0.1.
+        """
+        rule = CovarianceSelection("kl", fraction, 0.0, 0.0, coef, 0, data_group)
+        return cls("kl_cov", rule=rule, **terms)
+
+    @classmethod
+    def high_entropy(
+        cls,
+        rho: float = 0.2,
+        ratio_min: Number | None = 0.8,
+        ratio_max: Number | None = 1.28,
+        data_group: Any = None,
+        **terms: Any,
+    ) -> Objective:
+        """DAPO's loss on the share rho of tokens of highest entropy ("80/20", arXiv 2506.01939).
+
+        The others keep their part in the normaliser, as in TRL; the paper divides by the selected
+        ones: then divide the weights by rho. See `reasonkern.high_entropy_mask`.
+        """
+        rule = HighEntropySelection(rho, data_group)
+        return cls("high_entropy", ratio_min=ratio_min, ratio_max=ratio_max, rule=rule, **terms)
+
+    @classmethod
+    def gtpo(
+        cls,
+        conflict_weights: Tensor | None = None,
+        max_entropy: float = LN_2,
+        coef: float = 0.1,
+        initial_entropy: float | Tensor | None = None,
+        **terms: Any,
+    ) -> Objective:
+        """-lambda (A - coef <H>) logp, 0 for sequences with mean entropy <H> > ln 2 (2508.03772).
+
+        lambda is ``conflict_weights``, per row, from `reasonkern.conflict_token_weights` (None: 1);
+        see `reasonkern.entropy_filter` for the other arguments and where the released code
+        differs. Advantages are r - mean(r) without std, weights of mode ``seq-mean-token-mean``.
+        The released code sums over completions instead of averaging.
+        """
+        rule = EntropyFilter(max_entropy, coef, initial_entropy)
+        return cls(
+            "gtpo", kind=CISPO, ratio_min=1.0, ratio_max=1.0, selection=conflict_weights,
+            rule=rule, **terms,
+        )  # fmt: skip
+
     @classmethod
     def custom(cls, function: Callable[..., Tensor], **terms: Any) -> Objective:
         """A user-defined torch function ``(logprob, entropy, ctx) -> token_loss``.
@@ -296,6 +415,13 @@ class Objective:
         """Whether both bounds of a detached ratio are 1, as in REINFORCE: it clips nothing."""
         bounds = (self.ratio_min, self.ratio_max)
         return self.kind == CISPO and all(isinstance(x, (int, float)) and x == 1 for x in bounds)
+
+    @property
+    def passes(self) -> int:
+        """Reads of the logits for loss and gradient: 1 for token-local objectives, else 2."""
+        local = self.level == "token" and self.rule is None and self.opsm is None
+        penalised = isinstance(self.log_ratio_penalty, Tensor) or self.log_ratio_penalty != 0
+        return 1 if local and not penalised else 2
 
     # ---- what the operators take
 
@@ -330,6 +456,12 @@ class Objective:
         ]
         return [0.0] * len(HYPER), torch.stack(fields).reshape(len(HYPER), -1)
 
+    def selection_rows(self, rows: Tensor) -> Tensor | None:
+        """The selection for rows like ``rows`` (B, T)."""
+        if self.selection is None:
+            return None
+        return _row_field("selection", self.selection.detach(), rows, rows.shape)
+
 
 def _row_field(name: str, x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
     x = x.to(device=rows.device, dtype=rows.dtype)
@@ -337,71 +469,5 @@ def _row_field(name: str, x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
         x = x.unsqueeze(0)  # packed (N,) tokens are rows of shape (1, N)
     if x.ndim and x.shape != rows.shape:
         expected = f"a float, a 0-dim tensor or one value per row {tuple(rows.shape)}"
-        _check(False, name, expected, f"shape {tuple(x.shape)}")
+        check(False, name, expected, f"shape {tuple(x.shape)}")
     return x.expand(shape)
-
-
-def _check(ok: bool, name: str, expected: str, got: object) -> None:
-    if not ok:
-        raise ValueError(f"objective {name}: expected {expected}, got {got}")
-
-
-def _validate(o: Objective) -> None:
-    """Refuses values that have no meaning; tensors are taken as they are (no synchronisation)."""
-    for name in (*HYPER[:6], "entropy_coef", "log_ratio_clamp", "opsm"):
-        x = getattr(o, name)
-        optional = x is None and name not in ("low", "high", "entropy_coef")
-        if not optional and not isinstance(x, Tensor):
-            _check(isinstance(x, (int, float)) and not math.isnan(x), name, "a number", x)
-    lo, hi, cap, dual = o.ratio_min, o.ratio_max, o.ratio_cap, o.dual_clip
-    if isinstance(lo, (int, float)):
-        _check(lo >= 0, "ratio_min", "a ratio >= 0 or None", lo)
-        if isinstance(hi, (int, float)):
-            _check(hi >= lo, "ratio_max", f"at least ratio_min = {lo}", hi)
-    if isinstance(hi, (int, float)):
-        _check(hi > 0, "ratio_max", "a ratio > 0 or None", hi)
-    if isinstance(cap, (int, float)):
-        bound = hi if isinstance(hi, (int, float)) else math.inf if hi is None else 0.0
-        _check(cap > bound, "ratio_cap", f"more than ratio_max = {hi}", cap)
-    if isinstance(dual, (int, float)):
-        _check(dual > 1, "dual_clip", "a ratio > 1 or None", dual)
-    _validate_kind(o)
-    _validate_terms(o)
-
-
-def _validate_kind(o: Objective) -> None:
-    clips = o.kind in (CLIP, GPPO) and (o.level == "token" or o.name == "gspo")
-    _check(o.dual_clip is None or clips, "dual_clip", f"None for {o.name}", o.dual_clip)
-    _check(
-        o.ratio_cap is None or (clips and o.kind == CLIP),
-        "ratio_cap", f"None for {o.name}", o.ratio_cap,
-    )  # fmt: skip
-    limits = {SAPO: "tau", DPPO_TV: "threshold", DPPO_KL: "threshold", DRO: "beta", GPPO: "beta"}
-    if o.level == "token" and o.kind in limits:
-        for side, x in (("low", o.low), ("high", o.high)):
-            if isinstance(x, (int, float)) and not (o.kind == DRO and side == "high"):
-                ok = x >= 0 if o.kind == GPPO else x > 0
-                _check(ok and math.isfinite(x), limits[o.kind], "a positive number", x)
-    if o.vespo_shape is not None:
-        ok = all(isinstance(x, Tensor) or (math.isfinite(x) and x > 0) for x in o.vespo_shape)
-        _check(ok, "vespo", "finite k, lambda > 0", o.vespo_shape)
-
-
-def _validate_terms(o: Objective) -> None:
-    if isinstance(o.log_ratio_clamp, (int, float)):
-        _check(o.log_ratio_clamp > 0, "log_ratio_clamp", "a number > 0 or None", o.log_ratio_clamp)
-    if isinstance(o.entropy_coef, (int, float)):
-        _check(math.isfinite(o.entropy_coef), "entropy_coef", "a finite number", o.entropy_coef)
-    if isinstance(o.kl, KL):
-        _check(o.kl.estimator in KL_KINDS, "kl", "estimator k1, k2 or k3", o.kl.estimator)
-        coef = o.kl.coef
-        if not isinstance(coef, Tensor):
-            ok = isinstance(coef, (int, float)) and math.isfinite(coef)
-            _check(ok, "kl", "a finite coefficient", coef)
-    if isinstance(o.importance, Importance):
-        level, mode, lo, hi, _ = o.importance
-        _check(level in ("token", "sequence"), "importance", "level token or sequence", level)
-        _check(mode in ("truncate", "mask"), "importance", "mode truncate or mask", mode)
-        low, high = 0.0 if lo is None else lo, math.inf if hi is None else hi
-        if not isinstance(low, Tensor) and not isinstance(high, Tensor):
-            _check(0 <= low <= high, "importance", "0 <= lo <= hi", (lo, hi))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _load
-from . import reference
+from . import conflict, reference
 
 LOGITS_ARGS = "Tensor targets, Tensor? mask, Tensor? row_temperature"
 GRAD_ARGS = (
@@ -31,6 +31,7 @@ SCHEMAS = {
     "token_stats": f"(Tensor logits, {LOGITS_ARGS}, float temperature, float softcap) -> (Tensor "
     "logprob, Tensor entropy, Tensor lse, Tensor collision, Tensor varentropy, Tensor max_prob, "
     "Tensor is_top1, Tensor row_max)",
+    # row_max is the largest logit after the soft-cap and before the temperature.
     "token_stats_backward": f"(Tensor logits, {GRAD_ARGS}) -> Tensor",
     "token_stats_backward_": f"(Tensor(a!) logits, {GRAD_ARGS}) -> ()",
     "policy_loss": f"(Tensor logits, {LOSS_ARGS}, bool needs_grad) -> (Tensor row_loss, "
@@ -38,6 +39,8 @@ SCHEMAS = {
     "policy_loss_": f"(Tensor(a!) logits, {LOSS_ARGS}) -> (Tensor row_loss, Tensor token_loss, "
     "Tensor logprob, Tensor entropy)",
     "scale_rows_": "(Tensor(a!) x, Tensor scale) -> ()",
+    "conflict_runs": "(Tensor tokens, Tensor mask, Tensor sign, Tensor members, Tensor spans) "
+    "-> Tensor",
 }
 
 _lib = torch.library.Library("reasonkern", "FRAGMENT")
@@ -67,6 +70,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "policy_loss": reference.policy_loss,
     "policy_loss_": _policy_loss_,
     "scale_rows_": reference.scale_rows_,
+    "conflict_runs": conflict.conflict_runs,
 }
 
 
@@ -99,10 +103,44 @@ FAKE: dict[str, Callable[..., Any]] = {
     "policy_loss": _fake_policy_loss,
     "policy_loss_": _fake_policy_loss_,
     "scale_rows_": lambda x, scale: None,
+    "conflict_runs": lambda tokens, *args: tokens.new_empty((tokens.shape[0], 2)),
 }
 
 
 # ---- autograd: functional schemas only; `front` wraps the in-place forms in autograd.Function
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """A gradient without a derivative of its own: asking for one raises, nothing else does."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Tensor:
+        raise RuntimeError(
+            "reasonkern: policy_loss and token_stats have no second derivatives; their gradient "
+            "was differentiated (create_graph=True and a backward through the result)"
+        )
+
+
+def once_differentiable(gradient: Tensor) -> Tensor:
+    """Marks a gradient formed under ``create_graph=True``; otherwise it is returned as it is."""
+    if not torch.is_grad_enabled():
+        return gradient
+    marked: Tensor = _OnceDifferentiable.apply(gradient.detach().requires_grad_())  # type: ignore[no-untyped-call]
+    return marked
+
+
+def claim_backward(ctx: Any) -> None:
+    """The first backward consumes what the forward left, so a second one raises."""
+    if getattr(ctx, "consumed", False):
+        raise RuntimeError(
+            "reasonkern: this loss was differentiated before, and its first backward consumed the "
+            "gradient formed in the forward; call policy_loss again instead of retain_graph=True"
+        )
+    ctx.consumed = True
 
 
 def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -126,10 +164,11 @@ def _token_stats_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     if all(g is None for g in grads[:4]):
         return (None,) * 6
     scaling = row_temperature, ctx.temperature, ctx.softcap
-    grad = torch.ops.reasonkern.token_stats_backward(
-        logits, targets, *scaling, *saved, *_stats_grads(*grads)
-    )
-    return grad, None, None, None, None, None
+    with torch.no_grad():
+        grad = torch.ops.reasonkern.token_stats_backward(
+            logits, targets, *scaling, *saved, *_stats_grads(*grads)
+        )
+    return once_differentiable(grad), None, None, None, None, None
 
 
 def _save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -140,9 +179,10 @@ def _save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _policy_loss_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    grad_logits, loss_scale = ctx.saved_tensors
     if grad is None:
         return (None,) * 18
+    claim_backward(ctx)
+    grad_logits, loss_scale = ctx.saved_tensors
     if grad_logits.numel() == 0 and grad.numel() > 0:
         raise RuntimeError("reasonkern::policy_loss: backward needs needs_grad=True in the forward")
     return (scale_saved_gradient(grad_logits, grad, loss_scale), *(None,) * 17)
@@ -151,13 +191,14 @@ def _policy_loss_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | N
 def scale_saved_gradient(grad_logits: Tensor, grad: Tensor, loss_scale: Tensor | None) -> Tensor:
     """Multiplies the gradient formed in the forward by the incoming one, in place, row by row.
 
-    The version bump makes a second backward over the same graph raise instead of scaling twice.
+    In place the version bump tells every other op that saved the logits.
     """
-    factor = grad if loss_scale is None else grad / loss_scale
-    torch.ops.reasonkern.scale_rows_(grad_logits, factor.contiguous())
+    with torch.no_grad():
+        factor = grad if loss_scale is None else grad / loss_scale
+        torch.ops.reasonkern.scale_rows_(grad_logits, factor.contiguous())
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(grad_logits)
-    return grad_logits
+    return once_differentiable(grad_logits)
 
 
 # ---- registrations

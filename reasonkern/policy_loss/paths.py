@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from . import op
+from . import op, parallel
+from .adaptive import adapt
 from .inputs import RowContext, Scaling
 from .objective import KL, KL_KINDS, Importance, Objective
 from .reference import Hyper, RowLoss, Term, combine, kl_term, objective_rows, unpack_hyper
@@ -31,8 +31,8 @@ class _InplaceLoss(torch.autograd.Function):
         return (row_loss, *rest)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        op.claim_backward(ctx)
         logits, loss_scale = ctx.saved_tensors
         gradient = op.scale_saved_gradient(logits.detach(), grad, loss_scale)
         return (gradient, *(None,) * 16)
@@ -52,16 +52,17 @@ class _InplaceTokenStats(torch.autograd.Function):
         return logprob, entropy
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+        op.claim_backward(ctx)
         logits, targets, row_temperature, *stats = ctx.saved_tensors
         gradient = logits.detach()
-        torch.ops.reasonkern.token_stats_backward_(
-            gradient, targets, row_temperature, *ctx.scaling, *stats,
-            grad_logprob.contiguous(), grad_entropy.contiguous(), None, None,
-        )  # fmt: skip
+        with torch.no_grad():
+            torch.ops.reasonkern.token_stats_backward_(
+                gradient, targets, row_temperature, *ctx.scaling, *stats,
+                grad_logprob.contiguous(), grad_entropy.contiguous(), None, None,
+            )  # fmt: skip
         torch.autograd.graph.increment_version(logits)
-        return (gradient, *(None,) * 5)
+        return (op.once_differentiable(gradient), *(None,) * 5)
 
 
 class _FiniteGradient(torch.autograd.Function):
@@ -79,19 +80,36 @@ class _FiniteGradient(torch.autograd.Function):
         return torch.where(torch.isfinite(grad), grad, 0.0)
 
 
+class PathOutput(NamedTuple):
+    """What both paths return, (B, T) each; ``row_loss`` with autograd."""
+
+    row_loss: Tensor
+    token_loss: Tensor
+    logprob: Tensor
+    entropy: Tensor
+    finite: Tensor  # False where this pass's statistics or a factor leave the row out of the loss
+    objective: Objective  # with what its rule chose for this batch
+
+
 def needs_grad(logits: Tensor) -> bool:
     return torch.is_grad_enabled() and logits.requires_grad
 
 
-def is_fused(o: Objective, logits: Tensor, context: RowContext, loss_scale: Tensor | None) -> bool:
-    """Token-local, and no term that needs this pass's log-probabilities of other tokens.
+def is_fused(
+    o: Objective,
+    dtype: torch.dtype,
+    needs_gradient: bool,
+    context: RowContext,
+    loss_scale: Tensor | None,
+) -> bool:
+    """Token-local, and no rule or term that needs this pass's statistics of other tokens.
 
     A float16 gradient formed before GradScaler's factor arrives would underflow, so float16 is
     two-phase unless ``loss_scale`` is folded in.
     """
-    half = logits.dtype == torch.float16 and loss_scale is None and needs_grad(logits)
+    half = dtype == torch.float16 and loss_scale is None and needs_gradient
     own_importance = o.importance is not None and context.old_logprob is None
-    return o.level == "token" and o.opsm is None and not own_importance and not half
+    return o.passes == 1 and not own_importance and not half
 
 
 def fused(
@@ -102,30 +120,40 @@ def fused(
     scaling: Scaling,
     loss_scale: Tensor | None,
     inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(row_loss with autograd, token_loss, logprob, entropy, finite), each (B, T).
-
-    ``finite`` is False where this pass's statistics or a factor leave the row out of the loss.
-    """
-    values, hyper = o.pack(context.weight)
-    h = unpack_hyper(values, hyper, targets.shape)
-    factor = _importance(o, context.old_logprob, context.weight, context, h)
-    args = (
-        targets, context.old_logprob, context.advantage, context.weight, context.entropy_weight,
-        factor, context.ref_logprob,
-        scaling.row_temperature, loss_scale, hyper, values, scaling.temperature, scaling.softcap,
-        o.kind, *_kl(o),
-    )  # fmt: skip
+) -> PathOutput:
+    """One operator reads the row and writes its gradient."""
+    args = fused_args(o, targets, context, scaling, loss_scale)
     if inplace and needs_grad(logits):
         row_loss, token_loss, logprob, entropy = _InplaceLoss.apply(logits, *args)  # type: ignore[no-untyped-call]
     else:
         row_loss, token_loss, logprob, entropy, _ = torch.ops.reasonkern.policy_loss(
             logits, *args, needs_grad(logits)
         )
+    return PathOutput(
+        row_loss, token_loss, logprob, entropy, finite_rows(logprob, entropy, args), o
+    )
+
+
+def fused_args(
+    o: Objective, targets: Tensor, context: RowContext, scaling: Scaling, loss_scale: Tensor | None
+) -> tuple[Any, ...]:
+    """What the operator `policy_loss` takes after the logits."""
+    values, hyper = o.pack(context.weight)
+    h = unpack_hyper(values, hyper, targets.shape)
+    importance = _factor(o, context.old_logprob, context.weight, context, h)
+    return (
+        targets, context.old_logprob, context.advantage, context.weight, context.entropy_weight,
+        importance, context.ref_logprob,
+        scaling.row_temperature, loss_scale, hyper, values, scaling.temperature, scaling.softcap,
+        o.kind, *_kl(o),
+    )  # fmt: skip
+
+
+def finite_rows(logprob: Tensor, entropy: Tensor, args: tuple[Any, ...]) -> Tensor:
+    """Rows that neither this pass's statistics nor the importance weight leave out of the loss."""
     finite = torch.isfinite(logprob) & torch.isfinite(entropy)
-    if factor is not None:
-        finite = finite & torch.isfinite(factor)
-    return row_loss, token_loss, logprob, entropy, finite
+    importance = args[5]
+    return finite if importance is None else finite & torch.isfinite(importance)
 
 
 def two_phase(
@@ -135,21 +163,35 @@ def two_phase(
     context: RowContext,
     scaling: Scaling,
     inplace: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """As `fused`, through the statistics and an O(N) map."""
+    shard: parallel.VocabShard | None = None,
+) -> PathOutput:
+    """As `fused`, through the statistics and an O(N) map; `shard`: logits are a rank's columns."""
     args = (
         targets, context.active, scaling.row_temperature, scaling.temperature, scaling.softcap,
     )  # fmt: skip
-    if inplace and needs_grad(logits):
+    if shard is not None:
+        logprob, entropy = parallel.token_stats(
+            logits, *args, shard, inplace and needs_grad(logits)
+        )[:2]
+    elif inplace and needs_grad(logits):
         logprob, entropy = _InplaceTokenStats.apply(logits, *args)  # type: ignore[no-untyped-call]
     else:
         logprob, entropy = torch.ops.reasonkern.token_stats(logits, *args)[:2]
+    return loss_of_statistics(o, logprob, entropy, context)
+
+
+def loss_of_statistics(
+    o: Objective, logprob: Tensor, entropy: Tensor, context: RowContext
+) -> PathOutput:
+    """The O(N) map of the two-phase path, differentiable through the statistics; as `fused`."""
     # Nonfinite rows take no part: their derivative is cut off here, their loss in the map.
     finite = torch.isfinite(logprob) & torch.isfinite(entropy)
     lp = torch.where(finite, logprob, 0.0)
     ent = torch.where(finite, entropy, 0.0)
-    values, hyper = o.pack(context.weight)
-    h = unpack_hyper(values, hyper, targets.shape)
+    h = unpack_hyper(*o.pack(context.weight), logprob.shape)
+    if o.rule is not None:
+        o, context = adapt(o, lp, ent, finite, context, h)
+        h = unpack_hyper(*o.pack(context.weight), logprob.shape)
     if o.level == "custom":
         row_loss, token_loss, finite = _custom_rows(o, lp, ent, finite, context, h)
     else:
@@ -158,7 +200,7 @@ def two_phase(
         # Value from the map, gradient by its analytic derivatives.
         slope = rows.dlogp * (lp - lp.detach()) + rows.dentropy * (ent - ent.detach())
         row_loss, token_loss, finite = rows.row_loss + slope, rows.token_loss, finite & rows.finite
-    return row_loss, token_loss.detach(), logprob.detach(), entropy.detach(), finite
+    return PathOutput(row_loss, token_loss.detach(), logprob.detach(), entropy.detach(), finite, o)
 
 
 def _mapped_rows(
@@ -173,7 +215,7 @@ def _mapped_rows(
     if o.level == "token":
         return objective_rows(
             o.kind, *_kl(o), lp, ent, context.old_logprob, context.advantage, weight,
-            entropy_weight, factor, context.ref_logprob, h,
+            entropy_weight, factor, context.ref_logprob, h, o.log_ratio_penalty,
         )  # fmt: skip
     policy_weight = weight if factor is None else weight * factor
     term = sequence_term(
@@ -234,8 +276,8 @@ def _kl(o: Objective) -> tuple[int, bool]:
 def _selection(
     o: Objective, lp: Tensor, old: Tensor, weight: Tensor, context: RowContext, h: Hyper
 ) -> Tensor | None:
-    """Detached factor of the policy term: importance weight times OPSM's selection."""
-    factor = _importance(o, old, weight, context, h)
+    """Detached factor of the policy term, with OPSM's selection."""
+    factor = _factor(o, old, weight, context, h)
     if o.opsm is None:
         return factor
     assert context.rollout_logprob is not None
@@ -243,6 +285,16 @@ def _selection(
         o.opsm, lp, context.rollout_logprob, context.advantage, weight != 0, context.segments
     )
     return keeps if factor is None else factor * keeps
+
+
+def _factor(
+    o: Objective, old: Tensor | None, weight: Tensor, context: RowContext, h: Hyper
+) -> Tensor | None:
+    """Importance weight times the objective's selection."""
+    importance, selection = _importance(o, old, weight, context, h), o.selection_rows(weight)
+    if importance is None or selection is None:
+        return selection if importance is None else importance
+    return importance * selection
 
 
 def _importance(

@@ -26,10 +26,14 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Shifted(NamedTuple):
-    """A row of logits after soft-cap and temperature, shifted by its maximum."""
+    """A row of logits after soft-cap and temperature, shifted by its maximum.
+
+    The maximum is subtracted before the division by the temperature: with an offset of 3000 the
+    difference of two rounded quotients has lost 1e-4, the quotient of the difference 1e-7.
+    """
 
     d: Tensor  # (B, T, V) z - max z; -inf where the logit is -inf
-    row_max: Tensor  # (B, T)
+    row_max: Tensor  # (B, T) before the temperature; -inf where every logit is
     jacobian: Number  # (B, T, V) dz/dx, without the temperature when there is no soft-cap
     active: Tensor  # (B, T) bool
     bad: Tensor  # (B, T) bool: NaN or +inf among the logits, no finite logit, or invalid target
@@ -42,7 +46,9 @@ def shift(
     row_temperature: Tensor | None,
     temperature: float,
     softcap: float,
+    row_max: Tensor | None = None,
 ) -> Shifted:
+    """``row_max``: the maximum to shift by, where the logits are a part of a row's."""
     vocab = logits.shape[-1]
     x = logits.to(accumulator_dtype(logits.dtype))
     active = torch.ones_like(targets, dtype=torch.bool) if mask is None else mask
@@ -55,9 +61,11 @@ def shift(
         t = torch.tanh(x / softcap)
         z = torch.where(x == -torch.inf, x, softcap * t)
         jacobian = 1 - t * t
-    z = z / (temperature if row_temperature is None else row_temperature.unsqueeze(-1))
-    row_max = z.detach().amax(-1)
-    return Shifted(z - row_max.unsqueeze(-1), row_max, jacobian, active, bad)
+    if row_max is None:
+        row_max = z.detach().amax(-1)
+    d = z - row_max.unsqueeze(-1)
+    d = d / (temperature if row_temperature is None else row_temperature.unsqueeze(-1))
+    return Shifted(d, torch.where(top == -torch.inf, top, row_max), jacobian, active, bad)
 
 
 def token_stats(
@@ -81,16 +89,18 @@ def token_stats(
     stats = (
         d_y - log_s,
         log_s - mean,
-        row.row_max + log_s,
+        row.row_max / (temperature if row_temperature is None else row_temperature) + log_s,
         q / (s * s),
         w / s - mean * mean,
         1 / s,
-        row.row_max,
     )
-    logprob, entropy, lse, collision, varentropy, max_prob, row_max = (
+    logprob, entropy, lse, collision, varentropy, max_prob = (
         torch.where(row.active, torch.where(row.bad, torch.nan, stat), 0.0).to(row.d.dtype)
         for stat in stats
     )
+    empty = (row.row_max == -torch.inf) & (targets >= 0) & (targets < logits.shape[-1])
+    row_max = torch.where(row.bad & ~empty, torch.nan, row.row_max)
+    row_max = torch.where(row.active, row_max, 0.0)
     is_top1 = row.active & ~row.bad & (row.d.argmax(-1) == targets)
     return logprob, entropy, lse, collision, varentropy, max_prob, is_top1, row_max
 
@@ -138,7 +148,8 @@ def token_stats_backward(
     grad_collision: Tensor | None,
 ) -> Tensor:
     live = (max_prob > 0) & torch.isfinite(logprob)
-    row = shift(logits, targets, live, row_temperature, temperature, softcap)
+    top = torch.where(live, row_max, 0.0)
+    row = shift(logits, targets, live, row_temperature, temperature, softcap, top)
     zero = torch.zeros_like(logprob)
     g, e, k, c = (
         zero if t is None else torch.where(live, t, 0.0)
@@ -148,7 +159,9 @@ def token_stats_backward(
     entropy, collision = torch.where(live, entropy, 0.0), torch.where(live, collision, 0.0)
     grad = row_gradient(row, y, entropy, collision, torch.where(live, max_prob, 1.0), g, e, c, k)
     grad = grad / (temperature if row_temperature is None else row_temperature.unsqueeze(-1))
-    return torch.where(live.unsqueeze(-1), grad, 0.0).to(logits.dtype).contiguous()
+    # A part of a row without a finite logit has no gradient, whatever the rest of the row.
+    kept = live & ~row.bad
+    return torch.where(kept.unsqueeze(-1), grad, 0.0).to(logits.dtype).contiguous()
 
 
 # --------------------------------------------------------------------------- objective map
@@ -317,12 +330,19 @@ def objective_rows(
     importance: Tensor | None,
     ref_logprob: Tensor | None,
     h: Hyper,
+    penalty: Number = 0.0,
 ) -> RowLoss:
-    """The token-local objectives; on-policy rows (no ``old_logprob``) have r = 1 with gradient."""
+    """The token-local objectives; on-policy rows (no ``old_logprob``) have r = 1 with gradient.
+
+    ``penalty`` is the factor of |log r| that KL-Cov adds to the policy term.
+    """
     old = logp if old_logprob is None else old_logprob
     term = token_term(kind, logp, old, advantage, h)
     if kind != DRO:  # A = 0 gives 0 whatever the ratio; DRO's quadratic term does not carry A
         term = Term(*(torch.where(advantage == 0, 0.0, t) for t in term))
+    if isinstance(penalty, Tensor) or penalty != 0:
+        d = logp - old
+        term = Term(term.value + penalty * d.abs(), term.dlogp + penalty * d.sign())
     if importance is not None:
         term = Term(*(importance * t for t in term))
     if kl_kind and ref_logprob is not None:

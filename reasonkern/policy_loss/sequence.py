@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .objective import Importance, Objective
+from .parallel import Parallel, group_total
 from .reference import Hyper, Term, clamped_exp, clip_term
 
 LOG_W_MIN, LOG_W_MAX = math.log(1e-8), 20.0  # VESPO's limits on ln w
@@ -20,32 +21,47 @@ LOG_W_MIN, LOG_W_MAX = math.log(1e-8), 20.0  # VESPO's limits on ln w
 
 @dataclass(frozen=True)
 class Segments:
-    """Which rows form a sequence: batch rows of (B, T), or ``cu_seqlens`` (S + 1) over (1, N)."""
+    """Which rows form a sequence: batch rows of (B, T), or ``cu_seqlens`` (S + 1) over (1, N).
+
+    With a ``segment_group`` they form the piece of a sequence that this rank has.
+    """
 
     cu_seqlens: Tensor | None = None
     ids: Tensor | None = None  # (1, N) sequence of each packed row
+    parallel: Parallel | None = None
 
     @classmethod
-    def of(cls, rows: Tensor, cu_seqlens: Tensor | None) -> Segments:
+    def of(
+        cls, rows: Tensor, cu_seqlens: Tensor | None, parallel: Parallel | None = None
+    ) -> Segments:
         if cu_seqlens is None:
-            return cls()
+            return cls(parallel=parallel)
         index = torch.arange(rows.shape[-1], dtype=cu_seqlens.dtype, device=rows.device)
         ids = torch.searchsorted(cu_seqlens[1:].contiguous(), index, right=True)
-        return cls(cu_seqlens, ids.clamp_max(cu_seqlens.numel() - 2).unsqueeze(0))
+        return cls(cu_seqlens, ids.clamp_max(cu_seqlens.numel() - 2).unsqueeze(0), parallel)
+
+    @property
+    def is_pieces(self) -> bool:
+        """Whether other ranks have other pieces of these sequences."""
+        return self.parallel is not None and self.parallel.segment_group is not None
 
     def count(self, rows: Tensor) -> int:
         """Number of sequences among rows (B, T)."""
         return rows.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
 
     def sum(self, x: Tensor) -> Tensor:
-        """Sum over each sequence, in float64, given back to each of its rows (B, T)."""
+        """Sum over each sequence, in float64, given back to each of its rows (B, T).
+
+        One all-gather of a number per sequence with a ``segment_group``.
+        """
         x = x.double()
+        group = self.parallel.segment_group if self.parallel is not None else None
         if self.cu_seqlens is None or self.ids is None:
-            return x.sum(-1, keepdim=True).expand_as(x)
+            return group_total(x.sum(-1, keepdim=True), group).expand_as(x)
         # Each segment is summed by one thread in order: deterministic, unlike index_add on CUDA.
         offsets = self.cu_seqlens.to(torch.int64)
         sums = torch.segment_reduce(x.reshape(-1), "sum", offsets=offsets, unsafe=True)
-        return sums[self.ids]
+        return group_total(sums, group)[self.ids]
 
 
 def importance_weights(

@@ -17,10 +17,11 @@ import torch
 import triton
 import triton.language as tl
 
+from .triton_conflict import conflict_runs  # noqa: F401  (the launcher of an operator)
 from .triton_objective import Hyper, RowInputs, grad_row, is_finite, objective_row
 from .triton_rows import (
+    INF,
     STAGES,
-    find_top,
     first_argmax,
     kernel,
     load_scale,
@@ -73,7 +74,9 @@ def stats_kernel(
     tl.store(varentropy + row, sums.w * inv_s - mean * mean)
     tl.store(max_prob + row, inv_s)
     tl.store(is_top1 + row, top)
-    tl.store(row_max + row, m)
+    # A row of -inf is told from one with a NaN or +inf: a shard of a vocabulary may be all masked.
+    known = good | ((sums.top == -INF) & (sums.s == 0) & (x_y == x_y))
+    tl.store(row_max + row, tl.where(known, sums.top, float("nan")))
 
 
 # ---- row gradient
@@ -103,12 +106,8 @@ def stats_backward_kernel(
         return
     x = row_start(logits, row, seq, stride_b, stride_t, ALIGNED)
     scale = load_scale(temperature, row_temperature, softcap, row)
-    # The saved maximum is top / T, rounded: exact for T = 1. Else the row is read twice.
-    top = tl.load(row_max + row)
-    if scale.inv_temperature != 1.0:
-        top = find_top(x, vocab, scale, SOFTCAP, BLOCK)
     g = grad_row(
-        top, inv_s, tl.load(entropy + row), tl.load(collision + row),
+        tl.load(row_max + row), inv_s, tl.load(entropy + row), tl.load(collision + row),
         load_or_zero(grad_logprob, row), load_or_zero(grad_entropy, row),
         load_or_zero(grad_collision, row), load_or_zero(grad_lse, row), scale.inv_temperature,
     )  # fmt: skip

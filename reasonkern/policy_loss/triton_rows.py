@@ -161,16 +161,6 @@ def first_argmax(x, vocab, sums, scale, SOFTCAP: tl.constexpr, BLOCK: tl.constex
 
 
 @triton.jit
-def find_top(x, vocab, scale, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):
-    lanes = tl.arange(0, BLOCK)
-    full = vocab // BLOCK * BLOCK
-    top = load_capped(x, full + lanes, vocab, scale, SOFTCAP)
-    for start in tl.range(0, full, BLOCK, num_stages=STAGES):
-        top = tl.maximum(top, capped(tl.load(x + start + lanes), scale, SOFTCAP))
-    return tl.max(top, 0)
-
-
-@triton.jit
 def logprob_entropy(x_y, sums, inv_temperature):
     """logp, H, and whether the row has statistics; NaN both for bad logits or a bad target."""
     good = is_finite(sums.s) & (sums.s > 0) & (x_y == x_y)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .inputs import canonical_segments, check_tensor
+from .._checks import check_tensor
+from .inputs import canonical_segments
+from .parallel import Parallel, check_parallel, total
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
 
@@ -21,6 +23,7 @@ def token_weights(
     num_sequences: float | Tensor | None = None,
     data_parallel_size: int = 1,
     count_empty: bool = True,
+    parallel: Parallel | None = None,
 ) -> Tensor:
     """Weights w such that ``sum(w * token_loss)`` is the loss in the given aggregation mode.
 
@@ -44,12 +47,17 @@ def token_weights(
         data_parallel_size: weights are multiplied by it, because DDP and FSDP average gradients.
         count_empty: whether a sequence without trained tokens counts in the default
             ``num_sequences`` (TRL counts it, verl does not).
+        parallel: the default ``num_tokens`` and ``num_sequences`` are those of all ranks of its
+            ``data_group``, and with a ``segment_group`` the mask holds pieces of sequences, whose
+            tokens and lengths are summed over it. Every rank must make the call.
 
     Returns:
         float32 tensor of the mask's shape. An empty sequence or an all-masked batch gives zeros.
 
     Raises:
-        ValueError: unknown mode, missing ``segments`` or ``max_length``, wrong shape or number.
+        ValueError: unknown mode, missing ``segments`` or ``max_length`` (always needed with a
+            ``segment_group``), wrong shape or number; on CPU also a mask with other values than 0
+            and 1.
 
     Example:
         >>> import torch, reasonkern as rk
@@ -60,6 +68,7 @@ def token_weights(
     """
     _checks.check_choice("mode", mode, MODES)
     check_tensor("mask", mask)
+    _checks.check_mask("mask", mask)
     if mask.ndim not in (1, 2):
         _checks.fail("mask", "shape (B, T) or (N,)", tuple(mask.shape))
     if not isinstance(data_parallel_size, int) or data_parallel_size < 1:
@@ -72,15 +81,23 @@ def token_weights(
                 _checks.fail(name, "a number or a 0-dim tensor", f"shape {tuple(value.shape)}")
         elif value is not None:
             _checks.check_number(name, value, 0, exclusive=True)
+    check_parallel(parallel)
     trained = (mask if mask.ndim == 2 else mask.unsqueeze(0)) != 0
     if mode == "token-mean":
-        total = trained.sum().clamp_min(1) if num_tokens is None else num_tokens
-        weights = _share(trained, total)
+        if num_tokens is None:
+            num_tokens = count(trained.sum(), parallel).clamp_min(1)
+        weights = _share(trained, num_tokens)
     else:
         weights = _sequence_weights(
-            trained, mask.ndim == 1, mode, segments, max_length, num_sequences, count_empty
-        )
+            trained, mask.ndim == 1, mode, segments, max_length, num_sequences, count_empty,
+            parallel,
+        )  # fmt: skip
     return (weights * data_parallel_size).float().reshape(mask.shape)
+
+
+def count(x: Tensor, parallel: Parallel | None) -> Tensor:
+    """Sum of a 0-dim count over the ranks with other rows."""
+    return x if parallel is None else total(x, parallel.segment_group, parallel.data_group)
 
 
 def _share(trained: Tensor, total: float | Tensor) -> Tensor:
@@ -96,20 +113,25 @@ def _sequence_weights(
     max_length: int | None,
     num_sequences: float | Tensor | None,
     count_empty: bool,
+    parallel: Parallel | None,
 ) -> Tensor:
     if packed and cu_seqlens is None:
         _checks.fail("segments", f"cu_seqlens for packed tokens in mode {mode}", None)
-    segments = canonical_segments(cu_seqlens, trained, packed)
+    segments = canonical_segments(cu_seqlens, trained, packed, parallel)
     length = segments.sum(trained)
-    if num_sequences is None:
+    if num_sequences is None and count_empty:
+        num_sequences = float(segments.count(trained))
+        if parallel is not None:  # pieces of one sequence count once
+            num_sequences = total(length.new_tensor(num_sequences), parallel.data_group)
+    elif num_sequences is None:
         # Each trained token carries 1 / length of its sequence, so a non-empty one adds up to 1.
-        non_empty = (trained / length.clamp_min(1)).sum().round().clamp_min(1)
-        num_sequences = float(segments.count(trained)) if count_empty else non_empty
+        num_sequences = count((trained / length.clamp_min(1)).sum(), parallel).round().clamp_min(1)
     weights = _share(trained, num_sequences)
     if mode == "seq-mean-token-mean":
         weights = weights / length.clamp_min(1)
     if mode == "constant":
-        if max_length is None and packed:
-            _checks.fail("max_length", "L_max for packed tokens in mode constant", None)
+        if max_length is None and (packed or segments.is_pieces):
+            of = "packed tokens" if packed else "pieces of sequences"
+            _checks.fail("max_length", f"L_max for {of} in mode constant", None)
         weights = weights / (trained.shape[-1] if max_length is None else max_length)
     return weights

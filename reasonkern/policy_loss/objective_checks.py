@@ -1,0 +1,84 @@
+"""Which values of an `Objective` have no meaning; tensors are taken as they are (no sync)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from .reference import CLIP, DPPO_KL, DPPO_TV, DRO, GPPO, SAPO
+
+if TYPE_CHECKING:
+    from .objective import Objective
+
+REQUIRED = ("low", "high", "entropy_coef", "log_ratio_penalty")
+OPTIONAL = ("ratio_min", "ratio_max", "dual_clip", "ratio_cap", "log_ratio_clamp", "opsm")
+
+
+def check(ok: bool, name: str, expected: str, got: object) -> None:
+    """ValueError for a field of an objective."""
+    if not ok:
+        raise ValueError(f"objective {name}: expected {expected}, got {got}")
+
+
+def validate(o: Objective) -> None:
+    """Refuses values that have no meaning; tensors are taken as they are (no synchronisation)."""
+    for name in (*OPTIONAL, *REQUIRED):
+        x = getattr(o, name)
+        left_out = x is None and name in OPTIONAL
+        if not left_out and not isinstance(x, Tensor):
+            check(isinstance(x, (int, float)) and not math.isnan(x), name, "a number", x)
+    lo, hi, cap, dual = o.ratio_min, o.ratio_max, o.ratio_cap, o.dual_clip
+    if isinstance(lo, (int, float)):
+        check(0 <= lo <= 1, "ratio_min", "a ratio in [0, 1], not an epsilon, or None", lo)
+    if isinstance(hi, (int, float)):
+        check(hi >= 1, "ratio_max", "a ratio >= 1, not an epsilon, or None", hi)
+    if isinstance(cap, (int, float)):
+        bound = hi if isinstance(hi, (int, float)) else math.inf if hi is None else 0.0
+        check(cap > bound, "ratio_cap", f"more than ratio_max = {hi}", cap)
+    if isinstance(dual, (int, float)):
+        check(dual > 1, "dual_clip", "a ratio > 1 or None", dual)
+    _validate_kind(o)
+    _validate_terms(o)
+
+
+def _validate_kind(o: Objective) -> None:
+    clips = o.kind in (CLIP, GPPO) and (o.level == "token" or o.name == "gspo")
+    check(o.dual_clip is None or clips, "dual_clip", f"None for {o.name}", o.dual_clip)
+    check(
+        o.ratio_cap is None or (clips and o.kind == CLIP),
+        "ratio_cap", f"None for {o.name}", o.ratio_cap,
+    )  # fmt: skip
+    limits = {SAPO: "tau", DPPO_TV: "threshold", DPPO_KL: "threshold", DRO: "beta", GPPO: "beta"}
+    if o.level == "token" and o.kind in limits:
+        for side, x in (("low", o.low), ("high", o.high)):
+            if isinstance(x, (int, float)) and not (o.kind == DRO and side == "high"):
+                ok = x >= 0 if o.kind == GPPO else x > 0
+                check(ok and math.isfinite(x), limits[o.kind], "a positive number", x)
+    if o.vespo_shape is not None:
+        ok = all(isinstance(x, Tensor) or (math.isfinite(x) and x > 0) for x in o.vespo_shape)
+        check(ok, "vespo", "finite k, lambda > 0", o.vespo_shape)
+
+
+def _validate_terms(o: Objective) -> None:
+    kind = type(o.selection).__name__
+    check(o.selection is None or isinstance(o.selection, Tensor), "selection", "a tensor", kind)
+    check(o.rule is None or o.level == "token", "rule", "None unless level is token", o.level)
+    if isinstance(o.log_ratio_clamp, (int, float)):
+        check(o.log_ratio_clamp > 0, "log_ratio_clamp", "a number > 0 or None", o.log_ratio_clamp)
+    if isinstance(o.entropy_coef, (int, float)):
+        check(math.isfinite(o.entropy_coef), "entropy_coef", "a finite number", o.entropy_coef)
+    if o.kl is not None:
+        estimator, coef, _ = o.kl
+        check(estimator in ("k1", "k2", "k3"), "kl", "estimator k1, k2 or k3", estimator)
+        if not isinstance(coef, Tensor):
+            ok = isinstance(coef, (int, float)) and math.isfinite(coef)
+            check(ok, "kl", "a finite coefficient", coef)
+    if o.importance is not None:
+        level, mode, lo, hi, _ = o.importance
+        check(level in ("token", "sequence"), "importance", "level token or sequence", level)
+        check(mode in ("truncate", "mask"), "importance", "mode truncate or mask", mode)
+        low, high = 0.0 if lo is None else lo, math.inf if hi is None else hi
+        if not isinstance(low, Tensor) and not isinstance(high, Tensor):
+            check(0 <= low <= high, "importance", "0 <= lo <= hi", (lo, hi))

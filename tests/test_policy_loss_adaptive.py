@@ -1,0 +1,340 @@
+"""Objectives that look at the whole batch, against their formulas written out in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import policy_loss_literal as literal
+import pytest
+import torch
+from conftest import Backend
+from policy_loss_literal import Batch, batch, check, gradient, make_batch, spread, stats, total
+from test_policy_loss_bapo import GRIDS, LOOPS
+from torch import Tensor
+
+import reasonkern as rk
+from reasonkern import Objective, policy_loss
+from reasonkern.policy_loss import paths, selection
+from reasonkern.policy_loss.inputs import canonical_segments, row_context
+
+SEEDS = range(6)
+FRACTION, LOW, HIGH, COEF = 0.4, -1.0, 2.0, 0.7
+# Factors per row of the batch, as of `conflict_token_weights`.
+LAMBDA = torch.tensor([2.0, 1, 0, 4, 1, 1]).expand(4, 6)
+
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+def advantages(b: Batch) -> Tensor:
+    return spread(b, b.advantage)
+
+
+def bapo(variant: str, **dual: float) -> Callable[[Batch], TokenLoss]:
+    def make(b: Batch) -> TokenLoss:
+        def loss(logp: Tensor, entropy: Tensor) -> Tensor:
+            used, a = b.weight != 0, advantages(b)
+            r = (logp - b.old_logprob).exp()
+            p = b.rollout_logprob.exp()
+            rows = (x[used].tolist() for x in (r.detach(), a, p))
+            clipped = literal.ppo(r, a, *LOOPS[variant](*rows, *GRIDS[variant]))
+            return literal.dual(clipped, a, dual["c"]) if dual else clipped
+
+        return loss
+
+    return make
+
+
+def covariance(b: Batch, logp: Tensor) -> Tensor:
+    used, a, lp = b.weight != 0, advantages(b), logp.detach()
+    return (a - a[used].mean()) * (lp - lp[used].mean())
+
+
+def clip_cov(b: Batch) -> TokenLoss:
+    def loss(logp: Tensor, entropy: Tensor) -> Tensor:
+        used, a, r = b.weight != 0, advantages(b), (logp - b.old_logprob).exp()
+        cov = covariance(b, logp)
+        unclipped = torch.where(a > 0, r <= 1.2, r >= 0.8)
+        eligible = used & unclipped & (cov > LOW) & (cov < HIGH)
+        count = min(max(1, int(FRACTION * int(used.sum()))), int(eligible.sum()))
+        keys = selection.random_keys(used.numel(), 5, used.device, None).view(used.shape)
+        order = keys[eligible].sort(descending=True).values
+        dropped = eligible & (keys >= order[count - 1]) if count else eligible
+        return torch.where(dropped, 0.0, literal.ppo(r, a, 0.8, 1.2))
+
+    return loss
+
+
+def kl_cov(b: Batch) -> TokenLoss:
+    def loss(logp: Tensor, entropy: Tensor) -> Tensor:
+        used, a, log_r = b.weight != 0, advantages(b), logp - b.old_logprob
+        cov = covariance(b, logp)
+        count = max(1, int(FRACTION * int(used.sum())))
+        chosen = cov >= cov[used].sort(descending=True).values[count - 1]
+        return -log_r.exp() * a + torch.where(chosen, COEF * log_r.abs(), 0.0)
+
+    return loss
+
+
+def high_entropy(b: Batch) -> TokenLoss:
+    def loss(logp: Tensor, entropy: Tensor) -> Tensor:
+        used, h = b.weight != 0, entropy.detach()
+        count = math.ceil(FRACTION * int(used.sum()))
+        kept = h >= h[used].sort(descending=True).values[count - 1]
+        r = (logp - b.old_logprob).exp()
+        return torch.where(kept, literal.ppo(r, advantages(b), 0.8, 1.28), 0.0)
+
+    return loss
+
+
+def gtpo(b: Batch, factor: Tensor | None = None, limit: float = 1.6) -> TokenLoss:
+    def loss(logp: Tensor, entropy: Tensor) -> Tensor:
+        out = torch.zeros_like(logp).flatten()
+        a, lp = advantages(b).flatten(), logp.flatten()
+        for index in literal.sequences(b):
+            if len(index):
+                mean = entropy.detach().flatten()[index].mean()
+                shaped = a[index] - 0.1 * mean if mean <= limit else 0 * a[index]
+                out = out.index_put((index,), -shaped * lp[index])
+        return out.view(logp.shape) * (1 if factor is None else factor)
+
+    return loss
+
+
+def tppo(b: Batch) -> TokenLoss:
+    return lambda logp, _: literal.ppo((logp - b.old_logprob).exp(), advantages(b), 0.8, 1.28)
+
+
+Entry = tuple[Callable[[], Objective], Callable[[Batch], TokenLoss]]
+COV = {"fraction": FRACTION}
+ADAPTIVE: dict[str, Entry] = {
+    "bapo paper": (Objective.bapo, bapo("paper")),
+    "bapo code": (lambda: Objective.bapo("code"), bapo("code", c=3.0)),
+    "clip_cov": (lambda: Objective.clip_cov(low=LOW, high=HIGH, seed=5, **COV), clip_cov),
+    "kl_cov": (lambda: Objective.kl_cov(coef=COEF, **COV), kl_cov),
+    "high_entropy": (lambda: Objective.high_entropy(FRACTION), high_entropy),
+    "gtpo": (lambda: Objective.gtpo(max_entropy=1.6), gtpo),
+    "tppo": (Objective.tppo, tppo),
+}
+every = pytest.mark.parametrize("name", ADAPTIVE)
+
+
+def names(name: str) -> tuple[str, ...]:
+    return ("rollout_logprob",) if name == "bapo paper" else ()
+
+
+@every
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_loss_and_gradient_are_the_formula(name: str, form: str) -> None:
+    make, formula = ADAPTIVE[name]
+    for seed in SEEDS:
+        b = batch(form, seed=seed).clean()
+        loss = formula(b)
+        check(b, make(), lambda p, h, b=b, loss=loss: total(b, loss(p, h)), *names(name))
+
+
+@every
+def test_terms_are_added_outside_the_selection(name: str) -> None:
+    make, formula = ADAPTIVE[name]
+    b = make_batch(seed=1).clean()
+    base = make()
+    terms = {"kl": ("k2", 0.3), "entropy_coef": 0.2}
+    o = Objective(**{k: v for k, v in vars(base).items() if k not in terms} | terms)
+    loss = formula(b)
+
+    def expected(logp: Tensor, entropy: Tensor) -> Tensor:
+        k2 = 0.5 * (b.ref_logprob - logp) ** 2
+        return total(b, loss(logp, entropy) + 0.3 * k2 - 0.2 * entropy)
+
+    check(b, o, expected, "ref_logprob", *names(name))
+
+
+def test_gtpo_with_conflict_weights() -> None:
+    b = make_batch().clean()
+    loss = gtpo(b, LAMBDA.double(), math.log(2) + 1)
+    o = Objective.gtpo(LAMBDA, max_entropy=math.log(2) + 1)
+    check(b, o, lambda p, h: total(b, loss(p, h)))
+    kept = gtpo(b, None, math.inf)
+    o = Objective.gtpo(initial_entropy=torch.tensor(0.7))
+    check(b, o, lambda p, h: total(b, kept(p, h)))
+
+
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_selection_multiplies_the_policy_term_alone(form: str) -> None:
+    """Any objective takes one; token-local ones stay on the fused path."""
+    b = batch(form).clean()
+    factor = LAMBDA if form == "padded" else LAMBDA.flatten()[: b.targets.numel()]
+    o = Objective.ppo(selection=factor, importance=("token", "truncate", None, 1.1), kl=("k1", 0.2))
+    assert o.passes == 1
+
+    def expected(logp: Tensor, _: Tensor) -> Tensor:
+        w = (b.old_logprob - b.rollout_logprob).exp().clamp_max(1.1)
+        ppo = literal.ppo((logp - b.old_logprob).exp(), advantages(b), 0.8, 1.2)
+        return total(b, factor * w * ppo + 0.2 * (logp - b.ref_logprob))
+
+    check(b, o, expected, "ref_logprob", "rollout_logprob")
+
+
+@every
+def test_hard_enough(name: str) -> None:
+    """Over the seeds every rule chooses something, and not always the same."""
+    make, formula = ADAPTIVE[name]
+    if name == "tppo":
+        pytest.skip("a token-local objective has no rule")
+    changed, dropped = [], []
+    for seed in SEEDS:
+        b = make_batch(seed=seed)
+        used = b.weight != 0
+        out = policy_loss(b.logits, b.targets, objective=make(), **b.given(*names(name)))
+        unruled = Objective(**{k: v for k, v in vars(make()).items() if k != "rule"})
+        plain = policy_loss(b.logits, b.targets, objective=unruled, **b.given())
+        changed.append((out.token_loss != plain.token_loss)[used].double().mean().item())
+        dropped.append((out.token_loss == 0)[used].double().mean().item())
+    if name == "gtpo":  # every advantage changes
+        assert set(changed) == {1.0} and any(0 < share < 1 for share in dropped)
+    else:
+        assert any(0 < share < 1 for share in changed)
+
+
+# ---- every backend, float32
+
+
+class _Stats(torch.autograd.Function):
+    """The statistics of a backend, as the two-phase path uses them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, mask: Tensor, backend: Backend) -> Any:
+        rows = [backend.to(t) for t in (x, y, mask)]
+        out = backend("token_stats", *rows, None, 1.0, 0.0)
+        ctx.save_for_backward(*rows[:2], *(out[i] for i in (0, 1, 3, 5, 7)))
+        ctx.backend = backend
+        return out[0].to(x.device), out[1].to(x.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, y, *saved = ctx.saved_tensors
+        g, e = (ctx.backend.to(t.contiguous()) for t in grads)
+        args = (None, 1.0, 0.0, *saved, g, e, None, None)
+        return ctx.backend("token_stats_backward", x, y, *args).cpu(), None, None, None
+
+
+@every
+@pytest.mark.usefixtures("poisoned_empty")
+def test_every_backend(backend: Backend, name: str) -> None:
+    make, formula = ADAPTIVE[name]
+    for seed in SEEDS if not backend.slow else SEEDS[:2]:
+        b = make_batch(seed=seed)
+        o, near = make(), b.to(torch.float32)
+        segments = canonical_segments(None, b.targets, False)
+        rollout = near.rollout_logprob if names(name) else None
+        context = row_context(
+            o, near.logits, segments, near.old_logprob, near.advantage, near.weight, None, rollout,
+            None,
+        )  # fmt: skip
+        x = near.leaf()
+        logprob, entropy = _Stats.apply(x, b.targets, context.active, backend)
+        out = paths.loss_of_statistics(o, logprob, entropy, context)
+        found = gradient(out.row_loss.sum(), x)
+        b, y = b.clean(), b.leaf()
+        expected = total(b, formula(b)(*stats(y, b.targets)))
+        torch.testing.assert_close(out.row_loss.sum().double(), expected, rtol=2e-6, atol=1e-6)
+        exact = gradient(expected, y)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=2e-6)
+
+
+# ---- where it sits
+
+
+@every
+@pytest.mark.parametrize("inplace", [False, True])
+def test_in_place_float16_and_metrics(name: str, inplace: bool) -> None:
+    make, _ = ADAPTIVE[name]
+    b = make_batch(torch.float32)
+    x = b.logits.half().requires_grad_()
+    given = b.given(*names(name), inplace_grad=inplace)
+    out = policy_loss(x * 1, b.targets, objective=make(), **given)
+    out.loss.backward()
+    assert x.grad is not None and x.grad.any() and torch.isfinite(x.grad).all()
+    assert all(torch.isfinite(v) for v in out.metrics.compute().values())
+
+
+def test_metrics_count_with_the_bounds_that_were_chosen() -> None:
+    b = make_batch()
+    out = policy_loss(b.logits, b.targets, objective=Objective.bapo("code"), **b.given())
+    used = b.weight != 0
+    r = torch.where(used, (out.logprob - b.old_logprob).exp(), 1.0)
+    lo, hi = rk.bapo_bounds(r, advantages(b), used, variant="code")
+    same = Objective.ppo(lo, hi, dual_clip=3.0)
+    expected = policy_loss(b.logits, b.targets, objective=same, **b.given())
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(out.metrics.compute(), expected.metrics.compute())
+    assert out.metrics.compute()["clip_frac"] > 0
+
+
+@every
+def test_nonfinite_and_masked_rows_take_no_part(name: str) -> None:
+    """Their statistics enter no mean, no quantile, no sum."""
+    make, _ = ADAPTIVE[name]
+    b = make_batch(torch.float64, seed=2)
+    without = b.weight.clone()
+    without[0, 0] = 0
+    x = b.leaf()
+    given = b.given(*names(name), weight=without)
+    expected = gradient(policy_loss(x, b.targets, objective=make(), **given).loss, x)
+    damaged = b.logits.clone()
+    damaged[0, 0, 3] = float("nan")
+    x = damaged.requires_grad_()
+    out = policy_loss(x, b.targets, objective=make(), **b.given(*names(name)))
+    assert torch.equal(gradient(out.loss, x), expected)
+    assert out.metrics.compute()["rows_nonfinite"] == 1
+
+
+@every
+def test_batches_without_trained_rows(name: str) -> None:
+    make, _ = ADAPTIVE[name]
+    b = make_batch(torch.float32)
+    nothing = b.given(*names(name), weight=torch.zeros_like(b.weight))
+    x = b.leaf()
+    out = policy_loss(x, b.targets, objective=make(), **nothing)
+    assert out.loss == 0 and not gradient(out.loss, x).any()
+    empty = {k: None if v is None else v[:0] for k, v in b.given(*names(name)).items()}
+    out = policy_loss(b.logits[:0], b.targets[:0], objective=make(), **empty)
+    assert out.loss == 0
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("bapo code", "clip_cov")]
+
+
+@pytest.mark.parametrize("name", ["gtpo", *SLOW])
+def test_torch_compile_equals_eager(name: str) -> None:
+    make, _ = ADAPTIVE[name]
+    b = make_batch(torch.float32)
+    o, given = make(), b.given(*names(name))
+
+    def loss(x: Tensor) -> Tensor:
+        return policy_loss(x, b.targets, objective=o, **given).loss
+
+    torch._dynamo.reset()
+    x, y = b.leaf(), b.leaf()
+    traced = torch.compile(loss, fullgraph=True, backend="aot_eager")(x)
+    eager = loss(y)
+    torch.testing.assert_close(traced, eager, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(gradient(traced, x), gradient(eager, y), rtol=1e-6, atol=1e-7)
+
+
+OBJECTIVE_ERRORS: list[tuple[str, dict[str, Any], str]] = [
+    ("bapo", {"variant": "both"}, "variant: expected 'paper' or 'code', got 'both'"),
+    ("bapo", {"low": (0.9, 0.6, 0.1)}, "low: expected start <= max within 1000 steps"),
+    ("clip_cov", {"fraction": 0.0}, "fraction: expected a finite number > 0, got 0.0"),
+    ("kl_cov", {"fraction": 1.5}, "fraction: expected a share in"),
+    ("kl_cov", {"coef": -1.0}, "coef: expected a finite number >= 0, got -1.0"),
+    ("high_entropy", {"rho": 2.0}, "rho: expected a share in"),
+    ("gtpo", {"max_entropy": -1.0}, "max_entropy: expected a finite number >= 0, got -1.0"),
+]
+
+
+@pytest.mark.parametrize(("constructor", "keywords", "message"), OBJECTIVE_ERRORS)
+def test_errors_of_the_constructors(constructor: str, keywords: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        getattr(Objective, constructor)(**keywords)
