@@ -13,6 +13,7 @@ from conftest import Backend, make_backend
 from tolerance import randn
 from torch import Tensor
 
+import reasonkern as rk
 from reasonkern import scaling
 
 # ---- votes
@@ -378,3 +379,25 @@ def test_elliptical_select_front() -> None:
     assert scaling.elliptical_select(h, 0).shape == (0,)
     with pytest.raises(ValueError, match=r"features: expected finite numbers, got nan at \(0, 2\)"):
         scaling.elliptical_select(torch.where(torch.arange(7) == 2, torch.nan, h), 1)
+
+
+# ---- data filters
+
+
+def test_not_all_correct_answers_are_equal() -> None:
+    """Perplexity of a trace from token_stats, padding left out, beside length statistics."""
+    logits = randn(2, 5, 11, seed=7)
+    targets = torch.arange(10).view(2, 5)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
+    stats = rk.token_stats(logits, targets, mask=mask)
+    got = (-stats.logprob.sum(1) / mask.sum(1)).exp()
+    for b, length in enumerate((5, 2)):
+        p = [
+            math.exp(logits[b, t, targets[b, t]]) / sum(math.exp(x) for x in logits[b, t].tolist())
+            for t in range(length)
+        ]
+        assert got[b].item() == pytest.approx(math.prod(p) ** (-1 / length), rel=1e-12)
+    kept = got < got.mean()  # the perplexity filter of a distilled dataset
+    assert kept.sum() == 1
+    lengths = scaling.length_statistics(mask.sum(1), torch.tensor([True, False]))
+    assert (lengths.mean_correct, lengths.mean_wrong) == (5, 2)

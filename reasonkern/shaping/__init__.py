@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from ..policy_loss import (
+    conflict_token_weights,
+    covariance_mask,
+    entropy_filter,
+    high_entropy_mask,
+)
 from . import op as op
 from .advantages import (
     ReplaySample,
@@ -34,14 +40,18 @@ __all__ = [
     "anchor_update_",
     "composed_all_correct",
     "concise_gated",
+    "conflict_token_weights",
     "cosine",
+    "covariance_mask",
     "dynamic_sampling_mask",
     "elliptical_bonus",
+    "entropy_filter",
     "entropy_reshape",
     "format_length_surrogate",
     "gae",
     "group_advantages",
     "grpo_lambda",
+    "high_entropy_mask",
     "laser",
     "laser_d",
     "laser_de",
