@@ -186,7 +186,7 @@ def adaptive_length_targets(
         covered = counted[:, None] & (length[:, None] <= candidates)
         enough = n * covered.sum(0) >= counted.sum().clamp_min(1)
         enough[-1] = True
-        out.append(candidates[enough.long().argmax()])
+        out.append(candidates.take(enough.long().argmax()))
     return torch.stack(out)
 
 
