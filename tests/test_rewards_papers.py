@@ -43,6 +43,10 @@ def test_grpo_lambda() -> None:
             return 1 - 0.6 / (1 + math.exp(-z))
 
         check(got, expected)
+    # 0.07 of 100 groups are 7, although the product of the floats is more.
+    hundred = torch.arange(100)
+    seven = shaping.grpo_lambda(hundred, hundred >= 0, hundred, alpha=1.0, top_fraction=0.07)
+    assert (seven < 1).sum() == 7 and (seven[:7] < 1).all()
     one = shaping.grpo_lambda(LENGTH, BITS, GROUP, alpha=0.6, top_fraction=0.4)
     assert one[3] == pytest.approx(0.7)  # the only answer of its group: σ(0)
     nobody = torch.zeros(N, dtype=torch.bool)

@@ -87,6 +87,8 @@ def test_role_of_temperature_sampling() -> None:
     two_thirds = scaling.temperature_vote(answers, temperature, cross=2 / 3)
     assert two_thirds.done and two_thirds.answer == "a"
     assert not scaling.temperature_vote(answers, temperature, intra=0.9, cross=2 / 3).done
+    ten = scaling.temperature_vote(["a"] * 7 + ["b", "c", "d"], list(range(10)), cross=0.7)
+    assert ten.done and ten.answer == "a"
     easy = scaling.temperature_vote(["x"] * 4, [1.0, 0.5, 1.0, 0.5])
     assert easy.done and list(easy.by_temperature) == [0.5, 1.0]
     assert scaling.temperature_vote([], []) == (None, False, {})

@@ -127,7 +127,7 @@ def temperature_vote(
     final = vote([v.answer for v in inside.values()])
     confident = [v.answer for v in inside.values() if v.answer is not None and v.share >= intra]
     agreed = max((confident.count(a) for a in confident), default=0)
-    done = agreed > 0 and agreed >= cross * len(inside)
+    done = agreed > 0 and agreed >= cross * len(inside) - 1e-9  # 0.7 * 10 is more than 7
     answer = max(confident, key=confident.count) if done else final.answer
     return TemperatureVote(answer, done, inside)
 
@@ -175,7 +175,8 @@ def subthought_split(text: str, markers: Sequence[str] = MARKERS) -> list[str]:
 def vote_ids(answer_ids: Tensor, weights: Tensor | None = None) -> Tensor:
     """`vote` for a batch of questions on the device; ties go to the earliest answer.
 
-    Equivalent to ``torch.tensor([vote(row.tolist()).answer for row in answer_ids])``.
+    Equivalent to ``torch.tensor([vote(row.tolist()).answer for row in answer_ids])``. Compares all
+    pairs: B N² bytes and more.
 
     Args:
         answer_ids: (B, N) int64, equal ids = equal answers; a negative id is no vote.

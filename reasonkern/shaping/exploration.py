@@ -70,7 +70,7 @@ def elliptical_bonus(
     for name, bound in (("max_groups", max_groups), ("max_group_size", max_group_size)):
         if bound is not None and (not isinstance(bound, int) or bound < 1):
             _checks.fail(name, "an integer >= 1", bound)
-    groups = Groups(group, features[:, :0].sum(1), "features[:, 0]")
+    groups = Groups(group, features, "features")
     if not len(features):
         return narrow(features.new_zeros(0), features)
     phi = features.detach().double()

@@ -51,8 +51,10 @@ class Groups:
     """
 
     def __init__(self, group: Tensor, like: Tensor, like_name: str) -> None:
-        check_vector("group", group, like, like_name)
+        check_vector("group", group)
         _checks.check_dtype("group", group, torch.int64)
+        _checks.check_shape("group", group, like.shape[:1], f"{like_name}.shape[:1]")
+        _checks.check_device("group", group, like, like_name)
         ids, self.order = group.sort(stable=True)
         first = torch.ones_like(ids, dtype=torch.bool)
         first[1:] = ids[1:] != ids[:-1]

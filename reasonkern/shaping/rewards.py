@@ -94,7 +94,8 @@ def grpo_lambda(
     place = torch.empty_like(order).scatter_(
         0, order, torch.arange(len(order), device=order.device)
     )
-    count = (top_fraction * exists.sum()).ceil().clamp_min(1)
+    # 0.07 * 100 is a little more than 7.
+    count = (top_fraction * exists.sum().double() - 1e-9).ceil().clamp_min(1)
     efficient = groups.spread(place < count)
     std = groups.std(length, correct)
     z = (wide(length) - groups.mean(length, correct)) / torch.where(std > 0, std, 1.0)

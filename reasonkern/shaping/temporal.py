@@ -84,7 +84,8 @@ def gae(
     if bootstrap_value is not None:
         _check_beside("bootstrap_value", bootstrap_value, reward, rows)
     if truncated is not None:
-        truncated = check_flags("truncated", truncated, reward[:, :0].sum(1), "reward[:, 0]")
+        _checks.check_dtype("truncated", check_tensor("truncated", truncated), torch.bool)
+        _check_beside("truncated", truncated, reward, rows)
         truncated = truncated.contiguous()
     dtype = torch.float64 if reward.dtype == torch.float64 else torch.float32
     scalar, row_lam = _lambda("lam", lam, reward, dtype)
@@ -99,10 +100,10 @@ def gae(
     return out
 
 
-def _check_beside(name: str, x: Tensor, reward: Tensor, shape: torch.Size) -> None:
+def _check_beside(name: str, x: Tensor, first: Tensor, shape: torch.Size) -> None:
     check_tensor(name, x)
     _checks.check_shape(name, x, shape, "(B, T)" if len(shape) == 2 else "(B,)")
-    _checks.check_device(name, x, reward, "reward")
+    _checks.check_device(name, x, first, "the first argument")
 
 
 def _check_unit(name: str, x: float) -> None:
@@ -188,7 +189,8 @@ def tppo_masks(
     _checks.check_dtype("mask", mask, torch.bool)
     _check_beside("generated_this_step", generated_this_step, mask, mask.shape)
     _checks.check_dtype("generated_this_step", generated_this_step, torch.bool)
-    check_flags("finished", finished, mask[:, :0].sum(1), "mask[:, 0]")
+    check_flags("finished", finished)
+    _check_beside("finished", finished, mask, mask.shape[:1])
     if truncated is not None:
         check_flags("truncated", truncated, finished, "finished")
     if not isinstance(drop_tail, int) or drop_tail < 0:
