@@ -35,7 +35,12 @@ def _add_demo(add: AddParser) -> None:
         help="JSONL, plain or gzip, one object per line with problem_id, prompt, text and correct "
         "(default: generated arithmetic)",
     )
-    demo.add_argument("--objective", default="dapo", metavar="NAME", help="default: %(default)s")
+    demo.add_argument(
+        "--objective",
+        default="dapo",
+        metavar="NAME",
+        help="a named constructor of Objective: dapo, gppo, bapo, gtpo, … (default: %(default)s)",
+    )
     demo.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     demo.add_argument(
         "--out",

@@ -34,6 +34,7 @@ LOSS, STATS = "test_policy_loss_", "test_policy_loss.py::test_"
 FORMULA = LOSS + "objectives.py::test_reference_is_the_published_formula"
 FUSED = LOSS + "objectives.py::test_objective"
 ROWS = STATS + "statistics_and_gradient_on_hard_rows"
+SFT = SCALING + "sft_of_astro_sky_t1_and_ded"
 PROMPTS = "the rest is prompts and scheduling"
 
 PAPERS = (
@@ -63,7 +64,7 @@ PAPERS = (
           (SHAPING + "representation_based_exploration",
            SCALING + "representation_based_exploration_at_test_time")),
     Paper(8, "DED", "Beyond Scaling Law: A Data-Efficient Distillation Framework for Reasoning",
-          ("scaling.select_diverse", "linear_token_stats"), (SCALING + "ded",)),
+          ("scaling.select_diverse", "linear_token_stats"), (SCALING + "ded", SFT)),
     Paper(9, "STAND", "Accelerated Test-Time Scaling with Model-Free Speculative Sampling",
           ("NgramTable", "DraftTree", "tune_tree", "verify_tree")),
     Paper(10, "Solve-Detect-Verify", "Solve-Detect-Verify: Inference-Time Scaling with Flexible "
@@ -84,7 +85,7 @@ PAPERS = (
           ("shaping.gae", "shaping.length_adaptive_lambda"), (SHAPING + "enigmata",)),
     Paper(15, "Structure, not content", "LLMs Can Easily Learn to Reason from Demonstrations "
           "Structure, not content, is what matters!",
-          ("linear_token_stats",), note="fine-tuning loss"),
+          ("linear_token_stats",), (SFT,), "fine-tuning loss"),
     Paper(16, "Datarus-R1", "Datarus-R1: An Adaptive Multi-Step Reasoning LLM for Automated Data "
           "Analysis",
           ("shaping.mix_rewards", "shaping.cosine", "Objective.grpo"),
@@ -113,7 +114,7 @@ PAPERS = (
     Paper(23, "ASTRO", "ASTRO: Teaching Language Models to Reason by Reflecting and Backtracking "
           "In-Context",
           ("linear_token_stats", "shaping.group_advantages"),
-          (SHAPING + "group_advantages",), 'advantages with scale="none"'),
+          (SHAPING + "group_advantages", SFT), 'advantages with scale="none"'),
     Paper(24, "TTT-Bench", "TTT-Bench: A Benchmark for Evaluating Reasoning Ability with Simple "
           "and Novel Tic-Tac-Toe-style Games",
           ("scaling.pass_at_k", "scaling.cons_at_k"),

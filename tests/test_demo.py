@@ -218,6 +218,7 @@ def test_eager_formulation_equals_policy_loss(name):
         twin,
         targets,
         old_logprob=old,
+        rollout_logprob=old,
         advantage=advantage,
         weight=weight,
         objective=objective,

@@ -58,7 +58,7 @@ def clip_cov(b: Batch) -> TokenLoss:
         unclipped = torch.where(a > 0, r <= 1.2, r >= 0.8)
         eligible = used & unclipped & (cov > LOW) & (cov < HIGH)
         count = min(max(1, int(FRACTION * int(used.sum()))), int(eligible.sum()))
-        keys = selection.random_keys(used.numel(), 5, used.device, None).view(used.shape)
+        keys = selection.random_keys(used.numel(), 5, used.device, ()).view(used.shape)
         order = keys[eligible].sort(descending=True).values
         dropped = eligible & (keys >= order[count - 1]) if count else eligible
         return torch.where(dropped, 0.0, literal.ppo(r, a, 0.8, 1.2))
@@ -270,6 +270,23 @@ def test_metrics_count_with_the_bounds_that_were_chosen() -> None:
     torch.testing.assert_close(out.loss, expected.loss)
     torch.testing.assert_close(out.metrics.compute(), expected.metrics.compute())
     assert out.metrics.compute()["clip_frac"] > 0
+
+
+@every
+def test_from_hidden_states(name: str) -> None:
+    """`linear_policy_loss` chooses what `policy_loss` chooses on the product."""
+    make, _ = ADAPTIVE[name]
+    b = make_batch().clean()
+    given = b.given(*names(name))
+    head = torch.eye(b.logits.shape[-1], dtype=torch.float64)
+    pairs = [[b.leaf(), head.clone().requires_grad_()] for _ in range(2)]
+    out = rk.linear_policy_loss(*pairs[0], b.targets, objective=make(), **given)
+    logits = pairs[1][0] @ pairs[1][1].mT
+    expected = policy_loss(logits, b.targets, objective=make(), **given)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(out.metrics.compute(), expected.metrics.compute())
+    found = torch.autograd.grad(out.loss, pairs[0])
+    torch.testing.assert_close(found, torch.autograd.grad(expected.loss, pairs[1]))
 
 
 @every

@@ -75,7 +75,7 @@ def test_kth_largest_of_any_floats(values: list[float], data: Any) -> None:
         k = data.draw(st.integers(1, len(values)))
         keys = selection.ordered_integers(x)
         used = torch.ones_like(keys, dtype=torch.bool)
-        found = selection.kth_largest(keys, used, torch.tensor(k), bits, None)
+        found = selection.kth_largest(keys, used, torch.tensor(k), bits, ())
         expected = x.sort(descending=True).values[k - 1]
         assert found == selection.ordered_integers(expected)
 
@@ -86,7 +86,7 @@ def test_kth_largest_of_any_integers(values: list[int], data: Any) -> None:
     keys = torch.tensor(values)
     k = data.draw(st.integers(1, len(values)))
     used = torch.ones_like(keys, dtype=torch.bool)
-    found = selection.kth_largest(keys, used, torch.tensor(k), 64, None)
+    found = selection.kth_largest(keys, used, torch.tensor(k), 64, ())
     assert found == sorted(values, reverse=True)[k - 1]
 
 
@@ -151,7 +151,7 @@ def test_clip_cov_draws_from_the_candidates(fraction: float) -> None:
         k = min(max(1, floor_share(fraction, int(mask.sum()))), int(eligible.sum()))
         found = rk.covariance_mask(lp, a, mask, fraction=fraction, candidates=free, seed=seed)
         assert found.sum() == k and not (found & ~eligible).any()
-        keys = selection.random_keys(mask.numel(), seed, mask.device, None)
+        keys = selection.random_keys(mask.numel(), seed, mask.device, ())
         assert torch.equal(found, eligible & (keys >= keys[eligible].sort().values[-k]))
 
 
@@ -183,7 +183,7 @@ def test_the_draw_is_seeded_and_even() -> None:
 
 def test_random_keys_are_distinct_and_the_published_hash() -> None:
     """SplitMix64 from seed 0 starts with these words."""
-    keys = selection.random_keys(100_000, 0, torch.device("cpu"), None)
+    keys = selection.random_keys(100_000, 0, torch.device("cpu"), ())
     assert keys.unique().numel() == keys.numel()
     state = torch.tensor([1, 2, 3]) * selection._signed(selection.GOLDEN)
     words = [w % 2**64 for w in selection._mix(state).tolist()]

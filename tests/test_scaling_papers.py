@@ -403,3 +403,22 @@ def test_not_all_correct_answers_are_equal() -> None:
     assert kept.sum() == 1
     lengths = scaling.length_statistics(mask.sum(1), torch.tensor([True, False]))
     assert (lengths.mean_correct, lengths.mean_wrong) == (5, 2)
+
+
+def test_sft_of_astro_sky_t1_and_ded() -> None:
+    """The fine-tuning loss of a trace and its gradients, from hidden states, without the logits."""
+    hidden, weight = randn(2, 5, 6, seed=8), randn(11, 6, seed=9)
+    targets = torch.arange(10).view(2, 5)
+    mask = torch.tensor([[0, 1, 1, 1, 1], [0, 1, 0, 0, 0]]).bool()  # the prompt is not trained
+
+    def gradients(loss: Tensor, of: tuple[Tensor, Tensor]) -> list[Tensor]:
+        return [loss.detach(), *torch.autograd.grad(loss, of)]
+
+    mine = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    stats = rk.linear_token_stats(*mine, targets, mask=mask)
+    got = gradients(-(rk.token_weights(mask) * stats.logprob).sum(), mine)
+    plain = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logits = (plain[0] @ plain[1].T)[mask]
+    loss = torch.nn.functional.cross_entropy(logits, targets[mask])
+    for a, b in zip(got, gradients(loss, plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)

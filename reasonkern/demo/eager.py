@@ -1,7 +1,7 @@
 """The same losses as a plain torch user writes them: log_softmax, gather, entropy, autograd.
 
-An independent second implementation: it shares nothing with the kernels or their reference, and
-the demo measures its own training gradients against it.
+An independent second implementation: it shares nothing with the kernels or their reference (but
+Clip-Cov's random draw), and the demo measures its own training gradients against it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+import reasonkern as rk
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Terms:
     a: Tensor  # (B, 1) advantage
     mask: Tensor  # (B, T) 0 or 1
     o: Any
+    entropy: Tensor  # (B, T)
 
     @property
     def log_ratio(self) -> Tensor:
@@ -68,7 +71,8 @@ def policy_loss(logits: Tensor, rows: Rows, name: str, objective: Any, kl_coef: 
     """Policy term of the named objective, k3 KL to the reference and entropy bonus."""
     logprob, entropy = logprob_and_entropy(logits, rows.targets)
     mask = (rows.weight != 0).to(logprob.dtype)
-    terms = Terms(logprob, rows.old_logprob, rows.advantage.unsqueeze(1), mask, objective)
+    advantage = rows.advantage.unsqueeze(1)
+    terms = Terms(logprob, rows.old_logprob, advantage, mask, objective, entropy)
     distance = torch.where(mask > 0, rows.ref_logprob - logprob, 0.0)
     kl: Tensor = distance.exp() - distance - 1
     loss: Tensor = rows.weight * (FORMULAS[name](terms) + kl_coef * kl)
@@ -143,8 +147,54 @@ def _vespo(t: Terms) -> Tensor:
     return -(lam + k * log_w - lam * log_w.exp()).exp() * t.a * t.logprob
 
 
+def _bapo(t: Terms) -> Tensor:
+    """The search of the paper, one probe after the other; the old policy sampled."""
+    used = t.mask > 0
+    r, a = t.ratio.detach()[used].double(), t.a.expand_as(t.mask)[used].double()
+    p = t.old[used].double().exp()
+    low, high = 0.6, 1.2
+    while True:
+        kept = p * torch.minimum(r * a, r.clamp(low, high) * a).abs()
+        if not kept[a > 0].sum() / kept.sum() < 0.4 or (low, high) == (0.9, 3.0):
+            break
+        low, high = (low, min(high + 0.05, 3.0)) if high < 3.0 else (min(low + 0.02, 0.9), high)
+    return -torch.minimum(t.ratio * t.a, t.ratio.clamp(low, high) * t.a)
+
+
+def _covariance(t: Terms) -> Tensor:
+    used, logprob, a = t.mask > 0, t.logprob.detach().double(), t.a.double().expand_as(t.mask)
+    return (a - a[used].mean()) * (logprob - logprob[used].mean())
+
+
+def _clip_cov(t: Terms) -> Tensor:
+    unclipped = torch.where(t.a > 0, t.ratio <= t.o.ratio_max, t.ratio >= t.o.ratio_min)
+    dropped = rk.covariance_mask(t.logprob.detach(), t.a, t.mask, candidates=unclipped)
+    return torch.where(dropped, 0.0, _clip(t))
+
+
+def _kl_cov(t: Terms) -> Tensor:
+    covariance = _covariance(t)
+    count = max(1, int(2e-4 * t.mask.sum()))
+    threshold = covariance[t.mask > 0].topk(count).values[-1]
+    # At r = 1 rounding would decide the sign of the penalty's gradient, which is 0.
+    moved = (covariance >= threshold) & (t.log_ratio.abs() > 1e-6)
+    penalty = torch.where(moved, t.log_ratio.abs(), 0.0)
+    return penalty - t.ratio * t.a
+
+
+def _high_entropy(t: Terms) -> Tensor:
+    used = t.mask > 0
+    threshold = t.entropy.detach()[used].topk(math.ceil(0.2 * int(used.sum()))).values[-1]
+    return torch.where(t.entropy.detach() >= threshold, _clip(t), 0.0)
+
+
+def _gtpo(t: Terms) -> Tensor:
+    """Without conflict weights, and without the filter: the model starts above ln 2."""
+    return -(t.a - 0.1 * t.mean(t.entropy.detach())) * t.logprob
+
+
 FORMULAS: dict[str, Callable[[Terms], Tensor]] = {
-    **dict.fromkeys(("ppo", "grpo", "dapo", "dr_grpo"), _clip),
+    **dict.fromkeys(("ppo", "grpo", "dapo", "dr_grpo", "tppo"), _clip),
     **dict.fromkeys(("gppo", "ce_gppo"), _gppo),
     **dict.fromkeys(("cispo", "reinforce", "gpg", "rloo"), _cispo),
     "sapo": _sapo,
@@ -154,4 +204,9 @@ FORMULAS: dict[str, Callable[[Terms], Tensor]] = {
     "dppo_tv": _dppo_tv,
     "dppo_kl": _dppo_kl,
     "dro": _dro,
+    "bapo": _bapo,
+    "clip_cov": _clip_cov,
+    "kl_cov": _kl_cov,
+    "high_entropy": _high_entropy,
+    "gtpo": _gtpo,
 }

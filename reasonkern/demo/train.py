@@ -10,6 +10,7 @@ from torch import Tensor
 
 import reasonkern as rk
 
+from ..policy_loss.catalog import OBJECTIVES
 from . import eager
 from .context import Context, progress
 from .model import Transformer
@@ -22,20 +23,16 @@ WARM_UP = 10  # steps
 EPOCHS = 4  # over the same logged groups
 EPOCHS_PER_SNAPSHOT = 2
 CHECKS = 4  # steps of a stage at which the gradient is compared
-# Where the published method aggregates differently from a mean over tokens.
-AGGREGATION = {
-    "grpo": "seq-mean-token-mean",
-    "sapo": "seq-mean-token-mean",
-    "gspo": "seq-mean-token-mean",
-    "gmpo": "seq-mean-token-mean",
-    "dr_grpo": "constant",
-}
+AGGREGATION = {entry.name: entry.aggregation for entry in OBJECTIVES}
+# GTPO drops no sequence while the model it started from has more entropy than ln 2 per token.
+ARGUMENTS: dict[str, dict[str, Any]] = {"gtpo": {"initial_entropy": 1.0}}
 
 
 def build_objective(name: str) -> rk.Objective:
     """The named objective with its published defaults, KL to the reference and entropy bonus."""
     make: Callable[..., rk.Objective] = getattr(rk.Objective, name)
-    return make(kl=("k3", KL_COEF), entropy_coef=ENTROPY_COEF)
+    terms = {"kl": ("k3", KL_COEF), "entropy_coef": ENTROPY_COEF}
+    return make(**ARGUMENTS.get(name, {}), **terms)
 
 
 def fine_tune(context: Context) -> None:
@@ -123,7 +120,7 @@ def _logged_batches(context: Context) -> list[Batch]:
 
 def policy_rows(context: Context, batch: Batch, old: Tensor, reference: Tensor) -> eager.Rows:
     """What the loss of a logged batch needs beside the logits."""
-    mode = AGGREGATION.get(context.config.objective, "token-mean")
+    mode = AGGREGATION[context.config.objective]
     weight = rk.token_weights(batch.mask, mode=mode)
     return eager.Rows(batch.targets, batch.advantage, weight, old, reference)
 
@@ -136,6 +133,7 @@ def fused_policy_loss(
         logits,
         rows.targets,
         old_logprob=rows.old_logprob,
+        rollout_logprob=rows.old_logprob,
         ref_logprob=rows.ref_logprob,
         advantage=rows.advantage,
         weight=rows.weight,

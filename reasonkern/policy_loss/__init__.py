@@ -25,6 +25,7 @@ from .inputs import (
     check_rows,
     row_context,
 )
+from .linear import linear_policy_loss, linear_token_stats
 from .metrics import PolicyMetrics, loss_metrics
 from .objective import KL, Importance, Objective
 from .outputs import PolicyLossOutput, TokenStats
@@ -46,6 +47,8 @@ __all__ = [
     "covariance_mask",
     "entropy_filter",
     "high_entropy_mask",
+    "linear_policy_loss",
+    "linear_token_stats",
     "policy_loss",
     "token_stats",
     "token_weights",

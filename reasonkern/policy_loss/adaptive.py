@@ -1,13 +1,14 @@
 """Objectives that look at the whole batch: BAPO, Clip-Cov, KL-Cov, 80/20, GTPO.
 
 A rule runs between the two passes over the logits, on this pass's log-probabilities and entropies,
-and turns its objective into one that maps each row by itself. What it chooses is detached.
+and turns its objective into one that maps each row by itself. What it chooses is detached. The
+batch is that of the call, over the data and segment groups of its `Parallel`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from .. import _checks
 from .bapo import PUBLISHED, Range, grid, search
 from .conflict import check_filter, shape_advantage
+from .parallel import batch_groups
 from .reference import Hyper, clamped_exp
 from .selection import covariance, draw_between, select_high, select_top
 
@@ -57,7 +59,6 @@ class BalancedBounds(Rule):
     low: Range | None
     high: Range | None
     target: float | None
-    data_group: Any
 
     def __post_init__(self) -> None:
         """Refuses what `bapo_bounds` refuses."""
@@ -84,7 +85,7 @@ class BalancedBounds(Rule):
         rollout = context.rollout_logprob if self.needs_rollout else None
         bounds = search(
             rows.ratio(context, h), context.advantage, rows.used, rollout, self.variant,
-            self.grids(), target, self.data_group,
+            self.grids(), target, batch_groups(context.parallel),
         )  # fmt: skip
         return replace(o, rule=None, ratio_min=bounds[0], ratio_max=bounds[1]), context
 
@@ -99,7 +100,6 @@ class CovarianceSelection(Rule):
     high: float
     coef: float
     seed: int | Tensor
-    data_group: Any
 
     def __post_init__(self) -> None:
         """Refuses what `covariance_mask` refuses."""
@@ -111,16 +111,16 @@ class CovarianceSelection(Rule):
         self, o: Objective, rows: Rows, context: RowContext, h: Hyper
     ) -> tuple[Objective, RowContext]:
         """A selection for Clip-Cov, a penalty for KL-Cov."""
-        a, group = context.advantage, self.data_group
-        cov, count = covariance(rows.logprob, a, rows.used, group)
+        a, groups = context.advantage, batch_groups(context.parallel)
+        cov, count = covariance(rows.logprob, a, rows.used, groups)
         if self.mode == "kl":
-            chosen = select_top(cov, rows.used, count, self.fraction, group)
+            chosen = select_top(cov, rows.used, count, self.fraction, groups)
             penalty = self.coef * chosen.to(rows.logprob.dtype)
             return replace(o, rule=None, log_ratio_penalty=penalty), context
         r = rows.ratio(context, h)
         clipped = ((a > 0) & (r > h.ratio_max)) | ((a < 0) & (r < h.ratio_min))
         dropped = draw_between(
-            cov, rows.used & ~clipped, count, self.fraction, self.low, self.high, self.seed, group
+            cov, rows.used & ~clipped, count, self.fraction, self.low, self.high, self.seed, groups
         )
         return replace(o, rule=None, selection=_both(o, ~dropped, context)), context
 
@@ -130,7 +130,6 @@ class HighEntropySelection(Rule):
     """`high_entropy_mask` of the batch."""
 
     rho: float
-    data_group: Any
 
     def __post_init__(self) -> None:
         """Refuses what `high_entropy_mask` refuses."""
@@ -140,7 +139,7 @@ class HighEntropySelection(Rule):
         self, o: Objective, rows: Rows, context: RowContext, h: Hyper
     ) -> tuple[Objective, RowContext]:
         """The others are left out of the policy term; the weights stay."""
-        kept = select_high(rows.entropy, rows.used, self.rho, self.data_group)
+        kept = select_high(rows.entropy, rows.used, self.rho, batch_groups(context.parallel))
         return replace(o, rule=None, selection=_both(o, kept, context)), context
 
 

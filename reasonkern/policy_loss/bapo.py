@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._checks import check_tensor
+from .parallel import check_group, total
 
 BLOCK = 1 << 16  # rows per pass; the table of a block is (grid points, BLOCK) in float64
 MAX_STEPS = 1000
@@ -62,7 +64,7 @@ def bapo_bounds(
 
     The bounds are those of the probe-by-probe loop ``lo = min(lo + step, max)``, but all grid
     points are evaluated in one pass (float64) without a synchronisation, and ranks add their sums
-    with one all-reduce.
+    in rank order after one all-gather.
 
     Args:
         ratio: pi / pi_old per token, any shape.
@@ -90,6 +92,7 @@ def bapo_bounds(
         >>> [round(x.item(), 2) for x in bounds]
         [0.8, 1.3]
     """
+    check_group("data_group", data_group)
     _checks.check_choice("variant", variant, PUBLISHED)
     published = PUBLISHED[variant]
     if variant == "paper" and rollout_logprob is None:
@@ -109,7 +112,8 @@ def bapo_bounds(
         if x is not None:
             _checks.check_finite(name, x, trained)
     with torch.no_grad():
-        return search(ratio, rows[0], trained, weight, variant, grids, target, data_group)
+        groups = () if data_group is None else (data_group,)
+        return search(ratio, rows[0], trained, weight, variant, grids, target, groups)
 
 
 def _like(name: str, x: object, ratio: Tensor) -> Tensor:
@@ -145,7 +149,7 @@ def search(
     variant: str,
     grids: tuple[tuple[float, ...], tuple[float, ...]],
     target: float,
-    data_group: Any,
+    groups: Sequence[Any],
 ) -> tuple[Tensor, Tensor]:
     """`bapo_bounds` on checked inputs; rows outside ``trained`` may hold anything."""
     lows, highs = (_constant(points, ratio.device) for points in grids)
@@ -154,9 +158,7 @@ def search(
         amount = amount * rollout_logprob.double().exp()
     amount = torch.where(trained, amount, 0.0).reshape(-1)
     ratio = torch.where(trained, ratio.double(), 0.0).reshape(-1)
-    sums = _side_sums(ratio, amount, lows, highs)
-    if data_group is not None:
-        torch.distributed.all_reduce(sums, group=data_group)
+    sums = total(_side_sums(ratio, amount, lows, highs), *groups)
     pos, neg = sums.split((len(highs), len(lows)))
     low_last, high_last = len(lows) - 1, len(highs) - 1
     if variant == "paper":  # (low, high) of every probe, in the order of the loop

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._checks import check_tensor
+from .._checks import check_tensor as check_tensor
 from .objective import Importance, Objective
 from .parallel import Parallel
 from .reference import accumulator_dtype, active_rows

@@ -317,19 +317,18 @@ class Objective:
         low: Range | None = None,
         high: Range | None = None,
         target: float | None = None,
-        data_group: Any = None,
         **terms: Any,
     ) -> Objective:
         """PPO's loss with bounds from `reasonkern.bapo_bounds` of each batch (BAPO, 2510.18927).
 
         ``variant="paper"`` needs ``rollout_logprob``; pass ``old_logprob`` there if that policy
         sampled. ``variant="code"`` clips dually at 3 unless ``dual_clip`` is given, as the released
-        code does. The batch is the call's, over ``data_group`` if given; for a window of several
-        calls compute the bounds once and use `ppo` with them.
+        code does. The batch is the call's, over the ranks of its ``parallel``; for a window of
+        several calls compute the bounds once and use `ppo` with them.
         """
         if variant == "code":
             terms = {"dual_clip": 3.0, **terms}
-        return cls("bapo", rule=BalancedBounds(variant, low, high, target, data_group), **terms)
+        return cls("bapo", rule=BalancedBounds(variant, low, high, target), **terms)
 
     @classmethod
     def clip_cov(
@@ -340,7 +339,6 @@ class Objective:
         low: float = 1.0,
         high: float = 5.0,
         seed: int | Tensor = 0,
-        data_group: Any = None,
         **terms: Any,
     ) -> Objective:
         """PPO's loss without a few unclipped tokens of high covariance (Clip-Cov, 2505.22617).
@@ -348,19 +346,17 @@ class Objective:
         They are drawn by `reasonkern.covariance_mask`; give another ``seed`` each step. The bounds
         are those of the paper's PPO, the rest its and verl's defaults.
         """
-        rule = CovarianceSelection("clip", fraction, low, high, 0.0, seed, data_group)
+        rule = CovarianceSelection("clip", fraction, low, high, 0.0, seed)
         return cls("clip_cov", ratio_min=ratio_min, ratio_max=ratio_max, rule=rule, **terms)
 
     @classmethod
-    def kl_cov(
-        cls, fraction: float = 2e-4, coef: float = 1.0, data_group: Any = None, **terms: Any
-    ) -> Objective:
+    def kl_cov(cls, fraction: float = 2e-4, coef: float = 1.0, **terms: Any) -> Objective:
         """-rA, + coef |log r| on the tokens of largest covariance (KL-Cov, arXiv 2505.22617).
 
         The ratio is not clipped. The paper takes fraction 2e-3 for 7B and 2e-4 for 32B with coef 1;
         verl's configuration has 2e-4 and 0.1.
         """
-        rule = CovarianceSelection("kl", fraction, 0.0, 0.0, coef, 0, data_group)
+        rule = CovarianceSelection("kl", fraction, 0.0, 0.0, coef, 0)
         return cls("kl_cov", rule=rule, **terms)
 
     @classmethod
@@ -369,7 +365,6 @@ class Objective:
         rho: float = 0.2,
         ratio_min: Number | None = 0.8,
         ratio_max: Number | None = 1.28,
-        data_group: Any = None,
         **terms: Any,
     ) -> Objective:
         """DAPO's loss on the share rho of tokens of highest entropy ("80/20", arXiv 2506.01939).
@@ -377,7 +372,7 @@ class Objective:
         The others keep their part in the normaliser, as in TRL; the paper divides by the selected
         ones: then divide the weights by rho. See `reasonkern.high_entropy_mask`.
         """
-        rule = HighEntropySelection(rho, data_group)
+        rule = HighEntropySelection(rho)
         return cls("high_entropy", ratio_min=ratio_min, ratio_max=ratio_max, rule=rule, **terms)
 
     @classmethod

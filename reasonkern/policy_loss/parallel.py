@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _checks
+from .op import claim_backward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -141,6 +142,14 @@ def group_total(x: Tensor, group: ProcessGroup | None) -> Tensor:
     if torch.is_grad_enabled() and x.requires_grad:
         return _GroupTotal.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
     return total(x, group)
+
+
+def batch_groups(parallel: Parallel | None) -> tuple[ProcessGroup, ...]:
+    """Groups over which a statistic of the whole batch adds up: pieces first, then sequences."""
+    if parallel is None:
+        return ()
+    groups = (parallel.segment_group, parallel.data_group)
+    return tuple(group for group in groups if group is not None)
 
 
 # ---- the shard of a rank
@@ -329,8 +338,10 @@ class _ShardedStats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, targets, owner, row_temperature, *saved = ctx.saved_tensors
         temperature, softcap, shard, inplace = ctx.given
+        if inplace:
+            claim_backward(ctx)
+        logits, targets, owner, row_temperature, *saved = ctx.saved_tensors
         if all(g is None for g in grads[:4]):
             return (None,) * 8
         args = (

@@ -7,6 +7,7 @@ is no limit on the number of elements (`torch.quantile` refuses more than 2^24).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -15,7 +16,9 @@ from torch import Tensor
 
 from .. import _checks
 from .._checks import check_tensor
+from .parallel import check_group, gather, total
 
+Groups = Sequence[Any]  # of ranks whose elements form one batch: axes of a mesh
 DIGIT = 16
 GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64 (Steele, Lea & Flood 2014), a bijection of 64-bit words
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
@@ -54,15 +57,15 @@ def high_entropy_mask(
         _checks.fail("rho", "a share in (0, 1]", repr(rho))
     _checks.check_finite("entropy", entropy, trained)
     with torch.no_grad():
-        return select_high(entropy, trained, rho, data_group)
+        return select_high(entropy, trained, rho, as_groups(data_group))
 
 
-def select_high(entropy: Tensor, trained: Tensor, rho: float, data_group: Any) -> Tensor:
+def select_high(entropy: Tensor, trained: Tensor, rho: float, groups: Groups) -> Tensor:
     """`high_entropy_mask` on checked inputs."""
-    count = _total(trained.sum(), data_group)
+    count = _added(trained.sum(), groups)
     share = Fraction(str(rho)).limit_denominator(10**6)
     rank = -torch.div(-count * share.numerator, share.denominator, rounding_mode="floor")
-    return _at_least_kth(entropy, trained, rank, data_group)
+    return _at_least_kth(entropy, trained, rank, groups)
 
 
 def covariance_mask(
@@ -137,32 +140,33 @@ def covariance_mask(
         _checks.check_shape("candidates", candidates, logprob.shape, "logprob.shape")
     for name, x in (("logprob", logprob), ("advantage", advantage)):
         _checks.check_finite(name, x, trained)
+    groups = as_groups(data_group)
     with torch.no_grad():
-        cov, count = covariance(logprob, advantage, trained, data_group)
+        cov, count = covariance(logprob, advantage, trained, groups)
         if mode == "kl":
-            return select_top(cov, trained, count, fraction, data_group)
+            return select_top(cov, trained, count, fraction, groups)
         drawn = trained if candidates is None else trained & candidates
-        return draw_between(cov, drawn, count, fraction, low, high, seed, data_group)
+        return draw_between(cov, drawn, count, fraction, low, high, seed, groups)
 
 
 def covariance(
-    logprob: Tensor, advantage: Tensor, trained: Tensor, data_group: Any
+    logprob: Tensor, advantage: Tensor, trained: Tensor, groups: Groups
 ) -> tuple[Tensor, Tensor]:
     """((A - mean A)(logp - mean logp) in float64, number of trained tokens)."""
     lp = torch.where(trained, logprob.double(), 0.0)
     a = torch.where(trained, advantage.double(), 0.0)
-    sums = _total(torch.stack((trained.sum().double(), lp.sum(), a.sum())), data_group)
+    sums = total(torch.stack((trained.sum().double(), lp.sum(), a.sum())), *groups)
     count = sums[0]
     mean_lp, mean_a = (sums[1:] / count.clamp_min(1)).unbind()
     return (a - mean_a) * (lp - mean_lp), count.long()
 
 
 def select_top(
-    cov: Tensor, trained: Tensor, count: Tensor, fraction: float, data_group: Any
+    cov: Tensor, trained: Tensor, count: Tensor, fraction: float, groups: Groups
 ) -> Tensor:
     """KL-Cov's tokens."""
     rank = torch.minimum(_share(count, fraction), count)
-    return _at_least_kth(cov, trained, rank, data_group)
+    return _at_least_kth(cov, trained, rank, groups)
 
 
 def draw_between(
@@ -173,13 +177,13 @@ def draw_between(
     low: float,
     high: float,
     seed: int | Tensor,
-    data_group: Any,
+    groups: Groups,
 ) -> Tensor:
     """Clip-Cov's tokens."""
     eligible = candidates & (cov > low) & (cov < high)
-    rank = torch.minimum(_share(count, fraction), _total(eligible.sum(), data_group))
-    keys = random_keys(cov.numel(), seed, cov.device, data_group).view(cov.shape)
-    return eligible & (keys >= kth_largest(keys, eligible, rank, 64, data_group)) & (rank > 0)
+    rank = torch.minimum(_share(count, fraction), _added(eligible.sum(), groups))
+    keys = random_keys(cov.numel(), seed, cov.device, groups).view(cov.shape)
+    return eligible & (keys >= kth_largest(keys, eligible, rank, 64, groups)) & (rank > 0)
 
 
 def _share(count: Tensor, fraction: float) -> Tensor:
@@ -188,12 +192,12 @@ def _share(count: Tensor, fraction: float) -> Tensor:
     return of_all.clamp_min(1)
 
 
-def _at_least_kth(x: Tensor, used: Tensor, rank: Tensor, data_group: Any) -> Tensor:
+def _at_least_kth(x: Tensor, used: Tensor, rank: Tensor, groups: Groups) -> Tensor:
     """Elements >= the rank-th largest used one; none when there is none."""
     if x.dtype not in (torch.float32, torch.float64):
         x = x.float()
     keys, bits = ordered_integers(x), 8 * x.element_size()
-    return used & (keys >= kth_largest(keys, used, rank, bits, data_group)) & (rank > 0)
+    return used & (keys >= kth_largest(keys, used, rank, bits, groups)) & (rank > 0)
 
 
 def ordered_integers(x: Tensor) -> Tensor:
@@ -203,7 +207,7 @@ def ordered_integers(x: Tensor) -> Tensor:
     return torch.where(bits < 0, bits ^ torch.iinfo(integer).max, bits).long()
 
 
-def kth_largest(keys: Tensor, used: Tensor, k: Tensor, bits: int, data_group: Any) -> Tensor:
+def kth_largest(keys: Tensor, used: Tensor, k: Tensor, bits: int, groups: Groups) -> Tensor:
     """The k-th largest key where ``used``, 0-dim int64, 1 <= k <= how many there are.
 
     ``keys`` are int64 that fit ``bits`` signed bits. From the top digit down: a histogram of the
@@ -216,7 +220,7 @@ def kth_largest(keys: Tensor, used: Tensor, k: Tensor, bits: int, data_group: An
         offset = 1 << (DIGIT - 1) if shift == bits - DIGIT else 0
         digit = ((keys >> shift) + offset) & ((1 << DIGIT) - 1)
         histogram = keys.new_zeros(1 << DIGIT).scatter_add_(0, digit, used.long())
-        histogram = _total(histogram, data_group)
+        histogram = _added(histogram, groups)
         at_least = histogram.flip(0).cumsum(0).flip(0)
         chosen = ((at_least >= k).sum() - 1).clamp_min(0)
         k = k - at_least.take(chosen) + histogram.take(chosen)
@@ -225,11 +229,11 @@ def kth_largest(keys: Tensor, used: Tensor, k: Tensor, bits: int, data_group: An
     return found
 
 
-def random_keys(count: int, seed: int | Tensor, device: torch.device, data_group: Any) -> Tensor:
+def random_keys(count: int, seed: int | Tensor, device: torch.device, groups: Groups) -> Tensor:
     """Distinct int64 by a hash of (seed, index); indices go on from rank to rank."""
     index = torch.arange(count, device=device)
-    if data_group is not None:
-        index = index + _offset(count, device, data_group)
+    if groups:
+        index = index + _offset(count, device, groups)
     base = seed.to(index) if isinstance(seed, Tensor) else index.new_full((), _signed(seed))
     return _mix(_mix(base + _signed(GOLDEN)) + index * _signed(GOLDEN))
 
@@ -250,19 +254,28 @@ def _signed(word: int) -> int:
     return word - (1 << 64) if word >> 63 else word
 
 
-def _offset(count: int, device: torch.device, data_group: Any) -> Tensor:
-    import torch.distributed as dist
+def _offset(count: int, device: torch.device, groups: Groups) -> Tensor:
+    """Elements on the ranks before this one; the first group's ranks follow each other."""
+    size = torch.full((), count, device=device)
+    offset = torch.zeros_like(size)
+    for group in groups:
+        sizes = gather(size, group)
+        offset = offset + sizes[: torch.distributed.get_rank(group)].sum()
+        size = sizes.sum()
+    return offset
 
-    mine = torch.full((1,), count, device=device)
-    counts = [torch.empty_like(mine) for _ in range(dist.get_world_size(data_group))]
-    dist.all_gather(counts, mine, group=data_group)
-    return torch.cat(counts)[: dist.get_rank(data_group)].sum()
+
+def _added(counts: Tensor, groups: Groups) -> Tensor:
+    """Integers, summed over the ranks in place: their order does not matter."""
+    for group in groups:
+        torch.distributed.all_reduce(counts, group=group)
+    return counts
 
 
-def _total(x: Tensor, data_group: Any) -> Tensor:
-    if data_group is not None:
-        torch.distributed.all_reduce(x, group=data_group)
-    return x
+def as_groups(data_group: Any) -> Groups:
+    """The groups of one optional process group."""
+    check_group("data_group", data_group)
+    return () if data_group is None else (data_group,)
 
 
 def _trained(name: str, x: Tensor, mask: Tensor) -> Tensor:
