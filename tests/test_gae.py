@@ -145,12 +145,17 @@ def test_one_block_of_the_real_size() -> None:
         torch.testing.assert_close(a.double().cpu(), b, rtol=1e-4, atol=1e-4)
 
 
-def test_many_rows_and_long_rows(poisoned_empty: None) -> None:
-    """Blocks of rows with a rest, and an answer as long as they get, in float64."""
-    for shape in ((1, 20_000), (37, 300)):
-        reward, value = randn(*shape, seed=6), randn(*shape, seed=7)
-        mask = torch.rand(shape, generator=torch.Generator().manual_seed(8)) < 0.9
-        args = (reward, value, mask, None, None, None, None, 1.0, 0.999, 1.0, False)
+@pytest.mark.parametrize(
+    ("rows", "length"),
+    [(37, 3), (9, 8), (9, 9), (2, 1023), (2, 1024), (2, 1025), (2, 1031), (2, 1033), (1, 9000)],
+)
+def test_chunks_of_the_cpu_kernel(poisoned_empty: None, rows: int, length: int) -> None:
+    """Lengths around its windows of 8 and its chunks of 1024 tokens, in float64."""
+    reward, value = randn(rows, length, seed=6), randn(rows, length, seed=7)
+    mask = torch.rand(rows, length, generator=torch.Generator().manual_seed(8)) < 0.9
+    lam = torch.linspace(0, 1, rows, dtype=torch.float64)
+    for given in (None, mask):
+        args = (reward, value, given, lam, None, None, None, 1.0, 0.0, 0.999, True)
         got = torch.ops.reasonkern.gae(*args)
         for a, b in zip(got, reference.gae(*args), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-9)

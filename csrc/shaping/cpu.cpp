@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../common/checks.h"
 #include "gae.h"
@@ -39,18 +40,11 @@ const T* read(const MaybeTensor& t, const char* name, ScalarType dtype, IntHeade
 
 template <class T>
 void run_gae(const GaeParams<T>& p) {
-  constexpr int kRows = 4;
-  const int64_t blocks = p.length == 0 ? 0 : (p.rows + kRows - 1) / kRows;
-  const int64_t grain = std::max<int64_t>(1, 4096 / std::max<int64_t>(1, p.length));
-  torch::stable::parallel_for(0, blocks, grain, [&p](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kRows;
-      if (first + kRows <= p.rows) {
-        gae_rows<T, kRows>(p, first);
-      } else {
-        for (int64_t row = first; row < p.rows; ++row) gae_rows<T, 1>(p, row);
-      }
-    }
+  if (p.length == 0) return;
+  const int64_t grain = std::max<int64_t>(1, 16384 / p.length);
+  torch::stable::parallel_for(0, p.rows, grain, [&p](int64_t begin, int64_t end) {
+    std::vector<T> scratch(p.mask == nullptr ? 0 : 4 * p.length + 1);
+    for (int64_t row = begin; row < end; ++row) gae_row(p, row, scratch.data());
   });
 }
 
