@@ -39,7 +39,8 @@ class Chain {
     for (int64_t t = rest; t-- > 0;) {
       x[t] += power8 * (t + kWindow < count ? x[t + kWindow] : behind_[t + kWindow - count]);
     }
-    for (int k = 0; k < kWindow; ++k) behind_[k] = k < count ? x[k] : behind_[k - count];
+    // A chunk shorter than that is the first one of its row: nothing comes after it.
+    if (count >= kWindow) std::copy(x, x + kWindow, behind_);
   }
 
  private:
@@ -54,7 +55,7 @@ void gae_row(const T* __restrict__ reward, const T* __restrict__ value, int64_t 
   Chain<T> policy(decay), critic(decay_value);
   for (int64_t end = length; end > 0;) {
     const int64_t count = std::min(kChunk, end), first = end - count;
-    for (int k = 0; k < kWindow; ++k) delta[count + k] = end == length ? T(0) : delta[k];
+    std::copy_backward(delta, delta + kWindow, delta + count + kWindow);
     const T *r = reward + first, *v = value + first;
     for (int64_t t = 0; t < count - 1; ++t) delta[t] = r[t] + gamma * v[t + 1] - v[t];
     delta[count - 1] = r[count - 1] + gamma * (end == length ? next : v[count]) - v[count - 1];
