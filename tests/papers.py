@@ -62,7 +62,7 @@ PAPERS = (
           "Post-Training",
           ("shaping.elliptical_bonus", "scaling.elliptical_select"),
           (SHAPING + "representation_based_exploration",
-           SCALING + "representation_based_exploration_at_test_time")),
+           "test_elliptical_select.py::test_representation_based_exploration_at_test_time")),
     Paper(8, "DED", "Beyond Scaling Law: A Data-Efficient Distillation Framework for Reasoning",
           ("scaling.select_diverse", "linear_token_stats"), (SCALING + "ded", SFT)),
     Paper(9, "STAND", "Accelerated Test-Time Scaling with Model-Free Speculative Sampling",

@@ -65,39 +65,52 @@ def gae(
         >>> gae(torch.tensor([[0.0, 0.0, 1.0]]), torch.full((1, 3), 0.5), lam=0.5)[0]
         tensor([[0.1250, 0.2500, 0.5000]])
     """
-    reward, value = check_tensor("reward", reward), check_tensor("value", value)
-    if reward.ndim != 2:
+    _check_rows(reward, value, mask)
+    _check_unit("gamma", gamma)
+    _check_end(reward, bootstrap, bootstrap_value, truncated)
+    dtype = torch.float64 if reward.dtype == torch.float64 else torch.float32
+    number, row_lam = _lambda("lam", lam, reward, dtype)
+    lam_value = lam if lam_value is None else lam_value
+    number_value, row_lam_value = _lambda("lam_value", lam_value, reward, dtype)
+    rows = [x.detach().to(dtype) for x in (reward, value)]
+    out: tuple[Tensor, Tensor] = torch.ops.reasonkern.gae(
+        *(x if x.stride(1) == 1 else x.contiguous() for x in rows),
+        None if mask is None else mask.contiguous(),
+        row_lam,
+        row_lam_value,
+        None if bootstrap_value is None else bootstrap_value.detach().to(dtype).contiguous(),
+        None if truncated is None else truncated.contiguous(),
+        float(gamma),
+        number,
+        number_value,
+        bootstrap == "last",
+    )
+    return out
+
+
+def _check_rows(reward: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    if check_tensor("reward", reward).ndim != 2:
         _checks.fail("reward", "shape (B, T)", tuple(reward.shape))
     _checks.check_dtype("reward", reward, *FLOATS)
-    _checks.check_dtype("value", value, reward.dtype)
+    _checks.check_dtype("value", check_tensor("value", value), reward.dtype)
     _check_beside("value", value, reward, reward.shape)
     if mask is not None:
         _checks.check_dtype("mask", check_tensor("mask", mask), torch.bool)
         _check_beside("mask", mask, reward, reward.shape)
-        mask = mask.contiguous()
-    _check_unit("gamma", gamma)
+
+
+def _check_end(
+    reward: Tensor, bootstrap: str, bootstrap_value: Tensor | None, truncated: Tensor | None
+) -> None:
     _checks.check_choice("bootstrap", bootstrap, BOOTSTRAPS)
     if (bootstrap == "given") != (bootstrap_value is not None):
         expected = "a tensor" if bootstrap == "given" else "None"
         _checks.fail("bootstrap_value", f"{expected} for bootstrap={bootstrap!r}", bootstrap_value)
-    rows = reward.shape[:1]
     if bootstrap_value is not None:
-        _check_beside("bootstrap_value", bootstrap_value, reward, rows)
+        _check_beside("bootstrap_value", bootstrap_value, reward, reward.shape[:1])
     if truncated is not None:
         _checks.check_dtype("truncated", check_tensor("truncated", truncated), torch.bool)
-        _check_beside("truncated", truncated, reward, rows)
-        truncated = truncated.contiguous()
-    dtype = torch.float64 if reward.dtype == torch.float64 else torch.float32
-    scalar, row_lam = _lambda("lam", lam, reward, dtype)
-    lam_value = lam if lam_value is None else lam_value
-    scalar_value, row_lam_value = _lambda("lam_value", lam_value, reward, dtype)
-    given = None if bootstrap_value is None else bootstrap_value.detach().to(dtype).contiguous()
-    last_dim = [x.detach().to(dtype) for x in (reward, value)]
-    out: tuple[Tensor, Tensor] = torch.ops.reasonkern.gae(
-        *(x if x.stride(1) == 1 else x.contiguous() for x in last_dim), mask, row_lam,
-        row_lam_value, given, truncated, float(gamma), scalar, scalar_value, bootstrap == "last",
-    )  # fmt: skip
-    return out
+        _check_beside("truncated", truncated, reward, reward.shape[:1])
 
 
 def _check_beside(name: str, x: Tensor, first: Tensor, shape: torch.Size) -> None:
