@@ -46,7 +46,8 @@ class Gate:
 
     quantity: str
     """`time`: subject ÷ `against`; `speedup`: `against` ÷ subject (both medians of pair ratios);
-    `memory`: peak extra bytes ÷ input bytes; `copy_share`: bandwidth ÷ that of a copy."""
+    `memory`: peak extra bytes ÷ those of `against`, or ÷ input bytes; `copy_share`: bandwidth ÷
+    that of a copy."""
     bound: float
     against: str = ""
     min_pairs: int = 5
@@ -58,13 +59,17 @@ class Gate:
         """Whether the value must stay at or below the bound (else: at or above)."""
         return self.quantity in ("time", "memory")
 
+    @property
+    def _memory_of(self) -> str:
+        return f"that of {self.against}" if self.against else "the input"
+
     def text(self) -> str:
         """The gate in words."""
         sign, bound = ("≤" if self.upper else "≥"), f"{self.bound:g}"
         return {
             "time": f"time {sign} {bound} × {self.against}",
             "speedup": f"{sign} {bound} × faster than {self.against}",
-            "memory": f"extra memory {sign} {self.bound:.0%} of the input",
+            "memory": f"extra memory {sign} {self.bound:.0%} of {self._memory_of}",
             "copy_share": f"{sign} {self.bound:.0%} of the copy bandwidth",
         }[self.quantity]
 
@@ -86,6 +91,10 @@ class Case:
     spec: Any = None
     gates: tuple[Gate, ...] = ()
     quick: bool = False
+    input_shape: tuple[int, ...] | None = None
+    """Shape of the large input where `shape` holds other sizes, too."""
+    flops: int = 0
+    """Operations of the matrix products; where given, rates are FLOP/s instead of bandwidths."""
     rotate: int = 1
     """CUDA only: replay a graph over this many input sets, for work that would sit in the L2."""
 
@@ -100,7 +109,7 @@ class Case:
     def input_bytes(self) -> int:
         """Bytes of the large input."""
         size = torch.tensor([], dtype=DTYPES[self.dtype]).element_size()
-        for n in self.shape:
+        for n in self.input_shape or self.shape:
             size *= n
         return size
 

@@ -207,7 +207,9 @@ def summarise(
             rows[name].update(seconds=timing.quantiles(theirs), ratio=ratio, pairs=len(theirs))
     ceiling = rows.get(CEILING, {})
     for name, row in rows.items():
-        if "seconds" in row:
+        if "seconds" in row and case.flops:
+            row["flop_rate"] = case.flops / row["seconds"]["median"]
+        elif "seconds" in row:
             passes = family.providers[name].passes or case.passes
             row["bandwidth"] = passes * case.input_bytes / row["seconds"]["median"]
             if "ratio" in ceiling:
@@ -240,7 +242,8 @@ def _gate_value(
         return None
     if gate.quantity == "memory":
         peak = subject.get("peak_bytes")
-        return None if peak is None else peak / input_bytes
+        base = rows.get(gate.against, {}).get("peak_bytes") if gate.against else input_bytes
+        return None if peak is None or not base else peak / base
     if gate.quantity == "copy_share":
         return subject.get("copy_share")
     other = rows.get(gate.against, {})

@@ -40,12 +40,20 @@ def _numbers(row: dict[str, Any]) -> list[str]:
     return [
         duration(took["median"]),
         f"{duration(took['p20'])}–{duration(took['p80'])}",
-        f"{row['bandwidth'] / 1e9:.1f}",
+        rate(row),
         share,
         peak,
         f"{ratio:.3g}",
         str(row["pairs"]),
     ]
+
+
+def rate(row: dict[str, Any]) -> str:
+    """GB/s; FLOP/s where matrix products are what is measured."""
+    if "flop_rate" in row:
+        tera = row["flop_rate"] / 1e12
+        return f"{tera:.3g} TF" if tera >= 1 else f"{1e3 * tera:.3g} GF"
+    return f"{row['bandwidth'] / 1e9:.1f}"
 
 
 def gate_line(gate: dict[str, Any]) -> str:

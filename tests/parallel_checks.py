@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import policy_loss_cases as cases
@@ -24,6 +25,7 @@ from torch.testing import assert_close
 import reasonkern as rk
 from reasonkern import Objective, Parallel
 from reasonkern.policy_loss import parallel as ranks
+from reasonkern.policy_loss import parallel_rows as rows_over_ranks
 from reasonkern.policy_loss import reference as ref
 
 OBJECTIVES: dict[str, Any] = {
@@ -95,18 +97,16 @@ def same_on_all_ranks(*tensors: Tensor) -> None:
 def group_backend() -> Backend:
     def token_stats(x: Tensor, y: Tensor, mask: Tensor | None, *scaling: Any) -> Any:
         shard = ranks.VocabShard(world(), rank(), bounds(x.shape[-1]))
-        out = ranks.sharded_statistics(
-            own(x).contiguous(), y, shard.owner(y), mask, *scaling, shard
-        )
+        out = rows_over_ranks.token_stats(own(x).contiguous(), y, mask, *scaling, shard)
         same_on_all_ranks(*out)
         return out
 
     def token_stats_backward(x: Tensor, y: Tensor, *args: Any) -> Tensor:
         shard = ranks.VocabShard(world(), rank(), bounds(x.shape[-1]))
         owner = shard.owner(y)
-        grads = ranks.local_grads(owner == rank(), *args[-4:])
+        grads = rows_over_ranks.local_grads(owner == rank(), *args[-4:])
         args = (shard.local(y, owner), *args[:-4], *grads)
-        part = ranks.sharded_gradient(own(x).contiguous(), args, shard.columns, False)
+        part = rows_over_ranks.sharded_gradient(own(x).contiguous(), args, shard.columns, False)
         whole = torch.zeros_like(x)
         own(whole).copy_(part)
         return ranks.total(whole.double(), world()).to(x.dtype)
@@ -299,6 +299,18 @@ def statistics_and_their_gradients() -> None:
         assert_close(grads[1], own(grads[0]), **EXACT)
 
 
+def empty_batches() -> None:
+    for shape in ((0,), (2, 0)):
+        x = torch.zeros(*shape, own(torch.zeros(V)).numel()).requires_grad_()
+        y = torch.zeros(shape, dtype=torch.int64)
+        rows = torch.zeros(shape)
+        out = rk.policy_loss(
+            x, y, advantage=rows, weight=rows, objective=Objective.ppo(), parallel=Parallel(world())
+        )
+        out.loss.backward()
+        assert out.loss == 0 and x.grad is not None and x.grad.shape == x.shape
+
+
 def one_gather_forward_none_backward() -> None:
     b, calls = make_batch(), []
     parallel = Parallel(world())
@@ -325,6 +337,146 @@ def backward_twice() -> None:
     )  # fmt: skip
     out.loss.backward(retain_graph=True)
     refused(RuntimeError, "differentiated before", out.loss.backward)
+
+
+def group_of_one_rank() -> None:
+    """The single-process path, to the bit; with padding columns too."""
+    groups = [dist.new_group([r]) for r in range(size())]
+    b = make_batch()
+    expected, gradient = run_loss(b, b.logits, OBJECTIVES["dapo_entropy"], None)
+    alone = Parallel(vocab_group=groups[rank()])
+    got, part = run_loss(b, b.logits, OBJECTIVES["dapo_entropy"], alone)
+    assert torch.equal(part, gradient) and torch.equal(got.token_loss, expected.token_loss)
+    padded = torch.cat((b.logits, b.logits), -1)
+    parallel = Parallel(vocab_group=groups[rank()], vocab_size=V)
+    got, part = run_loss(b, padded, OBJECTIVES["dapo_entropy"], parallel)
+    compare(got, expected, **EXACT)
+    assert_close(part, torch.cat((gradient, torch.zeros_like(gradient)), -1), **EXACT)
+
+
+def compiled_breaks_the_graph_and_agrees() -> None:
+    b = make_batch()
+    parallel = Parallel(vocab_group=world(), segment_group=world())
+    objective = OBJECTIVES["gspo"]
+
+    def step(logits: Tensor) -> Tensor:
+        return rk.policy_loss(
+            logits, b.targets, objective=objective, parallel=parallel, **b.given()
+        ).loss
+
+    results = []
+    for function in (step, torch.compile(step, backend="eager")):
+        leaf = own(b.logits).clone().requires_grad_()
+        loss = function(leaf)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    assert_close(results[1], results[0], **EXACT)
+
+
+def worked_example() -> None:
+    """The trainer of the family's README, on 2 x 2 ranks, trains like a single process."""
+    text = (Path(rk.__file__).parent / "policy_loss" / "README.md").read_text()
+    code = text.split("```python\n# A Megatron-style step")[1].split("```")[0]
+    tp, dp = grid()
+    cp = [dist.new_group([r]) for r in range(size())][rank()]
+    scope: dict[str, Any] = {"tp": tp, "dp": dp, "cp": cp, "padded_from": V}
+    exec("# A Megatron-style step" + code, scope)
+    b = make_batch()
+    hidden, head = randn(*b.targets.shape, 5, seed=1), randn(V + 3, 5, seed=2)
+    weight = rk.token_weights(b.mask, "token-mean").double()
+    whole = replace(b, weight=weight, entropy_weight=weight)
+    leaf = head[:V].clone().requires_grad_()
+    expected = rk.policy_loss(
+        hidden @ leaf.t(), b.targets, objective=scope["objective"], **whole.given()
+    )
+    expected.loss.backward()
+    mine = head[8 * tp.rank() : 8 * tp.rank() + 8].clone().requires_grad_()
+    rows = [slice(2 * dp.rank() + i, 2 * dp.rank() + i + 1) for i in range(2)]
+    names = ("targets", "mask", "old_logprob", "advantage")
+    micro_batches = [{n: getattr(b, n)[r] for n in names} | {"tokens": hidden[r]} for r in rows]
+    metrics = scope["step"](lambda tokens: tokens @ mine.t(), micro_batches)
+    average = ranks.total(mine.grad, dp) / 2  # what DDP does
+    at = slice(8 * tp.rank(), min(8 * tp.rank() + 8, V))
+    assert_close(average[: at.stop - at.start], leaf.grad[at], rtol=1e-6, atol=1e-8)
+    assert (average[at.stop - at.start :] == 0).all()
+    assert_close(metrics["ratio_mean"], expected.metrics.compute()["ratio_mean"], **EXACT)
+
+
+# ---- from hidden states and the rows of the head
+
+
+def run_linear(
+    b: Batch, x: Sequence[Tensor], objective: Any, parallel: Parallel | None, **options: Any
+) -> tuple[rk.PolicyLossOutput, list[Tensor]]:
+    """The output and the gradients of 3 times the loss by hidden, weight and bias."""
+    leaves = [t.clone().requires_grad_() for t in x]
+    out = rk.linear_policy_loss(
+        *leaves[:2], b.targets, bias=leaves[2], objective=objective, parallel=parallel,
+        **b.given(*ROWS), **options,
+    )  # fmt: skip
+    return out, list(torch.autograd.grad(3 * out.loss, leaves))
+
+
+def linear_problem(form: str, dtype: torch.dtype) -> tuple[Batch, list[Tensor]]:
+    """Hidden states, head and bias whose logits are those of the batch."""
+    b = batch(form).to(dtype)
+    weight, bias = torch.linalg.qr(randn(V, V, seed=7))[0].to(dtype), randn(V, seed=8).to(dtype)
+    return b, [(b.logits - bias) @ weight, weight, bias]
+
+
+def own_rows(x: Sequence[Tensor], at: Sequence[int] | None = None) -> list[Tensor]:
+    return [x[0], *(own(t.t() if t.ndim > 1 else t, at).t() for t in x[1:])]
+
+
+def linear_loss_of_every_objective() -> None:
+    for form, dtype, tolerance in (
+        ("padded", torch.float64, EXACT),
+        ("packed", torch.float32, ROUNDED),
+    ):
+        b, x = linear_problem(form, dtype)
+        for name, objective in OBJECTIVES.items():
+            expected, whole = run_linear(b, x, objective, None)
+            for options in ({}, {"chunk_rows": 3, "compact": True}):
+                got, parts = run_linear(b, own_rows(x), objective, Parallel(world()), **options)
+                compare(got, expected, **tolerance)
+                for part, gradient in zip(parts, own_rows(whole), strict=True):
+                    assert_close(part, gradient, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+                same_on_all_ranks(*got[:4], parts[0])
+
+
+def linear_padding_and_own_reduction() -> None:
+    b, x = linear_problem("padded", torch.float64)
+    at = (0, 7, V + 4) if size() == 2 else (0, 7, V, V + 4, V + 9)
+    pad = torch.full((at[-1] - V, V), cases.NAN).double()
+    padded = [x[0], torch.cat((x[1], pad)), torch.cat((x[2], pad[:, 0]))]
+    expected, whole = run_linear(b, x, OBJECTIVES["gspo"], None)
+    whole = [whole[0], torch.cat((whole[1], 0 * pad.nan_to_num())), whole[2]]
+    whole[2] = torch.cat((whole[2], torch.zeros(at[-1] - V).double()))
+    for reduced in (True, False):
+        parallel = Parallel(world(), vocab_size=V, reduce_dhidden=reduced)
+        got, parts = run_linear(b, own_rows(padded, at), OBJECTIVES["gspo"], parallel)
+        compare(got, expected, **EXACT)
+        if not reduced:
+            assert (parts[0] - whole[0]).abs().max() > 1e-3
+            parts[0] = ranks.total(parts[0], world())
+        for part, gradient in zip(parts, own_rows(whole, at), strict=True):
+            assert_close(part, gradient, **EXACT)
+
+
+def linear_statistics_and_frozen_head() -> None:
+    _, x = linear_problem("padded", torch.float64)
+    y, mask = make_batch().targets.clamp_min(0), make_batch().mask
+    results = []
+    for operands, parallel in ((x, None), (own_rows(x), Parallel(world()))):
+        hidden = operands[0].clone().requires_grad_()
+        stats = rk.linear_token_stats(
+            hidden, operands[1], y, bias=operands[2], mask=mask, temperature=0.7, softcap=4.0,
+            parallel=parallel,
+        )  # fmt: skip
+        sum(getattr(stats, name).sum() for name in ("logprob", "lse", "collision")).backward()
+        results.append((*stats, hidden.grad))
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert_close(got, expected, **EXACT)
 
 
 # ---- DTensor

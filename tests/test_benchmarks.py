@@ -331,8 +331,9 @@ def test_list_selects(capsys):
     stats = "token_stats/256x151936/float32/t2/cpu"
     assert listed(capsys, "--case", "token_stats/256x151936") == [stats]
     assert all("bfloat16" in case for case in listed(capsys, "--dtype", "bf16"))
-    gated = len(policy_loss.CPU_GATED) + len(shaping.GATED)
-    assert len(listed(capsys, "--check")) == gated
+    assert len(listed(capsys, "policy_loss", "--check")) == len(policy_loss.CPU_GATED)
+    assert all(case.startswith("linear") for case in listed(capsys, "linear_policy_loss"))
+    assert len(listed(capsys, "shaping", "--check")) == len(shaping.GATED)
     assert 0 < len(listed(capsys, "--quick")) < len(listed(capsys))
 
 

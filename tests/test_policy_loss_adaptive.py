@@ -289,6 +289,35 @@ def test_from_hidden_states(name: str) -> None:
     torch.testing.assert_close(found, torch.autograd.grad(expected.loss, pairs[1]))
 
 
+META = {"device": "meta"}
+ROWS, MASK = torch.zeros(4, 6, **META), torch.zeros(4, 6, dtype=torch.bool, **META)
+IDS, GROUP = MASK.long(), torch.zeros(4, dtype=torch.int64, **META)
+CALLS: dict[str, Callable[[], Any]] = {
+    "bapo_bounds": lambda: rk.bapo_bounds(ROWS, ROWS, MASK, rollout_logprob=ROWS),
+    "bapo_bounds code": lambda: rk.bapo_bounds(ROWS, ROWS, MASK, variant="code"),
+    "conflict_token_weights": lambda: rk.conflict_token_weights(IDS, ROWS[:, 0], GROUP, MASK),
+    "covariance_mask": lambda: rk.covariance_mask(ROWS, ROWS, MASK),
+    "covariance_mask kl": lambda: rk.covariance_mask(ROWS, ROWS, MASK, mode="kl"),
+    "entropy_filter": lambda: rk.entropy_filter(ROWS[:, 0], ROWS, MASK),
+    "high_entropy_mask": lambda: rk.high_entropy_mask(ROWS, MASK),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_nothing_waits_for_the_device(name: str) -> None:
+    """Meta tensors have no values that could be read."""
+    out = CALLS[name]()
+    assert all(x.is_meta for x in (out if isinstance(out, tuple) else (out,)))
+
+
+@every
+def test_no_objective_waits_for_the_device(name: str) -> None:
+    given = {"old_logprob": ROWS, "advantage": ROWS[:, 0], "weight": ROWS}
+    given |= dict.fromkeys(names(name), ROWS)
+    out = policy_loss(torch.zeros(4, 6, 9, **META), IDS, objective=ADAPTIVE[name][0](), **given)
+    assert out.loss.is_meta and out.metrics.compute()["clip_frac"].is_meta
+
+
 @every
 def test_nonfinite_and_masked_rows_take_no_part(name: str) -> None:
     """Their statistics enter no mean, no quantile, no sum."""

@@ -8,12 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import parallel_ranks
 import pytest
 import torch
+from tolerance import randn
+from torch import Tensor
+from torch.testing import assert_close
 
 import reasonkern as rk
 from reasonkern import Parallel
+from reasonkern.policy_loss.parallel import VocabShard
+from reasonkern.policy_loss.parallel_rows import merge_statistics
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch was built without distributed"
@@ -36,8 +43,13 @@ VOCABULARY = (
     "loss_fp16_keeps_the_incoming_scale",
     "padding_columns",
     "statistics_and_their_gradients",
+    "empty_batches",
     "one_gather_forward_none_backward",
     "backward_twice",
+    "group_of_one_rank",
+    "linear_loss_of_every_objective",
+    "linear_padding_and_own_reduction",
+    "linear_statistics_and_frozen_head",
     "dtensor_logits",
     "errors",
 )
@@ -48,12 +60,14 @@ TWO = (
     "default_weights_over_data_ranks",
     "pieces_on_two_ranks",
     "weights_of_pieces",
+    "compiled_breaks_the_graph_and_agrees",
 )
 FOUR = (
     *VOCABULARY,
     "grid_of_vocabulary_and_data",
     "grid_of_vocabulary_and_pieces",
     "grid_of_pieces_and_data",
+    "worked_example",
 )
 
 
@@ -93,6 +107,60 @@ def test_numerics_in_four_processes(on_ranks: Any, name: str) -> None:
 def test_a_failed_check_is_reported(tmp_path: Path) -> None:
     outcome = parallel_ranks.run(2, "parallel_checks", ("missing", "errors"), tmp_path)
     assert "AttributeError" in outcome["missing"] and "did not run" in outcome["errors"]
+
+
+# ---- the merge, without process groups
+
+
+def merged(x: Tensor, y: Tensor, cuts: list[int], temperature: float) -> rk.TokenStats:
+    """Statistics of (1, N, V) logits from those of the columns between cuts."""
+    bounds = (0, *sorted(cuts), x.shape[-1])
+    shard = VocabShard(None, 0, bounds)
+    owner = shard.owner(y)
+    parts = []
+    for rank, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        local = VocabShard(None, rank, bounds).local(y, owner)
+        if begin == end:
+            parts.append(torch.full((8, *y.shape), -torch.inf, dtype=torch.float64))
+            continue
+        part = x[..., begin:end].contiguous()
+        out = torch.ops.reasonkern.token_stats(part, local, None, None, temperature, 0.0)
+        parts.append(torch.stack([t.double() for t in out]))
+    t = torch.tensor(temperature, dtype=torch.float64)
+    stats = torch.stack(parts).unbind(1)
+    return rk.TokenStats(*merge_statistics(stats, owner, None, y >= 0, t)[:7])
+
+
+@hypothesis.given(data=st.data())
+@hypothesis.settings(max_examples=60, deadline=None)
+def test_merge_of_any_cut_is_the_whole_row(data: Any) -> None:
+    vocab = data.draw(st.integers(1, 40))
+    cuts = data.draw(st.lists(st.integers(0, vocab), max_size=5))
+    seed, scale = data.draw(st.integers(0, 99)), data.draw(st.sampled_from((0.0, 1.0, 40.0, 900.0)))
+    x = scale * randn(1, 4, vocab, seed=seed) + 3000
+    x[0, 1, : vocab // 2] = -torch.inf
+    y = torch.tensor([[0, vocab - 1, vocab // 2, int(x[0, 3].argmax())]])
+    t = data.draw(st.sampled_from((1.0, 0.3)))
+    whole = rk.token_stats(x, y, temperature=t)
+    got = merged(x, y, cuts, t)
+    for name, value, expected in zip(rk.TokenStats._fields, got, whole, strict=True):
+        assert_close(value.to(expected), expected, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_confident_rows_keep_their_digits() -> None:
+    """H and logp of 1e-8 from rounded float32 parts; from sums recovered from them they are 0."""
+    x = torch.zeros(1, 2, 1000)
+    x[0, :, 417] = 26.0
+    x[0, 1] += 3000
+    y = torch.tensor([[417, 417]])
+    exact = rk.token_stats(x.double(), y)
+    got = merged(x, y, [300, 600], 1.0)
+    assert (exact.entropy < 2e-7).all() and (exact.logprob > -1e-8).all()
+    for name in ("logprob", "entropy", "varentropy"):  # CPU: one lane in 128 adds to the 1
+        assert_close(getattr(got, name), getattr(exact, name), rtol=2e-2, atol=0.0)
+    part = rk.token_stats(x[..., 300:600], y - 300)
+    recovered = -torch.log(part.max_prob)  # ln s of the part, one rounding too late
+    assert not torch.allclose(recovered.double(), -part.logprob.double(), rtol=1e-2, atol=0.0)
 
 
 # ---- without process groups

@@ -54,6 +54,36 @@ def loss_and_gradient(
     return Runner(call, outputs, reset or (lambda: None))
 
 
+class HeadResult(NamedTuple):
+    """The terms and the gradients of the hidden states and of the head."""
+
+    terms: Terms
+    grad_hidden: Tensor
+    grad_head: Tensor
+
+
+def loss_and_head_gradients(
+    hidden: Tensor, head: Tensor, compute: Callable[[Tensor, Tensor], Terms]
+) -> Runner:
+    """Times forward and backward down to the gradients of `hidden` (B, T, D) and `head` (V, D)."""
+    hidden, head = (x.detach().requires_grad_() for x in (hidden, head))
+
+    def call() -> HeadResult:
+        terms = compute(hidden, head)
+        gradients = torch.autograd.grad(terms.loss, (hidden, head))
+        rows = (t if t is None else t.detach() for t in terms[1:])
+        return HeadResult(Terms(terms.loss.detach(), *rows), *gradients)
+
+    def outputs(result: HeadResult) -> dict[str, Tensor]:
+        loss, logprob, entropy = result.terms
+        rows = {"logprob": logprob, "entropy": entropy}
+        named = {name: t.flatten() for name, t in rows.items() if t is not None}
+        gradients = {"grad_hidden": result.grad_hidden.flatten(0, 1), "grad_head": result.grad_head}
+        return {"loss": loss, **gradients, **named}
+
+    return Runner(call, outputs)
+
+
 def statistics(logits: Tensor, compute: Callable[[Tensor], dict[str, Tensor]]) -> Runner:
     """Times row statistics without gradient."""
 

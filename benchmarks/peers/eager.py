@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Case, Runner
-from benchmarks.peers import Terms, loss_and_gradient, statistics
+from benchmarks.peers import Terms, loss_and_gradient, loss_and_head_gradients, statistics
 
 if TYPE_CHECKING:
+    from benchmarks.linear_policy_loss import HeadBatch
     from benchmarks.policy_loss import Batch, Spec
 
 
@@ -42,7 +43,7 @@ def row_statistics(
     }
 
 
-def clipped_loss(logprob: Tensor, batch: Batch, spec: Spec) -> Tensor:
+def clipped_loss(logprob: Tensor, batch: Batch | HeadBatch, spec: Spec) -> Tensor:
     """Σ w·(−min(rA, clip(r)A)), with the ratio of a token or of its sequence."""
     log_ratio = logprob - batch.old_logprob
     if spec.sequence_level:
@@ -54,7 +55,7 @@ def clipped_loss(logprob: Tensor, batch: Batch, spec: Spec) -> Tensor:
 
 
 def policy_loss(
-    logits: Tensor, batch: Batch, spec: Spec, normalise: LogSoftmax = log_softmax
+    logits: Tensor, batch: Batch | HeadBatch, spec: Spec, normalise: LogSoftmax = log_softmax
 ) -> Terms:
     """The loss; without an entropy bonus the entropy is not computed at all."""
     logp = normalise(_wide(logits))
@@ -77,6 +78,29 @@ def token_stats_runner(case: Case, batch: Batch) -> Runner:
 def policy_loss_runner(case: Case, batch: Batch) -> Runner:
     leaf = batch.logits.detach().requires_grad_()
     return loss_and_gradient(leaf, lambda x: policy_loss(x, batch, case.spec))
+
+
+def linear_policy_loss_runner(case: Case, batch: HeadBatch) -> Runner:
+    """The logits of all rows exist, and their gradient."""
+
+    def compute(hidden: Tensor, head: Tensor) -> Terms:
+        return policy_loss(torch.nn.functional.linear(hidden, head), batch, case.spec)
+
+    return loss_and_head_gradients(batch.hidden, batch.head, compute)
+
+
+def gemms_runner(case: Case, batch: HeadBatch) -> Runner:
+    """The three matrix products over all rows at once, into buffers that are already mapped."""
+    hidden, head = batch.hidden.flatten(0, 1), batch.head
+    logits = torch.zeros(hidden.shape[0], head.shape[0], dtype=head.dtype, device=head.device)
+    grad_hidden, grad_head = torch.zeros_like(hidden), torch.zeros_like(head)
+
+    def call() -> None:
+        torch.mm(hidden, head.T, out=logits)
+        torch.mm(logits, head, out=grad_hidden)
+        torch.mm(logits.T, hidden, out=grad_head)
+
+    return Runner(call)
 
 
 def logsumexp_runner(case: Case, batch: Batch) -> Runner:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import Case, Runner, Skip
-from benchmarks.peers import Terms, loss_and_gradient, statistics
+from benchmarks.peers import Terms, loss_and_gradient, loss_and_head_gradients, statistics
 
 if TYPE_CHECKING:
+    from benchmarks.linear_policy_loss import HeadBatch
     from benchmarks.policy_loss import Batch, Spec
 
 
@@ -114,3 +115,25 @@ def one_more_position(logits: Tensor) -> Tensor:
     padded = logits.new_zeros(logits.shape[0], logits.shape[1] + 1, logits.shape[2])
     padded[:, :-1].copy_(logits)
     return padded
+
+
+def linear_policy_loss_runner(case: Case, batch: HeadBatch) -> Runner:
+    """`LigerFusedLinearGRPOLoss` as it comes, a sequence a chunk, without torch.compile."""
+    if case.spec.entropy_coef != 0:
+        raise Skip("Liger's chunked loss has no entropy bonus")
+    try:
+        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+    except ImportError as missing:
+        raise Skip(f"liger-kernel is not installed ({missing})") from None
+    spec, mask = case.spec, torch.ones_like(batch.weight)
+    bounds = {"epsilon_low": 1 - spec.ratio_min, "epsilon_high": spec.ratio_max - 1}
+    loss = LigerFusedLinearGRPOLoss(compiled=False, use_ref_model=False, **bounds, **_options(spec))
+
+    def compute(hidden: Tensor, head: Tensor) -> Terms:
+        value, _ = loss(
+            hidden, head, batch.targets, mask, batch.advantage,
+            old_per_token_logps=batch.old_logprob,
+        )  # fmt: skip
+        return Terms(value, None, None)
+
+    return loss_and_head_gradients(batch.hidden, batch.head, compute)

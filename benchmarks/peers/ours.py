@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import torch
 from torch import Tensor
 
 from benchmarks.case import Case, Runner, Skip
-from benchmarks.peers import Terms, loss_and_gradient, statistics
+from benchmarks.peers import Terms, loss_and_gradient, loss_and_head_gradients, statistics
 
 if TYPE_CHECKING:
+    from benchmarks.linear_policy_loss import HeadBatch
     from benchmarks.policy_loss import Batch
 
 Build = Callable[[Case, Any], Runner]
@@ -60,10 +62,58 @@ def policy_loss_runner(case: Case, batch: Batch) -> Runner:
     return on_cpu(case, loss_and_gradient(leaf, compute, refill if spec.inplace else None))
 
 
-def on_cpu(case: Case, runner: Runner) -> Runner:
+def linear_policy_loss_runner(case: Case, batch: HeadBatch) -> Runner:
+    compute = linear_loss(case, batch)
+    return on_cpu(case, loss_and_head_gradients(batch.hidden, batch.head, compute), "policy_loss")
+
+
+def linear_in_calls_of_1k_runner(case: Case, batch: HeadBatch) -> Runner:
+    """The same rows, one sequence a call: what the cost per token of a long call is held against.
+
+    The gradient of the head is dropped from call to call, as an optimiser step would.
+    """
+    calls = [
+        loss_and_head_gradients(one.hidden, one.head, linear_loss(case, one))
+        for one in map(batch.sequence, range(batch.hidden.shape[0]))
+    ]
+
+    def call() -> list[Any]:
+        return [part.call() for part in calls]
+
+    def outputs(results: list[Any]) -> dict[str, Tensor]:
+        parts = [part.outputs(result) for part, result in zip(calls, results, strict=True)]
+        return {
+            name: torch.cat([part[name] for part in parts])
+            for name in ("logprob", "entropy", "grad_hidden")
+        }
+
+    return Runner(call, outputs)
+
+
+def linear_loss(case: Case, batch: HeadBatch) -> Callable[[Tensor, Tensor], Terms]:
+    rk, spec = library(), case.spec
+    make = rk.Objective.gspo if spec.sequence_level else rk.Objective.dapo
+    objective = make(spec.ratio_min, spec.ratio_max, entropy_coef=spec.entropy_coef)
+
+    def compute(hidden: Tensor, head: Tensor) -> Terms:
+        out = rk.linear_policy_loss(
+            hidden,
+            head,
+            batch.targets,
+            old_logprob=batch.old_logprob,
+            advantage=batch.advantage,
+            weight=batch.weight,
+            objective=objective,
+        )
+        return Terms(out.loss, out.logprob, out.entropy)
+
+    return compute
+
+
+def on_cpu(case: Case, runner: Runner, op: str = "") -> Runner:
     """Notes which backend serves CPU tensors: without the built extension it is the reference."""
     if case.device == "cpu":
-        rows = library().info()["ops"][case.op]
+        rows = library().info()["ops"][op or case.op]
         serving = next(row["backend"] for row in rows if "cpu" in row["serves"])
         runner.about["backend"] = serving
     return runner

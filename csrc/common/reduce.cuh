@@ -40,4 +40,13 @@ __device__ __forceinline__ T warp_reduce(T value, Op op) {
   return value;
 }
 
+// Whether all lanes of the warp say so.
+__device__ __forceinline__ bool all_lanes(bool mine) {
+#if defined(__CUDACC__)
+  return __all_sync(kFullMask, mine);
+#else
+  return warp_reduce(int(mine), [](int a, int b) { return a & b; }) != 0;
+#endif
+}
+
 }  // namespace reasonkern

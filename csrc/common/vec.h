@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -48,24 +49,81 @@ __device__ __forceinline__ fp16 from_acc<fp16>(float x) {
   return __float2half_rn(x);
 }
 
+// Whole words, so that 16-bit lanes stay two to a register wherever they come from.
 template <class T>
 struct alignas(16) Vec {
   static constexpr int size = 16 / sizeof(T);
-  T lane[size];
+  std::uint32_t word[4];
 };
+
+template <class To, class From>
+__device__ __forceinline__ To recast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To to;
+  std::memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class T>
+__device__ __forceinline__ T get_lane(const Vec<T>& v, int i) {
+  if constexpr (sizeof(T) == 2) {
+    return recast<T>(std::uint16_t(v.word[i / 2] >> 16 * (i % 2)));
+  } else if constexpr (sizeof(T) == 4) {
+    return recast<T>(v.word[i]);
+  } else {
+    return recast<T>(v.word[2 * i] | std::uint64_t(v.word[2 * i + 1]) << 32);
+  }
+}
+
+template <class T, class Lane>
+__device__ __forceinline__ Vec<T> make_vec(Lane lane) {  // of lane(i), i in order
+  Vec<T> v;
+#pragma unroll
+  for (int i = 0; i < Vec<T>::size; ++i) {
+    if constexpr (sizeof(T) == 2) {
+      const std::uint32_t bits = recast<std::uint16_t>(lane(i));
+      v.word[i / 2] = i % 2 == 0 ? bits : v.word[i / 2] | bits << 16;
+    } else if constexpr (sizeof(T) == 4) {
+      v.word[i] = recast<std::uint32_t>(lane(i));
+    } else {
+      const auto bits = recast<std::uint64_t>(lane(i));
+      v.word[2 * i] = std::uint32_t(bits);
+      v.word[2 * i + 1] = std::uint32_t(bits >> 32);
+    }
+  }
+  return v;
+}
 
 template <class T>
 __device__ __forceinline__ void unpack(const Vec<T>& v, acc_t<T> (&out)[Vec<T>::size]) {
 #pragma unroll
-  for (int i = 0; i < Vec<T>::size; ++i) out[i] = to_acc(v.lane[i]);
+  for (int i = 0; i < Vec<T>::size; ++i) {
+    if constexpr (std::is_same<T, bf16>::value) {  // the upper half of a float
+      const std::uint32_t w = v.word[i / 2];
+      out[i] = recast<float>(i % 2 == 0 ? w << 16 : w & 0xffff0000u);
+    } else {
+      out[i] = to_acc(get_lane(v, i));
+    }
+  }
 }
 
 template <class T>
 __device__ __forceinline__ Vec<T> pack(const acc_t<T> (&in)[Vec<T>::size]) {
-  Vec<T> v;
+#if defined(__CUDACC__)
+  if constexpr (sizeof(T) == 2) {
+    Vec<T> v;
 #pragma unroll
-  for (int i = 0; i < Vec<T>::size; ++i) v.lane[i] = from_acc<T>(in[i]);
-  return v;
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (std::is_same<T, bf16>::value) {
+        v.word[i] = recast<std::uint32_t>(__floats2bfloat162_rn(in[2 * i], in[2 * i + 1]));
+      } else {
+        v.word[i] = recast<std::uint32_t>(__floats2half2_rn(in[2 * i], in[2 * i + 1]));
+      }
+    }
+    return v;
+  } else
+#endif
+    return make_vec<T>([&](int i) { return from_acc<T>(in[i]); });
 }
 
 enum class Reuse { again, last };

@@ -9,6 +9,7 @@ namespace {
 Device describe(int32_t device) {
   return {10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
               device_attribute(cudaDevAttrComputeCapabilityMinor, device),
+          device_attribute(cudaDevAttrMultiProcessorCount, device),
           std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device))};
 }
 
@@ -68,13 +69,17 @@ struct CudaBackend {
     dispatch_element<T>(type, [&](auto element) {
       using E = typename decltype(element)::type;
       const bool needs_grad = p.rows.grad != nullptr;
-      const LaunchConfig c = loss_config(p.rows.vocab, sizeof(E), needs_grad, describe(device));
+      const Device gpu = describe(device);
+      const LaunchConfig c = loss_config(p.rows.vocab, sizeof(E), needs_grad, gpu);
       auto kernel = loss_sweep_kernel<E>;
+      unsigned grid = grid_blocks(p.rows.rows, 1);
       if constexpr (sizeof(E) < 8) {
-        if (c.resident) kernel = loss_cluster_kernel<E>;
+        if (c.resident) {
+          kernel = loss_cluster_kernel<E>;
+          grid = grid_blocks(resident_clusters(p.rows.rows, c.cluster, gpu), c.cluster);
+        }
       }
-      launch(kernel, grid_blocks(p.rows.rows, c.cluster), c.block, c.cluster, c.shared_bytes,
-             scope.stream, p, c.tiling);
+      launch(kernel, grid, c.block, c.cluster, c.shared_bytes, scope.stream, p, c.tiling);
     });
   }
 

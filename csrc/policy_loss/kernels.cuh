@@ -38,7 +38,7 @@ __device__ __forceinline__ void write_stats(const StatsOut<acc_t<T>>& out, int64
 }
 
 template <class T>
-__global__ void __launch_bounds__(kGroup, sizeof(T) == 8 ? 1 : 3)
+__global__ void __launch_bounds__(kGroup, sizeof(T) == 8 ? 1 : 4)
     stats_kernel(StatsParams<acc_t<T>> p, Tiling tiling) {
   using A = acc_t<T>;
   FullMoments<A>* parts = dynamic_shared<FullMoments<A>>();
@@ -131,10 +131,15 @@ __device__ __forceinline__ void decide_row(RowScratch<acc_t<T>>& s, const LossPa
 
 // ---- policy_loss, rows that fit on chip: a cluster per row, one block per slice
 
+constexpr int kStages = 4;  // tiles of a slice that are fetched ahead
+
+// This thread's vectors of one tile, as one group of copies, empty past the end of the slice.
 template <class T>
-__device__ __forceinline__ void fetch_vectors(T* shared, const T* p, int n, bool aligned,
-                                              int position, int step) {
+__device__ __forceinline__ void fetch_tile(T* shared, const T* p, int n, int tile) {
   constexpr int N = Vec<T>::size;
+  const bool aligned = is_aligned(p);
+  const int step = blockDim.x * N;
+  int position = threadIdx.x * N + tile * kUnroll * step;
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i, position += step) {
     if (position >= n) break;
@@ -162,44 +167,59 @@ __device__ __forceinline__ void load_tile(Vec<T> (&v)[kUnroll], const T* shared,
   }
 }
 
-// The block's slice through shared memory into moments: kStages groups of copies run ahead, every
-// thread reads only what it fetched, so no barrier. `meanwhile` runs behind the first fetches.
-template <class T, class Meanwhile>
+// The block's slice through shared memory into moments. Its first kStages tiles are under way, the
+// others follow as tiles are read; every thread reads only what it fetched, so no barrier.
+template <class T>
 __device__ __forceinline__ Moments<acc_t<T>> fetch_moments(T* shared, const T* p, Slice slice,
-                                                           const RowScale<T>& scale,
-                                                           Meanwhile meanwhile) {
-  constexpr int N = Vec<T>::size, kStages = 4;
-  const int step = blockDim.x * N, tile = kUnroll * step, start = threadIdx.x * N;
-  const bool aligned = is_aligned(p);
+                                                           const RowScale<T>& scale) {
+  constexpr int N = Vec<T>::size;
+  const int step = blockDim.x * N, start = threadIdx.x * N;
   Moments<acc_t<T>> a;
   clear(a);
-#pragma unroll
-  for (int stage = 0; stage < kStages; ++stage) {
-    fetch_vectors(shared, p, slice.n, aligned, start + stage * tile, step);
-  }
-  meanwhile();
-  for (int first = 0; first < slice.n; first += tile) {
-    const int at = first + start;
+  for (int tile = 0; tile * kUnroll * step < slice.n; ++tile) {
+    const int at = start + tile * kUnroll * step;
     copy_wait<kStages - 1>();
     Vec<T> v[kUnroll];
     load_tile(v, shared, slice.n, at, step);
     absorb(a, v, scale, slice.begin + at, step);
-    fetch_vectors(shared, p, slice.n, aligned, at + kStages * tile, step);
+    fetch_tile(shared, p, slice.n, tile + kStages);
   }
   return warp_join(a);
 }
 
+// The slice's gradient, and behind it the first tiles of the next row's slice (null: no such row)
+// into the shared memory that each thread has just read: loads go on while gradients are stored.
 template <class T>
-__device__ __forceinline__ void write_gradient_from_shared(T* grad, const T* shared, Slice slice,
-                                                           const GradCoefs<acc_t<T>>& c,
-                                                           const RowScale<T>& scale) {
+__device__ __forceinline__ void write_gradient_fetch_next(T* grad, T* shared, const T* next,
+                                                          Slice slice, const GradCoefs<acc_t<T>>& c,
+                                                          const RowScale<T>& scale) {
   constexpr int N = Vec<T>::size;
   const bool aligned = is_aligned(grad);
+  const Floor<T> floor = floor_below<T>(c.m, scale);
+  const int step = blockDim.x * N, start = threadIdx.x * N;
+  for (int tile = 0; tile < kStages || tile * kUnroll * step < slice.n; ++tile) {
+    int at = start + tile * kUnroll * step;
 #pragma unroll 2
-  for (int at = threadIdx.x * N; at < slice.n; at += blockDim.x * N) {
-    store_vector(grad, slice.n, aligned, at,
-                 gradient_vector<false>(load_shared(shared + at), slice.begin + at, c, scale));
+    for (int i = 0; i < kUnroll; ++i, at += step) {
+      if (at >= slice.n) break;
+      store_vector(
+          grad, slice.n, aligned, at,
+          gradient_vector<false>(load_shared(shared + at), slice.begin + at, c, floor, scale));
+    }
+    if (tile < kStages) fetch_tile(shared, next, next != nullptr ? slice.n : 0, tile);
   }
+}
+
+// Zeros to the gradients of inactive rows from `row` on; returns the first active one.
+template <class T>
+__device__ __forceinline__ int64_t skip_inactive(const LossParams<acc_t<T>>& p, int64_t row,
+                                                 Slice slice) {
+  const unsigned size = cluster_size();
+  for (; row < p.rows.rows && !is_active(p, row); row += gridDim.x / size) {
+    write_zeros(grad_row_pointer<T>(p.rows, row) + slice.begin, slice.n, threadIdx.x, blockDim.x);
+    if (cluster_rank() == 0 && threadIdx.x == 0) write_inactive_loss(p, row);
+  }
+  return row;
 }
 
 template <class T>
@@ -212,18 +232,19 @@ __global__ void __launch_bounds__(kGroup, 3)
   auto* scratch = dynamic_shared<RowScratch<A>>(unsigned(tiling.slice_len * sizeof(T)));
   auto* parts = reinterpret_cast<Moments<A>*>(scratch + 1);
   const Slice slice = slice_of(tiling, p.rows.vocab, int(rank));
-  for (int64_t row = blockIdx.x / size; row < p.rows.rows; row += gridDim.x / size) {
+  const auto slice_of_row = [&](int64_t row) {
+    return row < p.rows.rows ? logits_row<T>(p.rows, row) + slice.begin : nullptr;
+  };
+  int64_t row = skip_inactive<T>(p, blockIdx.x / size, slice);
+  const T* logits = slice_of_row(row);
+  for (int tile = 0; tile < kStages && logits != nullptr; ++tile) {
+    fetch_tile(shared, logits, slice.n, tile);
+  }
+  while (row < p.rows.rows) {
     T* grad = grad_row_pointer<T>(p.rows, row) + slice.begin;
-    if (!is_active(p, row)) {
-      write_zeros(grad, slice.n, threadIdx.x, blockDim.x);
-      if (rank == 0 && threadIdx.x == 0) write_inactive_loss(p, row);
-      continue;
-    }
-    const T* logits = logits_row<T>(p.rows, row);
     const RowScale<T> scale = row_scale<T>(p.scale, row);
-    const Moments<A> part = fetch_moments(shared, logits + slice.begin, slice, scale, [&] {
-      if (threadIdx.x == 0) prepare_row(*scratch, p, row, logits, scale);
-    });
+    if (threadIdx.x == 0) prepare_row(*scratch, p, row, logits - slice.begin, scale);
+    const Moments<A> part = fetch_moments(shared, logits, slice, scale);
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = part;
     cluster_sync();
     if (threadIdx.x < 32) {
@@ -235,10 +256,15 @@ __global__ void __launch_bounds__(kGroup, 3)
     __syncthreads();
     const GradCoefs<A> c = scratch->grad;
     cluster_arrive();  // the partials were read and may change, or their block exit, after the wait
+    row = skip_inactive<T>(p, row + gridDim.x / size, slice);
+    logits = slice_of_row(row);
     if (c.live) {
-      write_gradient_from_shared(grad, shared, slice, c, scale);
+      write_gradient_fetch_next(grad, shared, logits, slice, c, scale);
     } else {
       write_zeros(grad, slice.n, threadIdx.x, blockDim.x);
+      for (int tile = 0; tile < kStages && logits != nullptr; ++tile) {
+        fetch_tile(shared, logits, slice.n, tile);
+      }
     }
     cluster_wait();
   }
@@ -298,7 +324,8 @@ __device__ __forceinline__ GradCoefs<acc_t<T>> saved_coefs(const GradParams<acc_
 }
 
 template <class T>
-__global__ void __launch_bounds__(kGroup) grad_kernel(GradParams<acc_t<T>> p, Tiling tiling) {
+__global__ void __launch_bounds__(kGroup, sizeof(T) == 8 ? 1 : 4)
+    grad_kernel(GradParams<acc_t<T>> p, Tiling tiling) {
   const int64_t blocks = p.rows.rows * tiling.slices;
   for (int64_t i = blockIdx.x; i < blocks; i += gridDim.x) {
     const int64_t row = i / tiling.slices;
@@ -330,10 +357,13 @@ __global__ void __launch_bounds__(kGroup)
     T* x = grad_row_pointer<T>(rows, row) + slice.begin;
     const bool aligned = is_aligned(x);
     for (int at = threadIdx.x * N; at < slice.n; at += blockDim.x * N) {
-      Vec<T> v = aligned && at + N <= slice.n ? load_global(x + at) : load_elements(x, slice.n, at);
+      const Vec<T> v =
+          aligned && at + N <= slice.n ? load_global(x + at) : load_elements(x, slice.n, at);
+      acc_t<T> y[N];
+      unpack(v, y);
 #pragma unroll
-      for (int j = 0; j < N; ++j) v.lane[j] = from_acc<T>(to_acc(v.lane[j]) * factor);
-      store_vector(x, slice.n, aligned, at, v);
+      for (int j = 0; j < N; ++j) y[j] *= factor;
+      store_vector(x, slice.n, aligned, at, pack<T>(y));
     }
   }
 }

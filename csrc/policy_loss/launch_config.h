@@ -18,6 +18,7 @@ struct Tiling {
 
 struct Device {
   int arch;  // 90 is sm_90
+  int multiprocessors;
   std::size_t shared_per_block;
 };
 
@@ -86,6 +87,15 @@ inline LaunchConfig loss_config(int64_t vocab, int64_t element_bytes, bool needs
 // Kernels without a reduction: one block per row and slice.
 inline LaunchConfig rowwise_config(int64_t vocab, int64_t element_bytes) {
   return {choose_tiling(vocab, element_bytes), false, 1, kGroup, 0};
+}
+
+// Clusters for resident rows. One that takes several rows loads the next while it stores the last;
+// but the device must stay full to the end, so only as many rows each as leave 16 waves.
+inline unsigned resident_clusters(int64_t rows, unsigned cluster, const Device& device) {
+  const int64_t at_once = 3 * int64_t(device.multiprocessors) / cluster + 1;
+  const int64_t share = rows / (16 * at_once);
+  const int64_t each = share < 1 ? 1 : share > 4 ? 4 : share;
+  return unsigned((rows + each - 1) / each);
 }
 
 // One-dimensional grids; kernels stride over rows, so any number of clusters gives the same bits.

@@ -22,16 +22,12 @@ __device__ __forceinline__ bool is_aligned(const T* p) {
 // Elements past the end read as -inf, which no statistic sees.
 template <class T>
 __device__ __forceinline__ Vec<T> load_elements(const T* p, int n, int position) {
-  Vec<T> v;
-#pragma unroll
-  for (int j = 0; j < Vec<T>::size; ++j) {
-    v.lane[j] = position + j < n ? p[position + j] : from_acc<T>(-kInfinity<acc_t<T>>);
-  }
-  return v;
+  return make_vec<T>([&](int j) {
+    return position + j < n ? p[position + j] : from_acc<T>(-kInfinity<acc_t<T>>);
+  });
 }
 
-// All loads are issued before the first is looked at. At the end of the slice their addresses are
-// clamped and what lies past it is replaced afterwards.
+// All loads are issued before the first is looked at.
 template <Reuse reuse, class T, int U>
 __device__ __forceinline__ void load_vectors(Vec<T> (&v)[U], const T* p, int n, bool aligned,
                                              int position, int step) {
@@ -39,21 +35,12 @@ __device__ __forceinline__ void load_vectors(Vec<T> (&v)[U], const T* p, int n, 
   if (aligned && position + (U - 1) * step + N <= n) {
 #pragma unroll
     for (int i = 0; i < U; ++i) v[i] = load_global<reuse>(p + position + i * step);
-  } else if (aligned && n >= N) {
-    const int last = n / N * N - N;
-#pragma unroll
-    for (int i = 0; i < U; ++i) {
-      const int at = position + i * step;
-      v[i] = load_global<reuse>(p + (at < last ? at : last));
-    }
-#pragma unroll
-    for (int i = 0; i < U; ++i) {
-      const int at = position + i * step;
-      if (at > last) v[i] = load_elements(p, n, at);
-    }
   } else {
 #pragma unroll
-    for (int i = 0; i < U; ++i) v[i] = load_elements(p, n, position + i * step);
+    for (int i = 0; i < U; ++i) {
+      const int at = position + i * step;
+      v[i] = aligned && at + N <= n ? load_global<reuse>(p + at) : load_elements(p, n, at);
+    }
   }
 }
 
@@ -66,7 +53,7 @@ __device__ __forceinline__ void store_vector(T* p, int n, bool aligned, int posi
   } else {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      if (position + j < n) p[position + j] = v.lane[j];
+      if (position + j < n) p[position + j] = get_lane(v, j);
     }
   }
 }

@@ -46,17 +46,22 @@ __device__ __forceinline__ GradCoefs<A> zero_row() {
 template <bool kCurve, class T>
 __device__ __forceinline__ Vec<T> gradient_vector(const Vec<T>& v, int position,
                                                   const GradCoefs<acc_t<T>>& c,
-                                                  const RowScale<T>& scale) {
+                                                  const Floor<T>& floor, const RowScale<T>& scale) {
   using A = acc_t<T>;
   constexpr int N = Vec<T>::size;
-  A x[N], g[N];
-  unpack(v, x);
-  if (scale.softcap.value != A(0)) soft_cap(x, scale.softcap);
+  A t[N], g[N];
+  if (floor.usable) {
+    shift_lanes(t, v, c.m, floor, scale);
+  } else {
+    unpack(v, t);
+    if (scale.softcap.value != A(0)) soft_cap(t, scale.softcap);
+#pragma unroll
+    for (int j = 0; j < N; ++j) t[j] = shifted(t[j], c.m, scale);
+  }
   const auto element = [&](int j, A addend) {
-    const A t = shifted(x[j], c.m, scale);
-    A p = quick_exponential(t, scale);
+    A p = quick_exponential(t[j], scale);
     if constexpr (sizeof(T) > 2) p *= c.inv_sum;
-    A factor = std::fma(c.slope, t, c.base);
+    A factor = std::fma(c.slope, t[j], c.base);
     if constexpr (kCurve) factor = std::fma(c.curve, p, factor);
     const A g = std::fma(p, factor, addend);
     return sizeof(T) > 2 ? c.scale * g : g;
@@ -71,10 +76,10 @@ __device__ __forceinline__ Vec<T> gradient_vector(const Vec<T>& v, int position,
     }
   }
   if (scale.softcap.value != A(0)) {
-    unpack(v, x);
+    unpack(v, t);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const A tanh_x = soft_tanh(x[j], scale.softcap);
+      const A tanh_x = soft_tanh(t[j], scale.softcap);
       g[j] *= std::fma(-tanh_x, tanh_x, A(1));
     }
   }
@@ -84,9 +89,7 @@ __device__ __forceinline__ Vec<T> gradient_vector(const Vec<T>& v, int position,
 template <class T>
 __device__ __forceinline__ void write_zeros(T* p, int n, int thread, int threads) {
   constexpr int N = Vec<T>::size;
-  Vec<T> zero;
-#pragma unroll
-  for (int j = 0; j < N; ++j) zero.lane[j] = from_acc<T>(acc_t<T>(0));
+  const Vec<T> zero{};
   const bool aligned = is_aligned(p);
   for (int at = thread * N; at < n; at += threads * N) store_vector(p, n, aligned, at, zero);
 }
@@ -99,6 +102,7 @@ __device__ __forceinline__ void write_gradient(T* grad, const T* p, int n, int b
                                                const RowScale<T>& scale, int thread, int threads) {
   constexpr int N = Vec<T>::size, U = 2;
   const bool aligned = is_aligned(p), grad_aligned = is_aligned(grad);
+  const Floor<T> floor = floor_below<T>(c.m, scale);
   const int step = threads * N;
   for (int at = thread * N; at < n; at += U * step) {
     Vec<T> v[U];
@@ -108,7 +112,7 @@ __device__ __forceinline__ void write_gradient(T* grad, const T* p, int n, int b
       const int position = at + i * step;
       if (position < n) {
         store_vector(grad, n, grad_aligned, position,
-                     gradient_vector<kCurve>(v[i], begin + position, c, scale));
+                     gradient_vector<kCurve>(v[i], begin + position, c, floor, scale));
       }
     }
   }

@@ -1,6 +1,8 @@
 // Temperature and soft-cap of one row, and exp(t / T) at the accuracy that its use needs.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/fast_math.cuh"
 #include "policy_loss.h"
 
@@ -42,27 +44,67 @@ __device__ __forceinline__ acc_t<T> shifted(acc_t<T> x, acc_t<T> m, const RowSca
   return max_nan(x - m, scale.floor);
 }
 
-// exp(t / T) for 16-bit gradients: y = t log2(e)/T is off by |y| 2^-23, 3e-6 at p = e^-20, far
-// below the 2^-9 or 2^-12 of the result's rounding. Wider logits take the library's exp.
+// A floor for 16-bit logits before they are unpacked, two at a time: so far below m that exp is 0
+// (by 170 T at least after rounding, hence the share of |m|), and finite. `usable` is false where
+// the type has no such number, and with a soft-cap, which comes after unpacking; then `shifted`
+// does it one by one.
 template <class T>
-__device__ __forceinline__ acc_t<T> quick_exponential(acc_t<T> t, const RowScale<T>& scale) {
+struct Floor {
+  Vec<T> lanes;
+  bool usable;
+};
+template <class T>
+__device__ __forceinline__ Floor<T> floor_below(acc_t<T> m, const RowScale<T>& scale) {
+  Floor<T> f;
   if constexpr (sizeof(T) == 2) {
-    return exp2_approx(t * scale.exp_scale);
+    const float lowest = std::is_same<T, bf16>::value ? -0x1.fep127f : -65504.0f;
+    const float below = m + std::fmin(scale.floor, std::fabs(m) * -0x1p-6f);
+    f.usable = scale.softcap.value == 0.0f && below > lowest;
+    const T x = from_acc<T>(below);
+    f.lanes = make_vec<T>([x](int) { return x; });
   } else {
-    return std::exp(t / scale.temperature);
+    f.usable = scale.softcap.value == acc_t<T>(0);
+  }
+  return f;
+}
+
+// x - m for every lane of a vector, with the floor's help.
+template <class T>
+__device__ __forceinline__ void shift_lanes(acc_t<T> (&t)[Vec<T>::size], const Vec<T>& v,
+                                            acc_t<T> m, const Floor<T>& floor,
+                                            const RowScale<T>& scale) {
+  if constexpr (sizeof(T) == 2) {
+    unpack(max_lanes(v, floor.lanes), t);
+#pragma unroll
+    for (int j = 0; j < Vec<T>::size; ++j) t[j] -= m;
+  } else {
+    unpack(v, t);
+#pragma unroll
+    for (int j = 0; j < Vec<T>::size; ++j) t[j] = shifted(t[j], m, scale);
   }
 }
 
-// exp(t / T) for statistics, to a few ulp: on a confident row the entropy is the tail alone, and
-// |y| 2^-23 would be its relative error. What the rounding of y lost, t - y ln(2) T, comes back as
-// a first-order term.
-template <class T>
+// exp(t / T) to a few ulp. What the rounding of y = t log2(e)/T lost, t - y ln(2) T, comes back as
+// a first-order term: on a confident row the tail is all there is to the entropy, and |y| 2^-24
+// would be its relative error. kUnit: T is 1, which saves an instruction and no bit.
+template <bool kUnit, class T>
 __device__ __forceinline__ acc_t<T> exponential(acc_t<T> t, const RowScale<T>& scale) {
-  if constexpr (sizeof(T) == 2) {
-    const float y = mul_rn(t, scale.exp_scale), e = exp2_approx(y);
-    return std::fma(mul_rn(e, scale.temperature.inverse), std::fma(-y, scale.residual, t), e);
-  } else {
+  if constexpr (sizeof(T) == 8) {
     return std::exp(t / scale.temperature);
+  } else {
+    const float y = mul_rn(t, scale.exp_scale), e = exp2_approx<sizeof(T) == 2>(y);
+    const float lost = std::fma(-y, scale.residual, t);
+    return std::fma(kUnit ? e : mul_rn(e, scale.temperature.inverse), lost, e);
+  }
+}
+
+// For gradients: a 16-bit one is rounded to 2^-9 or 2^-12, far more than |y| 2^-24.
+template <class T>
+__device__ __forceinline__ acc_t<T> quick_exponential(acc_t<T> t, const RowScale<T>& scale) {
+  if constexpr (sizeof(T) == 2) {
+    return exp2_approx<true>(mul_rn(t, scale.exp_scale));
+  } else {
+    return exponential<false>(t, scale);
   }
 }
 
@@ -71,7 +113,7 @@ __device__ __forceinline__ acc_t<T> exponential(acc_t<T> t, const RowScale<T>& s
 template <class T>
 __device__ __forceinline__ acc_t<T> exponential_of_difference(acc_t<T> a, acc_t<T> b, acc_t<T> d,
                                                               const RowScale<T>& scale) {
-  const acc_t<T> e = exponential(d, scale);
+  const acc_t<T> e = exponential<false>(d, scale);
   const acc_t<T> back = d - a, lost = (a - (d - back)) - (b + back);
   return e == acc_t<T>(0) ? e : std::fma(mul_rn(e, scale.temperature.inverse), lost, e);
 }

@@ -124,56 +124,72 @@ __device__ __forceinline__ A warp_max(A x) {
   return x;
 }
 
-// Nothing finite so far: no sum moves, but fmax passed over any NaN.
-template <class A, int N>
-__device__ __forceinline__ void note_nan(Moments<A>& a, const A (&x)[kUnroll][N]) {
+// A tile whose elements all lie below the maximum, as most do.
+template <bool kUnit, class T, class M>
+__device__ __forceinline__ void absorb_below(M& a, const Vec<T> (&v)[kUnroll],
+                                             const Floor<T>& floor, const RowScale<T>& scale) {
+  using A = acc_t<T>;
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
+    A t[Vec<T>::size];
+    shift_lanes(t, v[i], a.m, floor, scale);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if (x[i][j] != x[i][j]) a.s = x[i][j];
-    }
+    for (int j = 0; j < Vec<T>::size; ++j) add(a, exponential<kUnit>(t[j], scale), t[j]);
   }
 }
 
-// Adds kUnroll vectors per lane; vector i starts at row position index + i * step. Called by whole
-// warps, whose lanes share a.m.
+// Any other tile: with elements at the maximum, soft-capped, or where no floor is usable. Not
+// unrolled, vectors move up instead: it is taken a few times a row and must cost no registers.
 template <class T, class M>
-__device__ __forceinline__ void absorb(M& a, const Vec<T> (&v)[kUnroll], const RowScale<T>& scale,
-                                       int index, int step) {
+__device__ __forceinline__ void absorb_any(M& a, Vec<T> (&v)[kUnroll], const RowScale<T>& scale,
+                                           int index, int step) {
   using A = acc_t<T>;
   constexpr int N = Vec<T>::size;
-  A x[kUnroll][N], top[kUnroll], highest = -kInfinity<A>;
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    unpack(v[i], x[i]);
-    if (scale.softcap.value != A(0)) soft_cap(x[i], scale.softcap);
-    top[i] = x[i][0];
-#pragma unroll
-    for (int j = 1; j < N; ++j) top[i] = std::fmax(top[i], x[i][j]);
-    highest = std::fmax(highest, top[i]);
-  }
-  highest = warp_max(highest);
-  if (highest > a.m) raise_max(a, highest, scale);
-  if (a.m == -kInfinity<A>) {
-    note_nan(a, x);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    if (__builtin_expect(top[i] == a.m, 0)) {  // a branch: one vector of the warp, as a rule
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        if (x[i][j] != a.m) continue;
-        x[i][j] = -kInfinity<A>;
-        count_top(a, index + i * step + j);
-      }
-    }
+#pragma unroll 1
+  for (int i = 0; i < kUnroll; ++i, index += step) {
+    A x[N];
+    unpack(v[0], x);
+    if (scale.softcap.value != A(0)) soft_cap(x, scale.softcap);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      const A t = shifted(x[i][j], a.m, scale);
-      add(a, exponential(t, scale), t);
+      if (x[j] == a.m) {
+        x[j] = -kInfinity<A>;
+        count_top(a, index + j);
+      }
+      const A t = shifted(x[j], a.m, scale);
+      add(a, exponential<false>(t, scale), t);
     }
+#pragma unroll
+    for (int k = 1; k < kUnroll; ++k) v[k - 1] = v[k];
+  }
+}
+
+// Adds kUnroll vectors per lane, which it may use up; vector i starts at row position index + i *
+// step. Called by whole warps, whose lanes share a.m.
+template <class T, class M>
+__device__ __forceinline__ void absorb(M& a, Vec<T> (&v)[kUnroll], const RowScale<T>& scale,
+                                       int index, int step) {
+  using A = acc_t<T>;
+  Vec<T> top = v[0];
+#pragma unroll
+  for (int i = 1; i < kUnroll; ++i) top = max_lanes(top, v[i]);
+  A highest = highest_lane(top);  // NaN if any element is
+  const Floor<T> floor = floor_below<T>(a.m, scale);
+  if (all_lanes(highest < a.m && floor.usable)) {
+    if (scale.temperature.value == A(1)) {
+      absorb_below<true>(a, v, floor, scale);
+    } else {
+      absorb_below<false>(a, v, floor, scale);
+    }
+    return;
+  }
+  if (scale.softcap.value != A(0)) highest = soft_capped(highest, scale.softcap);
+  const A warp_highest = warp_max(highest);
+  if (warp_highest > a.m) raise_max(a, warp_highest, scale);
+  if (a.m > -kInfinity<A>) {
+    absorb_any(a, v, scale, index, step);
+  } else if (highest != highest) {
+    a.s = highest;  // nothing finite so far: no sum moves, but fmax passed over the NaN
   }
 }
 

@@ -44,12 +44,22 @@ class Transformer(nn.Module):
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.02)
 
+    @property
+    def head(self) -> Tensor:
+        """(V, width): the embeddings again."""
+        return self.tokens.weight
+
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) int64 → (B, T, V)."""
+        return F.linear(self.hidden(ids), self.head)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """(B, T) int64 → (B, T, width), what the head is multiplied with."""
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return F.linear(self.norm(x), self.tokens.weight)
+        out: Tensor = self.norm(x)
+        return out
 
     def parameter_count(self) -> int:
         """Tied weights count once."""

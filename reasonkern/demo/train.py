@@ -1,4 +1,7 @@
-"""The two training stages: fine-tuning on the traces, then RL on their logged outcomes."""
+"""The two training stages: fine-tuning on the traces, then RL on their logged outcomes.
+
+Stage 1 takes the logits of the model, stage 2 its hidden states: no logits of a whole batch exist.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import reasonkern as rk
@@ -125,21 +129,23 @@ def policy_rows(context: Context, batch: Batch, old: Tensor, reference: Tensor) 
     return eager.Rows(batch.targets, batch.advantage, weight, old, reference)
 
 
+def loss_inputs(rows: eager.Rows, objective: rk.Objective) -> dict[str, Any]:
+    """Keyword arguments that `policy_loss` and `linear_policy_loss` share."""
+    return {
+        "old_logprob": rows.old_logprob,
+        "rollout_logprob": rows.old_logprob,
+        "ref_logprob": rows.ref_logprob,
+        "advantage": rows.advantage,
+        "weight": rows.weight,
+        "objective": objective,
+    }
+
+
 def fused_policy_loss(
     logits: Tensor, rows: eager.Rows, objective: rk.Objective
 ) -> rk.PolicyLossOutput:
-    """The loss of stage 2; its gradient is written over the logits."""
-    return rk.policy_loss(
-        logits,
-        rows.targets,
-        old_logprob=rows.old_logprob,
-        rollout_logprob=rows.old_logprob,
-        ref_logprob=rows.ref_logprob,
-        advantage=rows.advantage,
-        weight=rows.weight,
-        objective=objective,
-        inplace_grad=True,
-    )
+    """The loss of stage 2 on logits; its gradient is written over them."""
+    return rk.policy_loss(logits, rows.targets, inplace_grad=True, **loss_inputs(rows, objective))
 
 
 def _policy_step(
@@ -151,14 +157,15 @@ def _policy_step(
     step: int,
     checked: set[int],
 ) -> dict[str, float]:
-    logits = context.model(batch.ids)
-    name = context.config.objective
+    model, name = context.model, context.config.objective
+    hidden = model.hidden(batch.ids)
 
     def plain(leaf: Tensor) -> Tensor:
-        return eager.policy_loss(leaf, rows, name, objective, KL_COEF)
+        logits = F.linear(leaf, model.head.detach())
+        return eager.policy_loss(logits, rows, name, objective, KL_COEF)
 
-    check = Deviation(context, "policy", step, logits, plain) if step in checked else None
-    out = fused_policy_loss(logits, rows, objective)
+    check = Deviation(context, "policy", step, hidden, plain) if step in checked else None
+    out = rk.linear_policy_loss(hidden, model.head, rows.targets, **loss_inputs(rows, objective))
     descent.step(out.loss)
     if check:
         check.record(out.loss)
@@ -167,9 +174,9 @@ def _policy_step(
 
 
 class Deviation:
-    """Compares one training step with the eager formulation on the same logits.
+    """Compares one training step with the eager formulation on the same logits or hidden states.
 
-    The gradient compared is the one that trains: a hook sees it on its way to the lm_head.
+    The gradient compared is the one that trains: a hook sees it on its way into the model.
     """
 
     def __init__(
@@ -177,16 +184,16 @@ class Deviation:
         context: Context,
         stage: str,
         step: int,
-        logits: Tensor,
+        output: Tensor,
         plain: Callable[[Tensor], Tensor],
     ) -> None:
-        leaf = logits.detach().clone().requires_grad_()
+        leaf = output.detach().clone().requires_grad_()
         loss = plain(leaf)
         (self.expected,) = torch.autograd.grad(loss, leaf)
         self.expected_loss = loss.detach()
         self.entry: dict[str, Any] = {"stage": stage, "step": step}
         self.log: list[dict[str, Any]] = context.results.setdefault("deviations", [])
-        logits.register_hook(self._compare)
+        output.register_hook(self._compare)
 
     def _compare(self, gradient: Tensor) -> None:
         largest = self.expected.abs().max()
@@ -201,8 +208,8 @@ class Deviation:
 @torch.no_grad()
 def snapshot_logprob(model: Transformer, batch: Batch) -> Tensor:
     """Log-probs of the batch under the weights of this moment."""
-    logprob: Tensor = rk.token_stats(model(batch.ids), batch.targets, mask=batch.mask).logprob
-    return logprob
+    hidden = model.hidden(batch.ids)
+    return rk.linear_token_stats(hidden, model.head, batch.targets, mask=batch.mask).logprob
 
 
 def margin(batches: list[Batch], logprobs: list[Tensor]) -> float:

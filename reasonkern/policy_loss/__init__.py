@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from . import parallel as ranks
-from . import paths
+from . import parallel_rows, paths
 from .bapo import bapo_bounds
 from .conflict import conflict_token_weights, entropy_filter
 from .inputs import (
@@ -29,7 +28,7 @@ from .linear import linear_policy_loss, linear_token_stats
 from .metrics import PolicyMetrics, loss_metrics
 from .objective import KL, Importance, Objective
 from .outputs import PolicyLossOutput, TokenStats
-from .parallel import Parallel
+from .parallel import Parallel, VocabShard, vocab_shard
 from .selection import covariance_mask, high_entropy_mask
 from .weights import token_weights
 
@@ -99,7 +98,7 @@ def token_stats(
         >>> rk.token_stats(torch.zeros(1, 4), torch.tensor([2])).entropy  # ln 4
         tensor([1.3863])
     """
-    logits, shard = ranks.vocab_shard(logits, parallel)
+    logits, shard = vocab_shard(logits, parallel)
     rows, y = canonical_logits(logits, targets, least=1 if shard is None else 0)
     scaling = canonical_scaling(rows, temperature, softcap)
     mask = canonical_mask(mask, y, targets.shape)
@@ -109,7 +108,7 @@ def token_stats(
     if shard is None:
         out = torch.ops.reasonkern.token_stats(*args)
     else:
-        out = ranks.token_stats(*args, shard)
+        out = parallel_rows.token_stats(*args, shard)
     return TokenStats(*(t.view(targets.shape) for t in out[:7]))
 
 
@@ -185,7 +184,7 @@ def policy_loss(
             weights or advantages in active rows (on CUDA such rows are counted instead).
     """
     objective = as_objective(objective)
-    logits, shard = ranks.vocab_shard(logits, parallel)
+    logits, shard = vocab_shard(logits, parallel)
     rows, y = canonical_logits(logits, targets, least=1 if shard is None else 0)
     packed = logits.ndim == 2
     sequences = canonical_segments(segments, y, packed, parallel)
@@ -223,7 +222,7 @@ def _run(
     scaling: Scaling,
     loss_scale: Tensor | None,
     inplace: bool,
-    shard: ranks.VocabShard | None,
+    shard: VocabShard | None,
 ) -> paths.PathOutput:
     if shard is None and paths.is_fused(
         objective, logits.dtype, paths.needs_grad(logits), context, loss_scale

@@ -158,7 +158,9 @@ def search(
         amount = amount * rollout_logprob.double().exp()
     amount = torch.where(trained, amount, 0.0).reshape(-1)
     ratio = torch.where(trained, ratio.double(), 0.0).reshape(-1)
-    sums = total(_side_sums(ratio, amount, lows, highs), *groups)
+    sums = _side_sums(ratio, amount, lows, highs)
+    if groups:
+        sums = total(sums, *groups)
     pos, neg = sums.split((len(highs), len(lows)))
     low_last, high_last = len(lows) - 1, len(highs) - 1
     if variant == "paper":  # (low, high) of every probe, in the order of the loop
@@ -192,4 +194,6 @@ def _side_sums(ratio: Tensor, amount: Tensor, lows: Tensor, highs: Tensor) -> Te
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """From pinned memory, because a copy from pageable memory waits for the stream."""
     host = torch.tensor(values, dtype=torch.float64)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)

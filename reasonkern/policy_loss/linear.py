@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from . import linear_op, paths
+from . import linear_op, parallel_linear, paths
 from .chunks import Needs, Plan
 from .inputs import (
     LOGITS_DTYPES,
@@ -27,6 +27,7 @@ from .inputs import (
 from .metrics import loss_metrics
 from .objective import Objective
 from .outputs import PolicyLossOutput, TokenStats
+from .parallel import Parallel
 
 
 def linear_token_stats(
@@ -40,6 +41,7 @@ def linear_token_stats(
     mask: Tensor | None = None,
     chunk_rows: int | None = None,
     compact: bool = False,
+    parallel: Parallel | None = None,
 ) -> TokenStats:
     """`token_stats` of ``F.linear(hidden, weight, bias)``, whose logits never exist all at once.
 
@@ -63,6 +65,9 @@ def linear_token_stats(
             chunks of about 96 MiB of logits on CPU, 1.25 GiB on a GPU.
         compact: leave masked rows out of the matrix products, too. Counting them waits for the
             device, once here and once in the backward.
+        parallel: with a ``vocab_group``, ``weight`` and ``bias`` are this rank's rows of the head
+            and ``hidden`` is the same on every rank; its gradient is added up over the group unless
+            ``reduce_dhidden`` is False. None = the whole head.
 
     Returns:
         `TokenStats`, as from `token_stats`.
@@ -77,14 +82,16 @@ def linear_token_stats(
         >>> rk.linear_token_stats(hidden, weight, torch.tensor([2])).entropy  # ln 4
         tensor([1.3863])
     """
-    head = canonical_head(hidden, "weight", weight, targets, bias)
+    head = canonical_head(hidden, "weight", weight, targets, bias, parallel)
+    shard = parallel_linear.head_shard(weight, parallel)
     scaling = canonical_scaling(head.rows, temperature, softcap)
     mask = canonical_mask(mask, head.targets, targets.shape, "hidden")
-    _checks.check_range("targets", head.targets, 0, weight.shape[0], where=mask)
-    out = linear_op.OPS.linear_token_stats(
-        *head.operands, head.targets, mask, scaling.row_temperature, scaling.temperature,
-        scaling.softcap, *head.plan(chunk_rows, compact, None),
-    )  # fmt: skip
+    vocab = weight.shape[0] if shard is None else shard.vocab
+    _checks.check_range("targets", head.targets, 0, vocab, where=mask)
+    plan = head.plan(chunk_rows, compact, None)
+    out = parallel_linear.linear_token_stats(
+        head.operands, head.targets, mask, scaling, plan, shard, parallel
+    )
     return TokenStats(*(t.view(targets.shape) for t in out[:7]))
 
 
@@ -108,6 +115,7 @@ def linear_policy_loss(
     chunk_rows: int | None = None,
     compact: bool = False,
     num_active: int | None = None,
+    parallel: Parallel | None = None,
 ) -> PolicyLossOutput:
     """`policy_loss` of ``F.linear(hidden, lm_head_weight, bias)``, whose logits never all exist.
 
@@ -154,6 +162,10 @@ def linear_policy_loss(
         num_active: with ``compact``, at least the number of rows that take part: no counting, no
             waiting. Rows beyond it are left out of the loss and counted in ``rows_nonfinite`` (on
             CPU they raise).
+        parallel: `Parallel`. ``vocab_group``: ``lm_head_weight`` and ``bias`` are this rank's rows
+            of the head, ``hidden`` and the loss are the same on every rank (four products, one
+            all-gather of 32 bytes per row); the gradient of ``hidden`` is added up over the group
+            unless ``reduce_dhidden`` is False. The other groups as in `policy_loss`.
 
     Returns:
         `PolicyLossOutput`, as from `policy_loss`. Backward runs once.
@@ -175,7 +187,8 @@ def linear_policy_loss(
         tensor([ 0.2500,  0.2500, -0.7500,  0.2500])
     """
     objective = as_objective(objective)
-    head = canonical_head(hidden, "lm_head_weight", lm_head_weight, targets, bias)
+    head = canonical_head(hidden, "lm_head_weight", lm_head_weight, targets, bias, parallel)
+    shard = parallel_linear.head_shard(lm_head_weight, parallel)
     given: dict[str, Any] = {
         "old_logprob": old_logprob, "advantage": advantage, "weight": weight,
         "ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob,
@@ -184,24 +197,23 @@ def linear_policy_loss(
     for name, x in {**given, "segments": segments, "temperature": temperature}.items():
         if isinstance(x, Tensor):
             _checks.check_device(name, x, hidden, "hidden")
-    sequences = canonical_segments(segments, head.targets, hidden.ndim == 2)
+    sequences = canonical_segments(segments, head.targets, hidden.ndim == 2, parallel)
     scaling = canonical_scaling(head.rows, temperature, softcap, sequences)
     context = row_context(objective, head.rows, sequences, **given)
     check_objective(objective, context, hidden.ndim == 2)
-    check_rows(context, head.targets, lm_head_weight.shape[0])
+    check_rows(context, head.targets, lm_head_weight.shape[0] if shard is None else shard.vocab)
     loss_scale = canonical_loss_scale(loss_scale, context)
     plan = head.plan(chunk_rows, compact, num_active, context.active)
     needs = head.needs()
-    if paths.is_fused(objective, plan.dtype, any(needs), context, loss_scale):
+    if shard is None and paths.is_fused(objective, plan.dtype, any(needs), context, loss_scale):
         args = paths.fused_args(objective, head.targets, context, scaling, loss_scale)
         out = linear_op.OPS.linear_policy_loss(*head.operands, *args, *plan, *needs)
         loss, token_loss, logprob, entropy = out[:4]
         finite = paths.finite_rows(logprob, entropy, args)
     else:
-        logprob, entropy = linear_op.OPS.linear_token_stats(
-            *head.operands, head.targets, context.active, scaling.row_temperature,
-            scaling.temperature, scaling.softcap, *plan,
-        )[:2]  # fmt: skip
+        logprob, entropy = parallel_linear.linear_token_stats(
+            head.operands, head.targets, context.active, scaling, plan, shard, parallel
+        )[:2]
         row_loss, token_loss, logprob, entropy, finite, objective = paths.loss_of_statistics(
             objective, logprob, entropy, context
         )
@@ -262,7 +274,12 @@ def count_on_cpu(num_active: int, active: Tensor | None) -> None:
 
 
 def canonical_head(
-    hidden: Tensor, weight_name: str, weight: Tensor, targets: Tensor, bias: Tensor | None
+    hidden: Tensor,
+    weight_name: str,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    parallel: Parallel | None = None,
 ) -> LinearHead:
     """Checks the operands against each other; the dtype is the one F.linear would compute in."""
     check_tensor("hidden", hidden)
@@ -282,8 +299,9 @@ def canonical_head(
         _checks.check_device(name, x, hidden, "hidden")
         if autocast_dtype(x) != dtype:
             _checks.fail(name, f"the dtype of hidden, {hidden.dtype}", x.dtype)
-    if weight.ndim != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
-        expected = f"shape (V, {hidden.shape[-1]}) with V >= 1"
+    least = 1 if getattr(parallel, "vocab_group", None) is None else 0  # a rank may have none
+    if weight.ndim != 2 or weight.shape[0] < least or weight.shape[1] != hidden.shape[-1]:
+        expected = f"shape (V, {hidden.shape[-1]}) with V >= {least}"
         _checks.fail(weight_name, expected, tuple(weight.shape))
     if bias is not None:
         _checks.check_shape("bias", bias, weight.shape[:1], "(V,)")

@@ -191,7 +191,7 @@ def _stats_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
             hidden, weight, bias, targets, row_temperature, temperature, softcap, *stats,
             *incoming, *plan, *ctx.needs_input_grad[:3],
         )  # fmt: skip
-    return *_to_inputs(out, (hidden, weight, bias), ctx.needs_input_grad), *(None,) * 9
+    return *to_inputs(out, (hidden, weight, bias), ctx.needs_input_grad), *(None,) * 9
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -221,9 +221,10 @@ def _loss_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     return *out, *(None,) * 23
 
 
-def _to_inputs(
+def to_inputs(
     gradients: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...], needs: Any
 ) -> list[Tensor | None]:
+    """Gradients in the dtype of their inputs, None where unwanted."""
     return [
         once_differentiable(g.to(x.dtype)) if need and x is not None else None
         for g, x, need in zip(gradients, inputs, needs, strict=False)

@@ -1,25 +1,17 @@
-"""`Parallel`: a vocabulary, sequences or a batch spread over the ranks of process groups.
-
-Each rank holds some columns of the logits. It computes the statistics of its part of every row
-with the operator `token_stats`; one all-gather later every rank merges the same numbers in rank
-order, so all get the same bits. The merge takes the parts as outcomes of a first draw, of the rank,
-with probability ``share``: entropy, collision and varentropy then are sums of terms >= 0, and
-nothing cancels that a single pass over the row would not cancel.
-"""
+"""`Parallel`: a vocabulary, sequences or a batch spread over the ranks of process groups."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _checks
-from .op import claim_backward
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,12 +24,14 @@ class Parallel:
     The three groups are three axes of the mesh of ranks: ranks of one ``vocab_group`` hold the same
     rows and different columns, ranks of one ``segment_group`` pieces of the same sequences, ranks
     of one ``data_group`` different sequences. Make one object per sharding and keep it: the first
-    use exchanges the number of columns of each rank, once. Every rank of a group
-    must make the same calls with the same rows; an error on one rank leaves the others waiting.
+    use exchanges the number of columns of each rank, once. Every rank of a group must make the same
+    calls with the same rows; an error on one rank leaves the others waiting. torch.compile breaks
+    the graph at a group's collective.
 
     Args:
         vocab_group: ranks with the columns of the vocabulary, in rank order; shards may differ in
-            size. Targets, weights and all other row tensors are the same on each of them.
+            size. Targets, weights and all other row tensors are the same on each of them. The loss
+            takes the two-pass form, in which ``loss_scale`` is not needed.
         data_group: ranks with other sequences: ``out.metrics.all_reduce()`` and the defaults of
             `token_weights` run over it.
         segment_group: ranks with the other pieces of each sequence (context parallelism): rows b of
@@ -96,7 +90,22 @@ def check_parallel(parallel: Any) -> None:
         _checks.fail("parallel", "a Parallel or None", type(parallel).__name__)
 
 
+def has_vocab_group(parallel: Parallel) -> bool:
+    """Whether the vocabulary is spread over ranks."""
+    if parallel.vocab_group is None and parallel.vocab_size is not None:
+        _checks.fail("vocab_size", "None without a vocab_group", parallel.vocab_size)
+    return parallel.vocab_group is not None
+
+
 # ---- collectives, in rank order
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def untraced(function: F) -> F:
+    """torch.compile breaks its graph here; ``torch.compiler.disable`` imports the compiler."""
+    return cast(F, torch._disable_dynamo(function))  # type: ignore[attr-defined]
 
 
 def gather(x: Tensor, group: ProcessGroup) -> Tensor:
@@ -113,6 +122,7 @@ def in_rank_order(parts: Tensor) -> Tensor:
     return reduce(torch.add, parts.unbind(0))
 
 
+@untraced
 def total(x: Tensor, *groups: ProcessGroup | None) -> Tensor:
     """Sum over the ranks of each group, the same bits on all of them; None = this rank alone."""
     for group in groups:
@@ -127,21 +137,22 @@ class _GroupTotal(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
         ctx.group = group
-        return total(x, group)
+        return in_rank_order(gather(x, group))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return total(grad, ctx.group), None
+        return in_rank_order(gather(grad, ctx.group)), None
 
 
 def group_total(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Differentiable `total` over the pieces of sequences."""
-    if group is None:
-        return x
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _GroupTotal.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
-    return total(x, group)
+    return x if group is None else _differentiable_total(x, group)
+
+
+@untraced
+def _differentiable_total(x: Tensor, group: ProcessGroup) -> Tensor:
+    return _GroupTotal.apply(x, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def batch_groups(parallel: Parallel | None) -> tuple[ProcessGroup, ...]:
@@ -173,6 +184,10 @@ class VocabShard:
         """Columns of this rank that exist."""
         return self.bounds[self.rank + 1] - self.bounds[self.rank]
 
+    def is_whole(self, columns: int) -> bool:
+        """Whether the group is this rank alone and nothing of its columns is padding."""
+        return self.bounds == (0, columns)
+
     def owner(self, targets: Tensor) -> Tensor:
         """The rank that has each target; of a target outside the vocabulary the nearest one."""
         owner = torch.zeros_like(targets)
@@ -187,18 +202,24 @@ class VocabShard:
 
 def vocab_shard(logits: Tensor, parallel: Parallel | None) -> tuple[Tensor, VocabShard | None]:
     """This rank's logits as a plain tensor, and where they belong; None = a whole vocabulary."""
+    logits, shard = _find_shard(logits, parallel)
+    if shard is not None and shard.is_whole(logits.shape[-1]):
+        return logits, None
+    return logits, shard
+
+
+def _find_shard(logits: Tensor, parallel: Parallel | None) -> tuple[Tensor, VocabShard | None]:
     check_parallel(parallel)
     if hasattr(logits, "to_local"):
         return _shard_of_dtensor(logits, parallel)
-    if parallel is None or parallel.vocab_group is None:
-        if parallel is not None and parallel.vocab_size is not None:
-            _checks.fail("vocab_size", "None without a vocab_group", parallel.vocab_size)
+    if parallel is None or not has_vocab_group(parallel):
         return logits, None
     if not isinstance(logits, Tensor) or not logits.ndim:
         return logits, None  # refused by the checks of the logits
     return logits, shard_of_columns(parallel, logits.shape[-1], logits.device)
 
 
+@untraced
 def shard_of_columns(parallel: Parallel, columns: int, device: torch.device) -> VocabShard:
     """The shard of a rank that holds `columns`; the first time the ranks tell each other."""
     import torch.distributed as dist
@@ -246,161 +267,3 @@ def _shard_of_dtensor(logits: Any, parallel: Parallel | None) -> tuple[Tensor, V
     columns = [b - a for a, b in zip(ends, ends[1:], strict=False)]
     size = None if parallel is None else parallel.vocab_size
     return logits.to_local(), _shard(group, mesh.get_local_rank(dim), columns, size)
-
-
-# ---- statistics of rows spread over ranks
-
-# The order of the operator's outputs, which are what the ranks exchange.
-LOGPROB, ENTROPY, LSE, COLLISION, VARENTROPY, MAX_PROB, IS_TOP1, ROW_MAX = range(8)
-
-
-def local_statistics(logits: Tensor, targets: Tensor, *args: Any) -> Tensor:
-    """(8, B, T): the operator's outputs for the columns of this rank.
-
-    A part of a row that is empty or all -inf has row_max -inf.
-    """
-    if logits.shape[-1] == 0:
-        from .reference import accumulator_dtype
-
-        dtype = accumulator_dtype(logits.dtype)
-        return torch.full((8, *targets.shape), -torch.inf, dtype=dtype, device=logits.device)
-    out = torch.ops.reasonkern.token_stats(logits, targets, *args)
-    return torch.stack([x.to(out[0].dtype) for x in out])
-
-
-def merge_statistics(
-    parts: Tensor, owner: Tensor, mask: Tensor | None, valid: Tensor, temperature: Tensor
-) -> tuple[Tensor, ...]:
-    """The operator's outputs for whole rows from (ranks, 8, B, T): see the family's README.md.
-
-    ``owner`` is the rank of each row's target, ``valid`` False where no rank has it.
-    """
-    dtype, parts = parts.dtype, parts.double()
-    stats = parts.unbind(1)  # eight of (ranks, B, T)
-    row_max = stats[ROW_MAX]
-    top = row_max.amax(0)  # NaN wins
-    empty = row_max == -torch.inf
-    # ln of the sum of exp(z - max z) over the part; the part's own sum is 1 / max_prob >= 1.
-    log_mass = torch.where(
-        empty, -torch.inf, (row_max - top) / temperature.double() - torch.log(stats[MAX_PROB])
-    )
-    mass = torch.exp(log_mass)
-    heaviest = mass.argmax(0, keepdim=True)
-    others = mass.scatter(0, heaviest, 0.0)
-    # 1 - share of the heaviest part is what a confident row's log-probability is made of.
-    rest = torch.log1p(in_rank_order(others) / mass.gather(0, heaviest)[0])
-    log_sum = torch.log(mass.gather(0, heaviest)[0]) + rest
-    log_share = (log_mass - log_sum).scatter(0, heaviest, -rest.unsqueeze(0))
-    share = torch.exp(log_share)
-    mean = torch.where(empty, 0.0, stats[ENTROPY] - log_share)  # of -ln p, within the part
-    entropy = in_rank_order(share * mean)
-    spread = torch.where(empty, 0.0, stats[VARENTROPY]) + (mean - entropy).square()
-    collision = torch.where(empty, 0.0, stats[COLLISION]) * share.square()
-    at = owner.unsqueeze(0)
-    logprob = (stats[LOGPROB] + log_share).gather(0, at)[0]
-    logprob = torch.where(empty.gather(0, at)[0], -torch.inf, logprob)
-    first = (row_max == top).int().argmax(0)  # the first rank that has the maximum
-    lse = stats[LSE].gather(0, heaviest)[0] + rest
-    merged = (
-        logprob, entropy, lse, in_rank_order(collision), in_rank_order(share * spread),
-        torch.exp(-log_sum), top,
-    )  # fmt: skip
-    active = torch.ones_like(valid) if mask is None else mask
-    good = active & valid & torch.isfinite(top)
-    otherwise = torch.where(active, torch.nan, 0.0)
-    *rest_of, merged_max = (torch.where(good, x, otherwise).to(dtype) for x in merged)
-    merged_max = torch.where(active & valid & (top == -torch.inf), -torch.inf, merged_max)
-    is_top1 = good & (first == owner) & (stats[IS_TOP1].gather(0, at)[0] != 0)
-    return (*rest_of, is_top1, merged_max)
-
-
-class _ShardedStats(torch.autograd.Function):
-    """`token_stats` of rows spread over ranks; the backward needs no communication."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, targets: Tensor, mask: Tensor | None,
-        row_temperature: Tensor | None, temperature: float, softcap: float, shard: VocabShard,
-        inplace: bool,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        owner = shard.owner(targets)
-        out = sharded_statistics(
-            logits.detach(), targets, owner, mask, row_temperature, temperature, softcap, shard
-        )
-        logprob, entropy, _, collision, varentropy, max_prob, is_top1, row_max = out
-        saved = (logprob, entropy, collision, max_prob, row_max)
-        ctx.save_for_backward(logits, targets, owner, row_temperature, *saved)
-        ctx.given = temperature, softcap, shard, inplace
-        ctx.mark_non_differentiable(varentropy, max_prob, is_top1, row_max)
-        ctx.set_materialize_grads(False)
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        temperature, softcap, shard, inplace = ctx.given
-        if inplace:
-            claim_backward(ctx)
-        logits, targets, owner, row_temperature, *saved = ctx.saved_tensors
-        if all(g is None for g in grads[:4]):
-            return (None,) * 8
-        args = (
-            shard.local(targets, owner), row_temperature, temperature, softcap, *saved,
-            *local_grads(owner == shard.rank, *grads[:4]),
-        )  # fmt: skip
-        gradient = sharded_gradient(logits.detach(), args, shard.columns, inplace)
-        if inplace:
-            torch.autograd.graph.increment_version(logits)
-        return (gradient, *(None,) * 7)
-
-
-def sharded_statistics(
-    logits: Tensor, targets: Tensor, owner: Tensor, mask: Tensor | None,
-    row_temperature: Tensor | None, temperature: float, softcap: float, shard: VocabShard,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The eight outputs of the operator `token_stats`; one all-gather of 8 numbers per row."""
-    scaling = (row_temperature, temperature, softcap)
-    own = logits[..., : shard.columns]
-    parts = gather(local_statistics(own, shard.local(targets, owner), mask, *scaling), shard.group)
-    valid = (targets >= 0) & (targets < shard.vocab)
-    # The operators round the temperature to the accumulator's type.
-    t = parts.new_tensor(temperature) if row_temperature is None else row_temperature
-    return merge_statistics(parts, owner, mask, valid, t)
-
-
-def local_grads(
-    owned: Tensor, logprob: Tensor | None, entropy: Tensor | None, lse: Tensor | None,
-    collision: Tensor | None,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """What the operator's backward takes on this rank.
-
-    d logprob / dx_v = 1[v = y] - p_v and d lse / dx_v = p_v: where another rank has the target,
-    g of logprob is -g of lse.
-    """
-    if logprob is not None:
-        elsewhere = torch.where(owned, 0.0, -logprob)
-        lse = elsewhere if lse is None else lse + elsewhere
-        logprob = torch.where(owned, logprob, 0.0)
-    grads = (logprob, entropy, lse, collision)
-    return tuple(None if g is None else g.contiguous() for g in grads)
-
-
-def sharded_gradient(logits: Tensor, args: tuple[Any, ...], columns: int, inplace: bool) -> Tensor:
-    """Gradient of this rank's logits, 0 in padding columns."""
-    if columns == logits.shape[-1] and columns and not inplace:
-        return torch.ops.reasonkern.token_stats_backward(logits, *args)  # type: ignore[no-any-return]
-    gradient = logits if inplace else logits.clone()
-    if columns:
-        torch.ops.reasonkern.token_stats_backward_(gradient[..., :columns], *args)
-    gradient[..., columns:] = 0
-    return gradient
-
-
-def token_stats(
-    logits: Tensor, targets: Tensor, mask: Tensor | None, row_temperature: Tensor | None,
-    temperature: float, softcap: float, shard: VocabShard, inplace: bool = False,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """The operator `token_stats` over a vocabulary group, with autograd."""
-    return _ShardedStats.apply(  # type: ignore[no-any-return, no-untyped-call]
-        logits, targets, mask, row_temperature, temperature, softcap, shard, inplace
-    )

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import op, parallel
+from . import op, parallel_rows
 from .adaptive import adapt
 from .inputs import RowContext, Scaling
 from .objective import KL, KL_KINDS, Importance, Objective
+from .parallel import VocabShard
 from .reference import Hyper, RowLoss, Term, combine, kl_term, objective_rows, unpack_hyper
 from .sequence import importance_weights, opsm_keeps, sequence_term
 
@@ -163,14 +164,14 @@ def two_phase(
     context: RowContext,
     scaling: Scaling,
     inplace: bool,
-    shard: parallel.VocabShard | None = None,
+    shard: VocabShard | None = None,
 ) -> PathOutput:
     """As `fused`, through the statistics and an O(N) map; `shard`: logits are a rank's columns."""
     args = (
         targets, context.active, scaling.row_temperature, scaling.temperature, scaling.softcap,
     )  # fmt: skip
     if shard is not None:
-        logprob, entropy = parallel.token_stats(
+        logprob, entropy = parallel_rows.token_stats(
             logits, *args, shard, inplace and needs_grad(logits)
         )[:2]
     elif inplace and needs_grad(logits):

@@ -155,7 +155,9 @@ def covariance(
     """((A - mean A)(logp - mean logp) in float64, number of trained tokens)."""
     lp = torch.where(trained, logprob.double(), 0.0)
     a = torch.where(trained, advantage.double(), 0.0)
-    sums = total(torch.stack((trained.sum().double(), lp.sum(), a.sum())), *groups)
+    sums = torch.stack((trained.sum().double(), lp.sum(), a.sum()))
+    if groups:
+        sums = total(sums, *groups)
     count = sums[0]
     mean_lp, mean_a = (sums[1:] / count.clamp_min(1)).unbind()
     return (a - mean_a) * (lp - mean_lp), count.long()

@@ -192,6 +192,6 @@ PYBIND11_MODULE(policy_loss_sim, m) {
   });
   m.def("loss_config", [](std::int64_t vocab, std::int64_t element_bytes, bool needs_grad, int arch,
                           std::size_t shared_per_block) {
-    return describe(loss_config(vocab, element_bytes, needs_grad, {arch, shared_per_block}));
+    return describe(loss_config(vocab, element_bytes, needs_grad, {arch, 132, shared_per_block}));
   });
 }
