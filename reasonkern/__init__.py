@@ -1,5 +1,6 @@
 """reasonkern: exact, fast kernels for the inner loops of LLM reasoning, as PyTorch operators."""
 
+from . import scaling, shaping
 from ._load import info
 from .policy_loss import (
     KL,
@@ -42,6 +43,8 @@ __all__ = [
     "linear_policy_loss",
     "linear_token_stats",
     "policy_loss",
+    "scaling",
+    "shaping",
     "token_stats",
     "token_weights",
 ]

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import check, engine, memory, policy_loss, report, timing
+from benchmarks import check, engine, memory, policy_loss, report, shaping, timing
 from benchmarks.case import Case, Family, Gate, Provider, Runner, Skip, Tolerance, Truth
 from benchmarks.peers import eager, ours
 
@@ -333,6 +333,7 @@ def test_list_selects(capsys):
     assert all("bfloat16" in case for case in listed(capsys, "--dtype", "bf16"))
     assert len(listed(capsys, "policy_loss", "--check")) == len(policy_loss.CPU_GATED)
     assert all(case.startswith("linear") for case in listed(capsys, "linear_policy_loss"))
+    assert len(listed(capsys, "shaping", "--check")) == len(shaping.GATED)
     assert 0 < len(listed(capsys, "--quick")) < len(listed(capsys))
 
 
@@ -497,6 +498,41 @@ def test_peers_match_the_truth(small, name, package):
     runner = policy_loss.FAMILY.providers[name].build["policy_loss"](case, batch)
     outputs = runner.outputs(runner.call())
     assert {"loss", "grad"} <= set(outputs) and matches(outputs, truth)
+
+
+# ---- the cases of shaping
+
+
+def test_shaping_gates_and_cases():
+    gates = {c.op: {g.text() for g in c.gates} for c in shaping.GATED}
+    assert gates == {
+        "gae": {"≥ 20 × faster than loop", "≥ 3 × faster than blocked"},
+        "elliptical_bonus": {"≥ 1 × faster than rank-one"},
+    }
+    assert [c.shape for c in shaping.GATED] == [(256, 8192), (16, 4096)]
+    cases = shaping.FAMILY.cases
+    assert len({c.id for c in cases}) == len(cases)
+    for case in cases:
+        assert set(case.providers) <= set(shaping.FAMILY.providers)
+
+
+SMALL_SHAPING = [
+    shaping.case("gae", (3, 128), ("reasonkern", "loop", "blocked")),
+    shaping.case("gae", (3, 128), ("reasonkern", "loop"), label="masked"),
+    shaping.case("elliptical_bonus", (5, 30), ("reasonkern", "rank-one")),
+    shaping.case("elliptical_select", (40, 9), ("reasonkern", "rank-one")),
+]
+
+
+@pytest.mark.parametrize("case", SMALL_SHAPING, ids=lambda case: case.id)
+def test_shaping_providers_match_their_truth(case):
+    batch = shaping.make_inputs(case, 0)
+    truth = shaping.truth(case, batch)
+    for name in case.providers:
+        runner = shaping.FAMILY.providers[name].build[case.op](case, batch)
+        assert matches(runner.outputs(runner.call()), truth), name
+    wrong = {key: value + 1e-3 * value.abs().max() for key, value in truth.values.items()}
+    assert not matches(wrong, truth)
 
 
 # ---- picture

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel of policy_loss ahead of time, without a GPU.
+"""Compiles every Triton kernel of policy_loss and shaping ahead of time, without a GPU.
 
 The compiler cannot run in a process that interprets kernels (TRITON_INTERPRET=1), so this file is
 also a program: it prints what the compiler made of the kernels as JSON, and the tests read that.
@@ -20,7 +20,8 @@ import torch
 pytest.importorskip("triton", reason="the Triton backend needs triton, which is Linux only")
 
 OF_LOGITS = ("stats_kernel", "stats_backward_kernel", "loss_kernel", "scale_rows_kernel")
-KERNELS = (*OF_LOGITS, "map_kernel", "conflict_kernel")
+SHAPING = ("gae_kernel", "select_kernel")
+KERNELS = (*OF_LOGITS, "map_kernel", "conflict_kernel", *SHAPING)
 # plain: aligned rows and no optional argument. full: every optional one, soft-cap, unaligned rows.
 CASES = list(product(("plain", "full"), (80, 90, 100), ("fp32", "bf16", "fp16")))
 
@@ -34,10 +35,14 @@ OPTIONAL = {
     },
     "scale_rows_kernel": set(),
     "map_kernel": {"old_logprob", "entropy_weight", "importance", "ref_logprob", "hyper"},
+    "gae_kernel": {"mask", "row_decay", "row_decay_value", "bootstrap_value", "truncated"},
+    "select_kernel": set(),
     "conflict_kernel": set(),
 }  # fmt: skip
 POINTEES = {"targets": "i64", "mask": "i1", "is_top1": "i1", "finite": "i1"}
+POINTEES |= {"truncated": "i1", "picks": "i64"}
 POINTEES |= dict.fromkeys(("tokens", "sign", "members", "spans", "runs"), "i64")
+POINTEES |= dict.fromkeys(("gram", "score", "factor"), "fp64")
 
 
 # ---- the program: compile, print
@@ -48,10 +53,13 @@ def source(kernel, variant, dtype):
 
     from reasonkern.policy_loss.triton_kernels import config
     from reasonkern.policy_loss.triton_objective import Hyper
+    from reasonkern.shaping import triton_kernels as shaping_kernels
 
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     full = variant == "full"
     block, options = config(names[dtype], full and "SOFTCAP" in kernel.arg_names)
+    if kernel.__name__ in SHAPING:
+        block, options = shaping_kernels.BLOCK, shaping_kernels.OPTIONS
     constants = {"SOFTCAP": full, "ALIGNED": not full, "BLOCK": block}
     if not full:
         constants |= dict.fromkeys(OPTIONAL[kernel.__name__])
@@ -87,23 +95,28 @@ def reduction_layouts(ttgir):
     return sorted({layouts[name] for name in used})
 
 
+def find(name):
+    from reasonkern.policy_loss import triton_kernels
+    from reasonkern.shaping import triton_kernels as shaping_kernels
+
+    return getattr(shaping_kernels if name in SHAPING else triton_kernels, name)
+
+
 def kernels(variant, dtype):
-    """Those that a case compiles: the kernels without logits not for every dtype of logits."""
+    """Those that a case compiles: the kernels without logits in one of their types."""
     if dtype != "fp32":
         return OF_LOGITS
-    return KERNELS if variant == "plain" else (*OF_LOGITS, "map_kernel")
+    return KERNELS if variant == "plain" else (*OF_LOGITS, "map_kernel", *SHAPING)
 
 
 def compile_all():
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from reasonkern.policy_loss import triton_kernels
-
     rows = []
     for variant, cc, dtype in CASES:
         for name in kernels(variant, dtype):
-            src, options = source(getattr(triton_kernels, name), variant, dtype)
+            src, options = source(find(name), variant, dtype)
             compiled = triton.compile(src, target=GPUTarget("cuda", cc, 32), options=options)
             row = {"kernel": name, "variant": variant, "cc": cc, "dtype": dtype}
             row["layouts"] = reduction_layouts(compiled.asm["ttgir"])
@@ -133,12 +146,10 @@ def specialisations():
     from triton.backends.nvidia.compiler import CUDABackend
     from triton.runtime.jit import create_function_from_signature
 
-    from reasonkern.policy_loss import triton_kernels
-
     backend = CUDABackend(GPUTarget("cuda", 90, 32))
     rows = []
     for name in KERNELS:
-        kernel = getattr(triton_kernels, name)
+        kernel = find(name)
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         keys = [repr(bind(**call_arguments(kernel, small))[1]) for small in (True, False)]
         constexprs = [param.name for param in kernel.params if param.is_constexpr]

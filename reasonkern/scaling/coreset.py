@@ -1,0 +1,60 @@
+"""`elliptical_select`: a greedy subset of responses that are unlike each other in features."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..shaping import op as op
+from ..shaping.groups import check_tensor
+
+
+def elliptical_select(features: Tensor, k: int, lam: float = 0.01) -> Tensor:
+    """Picks k of N candidates by greedy elliptical scores (test-time RepExp, arXiv 2510.11686).
+
+    Each pick is the candidate with the largest ``h' Λ⁻¹ h``, then ``Λ += h h'``, from Λ = λI. The
+    paper draws its first pick at random and updates Λ⁻¹ (d×d); this is the same choice by pivoted
+    Cholesky of the Gram matrix: one column per pick, no d×d matrix, in float64. Equivalent to::
+
+        inverse = torch.eye(d) / lam
+        for _ in range(k):
+            score = ((features @ inverse) * features).sum(-1)
+            pick = score.masked_fill(chosen, -1).argmax()
+            inverse = (inverse.inverse() + features[pick].outer(features[pick])).inverse()
+
+    Args:
+        features: (N, d), or (P, N, d) for P prompts at once, any floating dtype; mean last-layer
+            hidden states, centred or not.
+        k: picks, 0 to N.
+        lam: ridge λ > 0.
+
+    Returns:
+        (k,) or (P, k) int64, in the order picked; equal scores: the lower index.
+
+    Raises:
+        ValueError: wrong shape or dtype, k or lam out of range; on CPU features that are not
+            finite (on CUDA the picks are distinct but else undefined).
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.scaling import elliptical_select
+        >>> elliptical_select(torch.tensor([[2.0, 0.0], [1.9, 0.0], [0.0, 1.0]]), 2)
+        tensor([0, 2])
+    """
+    check_tensor("features", features)
+    if features.ndim not in (2, 3) or not features.is_floating_point():
+        expected = "floating point of shape (N, d) or (P, N, d)"
+        _checks.fail("features", expected, f"{tuple(features.shape)}, {features.dtype}")
+    if not isinstance(k, int) or not 0 <= k <= features.shape[-2]:
+        _checks.fail("k", f"an integer in [0, {features.shape[-2]}]", k)
+    _checks.check_number("lam", lam, 0.0, exclusive=True)
+    x = features.detach()
+    x = x if x.dtype == torch.float64 else x.float()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not x.isfinite().all():
+        index = tuple((~x.isfinite()).nonzero()[0].tolist())
+        _checks.fail("features", "finite numbers", f"{x[index].item()} at {index}")
+    batched = x if x.ndim == 3 else x.unsqueeze(0)
+    out: Tensor = torch.ops.reasonkern.elliptical_select(batched, k, float(lam))
+    return out if x.ndim == 3 else out[0]

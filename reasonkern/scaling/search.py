@@ -1,0 +1,92 @@
+"""`AStarFrontier`: the open list of A* decoding, as a heap on the host."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from .. import _checks
+
+
+class Node(NamedTuple):
+    """A partial solution."""
+
+    state: Any
+    """What the caller pushed: text, token ids, a cache handle."""
+    reward: float
+    """Process reward r in [0, 1]."""
+    cost: float
+    """g, what the increases of h on the way have added up to."""
+    priority: float
+    """f = g + h, h = 1 - r."""
+
+
+class AStarFrontier:
+    """Best-first search over partial solutions: A*-Decoding (arXiv 2505.13672).
+
+    f = g + h with h = 1 - r of a process reward model; g grows by the increases of h along a path,
+    ``g' = g + max(0, h' - h)``. The node with the smallest f comes first; among equals the one
+    pushed first. Costs O(log n) per node in Python: the frontier holds at most ``budget`` nodes.
+
+    Args:
+        budget: nodes that may be pushed in all; None = no limit.
+
+    Raises:
+        ValueError: a budget below 1, or (push) rewards outside [0, 1] or of another number.
+
+    Example:
+        >>> from reasonkern.scaling import AStarFrontier
+        >>> frontier = AStarFrontier(budget=8)
+        >>> frontier.push(["a", "b"], [0.25, 0.5])
+        2
+        >>> [node.state for node in frontier.pop(1)]
+        ['b']
+    """
+
+    def __init__(self, budget: int | None = None) -> None:
+        if budget is not None and (not isinstance(budget, int) or budget < 1):
+            _checks.fail("budget", "an integer >= 1 or None", budget)
+        self._left = budget
+        self._heap: list[tuple[float, int, Node]] = []
+        self._pushed = 0
+
+    def push(
+        self, states: Sequence[Any], rewards: Sequence[float], parent: Node | None = None
+    ) -> int:
+        """Adds continuations of a node, or roots; returns how many of them the budget admitted."""
+        if len(rewards) != len(states):
+            _checks.fail("rewards", f"{len(states)} numbers, one per state", len(rewards))
+        for i, reward in enumerate(rewards):
+            _checks.check_number(f"rewards[{i}]", reward, 0.0)
+            if reward > 1:
+                _checks.fail(f"rewards[{i}]", "a number in [0, 1]", reward)
+        admitted = len(states) if self._left is None else min(len(states), self._left)
+        for state, reward in zip(states[:admitted], rewards[:admitted], strict=True):
+            node = self._node(state, float(reward), parent)
+            heapq.heappush(self._heap, (node.priority, self._pushed, node))
+            self._pushed += 1
+        if self._left is not None:
+            self._left -= admitted
+        return admitted
+
+    @staticmethod
+    def _node(state: Any, reward: float, parent: Node | None) -> Node:
+        cost = 0.0 if parent is None else parent.cost + max(0.0, parent.reward - reward)
+        return Node(state, reward, cost, cost + 1 - reward)
+
+    def pop(self, count: int = 1) -> list[Node]:
+        """Removes and returns the best ``count`` nodes, or all if there are fewer."""
+        if not isinstance(count, int) or count < 1:
+            _checks.fail("count", "an integer >= 1", count)
+        taken = min(count, len(self._heap))
+        return [heapq.heappop(self._heap)[2] for _ in range(taken)]
+
+    def __len__(self) -> int:
+        """Number of open nodes."""
+        return len(self._heap)
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the budget is spent: further pushes admit nothing."""
+        return self._left == 0

@@ -1,0 +1,248 @@
+"""Advantages by group: baselines and scales, entropy reshaping, which samples to keep or replay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .groups import Groups, check_flags, check_vector, narrow, wide
+
+BASELINES = ("group-mean", "batch-mean", "leave-one-out", "length-weighted", "none")
+SCALES = ("std", "none", "batch-std")
+
+
+def group_advantages(
+    reward: Tensor,
+    group: Tensor,
+    *,
+    length: Tensor | None = None,
+    baseline: str = "group-mean",
+    scale: str = "std",
+    eps: float = 1e-4,
+) -> Tensor:
+    """Advantages ``(r - b) / (σ + eps)`` of sequences by group.
+
+    ==============================  =====================  =============
+    method                          baseline               scale
+    ==============================  =====================  =============
+    GRPO (2402.03300)               ``group-mean``         ``std``
+    Dr.GRPO (2503.20783), GTPO      ``group-mean``         ``none``
+    RLOO (2402.14740), T1           ``leave-one-out``      ``none``
+    OPO (2505.23585)                ``length-weighted``    ``none``
+    REINFORCE++ (2501.03262)        ``batch-mean``         ``batch-std``
+    REINFORCE++-baseline            ``group-mean``         ``batch-std``
+    ==============================  =====================  =============
+
+    Equivalent to, for equal groups of G consecutive sequences and the defaults::
+
+        r = reward.view(-1, G)
+        advantage = ((r - r.mean(1, True)) / (r.std(1, keepdim=True) + 1e-4)).view(-1)
+
+    Args:
+        reward: (N,), one per sequence, any dtype.
+        group: (N,) int64 ids, in any order; groups may differ in size.
+        length: (N,) tokens of each sequence, for ``length-weighted``: b = Σ L r / Σ L. A group
+            whose lengths are all 0 takes its plain mean. None = not needed.
+        baseline: b, one of the table, or "none" for 0.
+        scale: σ: Bessel-corrected standard deviation of the group ("std"), 1 with no eps ("none"),
+            or that of r - b over the batch ("batch-std").
+        eps: added to σ. TRL: 1e-4, verl: 1e-6.
+
+    Returns:
+        (N,) float32 (float64 for float64 rewards). Groups with equal rewards give exactly 0. A
+        group of one gives 0 where baseline or scale is taken over the group (verl gives r there).
+
+    Raises:
+        ValueError: wrong shape, dtype or device, unknown baseline or scale, missing lengths.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import group_advantages
+        >>> group_advantages(torch.tensor([1.0, 0, 0, 1]), torch.tensor([7, 7, 3, 7]), scale="none")
+        tensor([ 0.3333, -0.6667,  0.0000,  0.3333])
+    """
+    _checks.check_choice("baseline", baseline, BASELINES)
+    _checks.check_choice("scale", scale, SCALES)
+    _checks.check_number("eps", eps, 0.0)
+    check_vector("reward", reward)
+    groups = Groups(group, reward, "reward")
+    if baseline == "length-weighted":
+        if length is None:
+            _checks.fail("length", "a tensor for baseline='length-weighted'", None)
+        check_vector("length", length, reward, "reward")
+    centred = _minus_baseline(wide(reward), groups, baseline, length)
+    out = centred / (_sigma(centred, wide(reward), groups, scale) + eps)
+    if scale == "none":
+        out = centred
+    if scale == "std" or baseline in ("group-mean", "leave-one-out", "length-weighted"):
+        out = torch.where(groups.size() > 1, out, 0.0)
+    return narrow(out, reward)
+
+
+def _minus_baseline(r: Tensor, groups: Groups, baseline: str, length: Tensor | None) -> Tensor:
+    if baseline == "none":
+        return r
+    if baseline == "batch-mean":
+        return r - r.mean() if len(r) else r
+    centred = r - groups.mean(r)
+    if baseline == "leave-one-out":
+        # r - (S - r) / (n - 1) = n / (n - 1) (r - mean)
+        n = groups.size()
+        return centred * n / (n - 1).clamp_min(1)
+    if baseline == "length-weighted" and length is not None:
+        has_length = groups.sum(length) > 0
+        return torch.where(has_length, r - groups.mean(r, wide(length)), centred)
+    return centred
+
+
+def _sigma(centred: Tensor, r: Tensor, groups: Groups, scale: str) -> Tensor:
+    if scale == "std":
+        return groups.std(r)
+    deviation = centred - centred.mean() if len(centred) else centred
+    return (deviation.square().sum() / max(len(centred) - 1, 1)).sqrt()
+
+
+def entropy_reshape(
+    advantage: Tensor, entropy_mean: Tensor, group: Tensor, *, active: Tensor | None = None
+) -> Tensor:
+    """Advantages weighed by relative entropy: ``A_i max(0, 2 - H_i / mean H)`` (ETTRL, 2508.11356).
+
+    Equivalent to, for one group: ``advantage * (2 - h / h.mean()).clamp(min=0)``. The paper
+    does not floor the factor: there an H_i above twice the mean turns the advantage's sign.
+
+    Args:
+        advantage: (N,), one per sequence.
+        entropy_mean: (N,), mean token entropy of each response, nats.
+        group: (N,) int64 ids; the mean is taken over the group.
+        active: (N,) bool, False for an empty response: it counts for no mean and keeps its
+            advantage. None = all.
+
+    Returns:
+        (N,) in float32 (float64 for float64 advantages). Where mean H is 0 the factor is 1.
+
+    Raises:
+        ValueError: wrong shape, dtype or device.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import entropy_reshape
+        >>> entropy_reshape(torch.ones(2), torch.tensor([0.5, 1.5]), torch.tensor([0, 0]))
+        tensor([1.5000, 0.5000])
+    """
+    check_vector("advantage", advantage)
+    check_vector("entropy_mean", entropy_mean, advantage, "advantage")
+    groups = Groups(group, advantage, "advantage")
+    counted = torch.ones_like(advantage, dtype=torch.bool) if active is None else active
+    check_flags("active", counted, advantage, "advantage")
+    mean = groups.mean(entropy_mean, counted)
+    usable = counted & (mean > 0)
+    ratio = wide(entropy_mean) / torch.where(usable, mean, 1.0)
+    factor = torch.where(usable, (2 - ratio).clamp_min(0), 1.0)
+    return narrow(wide(advantage) * factor, advantage)
+
+
+def dynamic_sampling_mask(reward: Tensor, group: Tensor) -> Tensor:
+    """Keeps the groups that have something to tell apart (DAPO, 2503.14476; ConciseR, 2505.21178).
+
+    Equivalent to, for one group: ``reward.max() > reward.min()``.
+
+    Args:
+        reward: (N,), one per sequence.
+        group: (N,) int64 ids.
+
+    Returns:
+        (N,) bool, False for every member of a group whose rewards are all equal, a group of one
+        among them.
+
+    Raises:
+        ValueError: wrong shape, dtype or device.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import dynamic_sampling_mask
+        >>> dynamic_sampling_mask(torch.tensor([1.0, 1, 0, 1]), torch.tensor([0, 0, 1, 1]))
+        tensor([False, False,  True,  True])
+    """
+    check_vector("reward", reward)
+    groups = Groups(group, reward, "reward")
+    return groups.max(reward) > groups.min(reward)
+
+
+class ReplaySample(NamedTuple):
+    """What `prioritised_sample` returns."""
+
+    indices: Tensor
+    """(k,) int64, distinct positions in the batch."""
+    valid: Tensor
+    """(k,) bool, False where fewer than k advantages are not 0: such an entry is no sample."""
+
+
+def prioritised_sample(
+    advantage: Tensor, k: int, *, alpha: float = 1.0, seed: int = 0
+) -> ReplaySample:
+    """Draws k samples without replacement, p ∝ |A|^alpha over those with A ≠ 0.
+
+    The selective sample buffer of Skywork R1V2 (arXiv 2504.16656), whose text says "weighted by the
+    absolute advantage" and no more: the exponent is ours. Equivalent in law to
+    ``torch.multinomial(advantage.abs() ** alpha, k)``, by one top-k of exponential keys.
+
+    Args:
+        advantage: (N,), one per sequence.
+        k: number of samples, 0 to N.
+        alpha: exponent >= 0; 0 draws uniformly among the non-zero ones.
+        seed: of the draw; the same seed and device give the same samples.
+
+    Returns:
+        `ReplaySample`, the samples in the order drawn.
+
+    Raises:
+        ValueError: wrong shape, k outside [0, N], or a negative alpha.
+    """
+    check_vector("advantage", advantage)
+    _checks.check_number("alpha", alpha, 0.0)
+    if not isinstance(k, int) or not 0 <= k <= len(advantage):
+        _checks.fail("k", f"an integer in [0, {len(advantage)}]", k)
+    generator = torch.Generator(advantage.device).manual_seed(seed)
+    noise = torch.empty_like(advantage, dtype=torch.float64).exponential_(generator=generator)
+    # The k smallest of E_i / w_i, E exponential, are a weighted sample without replacement.
+    log_weight = alpha * wide(advantage).abs().log()
+    live = advantage != 0
+    key = torch.where(live, log_weight - noise.log(), -torch.inf)
+    indices = key.topk(k).indices
+    return ReplaySample(indices, live[indices])
+
+
+@torch.no_grad()
+def anchor_update_(ema_params: Sequence[Tensor], params: Sequence[Tensor], decay: float) -> None:
+    """Moves a reference policy towards the policy, in place: ``ema = decay ema + (1 - decay) p``.
+
+    The dynamic anchor of T1 (arXiv 2501.11651; its decay is not published), as foreach kernels.
+    Equivalent to ``for e, p in zip(ema_params, params): e.lerp_(p.to(e.dtype), 1 - decay)``.
+
+    Args:
+        ema_params: the anchor's parameters, float32 or float64: in bfloat16 a step below 2^-9 of
+            the value would be lost every time.
+        params: the policy's parameters, same shapes and devices, any floating dtype.
+        decay: in [0, 1]; 1 leaves the anchor where it is.
+
+    Raises:
+        ValueError: lists of different length, a shape or device that differs, an anchor in half
+            precision, or a decay outside [0, 1].
+    """
+    _checks.check_number("decay", decay, 0.0)
+    if decay > 1:
+        _checks.fail("decay", "a number in [0, 1]", decay)
+    ema, new = list(ema_params), list(params)
+    if len(ema) != len(new):
+        _checks.fail("params", f"{len(ema)} tensors, as ema_params has", len(new))
+    for i, (e, p) in enumerate(zip(ema, new, strict=True)):
+        _checks.check_dtype(f"ema_params[{i}]", e, torch.float32, torch.float64)
+        _checks.check_shape(f"params[{i}]", p, e.shape, f"ema_params[{i}].shape")
+        _checks.check_device(f"params[{i}]", p, e, f"ema_params[{i}]")
+    if ema:
+        target = [p.detach().to(e.dtype) for e, p in zip(ema, new, strict=True)]
+        torch._foreach_lerp_(ema, target, 1.0 - decay)

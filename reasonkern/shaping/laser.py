@@ -1,0 +1,208 @@
+"""LASER, LASER-D and LASER-DE: a step reward for short answers with targets by difficulty."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .groups import Groups, check_flags, check_tensor, wide
+from .rewards import check_lengths
+
+MODES = ("reward", "penalty", "hybrid")
+LEVELS = ("high", "medium", "low")  # of accuracy, the order of the targets
+
+
+def laser(
+    length: Tensor,
+    correct: Tensor,
+    *,
+    target: float | Tensor,
+    mode: str = "reward",
+    bonus: float = 0.5,
+    wrong: float = -0.5,
+) -> Tensor:
+    """A bonus for correct answers within a target length: LASER (arXiv 2505.15612).
+
+    A correct answer gets 1 plus, by mode: "reward": bonus if L <= target; "penalty": -bonus if
+    L > target; "hybrid": both. A wrong one gets ``wrong``. Equivalent to, for "reward":
+    ``torch.where(correct, 1 + bonus * (length <= target), wrong)``. (The released code writes each
+    reward at the end of the batch's last sample, which a sum over tokens hides.)
+
+    Args:
+        length: (N,) tokens of each answer.
+        correct: (N,) bool.
+        target: L_T, a number (paper: 2048, 4096, 8192) or one per sequence (N,).
+        mode: "reward", "penalty" or "hybrid".
+        bonus: code: 0.5.
+        wrong: reward of a wrong answer. Code: -0.5.
+
+    Returns:
+        (N,) float32.
+
+    Raises:
+        ValueError: wrong shape or dtype, an unknown mode, or no number.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import laser
+        >>> laser(torch.tensor([10, 90, 10]), torch.tensor([True, True, False]), target=50)
+        tensor([ 1.5000,  1.0000, -0.5000])
+    """
+    check_lengths(length, correct)
+    _checks.check_choice("mode", mode, MODES)
+    for name, value in (("bonus", bonus), ("wrong", wrong)):
+        _checks.check_number(name, value)
+    if isinstance(target, Tensor):
+        _checks.check_shape("target", target, length.shape, "length.shape")
+        _checks.check_device("target", target, length, "length")
+    else:
+        _checks.check_number("target", target, 0.0)
+    short = length <= target
+    gained = torch.where(short, bonus if mode != "penalty" else 0.0, 0.0)
+    lost = torch.where(short, 0.0, bonus if mode != "reward" else 0.0)
+    return torch.where(correct, 1 + wide(gained) - wide(lost), wrong).float()
+
+
+def laser_d(
+    length: Tensor,
+    correct: Tensor,
+    group: Tensor,
+    *,
+    targets: Sequence[float] | Tensor,
+    bonus: float = 0.5,
+    wrong: float = -0.5,
+) -> Tensor:
+    """LASER with a target by difficulty: LASER-D (arXiv 2505.15612).
+
+    The accuracy of a group makes it high (>= 2/3), medium (>= 1/3) or low, and each level has its
+    own target, searched for by `adaptive_length_targets`.
+
+    Args:
+        length: (N,) tokens of each answer.
+        correct: (N,) bool.
+        group: (N,) int64 ids.
+        targets: three, for high, medium and low accuracy.
+        bonus: code: 0.5.
+        wrong: reward of a wrong answer. Code: -0.5.
+
+    Returns:
+        (N,) float32.
+
+    Raises:
+        ValueError: wrong shape or dtype, or not three targets.
+    """
+    check_lengths(length, correct)
+    target = _spread_targets(targets, accuracy_level(correct, group))
+    return laser(length, correct, target=target, bonus=bonus, wrong=wrong)
+
+
+def laser_de(
+    length: Tensor,
+    correct: Tensor,
+    group: Tensor,
+    *,
+    targets: Sequence[float] | Tensor,
+    repetitive: Tensor | None = None,
+    bonus: float = 0.5,
+    wrong: float = -0.5,
+) -> Tensor:
+    """LASER-D that also pays for exploring: LASER-DE (arXiv 2505.15612).
+
+    A wrong answer longer than its target gets ``wrong + bonus``, unless it only repeats itself.
+
+    Args:
+        length: (N,) tokens of each answer.
+        correct: (N,) bool.
+        group: (N,) int64 ids.
+        targets: three, for high, medium and low accuracy.
+        repetitive: (N,) bool, answers in which a repetition detector found a loop; None = none.
+        bonus: code: 0.5.
+        wrong: reward of a wrong answer. Code: -0.5.
+
+    Returns:
+        (N,) float32.
+
+    Raises:
+        ValueError: wrong shape or dtype, or not three targets.
+    """
+    check_lengths(length, correct)
+    target = _spread_targets(targets, accuracy_level(correct, group))
+    out = laser(length, correct, target=target, bonus=bonus, wrong=wrong)
+    explores = ~correct & (length > target)
+    if repetitive is not None:
+        explores = explores & ~check_flags("repetitive", repetitive, correct, "correct")
+    return torch.where(explores, wrong + bonus, out)
+
+
+def adaptive_length_targets(
+    length: Tensor,
+    correct: Tensor,
+    group: Tensor,
+    *,
+    lower: int,
+    upper: int,
+    step: int = 1024,
+    rollouts: int = 8,
+) -> Tensor:
+    """The target search of LASER-D: per level the shortest length that keeps one correct answer.
+
+    Among ``lower, lower + step, …, upper`` the smallest ℓ with ⌊cover(ℓ) n⌋ >= 1: cover is the
+    share of a level's correct answers (on a monitoring set) that are no longer than ℓ, and n the
+    correct answers that a group of the level has at least: ⌊2/3 rollouts⌋ for high, ⌊1/3 rollouts⌋
+    for medium and 1 for low, so low needs all of them. Compared in integers.
+
+    Args:
+        length: (N,) tokens of the monitoring set's answers.
+        correct: (N,) bool.
+        group: (N,) int64 ids.
+        lower: first candidate.
+        upper: last candidate; the target of a level without correct answers, or without a
+            candidate that covers enough.
+        step: between candidates. Code: 1024.
+        rollouts: answers per prompt. Code: 8.
+
+    Returns:
+        (3,) int64: targets for high, medium and low accuracy.
+
+    Raises:
+        ValueError: wrong shape or dtype, or a number out of range.
+    """
+    check_lengths(length, correct)
+    for name, value in (("lower", lower), ("step", step), ("rollouts", rollouts)):
+        if not isinstance(value, int) or value < 1:
+            _checks.fail(name, "an integer >= 1", value)
+    if not isinstance(upper, int) or upper < lower:
+        _checks.fail("upper", f"an integer >= lower = {lower}", upper)
+    level = accuracy_level(correct, group)
+    count = -(-(upper - lower) // step) + 1
+    candidates = (lower + step * torch.arange(count, device=length.device)).clamp_max(upper)
+    kept = max(rollouts * 2 // 3, 1), max(rollouts // 3, 1), 1
+    out = []
+    for i, n in enumerate(kept):
+        counted = correct & (level == i)
+        covered = counted[:, None] & (length[:, None] <= candidates)
+        enough = n * covered.sum(0) >= counted.sum().clamp_min(1)
+        enough[-1] = True
+        out.append(candidates.take(enough.long().argmax()))
+    return torch.stack(out)
+
+
+def accuracy_level(correct: Tensor, group: Tensor) -> Tensor:
+    """(N,) int64: 0, 1, 2 for groups with accuracy >= 2/3, >= 1/3, below; exact in integers."""
+    groups = Groups(group, correct, "correct")
+    right, size = groups.sum(correct), groups.size()
+    return 2 - (3 * right >= size).long() - (3 * right >= 2 * size).long()
+
+
+def _spread_targets(targets: Sequence[float] | Tensor, level: Tensor) -> Tensor:
+    if isinstance(targets, Tensor):
+        _checks.check_shape("targets", check_tensor("targets", targets), (3,), "(3,)")
+        return wide(targets)[level]
+    if len(targets) != 3:
+        _checks.fail("targets", "three, for high, medium and low accuracy", targets)
+    high, medium, low = (float(t) for t in targets)
+    rest = torch.where(level == 1, medium, low)
+    return torch.where(level == 0, high, wide(rest))

@@ -1,0 +1,60 @@
+"""examples/reward_shaping.py: its stages add up, and it reads the files the demo reads."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from examples import reward_shaping
+from reasonkern.demo.arithmetic import generate
+
+
+def rows(text: str) -> list[dict[str, float | str]]:
+    head, *lines = [line for line in text.split("\n\n")[0].splitlines() if set(line) != {"-"}]
+    names = head.split()
+    return [dict(zip(names, line.split(), strict=True)) for line in lines]
+
+
+def test_default_traces(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reward_shaping.main([]) == 0
+    out = capsys.readouterr().out
+    table = rows(out)
+    assert len(table) == 20 and {row["right"] for row in table} == {"yes", "no"}
+    for row in table:
+        x = {k: float(v) for k, v in row.items() if k not in ("right", "problem")}
+        assert x["reward"] == pytest.approx(x["LASER-D"] + 0.5 * x["overlong"], abs=2e-3)
+        mine = [float(r["reward"]) for r in table if r["problem"] == row["problem"]]
+        assert x["advantage"] == pytest.approx(x["reward"] - sum(mine) / len(mine), abs=2e-3)
+        assert x["filtered"] == pytest.approx(x["advantage"] - 0.1 * x["entropy"], abs=2e-3)
+    assert "GTPO drops 0 of 20" in out
+
+
+def test_a_file_and_a_limit_that_drops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "traces.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        for trace in generate(problems=2, samples=3, seed=1):
+            file.write(json.dumps(vars(trace)) + "\n")
+    assert reward_shaping.main([str(path), "--max-entropy", "0.01"]) == 0
+    out = capsys.readouterr().out
+    assert {float(row["filtered"]) for row in rows(out)} == {0.0} and "drops 6 of 6" in out
+    assert reward_shaping.main([str(tmp_path / "absent")]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_entropies_of_the_byte_model() -> None:
+    text = b"abababac"
+    (got,) = reward_shaping.entropies([text])
+    padded = bytes(4) + text
+    after: dict[bytes, Counter[int]] = {}
+    for i in range(len(text)):
+        after.setdefault(padded[i : i + 4], Counter())[padded[i + 4]] += 1
+    for i in range(len(text)):
+        counts = after[padded[i : i + 4]].values()
+        p = [count / sum(counts) for count in counts]
+        assert got[i].item() == pytest.approx(-sum(x * math.log(x) for x in p), abs=1e-6)
+    assert got.max() == pytest.approx(math.log(2))

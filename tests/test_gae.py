@@ -1,0 +1,247 @@
+"""The operator behind `gae` on every backend against the sum it stands for, and its front."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import Backend, make_backend
+from tolerance import assert_close, baseline_error, digest, randn
+from torch import Tensor
+
+from reasonkern.shaping import gae, reference
+
+B, T = 7, 41
+
+
+@pytest.fixture(params=["reference", "cpu", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Triton in blocks of 16 tokens, so that 41 tokens cross blocks."""
+    if request.param == "triton":
+        kernels = pytest.importorskip("reasonkern.shaping.triton_kernels")
+        monkeypatch.setattr(kernels, "BLOCK", 16)
+    return make_backend(request.param)
+
+
+def definition(
+    reward: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lam: Tensor,
+    lam_value: Tensor,
+    end: str,
+    given: Tensor,
+    truncated: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """O(T^2): every advantage as its own sum of deltas over the tokens that count."""
+    out = torch.zeros(2, *reward.shape, dtype=reward.dtype)
+    for b in range(len(reward)):
+        (at,) = mask[b].nonzero(as_tuple=True)
+        if not len(at):
+            continue
+        v = value[b, at]
+        last = {"zero": 0 * v[-1], "last": v[-1], "given": given[b]}[end]
+        following = torch.cat((v[1:], (last if truncated[b] else 0 * last).reshape(1)))
+        delta = reward[b, at] + gamma * following - v
+        for which, factor in enumerate((lam[b], lam_value[b])):
+            for t in range(len(at)):
+                power = (gamma * factor) ** torch.arange(len(at) - t).to(delta)
+                out[which, b, at[t]] = (power * delta[t:]).sum()
+        out[1, b, at] += v
+    return out[0], out[1]
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows: full, random holes, leading and trailing padding, one token, none, first, last."""
+    reward, value = randn(B, T, seed=1).to(dtype), 3 * randn(B, T, seed=2).to(dtype)
+    mask = torch.rand(B, T, generator=torch.Generator().manual_seed(3)) < 0.6
+    mask[0], mask[4] = True, False
+    mask[2, :5], mask[2, -20:] = False, False
+    mask[3] = torch.arange(T) == 17
+    mask[5] = torch.arange(T) == 0
+    mask[6] = torch.arange(T) == T - 1
+    return reward, value, mask
+
+
+TRUNCATED = torch.tensor([True, True, False, True, True, False, True])
+ROW_LAM = torch.tensor([1.0, 0.95, 0.9, 0.5, 0.3, 0.0, 0.7])
+GIVEN = torch.tensor([2.0, -1.0, 9.0, 0.5, 4.0, 3.0, -2.0])
+
+
+def arguments(
+    end: str, masked: bool, per_row: bool, truncated: bool, gamma: float, lam: float
+) -> tuple[Any, ...]:
+    """What follows reward and value in the operator's schema."""
+    return (
+        inputs()[2] if masked else None,
+        ROW_LAM if per_row else None,
+        ROW_LAM.flip(0) if per_row else None,
+        GIVEN if end == "given" else None,
+        TRUNCATED if truncated else None,
+        gamma,
+        lam,
+        1.0,
+        end == "last",
+    )
+
+
+CASES = [
+    (end, masked, per_row, truncated, gamma, lam)
+    for end in ("zero", "last", "given")
+    for masked, per_row in ((True, False), (False, True), (True, True))
+    for truncated, gamma, lam in ((True, 0.97, 0.9), (False, 1.0, 1.0))
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_equals_the_definition(backend: Backend, case: tuple[Any, ...]) -> None:
+    end, masked, per_row, truncated, gamma, lam = case
+    reward, value, mask = inputs()
+    rest = arguments(*case)
+
+    def exact(r: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        one = torch.full((B,), lam, dtype=r.dtype)
+        lams = (ROW_LAM, ROW_LAM.flip(0)) if per_row else (one, torch.ones_like(one))
+        m = mask if masked else torch.ones_like(mask)
+        cut = TRUNCATED if truncated else torch.ones_like(TRUNCATED)
+        return definition(r, v, m, gamma, *(x.to(r) for x in lams), end, GIVEN.to(r), cut)
+
+    def plain(r: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.gae(r, v, *rest)
+
+    truth, base = baseline_error((reward, value), exact, plain, digest(case))
+    got = backend("gae", *(backend.to(x) for x in (reward, value, *rest)))
+    # The sum of terms of alternating sign may be smaller than its largest term.
+    size = torch.full_like(truth[0], 30.0)
+    for name, out, expected, error in zip(("advantage", "returns"), got, truth, base, strict=True):
+        assert_close(name, out, expected, error, terms=size)
+        if masked:
+            assert not out[~mask].any()
+
+
+def test_cases_are_hard() -> None:
+    reward, value, mask = inputs()
+    assert mask[0].all() and not mask[4].any() and mask[3].sum() == 1
+    assert (~mask[1]).any() and mask[1].any() and TRUNCATED.any() and not TRUNCATED.all()
+    ends = {
+        end: definition(
+            reward.double(), value.double(), mask, 1.0, *(torch.full((B,), 0.9),) * 2, end, GIVEN,
+            TRUNCATED,
+        )[0]
+        for end in ("zero", "last", "given")
+    }  # fmt: skip
+    assert (ends["zero"] != ends["last"]).any() and (ends["given"] != ends["last"]).any()
+
+
+def test_one_block_of_the_real_size() -> None:
+    """Triton's own block size, a row that takes two of them."""
+    triton = make_backend("triton")
+    reward, value = randn(1, 1100, seed=4).float(), randn(1, 1100, seed=5).float()
+    args = (reward, value, None, None, None, None, None, 0.99, 0.95, 1.0, True)
+    got = triton("gae", *(triton.to(x) for x in args))
+    for a, b in zip(got, reference.gae(reward.double(), value.double(), *args[2:]), strict=True):
+        torch.testing.assert_close(a.double().cpu(), b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length"),
+    [(37, 3), (9, 8), (9, 9), (2, 1023), (2, 1024), (2, 1025), (2, 1031), (2, 1033), (1, 9000)],
+)
+def test_chunks_of_the_cpu_kernel(poisoned_empty: None, rows: int, length: int) -> None:
+    """Lengths around its windows of 8 and its chunks of 1024 tokens, in float64."""
+    reward, value = randn(rows, length, seed=6), randn(rows, length, seed=7)
+    mask = torch.rand(rows, length, generator=torch.Generator().manual_seed(8)) < 0.9
+    lam = torch.linspace(0, 1, rows, dtype=torch.float64)
+    for given in (None, mask):
+        args = (reward, value, given, lam, None, None, None, 1.0, 0.0, 0.999, True)
+        got = torch.ops.reasonkern.gae(*args)
+        for a, b in zip(got, reference.gae(*args), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-9)
+
+
+def test_what_is_masked_is_not_read(backend: Backend) -> None:
+    reward, value, mask = inputs()
+    rest = arguments("last", True, True, True, 0.97, 0.9)
+    poisoned = [torch.where(mask, x, torch.nan) for x in (reward, value)]
+    plain = backend("gae", *(backend.to(x) for x in (reward, value, *rest)))
+    got = backend("gae", *(backend.to(x) for x in (*poisoned, *rest)))
+    for a, b in zip(got, plain, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_row_does_not_depend_on_the_batch(backend: Backend) -> None:
+    reward, value, mask = inputs()
+    rest = arguments("last", True, True, True, 0.97, 0.9)
+    whole = backend("gae", *(backend.to(x) for x in (reward, value, *rest)))
+    for b in range(B):
+        row = [
+            x[b : b + 1].contiguous() if isinstance(x, Tensor) else x
+            for x in (reward, value, *rest)
+        ]
+        alone = backend("gae", *(backend.to(x) for x in row))
+        for a, w in zip(alone, whole, strict=True):
+            assert torch.equal(a[0], w[b])
+
+
+def test_empty_shapes(backend: Backend) -> None:
+    for shape in ((0, 5), (3, 0)):
+        x = backend.to(torch.zeros(shape))
+        for out in backend("gae", x, x, None, None, None, None, None, 1.0, 0.9, 1.0, True):
+            assert out.shape == shape
+
+
+# ---- the front
+
+
+def test_front_in_half_precision_and_any_strides() -> None:
+    reward, value, mask = inputs()
+    expected = gae(reward.bfloat16().float(), value.bfloat16().float(), mask, lam=0.9)
+    wide = torch.stack((reward, value), -1).bfloat16()
+    got = gae(wide[..., 0], wide[..., 1], mask.T.contiguous().T, lam=0.9)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
+    assert gae(reward.double(), value.double(), lam=0.9)[0].dtype == torch.float64
+
+
+def test_targets_carry_no_gradient() -> None:
+    reward, value, _ = inputs()
+    advantage, returns = gae(reward, value.requires_grad_(), lam=0.9)
+    assert not advantage.requires_grad and not returns.requires_grad
+
+
+def test_compiles_without_a_graph_break() -> None:
+    reward, value, mask = inputs()
+    compiled = torch.compile(gae, fullgraph=True, backend="aot_eager")
+    got = compiled(reward, value, mask, lam=ROW_LAM, lam_value=1.0, bootstrap="last")
+    for a, b in zip(got, gae(reward, value, mask, lam=ROW_LAM, lam_value=1.0, bootstrap="last"),
+                    strict=True):  # fmt: skip
+        assert torch.equal(a, b)
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"reward": torch.zeros(3)}, r"reward: expected shape \(B, T\), got \(3,\)"),
+    ({"reward": torch.zeros(2, 3, dtype=torch.int64)}, "reward: expected dtype"),
+    ({"value": torch.zeros(2, 4)}, "value: expected shape"),
+    ({"value": torch.zeros(2, 3).double()}, "value: expected dtype torch.float32"),
+    ({"mask": torch.ones(2, 3)}, "mask: expected dtype torch.bool"),
+    ({"mask": torch.ones(3, 2, dtype=torch.bool)}, "mask: expected shape"),
+    ({"gamma": 1.5}, r"gamma: expected a number in \[0, 1\], got 1.5"),
+    ({"lam": -0.1}, "lam: expected a finite number >= 0"),
+    ({"lam": torch.tensor([0.5, 1.5])}, r"lam: expected values in \[0, 1\], got 1.5 at \(1,\)"),
+    ({"lam": torch.tensor([0.5, torch.nan])}, r"lam: .* got nan"),
+    ({"lam_value": torch.ones(3)}, "lam_value: expected shape"),
+    ({"bootstrap": "first"}, "bootstrap: expected 'zero' or 'last' or 'given', got 'first'"),
+    ({"bootstrap": "given"}, "bootstrap_value: expected a tensor"),
+    ({"bootstrap_value": torch.ones(2)}, "bootstrap_value: expected None"),
+    ({"truncated": torch.ones(2)}, "truncated: expected dtype torch.bool"),
+    ({"truncated": torch.ones(3, dtype=torch.bool)}, "truncated: expected shape"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[m for _, m in WRONG])
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    given = {"reward": torch.zeros(2, 3), "value": torch.zeros(2, 3), "lam": 0.9, **change}
+    with pytest.raises(ValueError, match=message):
+        gae(**given)
