@@ -13,11 +13,13 @@ from .policy_loss import (
     token_stats,
     token_weights,
 )
+from .speculation import DraftTree
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KL",
+    "DraftTree",
     "Importance",
     "Objective",
     "PolicyLossOutput",

@@ -1,0 +1,7 @@
+"""Draft tables, draft trees and their lossless verification: see README.md in this folder."""
+
+from __future__ import annotations
+
+from .tree import DraftTree
+
+__all__ = ["DraftTree"]
