@@ -193,15 +193,19 @@ class DraftTree:
         return "\n".join(lines)
 
     def __len__(self) -> int:
+        """The number of nodes."""
         return self.nodes
 
     def __eq__(self, other: object) -> bool:
+        """Same parents."""
         return isinstance(other, DraftTree) and self._parents == other._parents
 
     def __hash__(self) -> int:
+        """Of the parents."""
         return hash(self._parents)
 
     def __repr__(self) -> str:
+        """Nodes and depth."""
         return f"DraftTree(nodes={self.nodes}, depth={self.depth})"
 
 
