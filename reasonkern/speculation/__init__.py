@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .draft import Draft
 from .tree import DraftTree
 
-__all__ = ["DraftTree"]
+__all__ = ["Draft", "DraftTree"]
