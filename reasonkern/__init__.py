@@ -13,7 +13,7 @@ from .policy_loss import (
     token_stats,
     token_weights,
 )
-from .speculation import Draft, DraftTree
+from .speculation import Draft, DraftTree, NgramTable
 
 __version__ = "0.1.0"
 
@@ -22,6 +22,7 @@ __all__ = [
     "Draft",
     "DraftTree",
     "Importance",
+    "NgramTable",
     "Objective",
     "PolicyLossOutput",
     "PolicyMetrics",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .draft import Draft
+from .table import NgramTable
 from .tree import DraftTree
 
-__all__ = ["Draft", "DraftTree"]
+__all__ = ["Draft", "DraftTree", "NgramTable"]
