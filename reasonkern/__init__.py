@@ -13,7 +13,7 @@ from .policy_loss import (
     token_stats,
     token_weights,
 )
-from .speculation import Draft, DraftTree, NgramTable
+from .speculation import Draft, DraftTree, NgramTable, tune_tree
 
 __version__ = "0.1.0"
 
@@ -32,4 +32,5 @@ __all__ = [
     "policy_loss",
     "token_stats",
     "token_weights",
+    "tune_tree",
 ]

@@ -60,12 +60,12 @@ def state_tensors(table: NgramTable) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def run_update(op: Op, table: NgramTable, batch: Batch) -> None:
+def run_update(op: Op, table: NgramTable, batch: Batch, strict: bool = False) -> None:
     s = state_tensors(table)
     names = ("keys", "slots", "extra", "counts", "ages", "clock", "epochs", "counters")
     op(
         "table_update_", batch.context, *(s[name] for name in names), list(table.orders),
-        table.max_count, table.vocab_size, batch.ids, batch.logits, batch.lse, batch.scope,
+        table.max_count, table.vocab_size, batch.ids, batch.logits, batch.lse, batch.scope, strict,
     )  # fmt: skip
 
 
@@ -105,6 +105,7 @@ def run_draft(
     return op(
         "table_draft", r.context, *(s[name] for name in names), list(table.orders),
         *tree.tensors(r.context.device), r.scope, r.temperature, r.seed, r.position, kind,
+        table.vocab_size, False,
     )  # fmt: skip
 
 

@@ -128,6 +128,15 @@ def test_a_bad_row_is_ignored_and_counted(backend):
     assert entries(table) == entries(expected) and len(expected)
 
 
+def test_a_strict_update_changes_nothing(backend):
+    if backend.device != "cpu" or backend.name in ("triton", "cuda-sim"):
+        pytest.skip("devices do not raise")
+    table, before = filled(calls=1), filled(calls=1)
+    with pytest.raises(RuntimeError, match="table_update_: "):
+        run_update(backend, table, bad_rows(), strict=True)
+    assert_same_table(table, before)
+
+
 # ---- the merge rule
 
 

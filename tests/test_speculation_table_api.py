@@ -177,7 +177,7 @@ def draft_sample(table: NgramTable, batch: int, kind: int, tree: DraftTree) -> t
     names = ("keys", "slots", "extra", "counts", "epochs", "counters")
     state = [s[name].clone() for name in names]
     scope = r.scope if kind else None
-    arguments = (scope, r.temperature, r.seed, r.position, kind)
+    arguments = (scope, r.temperature, r.seed, r.position, kind, 50, True)
     return (r.context, *state, list(table.orders), *tree.tensors(), *arguments)
 
 
@@ -186,7 +186,7 @@ def update_sample(table: NgramTable, rows: int, with_lse: bool) -> tuple[Any, ..
     names = ("keys", "slots", "extra", "counts", "ages", "clock", "epochs", "counters")
     state = [s[name].clone() for name in names]
     scope = b.scope if with_lse else None
-    return (b.context, *state, [3, 2, 1], 5, 50, b.ids, b.logits, b.lse, scope)
+    return (b.context, *state, [3, 2, 1], 5, 50, b.ids, b.logits, b.lse, scope, True)
 
 
 def filled() -> NgramTable:

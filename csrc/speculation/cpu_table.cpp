@@ -9,6 +9,9 @@ namespace {
 
 struct CpuTable {
   static void draft(const DraftParams& p, int32_t) {
+    for (int32_t r = 0; r < p.batch && p.strict; ++r) {
+      STD_TORCH_CHECK(is_known(p, r), "table_draft: context or scope of row ", r);
+    }
     const int64_t groups = (p.batch + kTogether - 1) / kTogether;
     torch::stable::parallel_for(0, groups, 1, [&p](int64_t begin, int64_t end) {
       int64_t seen[kCounters] = {};
@@ -24,8 +27,8 @@ struct CpuTable {
 
   static void update(const UpdateParams& p) {
     const Table& t = p.table;
-    ++*t.clock;
     const Rows rows = read_rows(p);
+    ++*t.clock;
     const std::vector<Item>& items = rows.items;
     t.counters[kRows] += rows.merged;
     t.counters[kRejected] += rows.rejected;
@@ -47,10 +50,10 @@ struct CpuTable {
 void table_update_(Tensor context, Tensor keys, Tensor slots, Tensor extra, Tensor counts,
                    Tensor ages, Tensor clock, Tensor epochs, Tensor counters,
                    std::vector<int64_t> orders, int64_t max_count, int64_t vocab_size, Tensor ids,
-                   Tensor logits, MaybeTensor lse, MaybeTensor scope) {
+                   Tensor logits, MaybeTensor lse, MaybeTensor scope, bool strict) {
   const Table table = describe_table(context, keys, slots, extra, counts, epochs, counters, orders);
-  CpuTable::update(
-      describe_update(table, context, ages, clock, max_count, vocab_size, ids, logits, lse, scope));
+  CpuTable::update(describe_update(table, context, ages, clock, max_count, vocab_size, ids, logits,
+                                   lse, scope, strict));
 }
 
 }  // namespace

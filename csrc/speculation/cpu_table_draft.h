@@ -123,6 +123,16 @@ inline void draw_children(const DraftParams& p, const Visit& v) {
   if (p.kind == kRejection) store_law(p, v, draw, c, best_of_all);
 }
 
+// An id outside the vocabulary or an unknown scope would only find nothing.
+inline bool is_known(const DraftParams& p, int32_t request) {
+  const int64_t* context = p.context + request * p.context_stride;
+  for (int i = 0; i < p.table.window; ++i) {
+    if (context[i] < -1 || context[i] >= p.vocab) return false;
+  }
+  const int64_t scope = p.scope == nullptr ? 0 : p.scope[request];
+  return scope >= 0 && scope < p.table.scopes;
+}
+
 inline void start_request(const DraftParams& p, int32_t request) {
   const int64_t row = int64_t(request) * p.nodes;
   const int64_t last = p.context[request * p.context_stride + p.table.window - 1];

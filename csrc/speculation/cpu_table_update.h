@@ -5,7 +5,7 @@
 #include <atomic>
 #include <vector>
 
-#include "table.h"
+#include "table_operators.h"
 
 namespace reasonkern {
 namespace cpu {
@@ -63,6 +63,7 @@ inline Rows read_rows(const UpdateParams& p) {
     if (context[t.window - 1] == -1 || !has_ids(p, row)) continue;
     const int64_t scope = p.scope == nullptr ? 0 : p.scope[row];
     if (scope < 0 || scope >= t.scopes || !read_row(p, row, &rows.values[row * p.width])) {
+      STD_TORCH_CHECK(!p.strict, "table_update_: row ", row, " is not a distribution of a scope");
       ++rows.rejected;
       continue;
     }

@@ -39,7 +39,9 @@ struct DraftParams {
   const int64_t* scope;  // or null: 0
   const float* temperature;
   const int64_t *seed, *position;
+  int64_t vocab;
   int32_t batch, nodes, levels, kind;
+  bool strict;       // a bad row is an error; else it is ignored
   int64_t* tokens;   // batch x nodes
   bool* valid;       // batch x nodes
   int64_t* q_ids;    // batch x nodes x topk, rejection only
@@ -56,6 +58,7 @@ struct UpdateParams {
   const int64_t* scope;
   int64_t rows, vocab;
   int32_t width, max_count;
+  bool strict;  // a bad row is an error; else it is ignored and counted
 };
 
 // ---- hashing

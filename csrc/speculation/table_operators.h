@@ -101,7 +101,7 @@ struct TableOperators {
                              Tensor parents, Tensor ranks, Tensor depths, Tensor child_ptr,
                              Tensor child_index, Tensor level_ptr, Tensor level_nodes,
                              MaybeTensor scope, Tensor temperature, Tensor seed, Tensor position,
-                             int64_t kind) {
+                             int64_t kind, int64_t vocab_size, bool strict) {
     DraftParams p{};
     p.table = describe_table(context, keys, slots, extra, counts, epochs, counters, orders);
     const int64_t batch = context.size(0), nodes = parents.numel();
@@ -126,6 +126,8 @@ struct TableOperators {
     p.nodes = int32_t(nodes);
     p.levels = int32_t(level_ptr.numel() - 1);
     p.kind = int32_t(kind);
+    p.vocab = vocab_size;
+    p.strict = strict;
     const Drafted out = outputs(context, {batch, nodes}, p.table.topk, kind);
     p.tokens = data<int64_t>(std::get<0>(out));
     p.valid = data<bool>(std::get<1>(out));
@@ -152,7 +154,7 @@ struct TableOperators {
 inline UpdateParams describe_update(const Table& table, const Tensor& context, const Tensor& ages,
                                     const Tensor& clock, int64_t max_count, int64_t vocab,
                                     const Tensor& ids, const Tensor& logits, const MaybeTensor& lse,
-                                    const MaybeTensor& scope) {
+                                    const MaybeTensor& scope, bool strict) {
   UpdateParams p{};
   p.table = table;
   const int64_t rows = context.size(0);
@@ -176,6 +178,7 @@ inline UpdateParams describe_update(const Table& table, const Tensor& context, c
   p.vocab = vocab;
   p.width = int32_t(ids.size(1));
   p.max_count = int32_t(max_count);
+  p.strict = strict;
   return p;
 }
 

@@ -21,12 +21,12 @@ TREE_ARGS = (
 SCHEMAS = {
     "table_draft": "(Tensor context, Tensor keys, Tensor slots, Tensor extra, Tensor counts, "
     f"Tensor epochs, Tensor(a!) counters, int[] orders, {TREE_ARGS}, Tensor? scope, "
-    "Tensor temperature, Tensor seed, Tensor position, int kind) -> (Tensor tokens, Tensor valid, "
-    "Tensor q_ids, Tensor q_logprob)",
+    "Tensor temperature, Tensor seed, Tensor position, int kind, int vocab_size, bool strict) -> "
+    "(Tensor tokens, Tensor valid, Tensor q_ids, Tensor q_logprob)",
     "table_update_": "(Tensor context, Tensor(a!) keys, Tensor(b!) slots, Tensor(c!) extra, "
     "Tensor(d!) counts, Tensor(e!) ages, Tensor(f!) clock, Tensor epochs, Tensor(g!) counters, "
     "int[] orders, int max_count, int vocab_size, Tensor ids, Tensor logits, Tensor? lse, "
-    "Tensor? scope) -> ()",
+    "Tensor? scope, bool strict) -> ()",
 }
 
 _lib = torch.library.Library("reasonkern", "FRAGMENT")
@@ -35,7 +35,7 @@ for _name, _schema in SCHEMAS.items():
 
 
 def _fake_draft(context: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    slots, parents, kind = args[1], args[7], args[-1]
+    slots, parents, kind = args[1], args[7], args[-3]
     shape = (context.shape[0], parents.shape[0])
     law = (*shape, slots.shape[1]) if kind == reference.REJECTION else (0,)
     return (

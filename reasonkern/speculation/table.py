@@ -129,12 +129,18 @@ class NgramTable:
         rows = inputs.update_rows(self, context, topk_ids, topk_logits, lse, scope)
         if process_group is not None:
             rows = inputs.gather(rows, process_group)
-        inputs.check_rows(self, rows)
+        try:
+            self._merge(rows)
+        except RuntimeError:
+            inputs.check_rows(self, rows)  # says in which row and why
+            raise
+
+    def _merge(self, rows: inputs.Rows) -> None:
         s = self._state
         torch.ops.reasonkern.table_update_(
             rows.context, s.keys, s.slots, s.extra, s.counts, s.ages, s.clock, s.epochs, s.counters,
             self.orders, self.max_count, self.vocab_size, rows.ids, rows.logits, rows.lse,
-            rows.scope,
+            rows.scope, self._strict,
         )  # fmt: skip
 
     def update_from_sequence(
@@ -241,15 +247,28 @@ class NgramTable:
         if not isinstance(tree, DraftTree):
             _checks.fail("tree", "a DraftTree", type(tree).__name__)
         call = inputs.draft_inputs(self, context, temperature, seed, position, scope)
-        s = self._state
-        tokens, valid, ids, log_q = torch.ops.reasonkern.table_draft(
-            call.context, s.keys, s.slots, s.extra, s.counts, s.epochs, s.counters, self.orders,
-            *tree.tensors(context.device), call.scope, call.temperature, call.seed, call.position,
-            KINDS[mode],
-        )  # fmt: skip
+        try:
+            tokens, valid, ids, log_q = self._draft(call, tree, KINDS[mode])
+        except RuntimeError:
+            inputs.check_known(self, call.context, call.scope)
+            raise
         return Draft(tokens, valid, *((ids, log_q) if mode == "rejection" else (None, None)))
 
+    def _draft(self, call: inputs.DraftInputs, tree: DraftTree, kind: int) -> tuple[Tensor, ...]:
+        s = self._state
+        drafted: tuple[Tensor, ...] = torch.ops.reasonkern.table_draft(
+            call.context, s.keys, s.slots, s.extra, s.counts, s.epochs, s.counters, self.orders,
+            *tree.tensors(self.device), call.scope, call.temperature, call.seed, call.position,
+            kind, self.vocab_size, self._strict,
+        )  # fmt: skip
+        return drafted
+
     # ---- state
+
+    @property
+    def _strict(self) -> bool:
+        """Bad values raise where that needs no synchronisation."""
+        return self.device.type == "cpu"
 
     @property
     def device(self) -> torch.device:

@@ -61,14 +61,12 @@ def _floats(name: str, tensor: Tensor, table: NgramTable) -> Tensor:
     return tensor.to(torch.float32).contiguous()
 
 
-def contexts(table: NgramTable, context: Tensor, checked: bool = True) -> Tensor:
+def contexts(table: NgramTable, context: Tensor) -> Tensor:
     """(rows, W) int64 with a contiguous last dimension."""
     context = _integers("context", context, table)
     width = table.orders[0]
     if context.ndim != 2 or context.shape[1] != width:
         _checks.fail("context", f"shape (rows, max(orders)) = (…, {width})", tuple(context.shape))
-    if checked:
-        _checks.check_range("context", context, -1, table.vocab_size)
     return context if context.stride(1) == 1 else context.contiguous()
 
 
@@ -93,9 +91,14 @@ def scopes(table: NgramTable, scope: int | Tensor | None, rows: int) -> Tensor |
         return None
     if isinstance(scope, int) and not 0 <= scope < table.max_scopes:
         _checks.fail("scope", f"an integer in [0, {table.max_scopes})", scope)
-    per_row = _per_row("scope", scope, rows, table)
-    _checks.check_range("scope", per_row, 0, table.max_scopes)
-    return per_row
+    return _per_row("scope", scope, rows, table)
+
+
+def check_known(table: NgramTable, context: Tensor, scope: Tensor | None) -> None:
+    """Context ids inside the vocabulary, scopes inside the table."""
+    _checks.check_range("context", context, -1, table.vocab_size)
+    if scope is not None:
+        _checks.check_range("scope", scope, 0, table.max_scopes)
 
 
 # ---- drafting
@@ -143,7 +146,7 @@ def update_rows(
     scope: int | Tensor | None,
 ) -> Rows:
     """Shapes, dtypes and devices; `check_rows` looks at the values."""
-    context = contexts(table, context, checked=False)
+    context = contexts(table, context)
     rows = context.shape[0]
     ids = _integers("topk_ids", ids, table).contiguous()
     logits = _floats("topk_logits", logits, table)
@@ -158,11 +161,9 @@ def update_rows(
 
 
 def check_rows(table: NgramTable, rows: Rows) -> None:
-    """Values, on CPU only: a device path ignores and counts bad rows instead."""
-    if table.device.type != "cpu" or torch.compiler.is_compiling() or not rows.ids.numel():
-        return
+    """What an operator calls a bad row, in words."""
     used = rows.context[:, -1] != -1
-    _checks.check_range("context", rows.context, -1, table.vocab_size)
+    check_known(table, rows.context, rows.scope)
     _checks.check_range("topk_ids", rows.ids, -1, table.vocab_size, used[:, None])
     bad = (used & ~row_values(rows.logits, rows.lse, rows.ids)[1]).nonzero()
     if bad.numel():

@@ -140,6 +140,11 @@ def row_values(logits: Tensor, lse: Tensor | None, ids: Tensor) -> tuple[Tensor,
     return values, fine.all(-1) & (values.sum(-1) <= TOTAL_LIMIT)
 
 
+def _known(context: Tensor, scope: Tensor, vocab_size: int, epochs: Tensor) -> Tensor:
+    inside = ((context >= -1) & (context < vocab_size)).all(-1)
+    return inside & (scope >= 0) & (scope < epochs.numel())
+
+
 # ---- look-up and drafting
 
 
@@ -226,6 +231,7 @@ def table_draft(
     counters: Tensor, orders: Sequence[int], parents: Tensor, ranks: Tensor, depths: Tensor,
     child_ptr: Tensor, child_index: Tensor, level_ptr: Tensor, level_nodes: Tensor,
     scope: Tensor | None, temperature: Tensor, seed: Tensor, position: Tensor, kind: int,
+    vocab_size: int, strict: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """See `NgramTable.draft`; level by level over all nodes, of which one level counts."""
     unused = counts.new_empty(0)
@@ -236,6 +242,8 @@ def table_draft(
     valid = torch.zeros((batch, nodes), dtype=torch.bool, device=context.device)
     valid[:, 0] = context[:, -1] >= 0
     scope = context.new_zeros(batch) if scope is None else scope
+    if strict and not bool(_known(context, scope, vocab_size, epochs).all()):
+        raise RuntimeError("table_draft: a context or scope is out of range")
     internal = child_ptr.diff() > 0
     ids = context.new_full((batch, nodes, topk), -1)
     log_q = torch.full((batch, nodes, topk), -torch.inf, device=context.device)
@@ -272,16 +280,18 @@ def table_update_(
     context: Tensor, keys: Tensor, slots: Tensor, extra: Tensor, counts: Tensor, ages: Tensor,
     clock: Tensor, epochs: Tensor, counters: Tensor, orders: Sequence[int], max_count: int,
     vocab_size: int, ids: Tensor, logits: Tensor, lse: Tensor | None, scope: Tensor | None,
+    strict: bool,
 ) -> None:  # fmt: skip
     """See `NgramTable.update`."""
     table = Storage(keys, slots, extra, counts, ages, clock, epochs, counters)
     scope = context.new_zeros(context.shape[0]) if scope is None else scope
-    clock += 1
     active = (context[:, -1] != -1) & (ids != -1).any(-1)
     values, fine = row_values(logits, lse, ids)
     fine = fine & ((ids >= -1) & (ids < vocab_size)).all(-1)
-    fine = fine & ((context >= -1) & (context < vocab_size)).all(-1)
-    fine = fine & (scope >= 0) & (scope < epochs.numel())
+    fine = fine & _known(context, scope, vocab_size, epochs)
+    if strict and bool((active & ~fine).any()):
+        raise RuntimeError("table_update_: a row is not a distribution of a scope")
+    clock += 1
     counters[REJECTED] += (active & ~fine).sum()
     counters[ROWS] += (active & fine).sum()
     rows = (active & fine).nonzero().flatten().tolist()
