@@ -72,13 +72,13 @@ RK_HOST_DEVICE uint64_t hash_start(int64_t scope, int32_t epoch) {
   return hash_step(hash_step(0x243f6a8885a308d3u, uint64_t(scope)), uint64_t(int64_t(epoch)));
 }
 
-// 0 marks an empty way.
+// 0 marks an empty way; all ones, a row that is left out of the sorted merge.
 RK_HOST_DEVICE uint64_t key_of(uint64_t h, int order) {
   h ^= uint64_t(order) * 0xd1342543de82ef95u;
   h = (h ^ (h >> 30)) * 0xbf58476d1ce4e5b9u;
   h = (h ^ (h >> 27)) * 0x94d049bb133111ebu;
   h ^= h >> 31;
-  return h == 0 ? 1 : h;
+  return h + 1 <= 1 ? 1 : h;
 }
 
 // Increasing in the key: rows sorted by key are sorted by set.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _load
 from . import table_reference as reference
+from . import table_sorted
 
 TREE_ARGS = (
     "Tensor parents, Tensor ranks, Tensor depths, Tensor child_ptr, Tensor child_index, "
@@ -29,9 +30,19 @@ SCHEMAS = {
     "Tensor? scope, bool strict) -> ()",
 }
 
+# The two kernels of the update on a device; `table_sorted.update` sorts between them.
+_UPDATE_ARGS = SCHEMAS["table_update_"].partition(") ->")[0]
+CUDA_STEPS = {
+    "table_keys": f"{_UPDATE_ARGS}) -> (Tensor items, Tensor values)",
+    "table_merge_": f"{_UPDATE_ARGS}, Tensor items, Tensor pairs, Tensor totals) -> ()",
+}
+
 _lib = torch.library.Library("reasonkern", "FRAGMENT")
+_cuda = torch.library.Library("reasonkern_cuda", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():
     _lib.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
+for _name, _schema in (SCHEMAS | CUDA_STEPS).items():
+    _cuda.define(_name + _schema)
 
 
 def _fake_draft(context: Tensor, *args: Any) -> tuple[Tensor, ...]:
@@ -55,10 +66,31 @@ FAKE: dict[str, Callable[..., Any]] = {
     "table_update_": lambda *args: None,
 }
 
+# ---- registrations
+
+
+def _update_cuda(*args: Any) -> None:
+    steps = torch.ops.reasonkern_cuda
+    table_sorted.update(steps.table_keys, steps.table_merge_, *args)
+
+
+def _cuda_entry(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return _load.implementation(name, _load.choose_cuda_backend(name, args[0].device))(*args)
+
+    return call
+
+
+_cuda.impl("table_update_", _update_cuda, "CUDA")
 for _name in SCHEMAS:
     _lib.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
+    _lib.impl(_name, _cuda_entry(_name), "CUDA")
     torch.library.register_fake(f"reasonkern::{_name}", FAKE[_name], lib=_lib)
     _load.register_op(
         _name,
-        {"reference": REFERENCE[_name], "cpu": getattr(torch.ops.reasonkern, _name)},
+        {
+            "reference": REFERENCE[_name],
+            "cpu": getattr(torch.ops.reasonkern, _name),
+            "cuda": getattr(torch.ops.reasonkern_cuda, _name),
+        },
     )

@@ -70,7 +70,7 @@ def _key(h: Tensor, order: int) -> Tensor:
     h = (h ^ _shift(h, 30)) * _MIX1
     h = (h ^ _shift(h, 27)) * _MIX2
     h = h ^ _shift(h, 31)
-    return torch.where(h == 0, 1, h)
+    return torch.where((h == 0) | (h == -1), 1, h)
 
 
 def keys_of(
