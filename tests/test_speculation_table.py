@@ -71,20 +71,23 @@ def spread(batch: Batch, table: NgramTable) -> Batch:
 @pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize("with_lse", [True, False])
 def test_update_is_the_definition(backend, kind, with_lse):
-    got, expected = small(kind).to(backend.device), small(kind)
+    capacity = 16 if backend.slow else 64
+    got, expected = small(kind, capacity).to(backend.device), small(kind, capacity)
+    rows = 60 if not backend.slow else 10 if backend.name == "triton" else 24
     for call in range(2 if backend.slow else 12):
-        batch = spread(random_batch(call, rows=24 if backend.slow else 60, with_lse=with_lse), got)
+        batch = spread(random_batch(call, rows=rows, with_lse=with_lse), got)
         run_update(define, expected, batch)
         run_update(backend, got, Batch(*map(backend.to, vars(batch).values())))
         assert_same_table(got, expected)
     stats = expected.stats()
-    assert stats["evictions"] and stats["load"] > 0.5  # 64 entries, most sets overflow
+    assert stats["evictions"] and stats["load"] > 0.5  # most sets overflow
 
 
 @pytest.mark.parametrize("noise_kind", [0, 1, 2], ids=["none", "shared", "rejection"])
 @pytest.mark.parametrize("kind", STORED)
 def test_draft_is_the_definition(backend, kind, noise_kind):
-    tree = DraftTree.default(24)
+    interpreted = backend.slow and backend.name == "triton"
+    tree = DraftTree([-1, 0, 0, 1]) if interpreted else DraftTree.default(24)
     requests = random_requests(1, batch=6 if backend.slow else 33)
     outputs = []
     for op, device in ((define, "cpu"), (backend, backend.device)):
@@ -99,7 +102,9 @@ def test_draft_is_the_definition(backend, kind, noise_kind):
 
 @pytest.mark.parametrize("tree", [[-1], [-1] + [0] * 20, [-1, 0, 0, 1, 1, 2, 0, 5, 7, 8]], ids=str)
 def test_trees_of_any_shape(backend, tree):
-    requests = random_requests(2, batch=4)
+    if backend.slow and backend.name == "triton":
+        tree = tree[:6]
+    requests = random_requests(2, batch=2 if backend.slow else 9)
     got, expected = (
         run_draft(op, filled().to(device), DraftTree(tree), Requests(
             *(x.to(device) for x in list(vars(requests).values())[:5])), 1)

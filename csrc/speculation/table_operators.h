@@ -25,7 +25,7 @@ inline void check_context(const Tensor& context, int64_t window) {
   STD_TORCH_CHECK(context.dim() == 2 && context.size(1) == window,
                   "context: expected shape (rows, ", window, "), got ",
                   shape_text(context.sizes()));
-  STD_TORCH_CHECK(context.size(1) <= 1 || context.stride(1) == 1,
+  STD_TORCH_CHECK(context.numel() == 0 || window == 1 || context.stride(1) == 1,
                   "context: expected a contiguous last dimension, got strides ",
                   shape_text(context.strides()));
 }
