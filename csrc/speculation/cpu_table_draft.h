@@ -6,7 +6,7 @@
 #include <cmath>
 #include <vector>
 
-#include "table.h"
+#include "cpu_table_scores.h"
 
 namespace reasonkern {
 namespace cpu {
@@ -71,6 +71,8 @@ struct Candidates {
 
 inline void load_candidates(const Table& t, int64_t entry, Candidates& c) {
   c.count = 0;
+  std::fill_n(c.id, kMaxTopk, 0);
+  std::fill_n(c.p, kMaxTopk, 1.0f);
   for (int k = 0; k < t.topk; ++k) {
     float p;
     const int32_t id = read_slot(t, entry * t.topk + k, entry, p);
@@ -98,12 +100,12 @@ inline void store_law(const DraftParams& p, const Visit& v, const Draw& draw, co
 }
 
 // Gives the children of a node the best candidates that are left.
-inline void draw_children(const DraftParams& p, const Visit& v) {
+inline void draw_children(const DraftParams& p, const Visit& v, ScoreCandidates score) {
   Candidates c;
   load_candidates(p.table, v.entry, c);
   const Draw draw = draw_at(p.kind, p.seed[v.request], p.position[v.request], p.depths[v.node],
                             p.temperature[v.request]);
-  for (int i = 0; i < c.count; ++i) c.score[i] = score_of(draw, c.p[i], c.id[i]);
+  score(draw, c.count, c.id, c.p, c.score);
   const int32_t* child = p.child_index + p.child_ptr[v.node];
   const int children = p.child_ptr[v.node + 1] - p.child_ptr[v.node];
   const int64_t row = int64_t(v.request) * p.nodes;
@@ -146,6 +148,7 @@ inline void start_request(const DraftParams& p, int32_t request) {
 
 // Requests [begin, end); `seen` counts look-ups by result: each order, then none.
 inline void draft_requests(const DraftParams& p, int32_t begin, int32_t end, int64_t* seen) {
+  const ScoreCandidates score = score_candidates();
   std::vector<Visit> visits;
   for (int32_t r = begin; r < end; ++r) start_request(p, r);
   for (int level = 0; level < p.levels; ++level) {
@@ -160,7 +163,7 @@ inline void draft_requests(const DraftParams& p, int32_t begin, int32_t end, int
     for (Visit& v : visits) find_entry(p.table, v);
     for (const Visit& v : visits) {
       ++seen[v.order < 0 ? kMisses : v.order];
-      if (v.order >= 0) draw_children(p, v);
+      if (v.order >= 0) draw_children(p, v, score);
     }
   }
 }
