@@ -15,8 +15,8 @@ from torch import Tensor
 from .. import _checks
 
 MAX_NODES = 4096
-# Measured chance that the child of rank r is accepted, given that its parent was: replayed
-# reasoning traces, see the family's README. Ranks beyond the last one halve.
+# Chance that the child of rank r is accepted, given that its parent was. Rounded up from replayed
+# traces, where deep nodes do better than the average; see the README. Further ranks halve.
 RANK_RATES = (0.62, 0.10, 0.045, 0.026, 0.017, 0.012, 0.009, 0.007)
 
 
@@ -71,7 +71,7 @@ class DraftTree:
 
     @classmethod
     def default(cls, nodes: int = 80) -> DraftTree:
-        """The most likely `nodes` nodes under rank rates measured on replayed reasoning traces.
+        """The most likely `nodes` nodes under fixed rates by rank, typical of reasoning traces.
 
         Nodes are ordered by their likelihood, so ``default(m)`` is the prefix of ``default(n)``.
         `reasonkern.tune_tree` fits a tree to your own traces instead.
