@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "cpu_table_scores.h"
@@ -65,21 +66,30 @@ inline void find_entry(const Table& t, Visit& v) {
 // The candidates of an entry in its slots' order.
 struct Candidates {
   int32_t count;
-  int32_t id[kMaxTopk], slot[kMaxTopk];
+  int32_t id[kMaxTopk];
   float p[kMaxTopk], score[kMaxTopk];
 };
 
-inline void load_candidates(const Table& t, int64_t entry, Candidates& c) {
+// Candidates come in order of their probability, so the empty slots are the last ones.
+inline void load_candidates(const Table& t, int64_t entry, const CandidateKernels& kernels,
+                            Candidates& c) {
+  const int64_t at = entry * t.topk;
   c.count = 0;
-  std::fill_n(c.id, kMaxTopk, 0);
-  std::fill_n(c.p, kMaxTopk, 1.0f);
-  for (int k = 0; k < t.topk; ++k) {
-    float p;
-    const int32_t id = read_slot(t, entry * t.topk + k, entry, p);
-    if (id < 0) continue;
-    c.id[c.count] = id;
-    c.slot[c.count] = k;
-    c.p[c.count++] = p;
+  if (t.high == nullptr && t.sums == nullptr) {
+    int32_t words[kMaxTopk] = {};
+    std::memcpy(words, t.slots + at, sizeof(int32_t) * t.topk);
+    while (c.count < t.topk && uint32_t(words[c.count]) >> kIdBits != 0) ++c.count;
+    kernels.unpack(words, c.id, c.p);
+  } else {
+    std::fill_n(c.id, kMaxTopk, 0);
+    std::fill_n(c.p, kMaxTopk, 1.0f);
+    while (c.count < t.topk) {
+      float p;
+      const int32_t id = read_slot(t, at + c.count, entry, p);
+      if (id < 0) break;
+      c.id[c.count] = id;
+      c.p[c.count++] = p;
+    }
   }
 }
 
@@ -94,18 +104,18 @@ inline void store_law(const DraftParams& p, const Visit& v, const Draw& draw, co
   for (int i = 0; i < c.count; ++i) {
     float q = tempered(draw, c.p[i]) - lse;
     if (!(draw.temperature > 0)) q = c.id[i] == best ? 0.0f : -INFINITY;
-    p.q_ids[at + c.slot[i]] = c.id[i];
-    p.q_logprob[at + c.slot[i]] = q;
+    p.q_ids[at + i] = c.id[i];
+    p.q_logprob[at + i] = q;
   }
 }
 
 // Gives the children of a node the best candidates that are left.
-inline void draw_children(const DraftParams& p, const Visit& v, ScoreCandidates score) {
+inline void draw_children(const DraftParams& p, const Visit& v, const CandidateKernels& kernels) {
   Candidates c;
-  load_candidates(p.table, v.entry, c);
+  load_candidates(p.table, v.entry, kernels, c);
   const Draw draw = draw_at(p.kind, p.seed[v.request], p.position[v.request], p.depths[v.node],
                             p.temperature[v.request]);
-  score(draw, c.count, c.id, c.p, c.score);
+  kernels.score(draw, c.count, c.id, c.p, c.score);
   const int32_t* child = p.child_index + p.child_ptr[v.node];
   const int children = p.child_ptr[v.node + 1] - p.child_ptr[v.node];
   const int64_t row = int64_t(v.request) * p.nodes;
@@ -148,7 +158,7 @@ inline void start_request(const DraftParams& p, int32_t request) {
 
 // Requests [begin, end); `seen` counts look-ups by result: each order, then none.
 inline void draft_requests(const DraftParams& p, int32_t begin, int32_t end, int64_t* seen) {
-  const ScoreCandidates score = score_candidates();
+  const CandidateKernels kernels = candidate_kernels();
   std::vector<Visit> visits;
   for (int32_t r = begin; r < end; ++r) start_request(p, r);
   for (int level = 0; level < p.levels; ++level) {
@@ -163,7 +173,7 @@ inline void draft_requests(const DraftParams& p, int32_t begin, int32_t end, int
     for (Visit& v : visits) find_entry(p.table, v);
     for (const Visit& v : visits) {
       ++seen[v.order < 0 ? kMisses : v.order];
-      if (v.order >= 0) draw_children(p, v, score);
+      if (v.order >= 0) draw_children(p, v, kernels);
     }
   }
 }

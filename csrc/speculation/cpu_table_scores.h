@@ -1,4 +1,4 @@
-// score_candidates for the instruction set of this processor.
+// The kernels of cpu_table_simd.h for the instruction set of this processor.
 #pragma once
 
 #include "../common/cpu_capability.h"
@@ -49,14 +49,17 @@ namespace table_v4 {
 #endif
 #endif
 
-using ScoreCandidates = void (*)(const Draw&, int, const int32_t*, const float*, float*);
+struct CandidateKernels {
+  void (*unpack)(const int32_t*, int32_t*, float*);
+  void (*score)(const Draw&, int, const int32_t*, const float*, float*);
+};
 
-inline ScoreCandidates score_candidates() {
+inline CandidateKernels candidate_kernels() {
 #if defined(__x86_64__)
-  if (capability() == Capability::kV4) return table_v4::score_candidates;
-  if (capability() == Capability::kV3) return table_v3::score_candidates;
+  if (capability() == Capability::kV4) return {table_v4::unpack_words, table_v4::score_candidates};
+  if (capability() == Capability::kV3) return {table_v3::unpack_words, table_v3::score_candidates};
 #endif
-  return table_baseline::score_candidates;
+  return {table_baseline::unpack_words, table_baseline::score_candidates};
 }
 
 }  // namespace cpu

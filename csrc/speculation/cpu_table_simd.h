@@ -56,6 +56,19 @@ RK_INLINE U words_of(U token, uint64_t seed, uint64_t position, uint32_t stream)
   return select(which < 2u, first, second);
 }
 
+// Ids and probabilities of kMaxTopk packed words; those of an empty word are 0.
+static void unpack_words(const int32_t* words, int32_t* ids, float* p) {
+  for (int i = 0; i < kMaxTopk; i += kLanes) {
+    U word;
+    __builtin_memcpy(&word, words + i, sizeof word);
+    const U code = word >> kIdBits, token = word & splat(kIdMask);
+    // The float of `decode` times 2^-24: the code's fields are those of a float but for the bias.
+    const F normal = F((code << 13) + splat(112u << 23));
+    store_one(p + i, select(I(code >= 1024u), normal, from_word(code) * splat(0x1p-24f)));
+    __builtin_memcpy(ids + i, &token, sizeof token);
+  }
+}
+
 // `score_of` of the first n candidates; lanes beyond them hold a token and a probability too.
 static void score_candidates(const Draw& d, int n, const int32_t* ids, const float* p,
                              float* scores) {

@@ -109,6 +109,53 @@ inline void reduce_by_id(std::vector<Sum>& sums) {
   if (!sums.empty()) sums.resize(last + 1);
 }
 
+// The candidates of one row into those of the entry: few enough for a search.
+inline void add_row(const UpdateParams& p, const Rows& rows, int64_t row, std::vector<Sum>& sums) {
+  for (int k = 0; k < p.width; ++k) {
+    const int64_t at = row * p.width + k;
+    const int32_t id = int32_t(p.ids[at]);
+    if (id < 0 || rows.values[at] == 0) continue;
+    size_t place = 0;
+    while (place < sums.size() && sums[place].id != id) ++place;
+    if (place == sums.size()) sums.push_back({id, 0});
+    sums[place].total += rows.values[at];
+  }
+}
+
+// The candidates of many rows: sorted by id and added up.
+inline void add_rows(const UpdateParams& p, const Rows& rows, const Item* begin, const Item* end,
+                     std::vector<Sum>& sums) {
+  for (const Item* item = begin; item < end; ++item) {
+    for (int k = 0; k < p.width; ++k) {
+      const int64_t at = item->row * p.width + k;
+      if (p.ids[at] >= 0 && rows.values[at] > 0) {
+        sums.push_back({int32_t(p.ids[at]), rows.values[at]});
+      }
+    }
+  }
+  reduce_by_id(sums);
+}
+
+// Sorts the largest sums to the front; returns how many there are, at most topk. The entry's own
+// candidates come sorted, so insertion beats a heap while there are few others.
+inline int64_t keep_largest(std::vector<Sum>& sums, int topk) {
+  const auto before = [](const Sum& a, const Sum& b) {
+    return goes_before(a.total, a.id, b.total, b.id);
+  };
+  const int64_t kept = std::min<int64_t>(topk, int64_t(sums.size()));
+  if (sums.size() > 2 * kMaxTopk) {
+    std::partial_sort(sums.begin(), sums.begin() + kept, sums.end(), before);
+    return kept;
+  }
+  for (size_t i = 1; i < sums.size(); ++i) {
+    const Sum moving = sums[i];
+    size_t place = i;
+    for (; place > 0 && before(moving, sums[place - 1]); --place) sums[place] = sums[place - 1];
+    sums[place] = moving;
+  }
+  return kept;
+}
+
 // Items [begin, end) have one key.
 inline void merge_key(const UpdateParams& p, const Rows& rows, const Item* begin, const Item* end,
                       std::vector<Sum>& sums, int64_t& evictions) {
@@ -121,20 +168,12 @@ inline void merge_key(const UpdateParams& p, const Rows& rows, const Item* begin
     const Slot s = load_slot(t, entry * t.topk + k, n);
     if (s.id >= 0) sums.push_back({s.id, s.sum});
   }
-  for (const Item* item = begin; item < end; ++item) {
-    for (int k = 0; k < p.width; ++k) {
-      const int64_t at = item->row * p.width + k;
-      if (p.ids[at] >= 0 && rows.values[at] > 0) {
-        sums.push_back({int32_t(p.ids[at]), rows.values[at]});
-      }
-    }
+  if (end - begin == 1) {
+    add_row(p, rows, begin->row, sums);
+  } else {
+    add_rows(p, rows, begin, end, sums);
   }
-  reduce_by_id(sums);
-  const auto before = [](const Sum& a, const Sum& b) {
-    return goes_before(a.total, a.id, b.total, b.id);
-  };
-  const int64_t kept = std::min<int64_t>(t.topk, int64_t(sums.size()));
-  std::partial_sort(sums.begin(), sums.begin() + kept, sums.end(), before);
+  const int64_t kept = keep_largest(sums, t.topk);
   for (int k = 0; k < t.topk; ++k) {
     const Sum s = k < kept ? sums[k] : Sum{0, 0};
     store_slot(t, entry * t.topk + k, s.id, s.total, total, p.max_count);
