@@ -18,10 +18,16 @@ constexpr int kTogether = 8;  // requests per thread and level
 struct Visit {
   int32_t request, node;
   uint64_t keys[kMaxOrders];
-  int32_t present;  // bit k: order k has a key
+  int32_t present;  // bit k: order k has a key and is not looked up yet
   int32_t order;    // the one found, or -1
   int64_t entry;
 };
+
+inline void prefetch_keys(const Table& t, const Visit& v, int mask) {
+  for (int k = 0; k < t.num_orders; ++k) {
+    if (mask >> k & 1) __builtin_prefetch(t.keys + set_of(v.keys[k], t.sets) * kWays);
+  }
+}
 
 inline void prepare_visit(const DraftParams& p, Visit& v) {
   const Table& t = p.table;
@@ -43,13 +49,14 @@ inline void prepare_visit(const DraftParams& p, Visit& v) {
   visit_keys(t, hash_start(scope, t.epochs[scope]), token, [&](int k, uint64_t key) {
     v.keys[k] = key;
     v.present |= 1 << k;
-    __builtin_prefetch(t.keys + set_of(key, t.sets) * kWays);
   });
+  prefetch_keys(t, v, v.present & -v.present);
 }
 
-inline void find_entry(const Table& t, Visit& v) {
+// Looks in the orders of the mask, the longest (the lowest bit) first.
+inline void find_entry(const Table& t, Visit& v, int mask) {
   for (int k = 0; k < t.num_orders; ++k) {
-    if (!(v.present >> k & 1)) continue;
+    if (!(mask >> k & 1)) continue;
     const int64_t first = set_of(v.keys[k], t.sets) * kWays;
     for (int way = 0; way < kWays; ++way) {
       if (t.keys[first + way] != v.keys[k]) continue;
@@ -60,6 +67,19 @@ inline void find_entry(const Table& t, Visit& v) {
       __builtin_prefetch(slots + 4 * t.topk - 1);
       return;
     }
+  }
+}
+
+// Most contexts are known by their longest order: only the others fetch further lines.
+inline void find_entries(const Table& t, std::vector<Visit>& visits) {
+  for (Visit& v : visits) {
+    const int longest = v.present & -v.present;
+    find_entry(t, v, longest);
+    v.present ^= longest;
+    if (v.order < 0) prefetch_keys(t, v, v.present);
+  }
+  for (Visit& v : visits) {
+    if (v.order < 0) find_entry(t, v, v.present);
   }
 }
 
@@ -170,7 +190,7 @@ inline void draft_requests(const DraftParams& p, int32_t begin, int32_t end, int
       }
     }
     for (Visit& v : visits) prepare_visit(p, v);
-    for (Visit& v : visits) find_entry(p.table, v);
+    find_entries(p.table, visits);
     for (const Visit& v : visits) {
       ++seen[v.order < 0 ? kMisses : v.order];
       if (v.order >= 0) draw_children(p, v, kernels);
