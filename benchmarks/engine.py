@@ -230,7 +230,8 @@ def judge(gate: Gate, record: dict[str, Any], machine: dict[str, Any]) -> dict[s
         status = "pass"
     else:
         status = "fail"
-    if gate.needs and gate.needs not in (machine.get("features") or []):
+    present = {*(machine.get("features") or ()), *(machine.get("packages") or ())}
+    if gate.needs and gate.needs not in present:
         status, verdict["note"] = "reported", f"this machine has no {gate.needs}"
     return {**verdict, "bound": gate.bound, "status": status}
 
@@ -244,6 +245,8 @@ def _gate_value(
         peak = subject.get("peak_bytes")
         base = rows.get(gate.against, {}).get("peak_bytes") if gate.against else input_bytes
         return None if peak is None or not base else peak / base
+    if gate.quantity == "microseconds":
+        return 1e6 * float(subject["seconds"]["median"]) if "seconds" in subject else None
     if gate.quantity == "copy_share":
         return subject.get("copy_share")
     other = rows.get(gate.against, {})

@@ -22,12 +22,16 @@ from .policy_loss import (
     token_stats,
     token_weights,
 )
+from .speculation import Draft, DraftTree, NgramTable, tune_tree
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KL",
+    "Draft",
+    "DraftTree",
     "Importance",
+    "NgramTable",
     "Objective",
     "Parallel",
     "PolicyLossOutput",
@@ -47,4 +51,5 @@ __all__ = [
     "shaping",
     "token_stats",
     "token_weights",
+    "tune_tree",
 ]

@@ -180,3 +180,6 @@ def objective_map(logprob: Tensor, *values: Any) -> tuple[Tensor, ...]:
     launch = asdict(settings) | {"order": ORDERS.index(settings.order)}
     _start("objective_map", logprob.dtype, launch, args | out | {"rows": logprob.numel()}, args)
     return tuple(out.values())
+
+
+from cuda_sim.table_backend import table_draft, table_update_  # noqa: E402, F401
