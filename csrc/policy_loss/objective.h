@@ -6,11 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#if defined(__CUDACC__) || defined(CUDA_SIM)
-#define RK_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define RK_HOST_DEVICE inline
-#endif
+#include "../common/host_device.h"
 
 namespace reasonkern {
 
