@@ -13,11 +13,14 @@ from .policy_loss import (
     token_stats,
     token_weights,
 )
+from .speculation import Draft, DraftTree
 
 __version__ = "0.1.0"
 
 __all__ = [
     "KL",
+    "Draft",
+    "DraftTree",
     "Importance",
     "Objective",
     "PolicyLossOutput",

@@ -1,0 +1,259 @@
+"""`DraftTree`: the static shape of a draft, as an array of parents."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+
+MAX_NODES = 4096
+# Measured chance that the child of rank r is accepted, given that its parent was: replayed
+# reasoning traces, see the family's README. Ranks beyond the last one halve.
+RANK_RATES = (0.62, 0.10, 0.045, 0.026, 0.017, 0.012, 0.009, 0.007)
+
+
+class TreeTensors(NamedTuple):
+    """int32 tensors of a tree on one device; what the operators take."""
+
+    parents: Tensor
+    """(N,) index of the parent; -1 at the root."""
+    ranks: Tensor
+    """(N,) rank among the siblings, 0 first; 0 at the root."""
+    depths: Tensor
+    """(N,) distance from the root."""
+    child_ptr: Tensor
+    """(N + 1,) the children of node i are child_index[child_ptr[i] : child_ptr[i + 1]], by rank."""
+    child_index: Tensor
+    """(N - 1,) see child_ptr."""
+    level_ptr: Tensor
+    """(D + 1,) the nodes of depth d that have children are level_nodes[level_ptr[d] : …[d + 1]]."""
+    level_nodes: Tensor
+    """(nodes with children,) by depth, then by index."""
+
+
+class DraftTree:
+    """A static tree of draft tokens.
+
+    Node 0 is the root and stands for the last committed token; every other node is a drafted
+    continuation of its parent. Siblings are ranked by index: rank r holds the r-th best (or r-th
+    drawn) candidate of its parent's context. Since parents come before children, the first n nodes
+    of a tree are a tree. Trees compare and hash by their parents.
+
+    Args:
+        parents: one integer per node (a sequence or a 1-dim tensor); ``parents[0] == -1`` and
+            ``0 <= parents[i] < i`` for the others. At most 4096 nodes, the root included.
+
+    Raises:
+        ValueError: empty, too long, or a parent that does not come before its child.
+
+    Example:
+        >>> import reasonkern as rk
+        >>> tree = rk.DraftTree([-1, 0, 0, 1])
+        >>> tree.nodes, tree.depth, tree.ranks.tolist()
+        (4, 2, [0, 0, 1, 0])
+    """
+
+    def __init__(self, parents: Sequence[int] | Tensor) -> None:
+        given = parents.tolist() if isinstance(parents, Tensor) else list(parents)
+        self._parents = _checked_parents(given)
+        self._tensors: dict[torch.device, TreeTensors] = {}
+        cpu = torch.device("cpu")
+        self._tensors[cpu] = _tree_tensors(self._parents)
+        self._depth = int(self._tensors[cpu].depths.max())
+
+    @classmethod
+    def default(cls, nodes: int = 80) -> DraftTree:
+        """The most likely `nodes` nodes under rank rates measured on replayed reasoning traces.
+
+        Nodes are ordered by their likelihood, so ``default(m)`` is the prefix of ``default(n)``.
+        `reasonkern.tune_tree` fits a tree to your own traces instead.
+        """
+        _check_nodes(nodes)
+        parents = [-1]
+        # (-likelihood, parent, rank): the next candidate child of a parent; ties go to the older.
+        queue = [(-_rank_rate(0), 0, 0)]
+        while len(parents) < nodes:
+            score, parent, rank = heapq.heappop(queue)
+            likelihood = -score
+            parents.append(parent)
+            sibling = likelihood / _rank_rate(rank) * _rank_rate(rank + 1)
+            heapq.heappush(queue, (-sibling, parent, rank + 1))
+            heapq.heappush(queue, (-likelihood * _rank_rate(0), len(parents) - 1, 0))
+        return cls(parents)
+
+    @classmethod
+    def chain(cls, nodes: int) -> DraftTree:
+        """A tree without branches: the root and ``nodes - 1`` successive tokens."""
+        _check_nodes(nodes)
+        return cls(range(-1, nodes - 1))
+
+    @classmethod
+    def load(cls, path: str | Path) -> DraftTree:
+        """Reads what `save` wrote; ValueError names the file when it holds no tree."""
+        text = Path(path).read_text()
+        try:
+            parents = json.loads(text)["parents"]
+            return cls([_integer(p) for p in parents])
+        except (KeyError, TypeError, ValueError) as error:
+            message = f'{path}: expected a JSON object {{"parents": [-1, 0, …]}} ({error})'
+            raise ValueError(message) from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes the tree as JSON: ``{"parents": [-1, 0, …]}``."""
+        Path(path).write_text(json.dumps({"parents": list(self._parents)}) + "\n")
+
+    @property
+    def parents(self) -> Tensor:
+        """(N,) int32, -1 at the root."""
+        return self.tensors().parents
+
+    @property
+    def ranks(self) -> Tensor:
+        """(N,) int32: rank of each node among its siblings, 0 first."""
+        return self.tensors().ranks
+
+    @property
+    def depths(self) -> Tensor:
+        """(N,) int32: distance of each node from the root."""
+        return self.tensors().depths
+
+    @property
+    def children(self) -> tuple[Tensor, Tensor]:
+        """Compressed rows, int32: node i has children ``index[ptr[i] : ptr[i + 1]]``, by rank."""
+        return self.tensors().child_ptr, self.tensors().child_index
+
+    @property
+    def nodes(self) -> int:
+        """Number of nodes N, the root included: rows of one forward pass per request."""
+        return len(self._parents)
+
+    @property
+    def depth(self) -> int:
+        """Largest depth D: at most D + 1 tokens are emitted per step."""
+        return self._depth
+
+    @property
+    def max_children(self) -> int:
+        """Largest number of children of one node."""
+        return int(self.ranks.max()) + 1 if self.nodes > 1 else 0
+
+    def tensors(self, device: torch.device | str = "cpu") -> TreeTensors:
+        """The tree's arrays on a device; copied there once."""
+        device = torch.device(device)
+        if device not in self._tensors:
+            here = self.tensors()
+            self._tensors[device] = TreeTensors(*(t.to(device) for t in here))
+        return self._tensors[device]
+
+    def prefix(self, nodes: int) -> DraftTree:
+        """The tree of the first `nodes` nodes, 1 to N."""
+        if not isinstance(nodes, int) or not 1 <= nodes <= self.nodes:
+            _checks.fail("nodes", f"an integer in [1, {self.nodes}]", nodes)
+        return DraftTree(self._parents[:nodes])
+
+    def attention_mask(self, device: torch.device | str = "cpu") -> Tensor:
+        """(N, N) bool: [i, j] is True when node i attends to node j, its ancestor or itself."""
+        mask = torch.eye(self.nodes, dtype=torch.bool)
+        for node, parent in enumerate(self._parents[1:], start=1):
+            mask[node] |= mask[parent]
+        return mask.to(device)
+
+    def positions(self, length: Tensor) -> Tensor:
+        """(B, N) position ids: ``length[:, None] + depths``.
+
+        Args:
+            length: (B,) integers: tokens in the KV cache before the root, which is its position.
+        """
+        if length.ndim != 1:
+            _checks.fail("length", "shape (batch,)", tuple(length.shape))
+        return length[:, None] + self.tensors(length.device).depths
+
+    def draw(self) -> str:
+        """The tree as text: nodes per depth, then one line per node with its rank path."""
+        counts = torch.bincount(self.depths).tolist()
+        lines = [f"{self.nodes} nodes, depth {self.depth}; nodes per depth: {counts}", "0"]
+        pointers, index = (t.tolist() for t in self.children)
+        stack = [(child, "") for child in reversed(index[pointers[0] : pointers[1]])]
+        while stack:
+            node, indent = stack.pop()
+            parent = self._parents[node]
+            last = index[pointers[parent + 1] - 1] == node
+            lines.append(f"{indent}{'└' if last else '├'}─{node}")
+            inner = indent + ("  " if last else "│ ")
+            below = index[pointers[node] : pointers[node + 1]]
+            stack += [(child, inner) for child in reversed(below)]
+        return "\n".join(lines)
+
+    def __len__(self) -> int:
+        """The number of nodes."""
+        return self.nodes
+
+    def __eq__(self, other: object) -> bool:
+        """Same parents."""
+        return isinstance(other, DraftTree) and self._parents == other._parents
+
+    def __hash__(self) -> int:
+        """Of the parents."""
+        return hash(self._parents)
+
+    def __repr__(self) -> str:
+        """Nodes and depth."""
+        return f"DraftTree(nodes={self.nodes}, depth={self.depth})"
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise ValueError(f"a parent is {value!r}")
+    return value
+
+
+def _check_nodes(nodes: int) -> None:
+    if not isinstance(nodes, int) or isinstance(nodes, bool) or not 1 <= nodes <= MAX_NODES:
+        _checks.fail("nodes", f"an integer in [1, {MAX_NODES}]", nodes)
+
+
+def _checked_parents(parents: Sequence[int]) -> tuple[int, ...]:
+    if not 1 <= len(parents) <= MAX_NODES:
+        _checks.fail("parents", f"1 to {MAX_NODES} nodes", len(parents))
+    if parents[0] != -1:
+        _checks.fail("parents[0]", "-1, the mark of the root", parents[0])
+    for node, parent in enumerate(parents[1:], start=1):
+        if not isinstance(parent, int) or not 0 <= parent < node:
+            _checks.fail(f"parents[{node}]", f"an integer in [0, {node})", parent)
+    return tuple(parents)
+
+
+def _rank_rate(rank: int) -> float:
+    beyond = rank - len(RANK_RATES) + 1
+    return RANK_RATES[rank] if beyond <= 0 else math.ldexp(RANK_RATES[-1], -beyond)
+
+
+def _tree_tensors(parents: tuple[int, ...]) -> TreeTensors:
+    children: list[list[int]] = [[] for _ in parents]
+    ranks, depths = [0], [0]
+    for node, parent in enumerate(parents[1:], start=1):
+        ranks.append(len(children[parent]))
+        depths.append(depths[parent] + 1)
+        children[parent].append(node)
+    child_ptr, level_nodes = [0], []
+    for row in children:
+        child_ptr.append(child_ptr[-1] + len(row))
+    levels: list[list[int]] = [[] for _ in range(max(depths) + 1)]
+    for node, row in enumerate(children):
+        if row:
+            levels[depths[node]].append(node)
+    level_ptr = [0]
+    for level in levels[:-1]:
+        level_nodes += level
+        level_ptr.append(len(level_nodes))
+    child_index = [node for row in children for node in row]
+    arrays = (parents, ranks, depths, child_ptr, child_index, level_ptr, level_nodes)
+    return TreeTensors(*(torch.tensor(a, dtype=torch.int32) for a in arrays))
