@@ -13,7 +13,16 @@ from .policy_loss import (
     token_stats,
     token_weights,
 )
-from .speculation import Draft, DraftTree
+from .speculation import (
+    Draft,
+    DraftTree,
+    Status,
+    Verified,
+    compact_kv_,
+    request_seeds,
+    sample,
+    verify_tree,
+)
 
 __version__ = "0.1.0"
 
@@ -26,9 +35,15 @@ __all__ = [
     "PolicyLossOutput",
     "PolicyMetrics",
     "RowContext",
+    "Status",
     "TokenStats",
+    "Verified",
+    "compact_kv_",
     "info",
     "policy_loss",
+    "request_seeds",
+    "sample",
     "token_stats",
     "token_weights",
+    "verify_tree",
 ]
