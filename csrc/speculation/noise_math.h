@@ -64,6 +64,6 @@ RK_FN F exp_of(F x) {
   e = add(mul(e, r), splat(0.16666515171527863f));
   e = add(mul(e, r), splat(0.4999999403953552f));
   e = add(splat(1.0f), add(mul(mul(r, r), e), r));
-  const F power = float_of(word_of(e) + (word_of(sum) - word_of(magic) << 23));
+  const F power = float_of(word_of(e) + ((word_of(sum) - word_of(magic)) << 23));
   return select(x > splat(-87.0f), power, splat(0.0f));
 }

@@ -1,0 +1,228 @@
+// Passes over a row of floats, compiled for several instruction sets by cpu_row.h under the rules
+// of common/simd.h: no include guard, no includes, no template of another header.
+
+typedef int32_t I __attribute__((vector_size(sizeof(U))));
+
+#define RK_FN RK_INLINE
+RK_FN F mul(F a, F b) { return a * b; }
+RK_FN F add(F a, F b) { return a + b; }
+RK_FN F from_word(U word) { return __builtin_convertvector(word, F); }
+RK_FN F to_float(I n) { return __builtin_convertvector(n, F); }
+RK_FN U word_of(F x) { return U(x); }
+RK_FN F float_of(U x) { return F(x); }
+RK_FN I signed_of(U x) { return I(x); }
+RK_FN U unsigned_of(I x) { return U(x); }
+RK_FN F select(I mask, F yes, F no) { return select(U(mask), yes, no); }
+RK_FN U select(I mask, U yes, U no) { return (U(mask) & yes) | (~U(mask) & no); }
+#include "noise_math.h"
+#undef RK_FN
+
+RK_INLINE bool any(I mask) {
+#if RK_SIMD == 4
+  return _mm512_movepi32_mask(__m512i(mask)) != 0;
+#elif RK_SIMD == 3
+  return _mm256_movemask_ps(__m256(mask)) != 0;
+#else
+  int32_t all = 0;
+  for (int lane = 0; lane < kLanes; ++lane) all |= mask[lane];
+  return all != 0;
+#endif
+}
+
+RK_INLINE uint32_t bits_of(I mask) {
+#if RK_SIMD == 4
+  return _mm512_movepi32_mask(__m512i(mask));
+#elif RK_SIMD == 3
+  return uint32_t(_mm256_movemask_ps(__m256(mask)));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= uint32_t(mask[lane] & 1) << lane;
+  return bits;
+#endif
+}
+
+RK_INLINE float max_lane(F x) {
+  float m = x[0];
+  for (int lane = 1; lane < kLanes; ++lane) m = x[lane] > m ? x[lane] : m;
+  return m;
+}
+
+// The largest value of each tile of kTile; false when one is NaN or +inf.
+static bool tile_maxima(const float* x, int64_t n, float* maxima) {
+  const F inf = splat(kInf);
+  I bad = {};
+  for (int64_t at = 0, tile = 0; at < n; at += kTile, ++tile) {
+    F top[kGroup];
+    RK_EACH top[k] = splat(-kInf);
+    for (int64_t i = at; i < at + kTile; i += kGroup * kLanes) {
+      F v[kGroup];
+      load(x + i, v);
+      RK_EACH bad |= ~(v[k] < inf);
+      RK_EACH top[k] = max(v[k], top[k]);
+    }
+    maxima[tile] = max_lane(max(max(top[0], top[1]), max(top[2], top[3])));
+  }
+  return !any(bad);
+}
+
+// sum exp(x - top), in double from tile to tile.
+static double sum_of_exp(const float* x, int64_t n, float top) {
+  double total = 0;
+  for (int64_t at = 0; at < n; at += kTile) {
+    F sum[kGroup] = {};
+    for (int64_t i = at; i < at + kTile; i += kGroup * kLanes) {
+      F v[kGroup], e[kGroup];
+      load(x + i, v);
+      RK_EACH v[k] = max(splat(kExpZero), v[k] - splat(top));
+      scaled_exp(v, e);
+      RK_EACH sum[k] = sum[k] + e[k];
+    }
+    const F all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    for (int lane = 0; lane < kLanes; ++lane) total += all[lane];
+  }
+  return total * (1.0 / double(kExpScale));
+}
+
+// Ids of the values from `least` up, in order; returns how many.
+static int64_t collect(const float* x, int64_t n, float least, int32_t* ids) {
+  const F bound = splat(least);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += kGroup * kLanes) {
+    F v[kGroup];
+    load(x + i, v);
+    I hit[kGroup];
+    RK_EACH hit[k] = v[k] >= bound;
+    if (!any((hit[0] | hit[1]) | (hit[2] | hit[3]))) continue;
+    RK_EACH {
+      for (uint32_t bits = bits_of(hit[k]); bits != 0; bits &= bits - 1) {
+        ids[count++] = int32_t(i + k * kLanes + __builtin_ctz(bits));
+      }
+    }
+  }
+  return count;
+}
+
+// Masses of the kept tokens, added: each at most 2^40, so that a row stays below 2^63.
+static int64_t sum_of_masses(const float* x, int64_t n, int64_t first, const Choice& c) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const F value = load_one(x + i) / splat(c.temperature);
+    if (!any(value >= splat(c.cut.value))) continue;
+    const F mass = mul(exp_of(value - splat(c.top)), splat(0x1p40f));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (c.cut.keeps(value[lane], int(first + i) + lane)) total += int64_t(mass[lane]);
+    }
+  }
+  return total;
+}
+
+// ---- noise of 4 * kLanes tokens at a time
+
+typedef uint64_t W __attribute__((vector_size(sizeof(U))));
+
+RK_INLINE W multiply_low_halves(W a, W b) {
+#if RK_SIMD == 4
+  return W(_mm512_maskz_mul_epu32(0xff, __m512i(a), __m512i(b)));
+#elif RK_SIMD == 3
+  return W(_mm256_mul_epu32(__m256i(a), __m256i(b)));
+#elif defined(__SSE2__)
+  return W(_mm_mul_epu32(__m128i(a), __m128i(b)));
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// Rows of the 4 x 4 matrices that lie in each 128 bits of a, b, c, d.
+RK_INLINE void transpose(const U (&in)[4], U (&out)[4]) {
+#if RK_SIMD == 4
+  const __m512i a = __m512i(in[0]), b = __m512i(in[1]), c = __m512i(in[2]), d = __m512i(in[3]);
+  const __m512i ab = _mm512_maskz_unpacklo_epi32(kAll, a, b);
+  const __m512i cd = _mm512_maskz_unpacklo_epi32(kAll, c, d);
+  const __m512i ab2 = _mm512_maskz_unpackhi_epi32(kAll, a, b);
+  const __m512i cd2 = _mm512_maskz_unpackhi_epi32(kAll, c, d);
+  out[0] = U(_mm512_maskz_unpacklo_epi64(0xff, ab, cd));
+  out[1] = U(_mm512_maskz_unpackhi_epi64(0xff, ab, cd));
+  out[2] = U(_mm512_maskz_unpacklo_epi64(0xff, ab2, cd2));
+  out[3] = U(_mm512_maskz_unpackhi_epi64(0xff, ab2, cd2));
+#elif RK_SIMD == 3
+  const __m256i a = __m256i(in[0]), b = __m256i(in[1]), c = __m256i(in[2]), d = __m256i(in[3]);
+  const __m256i ab = _mm256_unpacklo_epi32(a, b), ab2 = _mm256_unpackhi_epi32(a, b);
+  const __m256i cd = _mm256_unpacklo_epi32(c, d), cd2 = _mm256_unpackhi_epi32(c, d);
+  out[0] = U(_mm256_unpacklo_epi64(ab, cd));
+  out[1] = U(_mm256_unpackhi_epi64(ab, cd));
+  out[2] = U(_mm256_unpacklo_epi64(ab2, cd2));
+  out[3] = U(_mm256_unpackhi_epi64(ab2, cd2));
+#else
+  for (int row = 0; row < 4; ++row) {
+    for (int k = 0; k < 4; ++k) out[row][k] = in[k][row];
+  }
+#endif
+}
+
+// Philox of kLanes counters from `block` on, in 64-bit lanes whose upper halves are never read, one
+// half of the counters after the other. Which lane takes which counter is chosen so that the rows
+// of the transposed words are the words of neighbouring tokens.
+RK_INLINE void philox_words(const NoiseKey& key, uint32_t block, U (&words)[4]) {
+  W c[2][4];
+  for (int half = 0; half < 2; ++half) {
+    for (int m = 0; m < kLanes / 2; ++m) {
+      const int lane = 2 * m + half;
+      c[half][0][m] = (kLanes / 4) * (lane % 4) + lane / 4;
+    }
+    c[half][0] = c[half][0] + block;
+    c[half][1] = W{} + uint32_t(key.position);
+    c[half][2] = W{} + uint32_t(key.position >> 32);
+    c[half][3] = W{} + key.stream;
+  }
+  const W m0 = W{} + kPhiloxM0, m1 = W{} + kPhiloxM1;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const W k0 = W{} + key.round[round][0], k1 = W{} + key.round[round][1];
+    for (auto& x : c) {
+      const W p0 = multiply_low_halves(x[0], m0), p1 = multiply_low_halves(x[2], m1);
+      x[0] = (p1 >> 32) ^ x[1] ^ k0;
+      x[1] = p1;
+      x[2] = (p0 >> 32) ^ x[3] ^ k1;
+      x[3] = p0;
+    }
+  }
+  U packed[4];
+  for (int w = 0; w < 4; ++w) packed[w] = U((c[0][w] & 0xffffffffu) | (c[1][w] << 32));
+  transpose(packed, words);
+}
+
+// An upper bound of the noise of words: -ln u, whose logarithm is bounded by the float's own bits.
+RK_INLINE F noise_bound(U word) {
+  const F bits = to_float(I(word_of(from_word(word))));
+  return fma(bits, splat(-8.26295832e-8f), splat(110.2105f));
+}
+
+// Offers every kept token that may win to `best`; x has n tokens from `first` on. A token is passed
+// over only if a bound of its perturbed value is below the best one's.
+static void choose(const float* x, int64_t n, int64_t first, const Choice& c, Best& best) {
+  const F inverse = splat(1.0f / c.temperature);
+  float seen = best.score;
+  F least = splat(c.least_logit(seen)), bar = splat(c.least_bound(seen));
+  for (int64_t i = 0; i < n; i += kGroup * kLanes) {
+    F v[kGroup];
+    load(x + i, v);
+    I live[kGroup];
+    RK_EACH live[k] = v[k] >= least;
+    if (!any((live[0] | live[1]) | (live[2] | live[3]))) continue;
+    U words[kGroup];
+    philox_words(c.key, uint32_t((first + i) / 4), words);
+    RK_EACH live[k] &= ~(fma(v[k], inverse, noise_bound(words[k])) < bar);
+    if (!any((live[0] | live[1]) | (live[2] | live[3]))) continue;
+    RK_EACH {
+      for (uint32_t bits = bits_of(live[k]); bits != 0; bits &= bits - 1) {
+        const int lane = __builtin_ctz(bits);
+        c.offer(v[k][lane], words[k][lane], int(first + i) + k * kLanes + lane, best);
+      }
+    }
+    if (best.score > seen) {
+      seen = best.score;
+      least = splat(c.least_logit(seen)), bar = splat(c.least_bound(seen));
+    }
+  }
+}
+
+static RowPasses row_passes() { return {tile_maxima, sum_of_exp, collect, sum_of_masses, choose}; }
