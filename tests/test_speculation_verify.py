@@ -17,8 +17,8 @@ from speculation_cases import (
     random_tree,
     rows,
 )
-from torch import Tensor
 from tolerance import ulp
+from torch import Tensor
 
 from reasonkern import Status, _load
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from .check import check_verifier
 from .draft import Draft
+from .laws import Law, LawReport
 from .tree import DraftTree
 from .verify import Status, Verified, compact_kv_, request_seeds, sample, verify_tree
 
 __all__ = [
     "Draft",
     "DraftTree",
+    "Law",
+    "LawReport",
     "Status",
     "Verified",
+    "check_verifier",
     "compact_kv_",
     "request_seeds",
     "sample",

@@ -57,6 +57,18 @@ def words(
     return block.gather(-1, (token & 3).expand(shape).unsqueeze(-1)).squeeze(-1)
 
 
+def row_words(
+    seed: Tensor, position: Tensor, vocab: int, stream: int = TARGET, depth: int = 0
+) -> Tensor:
+    """(R, vocab) the words of all tokens, a block of four at a time; seed and position (R,)."""
+    block = torch.arange((vocab + 3) // 4, device=seed.device)
+    low, high = (position & _MASK).unsqueeze(-1), ((position >> 32) & _MASK).unsqueeze(-1)
+    tag = torch.full_like(block, depth << 8 | stream)
+    parts = philox((block, low, high, tag), seed.unsqueeze(-1))
+    shape = torch.broadcast_shapes(*(p.shape for p in parts))
+    return torch.stack([p.expand(shape) for p in parts], -1).flatten(-2)[..., :vocab]
+
+
 def gumbel(word: Tensor) -> Tensor:
     """Standard Gumbel noise -log(-log1p(-u)), fp32, of words; u = max(word, 1) / 2^32 in fp32."""
     u = (word.clamp_min(1).to(torch.float32) * 2.0**-32).clamp_max(1 - 2.0**-24)

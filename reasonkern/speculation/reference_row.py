@@ -107,8 +107,7 @@ def _choose(
     s: Scores, filters: Filters, value: Tensor, seed: Tensor, position: Tensor, stream: int,
     depth: int,
 ) -> Tensor:  # fmt: skip
-    token = torch.arange(value.shape[-1], device=value.device)
-    g = noise.gumbel_noise(seed.unsqueeze(-1), position.unsqueeze(-1), token, stream, depth)
+    g = noise.gumbel(noise.row_words(seed, position, value.shape[-1], stream, depth))
     perturbed = torch.where((filters.temperature == 0).unsqueeze(-1), value, value + g)
     chosen = _first(perturbed == perturbed.amax(-1, keepdim=True)).squeeze(-1)
     return torch.where(s.bad, s.fallback, chosen)
