@@ -66,10 +66,24 @@ FAKE: dict[str, Callable[..., Any]] = {
 def _cuda_entry(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         backend = _load.choose_cuda_backend(name, args[0].device)
+        rejection = name == "verify_tree" and args[3] is not None
+        if backend == "triton" and (args[0].dtype == torch.float64 or rejection):
+            backend = "reference"
         return _load.implementation(name, backend)(*args)
 
     return call
 
+
+def _triton(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        from . import triton_verify
+
+        return getattr(triton_verify, name)(*args)
+
+    return call
+
+
+TRITON = ("sample", "verify_tree")  # the latter by equality
 
 for _name in SCHEMAS:
     _lib.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
@@ -81,5 +95,6 @@ for _name in SCHEMAS:
             "reference": REFERENCE[_name],
             "cpu": getattr(torch.ops.reasonkern, _name),
             "cuda": getattr(torch.ops.reasonkern_cuda, _name),
+            "triton": _triton(_name) if _name in TRITON else None,
         },
     )
