@@ -1,4 +1,4 @@
-"""The fronts of verification: seeds, scalars, errors, and the speculative loop against the plain."""
+"""The fronts of verification: seeds, scalars, errors; the speculative loop equals the plain one."""
 
 from __future__ import annotations
 

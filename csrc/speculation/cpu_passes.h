@@ -63,9 +63,10 @@ struct Choice {
 struct RowPasses {
   bool (*tile_maxima)(const float* x, int64_t n, float* maxima);
   double (*sum_of_exp)(const float* x, int64_t n, float top);
-  int64_t (*collect)(const float* x, int64_t n, float least, int32_t* ids);
+  int64_t (*collect)(const float* x, int64_t n, const float* maxima, float least, int32_t* ids);
   int64_t (*sum_of_masses)(const float* x, int64_t n, int64_t first, const Choice&);
-  void (*choose)(const float* x, int64_t n, int64_t first, const Choice&, Best& best);
+  void (*choose)(const float* x, int64_t n, const float* maxima, int64_t first, const Choice&,
+                 Best& best);
 };
 
 namespace baseline {

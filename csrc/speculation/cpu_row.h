@@ -103,7 +103,7 @@ class Row {
     const int64_t likely = argmax();
     c.offer(top_, noise_word(key.seed, key.position, key.stream, uint32_t(likely)), int(likely),
             best);
-    each_part([&](const Part& p) { passes().choose(p.x, p.n, p.first, c, best); });
+    each_part([&](const Part& p) { passes().choose(p.x, p.n, maxima_of(p), p.first, c, best); });
     return best.id;
   }
 
@@ -144,6 +144,8 @@ class Row {
     }
   }
 
+  const float* maxima_of(const Part& p) const { return maxima_.data() + p.first / kTile; }
+
   void set(const float* x, int64_t vocab, bool borrowed) {
     vocab_ = vocab;
     const int64_t whole = borrowed ? vocab / kTile * kTile : padded(vocab);
@@ -175,7 +177,7 @@ class Row {
     ids_.resize(padded(vocab_));
     candidates_.clear();
     each_part([&](const Part& p) {
-      const int64_t count = passes().collect(p.x, p.n, least, ids_.data());
+      const int64_t count = passes().collect(p.x, p.n, maxima_of(p), least, ids_.data());
       for (int64_t i = 0; i < count; ++i) {
         const int64_t v = p.first + ids_[i];
         if (v < vocab_) candidates_.push_back({p.x[ids_[i]], int32_t(v), 0});

@@ -83,11 +83,15 @@ static double sum_of_exp(const float* x, int64_t n, float top) {
   return total * (1.0 / double(kExpScale));
 }
 
-// Ids of the values from `least` up, in order; returns how many.
-static int64_t collect(const float* x, int64_t n, float least, int32_t* ids) {
+// Ids of the values from `least` up, in order; returns how many. Tiles below it are not read.
+static int64_t collect(const float* x, int64_t n, const float* maxima, float least, int32_t* ids) {
   const F bound = splat(least);
   int64_t count = 0;
   for (int64_t i = 0; i < n; i += kGroup * kLanes) {
+    if (maxima[i / kTile] < least) {
+      i += kTile - kGroup * kLanes;  // never within a tile: the bound is fixed
+      continue;
+    }
     F v[kGroup];
     load(x + i, v);
     I hit[kGroup];
@@ -159,17 +163,25 @@ RK_INLINE void transpose(const U (&in)[4], U (&out)[4]) {
 #endif
 }
 
-// Philox of kLanes counters from `block` on, in 64-bit lanes whose upper halves are never read, one
-// half of the counters after the other. Which lane takes which counter is chosen so that the rows
-// of the transposed words are the words of neighbouring tokens.
-RK_INLINE void philox_words(const NoiseKey& key, uint32_t block, U (&words)[4]) {
-  W c[2][4];
-  for (int half = 0; half < 2; ++half) {
+// Groups of 4 * kLanes tokens that are under way together: one chain of multiplications leaves the
+// multipliers idle, two need more registers than AVX2 has.
+#if RK_SIMD == 4
+constexpr int kBlocks = 2;
+#else
+constexpr int kBlocks = 1;
+#endif
+
+// Philox of kLanes counters per group from `block` on, in 64-bit lanes whose upper halves are never
+// read, so two vectors a group. Which lane takes which counter is chosen so that the rows of the
+// transposed words are the words of neighbouring tokens.
+RK_INLINE void philox_words(const NoiseKey& key, uint32_t block, U (&words)[kBlocks][4]) {
+  W c[2 * kBlocks][4];
+  for (int half = 0; half < 2 * kBlocks; ++half) {
     for (int m = 0; m < kLanes / 2; ++m) {
-      const int lane = 2 * m + half;
+      const int lane = 2 * m + half % 2;
       c[half][0][m] = (kLanes / 4) * (lane % 4) + lane / 4;
     }
-    c[half][0] = c[half][0] + block;
+    c[half][0] = c[half][0] + (block + half / 2 * kLanes);
     c[half][1] = W{} + uint32_t(key.position);
     c[half][2] = W{} + uint32_t(key.position >> 32);
     c[half][3] = W{} + key.stream;
@@ -185,9 +197,13 @@ RK_INLINE void philox_words(const NoiseKey& key, uint32_t block, U (&words)[4]) 
       x[3] = p0;
     }
   }
-  U packed[4];
-  for (int w = 0; w < 4; ++w) packed[w] = U((c[0][w] & 0xffffffffu) | (c[1][w] << 32));
-  transpose(packed, words);
+  for (int g = 0; g < kBlocks; ++g) {
+    U packed[4];
+    for (int w = 0; w < 4; ++w) {
+      packed[w] = U((c[2 * g][w] & 0xffffffffu) | (c[2 * g + 1][w] << 32));
+    }
+    transpose(packed, words[g]);
+  }
 }
 
 // An upper bound of the noise of words: -ln u, whose logarithm is bounded by the float's own bits.
@@ -196,31 +212,45 @@ RK_INLINE F noise_bound(U word) {
   return fma(bits, splat(-8.26295832e-8f), splat(110.2105f));
 }
 
-// Offers every kept token that may win to `best`; x has n tokens from `first` on. A token is passed
-// over only if a bound of its perturbed value is below the best one's.
-static void choose(const float* x, int64_t n, int64_t first, const Choice& c, Best& best) {
-  const F inverse = splat(1.0f / c.temperature);
-  float seen = best.score;
-  F least = splat(c.least_logit(seen)), bar = splat(c.least_bound(seen));
-  for (int64_t i = 0; i < n; i += kGroup * kLanes) {
-    F v[kGroup];
-    load(x + i, v);
-    I live[kGroup];
-    RK_EACH live[k] = v[k] >= least;
-    if (!any((live[0] | live[1]) | (live[2] | live[3]))) continue;
-    U words[kGroup];
-    philox_words(c.key, uint32_t((first + i) / 4), words);
-    RK_EACH live[k] &= ~(fma(v[k], inverse, noise_bound(words[k])) < bar);
-    if (!any((live[0] | live[1]) | (live[2] | live[3]))) continue;
-    RK_EACH {
-      for (uint32_t bits = bits_of(live[k]); bits != 0; bits &= bits - 1) {
-        const int lane = __builtin_ctz(bits);
-        c.offer(v[k][lane], words[k][lane], int(first + i) + k * kLanes + lane, best);
-      }
+// Offers every kept token of a group that may win.
+RK_INLINE void offer_group(const F (&v)[kGroup], const U (&words)[kGroup], int64_t token, F inverse,
+                           F least, F bar, const Choice& c, Best& best) {
+  I live[kGroup];
+  RK_EACH live[k] = (v[k] >= least) & ~(fma(v[k], inverse, noise_bound(words[k])) < bar);
+  if (!any((live[0] | live[1]) | (live[2] | live[3]))) return;
+  RK_EACH {
+    for (uint32_t bits = bits_of(live[k]); bits != 0; bits &= bits - 1) {
+      const int lane = __builtin_ctz(bits);
+      c.offer(v[k][lane], words[k][lane], int(token) + k * kLanes + lane, best);
     }
-    if (best.score > seen) {
-      seen = best.score;
-      least = splat(c.least_logit(seen)), bar = splat(c.least_bound(seen));
+  }
+}
+
+// Offers every kept token that may win to `best`; x has n tokens from `first` on. A token is passed
+// over only if a bound of its perturbed value is below the best one's; tiles of such tokens are not
+// read.
+static void choose(const float* x, int64_t n, const float* maxima, int64_t first, const Choice& c,
+                   Best& best) {
+  constexpr int64_t kStep = kBlocks * kGroup * kLanes;
+  const F inverse = splat(1.0f / c.temperature);
+  for (int64_t i = 0; i < n; i += kStep) {
+    const float lowest = c.least_logit(best.score);
+    if (maxima[i / kTile] < lowest) {
+      i = (i / kTile + 1) * kTile - kStep;
+      continue;
+    }
+    const F least = splat(lowest), bar = splat(c.least_bound(best.score));
+    F v[kBlocks][kGroup];
+    I live = {};
+    for (int g = 0; g < kBlocks; ++g) {
+      load(x + i + g * kGroup * kLanes, v[g]);
+      RK_EACH live |= v[g][k] >= least;
+    }
+    if (!any(live)) continue;
+    U words[kBlocks][4];
+    philox_words(c.key, uint32_t((first + i) / 4), words);
+    for (int g = 0; g < kBlocks; ++g) {
+      offer_group(v[g], words[g], first + i + g * kGroup * kLanes, inverse, least, bar, c, best);
     }
   }
 }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,16 +21,25 @@ INTEGERS = (torch.int64, torch.int32)
 
 class _Range(NamedTuple):
     expected: str
-    holds: Callable[[Tensor], Tensor]
+    low: float
+    high: float
+    open_low: bool = False
+
+    def holds(self, x: Tensor) -> Tensor:
+        above = x > self.low if self.open_low else x >= self.low
+        return above & (x <= self.high)
+
+    def holds_number(self, x: float) -> bool:
+        return (x > self.low if self.open_low else x >= self.low) and x <= self.high
 
 
-# Values below the bound of "off" are legal: the row functions read them as no filter.
+# Values beyond the bound of "off" are legal: the row functions read them as no filter.
 _RANGES = {
-    "temperature": _Range("finite values >= 0", lambda x: torch.isfinite(x) & (x >= 0)),
-    "top_p": _Range("values > 0", lambda x: x > 0),
-    "min_p": _Range("values <= 1", lambda x: x <= 1),
-    "max_length": _Range("values >= 0", lambda x: x >= 0),
-    "position": _Range("values >= 0", lambda x: x >= 0),
+    "temperature": _Range("finite values >= 0", 0, torch.finfo(torch.float32).max),
+    "top_p": _Range("values > 0", 0, math.inf, open_low=True),
+    "min_p": _Range("values <= 1", -math.inf, 1),
+    "max_length": _Range("values >= 0", 0, math.inf),
+    "position": _Range("values >= 0", 0, math.inf),
 }
 
 
@@ -59,13 +69,15 @@ def per_request(
         x = as_int64(name, x)
     elif not isinstance(x, (int, float)) or isinstance(x, bool):
         _checks.fail(name, "a number or a (B,) tensor", repr(x))
-    _check_values(name, torch.tensor([x], dtype=dtype))
+    rule = _RANGES.get(name)
+    if rule is not None and not rule.holds_number(x):
+        _checks.fail(name, rule.expected, x)
     return torch.full((batch,), x, dtype=dtype, device=device)
 
 
 def _check_values(name: str, rows: Tensor) -> None:
     rule = _RANGES.get(name)
-    if rule is None or torch.compiler.is_compiling():
+    if rule is None:
         return
     bad = ~rule.holds(rows)
     if bad.any():

@@ -84,8 +84,9 @@ def verify_kernel(
                 write_statistics(row, top.raw, topk_ids + out * topk, topk_logits + out * topk,
                                  lse + out, topk, BLOCK)  # fmt: skip
             length += 1
-            for i in tl.range(0, eos_count):
-                status |= tl.where(tl.load(eos + i) == token, EOS, 0)
+            if eos is not None:
+                for i in tl.range(0, eos_count):
+                    status |= tl.where(tl.load(eos + i) == token, EOS, 0)
             node = find_child(tokens, valid, child_ptr, child_index, node, used, token, WIDTH)
             going = (node >= 0) & (length < limit) & ((status & EOS) == 0) & (length <= depth)
     if max_length is not None:
