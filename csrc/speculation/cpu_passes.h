@@ -11,7 +11,7 @@ namespace reasonkern {
 namespace cpu {
 
 // Rows are handled in whole tiles; the last one is padded with -inf.
-constexpr int64_t kTile = 512;
+constexpr int64_t kTile = 1024;
 
 // What Philox needs of a row besides the token, round keys included.
 struct NoiseKey {
@@ -60,9 +60,23 @@ struct Choice {
   }
 };
 
+// sum exp(x - top) of what was seen so far, top its largest value.
+struct ExpSum {
+  float top = -kInf;
+  double value = 0;
+
+  void raise(float to) {
+    value = value > 0 ? value * std::exp(double(top) - double(to)) : 0;
+    top = to;
+  }
+};
+
+inline float float_of_bits(uint32_t bits) { return noise::float_of(bits); }
+
 struct RowPasses {
-  bool (*tile_maxima)(const float* x, int64_t n, float* maxima);
-  double (*sum_of_exp)(const float* x, int64_t n, float top);
+  void (*widen_bf16)(const BFloat16* x, int64_t n, float* out);
+  void (*widen_fp16)(const Half* x, int64_t n, float* out);
+  bool (*tile_maxima)(const float* x, int64_t n, float* maxima, ExpSum* sum);
   int64_t (*collect)(const float* x, int64_t n, const float* maxima, float least, int32_t* ids);
   int64_t (*sum_of_masses)(const float* x, int64_t n, int64_t first, const Choice&);
   void (*choose)(const float* x, int64_t n, const float* maxima, int64_t first, const Choice&,

@@ -29,15 +29,18 @@ struct RequestFilters {
 // Buffers are kept from row to row; one instance per thread.
 class Row {
  public:
+  // `with_sum`: statistics will be asked for.
   template <class E>
-  void load(const E* logits, int64_t vocab) {
+  void load(const E* logits, int64_t vocab, bool with_sum) {
     copy_.resize(padded(vocab));
-    for (int64_t v = 0; v < vocab; ++v) copy_[v] = static_cast<float>(logits[v]);
+    widen(logits, vocab, copy_.data());
     std::fill(copy_.begin() + vocab, copy_.end(), -kInf);
-    set(copy_.data(), vocab, false);
+    set(copy_.data(), vocab, false, with_sum);
   }
 
-  void load(const float* logits, int64_t vocab) { set(logits, vocab, true); }
+  void load(const float* logits, int64_t vocab, bool with_sum) {
+    set(logits, vocab, true, with_sum);
+  }
 
   // Forbids the tokens whose bit is not set.
   void mask(const int32_t* words) {
@@ -47,7 +50,7 @@ class Row {
       out[v] = uint32_t(words[v / 32]) >> (v % 32) & 1 ? at(v) : -kInf;
     }
     std::fill(out.begin() + vocab_, out.end(), -kInf);
-    set(out.data(), vocab_, false);
+    set(out.data(), vocab_, false, false);
   }
 
   // Raw statistics, before `mask`.
@@ -63,9 +66,7 @@ class Row {
       ids[i] = candidates_[i].id;
       logits[i] = candidates_[i].value;
     }
-    double sum = 0;
-    each_part([&](const Part& p) { sum += passes().sum_of_exp(p.x, p.n, top_); });
-    *lse = float(double(top_) + std::log(sum));
+    *lse = float(double(top_) + std::log(sum_.value));
   }
 
   // Temperature and filters; false: the row is bad, use `fallback`.
@@ -131,6 +132,10 @@ class Row {
     int64_t n, first;
   };
 
+  static void widen(const BFloat16* x, int64_t n, float* out) { passes().widen_bf16(x, n, out); }
+  static void widen(const Half* x, int64_t n, float* out) { passes().widen_fp16(x, n, out); }
+  static void widen(const double* x, int64_t n, float* out) { std::copy(x, x + n, out); }
+
   static int64_t padded(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
 
   float at(int64_t v) const {
@@ -146,7 +151,7 @@ class Row {
 
   const float* maxima_of(const Part& p) const { return maxima_.data() + p.first / kTile; }
 
-  void set(const float* x, int64_t vocab, bool borrowed) {
+  void set(const float* x, int64_t vocab, bool borrowed, bool with_sum) {
     vocab_ = vocab;
     const int64_t whole = borrowed ? vocab / kTile * kTile : padded(vocab);
     parts_[0] = {x, whole, 0};
@@ -158,8 +163,10 @@ class Row {
     }
     maxima_.resize(padded(vocab) / kTile);
     sound_ = true;
+    sum_ = ExpSum();
     each_part([&](const Part& p) {
-      sound_ &= passes().tile_maxima(p.x, p.n, maxima_.data() + p.first / kTile);
+      sound_ &= passes().tile_maxima(p.x, p.n, maxima_.data() + p.first / kTile,
+                                     with_sum ? &sum_ : nullptr);
     });
     top_ = *std::max_element(maxima_.begin(), maxima_.end());
   }
@@ -232,6 +239,7 @@ class Row {
   Part parts_[2] = {};
   float top_ = 0, temperature_ = 0, top_value_ = 0;
   bool sound_ = false;
+  ExpSum sum_;
   Cut cut_ = {-kInf, kLastId};
   std::vector<float> copy_, masked_, rest_, maxima_, order_;
   std::vector<int32_t> ids_;

@@ -42,45 +42,83 @@ RK_INLINE uint32_t bits_of(I mask) {
 }
 
 RK_INLINE float max_lane(F x) {
-  float m = x[0];
-  for (int lane = 1; lane < kLanes; ++lane) m = x[lane] > m ? x[lane] : m;
-  return m;
+  float lanes[kLanes];
+  store_one(lanes, x);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) {
+      lanes[lane] = lanes[lane + width] > lanes[lane] ? lanes[lane + width] : lanes[lane];
+    }
+  }
+  return lanes[0];
 }
 
-// The largest value of each tile of kTile; false when one is NaN or +inf.
-static bool tile_maxima(const float* x, int64_t n, float* maxima) {
+// 16-bit logits as floats, in order, unlike load().
+typedef uint16_t Words __attribute__((vector_size(sizeof(U) / 2)));
+
+static void widen_bf16(const BFloat16* x, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Words words;
+    __builtin_memcpy(&words, x + i, sizeof words);
+    store_one(out + i, F(__builtin_convertvector(words, U) << 16));
+  }
+  for (; i < n; ++i) out[i] = float_of_bits(uint32_t(x[i].x) << 16);
+}
+
+static void widen_fp16(const Half* x, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + kGroup * kLanes <= n; i += kGroup * kLanes) {
+    F v[kGroup];
+    load(x + i, v);
+    store(out + i, v);
+  }
+  for (; i < n; ++i) out[i] = static_cast<float>(x[i]);
+}
+
+// The largest value of a tile; `bad` collects NaN and +inf.
+RK_INLINE float tile_maximum(const float* x, I& bad) {
   const F inf = splat(kInf);
+  F top[kGroup];
+  RK_EACH top[k] = splat(-kInf);
+  for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
+    F v[kGroup];
+    load(x + i, v);
+    RK_EACH bad |= ~(v[k] < inf);
+    RK_EACH top[k] = max(v[k], top[k]);
+  }
+  return max_lane(max(max(top[0], top[1]), max(top[2], top[3])));
+}
+
+// sum exp(x - top) of a tile, times kExpScale.
+RK_INLINE double tile_sum(const float* x, float top) {
+  F sum[kGroup] = {};
+  for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
+    F v[kGroup], e[kGroup];
+    load(x + i, v);
+    RK_EACH v[k] = max(splat(kExpZero), v[k] - splat(top));
+    scaled_exp(v, e);
+    RK_EACH sum[k] = sum[k] + e[k];
+  }
+  const F all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  float halves[kLanes];
+  store_one(halves, all);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) halves[lane] += halves[lane + width];
+  }
+  return halves[0];
+}
+
+// The largest value of each tile; false when one is NaN or +inf. With `sum`, also sum exp(x - top)
+// while the tile is at hand, relative to the largest value so far.
+static bool tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) {
   I bad = {};
   for (int64_t at = 0, tile = 0; at < n; at += kTile, ++tile) {
-    F top[kGroup];
-    RK_EACH top[k] = splat(-kInf);
-    for (int64_t i = at; i < at + kTile; i += kGroup * kLanes) {
-      F v[kGroup];
-      load(x + i, v);
-      RK_EACH bad |= ~(v[k] < inf);
-      RK_EACH top[k] = max(v[k], top[k]);
-    }
-    maxima[tile] = max_lane(max(max(top[0], top[1]), max(top[2], top[3])));
+    const float top = maxima[tile] = tile_maximum(x + at, bad);
+    if (sum == nullptr) continue;
+    if (top > sum->top) sum->raise(top);
+    if (top > -kInf) sum->value += tile_sum(x + at, sum->top) * (1.0 / double(kExpScale));
   }
   return !any(bad);
-}
-
-// sum exp(x - top), in double from tile to tile.
-static double sum_of_exp(const float* x, int64_t n, float top) {
-  double total = 0;
-  for (int64_t at = 0; at < n; at += kTile) {
-    F sum[kGroup] = {};
-    for (int64_t i = at; i < at + kTile; i += kGroup * kLanes) {
-      F v[kGroup], e[kGroup];
-      load(x + i, v);
-      RK_EACH v[k] = max(splat(kExpZero), v[k] - splat(top));
-      scaled_exp(v, e);
-      RK_EACH sum[k] = sum[k] + e[k];
-    }
-    const F all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    for (int lane = 0; lane < kLanes; ++lane) total += all[lane];
-  }
-  return total * (1.0 / double(kExpScale));
 }
 
 // Ids of the values from `least` up, in order; returns how many. Tiles below it are not read.
@@ -255,4 +293,6 @@ static void choose(const float* x, int64_t n, const float* maxima, int64_t first
   }
 }
 
-static RowPasses row_passes() { return {tile_maxima, sum_of_exp, collect, sum_of_masses, choose}; }
+static RowPasses row_passes() {
+  return {widen_bf16, widen_fp16, tile_maxima, collect, sum_of_masses, choose};
+}

@@ -24,7 +24,7 @@ inline void apply_mask(Row& row, const LogitRows& rows, int64_t b, int64_t node)
 
 template <class E>
 void sample_request(const SampleParams& p, Row& row, int64_t b) {
-  row.load(row_pointer<E>(p.rows, b, 0), p.rows.vocab);
+  row.load(row_pointer<E>(p.rows, b, 0), p.rows.vocab, false);
   apply_mask(row, p.rows, b, 0);
   const NoiseKey key(p.requests.seed[b], p.requests.position[b], kTarget);
   p.token[b] = row.filter(filters_of(p.requests, b)) ? row.choose(key, nullptr, 0, {-kInf, -1})
@@ -119,7 +119,7 @@ void verify_request(const VerifyParams& p, Row& row, int64_t b) {
   int length = 0;
   Place at{b, 0, 0};
   while (active && length < limit && at.node >= 0 && at.depth <= p.depth) {
-    row.load(row_pointer<E>(p.rows, b, at.node), p.rows.vocab);
+    row.load(row_pointer<E>(p.rows, b, at.node), p.rows.vocab, true);
     const int64_t out = b * (p.depth + 1) + at.depth;
     row.statistics(p.topk, p.topk_ids + out * p.topk, p.topk_logits + out * p.topk, p.lse + out);
     const Outcome outcome = choose_token(p, row, at);
