@@ -46,17 +46,18 @@ class Gate:
 
     quantity: str
     """`time`: subject ÷ `against`; `speedup`: `against` ÷ subject (both medians of pair ratios);
-    `memory`: peak extra bytes ÷ input bytes; `copy_share`: bandwidth ÷ that of a copy."""
+    `memory`: peak extra bytes ÷ input bytes; `copy_share`: bandwidth ÷ that of a copy;
+    `microseconds`: of one item of the subject's call (see `Runner.repeat`)."""
     bound: float
     against: str = ""
     min_pairs: int = 5
     needs: str = ""
-    """Machine feature without which the gate is reported instead of enforced."""
+    """Machine feature or package without which the gate is reported instead of enforced."""
 
     @property
     def upper(self) -> bool:
         """Whether the value must stay at or below the bound (else: at or above)."""
-        return self.quantity in ("time", "memory")
+        return self.quantity in ("time", "memory", "microseconds")
 
     def text(self) -> str:
         """The gate in words."""
@@ -65,6 +66,7 @@ class Gate:
             "time": f"time {sign} {bound} × {self.against}",
             "speedup": f"{sign} {bound} × faster than {self.against}",
             "memory": f"extra memory {sign} {self.bound:.0%} of the input",
+            "microseconds": f"{sign} {bound} µs per item",
             "copy_share": f"{sign} {self.bound:.0%} of the copy bandwidth",
         }[self.quantity]
 

@@ -228,7 +228,8 @@ def judge(gate: Gate, record: dict[str, Any], machine: dict[str, Any]) -> dict[s
         status = "pass"
     else:
         status = "fail"
-    if gate.needs and gate.needs not in (machine.get("features") or []):
+    present = {*(machine.get("features") or ()), *(machine.get("packages") or ())}
+    if gate.needs and gate.needs not in present:
         status, verdict["note"] = "reported", f"this machine has no {gate.needs}"
     return {**verdict, "bound": gate.bound, "status": status}
 
@@ -241,6 +242,8 @@ def _gate_value(
     if gate.quantity == "memory":
         peak = subject.get("peak_bytes")
         return None if peak is None else peak / input_bytes
+    if gate.quantity == "microseconds":
+        return 1e6 * float(subject["seconds"]["median"]) if "seconds" in subject else None
     if gate.quantity == "copy_share":
         return subject.get("copy_share")
     other = rows.get(gate.against, {})

@@ -6,7 +6,7 @@ import importlib
 
 from benchmarks.case import Family
 
-NAMES = ("policy_loss",)
+NAMES = ("policy_loss", "speculation")
 
 
 def load(name: str) -> Family:

@@ -15,6 +15,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
+PACKAGES = ("triton", "trl", "liger-kernel", "transformers", "arctic-inference")
+
 
 def describe() -> dict[str, Any]:
     """Everything the first line and the result file say about where a run took place."""
@@ -29,9 +31,7 @@ def describe() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "packages": {
-            name: found for name in ("triton", "trl", "liger-kernel") if (found := version(name))
-        },
+        "packages": {name: found for name in PACKAGES if (found := version(name))},
         "reasonkern": version("reasonkern") or "not installed",
         "commit": git_commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

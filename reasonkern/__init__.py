@@ -18,12 +18,14 @@ from .speculation import (
     DraftTree,
     Law,
     LawReport,
+    NgramTable,
     Status,
     Verified,
     check_verifier,
     compact_kv_,
     request_seeds,
     sample,
+    tune_tree,
     verify_tree,
 )
 
@@ -36,6 +38,7 @@ __all__ = [
     "Importance",
     "Law",
     "LawReport",
+    "NgramTable",
     "Objective",
     "PolicyLossOutput",
     "PolicyMetrics",
@@ -51,5 +54,6 @@ __all__ = [
     "sample",
     "token_stats",
     "token_weights",
+    "tune_tree",
     "verify_tree",
 ]

@@ -1,4 +1,4 @@
-"""The command line: ``python -m reasonkern {info,demo}``."""
+"""The command line: ``python -m reasonkern {info,demo,tune}``."""
 
 from __future__ import annotations
 
@@ -90,8 +90,62 @@ def _demo(args: argparse.Namespace) -> int:
         return 2
 
 
+def _add_tune(add: AddParser) -> None:
+    about = "replay traces through a draft table and fit the draft tree to them"
+    tune = add("tune", help=about, description=about)
+    tune.set_defaults(run=_tune)
+    tune.add_argument(
+        "traces",
+        type=Path,
+        metavar="TRACES.jsonl[.gz]",
+        help="one object per line with text or tokens (ids); optional: prompt or prompt_tokens, "
+        "problem_id (trajectories of one problem), topk_ids and topk_logprobs",
+    )
+    tune.add_argument(
+        "--tokenizer",
+        default="bytes",
+        metavar="NAME",
+        help="bytes, mistral-common, or a tokenizer.json or tekken*.json (default: %(default)s)",
+    )
+    tune.add_argument(
+        "--nodes",
+        type=_at_least(1),
+        default=80,
+        help="size of the tree, the root included (default: %(default)s)",
+    )
+    tune.add_argument(
+        "--orders",
+        type=_orders,
+        default=(4, 3, 2),
+        metavar="4,3,2",
+        help="context lengths of the table, the longest first (default: 4,3,2)",
+    )
+    tune.add_argument("-o", "--out", type=Path, metavar="tree.json", help="where to write the tree")
+    tune.add_argument("--png", type=Path, metavar="FILE", help="draws the tree and the results")
+
+
+def _orders(text: str) -> tuple[int, ...]:
+    orders = tuple(int(part) for part in text.split(","))
+    if list(orders) != sorted(set(orders), reverse=True) or not 1 <= orders[-1] <= orders[0] <= 8:
+        raise argparse.ArgumentTypeError(f"expected descending integers in [1, 8], got {text}")
+    if len(orders) > 4:
+        raise argparse.ArgumentTypeError(f"expected at most 4 orders, got {text}")
+    return orders
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from .speculation import cli
+
+    settings: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("run", "command")}
+    try:
+        return cli.run(cli.TuneConfig(**settings))
+    except (cli.TuneError, cli.TraceError, cli.TokenizerError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
 # One entry per sub-command.
-COMMANDS: tuple[Callable[[AddParser], None], ...] = (_add_info, _add_demo)
+COMMANDS: tuple[Callable[[AddParser], None], ...] = (_add_info, _add_demo, _add_tune)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 import reasonkern as rk
 from reasonkern import demo
 from reasonkern.__main__ import main
-from reasonkern.demo import arithmetic, context, eager, report, tokenizer, traces, windows
+from reasonkern._progress import progress
+from reasonkern.demo import arithmetic, eager, report, tokenizer, traces, windows
 from reasonkern.demo.train import build_objective
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -315,7 +316,7 @@ def test_without_matplotlib_the_message_names_the_extra(monkeypatch, tmp_path, c
 
 def test_without_tqdm_progress_is_plain_lines(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
-    with context.progress("stage", 40) as update:
+    with progress("stage", 40) as update:
         for step in range(40):
             update(f"loss {step}")
     printed = capsys.readouterr().out.splitlines()

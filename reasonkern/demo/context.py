@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -130,37 +127,3 @@ def _read(config: Config) -> list[Trace]:
     if len(kept) < len(traces):
         print(f"using {len(kept)} of {len(traces)} traces: the first groups with both outcomes")
     return kept
-
-
-Update = Callable[[str], None]
-
-
-@contextmanager
-def progress(title: str, total: int) -> Iterator[Update]:
-    """A tqdm bar; without tqdm, a plain line about ten times per stage."""
-    try:
-        tqdm = importlib.import_module("tqdm").tqdm
-    except ImportError:
-        yield _plain(title, total)
-        return
-    with tqdm(total=total, desc=title, ncols=100) as bar:
-
-        def update(note: str) -> None:
-            bar.set_postfix_str(note, refresh=False)
-            bar.update()
-
-        yield update
-
-
-def _plain(title: str, total: int) -> Update:
-    begin = time.perf_counter()
-    done = 0
-
-    def update(note: str) -> None:
-        nonlocal done
-        done += 1
-        if done == total or done % max(1, total // 10) == 0:
-            seconds = time.perf_counter() - begin
-            print(f"{title}: {done}/{total} [{seconds:.0f} s] {note}", flush=True)
-
-    return update

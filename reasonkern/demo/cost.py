@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._progress import progress
 from . import eager
-from .context import Context, progress
+from .context import Context
 from .train import (
     KL_COEF,
     build_objective,

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
-GZIP_MAGIC = b"\x1f\x8b"
+from .._jsonl import TraceError, read_records, show
 
-
-class TraceError(ValueError):
-    """A trace file that cannot be used; the message names the file, the line and the field."""
+__all__ = ["Trace", "TraceError", "load_traces"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +37,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 def load_traces(path: str | Path) -> list[Trace]:
     """Read a JSONL file, gzip-compressed or plain (told by its first bytes, not by its name)."""
     path = Path(path)
-    try:
-        traces = [_parse(line, f"{path}, line {number}") for number, line in _lines(path)]
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be read ({error.strerror or error})") from error
+    traces = [_parse(where, record) for where, record in read_records(path)]
     if not traces:
         raise TraceError(f"{path}: holds no traces (expected one JSON object per line)")
     check_groups(traces, str(path))
@@ -99,48 +91,12 @@ def group_advantages(traces: Sequence[Trace]) -> dict[int, float]:
     return advantages
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Non-blank lines with their numbers; a damaged gzip stream is named with the line it hits."""
-    number = 0
-    with path.open("rb") as raw:
-        packed = raw.read(2) == GZIP_MAGIC
-        raw.seek(0)
-        stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if packed else raw
-        try:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield number, line
-        except EOFError as error:
-            raise TraceError(
-                f"{path}, line {number + 1}: the gzip stream ends early (truncated file)"
-            ) from error
-        except (gzip.BadGzipFile, zlib.error) as error:
-            raise TraceError(
-                f"{path}, line {number + 1}: the gzip stream is damaged ({error})"
-            ) from error
-
-
-def _parse(line: bytes, where: str) -> Trace:
-    try:
-        record = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise TraceError(f"{where}: not UTF-8 (byte {error.start + 1} of the line)") from error
-    except json.JSONDecodeError as error:
-        raise TraceError(f"{where}, column {error.colno}: not JSON ({error.msg})") from error
-    except (ValueError, RecursionError) as error:
-        raise TraceError(f"{where}: not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise TraceError(f"{where}: expected a JSON object, got {_show(record)}")
+def _parse(where: str, record: dict[str, Any]) -> Trace:
     for name, (accepts, expected) in FIELDS.items():
         if name not in record:
             present = ", ".join(map(repr, record)) or "none"
             raise TraceError(f"{where}: field '{name}' is missing (fields present: {present})")
         if not accepts(record[name]):
-            got = _show(record[name])
+            got = show(record[name])
             raise TraceError(f"{where}: field '{name}' must be {expected}, got {got}")
     return Trace(**{name: record[name] for name in FIELDS})
-
-
-def _show(value: object) -> str:
-    text = json.dumps(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

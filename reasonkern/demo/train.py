@@ -10,8 +10,9 @@ from torch import Tensor
 
 import reasonkern as rk
 
+from .._progress import progress
 from . import eager
-from .context import Context, progress
+from .context import Context
 from .model import Transformer
 from .windows import Batch, logged_batches, random_batch
 

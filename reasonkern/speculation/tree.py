@@ -15,8 +15,8 @@ from torch import Tensor
 from .. import _checks
 
 MAX_NODES = 4096
-# Measured chance that the child of rank r is accepted, given that its parent was: replayed
-# reasoning traces, see the family's README. Ranks beyond the last one halve.
+# Chance that the child of rank r is accepted, given that its parent was. Rounded up from replayed
+# traces, where deep nodes do better than the average; see the README. Further ranks halve.
 RANK_RATES = (0.62, 0.10, 0.045, 0.026, 0.017, 0.012, 0.009, 0.007)
 
 
@@ -71,22 +71,37 @@ class DraftTree:
 
     @classmethod
     def default(cls, nodes: int = 80) -> DraftTree:
-        """The most likely `nodes` nodes under rank rates measured on replayed reasoning traces.
+        """The most likely `nodes` nodes under fixed rates by rank, typical of reasoning traces.
 
         Nodes are ordered by their likelihood, so ``default(m)`` is the prefix of ``default(n)``.
         `reasonkern.tune_tree` fits a tree to your own traces instead.
         """
+        return cls.grow(nodes)
+
+    @classmethod
+    def grow(
+        cls, nodes: int, *, rates: Sequence[float] = RANK_RATES, depth: int | None = None
+    ) -> DraftTree:
+        """The `nodes` most likely nodes, most likely first.
+
+        Args:
+            nodes: number of nodes, the root included.
+            rates: rates[r] is the chance that the child of rank r is accepted, given that its
+                parent was; beyond the last one they halve.
+            depth: largest depth; None = no limit.
+        """
         _check_nodes(nodes)
-        parents = [-1]
-        # (-likelihood, parent, rank): the next candidate child of a parent; ties go to the older.
-        queue = [(-_rank_rate(0), 0, 0)]
+        parents, depths = [-1], [0]
+        # (-likelihood, parent, rank): the next child of a parent; ties go to the older parent.
+        queue = [(-_rank_rate(rates, 0), 0, 0)]
         while len(parents) < nodes:
             score, parent, rank = heapq.heappop(queue)
-            likelihood = -score
             parents.append(parent)
-            sibling = likelihood / _rank_rate(rank) * _rank_rate(rank + 1)
-            heapq.heappush(queue, (-sibling, parent, rank + 1))
-            heapq.heappush(queue, (-likelihood * _rank_rate(0), len(parents) - 1, 0))
+            depths.append(depths[parent] + 1)
+            sibling = score / _rank_rate(rates, rank) * _rank_rate(rates, rank + 1)
+            heapq.heappush(queue, (sibling, parent, rank + 1))
+            if depth is None or depths[-1] < depth:
+                heapq.heappush(queue, (score * _rank_rate(rates, 0), len(parents) - 1, 0))
         return cls(parents)
 
     @classmethod
@@ -231,9 +246,9 @@ def _checked_parents(parents: Sequence[int]) -> tuple[int, ...]:
     return tuple(parents)
 
 
-def _rank_rate(rank: int) -> float:
-    beyond = rank - len(RANK_RATES) + 1
-    return RANK_RATES[rank] if beyond <= 0 else math.ldexp(RANK_RATES[-1], -beyond)
+def _rank_rate(rates: Sequence[float], rank: int) -> float:
+    beyond = rank - len(rates) + 1
+    return rates[rank] if beyond <= 0 else math.ldexp(rates[-1], -beyond)
 
 
 def _tree_tensors(parents: tuple[int, ...]) -> TreeTensors:

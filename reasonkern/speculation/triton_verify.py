@@ -13,7 +13,7 @@ import triton.language as tl
 from .triton_rows import INF, Request, Row, choose, find_top, kernel, write_statistics
 
 EOS, BAD_ROW, CAPPED = (tl.constexpr(bit) for bit in (1, 2, 4))
-BLOCK = 4096
+BLOCK = 2048
 
 
 @triton.jit
@@ -97,7 +97,7 @@ def verify_kernel(
 
 # ---- launchers
 
-OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
 
 
 def check_runnable(name, logits):

@@ -146,3 +146,6 @@ def policy_loss_(logits: Tensor, *values: Any) -> tuple[Tensor, ...]:
 def scale_rows_(x: Tensor, scale: Tensor) -> None:
     args = {"factors": scale}
     _run("scale_rows", x, x, args)
+
+
+from cuda_sim.table_backend import table_draft, table_update_  # noqa: E402, F401

@@ -1,0 +1,106 @@
+"""Operators of the table: schema, fake and registrations.
+
+Inference only: there is nothing to differentiate and the update writes in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _load
+from . import table_reference as reference
+from . import table_sorted
+
+TREE_ARGS = (
+    "Tensor parents, Tensor ranks, Tensor depths, Tensor child_ptr, Tensor child_index, "
+    "Tensor level_ptr, Tensor level_nodes"
+)
+SCHEMAS = {
+    "table_draft": "(Tensor context, Tensor keys, Tensor slots, Tensor extra, Tensor counts, "
+    f"Tensor epochs, Tensor(a!) counters, int[] orders, {TREE_ARGS}, Tensor? scope, "
+    "Tensor temperature, Tensor seed, Tensor position, int kind, int vocab_size, bool strict) -> "
+    "(Tensor tokens, Tensor valid, Tensor q_ids, Tensor q_logprob)",
+    "table_update_": "(Tensor context, Tensor(a!) keys, Tensor(b!) slots, Tensor(c!) extra, "
+    "Tensor(d!) counts, Tensor(e!) ages, Tensor(f!) clock, Tensor epochs, Tensor(g!) counters, "
+    "int[] orders, int max_count, int vocab_size, Tensor ids, Tensor logits, Tensor? lse, "
+    "Tensor? scope, bool strict) -> ()",
+}
+
+# The two kernels of the update on a device; `table_sorted.update` sorts between them.
+_UPDATE_ARGS = SCHEMAS["table_update_"].partition(") ->")[0]
+CUDA_STEPS = {
+    "table_keys": f"{_UPDATE_ARGS}) -> (Tensor items, Tensor values)",
+    "table_merge_": f"{_UPDATE_ARGS}, Tensor items, Tensor pairs, Tensor totals) -> ()",
+}
+
+_lib = torch.library.Library("reasonkern", "FRAGMENT")
+_cuda = torch.library.Library("reasonkern_cuda", "FRAGMENT")
+for _name, _schema in SCHEMAS.items():
+    _lib.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
+for _name, _schema in (SCHEMAS | CUDA_STEPS).items():
+    _cuda.define(_name + _schema)
+
+
+def _fake_draft(context: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    slots, parents, kind = args[1], args[7], args[-3]
+    shape = (context.shape[0], parents.shape[0])
+    law = (*shape, slots.shape[1]) if kind == reference.REJECTION else (0,)
+    return (
+        context.new_empty(shape),
+        context.new_empty(shape, dtype=torch.bool),
+        context.new_empty(law),
+        context.new_empty(law, dtype=torch.float32),
+    )
+
+
+REFERENCE: dict[str, Callable[..., Any]] = {
+    "table_draft": reference.table_draft,
+    "table_update_": reference.table_update_,
+}
+FAKE: dict[str, Callable[..., Any]] = {
+    "table_draft": _fake_draft,
+    "table_update_": lambda *args: None,
+}
+
+# ---- registrations
+
+
+def _update_cuda(*args: Any) -> None:
+    steps = torch.ops.reasonkern_cuda
+    table_sorted.update(steps.table_keys, steps.table_merge_, *args)
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        from . import triton_table
+
+        return getattr(triton_table, name)(*args)
+
+    return call
+
+
+def _cuda_entry(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return _load.implementation(name, _load.choose_cuda_backend(name, args[0].device))(*args)
+
+    return call
+
+
+_cuda.impl("table_update_", _update_cuda, "CUDA")
+for _name in SCHEMAS:
+    _lib.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
+    _lib.impl(_name, _cuda_entry(_name), "CUDA")
+    torch.library.register_fake(f"reasonkern::{_name}", FAKE[_name], lib=_lib)
+    _load.register_op(
+        _name,
+        {
+            "reference": REFERENCE[_name],
+            "cpu": getattr(torch.ops.reasonkern, _name),
+            "cuda": getattr(torch.ops.reasonkern_cuda, _name),
+            "triton": _triton(_name),
+        },
+    )

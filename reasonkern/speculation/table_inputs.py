@@ -1,0 +1,282 @@
+"""What users give to `NgramTable`, as the operators take it; checks raise ValueError."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .draft import Draft
+from .table_reference import TOTAL_LIMIT, row_values
+from .tree import DraftTree
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .table import NgramTable
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# context, topk_ids, topk_logits, lse, scope, as `NgramTable.update` takes them
+UpdateArgs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+class Rows(NamedTuple):
+    """Rows of one update: int64 and float32 tensors on the table's device."""
+
+    context: Tensor
+    ids: Tensor
+    logits: Tensor
+    lse: Tensor | None
+    scope: Tensor | None
+
+
+class DraftInputs(NamedTuple):
+    """Per-request tensors of one draft."""
+
+    context: Tensor
+    scope: Tensor | None
+    temperature: Tensor
+    seed: Tensor
+    position: Tensor
+
+
+def _integers(name: str, tensor: Tensor, table: NgramTable) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        _checks.fail(name, "a tensor", type(tensor).__name__)
+    _checks.check_dtype(name, tensor, *INTEGERS)
+    if tensor.device != table.device:
+        _checks.fail(name, f"the table's device, {table.device}", tensor.device)
+    return tensor.to(torch.int64)
+
+
+def _floats(name: str, tensor: Tensor, table: NgramTable) -> Tensor:
+    if not isinstance(tensor, Tensor):
+        _checks.fail(name, "a tensor", type(tensor).__name__)
+    _checks.check_dtype(name, tensor, *FLOATS)
+    if tensor.device != table.device:
+        _checks.fail(name, f"the table's device, {table.device}", tensor.device)
+    return tensor.to(torch.float32).contiguous()
+
+
+def contexts(table: NgramTable, context: Tensor) -> Tensor:
+    """(rows, W) int64 with a contiguous last dimension."""
+    context = _integers("context", context, table)
+    width = table.orders[0]
+    if context.ndim != 2 or context.shape[1] != width:
+        _checks.fail("context", f"shape (rows, max(orders)) = (…, {width})", tuple(context.shape))
+    return context if context.stride(1) == 1 else context.contiguous()
+
+
+def _per_row(name: str, value: int | Tensor, rows: int, table: NgramTable) -> Tensor:
+    """(rows,) int64 of an integer or a tensor."""
+    if isinstance(value, Tensor):
+        value = _integers(name, value, table)
+        if value.ndim > 1 or (value.ndim and value.shape[0] != rows):
+            _checks.fail(name, f"a number or shape ({rows},)", tuple(value.shape))
+        return value.expand(rows).contiguous()
+    if not isinstance(value, int) or isinstance(value, bool):
+        _checks.fail(name, "an integer or a tensor", repr(value))
+    signed = value - (1 << 64) if 1 << 63 <= value < 1 << 64 else value
+    if not -(1 << 63) <= signed < 1 << 63:
+        _checks.fail(name, "an integer of 64 bits", value)
+    return torch.full((rows,), signed, dtype=torch.int64, device=table.device)
+
+
+def scopes(table: NgramTable, scope: int | Tensor | None, rows: int) -> Tensor | None:
+    """(rows,) int64, or None for scope 0."""
+    if scope is None:
+        return None
+    if isinstance(scope, int) and not 0 <= scope < table.max_scopes:
+        _checks.fail("scope", f"an integer in [0, {table.max_scopes})", scope)
+    return _per_row("scope", scope, rows, table)
+
+
+def check_known(table: NgramTable, context: Tensor, scope: Tensor | None) -> None:
+    """Context ids inside the vocabulary, scopes inside the table."""
+    _checks.check_range("context", context, -1, table.vocab_size)
+    if scope is not None:
+        _checks.check_range("scope", scope, 0, table.max_scopes)
+
+
+# ---- drafting
+
+
+def draft_inputs(
+    table: NgramTable,
+    context: Tensor,
+    temperature: float | Tensor,
+    seed: int | Tensor,
+    position: int | Tensor,
+    scope: int | Tensor | None,
+) -> DraftInputs:
+    """Checks and expands the arguments of `NgramTable.draft`."""
+    context = contexts(table, context)
+    rows = context.shape[0]
+    if isinstance(temperature, Tensor):
+        temperature = _floats("temperature", temperature, table)
+        if temperature.ndim > 1 or (temperature.ndim and temperature.shape[0] != rows):
+            _checks.fail("temperature", f"a number or shape ({rows},)", tuple(temperature.shape))
+        if table.device.type == "cpu" and not bool((temperature >= 0).all()):
+            _checks.fail("temperature", "numbers >= 0", temperature.tolist())
+        hot = temperature.expand(rows).contiguous()
+    else:
+        _checks.check_number("temperature", temperature, 0)
+        hot = torch.full((rows,), temperature, dtype=torch.float32, device=table.device)
+    return DraftInputs(
+        context,
+        scopes(table, scope, rows),
+        hot,
+        _per_row("seed", seed, rows, table),
+        _per_row("position", position, rows, table),
+    )
+
+
+# ---- updating
+
+
+def update_rows(
+    table: NgramTable,
+    context: Tensor,
+    ids: Tensor,
+    logits: Tensor,
+    lse: Tensor | None,
+    scope: int | Tensor | None,
+) -> Rows:
+    """Shapes, dtypes and devices; `check_rows` looks at the values."""
+    context = contexts(table, context)
+    rows = context.shape[0]
+    ids = _integers("topk_ids", ids, table).contiguous()
+    logits = _floats("topk_logits", logits, table)
+    if ids.ndim != 2 or ids.shape[0] != rows or not 1 <= ids.shape[1] <= table.topk:
+        expected = f"shape (rows, k) = ({rows}, 1 to {table.topk})"
+        _checks.fail("topk_ids", expected, tuple(ids.shape))
+    _checks.check_shape("topk_logits", logits, ids.shape, "of topk_ids")
+    if lse is not None:
+        lse = _floats("lse", lse, table)
+        _checks.check_shape("lse", lse, (rows,), "(rows,)")
+    return Rows(context, ids, logits, lse, scopes(table, scope, rows))
+
+
+def check_rows(table: NgramTable, rows: Rows) -> None:
+    """What an operator calls a bad row, in words."""
+    used = rows.context[:, -1] != -1
+    check_known(table, rows.context, rows.scope)
+    _checks.check_range("topk_ids", rows.ids, -1, table.vocab_size, used[:, None])
+    bad = (used & ~row_values(rows.logits, rows.lse, rows.ids)[1]).nonzero()
+    if bad.numel():
+        row = int(bad[0])
+        what = "logits" if rows.lse is not None else "log-probabilities (lse is None)"
+        got = f"{rows.logits[row].tolist()} in row {row}"
+        if rows.lse is not None:
+            got += f" with lse {rows.lse[row].item()}"
+        limit = f"no NaN or +inf and probabilities of at most {TOTAL_LIMIT / 2**30:.3f} together"
+        _checks.fail("topk_logits", f"{what} with {limit}", got)
+
+
+def sequence_rows(
+    table: NgramTable,
+    tokens: Tensor,
+    ids: Tensor,
+    logits: Tensor,
+    lengths: Tensor | None,
+    lse: Tensor | None,
+    scope: int | Tensor | None,
+) -> UpdateArgs:
+    """One row per position; those beyond a sequence's length become padding."""
+    tokens = _integers("tokens", tokens, table)
+    if tokens.ndim != 2:
+        _checks.fail("tokens", "shape (batch, length)", tuple(tokens.shape))
+    batch, length = tokens.shape
+    for name, tensor in (("topk_ids", ids), ("topk_logits", logits), ("lse", lse)):
+        if tensor is not None and tuple(tensor.shape[:2]) != (batch, length):
+            _checks.fail(name, f"shape (batch, length, …) = ({batch}, {length}, …)", tensor.shape)
+    width = table.orders[0]
+    windows = torch.nn.functional.pad(tokens, (width - 1, 0), value=-1).unfold(1, width, 1)
+    if lengths is not None:
+        lengths = _integers("lengths", lengths, table)
+        _checks.check_shape("lengths", lengths, (batch,), "(batch,)")
+        _checks.check_range("lengths", lengths, 0, length + 1)
+        inside = torch.arange(length, device=tokens.device) < lengths[:, None]
+        windows = torch.where(inside[..., None], windows, -1)
+    return _flat(windows, ids, logits, lse, scopes(table, scope, batch))
+
+
+def verified_rows(
+    table: NgramTable, context: Tensor, verified: Any, scope: int | Tensor | None
+) -> UpdateArgs:
+    """Row j of a request: its context and tokens[:j]."""
+    context = contexts(table, context)
+    batch, width = context.shape
+    tokens = _integers("verified.tokens", verified.tokens, table)
+    length = _integers("verified.length", verified.length, table)
+    if tokens.ndim != 2 or tokens.shape[0] != batch:
+        _checks.fail("verified.tokens", f"shape ({batch}, depth + 1)", tuple(tokens.shape))
+    rows = tokens.shape[1]
+    windows = torch.cat((context, tokens[:, : rows - 1]), 1).unfold(1, width, 1)
+    inside = torch.arange(rows, device=tokens.device) < length[:, None]
+    windows = torch.where(inside[..., None], windows, -1)
+    laws = verified.topk_ids, verified.topk_logits, verified.lse
+    return _flat(windows, *laws, scopes(table, scope, batch))
+
+
+def node_rows(
+    table: NgramTable,
+    context: Tensor,
+    logits: Tensor,
+    draft: Draft,
+    tree: DraftTree,
+    scope: int | Tensor | None,
+) -> UpdateArgs:
+    """One row per valid node of a draft."""
+    context = contexts(table, context)
+    batch, width = context.shape
+    if logits.ndim != 3 or tuple(logits.shape[:2]) != (batch, tree.nodes):
+        expected = f"logits of shape ({batch}, {tree.nodes}, vocabulary)"
+        _checks.fail("all_nodes", expected, tuple(logits.shape))
+    tensors = tree.tensors(context.device)
+    windows = context.new_empty((batch, tree.nodes, width))
+    windows[:, 0] = context
+    parents = tensors.parents.to(torch.int64)
+    for level in range(1, tree.depth + 1):
+        shifted = torch.cat((windows[:, parents.clamp_min(0), 1:], draft.tokens[..., None]), -1)
+        windows = torch.where((tensors.depths == level)[:, None], shifted, windows)
+    windows = torch.where(draft.valid[..., None], windows, -1)
+    top = logits.float().topk(min(table.topk, logits.shape[-1]), dim=-1)
+    lse = logits.float().logsumexp(-1)
+    return _flat(windows, top.indices, top.values, lse, scopes(table, scope, batch))
+
+
+def _flat(
+    windows: Tensor, ids: Tensor, logits: Tensor, lse: Tensor | None, scope: Tensor | None
+) -> UpdateArgs:
+    batch, rows = windows.shape[:2]
+    each = None if scope is None else scope[:, None].expand(batch, rows).reshape(-1)
+    flat = windows.reshape(-1, windows.shape[-1])
+    k = ids.shape[-1]
+    return (
+        flat,
+        ids.reshape(-1, k),
+        logits.reshape(-1, k),
+        None if lse is None else lse.reshape(-1),
+        each,
+    )
+
+
+def gather(rows: Rows, group: ProcessGroup) -> Rows:
+    """The rows of all ranks, in rank order, as log-probabilities: the bits that lse would give."""
+    from torch import distributed
+
+    logits = rows.logits if rows.lse is None else rows.logits - rows.lse.unsqueeze(-1)
+    scope = rows.scope if rows.scope is not None else rows.context.new_zeros(len(rows.context))
+    ranks = distributed.get_world_size(group)
+
+    def all_ranks(tensor: Tensor) -> Tensor:
+        parts = [torch.empty_like(tensor) for _ in range(ranks)]
+        distributed.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.cat(parts)
+
+    context, ids = all_ranks(rows.context.contiguous()), all_ranks(rows.ids)
+    return Rows(context, ids, all_ranks(logits), None, all_ranks(scope))

@@ -1,0 +1,110 @@
+"""The operators of the n-gram table on CPU tensors, computed by the CUDA kernels in the simulator.
+
+Arguments and results are those of the operators (reasonkern/speculation/op_table.py). `settings`
+says how kernels are launched, which may not change a result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from cuda_sim.build import load
+from torch import Tensor
+
+from reasonkern.speculation import table_sorted
+
+ORDERS = ("forward", "reverse", "random")
+STATE = ("keys", "slots", "extra", "counts", "ages", "clock", "epochs", "counters")
+DRAFT = ("keys", "slots", "extra", "counts", "epochs", "counters", "orders")
+TREE = ("parents", "ranks", "depths", "child_ptr", "child_index", "level_ptr", "level_nodes")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Blocks of the grid, threads of a block, the order in which threads run."""
+
+    blocks: int = 3
+    threads: int = 64
+    order: str = "forward"
+    seed: int = 0
+
+
+settings = Settings()
+
+
+@contextmanager
+def using(**changes: Any) -> Iterator[None]:
+    """Launches differently inside the `with` block."""
+    global settings
+    before, settings = settings, replace(settings, **changes)
+    try:
+        yield
+    finally:
+        settings = before
+
+
+@cache
+def module() -> ModuleType:
+    return load([Path(__file__).with_name("table_sim.cpp")], "table_sim")
+
+
+def _run(op: str, fields: dict[str, Any]) -> None:
+    extra = fields.pop("extra")
+    if extra.numel():
+        fields["sums" if extra.dtype == torch.int64 else "high"] = extra
+    fields["sets"], fields["scopes"] = len(fields["keys"]), len(fields["epochs"])
+    fields["topk"] = fields["slots"].shape[1]
+    fields["context_stride"] = fields["context"].stride(0)
+    for name, value in fields.items():
+        if isinstance(value, Tensor) and name != "context":
+            assert value.is_contiguous(), name
+    launch = asdict(settings) | {"order": ORDERS.index(settings.order)}
+    pointers = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items()}
+    module().run(op, launch, {k: v for k, v in pointers.items() if v is not None})
+
+
+def table_draft(context: Tensor, *values: Any) -> tuple[Tensor, ...]:
+    names = (*DRAFT, *TREE, "scope", "temperature", "seed", "position", "kind", "vocab", "strict")
+    fields = {"context": context} | dict(zip(names, values, strict=True))
+    batch, nodes, topk = len(context), len(fields["parents"]), fields["slots"].shape[1]
+    law = (batch, nodes, topk) if fields["kind"] == 2 else (0,)
+    out = {
+        "tokens": context.new_empty(batch, nodes),
+        "valid": context.new_empty((batch, nodes), dtype=torch.bool),
+        "q_ids": context.new_empty(law),
+        "q_logprob": context.new_empty(law, dtype=torch.float32),
+    }
+    sizes = {"batch": batch, "nodes": nodes, "levels": len(fields["level_ptr"]) - 1}
+    _run("draft", fields | out | sizes)
+    return tuple(out.values())
+
+
+def _update_fields(context: Tensor, *values: Any) -> dict[str, Any]:
+    names = (*STATE, "orders", "max_count", "vocab", "ids", "logits", "lse", "scope", "strict")
+    fields = {"context": context} | dict(zip(names, values, strict=True))
+    return fields | {"rows": len(context), "width": fields["ids"].shape[1]}
+
+
+def _keys(*args: Any) -> tuple[Tensor, Tensor]:
+    fields = _update_fields(*args)
+    items = fields["context"].new_empty(fields["rows"] * len(fields["orders"]))
+    values = torch.empty(fields["ids"].shape, dtype=torch.int32)
+    _run("keys", fields | {"items": items, "values": values})
+    return items, values
+
+
+def _merge(*args: Any) -> None:
+    *rest, items, pairs, totals = args
+    sorted_rows = {"items": items, "pairs": pairs, "totals": totals}
+    _run("merge", _update_fields(*rest) | sorted_rows)
+
+
+def table_update_(*args: Any) -> None:
+    table_sorted.update(_keys, _merge, *args)

@@ -1,0 +1,224 @@
+"""`tune_tree` and ``python -m reasonkern tune``: replay, cutting, files, messages."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_speculation_tree import parent_lists
+
+from reasonkern import DraftTree, tune_tree
+from reasonkern.__main__ import main
+from reasonkern.speculation.replay import TokenTrace, replay
+from reasonkern.speculation.tune import big_tree
+
+REAL = Path(__file__).parents[1].parent / "shared" / "data" / "traces" / "traces.jsonl.gz"
+
+
+# ---- tune_tree
+
+
+@given(parent_lists(), st.data())
+def test_the_kept_nodes_are_the_most_accepted(parents: list[int], data: st.DataObject) -> None:
+    tree = DraftTree(parents)
+    counts = data.draw(st.lists(st.integers(0, 5), min_size=tree.nodes, max_size=tree.nodes))
+    nodes = data.draw(st.integers(1, tree.nodes))
+    tuned = tune_tree(torch.tensor(counts), nodes, tree=tree)
+    assert tuned.nodes == nodes
+    assert tune_tree(torch.tensor(counts), tree=tree, nodes=tree.nodes).prefix(nodes) == tuned
+
+
+def test_counts_of_real_walks_need_no_closure() -> None:
+    """Counts that fall down the tree and along ranks: simply the largest, ties by depth."""
+    tree = DraftTree([-1, 0, 0, 1, 1, 2, 3])
+    counts = torch.tensor([10.0, 6, 3, 4, 1, 3, 2])
+    assert tune_tree(counts, 4, tree=tree).parents.tolist() == [-1, 0, 1, 0]
+    assert tune_tree(counts, 6, tree=tree).parents.tolist() == [-1, 0, 1, 0, 3, 2]
+
+
+def test_a_later_sibling_keeps_the_earlier_ones() -> None:
+    tree = DraftTree([-1, 0, 0, 0])
+    assert tune_tree([9, 1, 0, 5], 3, tree=tree).max_children == 2
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (torch.ones(3), {}, r"source: expected shape \(nodes of the tree,\) = \(2,\)"),
+        (torch.tensor([1.0, -1.0]), {}, "source: expected finite counts >= 0"),
+        (torch.tensor([1.0, torch.nan]), {}, "source: expected finite counts >= 0"),
+        (torch.ones(2), {"nodes": 3}, r"nodes: expected an integer in \[1, 2\]"),
+        ([], {}, "source: expected at least one sequence of token ids, got none"),
+    ],
+)
+def test_bad_sources(source: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        tune_tree(source, **({"nodes": 2, "tree": DraftTree.chain(2)} | options))
+
+
+def test_a_repeated_sequence_makes_a_chain() -> None:
+    tree = tune_tree([list(range(100, 130)) * 8], 10)
+    assert tree == DraftTree.chain(10)
+
+
+def test_the_big_tree() -> None:
+    assert (big_tree().nodes, big_tree().depth) == (625, 20)
+
+
+# ---- replay
+
+
+def test_replay_counts_steps_and_tokens() -> None:
+    """A period of 5 after 6 tokens of context: then each step takes the whole chain and one."""
+    tokens = np.array(([1, 2, 3, 4, 5] * 20)[:96])
+    result = replay([TokenTrace(tokens)], DraftTree.chain(5), vocab_size=9, orders=(1,))
+    assert int(result.tokens[0]) == 96
+    assert result.accepted[0] == result.steps[0] == 5 + 1 + 18  # 6 steps of one token, 18 of five
+    assert result.accepted.tolist() == [24, 18, 18, 18, 18]
+    assert result.hits == {1: 18 * 4} and result.misses == 5  # the first step has no context
+
+
+def test_groups_do_not_help_each_other() -> None:
+    tokens = np.arange(50)
+    alone = replay([TokenTrace(tokens, group=0)] * 2, DraftTree.chain(5), vocab_size=50)
+    apart = [TokenTrace(tokens, group=group) for group in (0, 1)]
+    separate = replay(apart, DraftTree.chain(5), vocab_size=50)
+    # The second time: two tokens without a bigram, then five per step.
+    assert alone.steps.tolist() == [50, 2 + 10] and separate.steps.tolist() == [100]
+
+
+def test_the_prompt_is_learnt_first() -> None:
+    tokens = np.arange(50)
+    trace = TokenTrace(tokens, prompt=np.append(tokens, 60))
+    result = replay([trace], DraftTree.chain(5), vocab_size=61, orders=(1,))
+    assert int(result.steps[0]) == 1 + 10
+
+
+def test_logged_laws_are_learnt() -> None:
+    """Each token was seen once, but the model's second candidate is what follows next time."""
+    first, second = np.array([1, 2, 3, 4]), np.array([1, 9, 3, 8, 6])
+    ids = np.array([[1, 7], [2, 9], [3, 7], [4, 8]])
+    logged = np.log(np.full((4, 2), 0.5, np.float32))
+    prompt = np.array([5])
+    traces = [TokenTrace(first, prompt, 0, ids, logged), TokenTrace(second, prompt)]
+    wide = DraftTree([-1, 0, 0])
+    with_laws = replay(traces, wide, vocab_size=10, orders=(1,))
+    traces[0] = TokenTrace(first, prompt)
+    without = replay(traces, wide, vocab_size=10, orders=(1,))
+    assert with_laws.steps[1] < without.steps[1]
+
+
+# ---- the command line
+
+
+def write(path: Path, records: list[Any], packed: bool = False) -> Path:
+    text = "\n".join(r if isinstance(r, str) else json.dumps(r) for r in records)
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    return path
+
+
+def texts() -> list[dict[str, Any]]:
+    text = "First I add two and two. Then I check: two and two is four. "
+    return [{"problem_id": k % 2, "prompt": "2+2?", "text": text * (1 + k)} for k in range(4)]
+
+
+def test_tune_writes_a_tree_and_a_picture(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("matplotlib")
+    traces = write(tmp_path / "traces.jsonl.gz", texts(), packed=True)
+    out, png = tmp_path / "tree.json", tmp_path / "tree.png"
+    assert main(["tune", str(traces), "--nodes", "12", "-o", str(out), "--png", str(png)]) == 0
+    printed = capsys.readouterr().out
+    assert "4 traces of 2 problems" in printed and "counted as certain" in printed
+    assert DraftTree.load(out).nodes == 12 and png.stat().st_size > 10_000
+    for title in ("orders  ", "nodes  ", "trajectory  "):
+        assert title in printed
+    assert re.search(r"^1 +1\.00$", printed, re.M)  # a tree of the root alone
+    assert re.search(r"^4,3,2 +[1-9]", printed, re.M) and printed.count("\n1 ") == 2
+
+
+def test_token_ids_need_no_tokenizer(tmp_path: Path, capsys: Any) -> None:
+    records = [{"tokens": [7, 300_000, 5] * 9, "topk_ids": [[7, 5]] * 27}]
+    records[0]["topk_logprobs"] = [[-0.5, -1.5]] * 27
+    traces = write(tmp_path / "traces.jsonl", records)
+    assert main(["tune", str(traces), "--nodes", "4", "--orders", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert "vocabulary 300,001" in printed and "without logits" not in printed
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 2, column 2: not JSON"),
+        ("[]", "line 2: expected a JSON object, got list"),
+        ({}, r"line 2: expected a non-empty 'tokens' \(ids\) or 'text'"),
+        ({"text": ""}, "line 2: expected a non-empty 'tokens'"),
+        ({"text": 3}, "line 2: field 'text' must be a string, got int 3"),
+        ({"tokens": [1, -2]}, "line 2: field 'tokens' must be token ids"),
+        ({"text": "a", "prompt": []}, "line 2: field 'prompt' must be a string"),
+        ({"text": "a", "problem_id": {}}, "line 2: field 'problem_id' must be"),
+        ({"text": "ab", "topk_ids": [[1]]}, "line 2: 'topk_ids' and 'topk_logprobs' must"),
+        (
+            {"text": "ab", "topk_ids": [[1], [2]], "topk_logprobs": [[0.1], [0.1]]},
+            "line 2: 'topk_logprobs' must be log-probabilities",
+        ),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, capsys: Any, line: Any, message: str) -> None:
+    traces = write(tmp_path / "traces.jsonl", [{"text": "fine"}, line])
+    assert main(["tune", str(traces)]) == 2
+    assert re.search(rf"^error: .*traces\.jsonl, {message}", capsys.readouterr().err, re.M)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes", "700"], "--nodes: expected 1 to 625, got 700"),
+        (["--tokenizer", "nowhere"], "--tokenizer nowhere: expected bytes, mistral-common or a"),
+        (["-o", "{tmp}/no/tree.json"], "No such file"),
+    ],
+)
+def test_bad_options(tmp_path: Path, capsys: Any, arguments: list[str], message: str) -> None:
+    traces = write(tmp_path / "traces.jsonl", [{"text": "abc"}])
+    filled = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
+    assert main(["tune", str(traces), *filled]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_file_is_named(tmp_path: Path, capsys: Any) -> None:
+    assert main(["tune", str(tmp_path / "none.jsonl")]) == 2
+    assert "none.jsonl: cannot be read" in capsys.readouterr().err
+
+
+def test_a_tokenizer_file_is_used(tmp_path: Path, capsys: Any) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    traces = write(tmp_path / "traces.jsonl", [{"text": "a b a b a"}])
+    assert main(["tune", str(traces), "--tokenizer", str(tmp_path / "tokenizer.json")]) == 0
+    assert "5 tokens (tokenizer, vocabulary 3)" in capsys.readouterr().out
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert main(["tune", str(traces), "--tokenizer", str(tmp_path / "tokenizer.json")]) == 2
+    assert "error: --tokenizer" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL.exists(), reason=f"no real traces at {REAL}")
+@pytest.mark.parametrize("tokenizer", ["bytes", "mistral-common"])
+def test_real_traces(tmp_path: Path, capsys: Any, tokenizer: str) -> None:
+    if tokenizer == "mistral-common":
+        pytest.importorskip("mistral_common.tokens.tokenizers.tekken")
+    out = tmp_path / "tree.json"
+    assert main(["tune", str(REAL), "--tokenizer", tokenizer, "-o", str(out)]) == 0
+    printed = capsys.readouterr().out
+    rate = float(re.search(r"^80 +([\d.]+)$", printed, re.M)[1])
+    assert rate > {"bytes": 4.0, "mistral-common": 2.3}[tokenizer]
+    assert DraftTree.load(out).nodes == 80
