@@ -24,6 +24,7 @@ from reasonkern import _load  # noqa: E402
 
 BACKENDS = ("reference", "cpu", "triton", "cuda-sim", "cuda")
 # Backends that any machine with these programs must have when CI says that the package is built.
+SIMULATED = ("backend", "verify_backend")  # modules of tests/cuda_sim with operators
 REQUIRED_IN_CI = {"cpu": None, "triton": None, "cuda-sim": "g++"}
 
 
@@ -67,8 +68,8 @@ def _from_registry(name: str) -> Callable[[str], Callable[..., Any]]:
 
 
 def _simulated() -> Callable[[str], Callable[..., Any]]:
-    adapter = importlib.import_module("cuda_sim.backend")
-    return lambda op: getattr(adapter, op)
+    adapters = [importlib.import_module(f"cuda_sim.{name}") for name in SIMULATED]
+    return lambda op: next(getattr(a, op) for a in adapters if hasattr(a, op))
 
 
 def make_backend(name: str) -> Backend:

@@ -102,8 +102,8 @@ def default_of(function: Callable[..., Any], name: str) -> Any:
 
 
 def named_defaults(function: Callable[..., Any]) -> list[tuple[str, float]]:
-    """``name`` (number) and name=number in a docstring."""
-    text = inspect.getdoc(function) or ""
+    """``name`` (number) and name=number in a docstring; its example may choose others."""
+    text = (inspect.getdoc(function) or "").partition("\nExample:")[0]
     pairs = re.findall(r"``(\w+)`` \((-?[\d.]+)\)", text)
     pairs += re.findall(r"\b(\w+)=(-?\d[\d.]*|True|False|None)\b", text)
     return [(name, float(x) if x[-1].isdigit() else eval(x)) for name, x in pairs]

@@ -1,6 +1,6 @@
-// The floating-point half of the noise contract: a 32-bit word to Gumbel noise, in IEEE single
-// precision operations of a fixed order, so that every backend gets the same bits. One text for
-// scalars and vectors: included wherever a scope defines
+// The floating-point half of the noise contract: logarithm, exponential and Gumbel noise in IEEE
+// single precision operations of a fixed order, so that every backend gets the same bits. One text
+// for scalars and vectors: included wherever a scope defines
 //   F, U, I            floats, unsigned and signed 32-bit integers (scalars, or vectors of one
 //   size) RK_FN              how its functions are declared mul, add           rounded once each,
 //   never contracted splat(float), from_word(U) -> F (to nearest), word_of(F) -> U and float_of(U)
@@ -52,3 +52,18 @@ RK_FN F exponential_of(F u) {
 
 // Standard Gumbel noise; decreasing in the word up to rounding, largest (22.18) at word 0 or 1.
 RK_FN F gumbel_of(U word) { return minus_log(exponential_of(uniform_of(word))); }
+
+// exp(x) for x <= 0, 1 at 0; 0 below -87 (the results stay normal numbers) and for NaN.
+RK_FN F exp_of(F x) {
+  const F magic = splat(12582912.0f);  // adding it rounds to an integer, which its low bits show
+  const F sum = add(mul(x, splat(1.44269504f)), magic), n = add(sum, -magic);
+  const F r = add(add(x, mul(n, splat(-0.693359375f))), mul(n, splat(2.12194440e-4f)));
+  F e = splat(0.0013813142431899905f);
+  e = add(mul(e, r), splat(0.008369418792426586f));
+  e = add(mul(e, r), splat(0.04166845604777336f));
+  e = add(mul(e, r), splat(0.16666515171527863f));
+  e = add(mul(e, r), splat(0.4999999403953552f));
+  e = add(splat(1.0f), add(mul(mul(r, r), e), r));
+  const F power = float_of(word_of(e) + ((word_of(sum) - word_of(magic)) << 23));
+  return select(x > splat(-87.0f), power, splat(0.0f));
+}

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from .check import check_verifier
 from .draft import Draft
+from .laws import Law, LawReport
 from .table import NgramTable
 from .tree import DraftTree
 from .tune import tune_tree
+from .verify import Status, Verified, compact_kv_, request_seeds, sample, verify_tree
 
-__all__ = ["Draft", "DraftTree", "NgramTable", "tune_tree"]
+__all__ = [
+    "Draft",
+    "DraftTree",
+    "Law",
+    "LawReport",
+    "NgramTable",
+    "Status",
+    "Verified",
+    "check_verifier",
+    "compact_kv_",
+    "request_seeds",
+    "sample",
+    "tune_tree",
+    "verify_tree",
+]

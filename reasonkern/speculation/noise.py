@@ -22,6 +22,12 @@ _Q = (
     0.19962070882320404, -0.25001755356788635, 0.33333951234817505, -0.49999991059303284,
 )  # fmt: skip
 _LN2_HIGH, _LN2_LOW = 0.693359375, -2.12194440e-4
+# exp(r) = 1 + r + r^2 E(r) for |r| <= ln(2) / 2; highest power first.
+_E = (
+    0.0013813142431899905, 0.008369418792426586, 0.04166845604777336, 0.16666515171527863,
+    0.4999999403953552,
+)  # fmt: skip
+_MAGIC = 12582912.0  # adding it rounds to an integer
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor) -> tuple[Tensor, ...]:
@@ -51,6 +57,18 @@ def words(
     return block.gather(-1, (token & 3).expand(shape).unsqueeze(-1)).squeeze(-1)
 
 
+def row_words(
+    seed: Tensor, position: Tensor, vocab: int, stream: int = TARGET, depth: int = 0
+) -> Tensor:
+    """(R, vocab) the words of all tokens, a block of four at a time; seed and position (R,)."""
+    block = torch.arange((vocab + 3) // 4, device=seed.device)
+    low, high = (position & _MASK).unsqueeze(-1), ((position >> 32) & _MASK).unsqueeze(-1)
+    tag = torch.full_like(block, depth << 8 | stream)
+    parts = philox((block, low, high, tag), seed.unsqueeze(-1))
+    shape = torch.broadcast_shapes(*(p.shape for p in parts))
+    return torch.stack([p.expand(shape) for p in parts], -1).flatten(-2)[..., :vocab]
+
+
 def gumbel(word: Tensor) -> Tensor:
     """Standard Gumbel noise -log(-log1p(-u)), fp32, of words; u = max(word, 1) / 2^32 in fp32."""
     u = (word.clamp_min(1).to(torch.float32) * 2.0**-32).clamp_max(1 - 2.0**-24)
@@ -72,6 +90,18 @@ def minus_log(x: Tensor) -> Tensor:
     """-log(x) of normal fp32 x > 0, by the fixed steps of the contract."""
     n = _binade(x)
     return _minus_log(n, _mantissa(x, n) - 1.0)
+
+
+def exp(x: Tensor) -> Tensor:
+    """e^x of fp32 x <= 0 by the fixed steps of the contract; 0 below -87 and for NaN."""
+    n = (x * 1.44269504 + _MAGIC) - _MAGIC
+    r = (x + n * -_LN2_HIGH) + n * -_LN2_LOW
+    e = torch.full_like(r, _E[0])
+    for coefficient in _E[1:]:
+        e = e * r + coefficient
+    e = 1.0 + (r * r * e + r)
+    steps = torch.where(x > -87.0, n, 0.0).to(torch.int32) << 23
+    return torch.where(x > -87.0, (e.view(torch.int32) + steps).view(torch.float32), 0.0)
 
 
 def _binade(x: Tensor) -> Tensor:

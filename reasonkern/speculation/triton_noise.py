@@ -83,3 +83,33 @@ def gumbel(word):
     w = 1.0 - u
     n = _binade(w)
     return minus_log(_minus_log(n, tl.where(n == 0, -u, _mantissa(w, n) - 1.0)))
+
+
+@triton.jit
+def words_of_block(first, position, tag, seed, BLOCK: tl.constexpr):
+    """(BLOCK,) the words of the tokens from `first`, a multiple of 4, on."""
+    block = (first // 4 + tl.arange(0, BLOCK // 4)).to(tl.uint32)
+    zero = block * 0
+    a, b, c, d = philox4x32(
+        block,
+        zero + position.to(tl.uint32),
+        zero + (position >> 32).to(tl.uint32),
+        zero + tl.cast(tag, tl.uint32),
+        seed,
+    )
+    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+
+
+@triton.jit
+def exp_of(x):
+    """The exponential of x <= 0; 0 below -87 and for NaN."""
+    n = (x * 1.44269504 + 12582912.0) - 12582912.0
+    n = tl.where(x > -87.0, n, 0.0)
+    r = (x - n * 0.693359375) + n * 2.12194440e-4
+    e = r * 0.0013813142431899905 + 0.008369418792426586
+    e = e * r + 0.04166845604777336
+    e = e * r + 0.16666515171527863
+    e = e * r + 0.4999999403953552
+    e = 1.0 + (r * r * e + r)
+    power = e.to(tl.int32, bitcast=True) + (n.to(tl.int32) << 23)
+    return tl.where(x > -87.0, power.to(tl.float32, bitcast=True), 0.0)

@@ -1,0 +1,145 @@
+// The passes of cpu_row_simd.h compiled for several instruction sets, and the choice among them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../common/cpu_capability.h"
+#include "row.h"
+
+namespace reasonkern {
+namespace cpu {
+
+// Rows are handled in whole tiles; the last one is padded with -inf.
+constexpr int64_t kTile = 1024;
+
+// What Philox needs of a row besides the token, round keys included.
+struct NoiseKey {
+  uint64_t seed, position;
+  uint32_t stream;
+  uint32_t round[kPhiloxRounds][2];
+
+  NoiseKey(uint64_t seed, uint64_t position, uint32_t stream)
+      : seed(seed), position(position), stream(stream) {
+    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    for (auto& k : round) {
+      k[0] = k0, k[1] = k1;
+      k0 += kPhiloxW0;
+      k1 += kPhiloxW1;
+    }
+  }
+};
+
+// A draw from the kept tokens of a row. Tokens in `skip` are offered by the caller.
+struct Choice {
+  float temperature, top;  // top: the largest z/T
+  Cut cut;
+  NoiseKey key;
+  const int64_t* skip;
+  int skip_count;
+
+  void offer(float logit, uint32_t word, int token, Best& best) const {
+    const float value = noise::divide(logit, temperature);
+    if (!cut.keeps(value, token)) return;
+    for (int i = 0; i < skip_count; ++i) {
+      if (skip[i] == token) return;
+    }
+    best.offer(noise::add(value, noise::gumbel_of(word)), token);
+  }
+
+  // What rounding can add to a perturbed value, to its bounds, and to z times 1/T.
+  static float slack(float best) { return 2e-3f + 1e-6f * std::fabs(best); }
+
+  // Below this bound of its perturbed value no token wins.
+  float least_bound(float best) const { return best - slack(best); }
+
+  // Below this logit no token wins, whatever its noise.
+  float least_logit(float best) const {
+    const float least = (best - kMaxNoise - slack(best)) * temperature;
+    return least - 1e-6f * std::fabs(least) - 1e-30f;
+  }
+};
+
+// sum exp(x - top) of what was seen so far, top its largest value.
+struct ExpSum {
+  float top = -kInf;
+  double value = 0;
+
+  void raise(float to) {
+    value = value > 0 ? value * std::exp(double(top) - double(to)) : 0;
+    top = to;
+  }
+};
+
+inline float float_of_bits(uint32_t bits) { return noise::float_of(bits); }
+
+struct RowPasses {
+  void (*widen_bf16)(const BFloat16* x, int64_t n, float* out);
+  void (*widen_fp16)(const Half* x, int64_t n, float* out);
+  bool (*tile_maxima)(const float* x, int64_t n, float* maxima, ExpSum* sum);
+  int64_t (*collect)(const float* x, int64_t n, const float* maxima, float least, int32_t* ids);
+  int64_t (*sum_of_masses)(const float* x, int64_t n, int64_t first, const Choice&);
+  void (*choose)(const float* x, int64_t n, const float* maxima, int64_t first, const Choice&,
+                 Best& best);
+};
+
+namespace baseline {
+#define RK_SIMD 0
+#include "../common/simd.h"
+#include "../common/simd_math.h"
+#include "cpu_row_simd.h"
+#undef RK_SIMD
+}  // namespace baseline
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+namespace v3 {
+#define RK_SIMD 3
+#include "../common/simd.h"
+#include "../common/simd_math.h"
+#include "cpu_row_simd.h"
+#undef RK_SIMD
+}  // namespace v3
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#endif
+namespace v4 {
+#define RK_SIMD 4
+#include "../common/simd.h"
+#include "../common/simd_math.h"
+#include "cpu_row_simd.h"
+#undef RK_SIMD
+}  // namespace v4
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__
+
+inline const RowPasses& passes() {
+  static const RowPasses chosen = [] {
+#if defined(__x86_64__)
+    if (capability() == Capability::kV4) return v4::row_passes();
+    if (capability() == Capability::kV3) return v3::row_passes();
+#endif
+    return baseline::row_passes();
+  }();
+  return chosen;
+}
+
+}  // namespace cpu
+}  // namespace reasonkern

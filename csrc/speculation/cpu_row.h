@@ -1,0 +1,250 @@
+// A row of logits on the CPU: its statistics, what the filters keep of it, and draws from it.
+#pragma once
+
+#include <algorithm>
+#include <functional>
+#include <vector>
+
+#include "cpu_passes.h"
+
+namespace reasonkern {
+namespace cpu {
+
+struct Candidate {
+  float value;
+  int32_t id;
+  int64_t mass;
+};
+
+inline bool before(const Candidate& a, const Candidate& b) {
+  return comes_before(a.value, a.id, b.value, b.id);
+}
+
+struct RequestFilters {
+  float temperature;
+  int64_t top_k;
+  float top_p, min_p;
+};
+
+// Buffers are kept from row to row; one instance per thread.
+class Row {
+ public:
+  // `with_sum`: statistics will be asked for.
+  template <class E>
+  void load(const E* logits, int64_t vocab, bool with_sum) {
+    copy_.resize(padded(vocab));
+    widen(logits, vocab, copy_.data());
+    std::fill(copy_.begin() + vocab, copy_.end(), -kInf);
+    set(copy_.data(), vocab, false, with_sum);
+  }
+
+  void load(const float* logits, int64_t vocab, bool with_sum) {
+    set(logits, vocab, true, with_sum);
+  }
+
+  // Forbids the tokens whose bit is not set.
+  void mask(const int32_t* words) {
+    std::vector<float>& out = masked_;
+    out.resize(padded(vocab_));
+    for (int64_t v = 0; v < vocab_; ++v) {
+      out[v] = uint32_t(words[v / 32]) >> (v % 32) & 1 ? at(v) : -kInf;
+    }
+    std::fill(out.begin() + vocab_, out.end(), -kInf);
+    set(out.data(), vocab_, false, false);
+  }
+
+  // Raw statistics, before `mask`.
+  void statistics(int k, int64_t* ids, float* logits, float* lse) {
+    std::fill(ids, ids + k, int64_t{-1});
+    std::fill(logits, logits + k, -kInf);
+    *lse = -kInf;
+    if (!sound_ || top_ == -kInf) return;
+    gather(largest_tile(k));
+    const auto count = std::min<size_t>(k, candidates_.size());
+    std::partial_sort(candidates_.begin(), candidates_.begin() + count, candidates_.end(), before);
+    for (size_t i = 0; i < count && candidates_[i].value > -kInf; ++i) {
+      ids[i] = candidates_[i].id;
+      logits[i] = candidates_[i].value;
+    }
+    *lse = float(double(top_) + std::log(sum_.value));
+  }
+
+  // Temperature and filters; false: the row is bad, use `fallback`.
+  bool filter(const RequestFilters& f) {
+    temperature_ = f.temperature;
+    top_value_ = f.temperature == 0 ? top_ : noise::divide(top_, f.temperature);
+    if (!sound_ || !std::isfinite(top_value_)) return false;
+    cut_ = {-kInf, kLastId};
+    if (f.temperature == 0) return true;
+    if (filters_by_rank(f.top_k, vocab_)) cut_ = rank_cut(f.top_k);
+    if (!(f.top_p >= 1)) cut_ = mass_cut(f.top_p);
+    cut_ = tighter(cut_, min_p_cut(f.min_p, top_value_));
+    return true;
+  }
+
+  int64_t argmax() const {
+    const int64_t tile = std::find(maxima_.begin(), maxima_.end(), top_) - maxima_.begin();
+    int64_t v = tile * kTile;
+    while (at(v) != top_) ++v;
+    return v;
+  }
+
+  int64_t fallback() const {
+    Best best{-kInf, -1};
+    for (int64_t v = 0; v < vocab_; ++v) {
+      if (std::isfinite(at(v))) best.offer(at(v), int(v));
+    }
+    return best.id;
+  }
+
+  // The largest value plus noise of the given stream. `skip` are tokens that `best` accounts for.
+  int64_t choose(const NoiseKey& key, const int64_t* skip, int skip_count, Best best) const {
+    if (temperature_ == 0) return argmax();
+    const Choice c{temperature_, top_value_, cut_, key, skip, skip_count};
+    const int64_t likely = argmax();
+    c.offer(top_, noise_word(key.seed, key.position, key.stream, uint32_t(likely)), int(likely),
+            best);
+    each_part([&](const Part& p) { passes().choose(p.x, p.n, maxima_of(p), p.first, c, best); });
+    return best.id;
+  }
+
+  // Mass of all kept tokens.
+  int64_t total_mass() const {
+    const Choice c{temperature_, top_value_, cut_, NoiseKey(0, 0, 0), nullptr, 0};
+    int64_t total = 0;
+    each_part([&](const Part& p) { total += passes().sum_of_masses(p.x, p.n, p.first, c); });
+    return total;
+  }
+
+  // Mass of a token, 0 where it is not kept.
+  int64_t mass(int64_t token) const {
+    if (token < 0 || token >= vocab_) return 0;
+    const float value = noise::divide(at(token), temperature_);
+    return cut_.keeps(value, int(token)) ? mass_of(value, top_value_) : 0;
+  }
+
+  float top_value() const { return top_value_; }
+
+ private:
+  // Whole tiles of the row: memory of the caller, and a padded copy of what is left over.
+  struct Part {
+    const float* x;
+    int64_t n, first;
+  };
+
+  static void widen(const BFloat16* x, int64_t n, float* out) { passes().widen_bf16(x, n, out); }
+  static void widen(const Half* x, int64_t n, float* out) { passes().widen_fp16(x, n, out); }
+  static void widen(const double* x, int64_t n, float* out) { std::copy(x, x + n, out); }
+
+  static int64_t padded(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
+
+  float at(int64_t v) const {
+    return v < parts_[0].n ? parts_[0].x[v] : parts_[1].x[v - parts_[1].first];
+  }
+
+  template <class Body>
+  void each_part(const Body& body) const {
+    for (const Part& p : parts_) {
+      if (p.n > 0) body(p);
+    }
+  }
+
+  const float* maxima_of(const Part& p) const { return maxima_.data() + p.first / kTile; }
+
+  void set(const float* x, int64_t vocab, bool borrowed, bool with_sum) {
+    vocab_ = vocab;
+    const int64_t whole = borrowed ? vocab / kTile * kTile : padded(vocab);
+    parts_[0] = {x, whole, 0};
+    parts_[1] = {nullptr, 0, whole};
+    if (whole < vocab) {
+      rest_.assign(kTile, -kInf);
+      std::copy(x + whole, x + vocab, rest_.begin());
+      parts_[1] = {rest_.data(), kTile, whole};
+    }
+    maxima_.resize(padded(vocab) / kTile);
+    sound_ = true;
+    sum_ = ExpSum();
+    each_part([&](const Part& p) {
+      sound_ &= passes().tile_maxima(p.x, p.n, maxima_.data() + p.first / kTile,
+                                     with_sum ? &sum_ : nullptr);
+    });
+    top_ = *std::max_element(maxima_.begin(), maxima_.end());
+  }
+
+  // The k-th largest maximum of a tile: k tokens at least are not below it.
+  float largest_tile(int64_t k) {
+    if (k > int64_t(maxima_.size())) return -kInf;
+    order_ = maxima_;
+    std::nth_element(order_.begin(), order_.begin() + (k - 1), order_.end(), std::greater<float>());
+    return order_[k - 1];
+  }
+
+  // Candidates with logits from `least` up, their values the logits.
+  void gather(float least) {
+    ids_.resize(padded(vocab_));
+    candidates_.clear();
+    each_part([&](const Part& p) {
+      const int64_t count = passes().collect(p.x, p.n, maxima_of(p), least, ids_.data());
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t v = p.first + ids_[i];
+        if (v < vocab_) candidates_.push_back({p.x[ids_[i]], int32_t(v), 0});
+      }
+    });
+  }
+
+  // A logit below which z/T is below that of `logit`.
+  float strictly_below(float logit) const {
+    return logit - 4e-7f * std::fabs(logit) - 1e-30f * std::max(1.0f, temperature_);
+  }
+
+  Cut rank_cut(int64_t k) {
+    gather(strictly_below(largest_tile(k)));
+    for (Candidate& c : candidates_) c.value = noise::divide(c.value, temperature_);
+    const auto last = candidates_.begin() + (k - 1);
+    std::nth_element(candidates_.begin(), last, candidates_.end(), before);
+    return {last->value, last->id};
+  }
+
+  // The last token whose predecessors have less mass than P of what cut_ keeps: quickselect by
+  // mass. Tokens more than 27.8 below the top have none.
+  Cut mass_cut(float top_p) {
+    gather(strictly_below((top_value_ - 27.8f) * temperature_));
+    int64_t total = 0;
+    size_t kept = 0;
+    for (Candidate c : candidates_) {
+      c.value = noise::divide(c.value, temperature_);
+      if (!cut_.keeps(c.value, c.id)) continue;
+      c.mass = mass_of(c.value, top_value_);
+      total += c.mass;
+      candidates_[kept++] = c;
+    }
+    const double limit = double(top_p) * double(total);
+    auto low = candidates_.begin(), high = low + kept;
+    for (int64_t passed = 0; high - low > 1;) {
+      const auto middle = low + (high - low) / 2;
+      std::nth_element(low, middle, high, before);
+      int64_t mass = passed;
+      for (auto c = low; c != middle; ++c) mass += c->mass;
+      if (double(mass) < limit) {
+        passed = mass;
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    return {low->value, low->id};
+  }
+
+  int64_t vocab_ = 0;
+  Part parts_[2] = {};
+  float top_ = 0, temperature_ = 0, top_value_ = 0;
+  bool sound_ = false;
+  ExpSum sum_;
+  Cut cut_ = {-kInf, kLastId};
+  std::vector<float> copy_, masked_, rest_, maxima_, order_;
+  std::vector<int32_t> ids_;
+  std::vector<Candidate> candidates_;
+};
+
+}  // namespace cpu
+}  // namespace reasonkern

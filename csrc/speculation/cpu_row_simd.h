@@ -1,0 +1,298 @@
+// Passes over a row of floats, compiled for several instruction sets by cpu_row.h under the rules
+// of common/simd.h: no include guard, no includes, no template of another header.
+
+typedef int32_t I __attribute__((vector_size(sizeof(U))));
+
+#define RK_FN RK_INLINE
+RK_FN F mul(F a, F b) { return a * b; }
+RK_FN F add(F a, F b) { return a + b; }
+RK_FN F from_word(U word) { return __builtin_convertvector(word, F); }
+RK_FN F to_float(I n) { return __builtin_convertvector(n, F); }
+RK_FN U word_of(F x) { return U(x); }
+RK_FN F float_of(U x) { return F(x); }
+RK_FN I signed_of(U x) { return I(x); }
+RK_FN U unsigned_of(I x) { return U(x); }
+RK_FN F select(I mask, F yes, F no) { return select(U(mask), yes, no); }
+RK_FN U select(I mask, U yes, U no) { return (U(mask) & yes) | (~U(mask) & no); }
+#include "noise_math.h"
+#undef RK_FN
+
+RK_INLINE bool any(I mask) {
+#if RK_SIMD == 4
+  return _mm512_movepi32_mask(__m512i(mask)) != 0;
+#elif RK_SIMD == 3
+  return _mm256_movemask_ps(__m256(mask)) != 0;
+#else
+  int32_t all = 0;
+  for (int lane = 0; lane < kLanes; ++lane) all |= mask[lane];
+  return all != 0;
+#endif
+}
+
+RK_INLINE uint32_t bits_of(I mask) {
+#if RK_SIMD == 4
+  return _mm512_movepi32_mask(__m512i(mask));
+#elif RK_SIMD == 3
+  return uint32_t(_mm256_movemask_ps(__m256(mask)));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= uint32_t(mask[lane] & 1) << lane;
+  return bits;
+#endif
+}
+
+RK_INLINE float max_lane(F x) {
+  float lanes[kLanes];
+  store_one(lanes, x);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) {
+      lanes[lane] = lanes[lane + width] > lanes[lane] ? lanes[lane + width] : lanes[lane];
+    }
+  }
+  return lanes[0];
+}
+
+// 16-bit logits as floats, in order, unlike load().
+typedef uint16_t Words __attribute__((vector_size(sizeof(U) / 2)));
+
+static void widen_bf16(const BFloat16* x, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Words words;
+    __builtin_memcpy(&words, x + i, sizeof words);
+    store_one(out + i, F(__builtin_convertvector(words, U) << 16));
+  }
+  for (; i < n; ++i) out[i] = float_of_bits(uint32_t(x[i].x) << 16);
+}
+
+static void widen_fp16(const Half* x, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + kGroup * kLanes <= n; i += kGroup * kLanes) {
+    F v[kGroup];
+    load(x + i, v);
+    store(out + i, v);
+  }
+  for (; i < n; ++i) out[i] = static_cast<float>(x[i]);
+}
+
+// The largest value of a tile; `bad` collects NaN and +inf.
+RK_INLINE float tile_maximum(const float* x, I& bad) {
+  const F inf = splat(kInf);
+  F top[kGroup];
+  RK_EACH top[k] = splat(-kInf);
+  for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
+    F v[kGroup];
+    load(x + i, v);
+    RK_EACH bad |= ~(v[k] < inf);
+    RK_EACH top[k] = max(v[k], top[k]);
+  }
+  return max_lane(max(max(top[0], top[1]), max(top[2], top[3])));
+}
+
+// sum exp(x - top) of a tile, times kExpScale.
+RK_INLINE double tile_sum(const float* x, float top) {
+  F sum[kGroup] = {};
+  for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
+    F v[kGroup], e[kGroup];
+    load(x + i, v);
+    RK_EACH v[k] = max(splat(kExpZero), v[k] - splat(top));
+    scaled_exp(v, e);
+    RK_EACH sum[k] = sum[k] + e[k];
+  }
+  const F all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  float halves[kLanes];
+  store_one(halves, all);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) halves[lane] += halves[lane + width];
+  }
+  return halves[0];
+}
+
+// The largest value of each tile; false when one is NaN or +inf. With `sum`, also sum exp(x - top)
+// while the tile is at hand, relative to the largest value so far.
+static bool tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) {
+  I bad = {};
+  for (int64_t at = 0, tile = 0; at < n; at += kTile, ++tile) {
+    const float top = maxima[tile] = tile_maximum(x + at, bad);
+    if (sum == nullptr) continue;
+    if (top > sum->top) sum->raise(top);
+    if (top > -kInf) sum->value += tile_sum(x + at, sum->top) * (1.0 / double(kExpScale));
+  }
+  return !any(bad);
+}
+
+// Ids of the values from `least` up, in order; returns how many. Tiles below it are not read.
+static int64_t collect(const float* x, int64_t n, const float* maxima, float least, int32_t* ids) {
+  const F bound = splat(least);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += kGroup * kLanes) {
+    if (maxima[i / kTile] < least) {
+      i += kTile - kGroup * kLanes;  // never within a tile: the bound is fixed
+      continue;
+    }
+    F v[kGroup];
+    load(x + i, v);
+    I hit[kGroup];
+    RK_EACH hit[k] = v[k] >= bound;
+    if (!any((hit[0] | hit[1]) | (hit[2] | hit[3]))) continue;
+    RK_EACH {
+      for (uint32_t bits = bits_of(hit[k]); bits != 0; bits &= bits - 1) {
+        ids[count++] = int32_t(i + k * kLanes + __builtin_ctz(bits));
+      }
+    }
+  }
+  return count;
+}
+
+// Masses of the kept tokens, added: each at most 2^40, so that a row stays below 2^63.
+static int64_t sum_of_masses(const float* x, int64_t n, int64_t first, const Choice& c) {
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const F value = load_one(x + i) / splat(c.temperature);
+    if (!any(value >= splat(c.cut.value))) continue;
+    const F mass = mul(exp_of(value - splat(c.top)), splat(0x1p40f));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      if (c.cut.keeps(value[lane], int(first + i) + lane)) total += int64_t(mass[lane]);
+    }
+  }
+  return total;
+}
+
+// ---- noise of 4 * kLanes tokens at a time
+
+typedef uint64_t W __attribute__((vector_size(sizeof(U))));
+
+RK_INLINE W multiply_low_halves(W a, W b) {
+#if RK_SIMD == 4
+  return W(_mm512_maskz_mul_epu32(0xff, __m512i(a), __m512i(b)));
+#elif RK_SIMD == 3
+  return W(_mm256_mul_epu32(__m256i(a), __m256i(b)));
+#elif defined(__SSE2__)
+  return W(_mm_mul_epu32(__m128i(a), __m128i(b)));
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// Rows of the 4 x 4 matrices that lie in each 128 bits of a, b, c, d.
+RK_INLINE void transpose(const U (&in)[4], U (&out)[4]) {
+#if RK_SIMD == 4
+  const __m512i a = __m512i(in[0]), b = __m512i(in[1]), c = __m512i(in[2]), d = __m512i(in[3]);
+  const __m512i ab = _mm512_maskz_unpacklo_epi32(kAll, a, b);
+  const __m512i cd = _mm512_maskz_unpacklo_epi32(kAll, c, d);
+  const __m512i ab2 = _mm512_maskz_unpackhi_epi32(kAll, a, b);
+  const __m512i cd2 = _mm512_maskz_unpackhi_epi32(kAll, c, d);
+  out[0] = U(_mm512_maskz_unpacklo_epi64(0xff, ab, cd));
+  out[1] = U(_mm512_maskz_unpackhi_epi64(0xff, ab, cd));
+  out[2] = U(_mm512_maskz_unpacklo_epi64(0xff, ab2, cd2));
+  out[3] = U(_mm512_maskz_unpackhi_epi64(0xff, ab2, cd2));
+#elif RK_SIMD == 3
+  const __m256i a = __m256i(in[0]), b = __m256i(in[1]), c = __m256i(in[2]), d = __m256i(in[3]);
+  const __m256i ab = _mm256_unpacklo_epi32(a, b), ab2 = _mm256_unpackhi_epi32(a, b);
+  const __m256i cd = _mm256_unpacklo_epi32(c, d), cd2 = _mm256_unpackhi_epi32(c, d);
+  out[0] = U(_mm256_unpacklo_epi64(ab, cd));
+  out[1] = U(_mm256_unpackhi_epi64(ab, cd));
+  out[2] = U(_mm256_unpacklo_epi64(ab2, cd2));
+  out[3] = U(_mm256_unpackhi_epi64(ab2, cd2));
+#else
+  for (int row = 0; row < 4; ++row) {
+    for (int k = 0; k < 4; ++k) out[row][k] = in[k][row];
+  }
+#endif
+}
+
+// Groups of 4 * kLanes tokens that are under way together: one chain of multiplications leaves the
+// multipliers idle, two need more registers than AVX2 has.
+#if RK_SIMD == 4
+constexpr int kBlocks = 2;
+#else
+constexpr int kBlocks = 1;
+#endif
+
+// Philox of kLanes counters per group from `block` on, in 64-bit lanes whose upper halves are never
+// read, so two vectors a group. Which lane takes which counter is chosen so that the rows of the
+// transposed words are the words of neighbouring tokens.
+RK_INLINE void philox_words(const NoiseKey& key, uint32_t block, U (&words)[kBlocks][4]) {
+  W c[2 * kBlocks][4];
+  for (int half = 0; half < 2 * kBlocks; ++half) {
+    for (int m = 0; m < kLanes / 2; ++m) {
+      const int lane = 2 * m + half % 2;
+      c[half][0][m] = (kLanes / 4) * (lane % 4) + lane / 4;
+    }
+    c[half][0] = c[half][0] + (block + half / 2 * kLanes);
+    c[half][1] = W{} + uint32_t(key.position);
+    c[half][2] = W{} + uint32_t(key.position >> 32);
+    c[half][3] = W{} + key.stream;
+  }
+  const W m0 = W{} + kPhiloxM0, m1 = W{} + kPhiloxM1;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const W k0 = W{} + key.round[round][0], k1 = W{} + key.round[round][1];
+    for (auto& x : c) {
+      const W p0 = multiply_low_halves(x[0], m0), p1 = multiply_low_halves(x[2], m1);
+      x[0] = (p1 >> 32) ^ x[1] ^ k0;
+      x[1] = p1;
+      x[2] = (p0 >> 32) ^ x[3] ^ k1;
+      x[3] = p0;
+    }
+  }
+  for (int g = 0; g < kBlocks; ++g) {
+    U packed[4];
+    for (int w = 0; w < 4; ++w) {
+      packed[w] = U((c[2 * g][w] & 0xffffffffu) | (c[2 * g + 1][w] << 32));
+    }
+    transpose(packed, words[g]);
+  }
+}
+
+// An upper bound of the noise of words: -ln u, whose logarithm is bounded by the float's own bits.
+RK_INLINE F noise_bound(U word) {
+  const F bits = to_float(I(word_of(from_word(word))));
+  return fma(bits, splat(-8.26295832e-8f), splat(110.2105f));
+}
+
+// Offers every kept token of a group that may win.
+RK_INLINE void offer_group(const F (&v)[kGroup], const U (&words)[kGroup], int64_t token, F inverse,
+                           F least, F bar, const Choice& c, Best& best) {
+  I live[kGroup];
+  RK_EACH live[k] = (v[k] >= least) & ~(fma(v[k], inverse, noise_bound(words[k])) < bar);
+  if (!any((live[0] | live[1]) | (live[2] | live[3]))) return;
+  RK_EACH {
+    for (uint32_t bits = bits_of(live[k]); bits != 0; bits &= bits - 1) {
+      const int lane = __builtin_ctz(bits);
+      c.offer(v[k][lane], words[k][lane], int(token) + k * kLanes + lane, best);
+    }
+  }
+}
+
+// Offers every kept token that may win to `best`; x has n tokens from `first` on. A token is passed
+// over only if a bound of its perturbed value is below the best one's; tiles of such tokens are not
+// read.
+static void choose(const float* x, int64_t n, const float* maxima, int64_t first, const Choice& c,
+                   Best& best) {
+  constexpr int64_t kStep = kBlocks * kGroup * kLanes;
+  const F inverse = splat(1.0f / c.temperature);
+  for (int64_t i = 0; i < n; i += kStep) {
+    const float lowest = c.least_logit(best.score);
+    if (maxima[i / kTile] < lowest) {
+      i = (i / kTile + 1) * kTile - kStep;
+      continue;
+    }
+    const F least = splat(lowest), bar = splat(c.least_bound(best.score));
+    F v[kBlocks][kGroup];
+    I live = {};
+    for (int g = 0; g < kBlocks; ++g) {
+      load(x + i + g * kGroup * kLanes, v[g]);
+      RK_EACH live |= v[g][k] >= least;
+    }
+    if (!any(live)) continue;
+    U words[kBlocks][4];
+    philox_words(c.key, uint32_t((first + i) / 4), words);
+    for (int g = 0; g < kBlocks; ++g) {
+      offer_group(v[g], words[g], first + i + g * kGroup * kLanes, inverse, least, bar, c, best);
+    }
+  }
+}
+
+static RowPasses row_passes() {
+  return {widen_bf16, widen_fp16, tile_maxima, collect, sum_of_masses, choose};
+}

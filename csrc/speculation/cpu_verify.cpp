@@ -1,0 +1,105 @@
+// CPU operators of verification: requests to threads, registration.
+#include "cpu_verify.h"
+
+#include <atomic>
+#include <cstring>
+
+#include "verify_operators.h"
+
+namespace reasonkern {
+namespace cpu {
+namespace {
+
+// Threads take requests as they get free: walks differ in length.
+template <class Body>
+void for_each_request(int64_t batch, const Body& body) {
+  const int64_t workers = std::min<int64_t>(batch, torch::stable::get_num_threads());
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
+    static thread_local Row row;
+    for (int64_t b; (b = next.fetch_add(1)) < batch;) body(row, b);
+  });
+}
+
+template <class E>
+struct Element {
+  typedef E type;
+};
+
+template <class Body>
+void dispatch_element(ElementType type, const Body& body) {
+  switch (type) {
+    case ElementType::kFloat32:
+      return body(Element<float>());
+    case ElementType::kBFloat16:
+      return body(Element<BFloat16>());
+    case ElementType::kFloat16:
+      return body(Element<Half>());
+    case ElementType::kFloat64:
+      return body(Element<double>());
+  }
+}
+
+int64_t slot_offset(const CompactParams& p, int64_t b, int64_t slot) {
+  if (p.block_table == nullptr) return b * p.stride_block + slot * p.stride_slot;
+  const int64_t block = p.block_table[b * p.max_blocks + slot / p.block_size];
+  return block * p.stride_block + slot % p.block_size * p.stride_slot;
+}
+
+struct CpuBackend {
+  static void sample(ElementType type, const SampleParams& p, int32_t) {
+    dispatch_element(type, [&](auto element) {
+      typedef typename decltype(element)::type E;
+      for_each_request(p.rows.batch, [&](Row& row, int64_t b) { sample_request<E>(p, row, b); });
+    });
+  }
+
+  static void verify(ElementType type, const VerifyParams& p, int32_t) {
+    check_tree(p);
+    dispatch_element(type, [&](auto element) {
+      typedef typename decltype(element)::type E;
+      for_each_request(p.rows.batch, [&](Row& row, int64_t b) { verify_request<E>(p, row, b); });
+    });
+  }
+
+  static void compact(const CompactParams& p, int32_t) {
+    char* cache = static_cast<char*>(p.cache);
+    for_each_request(p.batch, [&](Row&, int64_t b) {
+      for (int64_t j = 0; j < std::min(p.accepted[b], p.steps); ++j) {
+        const int64_t from = slot_offset(p, b, p.start[b] + p.path[b * p.steps + j]);
+        const int64_t to = slot_offset(p, b, p.lengths[b] + j);
+        if (from == to) continue;
+        for (int64_t h = 0; h < p.heads; ++h) {
+          std::memcpy(cache + (to + h * p.stride_head) * p.element_bytes,
+                      cache + (from + h * p.stride_head) * p.element_bytes,
+                      p.head_dim * p.element_bytes);
+        }
+      }
+    });
+  }
+
+ private:
+  static void check_tree(const VerifyParams& p) {
+    const int64_t links = p.rows.nodes - 1;
+    bool sound = p.child_ptr[0] == 0 && p.child_ptr[p.rows.nodes] == links;
+    for (int64_t i = 0; i < p.rows.nodes && sound; ++i) {
+      sound = p.child_ptr[i] <= p.child_ptr[i + 1] && p.child_ptr[i + 1] <= links;
+    }
+    for (int64_t i = 0; i < links && sound; ++i) {
+      sound = p.child_index[i] > 0 && p.child_index[i] <= links;
+    }
+    STD_TORCH_CHECK(sound, "child_ptr, child_index: expected the children of a tree of ",
+                    p.rows.nodes, " nodes");
+  }
+};
+
+}  // namespace
+}  // namespace cpu
+}  // namespace reasonkern
+
+STABLE_TORCH_LIBRARY_IMPL(reasonkern, CPU, m) {
+  using Ops = reasonkern::VerifyOperators<reasonkern::cpu::CpuBackend>;
+  m.impl("sample", TORCH_BOX(&Ops::sample));
+  m.impl("verify_tree", TORCH_BOX(&Ops::verify_tree));
+  m.impl("compact_kv_", TORCH_BOX(&Ops::compact_kv_));
+}

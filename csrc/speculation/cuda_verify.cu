@@ -1,0 +1,92 @@
+// CUDA operators of verification: one launch per call.
+#include <numeric>
+
+#include "../common/stream.h"
+#include "verify_kernels.cuh"
+#include "verify_launch.h"
+#include "verify_operators.h"
+
+namespace reasonkern {
+namespace {
+
+template <class E>
+struct Element {
+  using type = E;
+};
+
+template <class Body>
+void dispatch_element(ElementType type, const Body& body) {
+  switch (type) {
+    case ElementType::kFloat32:
+      return body(Element<float>());
+    case ElementType::kBFloat16:
+      return body(Element<bf16>());
+    case ElementType::kFloat16:
+      return body(Element<fp16>());
+    case ElementType::kFloat64:
+      return body(Element<double>());
+  }
+}
+
+template <class Params>
+void launch_teams(void (*kernel)(Params), const Params& p, int32_t device) {
+  const LaunchScope scope(device);
+  const int arch = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                   device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+  const int units = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  const unsigned blocks = team_blocks(p.rows.batch, units, arch);
+  const unsigned grid = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20) * blocks;
+  launch(kernel, grid, kTeamThreads, blocks, sizeof(TeamShared), scope.stream, p);
+}
+
+template <class Word>
+void launch_compact(const CompactParams& p, int32_t device) {
+  const LaunchScope scope(device);
+  const int64_t words = p.batch * p.heads * p.head_dim * p.element_bytes / int64_t(sizeof(Word));
+  const int64_t blocks = (words + kTeamThreads - 1) / kTeamThreads;
+  launch(compact_kernel<Word>, unsigned(blocks < (1 << 20) ? blocks : 1 << 20), kTeamThreads, 1, 0,
+         scope.stream, p);
+}
+
+struct CudaBackend {
+  static void sample(ElementType type, const SampleParams& p, int32_t device) {
+    dispatch_element(type, [&](auto element) {
+      launch_teams(sample_kernel<typename decltype(element)::type>, p, device);
+    });
+  }
+
+  static void verify(ElementType type, const VerifyParams& p, int32_t device) {
+    dispatch_element(type, [&](auto element) {
+      launch_teams(verify_kernel<typename decltype(element)::type>, p, device);
+    });
+  }
+
+  static void compact(const CompactParams& p, int32_t device) {
+    int64_t alignment = int64_t(reinterpret_cast<std::uintptr_t>(p.cache));
+    for (const int64_t stride : {p.stride_block, p.stride_slot, p.stride_head}) {
+      alignment = std::gcd(alignment, stride * p.element_bytes);
+    }
+    switch (word_bytes(p.head_dim * p.element_bytes, alignment)) {
+      case 16:
+        return launch_compact<uint4>(p, device);
+      case 8:
+        return launch_compact<uint64_t>(p, device);
+      case 4:
+        return launch_compact<uint32_t>(p, device);
+      case 2:
+        return launch_compact<uint16_t>(p, device);
+      default:
+        return launch_compact<uint8_t>(p, device);
+    }
+  }
+};
+
+}  // namespace
+}  // namespace reasonkern
+
+STABLE_TORCH_LIBRARY_IMPL(reasonkern_cuda, CUDA, m) {
+  using Ops = reasonkern::VerifyOperators<reasonkern::CudaBackend>;
+  m.impl("sample", TORCH_BOX(&Ops::sample));
+  m.impl("verify_tree", TORCH_BOX(&Ops::verify_tree));
+  m.impl("compact_kv_", TORCH_BOX(&Ops::compact_kv_));
+}

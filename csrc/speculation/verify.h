@@ -1,0 +1,70 @@
+// Plain parameter structs of verification: what host code fills after validation and kernels read.
+// No framework type.
+#pragma once
+
+#include <cstdint>
+
+namespace reasonkern {
+
+enum class ElementType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
+
+enum StatusBit : int32_t { kEos = 1, kBadRow = 2, kCapped = 4 };  // Status in verify.py
+
+constexpr int kMaxEntry = 64;  // tokens of a draft law
+constexpr int kMaxTopK = 64;   // raw logits returned per row
+constexpr int kMaxEos = 64;
+
+// Logits (B, N, V), element type given beside the struct; sampling has N = 1.
+struct LogitRows {
+  const void* data;
+  int64_t batch, nodes, vocab;
+  int64_t stride_b, stride_n;  // in elements
+  const int32_t* mask;         // (B, N, ceil(V / 32)) or null: every token is allowed
+  int64_t mask_stride_b, mask_stride_n;
+};
+
+// Each (B).
+struct RequestParams {
+  const float* temperature;
+  const int64_t* top_k;
+  const float *top_p, *min_p;
+  const int64_t *seed, *position;
+};
+
+struct SampleParams {
+  LogitRows rows;
+  RequestParams requests;
+  int64_t* token;  // (B)
+};
+
+struct VerifyParams {
+  LogitRows rows;
+  RequestParams requests;
+  const int64_t* tokens;                   // (B, N)
+  const bool* valid;                       // (B, N)
+  const int64_t* q_ids;                    // (B, N, entry), null in the equality modes
+  const float* q_logprob;                  // (B, N, entry)
+  int entry;                               // at most kMaxEntry
+  const int32_t *child_ptr, *child_index;  // (N + 1), (N - 1)
+  const int64_t* eos;                      // (eos_count) or null
+  int eos_count;
+  const int64_t* max_length;  // (B) or null
+  const int64_t* num_nodes;   // (B) or null
+  int depth, topk;
+  int64_t *out_tokens, *length, *path;  // (B, D + 1), (B), (B, D + 1)
+  int64_t* topk_ids;                    // (B, D + 1, topk)
+  float *topk_logits, *lse;             // (B, D + 1, topk), (B, D + 1)
+  int32_t* status;                      // (B)
+};
+
+struct CompactParams {
+  void* cache;
+  int element_bytes;
+  int64_t batch, heads, head_dim, steps;           // steps: columns of path
+  int64_t stride_block, stride_slot, stride_head;  // of the cache; a block is a request when dense
+  const int64_t *lengths, *path, *accepted, *start;
+  const int64_t* block_table;  // (B, max_blocks) or null: dense
+  int64_t max_blocks, block_size;
+};
+
+}  // namespace reasonkern

@@ -1,0 +1,241 @@
+"""From what a caller holds to what the operators take: per-request tensors, checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .draft import Draft
+from .tree import DraftTree
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+MAX_ENTRY = 64  # tokens of a draft law
+MAX_EOS = 64
+INTEGERS = (torch.int64, torch.int32)
+
+
+class _Range(NamedTuple):
+    expected: str
+    low: float
+    high: float
+    open_low: bool = False
+
+    def holds(self, x: Tensor) -> Tensor:
+        above = x > self.low if self.open_low else x >= self.low
+        return above & (x <= self.high)
+
+    def holds_number(self, x: float) -> bool:
+        return (x > self.low if self.open_low else x >= self.low) and x <= self.high
+
+
+# Values beyond the bound of "off" are legal: the row functions read them as no filter.
+_RANGES = {
+    "temperature": _Range("finite values >= 0", 0, torch.finfo(torch.float32).max),
+    "top_p": _Range("values > 0", 0, math.inf, open_low=True),
+    "min_p": _Range("values <= 1", -math.inf, 1),
+    "max_length": _Range("values >= 0", 0, math.inf),
+    "position": _Range("values >= 0", 0, math.inf),
+}
+
+
+def as_int64(name: str, value: object) -> int:
+    """An integer in [-2^63, 2^64) as the int64 with the same bits."""
+    if not isinstance(value, int) or isinstance(value, bool) or not -(1 << 63) <= value < 1 << 64:
+        _checks.fail(name, "an integer in [-2^63, 2^64)", repr(value))
+    return value - (1 << 64) if value >> 63 == 1 else value
+
+
+def per_request(
+    name: str, x: object, batch: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """A number, or a 0-dim or (B,) tensor, as contiguous (B,) of `dtype`; its range is checked."""
+    if isinstance(x, Tensor):
+        allowed = INTEGERS if dtype == torch.int64 else (torch.float32, torch.float64, *INTEGERS)
+        _checks.check_dtype(name, x, *allowed)
+        if x.device != device:
+            _checks.fail(name, f"device {device}", x.device)
+        if x.ndim:
+            _checks.check_shape(name, x, (batch,), "(B,)")
+        rows = x.detach().to(dtype).expand(batch).contiguous()
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_values(name, rows)
+        return rows
+    if dtype == torch.int64:
+        x = as_int64(name, x)
+    elif not isinstance(x, (int, float)) or isinstance(x, bool):
+        _checks.fail(name, "a number or a (B,) tensor", repr(x))
+    rule = _RANGES.get(name)
+    if rule is not None and not rule.holds_number(x):
+        _checks.fail(name, rule.expected, x)
+    return torch.full((batch,), x, dtype=dtype, device=device)
+
+
+def _check_values(name: str, rows: Tensor) -> None:
+    rule = _RANGES.get(name)
+    if rule is None:
+        return
+    bad = ~rule.holds(rows)
+    if bad.any():
+        index = int(bad.nonzero()[0])
+        _checks.fail(name, rule.expected, f"{rows[index].item()} at {index}")
+
+
+def row_parameters(
+    logits: Tensor, temperature: object, top_k: object, top_p: object, min_p: object,
+    seed: object, position: object,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    batch, device = logits.shape[0], logits.device
+    real, whole = torch.float32, torch.int64
+    return (
+        per_request("temperature", temperature, batch, real, device),
+        per_request("top_k", 0 if top_k is None else top_k, batch, whole, device),
+        per_request("top_p", 1.0 if top_p is None else top_p, batch, real, device),
+        per_request("min_p", 0.0 if min_p is None else min_p, batch, real, device),
+        per_request("seed", seed, batch, whole, device),
+        per_request("position", position, batch, whole, device),
+    )
+
+
+def check_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        _checks.fail(name, "a tensor", type(x).__name__)
+
+
+def check_logits(logits: Tensor, ndim: int, shape: str) -> None:
+    check_tensor("logits", logits)
+    _checks.check_dtype("logits", logits, *LOGITS_DTYPES)
+    if logits.ndim != ndim:
+        _checks.fail("logits", f"shape {shape}", tuple(logits.shape))
+    if not 0 < logits.shape[-1] < 1 << 22:
+        _checks.fail("logits", "a vocabulary of 1 to 2^22 - 1", tuple(logits.shape))
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        _checks.fail("logits", "the last dimension contiguous", f"strides {logits.stride()}")
+
+
+def check_mask(name: str, mask: Tensor | None, logits: Tensor) -> None:
+    if mask is None:
+        return
+    check_tensor(name, mask)
+    _checks.check_dtype(name, mask, torch.int32)
+    _checks.check_device(name, mask, logits, "logits")
+    words = (logits.shape[-1] + 31) // 32
+    _checks.check_shape(name, mask, (*logits.shape[:-1], words), "(…, ceil(V / 32))")
+
+
+def check_draft(draft: Draft, tree: DraftTree, logits: Tensor, rejection: bool) -> list[Tensor]:
+    """tokens, valid and, for rejection, the law of each node's children; all contiguous."""
+    if not isinstance(tree, DraftTree):
+        _checks.fail("tree", "a DraftTree", type(tree).__name__)
+    shape = logits.shape[:2]
+    if shape[1] != tree.nodes:
+        _checks.fail("logits", f"one row per node, (B, {tree.nodes}, V)", tuple(logits.shape))
+    for name, x in (("draft.tokens", draft.tokens), ("draft.valid", draft.valid)):
+        check_tensor(name, x)
+        _checks.check_device(name, x, logits, "logits")
+        _checks.check_shape(name, x, shape, "(B, N)")
+    _checks.check_dtype("draft.tokens", draft.tokens, torch.int64)
+    _checks.check_dtype("draft.valid", draft.valid, torch.bool)
+    if not rejection:
+        return [draft.tokens.contiguous(), draft.valid.contiguous()]
+    if draft.q_ids is None or draft.q_logprob is None:
+        _checks.fail("draft", 'q_ids and q_logprob with mode="rejection"', None)
+    q_ids, q_logprob = draft.q_ids, draft.q_logprob
+    if q_ids.ndim != 3 or not 0 < q_ids.shape[-1] <= MAX_ENTRY:
+        _checks.fail("draft.q_ids", f"shape (B, N, K), K <= {MAX_ENTRY}", tuple(q_ids.shape))
+    for name, x in (("draft.q_ids", q_ids), ("draft.q_logprob", q_logprob)):
+        _checks.check_device(name, x, logits, "logits")
+        _checks.check_shape(name, x, (*shape, q_ids.shape[-1]), "(B, N, K)")
+    _checks.check_dtype("draft.q_ids", q_ids, torch.int64)
+    _checks.check_dtype("draft.q_logprob", q_logprob, torch.float32)
+    if q_logprob.device.type == "cpu" and not torch.compiler.is_compiling():
+        bad = ~(q_logprob <= 1e-3)
+        if bad.any():
+            _checks.fail("draft.q_logprob", "log-probabilities <= 0", q_logprob[bad][0].item())
+    return [t.contiguous() for t in (draft.tokens, draft.valid, q_ids, q_logprob)]
+
+
+def step_limits(
+    logits: Tensor,
+    tree: DraftTree,
+    eos: int | Sequence[int] | Tensor | None,
+    max_length: object,
+    num_nodes: object,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    batch, device = logits.shape[0], logits.device
+    ids = None
+    if isinstance(eos, Tensor):
+        _checks.check_dtype("eos", eos, *INTEGERS)
+        _checks.check_device("eos", eos, logits, "logits")
+        ids = eos.reshape(-1).to(torch.int64).contiguous()
+    elif eos is not None:
+        given = [eos] if isinstance(eos, int) else list(eos)
+        ids = torch.tensor(given, dtype=torch.int64, device=device)
+    if ids is not None and ids.numel() > MAX_EOS:
+        _checks.fail("eos", f"at most {MAX_EOS} ids", ids.numel())
+    cap = used = None
+    if max_length is not None:
+        cap = per_request("max_length", max_length, batch, torch.int64, device)
+    if num_nodes is not None:
+        used = per_request("num_nodes", num_nodes, batch, torch.int64, device)
+        _checks.check_range("num_nodes", used, 1, tree.nodes + 1)
+    return ids, cap, used
+
+
+def check_caches(
+    key: Tensor, value: Tensor, lengths: Tensor, path: Tensor, block_table: Tensor | None
+) -> int:
+    """Shapes and dtypes of the caches; returns the number of slots a request can address."""
+    for name, x in (("key", key), ("value", value)):
+        check_tensor(name, x)
+        if x.ndim != 4:
+            layout = "(B, H, S, D)" if block_table is None else "(blocks, block_size, H, D)"
+            _checks.fail(name, f"shape {layout}", tuple(x.shape))
+    check_tensor("lengths", lengths)
+    check_tensor("path", path)
+    _checks.check_device("value", value, key, "key")
+    _checks.check_dtype("value", value, key.dtype)
+    _checks.check_shape("value", value, (*key.shape[:3], value.shape[3]), "that of key up to D")
+    if lengths.ndim != 1:
+        _checks.fail("lengths", "shape (B,)", tuple(lengths.shape))
+    batch = lengths.shape[0]
+    if path.ndim != 2:
+        _checks.fail("path", "shape (B, P)", tuple(path.shape))
+    _checks.check_shape("path", path, (batch, path.shape[1]), "(B, P)")
+    if block_table is None:
+        _checks.check_shape("key", key, (batch, *key.shape[1:]), "(B, H, S, D)")
+        return key.shape[2]
+    check_tensor("block_table", block_table)
+    _checks.check_dtype("block_table", block_table, *INTEGERS)
+    _checks.check_device("block_table", block_table, key, "key")
+    if block_table.ndim != 2 or block_table.shape[0] != batch:
+        _checks.fail("block_table", f"shape ({batch}, max_blocks)", tuple(block_table.shape))
+    return key.shape[1] * block_table.shape[1]
+
+
+def check_slots(
+    lengths: Tensor, path: Tensor, accepted: Tensor, start: Tensor, slots: int,
+    block_table: Tensor | None, blocks: int, size: int,
+) -> None:  # fmt: skip
+    """Sources and destinations lie in the cache. CPU only, like `_checks.check_range`."""
+    if torch.compiler.is_compiling() or lengths.device.type != "cpu":
+        return
+    _checks.check_range("accepted", accepted, 0, path.shape[1] + 1)
+    moves = torch.arange(path.shape[1]) < accepted.unsqueeze(-1)
+    _checks.check_range("lengths", lengths, 0, slots + 1)
+    if (start < lengths).any():
+        _checks.fail("start", "slots >= lengths", start.tolist())
+    _checks.check_range("path", path, 0, max(slots, 1), where=moves)
+    source = start.unsqueeze(-1) + path
+    _checks.check_range("start + path", source, 0, slots, where=moves)
+    if (moves[:, 1:] & (path[:, 1:] <= path[:, :-1])).any():
+        _checks.fail("path", "ascending nodes", path.tolist())
+    if block_table is not None:
+        target = lengths.unsqueeze(-1) + torch.arange(path.shape[1])
+        for x in (source, target):
+            entry = block_table.gather(1, torch.where(moves, x // size, 0))
+            _checks.check_range("block_table", entry, 0, blocks, where=moves)

@@ -1,0 +1,202 @@
+"""Device functions over one row of logits: its top, the filters' cut, a draw, raw statistics."""
+
+import inspect
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .triton_noise import exp_of, gumbel, minus_log, words_of_block
+
+INF = tl.constexpr(float("inf"))
+MAX_NOISE = tl.constexpr(22.1808)  # above the largest noise
+LAST_ID = tl.constexpr(0x3FFFFF)
+TINY = tl.constexpr(2.0**-126)
+
+
+def kernel(fn):
+    """triton.jit that specialises on nothing: no value 1, no divisibility, no pointer alignment."""
+    parameters = inspect.signature(fn).parameters.values()
+    names = [p.name for p in parameters if p.annotation is not tl.constexpr]
+    return triton.jit(fn, do_not_specialize=names)
+
+
+class Row(NamedTuple):
+    """Pointers to a row and its bitmask (None: every token), and its length."""
+
+    logits: tl.tensor
+    mask: tl.tensor
+    vocab: tl.tensor
+
+
+class Top(NamedTuple):
+    """The largest logit of all; the largest finite allowed one and its lowest id; bad logits."""
+
+    raw: tl.tensor
+    value: tl.tensor
+    id: tl.tensor
+    bad: tl.tensor  # NaN or +inf among the allowed
+    bad_raw: tl.tensor  # among all
+
+
+class Request(NamedTuple):
+    """The parameters of a request."""
+
+    temperature: tl.tensor
+    top_k: tl.tensor
+    top_p: tl.tensor
+    min_p: tl.tensor
+    seed: tl.tensor
+    position: tl.tensor
+
+
+@triton.jit
+def load_logits(row, cols):
+    return tl.load(row.logits + cols, mask=cols < row.vocab, other=-INF).to(tl.float32)
+
+
+@triton.jit
+def masked(row, cols, x):
+    if row.mask is not None:
+        word = tl.load(row.mask + cols // 32, mask=cols < row.vocab, other=0)
+        x = tl.where(((word >> (cols % 32)) & 1) != 0, x, -INF)
+    return x
+
+
+@triton.jit
+def find_top(row, BLOCK: tl.constexpr):
+    lanes = tl.arange(0, BLOCK)
+    raw = tl.cast(-INF, tl.float32)
+    value, at = raw, tl.cast(-1, tl.int32)
+    bad = tl.cast(0, tl.int32)
+    bad_raw = bad
+    for start in tl.range(0, row.vocab, BLOCK):
+        cols = start + lanes
+        x = load_logits(row, cols)
+        good = x < INF  # not NaN either
+        bad_raw |= tl.max((good == 0).to(tl.int32), 0)
+        raw = tl.maximum(raw, tl.max(tl.where(good, x, -INF), 0))
+        x = masked(row, cols, x)
+        good = x < INF
+        bad |= tl.max((good == 0).to(tl.int32), 0)
+        x = tl.where(good, x, -INF)
+        top = tl.max(x, 0)
+        if top > value:
+            value = top
+            at = tl.min(tl.where(x == top, cols, LAST_ID), 0)
+    return Top(raw, value, at, bad, bad_raw)
+
+
+@triton.jit
+def order_of(value, cols):
+    """Larger comes first: by value descending, then by id ascending. 54 bits."""
+    bits = (value + 0.0).to(tl.int32, bitcast=True)
+    key = tl.where(bits < 0, ~bits, bits ^ -2147483648).to(tl.uint32, bitcast=True)
+    return (key.to(tl.int64) << 22) | (-cols + LAST_ID).to(tl.int64)
+
+
+@triton.jit
+def bound_order(bound):
+    """The order of the last token whose value is `bound`."""
+    return order_of(bound, tl.cast(LAST_ID, tl.int32))
+
+
+@triton.jit
+def weigh(row, temperature, top, cut, least, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Mass, or number, of the tokens whose order is at least `cut` and `least`."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.cast(0, tl.int64)
+    for start in tl.range(0, row.vocab, BLOCK):
+        cols = start + lanes
+        value = tl.div_rn(masked(row, cols, load_logits(row, cols)), temperature)
+        order = order_of(value, cols)
+        kept = (order >= cut) & (order >= least) & (cols < row.vocab)
+        if MASS:
+            weight = (exp_of(value - top) * 1099511627776.0).to(tl.int64)
+        else:
+            weight = tl.full((BLOCK,), 1, tl.int64)
+        total += tl.sum(tl.where(kept, weight, 0), 0)
+    return total
+
+
+@triton.jit
+def search_cut(row, temperature, top, cut, limit, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest order at or above which the kept tokens weigh `limit` or more, bit by bit."""
+    low = tl.cast(0, tl.int64)
+    for i in tl.range(0, 54):
+        least = low + (tl.cast(1, tl.int64) << (53 - i))
+        enough = weigh(row, temperature, top, cut, least, MASS, BLOCK).to(tl.float64) >= limit
+        low = tl.where(enough, least, low)
+    return low
+
+
+@triton.jit
+def filter_cut(row, r, top, BLOCK: tl.constexpr):
+    """The order of the last token that top-k, top-p and min-p keep."""
+    cut = tl.cast(0, tl.int64)
+    if (r.top_k > 0) & (r.top_k < row.vocab):
+        cut = search_cut(row, r.temperature, top, cut, r.top_k.to(tl.float64), False, BLOCK)
+    if (r.top_p >= 1) == 0:
+        total = weigh(row, r.temperature, top, cut, cut, True, BLOCK).to(tl.float64)
+        limit = r.top_p.to(tl.float64) * total
+        limit = tl.where(limit >= 1, limit, 1.0)  # below a unit, or NaN: the first token alone
+        cut = search_cut(row, r.temperature, top, cut, limit, True, BLOCK)
+    if r.min_p > 0:
+        m = tl.minimum(tl.maximum(r.min_p, TINY), 1.0)
+        cut = tl.maximum(cut, bound_order(top - minus_log(m)))
+    return cut
+
+
+@triton.jit
+def draw(row, r, top, cut, BLOCK: tl.constexpr):
+    """The token of the largest kept value plus noise; blocks that cannot hold it are skipped."""
+    lanes = tl.arange(0, BLOCK)
+    best, at = tl.cast(-INF, tl.float32), tl.cast(-1, tl.int32)
+    for start in tl.range(0, row.vocab, BLOCK):
+        cols = start + lanes
+        value = tl.div_rn(masked(row, cols, load_logits(row, cols)), r.temperature)
+        kept = (order_of(value, cols) >= cut) & (cols < row.vocab)
+        value = tl.where(kept, value, -INF)
+        if tl.max(value, 0) + MAX_NOISE >= best:
+            score = value + gumbel(words_of_block(start, r.position, 0, r.seed, BLOCK))
+            top_score = tl.max(score, 0)
+            if top_score > best:
+                best = top_score
+                at = tl.min(tl.where(score == top_score, cols, LAST_ID), 0)
+    return at
+
+
+@triton.jit
+def choose(row, top, r, BLOCK: tl.constexpr):
+    """The row's token, -1 where there is none, and whether the row is bad."""
+    greedy = r.temperature == 0
+    value = tl.where(greedy, top.value, tl.div_rn(top.value, tl.where(greedy, 1.0, r.temperature)))
+    bad = (top.bad != 0) | ((tl.abs(value) < INF) == 0)
+    token = top.id
+    if (bad == 0) & (greedy == 0):
+        token = draw(row, r, value, filter_cut(row, r, value, BLOCK), BLOCK)
+    return token, bad
+
+
+@triton.jit
+def write_statistics(row, top, ids, logits, lse, topk, BLOCK: tl.constexpr):
+    """The largest raw logits, one pass each, and the log-sum-exp."""
+    lanes = tl.arange(0, BLOCK)
+    total = tl.cast(0.0, tl.float64)
+    for start in tl.range(0, row.vocab, BLOCK):
+        e = exp_of(load_logits(row, start + lanes) - top)
+        total += tl.sum(e.to(tl.float64), 0)
+    tl.store(lse, (top.to(tl.float64) + tl.log(total)).to(tl.float32))
+    last = tl.cast(0x7FFFFFFFFFFFFFFF, tl.int64)
+    for k in tl.range(0, topk):
+        best = tl.cast(-1, tl.int64)
+        for start in tl.range(0, row.vocab, BLOCK):
+            cols = start + lanes
+            x = load_logits(row, cols)
+            order = order_of(x, cols)
+            best = tl.maximum(best, tl.max(tl.where((order < last) & (x > -INF), order, -1), 0))
+        if best >= 0:
+            at = -(best & LAST_ID).to(tl.int32) + LAST_ID
+            tl.store(ids + k, at.to(tl.int64))
+            tl.store(logits + k, tl.load(row.logits + at).to(tl.float32))
+        last = tl.where(best >= 0, best, 0)

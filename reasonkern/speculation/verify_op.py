@@ -1,0 +1,100 @@
+"""Operators of verification: schema, fake and registrations. Inference only: no autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _load
+from . import cache, reference_verify
+
+ROW_ARGS = (
+    "Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position"
+)
+SCHEMAS = {
+    "sample": f"(Tensor logits, Tensor? mask, {ROW_ARGS}) -> Tensor",
+    "verify_tree": "(Tensor logits, Tensor tokens, Tensor valid, Tensor? q_ids, Tensor? q_logprob, "
+    f"Tensor child_ptr, Tensor child_index, {ROW_ARGS}, Tensor? eos, Tensor? max_length, "
+    "Tensor? node_mask, Tensor? num_nodes, int depth, int max_children, int topk) -> "
+    "(Tensor tokens, Tensor length, Tensor path, Tensor topk_ids, Tensor topk_logits, Tensor lse, "
+    "Tensor status)",
+    "compact_kv_": "(Tensor(a!) key, Tensor(b!) value, Tensor lengths, Tensor path, "
+    "Tensor accepted, Tensor start, Tensor? block_table) -> ()",
+}
+
+_lib = torch.library.Library("reasonkern", "FRAGMENT")
+_cuda = torch.library.Library("reasonkern_cuda", "FRAGMENT")
+for _name, _schema in SCHEMAS.items():
+    _lib.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    _cuda.define(_name + _schema)
+
+REFERENCE: dict[str, Callable[..., Any]] = {
+    "sample": reference_verify.sample,
+    "verify_tree": reference_verify.verify_tree,
+    "compact_kv_": cache.compact_kv_,
+}
+
+
+# ---- fake: shapes and dtypes only
+
+
+def _fake_sample(logits: Tensor, *args: Any) -> Tensor:
+    return logits.new_empty(logits.shape[:1], dtype=torch.int64)
+
+
+def _fake_verify_tree(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    depth, _, topk = args[-3:]
+    rows = (logits.shape[0], depth + 1)
+    shapes = (rows, rows[:1], rows, (*rows, topk), (*rows, topk), rows, rows[:1])
+    dtypes = (*(torch.int64,) * 4, torch.float32, torch.float32, torch.int32)
+    return tuple(logits.new_empty(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True))
+
+
+FAKE: dict[str, Callable[..., Any]] = {
+    "sample": _fake_sample,
+    "verify_tree": _fake_verify_tree,
+    "compact_kv_": lambda *args: None,
+}
+
+
+# ---- registrations
+
+
+def _cuda_entry(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        backend = _load.choose_cuda_backend(name, args[0].device)
+        rejection = name == "verify_tree" and args[3] is not None
+        if backend == "triton" and (args[0].dtype == torch.float64 or rejection):
+            backend = "reference"
+        return _load.implementation(name, backend)(*args)
+
+    return call
+
+
+def _triton(name: str) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        from . import triton_verify
+
+        return getattr(triton_verify, name)(*args)
+
+    return call
+
+
+TRITON = ("sample", "verify_tree")  # the latter by equality
+
+for _name in SCHEMAS:
+    _lib.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
+    _lib.impl(_name, _cuda_entry(_name), "CUDA")
+    torch.library.register_fake(f"reasonkern::{_name}", FAKE[_name], lib=_lib)
+    _load.register_op(
+        _name,
+        {
+            "reference": REFERENCE[_name],
+            "cpu": getattr(torch.ops.reasonkern, _name),
+            "cuda": getattr(torch.ops.reasonkern_cuda, _name),
+            "triton": _triton(_name) if _name in TRITON else None,
+        },
+    )

@@ -1,0 +1,138 @@
+"""The operators of verification on CPU tensors, computed by the CUDA kernels in the simulator.
+
+Arguments and results are those of the operators (reasonkern/speculation/verify_op.py). How the
+kernels are launched is in `settings`; no choice may change a result but the last bits of `lse`,
+which depend on the number of threads that share a row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from cuda_sim.build import load
+from torch import Tensor
+
+ORDERS = ("forward", "reverse", "random")
+REQUESTS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """teams: requests under way; blocks: of a team; threads: of a block."""
+
+    teams: int = 3
+    blocks: int = 2
+    threads: int = 32
+    order: str = "forward"
+    seed: int = 0
+
+
+settings = Settings()
+
+
+@contextmanager
+def using(**changes: Any) -> Iterator[None]:
+    """Launches differently inside the `with` block."""
+    global settings
+    before, settings = settings, replace(settings, **changes)
+    try:
+        yield
+    finally:
+        settings = before
+
+
+@cache
+def module() -> ModuleType:
+    return load([Path(__file__).with_name("verify_sim.cpp")], "verify_sim")
+
+
+def _launch() -> dict[str, int]:
+    return asdict(settings) | {"order": ORDERS.index(settings.order)}
+
+
+def _pointers(fields: dict[str, Any]) -> dict[str, Any]:
+    for name, value in fields.items():
+        if isinstance(value, Tensor) and name not in ("logits", "mask", "cache"):
+            assert value.is_contiguous(), name
+    return {
+        k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items() if v is not None
+    }
+
+
+def _rows(logits: Tensor, mask: Tensor | None) -> dict[str, Any]:
+    deep = logits.ndim == 3
+    return {
+        "logits": logits, "mask": mask, "batch": logits.shape[0],
+        "nodes": logits.shape[1] if deep else 1, "vocab": logits.shape[-1],
+        "stride_b": logits.stride(0), "stride_n": logits.stride(1) if deep else 0,
+        "mask_stride_b": 0 if mask is None else mask.stride(0),
+        "mask_stride_n": mask.stride(1) if mask is not None and deep else 0,
+    }  # fmt: skip
+
+
+def _run(op: str, logits: Tensor, fields: dict[str, Any]) -> None:
+    dtype = str(logits.dtype).removeprefix("torch.")
+    module().run(op, dtype, _launch(), _pointers(fields))
+
+
+def sample(logits: Tensor, mask: Tensor | None, *requests: Tensor) -> Tensor:
+    token = torch.empty(logits.shape[0], dtype=torch.int64)
+    fields = _rows(logits, mask) | dict(zip(REQUESTS, requests, strict=True)) | {"token": token}
+    _run("sample", logits, fields)
+    return token
+
+
+def verify_tree(
+    logits: Tensor, tokens: Tensor, valid: Tensor, q_ids: Tensor | None, q_logprob: Tensor | None,
+    child_ptr: Tensor, child_index: Tensor, *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    *requests, eos, max_length, node_mask, num_nodes, depth, _, topk = rest
+    rows = (logits.shape[0], depth + 1)
+    out = {
+        "out_tokens": torch.empty(rows, dtype=torch.int64),
+        "length": torch.empty(rows[:1], dtype=torch.int64),
+        "path": torch.empty(rows, dtype=torch.int64),
+        "topk_ids": torch.empty((*rows, topk), dtype=torch.int64),
+        "topk_logits": torch.empty((*rows, topk)),
+        "lse": torch.empty(rows),
+        "status": torch.empty(rows[:1], dtype=torch.int32),
+    }
+    fields = _rows(logits, node_mask) | dict(zip(REQUESTS, requests, strict=True)) | out
+    fields |= {
+        "tokens": tokens, "valid": valid, "q_ids": q_ids, "q_logprob": q_logprob,
+        "entry": 0 if q_ids is None else q_ids.shape[-1], "child_ptr": child_ptr,
+        "child_index": child_index, "eos": eos, "eos_count": 0 if eos is None else len(eos),
+        "max_length": max_length, "num_nodes": num_nodes, "depth": depth, "topk": topk,
+    }  # fmt: skip
+    _run("verify", logits, fields)
+    return tuple(out.values())
+
+
+def compact_kv_(
+    key: Tensor, value: Tensor, lengths: Tensor, path: Tensor, accepted: Tensor, start: Tensor,
+    block_table: Tensor | None,
+) -> None:  # fmt: skip
+    slot, head = (2, 1) if block_table is None else (1, 2)
+    for cache_ in (key, value):
+        strides = [cache_.stride(d) * cache_.element_size() for d in (0, slot, head)]
+        alignment = math.gcd(cache_.data_ptr(), *strides)
+        word = module().word_bytes(cache_.shape[3] * cache_.element_size(), alignment)
+        fields = {
+            "cache": cache_, "element_bytes": cache_.element_size(), "batch": len(lengths),
+            "heads": cache_.shape[head], "head_dim": cache_.shape[3], "steps": path.shape[1],
+            "stride_block": cache_.stride(0), "stride_slot": cache_.stride(slot),
+            "stride_head": cache_.stride(head), "lengths": lengths, "path": path,
+            "accepted": accepted, "start": start, "block_table": block_table,
+            "max_blocks": 0 if block_table is None else block_table.shape[1],
+            "block_size": cache_.shape[slot],
+        }  # fmt: skip
+        launch = _launch() | {"blocks": 1}
+        module().compact(min(word, 8), launch, _pointers(fields))

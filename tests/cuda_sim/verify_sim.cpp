@@ -1,0 +1,165 @@
+// The kernels of verification in the simulator, started by tests/cuda_sim/verify_backend.py.
+// Pointers come as integers in dicts whose keys are the fields of verify.h; a missing key is null.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cuda_sim.h"
+#include "speculation/verify_kernels.cuh"
+#include "speculation/verify_launch.h"
+
+namespace py = pybind11;
+using namespace reasonkern;
+
+namespace {
+
+struct Fields {
+  const py::dict& dict;
+
+  template <class T>
+  T number(const char* name) const {
+    return dict[name].cast<T>();
+  }
+  template <class T>
+  void point(T*& field, const char* name) const {
+    const std::uintptr_t p = dict.contains(name) ? number<std::uintptr_t>(name) : 0;
+    field = reinterpret_cast<T*>(p);
+  }
+};
+
+LogitRows rows_of(const Fields& f) {
+  LogitRows r{};
+  f.point(r.data, "logits");
+  f.point(r.mask, "mask");
+  r.batch = f.number<int64_t>("batch");
+  r.nodes = f.number<int64_t>("nodes");
+  r.vocab = f.number<int64_t>("vocab");
+  r.stride_b = f.number<int64_t>("stride_b");
+  r.stride_n = f.number<int64_t>("stride_n");
+  r.mask_stride_b = f.number<int64_t>("mask_stride_b");
+  r.mask_stride_n = f.number<int64_t>("mask_stride_n");
+  return r;
+}
+
+RequestParams requests_of(const Fields& f) {
+  RequestParams r{};
+  f.point(r.temperature, "temperature");
+  f.point(r.top_k, "top_k");
+  f.point(r.top_p, "top_p");
+  f.point(r.min_p, "min_p");
+  f.point(r.seed, "seed");
+  f.point(r.position, "position");
+  return r;
+}
+
+struct Launch {
+  unsigned teams, blocks, threads;  // blocks: of a team
+  int order;
+  uint64_t seed;
+
+  explicit Launch(const Fields& f)
+      : teams(f.number<unsigned>("teams")),
+        blocks(f.number<unsigned>("blocks")),
+        threads(f.number<unsigned>("threads")),
+        order(f.number<int>("order")),
+        seed(f.number<uint64_t>("seed")) {}
+
+  template <class Params>
+  void start(void (*kernel)(Params), std::size_t shared_bytes, const Params& p) const {
+    cuda_sim::launch(kernel, teams * blocks, threads, blocks, shared_bytes,
+                     static_cast<cuda_sim::Order>(order), seed, p);
+  }
+};
+
+template <class E>
+void sample(const Launch& l, const Fields& f) {
+  SampleParams p{rows_of(f), requests_of(f), nullptr};
+  f.point(p.token, "token");
+  l.start(sample_kernel<E>, sizeof(TeamShared), p);
+}
+
+template <class E>
+void verify(const Launch& l, const Fields& f) {
+  VerifyParams p{};
+  p.rows = rows_of(f);
+  p.requests = requests_of(f);
+  f.point(p.tokens, "tokens");
+  f.point(p.valid, "valid");
+  f.point(p.q_ids, "q_ids");
+  f.point(p.q_logprob, "q_logprob");
+  p.entry = f.number<int>("entry");
+  f.point(p.child_ptr, "child_ptr");
+  f.point(p.child_index, "child_index");
+  f.point(p.eos, "eos");
+  p.eos_count = f.number<int>("eos_count");
+  f.point(p.max_length, "max_length");
+  f.point(p.num_nodes, "num_nodes");
+  p.depth = f.number<int>("depth");
+  p.topk = f.number<int>("topk");
+  f.point(p.out_tokens, "out_tokens");
+  f.point(p.length, "length");
+  f.point(p.path, "path");
+  f.point(p.topk_ids, "topk_ids");
+  f.point(p.topk_logits, "topk_logits");
+  f.point(p.lse, "lse");
+  f.point(p.status, "status");
+  l.start(verify_kernel<E>, sizeof(TeamShared), p);
+}
+
+template <class Word>
+void compact(const Launch& l, const Fields& f) {
+  CompactParams p{};
+  f.point(p.cache, "cache");
+  p.element_bytes = f.number<int>("element_bytes");
+  p.batch = f.number<int64_t>("batch");
+  p.heads = f.number<int64_t>("heads");
+  p.head_dim = f.number<int64_t>("head_dim");
+  p.steps = f.number<int64_t>("steps");
+  p.stride_block = f.number<int64_t>("stride_block");
+  p.stride_slot = f.number<int64_t>("stride_slot");
+  p.stride_head = f.number<int64_t>("stride_head");
+  f.point(p.lengths, "lengths");
+  f.point(p.path, "path");
+  f.point(p.accepted, "accepted");
+  f.point(p.start, "start");
+  f.point(p.block_table, "block_table");
+  p.max_blocks = f.number<int64_t>("max_blocks");
+  p.block_size = f.number<int64_t>("block_size");
+  l.start(compact_kernel<Word>, 0, p);
+}
+
+template <class E>
+void run_rows(const std::string& op, const Launch& l, const Fields& f) {
+  if (op == "sample") return sample<E>(l, f);
+  if (op == "verify") return verify<E>(l, f);
+  throw std::invalid_argument("op: got " + op);
+}
+
+void run(const std::string& op, const std::string& dtype, const py::dict& launch,
+         const py::dict& args) {
+  const Launch l{Fields{launch}};
+  const Fields f{args};
+  if (dtype == "float32") return run_rows<float>(op, l, f);
+  if (dtype == "bfloat16") return run_rows<bf16>(op, l, f);
+  if (dtype == "float16") return run_rows<fp16>(op, l, f);
+  if (dtype == "float64") return run_rows<double>(op, l, f);
+  throw std::invalid_argument("dtype: got " + dtype);
+}
+
+void run_compact(int word, const py::dict& launch, const py::dict& args) {
+  const Launch l{Fields{launch}};
+  const Fields f{args};
+  if (word == 8) return compact<uint64_t>(l, f);
+  if (word == 4) return compact<uint32_t>(l, f);
+  if (word == 2) return compact<uint16_t>(l, f);
+  if (word == 1) return compact<uint8_t>(l, f);
+  throw std::invalid_argument("word: got another width");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(verify_sim, m) {
+  m.def("run", &run);
+  m.def("compact", &run_compact);
+  m.def("team_blocks", &team_blocks);
+  m.def("word_bytes", &word_bytes);
+}

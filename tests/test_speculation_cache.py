@@ -1,0 +1,147 @@
+"""`compact_kv_` on every backend: dense and paged caches, any layout, nothing else written."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from contract import assert_same_bits, bits
+from speculation_cases import generator
+from torch import Tensor
+
+import reasonkern as rk
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8)
+
+
+def moved(cache: Tensor, lengths, path, accepted, start, table=None) -> Tensor:
+    """One by one, in order: the definition."""
+    out = cache.clone()
+    for b in range(len(lengths)):
+        for j in range(int(accepted[b])):
+            source, target = int(start[b] + path[b, j]), int(lengths[b]) + j
+            if table is None:
+                out[b, :, target] = out[b, :, source]
+            else:
+                size = cache.shape[1]
+                row = out[table[b, source // size], source % size]
+                out[table[b, target // size], target % size] = row
+    return out
+
+
+def walk(batch: int, nodes: int, steps: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Ascending paths of random lengths, -1 beyond."""
+    g = generator(seed)
+    accepted = torch.randint(0, steps + 1, (batch,), generator=g)
+    accepted[0], accepted[-1] = 0, steps
+    path = torch.full((batch, steps), -1)
+    for b, n in enumerate(accepted.tolist()):
+        drawn = torch.randperm(nodes - 1, generator=g)[: max(n - 1, 0)].sort().values + 1
+        path[b, :n] = torch.cat([torch.zeros(1, dtype=torch.int64), drawn])[:n]
+    return path, accepted
+
+
+def caches(shape, dtype, seed):
+    g = generator(seed)
+    return [torch.randint(-50, 50, shape, generator=g).to(dtype) for _ in range(2)]
+
+
+def skip_without_kernel(backend):
+    if backend.name == "triton":
+        pytest.skip("the Triton backend has no compact_kv_")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 6, 64])
+@pytest.mark.parametrize("gap", [0, 3])
+def test_dense(backend, dtype, width, gap):
+    skip_without_kernel(backend)
+    path, accepted = walk(4, 7, 5, width)
+    lengths = torch.tensor([0, 3, 8, 5])
+    start = lengths + gap
+    for key, value in [caches((4, 2, 20, width), dtype, 1)]:
+        expected = [moved(x, lengths, path, accepted, start) for x in (key, value)]
+        args = (key, value, lengths, path, accepted, start, None)
+        on = [backend.to(a) for a in args]
+        backend("compact_kv_", *on)
+        for got, e in zip(on[:2], expected, strict=True):
+            assert torch.equal(bits(got.cpu()), bits(e))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_paged(backend, dtype):
+    skip_without_kernel(backend)
+    path, accepted = walk(3, 7, 5, 3)
+    lengths = torch.tensor([2, 6, 1])
+    start = lengths + torch.tensor([0, 2, 5])
+    table = torch.randperm(15, generator=generator(2))[:12].view(3, 4)
+    key, value = caches((15, 4, 2, 8), dtype, 2)
+    expected = [moved(x, lengths, path, accepted, start, table) for x in (key, value)]
+    on = [backend.to(a) for a in (key, value, lengths, path, accepted, start, table)]
+    backend("compact_kv_", *on)
+    assert_same_bits([x.cpu() for x in on[:2]], expected)
+
+
+def test_strided_caches(backend):
+    """Heads beside slots, as models store them: (B, S, H, D) seen as (B, H, S, D)."""
+    skip_without_kernel(backend)
+    path, accepted = walk(3, 7, 5, 4)
+    lengths = torch.tensor([1, 4, 2])
+    stored = caches((3, 16, 2, 10), torch.float32, 4)
+    views = [x[..., 1:9].transpose(1, 2) for x in stored]
+    expected = [moved(x, lengths, path, accepted, lengths) for x in views]
+    before = [x.clone() for x in stored]
+    on = [backend.to(x) for x in stored]
+    on_views = [x[..., 1:9].transpose(1, 2) for x in on]
+    rest = [backend.to(a) for a in (lengths, path, accepted, lengths)]
+    backend("compact_kv_", *on_views, *rest, None)
+    assert_same_bits([x.cpu() for x in on_views], expected)
+    for x, b in zip(on, before, strict=True):
+        assert_same_bits(x.cpu()[..., [0, 9]], b[..., [0, 9]])
+
+
+def test_follows_a_verified_step():
+    """The cache of the accepted tokens is that of a run that never drafted."""
+    tree = rk.DraftTree([-1, 0, 0, 1, 2, 4])
+    tokens = torch.tensor([[9, 1, 2, 3, 4, 5]])
+    logits = torch.zeros(1, 6, 8)
+    for node, token in ((0, 2), (2, 4), (4, 5), (5, 6)):
+        logits[0, node, token] = 9
+    out = rk.verify_tree(
+        logits, rk.Draft(tokens, torch.ones(1, 6, dtype=torch.bool)), tree, temperature=0, seed=0,
+        position=0,
+    )  # fmt: skip
+    assert out.tokens.tolist() == [[2, 4, 5, 6]]
+    key = torch.arange(10.0).view(1, 1, 10, 1)
+    rk.compact_kv_(key, key.clone(), torch.tensor([3]), out.path, out.length)
+    assert key.flatten()[:7].tolist() == [0, 1, 2, 3, 5, 7, 8]
+
+
+GOOD = {
+    "key": lambda: torch.zeros(2, 1, 8, 2), "value": lambda: torch.zeros(2, 1, 8, 2),
+    "lengths": lambda: torch.tensor([0, 1]), "path": lambda: torch.tensor([[0, 1], [0, -1]]),
+    "accepted": lambda: torch.tensor([2, 1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": torch.zeros(2, 8, 2)}, r"^key: expected shape \(B, H, S, D\)"),
+        ({"value": torch.zeros(2, 1, 7, 2)}, "^value: expected shape"),
+        ({"value": torch.zeros(2, 1, 8, 2).half()}, "^value: expected dtype"),
+        ({"lengths": torch.tensor([0])}, "^path: expected shape"),
+        ({"lengths": torch.tensor([0, 1]).int()}, "^lengths: expected dtype"),
+        ({"path": torch.tensor([[0, 9], [0, -1]])}, r"^path: expected values in \[0, 8\)"),
+        ({"path": torch.tensor([[1, 0], [0, -1]])}, "^path: expected ascending"),
+        ({"accepted": torch.tensor([3, 1])}, "^accepted: expected values"),
+        ({"start": torch.tensor([0, 0])}, "^start: expected slots >= lengths"),
+        ({"start": torch.tensor([7, 7])}, r"^start \+ path: expected values"),
+        ({"block_table": torch.zeros(3, 1).long()}, "^block_table: expected shape"),
+        ({"block_table": torch.tensor([[0, 1], [5, 5]])}, "^block_table: expected values"),
+    ],
+)  # fmt: skip
+def test_errors(change, message):
+    args = {name: make() for name, make in GOOD.items()} | change
+    start, table = args.pop("start", None), args.pop("block_table", None)
+    with pytest.raises(ValueError, match=message):
+        rk.compact_kv_(*args.values(), start=start, block_table=table)

@@ -1,0 +1,98 @@
+"""The verification kernels in the simulator: launch shapes, thread orders, ties, sanitizers."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from contract import assert_same_bits
+from speculation_cases import random_step, rows
+from test_speculation_verify import OUTPUTS, chain, check_lse
+
+from reasonkern import _load
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+
+
+@pytest.fixture
+def simulated():
+    from cuda_sim import verify_backend
+
+    return verify_backend
+
+
+def same(simulated, step):
+    expected = _load.implementation("verify_tree", "reference")(*step.args())
+    got = simulated.verify_tree(*step.args())
+    for name, g, e in zip(OUTPUTS, got, expected, strict=True):
+        if name == "lse":
+            check_lse(step, expected[2], g, e)
+        else:
+            assert_same_bits(g, e)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize(("blocks", "threads"), [(1, 32), (1, 64), (2, 32), (4, 64), (8, 32)])
+def test_launch_shapes_change_nothing(simulated, blocks, threads, order):
+    with simulated.using(blocks=blocks, threads=threads, order=order, seed=5, teams=2):
+        same(simulated, random_step(1, batch=5, vocab=300, rejection=blocks != 2))
+
+
+@pytest.mark.parametrize("vocab", [1200, 2600])
+def test_more_ties_than_candidates(simulated, vocab):
+    """Logits that are all equal overflow the candidates of the statistics; so do a few values."""
+    step = chain([3, 1, 4], vocab)
+    step.logits[0, 0] = 2.0
+    step.logits[0, 1] = torch.arange(vocab) % 2
+    with simulated.using(blocks=1, threads=32):
+        same(simulated, step)
+
+
+def test_the_last_tie_of_top_k_and_top_p(simulated):
+    x = torch.zeros(4, 90)
+    x[:, ::7] = 1.0
+    r = replace(
+        rows(4, 90, 0, "off"), temperature=torch.full((4,), 0.7),
+        top_k=torch.tensor([5, 13, 14, 40]), top_p=torch.tensor([1.0, 0.3, 1.0, 0.9]),
+    )  # fmt: skip
+    expected = _load.implementation("sample", "reference")(x, None, *r.args())
+    assert_same_bits(simulated.sample(x, None, *r.args()), expected)
+
+
+def test_launch_decisions(simulated):
+    blocks, word = simulated.module().team_blocks, simulated.module().word_bytes
+    assert [blocks(b, 132, 90) for b in (1, 8, 32, 33, 64, 132, 256)] == [8, 8, 8, 8, 4, 2, 1]
+    assert blocks(1, 108, 80) == 1  # no clusters there
+    assert [word(256, 64), word(24, 16), word(6, 2), word(3, 1)] == [16, 8, 2, 1]
+
+
+SANITIZED = """
+import sys; sys.path.insert(0, "tests")
+from speculation_cases import random_step, rows, random_logits
+from cuda_sim import verify_backend as sim
+for rejection in (False, True):
+    step = random_step(2, batch=5, nodes=5, vocab=150, rejection=rejection)
+    sim.verify_tree(*step.args())
+sim.sample(random_logits((3, 77), 1), None, *rows(3, 77, 1).args())
+print("clean")
+"""
+
+
+@pytest.mark.slow
+def test_sanitizers_find_nothing():
+    from cuda_sim.build import run_sanitized
+
+    done = run_sanitized(["-c", SANITIZED])
+    assert done.returncode == 0 and "clean" in done.stdout, done.stderr[-4000:]
+
+
+def test_no_kernel_waits_for_the_host():
+    """Nothing in the launchers copies to the host or synchronises."""
+    root = Path(__file__).parents[1] / "csrc"
+    text = (root / "speculation" / "cuda_verify.cu").read_text()
+    text += (root / "speculation" / "verify_operators.h").read_text()
+    for word in ("Synchronize", "cudaMemcpy", "item(", ".cpu("):
+        assert word not in text
