@@ -67,7 +67,7 @@ def test_no_launch_shape_changes_a_bit(sim: Any, dtype: torch.dtype, slices: int
     shapes: list[dict[str, Any]] = [
         {"order": "reverse", "blocks": 1},
         {"order": "random", "seed": 1, "resident": False, "blocks": 5},
-        {"order": "random", "seed": 2, "blocks": 1},
+        {"order": "random", "seed": 2, "groups": min(slices, 4), "resident": False},
         {"order": "random", "seed": 3, "blocks": 20},
     ]
     with sim.using(slices=slices):
@@ -107,7 +107,7 @@ def test_every_number_of_slices_is_accurate(sim: Any, vocab: int, slices: int) -
     dtype = DTYPES[(vocab + slices) % 3]
     x, y = cases.hard_logits(vocab, dtype, seed=vocab)
     backend = Backend("cuda-sim", "cpu", lambda op: getattr(sim, op))
-    for shape in ({"resident": True}, {"resident": False}):
+    for shape in ({"resident": True}, {"resident": False, "groups": min(slices, 2)}):
         with sim.using(slices=slices, group=64, order="random", seed=vocab, **shape):
             check_stats(backend, x[:1], y[:1])
             check_loss(backend, simple_loss(x[:1], y[:1]))
@@ -130,29 +130,26 @@ def test_nonfinite_logits_in_any_slice(sim: Any, value: float, place: int) -> No
 
 
 def test_launch_configuration(sim: Any) -> None:
-    """Three blocks of a cluster fit on an SM of 228 KiB; too long or too old means sweeps."""
+    """Three blocks of a cluster fit on an SM of 228 KiB; too long or too old means two sweeps."""
     hopper, opt_in = 90, 227 * 1024
     for vocab, bytes_, slices in (
         (32_000, 2, 1), (128_256, 2, 4), (151_936, 2, 4), (262_144, 2, 8),
         (32_000, 4, 2), (128_256, 4, 8), (151_936, 4, 8),
     ):  # fmt: skip
-        c = sim.module().row_config(vocab, bytes_, hopper, opt_in)
+        c = sim.module().loss_config(vocab, bytes_, True, hopper, opt_in)
         assert c["resident"] and c["cluster"] == c["slices"] == slices
         assert 3 * (c["shared_bytes"] + 1024) <= 228 * 1024
         assert c["slices"] * c["slice_len"] >= vocab and c["slice_len"] * bytes_ % 16 == 0
-        older = sim.module().row_config(vocab, bytes_, 80, opt_in)
-        assert not older["resident"] and older["cluster"] == 1
-        assert (older["slices"], older["slice_len"]) == (c["slices"], c["slice_len"])
-        assert older["block"] <= 1024 and older["shared_bytes"] <= 48 * 1024
-    assert not sim.module().row_config(10**6, 4, hopper, opt_in)["resident"]
-    assert not sim.module().row_config(32_000, 8, hopper, opt_in)["resident"]
-
-
-@pytest.mark.parametrize("rows", [1, 99, 1600, 8192, 100_000])
-def test_clusters_take_several_rows_only_when_there_are_many(sim: Any, rows: int) -> None:
-    clusters = sim.module().resident_clusters(rows, 4, 132)
-    assert 0 < clusters <= rows <= 4 * clusters
-    assert clusters == rows or clusters >= 16 * 99
+        for other in (
+            sim.module().loss_config(vocab, bytes_, True, 80, opt_in),
+            sim.module().loss_config(vocab, bytes_, False, hopper, opt_in),
+            sim.module().stats_config(vocab, bytes_),
+        ):
+            assert not other["resident"] and other["cluster"] == 1
+            assert (other["slices"], other["slice_len"]) == (c["slices"], c["slice_len"])
+            assert other["block"] <= 1024 and other["shared_bytes"] <= 48 * 1024
+    assert not sim.module().loss_config(10**6, 4, True, hopper, opt_in)["resident"]
+    assert not sim.module().loss_config(32_000, 8, True, hopper, opt_in)["resident"]
 
 
 @pytest.mark.parametrize(

@@ -118,20 +118,4 @@ __device__ __forceinline__ void copy_wait() {
 #endif
 }
 
-// The same for a number the compiler knows once loops are unrolled; at most 4.
-__device__ __forceinline__ void copy_wait(int groups) {
-  switch (groups) {
-    case 0:
-      return copy_wait<0>();
-    case 1:
-      return copy_wait<1>();
-    case 2:
-      return copy_wait<2>();
-    case 3:
-      return copy_wait<3>();
-    default:
-      return copy_wait<4>();
-  }
-}
-
 }  // namespace reasonkern

@@ -46,14 +46,9 @@ struct CudaBackend {
     const LaunchScope scope(device);
     dispatch_element<T>(type, [&](auto element) {
       using E = typename decltype(element)::type;
-      const Device gpu = describe(device);
-      const LaunchConfig c = row_config(p.rows.vocab, sizeof(E), gpu);
-      auto kernel = stats_sweep_kernel<E>;
-      if constexpr (sizeof(E) < 8) {
-        if (c.resident) kernel = stats_cluster_kernel<E>;
-      }
-      launch(kernel, row_grid(p.rows.rows, c, gpu), c.block, c.cluster, c.shared_bytes,
-             scope.stream, p, c.tiling);
+      const LaunchConfig c = stats_config(p.rows.vocab, sizeof(E));
+      launch(stats_kernel<E>, grid_blocks(p.rows.rows, 1), c.block, 1, c.shared_bytes, scope.stream,
+             p, c.tiling);
     });
   }
 
@@ -75,14 +70,18 @@ struct CudaBackend {
     const LaunchScope scope(device);
     dispatch_element<T>(type, [&](auto element) {
       using E = typename decltype(element)::type;
+      const bool needs_grad = p.rows.grad != nullptr;
       const Device gpu = describe(device);
-      const LaunchConfig c = row_config(p.rows.vocab, sizeof(E), gpu);
+      const LaunchConfig c = loss_config(p.rows.vocab, sizeof(E), needs_grad, gpu);
       auto kernel = loss_sweep_kernel<E>;
+      unsigned grid = grid_blocks(p.rows.rows, 1);
       if constexpr (sizeof(E) < 8) {
-        if (c.resident) kernel = loss_cluster_kernel<E>;
+        if (c.resident) {
+          kernel = loss_cluster_kernel<E>;
+          grid = grid_blocks(resident_clusters(p.rows.rows, c.cluster, gpu), c.cluster);
+        }
       }
-      launch(kernel, row_grid(p.rows.rows, c, gpu), c.block, c.cluster, c.shared_bytes,
-             scope.stream, p, c.tiling);
+      launch(kernel, grid, c.block, c.cluster, c.shared_bytes, scope.stream, p, c.tiling);
     });
   }
 

@@ -6,7 +6,7 @@
 
 namespace reasonkern {
 
-// ---- token_stats: results
+// ---- token_stats: one block per row
 
 template <class A>
 __device__ __forceinline__ void write_inactive_stats(const StatsOut<A>& out, int64_t row) {
@@ -37,135 +37,31 @@ __device__ __forceinline__ void write_stats(const StatsOut<acc_t<T>>& out, int64
   out.is_top1[row] = stats.finite && a.argmax == target;
 }
 
-// ---- rows that fit on chip: a cluster per row, one block per slice. Every thread reads only what
-// it has fetched itself, so that between a fetch and its use there is no barrier.
-
-constexpr int kStages = 5;  // groups of copies that a slice is fetched in: a tile each, or the rest
-
 template <class T>
-__device__ __forceinline__ void fetch_stage(T* shared, const T* p, Slice slice, int stage) {
-  constexpr int N = Vec<T>::size;
-  const bool aligned = is_aligned(p);
-  const int step = blockDim.x * N, tile = kUnroll * step;
-  const int end = p == nullptr ? 0 : stage < kStages - 1 ? (stage + 1) * tile : slice.n;
-#pragma unroll 4
-  for (int at = stage * tile + threadIdx.x * N; at < end && at < slice.n; at += step) {
-    if (aligned && at + N <= slice.n) {
-      copy_async(shared + at, p + at);
-    } else {
-      store_shared(shared + at, load_elements(p, slice.n, at));
-    }
-  }
-  copy_commit();
-}
-
-// A resident slice as slice_moments reads it.
-template <class T>
-__device__ __forceinline__ void load_resident(Vec<T> (&v)[kUnroll], const T* shared, Slice slice,
-                                              int tile, int pass) {
-  constexpr int N = Vec<T>::size;
-  const int step = blockDim.x * N;
-  int at = (tile * kUnroll * blockDim.x + threadIdx.x) * N;
-  if (pass == 0) copy_wait(tile < kStages ? kStages - 1 - tile : 0);
-  if (at + (kUnroll - 1) * step < slice.n) {  // the last vector is padded with -inf
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) v[i] = load_shared(shared + at + i * step);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i, at += step) {
-      v[i] = at < slice.n ? load_shared(shared + at) : load_elements(shared, 0, 0);
-    }
-  }
-}
-
-// ---- token_stats
-
-template <class T>
-__device__ __forceinline__ void finish_stats(const StatsParams<acc_t<T>>& p, int64_t row,
-                                             const FullMoments<acc_t<T>>& total,
-                                             const RowScale<T>& scale) {
-  const int64_t y = p.rows.targets[row];
-  const bool valid = y >= 0 && y < p.rows.vocab;
-  acc_t<T> x_y = valid ? to_acc(logits_row<T>(p.rows, row)[y]) : acc_t<T>(0);
-  if (scale.softcap.value != acc_t<T>(0)) x_y = soft_capped(x_y, scale.softcap);
-  write_stats(p.out, row, total, x_y, y, valid, scale);
-}
-
-// The first row from `row` on that the mask does not skip.
-template <class A>
-__device__ __forceinline__ int64_t skip_masked(const StatsParams<A>& p, int64_t row) {
-  const unsigned size = cluster_size();
-  for (; row < p.rows.rows && p.mask != nullptr && !p.mask[row]; row += gridDim.x / size) {
-    if (cluster_rank() == 0 && threadIdx.x == 0) write_inactive_stats(p.out, row);
-  }
-  return row;
-}
-
-template <class T>
-__global__ void __launch_bounds__(kGroup, 3)
-    stats_cluster_kernel(StatsParams<acc_t<T>> p, Tiling tiling) {
+__global__ void __launch_bounds__(kGroup, sizeof(T) == 8 ? 1 : 4)
+    stats_kernel(StatsParams<acc_t<T>> p, Tiling tiling) {
   using A = acc_t<T>;
-  const unsigned rank = cluster_rank(), size = cluster_size();
-  const int warps = blockDim.x / 32;
-  T* shared = dynamic_shared<T>();
-  // Two sets each, in turn: the blocks are at most one barrier apart.
-  auto* parts = dynamic_shared<FullMoments<A>>(unsigned(tiling.slice_len * sizeof(T)));
-  A* maxima = reinterpret_cast<A*>(parts + 2 * warps);
-  const Slice slice = slice_of(tiling, p.rows.vocab, int(rank));
-  const int tiles = count_tiles<T>(slice);
-  int64_t row = skip_masked(p, blockIdx.x / size);
-  const auto slice_of_row = [&](int64_t r) {
-    return r < p.rows.rows ? logits_row<T>(p.rows, r) + slice.begin : nullptr;
-  };
-  for (int stage = 0; stage < kStages; ++stage) {
-    fetch_stage(shared, slice_of_row(row), slice, stage);
-  }
-  for (unsigned turn = 0; row < p.rows.rows; ++turn) {
-    const RowScale<T> scale = row_scale<T>(p.scale, row);
-    const int64_t next_row = skip_masked(p, row + gridDim.x / size);
-    const T* next = slice_of_row(next_row);
-    FullMoments<A>* mine = parts + turn % 2 * warps;
-    const auto part = slice_moments<FullMoments<A>, T>(
-        maxima + turn % 2 * warps, slice, scale,
-        [&](Vec<T>(&v)[kUnroll], int tile, int pass) {
-          load_resident(v, shared, slice, tile, pass);
-        },
-        [&](int tile) {
-          if (tile < kStages - 1) fetch_stage(shared, next, slice, tile);
-        });
-    for (int stage = tiles < kStages ? tiles : kStages - 1; stage < kStages; ++stage) {
-      fetch_stage(shared, next, slice, stage);
-    }
-    if (threadIdx.x % 32 == 0) mine[threadIdx.x / 32] = part;
-    cluster_sync();
-    if (rank == turn % size && threadIdx.x < 32) {
-      const auto total = merge_parts<FullMoments<A>>(int(size) * warps, scale, [&](int i) {
-        return *cluster_map(mine + i % warps, unsigned(i / warps));
-      });
-      if (threadIdx.x == 0) finish_stats(p, row, total, scale);
-    }
-    row = next_row;
-  }
-  cluster_sync();  // no block exits while another reads its partials
-}
-
-// Other rows: one block per row.
-template <class T>
-__global__ void __launch_bounds__(kGroup, sizeof(T) == 8 ? 1 : 3)
-    stats_sweep_kernel(StatsParams<acc_t<T>> p, Tiling tiling) {
-  using A = acc_t<T>;
-  const int count = tiling.slices * int(blockDim.x / 32);
   FullMoments<A>* parts = dynamic_shared<FullMoments<A>>();
-  A* maxima = reinterpret_cast<A*>(parts + count);
-  for (int64_t row = skip_masked(p, blockIdx.x); row < p.rows.rows;
-       row = skip_masked(p, row + gridDim.x)) {
+  const int64_t vocab = p.rows.vocab;
+  for (int64_t row = blockIdx.x; row < p.rows.rows; row += gridDim.x) {
+    if (p.mask != nullptr && !p.mask[row]) {
+      if (threadIdx.x == 0) write_inactive_stats(p.out, row);
+      continue;
+    }
+    const T* logits = logits_row<T>(p.rows, row);
     const RowScale<T> scale = row_scale<T>(p.scale, row);
-    sweep_moments<Reuse::last>(parts, maxima, logits_row<T>(p.rows, row), p.rows.vocab, tiling,
-                               scale);
+    sweep_moments<Reuse::last>(parts, logits, vocab, tiling, scale);
     __syncthreads();
     if (threadIdx.x < 32) {
-      const auto total = merge_parts<FullMoments<A>>(count, scale, [&](int i) { return parts[i]; });
-      if (threadIdx.x == 0) finish_stats(p, row, total, scale);
+      const auto total = merge_parts<FullMoments<A>>(tiling.slices * tiling.group / 32, scale,
+                                                     [&](int i) { return parts[i]; });
+      if (threadIdx.x == 0) {
+        const int64_t y = p.rows.targets[row];
+        const bool valid = y >= 0 && y < vocab;
+        A x_y = valid ? to_acc(logits[y]) : A(0);
+        if (scale.softcap.value != A(0)) x_y = soft_capped(x_y, scale.softcap);
+        write_stats(p.out, row, total, x_y, y, valid, scale);
+      }
     }
     __syncthreads();
   }
@@ -173,7 +69,7 @@ __global__ void __launch_bounds__(kGroup, sizeof(T) == 8 ? 1 : 3)
 
 // ---- policy_loss: the objective between the two halves of a row, by one thread
 
-// One thread fills it while the others sum, thread 0 reads it.
+// Thread 0 fills it while the row's first loads are under way.
 template <class A>
 struct RowScratch {
   GradCoefs<A> grad;
@@ -182,10 +78,7 @@ struct RowScratch {
   int64_t target;
   A x_y;
 };
-static_assert(sizeof(RowScratch<double>) <= 384, "sweep_shared_bytes");
-static_assert(sizeof(RowScratch<float>) + 8 * (sizeof(Moments<float>) + 8) <= kScratchBytes &&
-                  8 * (2 * sizeof(FullMoments<float>) + 8) <= kScratchBytes,
-              "a cluster block's partials and maxima of 8 warps");
+static_assert(sizeof(RowScratch<double>) <= 384, "kScratchBytes, sweep_shared_bytes");
 
 template <class A>
 __device__ __forceinline__ bool is_active(const LossParams<A>& p, int64_t row) {
@@ -236,10 +129,66 @@ __device__ __forceinline__ void decide_row(RowScratch<acc_t<T>>& s, const LossPa
   s.grad = fold<T>(g, total.m, scale.temperature.value, s.target);
 }
 
-// ---- policy_loss, rows that fit on chip
+// ---- policy_loss, rows that fit on chip: a cluster per row, one block per slice
 
-// The slice's gradient, and behind it the next row's slice (null: no such row) into the shared
-// memory that each thread has just read: loads go on while gradients are stored.
+constexpr int kStages = 4;  // tiles of a slice that are fetched ahead
+
+// This thread's vectors of one tile, as one group of copies, empty past the end of the slice.
+template <class T>
+__device__ __forceinline__ void fetch_tile(T* shared, const T* p, int n, int tile) {
+  constexpr int N = Vec<T>::size;
+  const bool aligned = is_aligned(p);
+  const int step = blockDim.x * N;
+  int position = threadIdx.x * N + tile * kUnroll * step;
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i, position += step) {
+    if (position >= n) break;
+    if (aligned && position + N <= n) {
+      copy_async(shared + position, p + position);
+    } else {
+      store_shared(shared + position, load_elements(p, n, position));
+    }
+  }
+  copy_commit();
+}
+
+template <class T>
+__device__ __forceinline__ void load_tile(Vec<T> (&v)[kUnroll], const T* shared, int n,
+                                          int position, int step) {
+  const bool inside = position + (kUnroll - 1) * step < n;  // the last vector is padded with -inf
+  if (inside) {
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) v[i] = load_shared(shared + position + i * step);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i, position += step) {
+      v[i] = position < n ? load_shared(shared + position) : load_elements(shared, 0, 0);
+    }
+  }
+}
+
+// The block's slice through shared memory into moments. Its first kStages tiles are under way, the
+// others follow as tiles are read; every thread reads only what it fetched, so no barrier.
+template <class T>
+__device__ __forceinline__ Moments<acc_t<T>> fetch_moments(T* shared, const T* p, Slice slice,
+                                                           const RowScale<T>& scale) {
+  constexpr int N = Vec<T>::size;
+  const int step = blockDim.x * N, start = threadIdx.x * N;
+  Moments<acc_t<T>> a;
+  clear(a);
+  for (int tile = 0; tile * kUnroll * step < slice.n; ++tile) {
+    const int at = start + tile * kUnroll * step;
+    copy_wait<kStages - 1>();
+    Vec<T> v[kUnroll];
+    load_tile(v, shared, slice.n, at, step);
+    absorb(a, v, scale, slice.begin + at, step);
+    fetch_tile(shared, p, slice.n, tile + kStages);
+  }
+  return warp_join(a);
+}
+
+// The slice's gradient, and behind it the first tiles of the next row's slice (null: no such row)
+// into the shared memory that each thread has just read: loads go on while gradients are stored.
 template <class T>
 __device__ __forceinline__ void write_gradient_fetch_next(T* grad, T* shared, const T* next,
                                                           Slice slice, const GradCoefs<acc_t<T>>& c,
@@ -247,28 +196,27 @@ __device__ __forceinline__ void write_gradient_fetch_next(T* grad, T* shared, co
   constexpr int N = Vec<T>::size;
   const bool aligned = is_aligned(grad);
   const Floor<T> floor = floor_below<T>(c.m, scale);
-  const int step = blockDim.x * N, tile = kUnroll * step;
-  for (int stage = 0; stage < kStages; ++stage) {
-    const int end = stage < kStages - 1 ? (stage + 1) * tile : slice.n;
+  const int step = blockDim.x * N, start = threadIdx.x * N;
+  for (int tile = 0; tile < kStages || tile * kUnroll * step < slice.n; ++tile) {
+    int at = start + tile * kUnroll * step;
 #pragma unroll 2
-    for (int at = stage * tile + threadIdx.x * N; at < end && at < slice.n; at += step) {
+    for (int i = 0; i < kUnroll; ++i, at += step) {
+      if (at >= slice.n) break;
       store_vector(
           grad, slice.n, aligned, at,
           gradient_vector<false>(load_shared(shared + at), slice.begin + at, c, floor, scale));
     }
-    fetch_stage(shared, next, slice, stage);
+    if (tile < kStages) fetch_tile(shared, next, next != nullptr ? slice.n : 0, tile);
   }
 }
 
-// The first active row from `row` on; the gradients of those before it are zeros.
+// Zeros to the gradients of inactive rows from `row` on; returns the first active one.
 template <class T>
 __device__ __forceinline__ int64_t skip_inactive(const LossParams<acc_t<T>>& p, int64_t row,
                                                  Slice slice) {
   const unsigned size = cluster_size();
   for (; row < p.rows.rows && !is_active(p, row); row += gridDim.x / size) {
-    if (p.rows.grad != nullptr) {
-      write_zeros(grad_row_pointer<T>(p.rows, row) + slice.begin, slice.n, threadIdx.x, blockDim.x);
-    }
+    write_zeros(grad_row_pointer<T>(p.rows, row) + slice.begin, slice.n, threadIdx.x, blockDim.x);
     if (cluster_rank() == 0 && threadIdx.x == 0) write_inactive_loss(p, row);
   }
   return row;
@@ -283,28 +231,20 @@ __global__ void __launch_bounds__(kGroup, 3)
   T* shared = dynamic_shared<T>();
   auto* scratch = dynamic_shared<RowScratch<A>>(unsigned(tiling.slice_len * sizeof(T)));
   auto* parts = reinterpret_cast<Moments<A>*>(scratch + 1);
-  A* maxima = reinterpret_cast<A*>(parts + warps);
   const Slice slice = slice_of(tiling, p.rows.vocab, int(rank));
-  const auto slice_of_row = [&](int64_t r) {
-    return r < p.rows.rows ? logits_row<T>(p.rows, r) + slice.begin : nullptr;
+  const auto slice_of_row = [&](int64_t row) {
+    return row < p.rows.rows ? logits_row<T>(p.rows, row) + slice.begin : nullptr;
   };
   int64_t row = skip_inactive<T>(p, blockIdx.x / size, slice);
   const T* logits = slice_of_row(row);
-  for (int stage = 0; stage < kStages; ++stage) fetch_stage(shared, logits, slice, stage);
+  for (int tile = 0; tile < kStages && logits != nullptr; ++tile) {
+    fetch_tile(shared, logits, slice.n, tile);
+  }
   while (row < p.rows.rows) {
+    T* grad = grad_row_pointer<T>(p.rows, row) + slice.begin;
     const RowScale<T> scale = row_scale<T>(p.scale, row);
-    const auto prepare = [&] {
-      if (threadIdx.x == blockDim.x - 1) prepare_row(*scratch, p, row, logits - slice.begin, scale);
-    };
-    if (slice.n == 0) prepare();
-    const auto part = slice_moments<Moments<A>, T>(
-        maxima, slice, scale,
-        [&](Vec<T>(&v)[kUnroll], int tile, int pass) {
-          load_resident(v, shared, slice, tile, pass);
-        },
-        [&](int tile) {
-          if (tile == 0) prepare();  // behind the barrier, where one late warp holds up no other
-        });
+    if (threadIdx.x == 0) prepare_row(*scratch, p, row, logits - slice.begin, scale);
+    const Moments<A> part = fetch_moments(shared, logits, slice, scale);
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = part;
     cluster_sync();
     if (threadIdx.x < 32) {
@@ -316,14 +256,15 @@ __global__ void __launch_bounds__(kGroup, 3)
     __syncthreads();
     const GradCoefs<A> c = scratch->grad;
     cluster_arrive();  // the partials were read and may change, or their block exit, after the wait
-    T* grad = p.rows.grad != nullptr ? grad_row_pointer<T>(p.rows, row) + slice.begin : nullptr;
     row = skip_inactive<T>(p, row + gridDim.x / size, slice);
     logits = slice_of_row(row);
-    if (grad != nullptr && c.live) {
+    if (c.live) {
       write_gradient_fetch_next(grad, shared, logits, slice, c, scale);
     } else {
-      for (int stage = 0; stage < kStages; ++stage) fetch_stage(shared, logits, slice, stage);
-      if (grad != nullptr) write_zeros(grad, slice.n, threadIdx.x, blockDim.x);
+      write_zeros(grad, slice.n, threadIdx.x, blockDim.x);
+      for (int tile = 0; tile < kStages && logits != nullptr; ++tile) {
+        fetch_tile(shared, logits, slice.n, tile);
+      }
     }
     cluster_wait();
   }
@@ -332,14 +273,12 @@ __global__ void __launch_bounds__(kGroup, 3)
 // ---- policy_loss, other rows: one block per row reads it twice, or once when grad is null
 
 template <class T>
-__global__ void __launch_bounds__(kGroup, 2)
+__global__ void __launch_bounds__(kSweepGroups* kGroup, 1)
     loss_sweep_kernel(LossParams<acc_t<T>> p, Tiling tiling) {
   using A = acc_t<T>;
   const int vocab = int(p.rows.vocab);
   auto* scratch = dynamic_shared<RowScratch<A>>();
   auto* parts = reinterpret_cast<Moments<A>*>(scratch + 1);
-  const int count = tiling.slices * int(blockDim.x / 32);
-  A* maxima = reinterpret_cast<A*>(parts + count);
   for (int64_t row = blockIdx.x; row < p.rows.rows; row += gridDim.x) {
     T* grad = p.rows.grad != nullptr ? grad_row_pointer<T>(p.rows, row) : nullptr;
     if (!is_active(p, row)) {
@@ -350,10 +289,11 @@ __global__ void __launch_bounds__(kGroup, 2)
     const T* logits = logits_row<T>(p.rows, row);
     const RowScale<T> scale = row_scale<T>(p.scale, row);
     if (threadIdx.x == 0) prepare_row(*scratch, p, row, logits, scale);
-    sweep_moments<Reuse::again>(parts, maxima, logits, vocab, tiling, scale);
+    sweep_moments<Reuse::again>(parts, logits, vocab, tiling, scale);
     __syncthreads();
     if (threadIdx.x < 32) {
-      const auto total = merge_parts<Moments<A>>(count, scale, [&](int i) { return parts[i]; });
+      const auto total = merge_parts<Moments<A>>(tiling.slices * tiling.group / 32, scale,
+                                                 [&](int i) { return parts[i]; });
       if (threadIdx.x == 0) decide_row(*scratch, p, row, total, scale, true);
     }
     __syncthreads();

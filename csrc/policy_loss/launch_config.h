@@ -8,9 +8,9 @@
 namespace reasonkern {
 
 // How a row is cut: `slices` pieces of `slice_len` elements (the last ones may be shorter or
-// empty), each walked by a block of `group` threads. Statistics are merged warp by warp in slice
-// order, so the tiling fixes their bits; it depends on V and the element size only, never on the
-// architecture, the number of rows or an address.
+// empty), each walked by `group` threads. Statistics are merged warp by warp in slice order, so the
+// tiling fixes their bits; it depends on V and the element size only, never on the architecture,
+// the number of rows or an address.
 struct Tiling {
   int slices, group;
   int64_t slice_len;
@@ -31,7 +31,8 @@ struct LaunchConfig {
 };
 
 constexpr int kGroup = 256;
-constexpr int kMaxSlices = 8;  // the largest portable cluster
+constexpr int kMaxSlices = 8;    // the largest portable cluster
+constexpr int kSweepGroups = 2;  // slices that a block of the two-sweep loss takes at a time
 // An SM of 228 KiB holds three blocks of this size (1 KiB of each is the driver's), so that one
 // block's loads, another's arithmetic and a third's stores overlap.
 constexpr int64_t kResidentBytes = 228 * 1024 / 3 - 1024;
@@ -52,8 +53,8 @@ inline Tiling choose_tiling(int64_t vocab, int64_t element_bytes) {
   return cut(vocab, element_bytes, slices, kGroup);
 }
 
-// Shared memory of a block that walks whole rows: one partial per warp of every slice, the row
-// scratch and the warps' maxima; the bound covers float64 statistics.
+// Shared memory of a block that walks whole rows: one partial per warp of every slice and the row
+// scratch; the bound covers float64 statistics.
 inline std::size_t sweep_shared_bytes(const Tiling& t) {
   return std::size_t(t.slices) * (t.group / 32) * 56 + 512;
 }
@@ -62,15 +63,25 @@ inline std::size_t cluster_shared_bytes(const Tiling& t, int64_t element_bytes) 
   return std::size_t(t.slice_len * element_bytes + kScratchBytes);
 }
 
-// Statistics and loss. A cluster where the row fits on chip, else one block per row that sweeps it,
-// for the gradient twice: few such blocks fit an SM, and the second sweep finds the row in L2.
-inline LaunchConfig row_config(int64_t vocab, int64_t element_bytes, const Device& device) {
+inline LaunchConfig sweep_config(const Tiling& t, unsigned groups) {
+  return {t, false, 1, groups * t.group, sweep_shared_bytes(t)};
+}
+
+// Statistics: a row per block, three blocks to an SM.
+inline LaunchConfig stats_config(int64_t vocab, int64_t element_bytes) {
+  return sweep_config(choose_tiling(vocab, element_bytes), 1);
+}
+
+// The fused loss: a cluster where the row fits on chip, else two sweeps of one block per row, one
+// block to an SM: few rows are under way and the second sweep finds them in L2.
+inline LaunchConfig loss_config(int64_t vocab, int64_t element_bytes, bool needs_grad,
+                                const Device& device) {
   const Tiling t = choose_tiling(vocab, element_bytes);
   const std::size_t resident = cluster_shared_bytes(t, element_bytes);
-  if (device.arch >= 90 && element_bytes < 8 && resident <= device.shared_per_block) {
+  if (needs_grad && device.arch >= 90 && element_bytes < 8 && resident <= device.shared_per_block) {
     return {t, true, unsigned(t.slices), unsigned(t.group), resident};
   }
-  return {t, false, 1, unsigned(t.group), sweep_shared_bytes(t)};
+  return sweep_config(t, t.slices < kSweepGroups ? t.slices : kSweepGroups);
 }
 
 // Kernels without a reduction: one block per row and slice.
@@ -91,11 +102,6 @@ inline unsigned resident_clusters(int64_t rows, unsigned cluster, const Device& 
 inline unsigned grid_blocks(int64_t rows, unsigned blocks_per_row) {
   const int64_t limit = INT32_MAX / blocks_per_row;
   return unsigned(rows < limit ? rows : limit) * blocks_per_row;
-}
-
-inline unsigned row_grid(int64_t rows, const LaunchConfig& c, const Device& device) {
-  if (!c.resident) return grid_blocks(rows, 1);
-  return grid_blocks(resident_clusters(rows, c.cluster, device), c.cluster);
 }
 
 }  // namespace reasonkern

@@ -1,12 +1,12 @@
 // Statistics of one row of logits. The moments are taken in raw units t = x - m (no temperature);
 // the temperature enters exp(t / T) and then only the row's results.
 //
-// Bit rule. A row is cut into slices (Tiling); thread i of the block takes the elements of vectors
-// i, i + blockDim, ... counted from the start of the slice, kUnroll vectors at a time, whatever the
-// row's address, relative to the maximum of the slice; warps merge in slice order. The order, hence
-// every bit of the moments, depends on V and the element type only and is shared by all kernels;
-// fma and mul_rn leave the compiler no contraction to choose. A misaligned row is read element by
-// element in the same order: slower, equal bits.
+// Bit rule. A row is cut into slices (Tiling); thread i of a slice's group takes the elements of
+// vectors i, i + group, ... counted from the start of the row, kUnroll vectors at a time, whatever
+// the row's address. A warp moves its maximum together; warps merge in slice order. The order,
+// hence every bit of the moments, depends on V and the element type only and is shared by all
+// kernels; fma and mul_rn leave the compiler no contraction to choose. A misaligned row is read
+// element by element in the same order: slower, equal bits.
 #pragma once
 
 #include "../common/reduce.cuh"
@@ -164,97 +164,64 @@ __device__ __forceinline__ void absorb_any(M& a, Vec<T> (&v)[kUnroll], const Row
   }
 }
 
-// The lanes' sums, which share their maximum. Sums commute to the bit, so both lanes of a pair may
-// add in their own order.
-template <class M>
-__device__ __forceinline__ M warp_join(M a) {
-#pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) join(a, shuffle_xor(a, offset));
-  return a;
-}
-
-// The largest x of the block; NaN is passed over. `maxima` has room for a number per warp and is
-// not written again before another barrier.
-template <class A>
-__device__ __forceinline__ A block_max(A x, A* maxima) {
-  x = warp_max(x);
-  if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = x;
-  __syncthreads();
-  for (unsigned i = 0; i < blockDim.x / 32; ++i) x = std::fmax(x, maxima[i]);
-  return x;
-}
-
-template <class T>
-__device__ __forceinline__ Vec<T> highest_vector(const Vec<T> (&v)[kUnroll]) {
+// Adds kUnroll vectors per lane, which it may use up; vector i starts at row position index + i *
+// step. Called by whole warps, whose lanes share a.m.
+template <class T, class M>
+__device__ __forceinline__ void absorb(M& a, Vec<T> (&v)[kUnroll], const RowScale<T>& scale,
+                                       int index, int step) {
+  using A = acc_t<T>;
   Vec<T> top = v[0];
 #pragma unroll
   for (int i = 1; i < kUnroll; ++i) top = max_lanes(top, v[i]);
-  return top;
-}
-
-template <class T>
-__device__ __forceinline__ int count_tiles(Slice slice) {
-  const int tile = kUnroll * blockDim.x * Vec<T>::size;
-  return (slice.n + tile - 1) / tile;
-}
-
-// A slice's moments, the sums of each warp apart; every thread of the block calls it. Two passes
-// over load(v, tile, pass), this thread's kUnroll vectors of a tile: the first finds the maximum,
-// so that the second sums with no rescaling. after(tile) runs when a tile will not be read again.
-template <class M, class T, class Load, class After>
-__device__ __forceinline__ M slice_moments(acc_t<T>* maxima, Slice slice, const RowScale<T>& scale,
-                                           Load load, After after) {
-  using A = acc_t<T>;
-  const int step = blockDim.x * Vec<T>::size, tiles = count_tiles<T>(slice);
-  Vec<T> top = load_elements<T>(nullptr, 0, 0), v[kUnroll];
-  for (int tile = 0; tile < tiles; ++tile) {
-    load(v, tile, 0);
-    top = max_lanes(top, highest_vector(v));
-  }
-  A own = highest_lane(top);  // NaN if any element is
-  if (scale.softcap.value != A(0)) own = soft_capped(own, scale.softcap);
-  M a;
-  clear(a);
-  a.m = block_max(own, maxima);
+  A highest = highest_lane(top);  // NaN if any element is
   const Floor<T> floor = floor_below<T>(a.m, scale);
-  const bool has_top = !all_lanes(own < a.m);
-  for (int tile = 0; tile < tiles; ++tile) {
-    load(v, tile, 1);
-    if (!floor.usable || (has_top && !all_lanes(highest_lane(highest_vector(v)) < a.m))) {
-      const int at = (tile * kUnroll * blockDim.x + threadIdx.x) * Vec<T>::size;
-      if (a.m > -kInfinity<A>) absorb_any(a, v, scale, slice.begin + at, step);
-    } else if (scale.temperature.value == A(1)) {
+  if (all_lanes(highest < a.m && floor.usable)) {
+    if (scale.temperature.value == A(1)) {
       absorb_below<true>(a, v, floor, scale);
     } else {
       absorb_below<false>(a, v, floor, scale);
     }
-    after(tile);
+    return;
   }
-  if (own != own) a.s = own;  // also where nothing is finite and nothing was summed
-  return warp_join(a);
+  if (scale.softcap.value != A(0)) highest = soft_capped(highest, scale.softcap);
+  const A warp_highest = warp_max(highest);
+  if (warp_highest > a.m) raise_max(a, warp_highest, scale);
+  if (a.m > -kInfinity<A>) {
+    absorb_any(a, v, scale, index, step);
+  } else if (highest != highest) {
+    a.s = highest;  // nothing finite so far: no sum moves, but fmax passed over the NaN
+  }
 }
 
-// Warp partials of the slices of a row by one block that reads each slice twice, the second time
-// from L2 as a rule. `maxima`: two numbers per warp.
+// The lanes' sums, which share their maximum.
+template <class M>
+__device__ __forceinline__ M warp_join(M a) {
+  return warp_reduce(a, [](M x, M y) {
+    join(x, y);
+    return x;
+  });
+}
+
+// Warp partials of the slices of a row, one block; groups of threads take the slices in turn.
 template <Reuse reuse, class M, class T>
-__device__ __forceinline__ void sweep_moments(M* parts, acc_t<T>* maxima, const T* row,
-                                              int64_t vocab, const Tiling& tiling,
-                                              const RowScale<T>& scale) {
+__device__ __forceinline__ void sweep_moments(M* parts, const T* row, int64_t vocab,
+                                              const Tiling& tiling, const RowScale<T>& scale) {
   constexpr int N = Vec<T>::size;
-  const int warps = blockDim.x / 32, step = blockDim.x * N;
+  const int group = tiling.group, thread = threadIdx.x % group, step = group * N;
   const bool aligned = is_aligned(row);
-  for (int k = 0; k < tiling.slices; ++k) {
+  for (int k = threadIdx.x / group; k < tiling.slices; k += blockDim.x / group) {
     const Slice slice = slice_of(tiling, vocab, k);
-    const auto load = [&](Vec<T>(&v)[kUnroll], int tile, int pass) {
-      const int at = (tile * kUnroll * blockDim.x + threadIdx.x) * N;
-      if (pass == 0) {
-        load_vectors<Reuse::again>(v, row + slice.begin, slice.n, aligned, at, step);
-      } else {
-        load_vectors<reuse>(v, row + slice.begin, slice.n, aligned, at, step);
-      }
-    };
-    const M a = slice_moments<M, T>(maxima + k % 2 * warps, slice, scale, load, [](int) {});
-    if (threadIdx.x % 32 == 0) parts[k * warps + threadIdx.x / 32] = a;
+    const T* p = row + slice.begin;
+    M a;
+    clear(a);
+    for (int tile = 0; tile < slice.n; tile += kUnroll * step) {
+      const int at = tile + thread * N;
+      Vec<T> v[kUnroll];
+      load_vectors<reuse>(v, p, slice.n, aligned, at, step);
+      absorb(a, v, scale, slice.begin + at, step);
+    }
+    a = warp_join(a);
+    if (threadIdx.x % 32 == 0) parts[(k * group + thread) / 32] = a;
   }
 }
 

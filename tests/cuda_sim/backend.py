@@ -27,11 +27,12 @@ LOSSES = ("row_loss", "token_loss", "logprob", "entropy")
 
 @dataclass(frozen=True)
 class Settings:
-    """slices: pieces of a row and blocks of a cluster; group: threads of a block; blocks: rows
-    under way; resident: a row in a cluster, else swept by one block."""
+    """slices: pieces of a row and blocks of a cluster; group: threads per slice; groups: slices a
+    whole-row block takes at a time; blocks: rows under way; resident: fused loss in clusters."""
 
     slices: int = 2
     group: int = 32
+    groups: int = 1
     blocks: int = 3
     resident: bool = True
     order: str = "forward"

@@ -52,7 +52,7 @@ Scale<A> scale_of(const Fields& f) {
 
 // How to launch: what launch_config.h decides on a GPU, here chosen by the test.
 struct Launch {
-  int slices, group, blocks;
+  int slices, group, groups, blocks;  // groups: slices a whole-row block walks at a time
   bool resident;
   int order;
   std::uint64_t seed;
@@ -60,6 +60,7 @@ struct Launch {
   explicit Launch(const Fields& f)
       : slices(f.number<int>("slices")),
         group(f.number<int>("group")),
+        groups(f.number<int>("groups")),
         blocks(f.number<int>("blocks")),
         resident(f.number<bool>("resident")),
         order(f.number<int>("order")),
@@ -89,12 +90,7 @@ void token_stats(const Launch& l, const Fields& f) {
   f.point(p.out.is_top1, "is_top1");
   f.point(p.out.row_max, "row_max");
   const Tiling t = cut(p.rows.vocab, sizeof(E), l.slices, l.group);
-  if (l.resident) {
-    l.start(stats_cluster_kernel<E>, unsigned(l.slices), l.group, l.slices,
-            cluster_shared_bytes(t, sizeof(E)), p, t);
-  } else {
-    l.start(stats_sweep_kernel<E>, 1, l.group, 1, sweep_shared_bytes(t), p, t);
-  }
+  l.start(stats_kernel<E>, 1, l.groups * l.group, 1, sweep_shared_bytes(t), p, t);
 }
 
 template <class E>
@@ -146,11 +142,11 @@ void policy_loss(const Launch& l, const Fields& f) {
   f.point(p.logprob, "logprob");
   f.point(p.entropy, "entropy");
   const Tiling t = cut(p.rows.vocab, sizeof(E), l.slices, l.group);
-  if (l.resident) {
+  if (l.resident && p.rows.grad != nullptr) {
     l.start(loss_cluster_kernel<E>, unsigned(l.slices), l.group, l.slices,
             cluster_shared_bytes(t, sizeof(E)), p, t);
   } else {
-    l.start(loss_sweep_kernel<E>, 1, l.group, 1, sweep_shared_bytes(t), p, t);
+    l.start(loss_sweep_kernel<E>, 1, l.groups * l.group, 1, sweep_shared_bytes(t), p, t);
   }
 }
 
@@ -238,11 +234,11 @@ py::dict describe(const LaunchConfig& c) {
 
 PYBIND11_MODULE(policy_loss_sim, m) {
   m.def("run", &run);
-  m.def("row_config", [](std::int64_t vocab, std::int64_t element_bytes, int arch,
-                         std::size_t shared_per_block) {
-    return describe(row_config(vocab, element_bytes, {arch, 132, shared_per_block}));
+  m.def("stats_config", [](std::int64_t vocab, std::int64_t element_bytes) {
+    return describe(stats_config(vocab, element_bytes));
   });
-  m.def("resident_clusters", [](std::int64_t rows, unsigned cluster, int multiprocessors) {
-    return resident_clusters(rows, cluster, {90, multiprocessors, 0});
+  m.def("loss_config", [](std::int64_t vocab, std::int64_t element_bytes, bool needs_grad, int arch,
+                          std::size_t shared_per_block) {
+    return describe(loss_config(vocab, element_bytes, needs_grad, {arch, 132, shared_per_block}));
   });
 }
