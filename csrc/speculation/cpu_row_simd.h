@@ -89,11 +89,12 @@ RK_INLINE float tile_maximum(const float* x, I& bad) {
   return max_lane(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
-// sum exp(x - top) of a tile, times kExpScale.
+// sum exp(x - top) of a tile, times kExpScale. Meanwhile the next tile comes from memory.
 RK_INLINE double tile_sum(const float* x, float top) {
   F sum[kGroup] = {};
   for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
     F v[kGroup], e[kGroup];
+    RK_EACH __builtin_prefetch(x + i + k * kLanes + kTile);
     load(x + i, v);
     RK_EACH v[k] = max(splat(kExpZero), v[k] - splat(top));
     scaled_exp(v, e);
