@@ -66,7 +66,9 @@ PAPERS = (
     Paper(8, "DED", "Beyond Scaling Law: A Data-Efficient Distillation Framework for Reasoning",
           ("scaling.select_diverse", "linear_token_stats"), (SCALING + "ded", SFT)),
     Paper(9, "STAND", "Accelerated Test-Time Scaling with Model-Free Speculative Sampling",
-          ("NgramTable", "DraftTree", "tune_tree", "verify_tree")),
+          ("NgramTable", "DraftTree", "tune_tree", "verify_tree"),
+          ("test_speculation_loop.py::test_equality_gives_the_plain_text_and_learns",
+           "test_tune.py::test_the_kept_nodes_are_the_most_accepted")),
     Paper(10, "Solve-Detect-Verify", "Solve-Detect-Verify: Inference-Time Scaling with Flexible "
           "Generative Verifier",
           ("scaling.flexible_verification", "completion_probe"), (SCALING + "flexive",)),
@@ -99,7 +101,8 @@ PAPERS = (
     Paper(19, "Role of temperature sampling", "On the Role of Temperature Sampling in Test-Time "
           "Scaling",
           ("scaling.temperature_vote", "sample"),
-          (SCALING + "role_of_temperature_sampling",)),
+          (SCALING + "role_of_temperature_sampling",
+           "test_speculation_verify.py::test_sample_random_rows")),
     Paper(20, "RLSP", "On the Emergence of Thinking in LLMs I: Searching for the Right Intuition",
           ("shaping.mix_rewards",), (SHAPING + "rlsp",)),
     Paper(21, "ETTRL", "ETTRL: Balancing Exploration and Exploitation in LLM Test-Time "
