@@ -89,7 +89,7 @@ __device__ __forceinline__ bool is_bad(const RowTop& top, float temperature) {
 // ---- kernels
 
 template <class E>
-__global__ void __launch_bounds__(kTeamThreads) sample_kernel(SampleParams p) {
+__global__ void __launch_bounds__(kTeamThreads, 1) sample_kernel(SampleParams p) {
   Team team(dynamic_shared<TeamShared>());
   const int64_t teams = gridDim.x / cluster_size();
   for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += teams) {
@@ -186,7 +186,7 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
 }
 
 template <class E>
-__global__ void __launch_bounds__(kTeamThreads) verify_kernel(VerifyParams p) {
+__global__ void __launch_bounds__(kTeamThreads, 1) verify_kernel(VerifyParams p) {
   Team team(dynamic_shared<TeamShared>());
   const int64_t teams = gridDim.x / cluster_size();
   for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += teams) {
@@ -204,7 +204,7 @@ __device__ __forceinline__ int64_t slot_offset(const CompactParams& p, int64_t b
 }
 
 template <class Word>
-__global__ void __launch_bounds__(kTeamThreads) compact_kernel(CompactParams p) {
+__global__ void __launch_bounds__(kTeamThreads, 4) compact_kernel(CompactParams p) {
   const int64_t words = p.head_dim * p.element_bytes / int64_t(sizeof(Word));
   const int64_t total = p.batch * p.heads * words;
   char* cache = static_cast<char*>(p.cache);
