@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,11 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc").rglob("cuda*.cu"))
-ARCHITECTURES = ("80", "90a", "100")
+# A minute each for the largest source: the core suite compiles for Hopper.
+ARCHITECTURES = tuple(
+    pytest.param(arch, marks=() if arch == "90a" else pytest.mark.slow)
+    for arch in ("80", "90a", "100")
+)
 NVCC = shutil.which("nvcc")
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH")
@@ -23,25 +26,14 @@ FLAGS = ["-O3", "-Werror", "all-warnings", "--expt-relaxed-constexpr", "-Xptxas"
 FLAGS += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 
 
-def compile_all(source: Path, folder: Path) -> dict[str, str]:
-    """What the compiler said, per architecture; the headers of a CPU build of torch suffice."""
+def compile_log(source: Path, arch: str, folder: Path) -> str:
+    """What the compiler said; the headers of a CPU build of torch suffice."""
     include = Path(torch.__file__).parent / "include"
-
-    def compile_one(arch: str) -> str:
-        command = [
-            str(NVCC),
-            "-c",
-            str(source),
-            "-o",
-            str(folder / f"{source.parent.name}{arch}.o"),
-        ]
-        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{include}", *FLAGS]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-        assert done.returncode == 0, f"sm_{arch}: {done.stderr}"
-        return done.stderr
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(zip(ARCHITECTURES, pool.map(compile_one, ARCHITECTURES), strict=True))
+    command = [str(NVCC), "-c", str(source), "-o", str(folder / "out.o")]
+    command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", f"-I{include}", *FLAGS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 def kernels(log: str) -> Iterator[tuple[str, int, int]]:
@@ -51,12 +43,11 @@ def kernels(log: str) -> Iterator[tuple[str, int, int]]:
         yield name, int(stores), int(loads)
 
 
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.parent.name)
-def test_compiles_clean_and_without_spills(source: Path, tmp_path: Path) -> None:
-    for arch, log in compile_all(source, tmp_path).items():
-        found = list(kernels(log))
-        assert len(found) == log.count("Compiling entry function") > 0
-        spilled = [
-            f"{name}: {stores} + {loads}" for name, stores, loads in found if stores or loads
-        ]
-        assert not spilled, f"sm_{arch} spills (bytes stored + loaded):\n" + "\n".join(spilled)
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_compiles_clean_and_without_spills(source: Path, arch: str, tmp_path: Path) -> None:
+    log = compile_log(source, arch, tmp_path)
+    found = list(kernels(log))
+    assert len(found) == log.count("Compiling entry function") > 0
+    spilled = [f"{name}: {stores} + {loads}" for name, stores, loads in found if stores or loads]
+    assert not spilled, "spills (bytes stored + loaded):\n" + "\n".join(spilled)
