@@ -97,7 +97,8 @@ PAPERS = (
           (SHAPING + "conciser", FORMULA)),
     Paper(18, "Parallel-Distill-Refine", "Rethinking Thinking Tokens: LLMs as Improvement "
           "Operators",
-          ("NgramTable",), note="one draft table, shared by parallel drafts and refinement"),
+          ("NgramTable",), ("test_speculation_table.py::test_scopes_do_not_leak",),
+          "one draft table, shared by parallel drafts and refinement"),
     Paper(19, "Role of temperature sampling", "On the Role of Temperature Sampling in Test-Time "
           "Scaling",
           ("scaling.temperature_vote", "sample"),
