@@ -125,7 +125,13 @@ def _add_tune(add: AddParser) -> None:
         metavar="4,3,2",
         help="context lengths of the table, the longest first (default: 4,3,2)",
     )
-    tune.add_argument("-o", "--out", type=Path, metavar="tree.json", help="where to write the tree")
+    tune.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        metavar="tree.json",
+        help="where to write the tree (default: only shown)",
+    )
     tune.add_argument("--png", type=Path, metavar="FILE", help="draws the tree and the results")
 
 

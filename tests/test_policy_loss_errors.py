@@ -43,6 +43,10 @@ PADDED: list[tuple[dict[str, Any], str]] = [
     ({"advantage": 1.0}, "advantage: expected a tensor, got float"),
     ({"loss_scale": 2.0}, "loss_scale: expected a tensor, got float"),
     ({"objective": "ppo"}, "objective: expected an Objective or a function, got 'ppo'"),
+    (
+        {"objective": Objective.gppo},
+        "objective: expected an Objective, Objective.gppo(), got its constructor, Objective.gppo",
+    ),
     ({"logits": F[..., None].long()}, f"logits: expected dtype {DTYPES}, got torch.int64"),
     ({"logits": F[0]}, "logits: expected shape (N, V) or (B, T, V), got (6,)"),
     ({"logits": F[None, None]}, "logits: expected shape (N, V) or (B, T, V), got (1, 1, 4, 6)"),

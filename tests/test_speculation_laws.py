@@ -218,5 +218,9 @@ def test_results_are_checked():
 
     with pytest.raises(ValueError, match="^tokens: expected shape"):
         rk.check_verifier(short, draws=16)
+    with pytest.raises(ValueError, match="^fn's result: expected the pair .* got NoneType"):
+        rk.check_verifier(lambda *_: None, draws=16)
+    with pytest.raises(ValueError, match="^length: expected a tensor, got int"):
+        rk.check_verifier(lambda *_: (torch.zeros(16, 4).long(), 1), draws=16)
     with pytest.raises(ValueError, match="^tokens: expected 1 to 2 ids"):
         rk.check_verifier(lambda draws, coins: [], vocab=3, children=1, depth=1, exact=True)

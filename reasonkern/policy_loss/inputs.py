@@ -208,6 +208,9 @@ def as_objective(objective: Objective | Callable[..., Tensor]) -> Objective:
         return objective
     if not callable(objective):
         _checks.fail("objective", "an Objective or a function", repr(objective))
+    if getattr(objective, "__self__", None) is Objective:
+        name = f"Objective.{getattr(objective, '__name__', '…')}"
+        _checks.fail("objective", f"an Objective, {name}()", f"its constructor, {name}")
     return Objective.custom(objective)
 
 

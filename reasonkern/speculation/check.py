@@ -91,8 +91,8 @@ def check_verifier(
     seeds = request_seeds(seed, draws)
     for chunk in seeds.split(CHUNK):
         logits, draft = draw_step(toy, tree, chunk, shared)
-        tokens, length = fn(logits, draft, tree, 1.0, chunk, 0)
-        counts.add(*_checked_result(tokens, length, len(chunk), toy))
+        result = fn(logits, draft, tree, 1.0, chunk, 0)
+        counts.add(*_checked_result(result, len(chunk), toy))
     return LawReport(counts.laws())
 
 
@@ -168,7 +168,12 @@ class Counts:
         return tuple(laws)
 
 
-def _checked_result(tokens: Tensor, length: Tensor, batch: int, toy: Toy) -> tuple[Tensor, Tensor]:
+def _checked_result(result: object, batch: int, toy: Toy) -> tuple[Tensor, Tensor]:
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        _checks.fail("fn's result", "the pair (tokens, length)", type(result).__name__)
+    tokens, length = result
+    _checks.check_tensor("tokens", tokens)
+    _checks.check_tensor("length", length)
     _checks.check_shape("tokens", tokens, (batch, toy.depth + 1), "(B, D + 1)")
     _checks.check_shape("length", length, (batch,), "(B,)")
     tokens, length = tokens.cpu().long(), length.cpu().long()

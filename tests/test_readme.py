@@ -1,0 +1,193 @@
+"""The code blocks of README.md and of the family READMEs run and mean what the text says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import linear
+from torch.testing import assert_close
+
+import reasonkern as rk
+
+ROOT = Path(__file__).parent.parent
+PAGES = [
+    *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("reasonkern/*/*.md"),
+    *ROOT.glob("benchmarks/results/*.md"),
+]  # fmt: skip
+V, D = 50, 8
+
+
+def blocks(page: str, heading: str = "") -> list[str]:
+    text = (ROOT / page).read_text()
+    section = text.partition(heading)[2].partition("\n## ")[0] if heading else text
+    return re.findall(r"```python\n(.*?)```", section, re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    return {re.sub(r"[^\w\- ]", "", t.strip().lower()).replace(" ", "-") for t in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if link.startswith("http"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+# ---- the trainer
+
+
+def batch() -> dict[str, Any]:
+    """The names that the blocks of the trainer use, the same values each time."""
+    g = torch.Generator().manual_seed(3)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g)
+
+    targets, hidden = torch.randint(V, (2, 5), generator=g), randn(2, 5, D).requires_grad_()
+    head = torch.nn.Linear(D, V, bias=False)
+    head.weight.data = randn(V, D)
+    logits = linear(hidden, head.weight).detach()
+    old = rk.token_stats(logits, targets, temperature=0.8).logprob + randn(2, 5) / 2
+    mask = torch.tensor([[0.0, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    return {
+        "torch": torch, "rk": rk, "logits": logits.requires_grad_(), "targets": targets,
+        "mask": mask, "advantage": randn(2, 5), "old_logprob": old, "temperature": 0.8,
+        "hidden": hidden, "lm_head": head,
+    }  # fmt: skip
+
+
+def test_before_and_after() -> None:
+    before, after = blocks("README.md", "## Your trainer, before and after")
+    eager, ours = batch(), batch()
+    leaf = ours["logits"]
+    ours["logits"] = leaf.mul(1)  # a model's output: not a leaf, and may be overwritten
+    exec(before, eager)
+    exec(after.removeprefix("import reasonkern as rk\n"), ours)
+    ratio = (eager["logprob"] - eager["old_logprob"]).exp()
+    assert (ratio < 0.8).any() and (ratio > 1.28).any()
+    assert_close(ours["out"].loss, eager["loss"])
+    assert_close(leaf.grad, eager["logits"].grad)
+    assert ours["metrics"]["rows_active"] == 7 and ours["metrics"]["clip_frac"] > 0
+
+
+def test_without_logits_and_custom() -> None:
+    chunked, custom = blocks("README.md", "## Operators")
+    here = batch()
+    given = {n: here[n] for n in ("targets", "old_logprob", "advantage")}
+    given["weight"] = rk.token_weights(here["mask"], "token-mean")
+    exec(chunked, here)
+    here["out"].loss.backward()
+    dense = rk.policy_loss(here["logits"], objective=rk.Objective.dapo(), **given)
+    dense.loss.backward()
+    assert_close(here["out"].loss, dense.loss)
+    assert_close(here["hidden"].grad, here["logits"].grad @ here["lm_head"].weight)
+    exec(custom, here)
+    logprob = rk.token_stats(here["logits"], here["targets"]).logprob
+    gain = (logprob - here["old_logprob"]).exp() * here["advantage"].clamp_min(0)
+    assert_close(here["out"].loss, -(gain * given["weight"]).sum())
+
+
+# ---- the decoder
+
+
+class Toy:
+    """A model whose logits depend on the last two tokens."""
+
+    def __init__(self) -> None:
+        g = torch.Generator().manual_seed(5)
+        self.embedding = torch.randn(V, 16, generator=g)
+        self.head = torch.randn(16, V, generator=g)
+
+    def __call__(self, text: list[int]) -> torch.Tensor:
+        state = self.embedding[text[-1]] + self.embedding[text[-2]] / 2
+        return state.tanh() @ self.head
+
+    def tree(self, texts: list[list[int]], tokens: torch.Tensor, tree: rk.DraftTree) -> Any:
+        """(B, nodes, V), each node after the tokens that the attention mask shows it."""
+        seen = tree.attention_mask()
+        rows = [
+            [self(text[:-1] + draft[row].tolist()) for row in seen]
+            for text, draft in zip(texts, tokens, strict=True)
+        ]
+        return torch.stack([torch.stack(r) for r in rows])
+
+
+def decode(code: str, scope: dict[str, Any], texts: list[list[int]], length: int) -> int:
+    """Runs the block's first part once and its loop until every text is long enough."""
+    once, step = re.split("# every step.*\n", code)
+    exec(once, scope)
+    scope["model_of_tree"] = lambda tokens: Toy().tree(texts, tokens, scope["tree"])
+    steps = 0
+    while min(map(len, texts)) < length:
+        lengths = torch.tensor([len(text) for text in texts])
+        context = torch.tensor([text[-4:] for text in texts])
+        scope |= {"context": context, "position": lengths, "lengths": lengths}
+        exec(step, scope)
+        out = scope.get("step") or scope["verified"]
+        for text, tokens, n in zip(texts, out.tokens.tolist(), out.length.tolist(), strict=True):
+            text += tokens[:n]
+        steps += 1
+    return steps
+
+
+@pytest.mark.parametrize("page", ["README.md", "reasonkern/speculation/README.md"])
+def test_decoder(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text is the plain sampler's, in fewer passes than tokens."""
+    monkeypatch.chdir(tmp_path)
+    rk.DraftTree.default(16).save("tree.json")
+    plain = "token = rk.sample(logits, temperature=0.6, seed=seed, position=position)"
+    if page == "README.md":
+        plain, after = blocks(page, "## Your decoder")
+    else:
+        (after,) = blocks(page)
+    prompts, length, scope = [[1, 2, 3, 4], [9, 8, 7, 6, 5]], 90, {"rk": rk, "batch": 2}
+    seeds = scope["seed"] = rk.request_seeds(0, 2)
+    texts = [list(prompt) for prompt in prompts]
+    steps = decode(after, scope, texts, length)
+    for text, prompt, seed in zip(texts, prompts, seeds, strict=True):
+        expected = list(prompt)
+        while len(expected) < length:
+            here = {"rk": rk, "logits": Toy()(expected)[None], "seed": seed[None]}
+            exec(plain, here | {"position": len(expected)}, here)
+            expected.append(here["token"].item())
+        assert text[:length] == expected
+    assert steps < length - 4
+
+
+# ---- the other families
+
+
+def test_shaping() -> None:
+    (code,) = blocks("reasonkern/shaping/README.md")
+    here = {
+        "length": torch.tensor([100, 2000, 3000, 15000, 900, 800]),
+        "correct": torch.tensor([True, False, True, True, False, True]),
+        "group": torch.tensor([0, 0, 0, 1, 1, 1]),
+    }
+    exec(code, here)
+    total = torch.zeros(2).index_add(0, here["group"], here["advantage"])
+    assert_close(total, torch.zeros(2), atol=1e-6, rtol=0)
+    assert here["advantage"][0] > here["advantage"][1] and here["keep"].all()
+
+
+def test_scaling() -> None:
+    (code,) = blocks("reasonkern/scaling/README.md")
+    here: dict[str, Any] = {
+        "answers": ["4", "5", "5"], "correct": torch.tensor([0, 4096]),
+        "features": torch.randn(20, 6, generator=torch.Generator().manual_seed(0)),
+    }  # fmt: skip
+    lines = re.sub(r"^(scaling\.)", r"results += [\1", code, flags=re.M)
+    here["results"] = []
+    exec(re.sub(r"^(results .*?\S)(  #.*)$", r"\1]\2", lines, flags=re.M), here)
+    vote, rates, chosen = here["results"]
+    assert vote == "5" and rates.tolist() == [0, 1] and len(set(chosen.tolist())) == 8
