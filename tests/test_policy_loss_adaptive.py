@@ -176,6 +176,24 @@ def test_selection_multiplies_the_policy_term_alone(form: str) -> None:
     check(b, o, expected, "ref_logprob", "rollout_logprob")
 
 
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_selection_of_one_number(form: str) -> None:
+    """0-dim, on the fused path, in the map and after a rule."""
+    b = batch(form).clean()
+    half = torch.tensor(0.5)
+
+    def expected(logp: Tensor, _: Tensor) -> Tensor:
+        ppo = literal.ppo((logp - b.old_logprob).exp(), advantages(b), 0.8, 1.2)
+        return total(b, 0.5 * ppo)
+
+    check(b, Objective.ppo(selection=half), expected)
+    opsm = Objective.ppo(selection=half, opsm=100.0)
+    assert opsm.passes == 2
+    check(b, opsm, expected, "rollout_logprob")
+    kept = gtpo(b, None, math.inf)
+    check(b, Objective.gtpo(half, 100.0), lambda p, h: total(b, 0.5 * kept(p, h)))
+
+
 @every
 def test_hard_enough(name: str) -> None:
     """Over the seeds every rule chooses something, and not always the same."""

@@ -231,6 +231,11 @@ OBJECTIVES: list[tuple[str, dict[str, Any], str]] = [
         for name in ("dapo", "cispo", "gspo")
     ),
     ("ppo", {"selection": 0.5}, "selection: expected a tensor, got float"),
+    (
+        "gspo",
+        {"log_ratio_penalty": 0.1},
+        "log_ratio_penalty: expected 0 unless level is token, got 0.1",
+    ),
     *(
         ("ppo", {name: NAN}, f"{name}: expected a number, got nan")
         for name in ("ratio_min", "ratio_max", "dual_clip", "ratio_cap", "entropy_coef",

@@ -18,7 +18,7 @@ from reasonkern.policy_loss import reference as ref
 
 
 def loss_args(dtype: torch.dtype, kind: int) -> LossArgs:
-    """Hard rows with every optional input; one skipped, three nonfinite, one with A = 0."""
+    """Hard rows with every optional input; one skipped, four nonfinite, one finite with A = 0."""
     x, y = cases.hard_logits(37, dtype, seed=3)
     bounds = (0.97, 1.02, 1.5, INF, 0.5, 0.4, 0.1, 0.1, 20.0)
     a = simple_loss(x, y, values=bounds, kind=kind, kl_kind=3, kl_unbiased=True)
@@ -30,6 +30,7 @@ def loss_args(dtype: torch.dtype, kind: int) -> LossArgs:
     a = LossArgs(**{**vars(a), **optional})
     a.weight[0, 1] = a.entropy_weight[0, 1] = a.advantage[1, 1] = 0
     a.logits[0, 0, 0], a.old_logprob[1, 0], a.importance[2, 0] = NAN, NAN, INF
+    a.importance[2, 1], a.advantage[2, 1] = NAN, 0  # A = 0 hides a ratio, not an importance
     return a
 
 
@@ -46,7 +47,7 @@ def test_equals_the_fused_loss(backend: Backend, dtype: torch.dtype, kind: int) 
     found = backend("objective_map", *map_args(a, logprob, entropy))
     assert_same_bits(found[:2], (loss, token_loss))
     expected = torch.ones_like(a.targets, dtype=torch.bool)
-    expected[0, 0] = expected[1, 0] = expected[2, 0] = False
+    expected[0, 0] = expected[1, 0] = expected[2, 0] = expected[2, 1] = False
     assert torch.equal(found[4], expected)
     assert all((x[~expected] == 0).all() and x[0, 1] == 0 for x in found[:4])
 

@@ -25,29 +25,10 @@ void for_each_row(const Rows& rows, const Body& body) {
   });
 }
 
-template <class E>
-struct Element {
-  typedef E type;
-};
-
-// Calls body with the element type of the logits; T is their accumulator type.
-template <class T, class Body>
-void dispatch_element(LogitsType type, const Body& body) {
-  if constexpr (sizeof(T) == 8) {
-    body(Element<double>());
-  } else if (type == LogitsType::kFloat32) {
-    body(Element<float>());
-  } else if (type == LogitsType::kBFloat16) {
-    body(Element<BFloat16>());
-  } else {
-    body(Element<Half>());
-  }
-}
-
 struct CpuBackend {
   template <class T>
   static void token_stats(LogitsType type, const StatsParams<T>& p, int32_t) {
-    dispatch_element<T>(type, [&](auto element) {
+    dispatch_element<T, BFloat16, Half>(type, [&](auto element) {
       typedef typename decltype(element)::type E;
       for_each_row(p.rows, [&p](int64_t r) { stats_row<E>(p, r); });
     });
@@ -55,7 +36,7 @@ struct CpuBackend {
 
   template <class T>
   static void token_stats_backward(LogitsType type, const GradParams<T>& p, int32_t) {
-    dispatch_element<T>(type, [&](auto element) {
+    dispatch_element<T, BFloat16, Half>(type, [&](auto element) {
       typedef typename decltype(element)::type E;
       for_each_row(p.rows, [&p](int64_t r) { grad_row<E>(p, r); });
     });
@@ -63,7 +44,7 @@ struct CpuBackend {
 
   template <class T>
   static void policy_loss(LogitsType type, const LossParams<T>& p, int32_t) {
-    dispatch_element<T>(type, [&](auto element) {
+    dispatch_element<T, BFloat16, Half>(type, [&](auto element) {
       typedef typename decltype(element)::type E;
       for_each_row(p.rows, [&p](int64_t r) { loss_row<E>(p, r); });
     });
@@ -71,7 +52,7 @@ struct CpuBackend {
 
   template <class T>
   static void scale_rows(LogitsType type, const Rows& rows, const T* factors, int32_t) {
-    dispatch_element<T>(type, [&](auto element) {
+    dispatch_element<T, BFloat16, Half>(type, [&](auto element) {
       typedef typename decltype(element)::type E;
       for_each_row(rows, [&](int64_t r) {
         if (factors[r] == 1) return;

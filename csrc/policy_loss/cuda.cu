@@ -15,25 +15,6 @@ Device describe(int32_t device) {
           std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device))};
 }
 
-template <class E>
-struct Element {
-  using type = E;
-};
-
-// Calls body with the element type of the logits; T is their accumulator type.
-template <class T, class Body>
-void dispatch_element(LogitsType type, const Body& body) {
-  if constexpr (sizeof(T) == 8) {
-    body(Element<double>());
-  } else if (type == LogitsType::kFloat32) {
-    body(Element<float>());
-  } else if (type == LogitsType::kBFloat16) {
-    body(Element<bf16>());
-  } else {
-    body(Element<fp16>());
-  }
-}
-
 void check_vocab(const Rows& rows) {
   STD_TORCH_CHECK(rows.vocab < INT32_MAX / 2, "logits: expected fewer than 2^30 columns, got ",
                   rows.vocab);
@@ -44,7 +25,7 @@ struct CudaBackend {
   static void token_stats(LogitsType type, const StatsParams<T>& p, int32_t device) {
     check_vocab(p.rows);
     const LaunchScope scope(device);
-    dispatch_element<T>(type, [&](auto element) {
+    dispatch_element<T, bf16, fp16>(type, [&](auto element) {
       using E = typename decltype(element)::type;
       const LaunchConfig c = stats_config(p.rows.vocab, sizeof(E));
       launch(stats_kernel<E>, grid_blocks(p.rows.rows, 1), c.block, 1, c.shared_bytes, scope.stream,
@@ -56,7 +37,7 @@ struct CudaBackend {
   static void token_stats_backward(LogitsType type, const GradParams<T>& p, int32_t device) {
     check_vocab(p.rows);
     const LaunchScope scope(device);
-    dispatch_element<T>(type, [&](auto element) {
+    dispatch_element<T, bf16, fp16>(type, [&](auto element) {
       using E = typename decltype(element)::type;
       const LaunchConfig c = rowwise_config(p.rows.vocab, sizeof(E));
       launch(grad_kernel<E>, grid_blocks(p.rows.rows, c.tiling.slices), c.block, 1, 0, scope.stream,
@@ -68,7 +49,7 @@ struct CudaBackend {
   static void policy_loss(LogitsType type, const LossParams<T>& p, int32_t device) {
     check_vocab(p.rows);
     const LaunchScope scope(device);
-    dispatch_element<T>(type, [&](auto element) {
+    dispatch_element<T, bf16, fp16>(type, [&](auto element) {
       using E = typename decltype(element)::type;
       const bool needs_grad = p.rows.grad != nullptr;
       const Device gpu = describe(device);
@@ -89,7 +70,7 @@ struct CudaBackend {
   static void scale_rows(LogitsType type, const Rows& rows, const T* factors, int32_t device) {
     check_vocab(rows);
     const LaunchScope scope(device);
-    dispatch_element<T>(type, [&](auto element) {
+    dispatch_element<T, bf16, fp16>(type, [&](auto element) {
       using E = typename decltype(element)::type;
       const LaunchConfig c = rowwise_config(rows.vocab, sizeof(E));
       launch(scale_kernel<E>, grid_blocks(rows.rows, c.tiling.slices), c.block, 1, 0, scope.stream,

@@ -166,8 +166,9 @@ RK_HOST_DEVICE RowLoss<T> objective_row(int kind, int kl_kind, bool kl_unbiased,
   Term<T> l{T(0), T(0)};
   if (in.advantage != 0 || kind == kDro) {
     l = token_term(kind, logp, old_logprob, in.advantage, h);
-    l = {in.importance * l.value, in.importance * l.dlogp};
   }
+  // Also where A = 0: an importance that is not finite leaves its row out.
+  l = {in.importance * l.value, in.importance * l.dlogp};
   if (kl_kind != kNoKl && in.has_ref) {
     const Term<T> k =
         kl_term(kl_kind, kl_unbiased, logp, in.ref_logprob, old_logprob, h.log_ratio_clamp);

@@ -47,6 +47,26 @@ void dispatch_acc(LogitsType type, const Body& body) {
   body(float());
 }
 
+template <class E>
+struct Element {
+  typedef E type;
+};
+
+// Calls body with the element type of the logits: T is their accumulator type, the other two are
+// the backend's 16-bit types.
+template <class T, class Bf16, class Fp16, class Body>
+void dispatch_element(LogitsType type, const Body& body) {
+  if constexpr (sizeof(T) == 8) {
+    body(Element<double>());
+  } else if (type == LogitsType::kFloat32) {
+    body(Element<float>());
+  } else if (type == LogitsType::kBFloat16) {
+    body(Element<Bf16>());
+  } else {
+    body(Element<Fp16>());
+  }
+}
+
 inline ScalarType acc_dtype(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }

@@ -1,21 +1,7 @@
-// Passes over a row of floats, compiled for several instruction sets by cpu_row.h under the rules
+// Passes over a row of floats, compiled for several instruction sets by cpu_passes.h under the rules
 // of common/simd.h: no include guard, no includes, no template of another header.
 
-typedef int32_t I __attribute__((vector_size(sizeof(U))));
-
-#define RK_FN RK_INLINE
-RK_FN F mul(F a, F b) { return a * b; }
-RK_FN F add(F a, F b) { return a + b; }
-RK_FN F from_word(U word) { return __builtin_convertvector(word, F); }
-RK_FN F to_float(I n) { return __builtin_convertvector(n, F); }
-RK_FN U word_of(F x) { return U(x); }
-RK_FN F float_of(U x) { return F(x); }
-RK_FN I signed_of(U x) { return I(x); }
-RK_FN U unsigned_of(I x) { return U(x); }
-RK_FN F select(I mask, F yes, F no) { return select(U(mask), yes, no); }
-RK_FN U select(I mask, U yes, U no) { return (U(mask) & yes) | (~U(mask) & no); }
-#include "noise_math.h"
-#undef RK_FN
+#include "noise_simd.h"
 
 RK_INLINE bool any(I mask) {
 #if RK_SIMD == 4

@@ -1,22 +1,9 @@
 // Scores of the candidates of a node, compiled for several instruction sets by cpu_table_scores.h
 // under the rules of common/simd.h: no include guard, no includes, no template of another header.
 
-typedef int32_t I __attribute__((vector_size(sizeof(U))));
-typedef uint64_t W __attribute__((vector_size(sizeof(U))));
+#include "noise_simd.h"
 
-#define RK_FN RK_INLINE
-RK_FN F mul(F a, F b) { return a * b; }
-RK_FN F add(F a, F b) { return a + b; }
-RK_FN F from_word(U word) { return __builtin_convertvector(word, F); }
-RK_FN F to_float(I n) { return __builtin_convertvector(n, F); }
-RK_FN U word_of(F x) { return U(x); }
-RK_FN F float_of(U x) { return F(x); }
-RK_FN I signed_of(U x) { return I(x); }
-RK_FN U unsigned_of(I x) { return U(x); }
-RK_FN F select(I mask, F yes, F no) { return select(U(mask), yes, no); }
-RK_FN U select(I mask, U yes, U no) { return (U(mask) & yes) | (~U(mask) & no); }
-#include "noise_math.h"
-#undef RK_FN
+typedef uint64_t W __attribute__((vector_size(sizeof(U))));
 
 // Products of the low halves of 64-bit lanes.
 RK_INLINE W multiply_low(W a, W b) {

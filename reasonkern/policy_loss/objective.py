@@ -415,8 +415,12 @@ class Objective:
     def passes(self) -> int:
         """Reads of the logits for loss and gradient: 1 for token-local objectives, else 2."""
         local = self.level == "token" and self.rule is None and self.opsm is None
-        penalised = isinstance(self.log_ratio_penalty, Tensor) or self.log_ratio_penalty != 0
-        return 1 if local and not penalised else 2
+        return 1 if local and not self.is_penalised else 2
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether a multiple of the log-ratio's size is added, which the operators do not know."""
+        return isinstance(self.log_ratio_penalty, Tensor) or self.log_ratio_penalty != 0
 
     # ---- what the operators take
 
@@ -452,10 +456,10 @@ class Objective:
         return [0.0] * len(HYPER), torch.stack(fields).reshape(len(HYPER), -1)
 
     def selection_rows(self, rows: Tensor) -> Tensor | None:
-        """The selection for rows like ``rows`` (B, T)."""
+        """The selection for rows like ``rows`` (B, T), contiguous."""
         if self.selection is None:
             return None
-        return _row_field("selection", self.selection.detach(), rows, rows.shape)
+        return _row_field("selection", self.selection.detach(), rows, rows.shape).contiguous()
 
 
 def _row_field(name: str, x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:

@@ -198,7 +198,7 @@ def loss_of_statistics(
         o, context = adapt(o, lp, ent, finite, context, h)
         values, hyper = o.pack(context.weight)
         h = unpack_hyper(values, hyper, logprob.shape)
-    if o.level == "token" and not _is_penalised(o):
+    if o.level == "token" and not o.is_penalised:
         with torch.no_grad():
             old = lp.detach() if context.old_logprob is None else context.old_logprob
             weight = torch.where(finite, context.weight, 0.0)
@@ -219,11 +219,7 @@ def loss_of_statistics(
 def _is_plain(o: Objective, context: RowContext) -> bool:
     """Token-local, with nothing to work out from other rows or to multiply in."""
     extras = (o.rule, o.opsm, o.importance, o.selection, context.importance)
-    return o.level == "token" and not _is_penalised(o) and all(x is None for x in extras)
-
-
-def _is_penalised(o: Objective) -> bool:
-    return isinstance(o.log_ratio_penalty, Tensor) or o.log_ratio_penalty != 0
+    return o.level == "token" and not o.is_penalised and all(x is None for x in extras)
 
 
 def _local_rows(

@@ -254,8 +254,9 @@ def objective_row(kind, kl_kind, kl_unbiased, logp, entropy, row, h):
     # A = 0 gives 0 whatever the ratio; DRO's quadratic term does not carry A.
     term = token_term(kind, logp, row.old_logprob, row.advantage, h)
     counts = (row.advantage != 0) | (kind == DRO)
-    value = tl.where(counts, row.importance * term.value, 0.0)
-    slope = tl.where(counts, row.importance * term.dlogp, 0.0)
+    # Also where A = 0: an importance that is not finite leaves its row out.
+    value = row.importance * tl.where(counts, term.value, 0.0)
+    slope = row.importance * tl.where(counts, term.dlogp, 0.0)
     if kl_kind != NO_KL:
         k = kl_term(kl_kind, kl_unbiased, logp, row.ref_logprob, row.old_logprob, h.log_ratio_clamp)
         value += h.kl_coef * k.value
