@@ -20,7 +20,7 @@ from speculation_cases import (
 from tolerance import ulp
 from torch import Tensor
 
-from reasonkern import Status, _load
+from reasonkern import Draft, DraftTree, Status, _load, verify_tree
 
 OUTPUTS = ("tokens", "length", "path", "topk_ids", "topk_logits", "lse", "status")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -353,3 +353,18 @@ def test_batch_order_does_not_matter(backend):
     first = backend("verify_tree", *on(backend, step.args()))
     second = backend("verify_tree", *on(backend, moved.args()))
     assert_same_bits([x.cpu() for x in second], [x.cpu()[order] for x in first])
+
+
+@pytest.mark.parametrize("shift", [0.0, -300.0, 5e4])
+def test_lse_where_all_but_the_top_is_far_below(shift):
+    """Equal values err all in the same direction. In fp32 64 of them are added to the top."""
+    gap = torch.linspace(10, 40, 121)
+    logits = -gap[:, None, None].expand(-1, 1, 9000).clone()
+    logits[:, 0, 4567] = 0
+    logits += shift
+    valid = torch.ones(len(gap), 1, dtype=torch.bool)
+    draft, tree = Draft(valid.long(), valid), DraftTree([-1])
+    out = verify_tree(logits, draft, tree, temperature=1.0, seed=1, position=0)
+    truth = logits[:, 0].double().logsumexp(-1)
+    error = (out.lse[:, 0].double() - truth).abs()
+    assert (error <= 2**-20 + ulp(truth, torch.float32)).all()

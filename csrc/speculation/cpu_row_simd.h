@@ -75,6 +75,15 @@ RK_INLINE float tile_maximum(const float* x, I& bad) {
   return max_lane(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
+RK_INLINE float sum_lanes(F x) {
+  float lanes[kLanes];
+  store_one(lanes, x);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
 // sum exp(x - top) of a tile, times kExpScale. Meanwhile the next tile comes from memory.
 RK_INLINE double tile_sum(const float* x, float top) {
   F sum[kGroup] = {};
@@ -86,24 +95,41 @@ RK_INLINE double tile_sum(const float* x, float top) {
     scaled_exp(v, e);
     RK_EACH sum[k] = sum[k] + e[k];
   }
-  const F all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  float halves[kLanes];
-  store_one(halves, all);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) halves[lane] += halves[lane + width];
+  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// The same at most kCoarse wrong: exp as the float whose bits are linear in the exponent
+// (Schraudolph, Neural Computation 11, 1999), in a third of the instructions.
+constexpr float kCoarse = 0.031f;
+
+RK_INLINE double coarse_tile_sum(const float* x, float top) {
+  constexpr float kSlope = 12102203.2f;                     // 2^23 / ln 2
+  constexpr float kAtZero = (127 + 32) * 0x1p23f - 366393;  // 2^32, less what centres the error
+  F sum[kGroup] = {};
+  for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
+    F v[kGroup];
+    RK_EACH __builtin_prefetch(x + i + k * kLanes + kTile);
+    load(x + i, v);
+    RK_EACH v[k] = max(fma(v[k] - splat(top), splat(kSlope), splat(kAtZero)), F{});
+    RK_EACH sum[k] = sum[k] + F(__builtin_convertvector(v[k], I));
   }
-  return halves[0];
+  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 // The largest value of each tile; false when one is NaN or +inf. With `sum`, also sum exp(x - top)
 // while the tile is at hand, relative to the largest value so far.
 static bool tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) {
   I bad = {};
+  // So far below the top, coarse sums of n tokens are less than 2^-23 wrong.
+  const float far = __builtin_logf(float(n) * (kCoarse * 0x1p23f));
   for (int64_t at = 0, tile = 0; at < n; at += kTile, ++tile) {
     const float top = maxima[tile] = tile_maximum(x + at, bad);
     if (sum == nullptr) continue;
     if (top > sum->top) sum->raise(top);
-    if (top > -kInf) sum->value += tile_sum(x + at, sum->top) * (1.0 / double(kExpScale));
+    if (!(top > -kInf)) continue;
+    const bool is_far = top < sum->top - far;
+    const double part = is_far ? coarse_tile_sum(x + at, sum->top) : tile_sum(x + at, sum->top);
+    sum->value += part * (1.0 / double(kExpScale));
   }
   return !any(bad);
 }

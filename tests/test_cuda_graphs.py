@@ -1,0 +1,158 @@
+"""Calls that live inside a decoding loop or a captured step: no synchronisation, static shapes.
+
+Without a GPU they run on meta tensors, which have no values to wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from speculation_cases import generator, likely_tokens, random_tree
+from torch import Tensor
+
+import reasonkern as rk
+from reasonkern import _load
+
+BATCH, VOCAB, ORDERS = 5, 300, (3, 2)
+TREE = random_tree(9, 4)
+
+
+def values(seed: int) -> dict[str, Tensor]:
+    """What changes from step to step, by name."""
+    g = generator(seed)
+    logits = 3 * torch.randn(BATCH, TREE.nodes, VOCAB, generator=g)
+    return {
+        "logits": logits,
+        "drafted": likely_tokens(logits, TREE, seed),
+        "context": torch.randint(0, 4, (BATCH, ORDERS[0]), generator=g),
+        "targets": torch.randint(0, VOCAB, (BATCH, TREE.nodes), generator=g),
+        "temperature": torch.tensor([0.0, 0.5, 0.8, 1.0, 1.3]),
+        "top_k": torch.tensor([0, 0, 20, 50, 0]),
+        "top_p": torch.tensor([1.0, 0.9, 1.0, 0.95, 0.8]),
+        "min_p": torch.tensor([0.0, 0.0, 0.05, 0.0, 0.1]),
+        "seed": torch.randint(-(2**62), 2**62, (BATCH,), generator=g),
+        "position": torch.randint(0, 2**34, (BATCH,), generator=g),
+        "max_length": torch.randint(1, TREE.depth + 2, (BATCH,), generator=g),
+        "eos": torch.tensor([7, 8]),
+    }
+
+
+FIRST = values(0)
+
+
+@dataclass
+class Place:
+    """Buffers that stay where they are, and a table, on one device."""
+
+    buffers: dict[str, Tensor]
+    table: rk.NgramTable
+
+    @classmethod
+    def on(cls, device: str) -> Place:
+        buffers = {name: x.to(device) for name, x in FIRST.items()}
+        table = rk.NgramTable(1 << 10, vocab_size=VOCAB, orders=ORDERS, topk=4, device=device)
+        return cls(buffers, table)
+
+    def fill(self, seed: int) -> None:
+        for name, x in values(seed).items():
+            self.buffers[name].copy_(x)
+
+    def take(self, *names: str) -> dict[str, Tensor]:
+        return {name: self.buffers[name] for name in names}
+
+
+FILTERS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
+DRAWS = ("temperature", "seed", "position")
+
+
+def sample(p: Place) -> tuple[Tensor, ...]:
+    return (rk.sample(p.buffers["logits"][:, 0], **p.take(*FILTERS)),)
+
+
+def verify_tree(p: Place) -> tuple[Tensor, ...]:
+    valid = torch.ones_like(p.buffers["drafted"], dtype=torch.bool)
+    draft = rk.Draft(p.buffers["drafted"], valid)
+    limits = p.take("max_length", "eos")
+    return rk.verify_tree(p.buffers["logits"], draft, TREE, topk=4, **p.take(*FILTERS), **limits)
+
+
+def step(p: Place, mode: str) -> tuple[Tensor, ...]:
+    """Draft, verification and learning; the table's tensors are results too."""
+    context = p.buffers["context"]
+    draft = p.table.draft(context, TREE, mode=mode, **p.take(*DRAWS))
+    logits = p.buffers["logits"]
+    out = rk.verify_tree(logits, draft, TREE, topk=4, mode=mode, **p.take(*DRAWS))
+    p.table.update_verified(context, out)
+    state = [x for x in p.table.state_dict().values() if isinstance(x, Tensor)]
+    return (*(x for x in draft if x is not None), *out, *state)
+
+
+def shared_step(p: Place) -> tuple[Tensor, ...]:
+    return step(p, "shared")
+
+
+def rejection_step(p: Place) -> tuple[Tensor, ...]:
+    return step(p, "rejection")
+
+
+def token_stats(p: Place) -> tuple[Tensor, ...]:
+    logits, targets = p.buffers["logits"], p.buffers["targets"]
+    return rk.token_stats(logits, targets, temperature=0.7, softcap=20.0)
+
+
+CALLS = (sample, verify_tree, shared_step, rejection_step, token_stats)
+
+
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_nothing_waits_for_a_value(call):
+    place = Place.on("meta")
+    first, second = call(place), call(place)
+    assert all(x.device.type == "meta" for x in first)
+    assert [x.shape for x in first] == [x.shape for x in second]
+
+
+def captured(call: Callable[[Place], tuple[Tensor, ...]], place: Place) -> Callable[[], Any]:
+    """A function that replays one call on what `place` holds by then."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call(place)  # compiles, and copies the tree
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(place)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = call(place)
+
+    def replay() -> tuple[Tensor, ...]:
+        graph.replay()
+        return outputs
+
+    return replay
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
+def test_a_captured_call_gives_what_the_cpu_gives(call, backend, monkeypatch):
+    if problem := _load.reason(backend):
+        pytest.skip(problem)
+    monkeypatch.setattr(_load, "choose_cuda_backend", lambda *_: backend)
+    there, here = Place.on("cuda"), Place.on("cpu")
+    replay = captured(call, there)
+    there.table.clear()
+    for seed in (1, 2, 1):
+        there.fill(seed)
+        here.fill(seed)
+        results = [x.cpu() for x in replay()]
+        for got, expected in zip(results, call(here), strict=True):
+            slack = 2e-5 if expected.is_floating_point() else 0
+            torch.testing.assert_close(got, expected, rtol=slack, atol=slack)
