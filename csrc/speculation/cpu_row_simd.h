@@ -1,5 +1,5 @@
-// Passes over a row of floats, compiled for several instruction sets by cpu_passes.h under the rules
-// of common/simd.h: no include guard, no includes, no template of another header.
+// Passes over a row of floats, compiled for several instruction sets by cpu_passes.h under the
+// rules of common/simd.h: no include guard, no system headers, no template of another header.
 
 #include "noise_simd.h"
 

@@ -1,4 +1,4 @@
-// The noise contract (README.md of the family): which Philox word belongs to which token, and the
+// The noise contract (VERIFY.md of the family): which Philox word belongs to which token, and the
 // Gumbel noise of a word, bit for bit the same on every backend.
 #pragma once
 
