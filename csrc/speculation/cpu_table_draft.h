@@ -58,15 +58,15 @@ inline void find_entry(const Table& t, Visit& v, int mask) {
   for (int k = 0; k < t.num_orders; ++k) {
     if (!(mask >> k & 1)) continue;
     const int64_t first = set_of(v.keys[k], t.sets) * kWays;
-    for (int way = 0; way < kWays; ++way) {
-      if (t.keys[first + way] != v.keys[k]) continue;
-      v.order = k;
-      v.entry = first + way;
-      const char* slots = reinterpret_cast<const char*>(t.slots + v.entry * t.topk);
-      __builtin_prefetch(slots);
-      __builtin_prefetch(slots + 4 * t.topk - 1);
-      return;
-    }
+    uint32_t ways = 0;  // all of them are compared: which one holds the key nobody can predict
+    for (int way = 0; way < kWays; ++way) ways |= uint32_t(t.keys[first + way] == v.keys[k]) << way;
+    if (ways == 0) continue;
+    v.order = k;
+    v.entry = first + __builtin_ctz(ways);
+    const char* slots = reinterpret_cast<const char*>(t.slots + v.entry * t.topk);
+    __builtin_prefetch(slots);
+    __builtin_prefetch(slots + 4 * t.topk - 1);
+    return;
   }
 }
 
@@ -129,6 +129,14 @@ inline void store_law(const DraftParams& p, const Visit& v, const Draw& draw, co
   }
 }
 
+// Larger for a candidate that goes before another, so that the best one is found without branches,
+// which nobody could predict. Never 0.
+inline uint64_t rank_key(float score, int32_t id) {
+  const uint32_t bits = noise::word_of(noise::add(score, 0.0f));  // -0 is 0
+  const uint32_t ordered = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
+  return uint64_t(ordered) << 32 | ~uint32_t(id);
+}
+
 // Gives the children of a node the best candidates that are left.
 inline void draw_children(const DraftParams& p, const Visit& v, const CandidateKernels& kernels) {
   Candidates c;
@@ -139,17 +147,16 @@ inline void draw_children(const DraftParams& p, const Visit& v, const CandidateK
   const int32_t* child = p.child_index + p.child_ptr[v.node];
   const int children = p.child_ptr[v.node + 1] - p.child_ptr[v.node];
   const int64_t row = int64_t(v.request) * p.nodes;
-  uint32_t left = (1u << c.count) - 1;
+  uint64_t keys[kMaxTopk], last = ~uint64_t{0};
+  for (int i = 0; i < c.count; ++i) keys[i] = rank_key(c.score[i], c.id[i]);
   int32_t best_of_all = -1;
-  for (int rank = 0; rank < children && left != 0; ++rank) {
-    int best = -1;
-    for (int i = 0; i < c.count; ++i) {
-      if (!(left >> i & 1)) continue;
-      if (best < 0 || goes_before(c.score[i], c.id[i], c.score[best], c.id[best])) best = i;
-    }
-    left &= ~(1u << best);
-    if (rank == 0) best_of_all = c.id[best];
-    p.tokens[row + child[rank]] = c.id[best];
+  for (int rank = 0; rank < std::min(children, c.count); ++rank) {
+    uint64_t best = 0;
+    for (int i = 0; i < c.count; ++i) best = std::max(best, keys[i] < last ? keys[i] : 0);
+    last = best;
+    const int32_t token = int32_t(~uint32_t(best));
+    if (rank == 0) best_of_all = token;
+    p.tokens[row + child[rank]] = token;
     p.valid[row + child[rank]] = true;
   }
   if (p.kind == kRejection) store_law(p, v, draw, c, best_of_all);
