@@ -91,6 +91,15 @@ def implementation(name: str, backend: str) -> Implementation:
     return function
 
 
+def lazy(module: str, name: str) -> Implementation:
+    """A function of a module that is imported at its first call, as the Triton kernels are."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return call
+
+
 def _missing(name: str, backend: str) -> str:
     """Why an op cannot run on a backend; "" when it can."""
     if _ops[name].get(backend) is None:

@@ -256,13 +256,7 @@ def _cuda_entry(name: str) -> Callable[..., Any]:
 def _triton(name: str) -> Callable[..., Any]:
     if name == "policy_metrics":
         return REFERENCE[name]  # float64 sums over O(N) rows; a build with nvcc has a kernel
-
-    def call(*args: Any) -> Any:
-        from . import triton_kernels
-
-        return getattr(triton_kernels, name)(*args)
-
-    return call
+    return _load.lazy(f"{__package__}.triton_kernels", name)
 
 
 for _name in SCHEMAS:

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_rows import kernel
+from .._triton import kernel
 
 BLOCK = 256
 

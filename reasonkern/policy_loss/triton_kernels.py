@@ -17,13 +17,13 @@ import torch
 import triton
 import triton.language as tl
 
+from .._triton import kernel
 from .triton_conflict import conflict_kernel, conflict_runs  # noqa: F401  (of an operator)
 from .triton_objective import Hyper, RowInputs, grad_row, is_finite, objective_row
 from .triton_rows import (
     INF,
     STAGES,
     first_argmax,
-    kernel,
     load_scale,
     load_target,
     logprob_entropy,

@@ -1,6 +1,5 @@
 """Device functions over one row of logits: its sums, its gradient, zeros, in blocks of BLOCK."""
 
-import inspect
 from typing import NamedTuple
 
 import triton
@@ -14,13 +13,6 @@ TWO_TO_64 = tl.constexpr(2.0**64)
 TWO_TO_MINUS_64 = tl.constexpr(2.0**-64)
 # Loads in flight ahead of the arithmetic; 3 blocks of 8 KiB per program.
 STAGES = tl.constexpr(3)
-
-
-def kernel(fn):
-    """triton.jit that specialises on nothing: no value 1, no divisibility, no pointer alignment."""
-    parameters = inspect.signature(fn).parameters.values()
-    names = [p.name for p in parameters if p.annotation is not tl.constexpr]
-    return triton.jit(fn, do_not_specialize=names)
 
 
 class Scale(NamedTuple):

@@ -50,15 +50,6 @@ def _cuda_entry(name: str) -> Callable[..., Any]:
     return call
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        from . import triton_kernels
-
-        return getattr(triton_kernels, name)(*args)
-
-    return call
-
-
 _lib = torch.library.Library("reasonkern", "FRAGMENT")
 for _name, _schema in SCHEMAS.items():
     _lib.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
@@ -71,6 +62,6 @@ for _name, _schema in SCHEMAS.items():
         {
             "reference": REFERENCE[_name],
             "cpu": getattr(torch.ops.reasonkern, _name),
-            "triton": _triton(_name),
+            "triton": _load.lazy(f"{__package__}.triton_kernels", _name),
         },
     )

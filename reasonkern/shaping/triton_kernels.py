@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..policy_loss.triton_rows import kernel
+from .._triton import kernel
 
 BLOCK = 1024
 OPTIONS = {"num_warps": 4}

@@ -74,15 +74,6 @@ def _update_cuda(*args: Any) -> None:
     table_sorted.update(steps.table_keys, steps.table_merge_, *args)
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        from . import triton_table
-
-        return getattr(triton_table, name)(*args)
-
-    return call
-
-
 def _cuda_entry(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return _load.implementation(name, _load.choose_cuda_backend(name, args[0].device))(*args)
@@ -101,6 +92,6 @@ for _name in SCHEMAS:
             "reference": REFERENCE[_name],
             "cpu": getattr(torch.ops.reasonkern, _name),
             "cuda": getattr(torch.ops.reasonkern_cuda, _name),
-            "triton": _triton(_name),
+            "triton": _load.lazy(f"{__package__}.triton_table", _name),
         },
     )

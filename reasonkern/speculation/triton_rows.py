@@ -1,6 +1,5 @@
 """Device functions over one row of logits: its top, the filters' cut, a draw, raw statistics."""
 
-import inspect
 from typing import NamedTuple
 
 import triton
@@ -12,13 +11,6 @@ INF = tl.constexpr(float("inf"))
 MAX_NOISE = tl.constexpr(22.1808)  # above the largest noise
 LAST_ID = tl.constexpr(0x3FFFFF)
 TINY = tl.constexpr(2.0**-126)
-
-
-def kernel(fn):
-    """triton.jit that specialises on nothing: no value 1, no divisibility, no pointer alignment."""
-    parameters = inspect.signature(fn).parameters.values()
-    names = [p.name for p in parameters if p.annotation is not tl.constexpr]
-    return triton.jit(fn, do_not_specialize=names)
 
 
 class Row(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..policy_loss.triton_rows import kernel
+from .._triton import kernel
 from . import table_sorted
 from .triton_table_draft import draft_kernel
 from .triton_table_entry import (

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ..policy_loss.triton_rows import kernel
+from .._triton import kernel
 from .triton_noise import gumbel, minus_log, word_of_token
 from .triton_table_entry import (
     EXACT,

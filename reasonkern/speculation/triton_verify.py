@@ -10,7 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_rows import INF, Request, Row, choose, find_top, kernel, write_statistics
+from .._triton import kernel
+from .triton_rows import INF, Request, Row, choose, find_top, write_statistics
 
 EOS, BAD_ROW, CAPPED = (tl.constexpr(bit) for bit in (1, 2, 4))
 BLOCK = 2048

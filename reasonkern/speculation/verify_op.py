@@ -74,15 +74,6 @@ def _cuda_entry(name: str) -> Callable[..., Any]:
     return call
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        from . import triton_verify
-
-        return getattr(triton_verify, name)(*args)
-
-    return call
-
-
 TRITON = ("sample", "verify_tree")  # the latter by equality
 
 for _name in SCHEMAS:
@@ -95,6 +86,8 @@ for _name in SCHEMAS:
             "reference": REFERENCE[_name],
             "cpu": getattr(torch.ops.reasonkern, _name),
             "cuda": getattr(torch.ops.reasonkern_cuda, _name),
-            "triton": _triton(_name) if _name in TRITON else None,
+            "triton": _load.lazy(f"{__package__}.triton_verify", _name)
+            if _name in TRITON
+            else None,
         },
     )
