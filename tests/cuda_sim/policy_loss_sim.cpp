@@ -1,32 +1,16 @@
 // The kernels of policy_loss in the simulator, started by tests/cuda_sim/backend.py. Pointers come
 // as integers in dicts whose keys are the fields of policy_loss.h; a missing key is null.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "cuda_sim.h"
+#include "fields.h"
 #include "policy_loss/kernels.cuh"
 #include "policy_loss/metrics.cuh"
 #include "policy_loss/objective_map.cuh"
 
 namespace py = pybind11;
 using namespace reasonkern;
+using cuda_sim::Fields;
 
 namespace {
-
-// A dict of numbers and pointers.
-struct Fields {
-  const py::dict& dict;
-
-  template <class T>
-  T number(const char* name) const {
-    return dict[name].cast<T>();
-  }
-  template <class T>
-  void point(T*& field, const char* name) const {
-    const std::uintptr_t p = dict.contains(name) ? number<std::uintptr_t>(name) : 0;
-    field = reinterpret_cast<T*>(p);
-  }
-};
 
 Rows rows_of(const Fields& f) {
   Rows r{};

@@ -1,29 +1,14 @@
 // The kernels of the n-gram table in the simulator, started by tests/cuda_sim/table_backend.py.
 // Pointers come as integers in dicts whose keys are the fields of table.h; a missing key is null.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "cuda_sim.h"
+#include "fields.h"
 #include "speculation/table.cuh"
 
 namespace py = pybind11;
 using namespace reasonkern;
+using cuda_sim::Fields;
 
 namespace {
-
-struct Fields {
-  const py::dict& dict;
-
-  template <class T>
-  T number(const char* name) const {
-    return dict[name].cast<T>();
-  }
-  template <class T>
-  void point(T*& field, const char* name) const {
-    const std::uintptr_t p = dict.contains(name) ? number<std::uintptr_t>(name) : 0;
-    field = reinterpret_cast<T*>(p);
-  }
-};
 
 Table table_of(const Fields& f) {
   Table t{};

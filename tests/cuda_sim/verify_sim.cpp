@@ -1,30 +1,15 @@
 // The kernels of verification in the simulator, started by tests/cuda_sim/verify_backend.py.
 // Pointers come as integers in dicts whose keys are the fields of verify.h; a missing key is null.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "cuda_sim.h"
+#include "fields.h"
 #include "speculation/verify_kernels.cuh"
 #include "speculation/verify_launch.h"
 
 namespace py = pybind11;
 using namespace reasonkern;
+using cuda_sim::Fields;
 
 namespace {
-
-struct Fields {
-  const py::dict& dict;
-
-  template <class T>
-  T number(const char* name) const {
-    return dict[name].cast<T>();
-  }
-  template <class T>
-  void point(T*& field, const char* name) const {
-    const std::uintptr_t p = dict.contains(name) ? number<std::uintptr_t>(name) : 0;
-    field = reinterpret_cast<T*>(p);
-  }
-};
 
 LogitRows rows_of(const Fields& f) {
   LogitRows r{};
