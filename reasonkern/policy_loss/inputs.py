@@ -127,6 +127,8 @@ def row_tensor(
     With as many segments as packed tokens, `sequence_first` reads (N,) as one value per segment.
     """
     check_tensor(name, x)
+    if x.dtype == torch.bool:
+        _checks.fail(name, "numbers (token_weights makes weights of a mask)", x.dtype)
     batch, tokens = logits.shape[:2]
     _checks.check_device(name, x, logits, "logits")
     shape = logits.shape[:2]
