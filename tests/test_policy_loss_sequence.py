@@ -485,6 +485,32 @@ def test_rows_without_a_needed_logprob_are_counted(
             assert_close(values[key], value)
 
 
+@pytest.mark.parametrize(
+    ("objective", "rows"),
+    [
+        (Objective.ppo(entropy_coef=0.1), 1),
+        (Objective.kl_cov(entropy_coef=0.1), 1),
+        (Objective.gspo(entropy_coef=0.1), 5),
+        (Objective.gmpo(entropy_coef=0.1), 5),
+        (Objective.vespo(entropy_coef=0.1), 5),
+    ],
+    ids=lambda x: x.name if isinstance(x, Objective) else str(x),
+)
+def test_zero_advantage_does_not_hide_a_nan_ratio(objective: Objective, rows: int) -> None:
+    """Its row leaves the entropy term too, as the metrics count it."""
+    b = make_batch()
+    advantage = b.advantage.clone()
+    advantage[0] = 0
+    given = b.given(advantage=advantage, old_logprob=_nan_at(b.old_logprob))
+    x = b.leaf()
+    out = policy_loss(x, b.targets, objective=objective, **given)
+    grad = gradient(out.loss, x)
+    dropped = torch.zeros_like(b.mask)
+    dropped[(0, 2) if rows == 1 else 0] = True
+    assert not grad[dropped].any() and grad[b.mask & ~dropped].any(-1).all()
+    assert out.metrics.compute()["rows_active"] == 8 - rows
+
+
 def test_own_importance_leaves_out_nonfinite_rows() -> None:
     """On-policy sequence importance sums this pass's log-probabilities over the finite rows."""
     b = make_batch()
