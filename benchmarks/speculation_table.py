@@ -202,8 +202,7 @@ def ours_update(case: Case, step: Step) -> Runner:
     mine = dataclasses.replace(step, table=on_device(step.table, case.device))
 
     def outputs(_: None) -> dict[str, Tensor]:
-        state = mine.table.state_dict()
-        return {name: state[name].double() for name in ("slots", "counts")}
+        return entries(mine.table.state_dict())
 
     items = per(len(step.rows[0]), case)
     return Runner(lambda: update(mine), outputs, repeat=items, about=about(step))
@@ -219,6 +218,11 @@ def ours_both(case: Case, step: Step) -> Runner:
 
     outputs = lambda d: {"tokens": d.tokens.double(), "valid": d.valid.double()}  # noqa: E731
     return Runner(call, outputs, repeat=per(case.shape[0], case), about=about(step))
+
+
+def entries(state: dict[str, Any]) -> dict[str, Tensor]:
+    """All candidates and counts, in few rows: they are compared some rows at a time."""
+    return {name: state[name].double().reshape(64, -1) for name in ("slots", "counts")}
 
 
 def on_device(table: rk.NgramTable, device: str) -> rk.NgramTable:
@@ -283,7 +287,7 @@ def truth(case: Case, step: Step) -> Truth:
             rows[0], *(state[n] for n in names), list(copy.orders), copy.max_count,
             copy.vocab_size, *rows[1:], None, True,
         )  # fmt: skip
-        values = {name: state[name].double() for name in ("slots", "counts")}
+        values = entries(state)
     else:
         names = ("keys", "slots", "extra", "counts", "epochs", "counters")
         tokens, valid, _, _ = _load.implementation("table_draft", "reference")(
