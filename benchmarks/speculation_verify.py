@@ -5,7 +5,7 @@ On a GPU a step verifies a tree of 80 nodes of which each request visits 2 to 5,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ class Step:
     position: int | Tensor
     path: list[int]  # nodes that may be visited
     visited: Tensor  # (rows visited, 2): request and node
+    filters: dict[str, Tensor] = field(default_factory=dict)  # off; a GPU's loop keeps them there
 
     @property
     def rows(self) -> Tensor:
@@ -88,7 +89,10 @@ def tree_step(case: Case, seed: int) -> Step:
     tokens, seeds = tokens.to(device), seeds.to(device)
     draft = rk.Draft(tokens, torch.ones_like(tokens, dtype=torch.bool))
     temperature = torch.full((batch,), TEMPERATURE, device=device)
-    return Step(logits, draft, tree, seeds, temperature, torch.zeros_like(seeds), path, visited)
+    off = {"top_k": torch.zeros_like(seeds), "top_p": torch.ones_like(temperature)}
+    off["min_p"] = torch.zeros_like(temperature)
+    position = torch.zeros_like(seeds)
+    return Step(logits, draft, tree, seeds, temperature, position, path, visited, off)
 
 
 def draw(logits: Tensor, seeds: Tensor, position: int) -> Tensor:
@@ -107,7 +111,7 @@ def first_children(tree: rk.DraftTree, count: int) -> list[int]:
 def verify(step: Step) -> rk.Verified:
     return rk.verify_tree(
         step.logits, step.draft, step.tree, temperature=step.temperature, seed=step.seed,
-        position=step.position,
+        position=step.position, **step.filters,
     )  # fmt: skip
 
 
