@@ -126,7 +126,10 @@ def ours_sample(case: Case, step: Step) -> Runner:
     rows = step.logits[:, 0]
 
     def call() -> Tensor:
-        return rk.sample(rows, temperature=step.temperature, seed=step.seed, position=step.position)
+        return rk.sample(
+            rows, temperature=step.temperature, seed=step.seed, position=step.position,
+            **step.filters,
+        )  # fmt: skip
 
     return Runner(call, lambda out: {"tokens": out.double()})
 
