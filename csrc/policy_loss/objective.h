@@ -13,7 +13,7 @@ namespace reasonkern {
 enum ObjectiveKind : int { kClip, kGppo, kCispo, kSapo, kDppoTv, kDppoKl, kDro };
 enum KlKind : int { kNoKl, kK1, kK2, kK3 };
 
-// Field order is the order of HYPER in reasonkern/policy_loss/objective.py.
+// Field order is the order of HYPER in policy_loss/objective_fields.py.
 template <typename T>
 struct Hyper {
   T ratio_min, ratio_max, dual_clip, ratio_cap, low, high, kl_coef, entropy_coef, log_ratio_clamp;

@@ -26,7 +26,8 @@ from .inputs import (
 )
 from .linear import linear_policy_loss, linear_token_stats
 from .metrics import PolicyMetrics, loss_metrics
-from .objective import KL, Importance, Objective
+from .objective import Objective
+from .objective_fields import KL, Importance
 from .outputs import PolicyLossOutput, TokenStats
 from .parallel import Parallel, VocabShard, vocab_shard
 from .selection import covariance_mask, high_entropy_mask

@@ -14,7 +14,8 @@ from torch import Tensor
 from . import op, parallel_rows
 from .adaptive import adapt
 from .inputs import RowContext, Scaling
-from .objective import KL, KL_KINDS, Importance, Objective
+from .objective import Objective
+from .objective_fields import KL, KL_KINDS, Importance
 from .parallel import VocabShard
 from .reference import Hyper, RowLoss, Term, combine, kl_term, objective_rows, unpack_hyper
 from .sequence import importance_weights, opsm_keeps, sequence_term

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .objective import Importance, Objective
+from .objective import Objective
+from .objective_fields import Importance
 from .parallel import Parallel, group_total
 from .reference import Hyper, clamped_exp, clip_term
 

@@ -28,7 +28,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class Hyper(NamedTuple):
-    """Field order is the order of HYPER in objective.py."""
+    """Field order is the order of HYPER in objective_fields.py."""
 
     ratio_min: float
     ratio_max: float
