@@ -68,7 +68,7 @@ PADDED: list[tuple[dict[str, Any], str]] = [
     *(({name: 1.0}, f"{name}: expected a tensor, got float") for name in ROWS),
     (
         {"weight": F == 0},
-        "weight: expected numbers (token_weights makes weights of a mask), got torch.bool",
+        "weight: expected mask x normaliser, from token_weights, got a bool tensor",
     ),
     *(
         ({name: F.to("meta")}, f"{name}: expected the device of logits, cpu, got meta")

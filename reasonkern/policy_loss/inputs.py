@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .. import _checks
 from .._checks import check_tensor as check_tensor
-from .objective import Importance, Objective
+from .objective import Objective
+from .objective_fields import Importance
 from .parallel import Parallel
 from .reference import accumulator_dtype, active_rows
 from .sequence import Segments
@@ -127,8 +128,6 @@ def row_tensor(
     With as many segments as packed tokens, `sequence_first` reads (N,) as one value per segment.
     """
     check_tensor(name, x)
-    if x.dtype == torch.bool:
-        _checks.fail(name, "numbers (token_weights makes weights of a mask)", x.dtype)
     batch, tokens = logits.shape[:2]
     _checks.check_device(name, x, logits, "logits")
     shape = logits.shape[:2]
@@ -240,6 +239,9 @@ def row_context(
     def optional(name: str, x: Tensor | None) -> Tensor | None:
         return None if x is None else row_tensor(name, x, logits)
 
+    check_tensor("weight", weight)
+    if weight.dtype == torch.bool:
+        _checks.fail("weight", "mask x normaliser, from token_weights", "a bool tensor")
     spread = row_tensor(
         "advantage", advantage, logits, per_sequence=True, segments=segments,
         sequence_first=o.level == "sequence",
