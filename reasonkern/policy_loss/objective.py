@@ -273,7 +273,7 @@ class Objective(ObjectiveFields):
 
     @classmethod
     def kl_cov(cls, fraction: float = 2e-4, coef: float = 1.0, **terms: Any) -> Objective:
-        """-rA, + coef |log r| on the tokens of largest covariance (KL-Cov, arXiv 2505.22617).
+        """-rA, + coef abs(log r) on the tokens of largest covariance (KL-Cov, arXiv 2505.22617).
 
         The ratio is not clipped. The paper takes fraction 2e-3 for 7B and 2e-4 for 32B with coef 1;
         verl's configuration has 2e-4 and 0.1.

@@ -109,7 +109,7 @@ class ObjectiveFields:
     # ---- what the operators take
 
     def numbers(self) -> tuple[Number, ...]:
-        """The fields in the order of `HYPER`, with None replaced by the number it stands for."""
+        """The fields in the order of the kernels' record; None as the number it stands for."""
         kl_coef: Number = self.kl[1] if self.kl is not None else 0.0
         return (
             0.0 if self.ratio_min is None else self.ratio_min,
