@@ -157,8 +157,8 @@ def test_loss_is_as_accurate_as_on_the_logits(
 ) -> None:
     """Against float64: error at most twice that of F.linear and policy_loss, plus 2 ulp.
 
-    A float64 result has no better truth than one rounded like itself: there the bound of a product's
-    rounding, D eps |h| |W|^T, comes on top, because products of other sizes add in other orders.
+    A float64 result has no better truth than one rounded like itself: there the bound of what a
+    product rounds, D eps |h| |W|^T, comes on top; products of other sizes add in other orders.
     """
     x, y, given = problem(*shape, dtype)
     exact = [t.detach().double().requires_grad_() for t in x]
