@@ -105,8 +105,10 @@ def define_op(
             backend = "reference"
         return implementation(name, backend)(*args)
 
-    define_composite(name, schema, implementation=reference, fake=fake, autograd=autograd)
-    LIBRARY.impl(name, _without_graph(on_cuda, autograd), "CUDA")
+    reference = define_composite(
+        name, schema, implementation=reference, fake=fake, autograd=autograd
+    )
+    LIBRARY.impl(name, on_cuda, "CUDA")
     backends = {"reference": reference, "cpu": getattr(torch.ops.reasonkern, name)}
     if cuda:
         CUDA_LIBRARY.define(name + schema)
@@ -121,25 +123,23 @@ def define_composite(
     implementation: Implementation,
     fake: Implementation,
     autograd: Autograd | None = None,
-) -> None:
-    """Defines an op with one implementation for every device.
+) -> Implementation:
+    """Defines an op with one implementation for every device; returns that.
 
     Without `autograd` its results are constants: no graph is recorded, inside it neither.
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    LIBRARY.impl(name, _without_graph(implementation, autograd), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"reasonkern::{name}", fake, lib=LIBRARY)
     if autograd is None:
+        implementation = torch.no_grad()(implementation)
         LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
-        return
-    backward, setup_context = autograd
-    torch.library.register_autograd(
-        f"reasonkern::{name}", backward, setup_context=setup_context, lib=LIBRARY
-    )
-
-
-def _without_graph(function: Implementation, autograd: Autograd | None) -> Implementation:
-    return torch.no_grad()(function) if autograd is None else function
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"reasonkern::{name}", fake, lib=LIBRARY)
+    if autograd is not None:
+        backward, setup_context = autograd
+        torch.library.register_autograd(
+            f"reasonkern::{name}", backward, setup_context=setup_context, lib=LIBRARY
+        )
+    return implementation
 
 
 def register_op(name: str, backends: Mapping[str, Implementation | None]) -> None:
