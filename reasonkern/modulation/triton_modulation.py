@@ -68,7 +68,7 @@ def modulate_kernel(
     spec += slot * SPEC_WIDTH
     p = load_progress(progress + slot * PROGRESS_WIDTH)
     if parents is not None:
-        node = row % nodes
+        node = (row % nodes).to(tl.int32)
         p = fold_tree(spec, sets, p, node, on, parents, draft_tokens + request * nodes)
     elif local_pos is not None:
         drafts = tl.load(local_pos + row, mask=on, other=0)
