@@ -49,8 +49,8 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
 def config(dense):
-    """(rows of a program, width of a block): whole rows are read by more programs."""
-    return (4, 512) if dense else (16, 32)
+    """(rows of a program, entries of a row at a time): whole rows are read by more programs."""
+    return (4, 128) if dense else (16, 32)
 
 
 @kernel
@@ -86,7 +86,7 @@ def modulate_kernel(
     move_to_wait(rows, c, heat)
     if DENSE:
         tl.debug_barrier()
-        raise_end(rows, c, BLOCK)
+        raise_end(rows, c, 4 * BLOCK)
 
 
 @kernel
