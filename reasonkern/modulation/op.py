@@ -74,6 +74,6 @@ for _name in SCHEMAS:
             "reference": REFERENCE[_name],
             "cpu": getattr(torch.ops.reasonkern, _name),
             "cuda": getattr(torch.ops.reasonkern_cuda, _name),
-            "triton": None,
+            "triton": _load.lazy(f"{__package__}.triton_modulation", _name),
         },
     )
