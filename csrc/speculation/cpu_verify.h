@@ -22,13 +22,35 @@ inline void apply_mask(Row& row, const LogitRows& rows, int64_t b, int64_t node)
   }
 }
 
+// Before mask and control.
+inline void write_raw_statistics(const StatisticsParams& s, Row& row, int64_t out) {
+  if (s.logprob == nullptr) return;
+  Moments m;
+  s.entropy_raw[out] = row.moments(m) ? float(m.entropy()) : kNaN;
+}
+
+// After the choice. A bad row has no law.
+inline void write_law_statistics(const StatisticsParams& s, Row& row, const Outcome& chosen,
+                                 int64_t out) {
+  if (s.logprob == nullptr) return;
+  Moments m;
+  const bool law = !chosen.bad && row.moments(m);
+  s.logprob[out] = law ? float(m.log_probability(row.logit(chosen.token))) : kNaN;
+  s.entropy[out] = law ? float(row.kept_entropy()) : kNaN;
+  s.confidence[out] = law ? float(row.confidence(m, kConfidenceTokens)) : kNaN;
+  s.max_prob[out] = law ? float(1 / m.s) : kNaN;
+}
+
 template <class E>
 void sample_request(const SampleParams& p, Row& row, int64_t b) {
   row.load(row_pointer<E>(p.rows, b, 0), p.rows.vocab, false);
+  write_raw_statistics(p.statistics, row, b);
   apply_mask(row, p.rows, b, 0);
   const NoiseKey key(p.requests.seed[b], p.requests.position[b], kTarget);
-  p.token[b] = row.filter(filters_of(p.requests, b)) ? row.choose(key, nullptr, 0, {-kInf, -1})
-                                                     : row.fallback();
+  const bool sound = row.filter(filters_of(p.requests, b));
+  const Outcome chosen{sound ? row.choose(key, nullptr, 0, {-kInf, -1}) : row.fallback(), !sound};
+  p.token[b] = chosen.token;
+  write_law_statistics(p.statistics, row, chosen, b);
 }
 
 struct Children {
@@ -108,6 +130,10 @@ inline void clear_outputs(const VerifyParams& p, int64_t b, int first) {
   std::fill_n(p.lse + row, rows, -kInf);
   std::fill_n(p.topk_ids + row * p.topk, rows * p.topk, int64_t{-1});
   std::fill_n(p.topk_logits + row * p.topk, rows * p.topk, -kInf);
+  for (float* x : {p.statistics.logprob, p.statistics.entropy, p.statistics.entropy_raw,
+                   p.statistics.confidence, p.statistics.max_prob}) {
+    if (x != nullptr) std::fill_n(x + row, rows, kNaN);
+  }
   if (first == 0) p.path[row] = 0;
 }
 
@@ -122,9 +148,11 @@ void verify_request(const VerifyParams& p, Row& row, int64_t b) {
     row.load(row_pointer<E>(p.rows, b, at.node), p.rows.vocab, true);
     const int64_t out = b * (p.depth + 1) + at.depth;
     row.statistics(p.topk, p.topk_ids + out * p.topk, p.topk_logits + out * p.topk, p.lse + out);
+    write_raw_statistics(p.statistics, row, out);
     const Outcome outcome = choose_token(p, row, at);
     if (outcome.bad) status |= kBadRow;
     if (outcome.token < 0) break;
+    write_law_statistics(p.statistics, row, outcome, out);
     p.out_tokens[out] = outcome.token;
     p.path[out] = at.node;
     ++length;

@@ -31,10 +31,21 @@ struct RequestParams {
   const int64_t *seed, *position;
 };
 
+// Statistics of the rows that emitted a token; all null where nobody asks.
+struct StatisticsParams {
+  float *logprob, *confidence, *max_prob;  // of the law after mask and control at temperature 1
+  float* entropy;                          // of the law that the token is drawn from
+  float* entropy_raw;                      // of the row as it came, at temperature 1
+  bool* trigger;                           // `entropy` stands out of the request's window
+};
+
+constexpr int kConfidenceTokens = 20;  // the most likely ones, which `confidence` averages over
+
 struct SampleParams {
   LogitRows rows;
   RequestParams requests;
-  int64_t* token;  // (B)
+  int64_t* token;               // (B)
+  StatisticsParams statistics;  // (B)
 };
 
 struct VerifyParams {
@@ -55,6 +66,7 @@ struct VerifyParams {
   int64_t* topk_ids;                    // (B, D + 1, topk)
   float *topk_logits, *lse;             // (B, D + 1, topk), (B, D + 1)
   int32_t* status;                      // (B)
+  StatisticsParams statistics;          // (B, D + 1)
 };
 
 struct CompactParams {
