@@ -1,0 +1,402 @@
+"""The definition of the operators in torch, for all rows at once: what a token does to a request
+(`fold`), what a request asks of a row (`control_of`), what that does to the logits (`apply`)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import layout as at
+
+INF = float("inf")
+FORCED = 3e4  # above 2e4, finite in float16
+ADDERS = (at.CYCLIC, at.TIP, at.CONSTANT, at.SCHEDULE)
+
+
+class Sets(NamedTuple):
+    """See `layout.Storage`."""
+
+    offsets: Tensor
+    ids: Tensor
+    member: Tensor
+
+
+class Progress(NamedTuple):
+    """Columns of progress, each (R,)."""
+
+    t: Tensor
+    count: Tensor
+    switched: Tensor
+    phase: Tensor
+    phrase: Tensor
+    wait: Tensor
+    ignore: Tensor
+    stopped: Tensor
+
+
+class Control(NamedTuple):
+    """What is done to R rows; an id or set of -1 asks for nothing."""
+
+    force: Tensor
+    added: Tensor  # (R, 4) float64: cyclic, TIP, constant, schedule
+    sets: Tensor  # (R, 4)
+    ban: Tensor
+    end: Tensor
+    wait: Tensor
+    soft: Tensor
+    weight: Tensor
+    margin: Tensor
+
+
+def load(progress: Tensor, slot: Tensor) -> Progress:
+    return Progress(*progress[slot, : len(Progress._fields)].unbind(1))
+
+
+def holds(sets: Sets, index: Tensor, token: Tensor) -> Tensor:
+    """(R,): set index[r] holds token[r]."""
+    inside = (sets.member >> index.clamp_min(0).unsqueeze(-1)) & 1
+    return ((sets.ids == token.unsqueeze(-1)) & (inside != 0) & (index >= 0).unsqueeze(-1)).any(-1)
+
+
+def has(spec: Tensor, part: int) -> Tensor:
+    return (spec[:, at.PARTS] & part) != 0
+
+
+def entry(spec: Tensor, column: int, index: Tensor) -> Tensor:
+    """Element index[r] of the array of row r that begins at a column."""
+    return spec.gather(1, (column + index.clamp_min(0)).unsqueeze(-1)).squeeze(-1)
+
+
+# ---- what a token does
+
+
+def fold(spec: Tensor, sets: Sets, p: Progress, token: Tensor, where: Tensor) -> Progress:
+    """Progress after one more generated token, in the rows of `where`."""
+    wait, ignore = _fold_wait(spec, p, token)
+    phrase = _fold_phrase(spec, p, token)
+    thinking = p.phase == at.THINKING
+    closes = thinking & (token == spec[:, at.THINK_END])
+    opens = (p.phase == at.BEFORE) & (token == spec[:, at.THINK_START])
+    phase = torch.where(closes, at.CLOSED, torch.where(opens, at.THINKING, p.phase))
+    count = torch.where(opens, 0, p.count + (thinking & ~closes))
+    t = p.t + 1
+    switches = has(spec, at.TIP) & holds(sets, spec[:, at.ADDED_SETS + 1], token)
+    switched = torch.where(switches, t, p.switched)
+    new = Progress(t, count, switched, phase, phrase, wait, ignore, p.stopped)
+    return Progress(*(torch.where(where, a, b) for a, b in zip(new, p, strict=True)))
+
+
+def must_think(spec: Tensor, p: Progress) -> Tensor:
+    few = p.count < spec[:, at.MIN_TOKENS]
+    return has(spec, at.MIN_THINK) & (p.phase == at.THINKING) & (few | (p.ignore > 0))
+
+
+def _fold_wait(spec: Tensor, p: Progress, token: Tensor) -> tuple[Tensor, Tensor]:
+    length = spec[:, at.WAIT_LENGTH]
+    continues = (p.wait > 0) & (token == entry(spec, at.WAIT, p.wait))
+    starts = ~continues & must_think(spec, p) & (token == spec[:, at.WAIT])
+    following = torch.where(p.wait + 1 == length, 0, p.wait + 1)
+    wait = torch.where(continues, following, (starts & (length > 1)).to(p.wait.dtype))
+    return wait, p.ignore - (starts & (p.ignore > 0)).to(p.ignore.dtype)
+
+
+def _fold_phrase(spec: Tensor, p: Progress, token: Tensor) -> Tensor:
+    """A Knuth-Morris-Pratt automaton that runs from the count TRACK_FROM on.
+
+    Once thinking has ended there is nothing left to enforce and a mismatch gives the phrase up.
+    """
+    thinking = p.phase == at.THINKING
+    runs = has(spec, at.BUDGET) & (p.phrase != at.DONE) & (p.count >= spec[:, at.TRACK_FROM])
+    runs &= thinking | (p.phrase > 0)
+    matched = torch.where(runs, p.phrase, 0)
+    while True:
+        falls = (matched > 0) & (entry(spec, at.END, matched) != token)
+        if not falls.any():
+            break
+        matched = torch.where(falls, entry(spec, at.FAILURE, matched - 1), matched)
+    matched = matched + (entry(spec, at.END, matched) == token)
+    stays_open = thinking & (token != spec[:, at.THINK_END])
+    given_up = ~stays_open & (matched != p.phrase + 1)
+    done = given_up | (matched == spec[:, at.END_LENGTH])
+    return torch.where(runs, torch.where(done, at.DONE, matched), p.phrase)
+
+
+def paths(rows: int, local_pos: Tensor | None, draft: Tensor | None, parents: Tensor | None) -> Tensor:
+    """(R, P) draft tokens before each row's logits, oldest first, -1 from the first -1 on."""
+    if draft is None or (local_pos is None and parents is None) or rows == 0:
+        return torch.empty(rows, 0, dtype=torch.int64)
+    if parents is None:
+        assert local_pos is not None
+        step = torch.arange(int(local_pos.max()), device=draft.device)
+        index = torch.arange(rows, device=draft.device).unsqueeze(-1) + 1 + step
+        index = index - local_pos.unsqueeze(-1)
+        inside = step < local_pos.unsqueeze(-1)
+        tokens = draft.reshape(-1)[index.clamp(0, rows - 1)]
+    else:
+        nodes = _ancestors(parents.tolist()).to(draft.device)  # (N, depth)
+        inside = (nodes >= 0).repeat(len(draft), 1)
+        tokens = draft[:, nodes.clamp_min(0)].flatten(0, 1)
+    tokens = torch.where(inside, tokens, -1)
+    return torch.where((tokens < 0).cummax(-1).values, -1, tokens) if tokens.numel() else tokens
+
+
+def _ancestors(parents: list[int]) -> Tensor:
+    """(N, depth) nodes from below the root to each node, -1 beyond."""
+    chains: list[list[int]] = [[]]
+    for node, parent in enumerate(parents[1:], start=1):
+        chains.append([*chains[parent], node])
+    depth = max(map(len, chains))
+    return torch.tensor([c + [-1] * (depth - len(c)) for c in chains]).reshape(-1, depth)
+
+
+def fold_path(spec: Tensor, sets: Sets, p: Progress, path: Tensor) -> Progress:
+    for token in path.unbind(1):
+        p = fold(spec, sets, p, token, token >= 0)
+    return p
+
+
+# ---- what a request asks of its row
+
+
+def wave(amplitude: Tensor, period: Tensor, shift: Tensor, t: Tensor) -> Tensor:
+    """0 at t = 0, +A at a quarter of the period, -A at three quarters; float64."""
+    r = torch.fmod(t.double(), period)
+    u = torch.fmod(r + shift * period + 0.75 * period, period)
+    return amplitude * (4 * u / period - 2).abs() - amplitude
+
+
+def control_of(spec: Tensor, numbers: Tensor, p: Progress) -> Control:
+    thinking = p.phase == at.THINKING
+    added = _added(spec, numbers, p) * thinking.unsqueeze(-1)
+    sets = spec[:, at.ADDED_SETS : at.ADDED_SETS + len(ADDERS)]
+    minimum = must_think(spec, p)
+    ramps = (p.count >= spec[:, at.TRACK_FROM]) & (p.count < spec[:, at.BUDGET_TOKENS])
+    ramps &= thinking & has(spec, at.SOFT) & (p.phrase != at.DONE)
+    start = numbers[:, at.SOFT_FROM]
+    share = (p.count.double() - start) / (spec[:, at.BUDGET_TOKENS].double() - start)
+    return Control(
+        force=_forced_id(spec, p),
+        added=added,
+        sets=torch.where(added != 0, sets, -1),
+        ban=torch.where(thinking & has(spec, at.BAN), spec[:, at.BAN_SET], -1),
+        end=torch.where(minimum, spec[:, at.THINK_END], -1),
+        wait=torch.where(minimum, spec[:, at.WAIT], -1),
+        soft=torch.where(ramps, entry(spec, at.END, p.phrase), -1),
+        weight=torch.where(ramps, share, 0.0),
+        margin=numbers[:, at.SOFT_MARGIN],
+    )
+
+
+def _forced_id(spec: Tensor, p: Progress) -> Tensor:
+    stops = has(spec, at.DEEPCONF) & (p.stopped != 0) & (spec[:, at.EOS] >= 0)
+    spent = has(spec, at.BUDGET) & (p.count >= spec[:, at.BUDGET_TOKENS]) & (p.phrase != at.DONE)
+    spent &= (p.phase == at.THINKING) | (p.phrase > 0)
+    waits = has(spec, at.MIN_THINK) & (p.wait > 0)
+    force = torch.where(waits, entry(spec, at.WAIT, p.wait), -1)
+    force = torch.where(spent, entry(spec, at.END, p.phrase), force)
+    return torch.where(stops, spec[:, at.EOS], force)
+
+
+def _added(spec: Tensor, numbers: Tensor, p: Progress) -> Tensor:
+    """(R, 4), 0 where a part is absent or outside its window."""
+    t = p.t
+    pairs = spec[:, at.WINDOW : at.POINT_T].unflatten(1, (-1, 2))
+    used = torch.arange(at.MAX_WINDOWS, device=t.device) < spec[:, at.WINDOWS, None]
+    inside = (t[:, None] >= pairs[..., 0]) & (t[:, None] < pairs[..., 1]) & used
+    inside = inside.any(-1) | (spec[:, at.WINDOWS] == 0)
+    period = torch.where(has(spec, at.CYCLIC), numbers[:, at.PERIOD], 1.0)
+    cyclic = wave(numbers[:, at.AMPLITUDE], period, numbers[:, at.SHIFT], t)
+    near = t < p.switched + spec[:, at.TIP_SPAN]
+    parts = (
+        torch.where(inside, cyclic, 0.0),
+        torch.where(near, -numbers[:, at.ALPHA], 0.0),
+        numbers[:, at.BIAS],
+        _scheduled(spec, numbers, t),
+    )
+    rows = [torch.where(has(spec, k), x, 0.0) for k, x in zip(ADDERS, parts, strict=True)]
+    return torch.stack(rows, -1)
+
+
+def _scheduled(spec: Tensor, numbers: Tensor, t: Tensor) -> Tensor:
+    """Linear between the points, constant outside them."""
+    times = spec[:, at.POINT_T : at.POINT_T + at.MAX_POINTS]
+    values = numbers[:, at.POINT_VALUE :]
+    last = (spec[:, at.POINTS, None] - 1).clamp_min(0)
+    used = torch.arange(at.MAX_POINTS, device=t.device) <= last
+    left = ((times <= t[:, None]) & used).sum(-1, keepdim=True) - 1
+    low, high = left.clamp_min(0), torch.minimum((left + 1).clamp_min(0), last)
+    t0, t1 = times.gather(1, low), times.gather(1, high)
+    v0, v1 = values.gather(1, low), values.gather(1, high)
+    share = (t[:, None] - t0).double() / (t1 - t0).clamp_min(1).double()
+    inner = v0 + share * (v1 - v0)
+    return torch.where((left < 0) | (low == high), v0, inner).squeeze(-1)
+
+
+# ---- what that does to the logits
+
+
+def apply(
+    logits: Tensor, c: Control, sets: Sets, temperature: Tensor | None, dense: bool, where: Tensor
+) -> None:
+    """Modulates the rows of `where` in place."""
+    real = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    forced = _force(logits, c, where)
+    where = where & ~forced
+    _apply_sets(logits, c, sets, where, real)
+    _apply_minimum(logits, c, temperature, where)
+    if dense:
+        _apply_soft(logits, c, where)
+
+
+def _force(logits: Tensor, c: Control, where: Tensor) -> Tensor:
+    """NaN and -inf are not forced."""
+    vocab = logits.shape[1]
+    asked = where & (c.force >= 0) & (c.force < vocab)
+    column = torch.where(asked, c.force, 0).unsqueeze(-1)
+    forced = asked & (logits.gather(1, column).squeeze(-1) > -INF)
+    rows = forced.nonzero().squeeze(-1)
+    logits[rows, c.force[rows]] = FORCED
+    return forced
+
+
+def _apply_sets(
+    logits: Tensor, c: Control, sets: Sets, where: Tensor, real: torch.dtype
+) -> None:
+    """An id of several sets gets the sum of what is added, in double, rounded once; a ban wins."""
+    inside = sets.ids < logits.shape[1]
+    ids, member = sets.ids[inside].long(), sets.member[inside]
+
+    def of(index: Tensor) -> Tensor:
+        """(R, K): the entry's id is in the row's set."""
+        bit = (member >> index.clamp_min(0).unsqueeze(-1)) & 1
+        return (bit != 0) & (index >= 0).unsqueeze(-1)
+
+    total = torch.zeros(len(logits), len(ids), dtype=torch.float64, device=logits.device)
+    for k in range(len(ADDERS)):
+        total = torch.where(of(c.sets[:, k]), total + c.added[:, k, None], total)
+    banned = of(torch.where(_survives_ban(logits, ids, of(c.ban)), c.ban, -1))
+    old = logits[:, ids]
+    new = (old.to(real) + total.to(real)).to(logits.dtype)
+    new = torch.where(banned, torch.where(old.isnan(), old, -INF), new)
+    changes = where.unsqueeze(-1) & (banned | (total != 0))
+    logits[:, ids] = torch.where(changes, new, old)
+
+
+def _survives_ban(logits: Tensor, ids: Tensor, banned: Tensor) -> Tensor:
+    """(R,): something finite is left without the banned ids."""
+    left = logits.isfinite()
+    for row in banned.any(-1).nonzero().squeeze(-1).tolist():
+        left[row, ids[banned[row]]] = False
+    return left.any(-1)
+
+
+def _apply_minimum(logits: Tensor, c: Control, temperature: Tensor | None, where: Tensor) -> None:
+    """Gives the mass of the end to the wait: what "an end is replaced by a wait" comes to."""
+    vocab = logits.shape[1]
+    rows = (where & (c.end >= 0) & (c.end < vocab) & (c.wait < vocab)).nonzero().squeeze(-1)
+    rows = rows[logits[rows, c.wait[rows]] != -INF]
+    wait, end = logits[rows, c.wait[rows]].double(), logits[rows, c.end[rows]].double()
+    t = torch.ones_like(wait) if temperature is None else temperature[rows].double()
+    high, low = torch.maximum(wait, end), torch.minimum(wait, end)
+    soft = high + t * torch.log1p(torch.exp((low - high) / t))
+    plain = (t == 0) | (low == -INF) | (high == INF) | high.isnan()
+    logits[rows, c.wait[rows]] = torch.where(plain, high, soft).to(logits.dtype)
+    logits[rows, c.end[rows]] = -INF
+
+
+def _apply_soft(logits: Tensor, c: Control, where: Tensor) -> None:
+    """Raises the budget's next id towards the largest finite logit less the margin."""
+    rows = (where & (c.soft >= 0) & (c.soft < logits.shape[1])).nonzero().squeeze(-1)
+    lines = logits[rows]
+    top = torch.where(lines.isfinite(), lines, -INF).amax(-1).double()
+    z = logits[rows, c.soft[rows]]
+    gap = top - c.margin[rows] - z.double()
+    raised = (z.double() + c.weight[rows] * gap).to(logits.dtype)
+    logits[rows, c.soft[rows]] = torch.where(z.isfinite() & (gap > 0), raised, z)
+
+
+def modulate_logits_(
+    logits: Tensor, slot: Tensor, local_pos: Tensor | None, draft_tokens: Tensor | None,
+    parents: Tensor | None, temperature: Tensor | None, spec: Tensor, numbers: Tensor,
+    progress: Tensor, set_offsets: Tensor, set_ids: Tensor, set_member: Tensor, dense: bool,
+) -> None:  # fmt: skip
+    sets = Sets(set_offsets, set_ids, set_member)
+    if parents is not None:
+        slot = slot.repeat_interleave(len(parents))
+    where, slot = controlled(spec, slot)
+    path = paths(len(logits), local_pos, draft_tokens, parents).to(logits.device)
+    p = fold_path(spec[slot], sets, load(progress, slot), path)
+    apply(logits, control_of(spec[slot], numbers[slot], p), sets, temperature, dense, where)
+
+
+def controlled(spec: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows of slots in use, slots with 0 instead of padding)."""
+    inside = (slot >= 0) & (slot < len(spec))
+    slot = torch.where(inside, slot, 0)
+    return inside & has(spec[slot], at.ACTIVE), slot
+
+
+# ---- accepted tokens
+
+
+def commit_(
+    slot: Tensor, tokens: Tensor, length: Tensor, entropy: Tensor | None,
+    confidence: Tensor | None, spec: Tensor, numbers: Tensor, progress: Tensor,
+    set_offsets: Tensor, set_ids: Tensor, set_member: Tensor, confidence_ring: Tensor,
+    entropy_ring: Tensor, confidence_sum: Tensor,
+) -> None:  # fmt: skip
+    sets = Sets(set_offsets, set_ids, set_member)
+    where, _ = controlled(spec, slot)
+    kept = where.nonzero().squeeze(-1)
+    slot, tokens, length = slot[kept], tokens[kept], length[kept]
+    rows = spec[slot]
+    p, alive = load(progress, slot), torch.ones_like(kept, dtype=torch.bool)
+    for j in range(tokens.shape[1]):
+        alive = alive & (j < length) & (tokens[:, j] >= 0)
+        p = fold(rows, sets, p, tokens[:, j], alive)
+        if confidence is not None:
+            pushed = alive & has(rows, at.DEEPCONF) & confidence[kept, j].isfinite()
+            _push_confidence(slot[pushed], confidence[kept, j][pushed], spec, numbers, progress,
+                             confidence_ring, confidence_sum)  # fmt: skip
+        if entropy is not None:
+            pushed = alive & has(rows, at.TRIGGER) & entropy[kept, j].isfinite()
+            _push_entropy(slot[pushed], entropy[kept, j][pushed], spec, progress, entropy_ring)
+    progress[slot, : at.STOPPED] = torch.stack(p[: at.STOPPED], -1)
+
+
+def _push_confidence(
+    slot: Tensor, value: Tensor, spec: Tensor, numbers: Tensor, progress: Tensor, ring: Tensor,
+    total: Tensor,
+) -> None:  # fmt: skip
+    """The running mean of DeepConf; once it is below the threshold the request stays stopped."""
+    window, pushed = spec[slot, at.CONFIDENCE_WINDOW], progress[slot, at.CONFIDENCE_PUSHED]
+    place = pushed % window
+    old = torch.where(pushed < window, 0.0, ring[slot, place].double())
+    total[slot] += value.double() - old
+    ring[slot, place] = value
+    progress[slot, at.CONFIDENCE_PUSHED] = pushed + 1
+    low = total[slot] < numbers[slot, at.CONFIDENCE_THRESHOLD] * window.double()
+    progress[slot, at.STOPPED] |= ((pushed + 1 >= window) & low).long()
+
+
+def _push_entropy(
+    slot: Tensor, value: Tensor, spec: Tensor, progress: Tensor, ring: Tensor
+) -> None:
+    pushed = progress[slot, at.ENTROPY_PUSHED]
+    ring[slot, pushed % spec[slot, at.ENTROPY_WINDOW]] = value
+    progress[slot, at.ENTROPY_PUSHED] = pushed + 1
+
+
+def entropy_threshold(spec: Tensor, numbers: Tensor, ring: Tensor, pushed: Tensor) -> Tensor:
+    """(R,) float64: entropy above which a row triggers; of rows of slots with TRIGGER."""
+    window = spec[:, at.ENTROPY_WINDOW].clamp_min(2)
+    used = torch.arange(at.MAX_ENTROPY, device=ring.device) < window.unsqueeze(-1)
+    values = torch.where(used, ring.double(), 0.0)
+    mean = values.sum(-1) / window
+    squares = torch.where(used, (values - mean.unsqueeze(-1)) ** 2, 0.0)
+    deviation = (squares.sum(-1) / (window - 1)).sqrt()
+    spread = torch.maximum(deviation, numbers[:, at.ENTROPY_STD])
+    high = torch.maximum(mean + numbers[:, at.ENTROPY_FACTOR] * spread, numbers[:, at.ENTROPY_FLOOR])
+    return torch.where(pushed < window, numbers[:, at.ENTROPY_FIRST], high)
