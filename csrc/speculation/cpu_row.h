@@ -124,7 +124,7 @@ class Row {
   // ---- single logits, before `filter`: `write` as many as there are, then `refresh`
 
   float logit(int64_t v) const { return tiles_[v / kTile][v % kTile]; }
-  float top() const { return top_; }
+  bool is_sound() const { return sound_ && top_ > -kInf; }
   int64_t vocab() const { return vocab_; }
 
   void write(int64_t v, float logit) {

@@ -1,7 +1,7 @@
 // One request on the CPU: its sample, or its walk down the tree.
 #pragma once
 
-#include "cpu_row.h"
+#include "cpu_control.h"
 #include "rejection.h"
 
 namespace reasonkern {
@@ -24,33 +24,36 @@ inline void apply_mask(Row& row, const LogitRows& rows, int64_t b, int64_t node)
 
 // Before mask and control.
 inline void write_raw_statistics(const StatisticsParams& s, Row& row, int64_t out) {
-  if (s.logprob == nullptr) return;
+  if (s.entropy_raw == nullptr) return;
   Moments m;
   s.entropy_raw[out] = row.moments(m) ? float(m.entropy()) : kNaN;
 }
 
 // After the choice. A bad row has no law.
 inline void write_law_statistics(const StatisticsParams& s, Row& row, const Outcome& chosen,
-                                 int64_t out) {
-  if (s.logprob == nullptr) return;
+                                 const Slot& slot, int64_t out) {
+  if (s.entropy_raw == nullptr) return;
   Moments m;
   const bool law = !chosen.bad && row.moments(m);
   s.logprob[out] = law ? float(m.log_probability(row.logit(chosen.token))) : kNaN;
   s.entropy[out] = law ? float(row.kept_entropy()) : kNaN;
   s.confidence[out] = law ? float(row.confidence(m, kConfidenceTokens)) : kNaN;
   s.max_prob[out] = law ? float(1 / m.s) : kNaN;
+  s.trigger[out] = slot.triggers(s.entropy[out]);
 }
 
 template <class E>
 void sample_request(const SampleParams& p, Row& row, int64_t b) {
+  const Slot slot(p.control, b);
   row.load(row_pointer<E>(p.rows, b, 0), p.rows.vocab, false);
   write_raw_statistics(p.statistics, row, b);
   apply_mask(row, p.rows, b, 0);
+  slot.control(row, p.requests.temperature[b]);
   const NoiseKey key(p.requests.seed[b], p.requests.position[b], kTarget);
   const bool sound = row.filter(filters_of(p.requests, b));
   const Outcome chosen{sound ? row.choose(key, nullptr, 0, {-kInf, -1}) : row.fallback(), !sound};
   p.token[b] = chosen.token;
-  write_law_statistics(p.statistics, row, chosen, b);
+  write_law_statistics(p.statistics, row, chosen, slot, b);
 }
 
 struct Children {
@@ -97,8 +100,9 @@ inline int64_t choose_by_rejection(const VerifyParams& p, const Row& row, const 
   return row.choose(key, law.ids, law.patched ? p.entry : 0, best);
 }
 
-inline Outcome choose_token(const VerifyParams& p, Row& row, const Place& at) {
+inline Outcome choose_token(const VerifyParams& p, Row& row, const Slot& slot, const Place& at) {
   apply_mask(row, p.rows, at.b, at.node);
+  slot.control(row, p.requests.temperature[at.b]);
   if (!row.filter(filters_of(p.requests, at.b))) return {row.fallback(), true};
   if (p.q_ids != nullptr && p.requests.temperature[at.b] != 0) {
     return {choose_by_rejection(p, row, at), false};
@@ -134,6 +138,7 @@ inline void clear_outputs(const VerifyParams& p, int64_t b, int first) {
                    p.statistics.confidence, p.statistics.max_prob}) {
     if (x != nullptr) std::fill_n(x + row, rows, kNaN);
   }
+  if (p.statistics.trigger != nullptr) std::fill_n(p.statistics.trigger + row, rows, false);
   if (first == 0) p.path[row] = 0;
 }
 
@@ -143,16 +148,20 @@ void verify_request(const VerifyParams& p, Row& row, int64_t b) {
   const int64_t limit = p.max_length != nullptr ? p.max_length[b] : p.depth + 1;
   int32_t status = 0;
   int length = 0;
+  Slot slot(p.control, b);
   Place at{b, 0, 0};
   while (active && length < limit && at.node >= 0 && at.depth <= p.depth) {
     row.load(row_pointer<E>(p.rows, b, at.node), p.rows.vocab, true);
     const int64_t out = b * (p.depth + 1) + at.depth;
     row.statistics(p.topk, p.topk_ids + out * p.topk, p.topk_logits + out * p.topk, p.lse + out);
     write_raw_statistics(p.statistics, row, out);
-    const Outcome outcome = choose_token(p, row, at);
+    const Outcome outcome = choose_token(p, row, slot, at);
     if (outcome.bad) status |= kBadRow;
     if (outcome.token < 0) break;
-    write_law_statistics(p.statistics, row, outcome, out);
+    write_law_statistics(p.statistics, row, outcome, slot, out);
+    const bool known = p.statistics.entropy != nullptr;
+    slot.commit(outcome.token, known ? p.statistics.entropy[out] : kNaN,
+                known ? p.statistics.confidence[out] : kNaN);
     p.out_tokens[out] = outcome.token;
     p.path[out] = at.node;
     ++length;

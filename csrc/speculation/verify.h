@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../modulation/modulation.h"
+
 namespace reasonkern {
 
 enum class ElementType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
@@ -41,10 +43,19 @@ struct StatisticsParams {
 
 constexpr int kConfidenceTokens = 20;  // the most likely ones, which `confidence` averages over
 
+// What controls the rows; all null: nothing does. Windows are those of modulation::CommitParams.
+struct ControlParams {
+  modulation::State state;
+  const int64_t* slot;  // (B)
+  const float *confidence_ring, *entropy_ring;
+  const double* confidence_sum;
+};
+
 struct SampleParams {
   LogitRows rows;
   RequestParams requests;
-  int64_t* token;               // (B)
+  int64_t* token;  // (B)
+  ControlParams control;
   StatisticsParams statistics;  // (B)
 };
 
@@ -66,7 +77,8 @@ struct VerifyParams {
   int64_t* topk_ids;                    // (B, D + 1, topk)
   float *topk_logits, *lse;             // (B, D + 1, topk), (B, D + 1)
   int32_t* status;                      // (B)
-  StatisticsParams statistics;          // (B, D + 1)
+  ControlParams control;
+  StatisticsParams statistics;  // (B, D + 1)
 };
 
 struct CompactParams {

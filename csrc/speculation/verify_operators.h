@@ -199,6 +199,41 @@ inline Tensor make_sample(SampleParams& p, const Tensor& logits, const MaybeTens
   return token;
 }
 
+// `state`: the tensors of layout.Storage, in its order; none: no control.
+inline void read_control(ControlParams& c, const Tensor& logits, const MaybeTensor& slot,
+                         const std::vector<Tensor>& state) {
+  STD_TORCH_CHECK(state.size() == (slot.has_value() ? 9 : 0),
+                  "state: expected nine tensors with a slot and none without, got ", state.size());
+  if (!slot.has_value()) return;
+  const Inputs in(logits);
+  const int64_t slots = state[0].dim() == 2 ? state[0].size(0) : 0, batch = logits.size(0);
+  const int64_t sets = state[3].dim() == 1 ? state[3].size(0) : 0;
+  const int64_t entries = state[4].dim() == 1 ? state[4].size(0) : 0;
+  STD_TORCH_CHECK(sets > 0, "set_offsets: expected one more than there are sets, got none");
+  const auto table = [&](size_t i, const char* name, ScalarType type, int64_t width) {
+    const int64_t sizes[] = {slots, width};
+    check_tensor(state[i], name, type, {sizes, 2}, logits);
+    return state[i].const_data_ptr();
+  };
+  c.slot = in.read<int64_t>(*slot, "slot", ScalarType::Long, {&batch, 1});
+  c.state.slots = slots;
+  c.state.spec =
+      static_cast<const int64_t*>(table(0, "spec", ScalarType::Long, modulation::kSpecWidth));
+  c.state.numbers = static_cast<const double*>(
+      table(1, "numbers", ScalarType::Double, modulation::kNumbersWidth));
+  c.state.progress = static_cast<const int64_t*>(
+      table(2, "progress", ScalarType::Long, modulation::kProgressWidth));
+  c.state.sets = {in.read<int32_t>(state[3], "set_offsets", ScalarType::Int, {&sets, 1}),
+                  in.read<int32_t>(state[4], "set_ids", ScalarType::Int, {&entries, 1}),
+                  in.read<int64_t>(state[5], "set_member", ScalarType::Long, {&entries, 1}),
+                  int32_t(sets - 1)};
+  c.confidence_ring = static_cast<const float*>(
+      table(6, "confidence", ScalarType::Float, modulation::kMaxConfidence));
+  c.entropy_ring =
+      static_cast<const float*>(table(7, "entropy", ScalarType::Float, modulation::kMaxEntropy));
+  c.confidence_sum = in.read<double>(state[8], "confidence_sum", ScalarType::Double, {&slots, 1});
+}
+
 // The operators that begin with the arguments of `make_verify`.
 template <class Backend, class MakeVerify>
 struct Verification;
@@ -213,11 +248,13 @@ struct Verification<Backend, VerifyParams(const Tensor&, Args...)> {
   }
 
   static auto verify_controlled(const Tensor& logits, Args... args, const MaybeTensor& slot,
-                                const std::vector<Tensor>& control) {
+                                const std::vector<Tensor>& state, bool stats) {
     VerifyParams p = make_verify(logits, args...);
+    read_control(p.control, logits, slot, state);
     VerifyOutputs out = allocate_outputs(p, logits);
-    const int64_t rows[] = {p.rows.batch, p.depth + 1};
+    const int64_t rows[] = {p.rows.batch, stats ? p.depth + 1 : 0};
     StatisticsOutputs statistics = allocate_statistics(p.statistics, logits, {rows, 2});
+    if (!stats) p.statistics = {};
     if (p.rows.batch > 0) Backend::verify(element_type(logits), p, logits.get_device_index());
     return std::tuple_cat(out, statistics);
   }
@@ -237,9 +274,10 @@ struct VerifyOperators : Verification<Backend, decltype(make_verify)> {
   static auto sample_controlled(const Tensor& logits, const MaybeTensor& mask,
                                 const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
                                 const Tensor& min_p, const Tensor& seed, const Tensor& position,
-                                const MaybeTensor& slot, const std::vector<Tensor>& control) {
+                                const MaybeTensor& slot, const std::vector<Tensor>& state) {
     SampleParams p{};
     Tensor token = make_sample(p, logits, mask, temperature, top_k, top_p, min_p, seed, position);
+    read_control(p.control, logits, slot, state);
     StatisticsOutputs statistics = allocate_statistics(p.statistics, logits, {&p.rows.batch, 1});
     if (p.rows.batch > 0) Backend::sample(element_type(logits), p, logits.get_device_index());
     return std::tuple_cat(std::make_tuple(token), statistics);

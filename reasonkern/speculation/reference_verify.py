@@ -35,8 +35,8 @@ class Control(Protocol):
     def trigger(self, entropy: Tensor) -> Tensor:
         """(B,) bool: the row's entropy stands out."""
 
-    def advance(self, token: Tensor, law: Law, taken: Tensor) -> None:
-        """Requests where `taken` have emitted a token from a row with these statistics."""
+    def advance(self, token: Tensor, law: Law | None, taken: Tensor) -> None:
+        """Requests where `taken` have emitted a token from a row, perhaps with statistics."""
 
 
 def sample(
@@ -55,7 +55,8 @@ def sample_controlled(
     x = controlled(logits, mask, filters, control)
     s = scores(x, None, filters)
     token = choose(s, filters, seed, position)
-    return token, *_epilogue(logits, x, s, filters, token, control)
+    law = law_statistics(x, s, filters, token)
+    return token, *_epilogue(logits, law, control)
 
 
 def controlled(
@@ -67,7 +68,7 @@ def controlled(
 
 
 def verify_tree(*args: Any) -> tuple[Tensor, ...]:
-    return walk(*args, None, False)
+    return walk(*args, None, False)[:7]
 
 
 def walk(
@@ -84,7 +85,7 @@ def walk(
     rows = [t.new_full((len(batch), depth + 1), -1) for t in (tokens, tokens)]
     out_tokens, path = rows
     path[:, 0] = 0
-    epilogue = empty_epilogue(logits, depth) if stats else ()
+    epilogue = _empty_epilogue(logits, depth + 1 if stats else 0)
     length, status = torch.zeros_like(batch), torch.zeros_like(batch)
     node, alive = torch.zeros_like(batch), valid[:, 0]
     if max_length is not None:
@@ -106,10 +107,13 @@ def walk(
         path[:, d] = torch.where(alive, node, path[:, d])
         out_tokens[:, d] = torch.where(alive, token, -1)
         length += alive
-        if stats:
-            values = _epilogue(logits[batch, node], x, s, filters, token, control, alive)
+        law = law_statistics(x, s, filters, token) if stats else None
+        if law is not None:
+            values = _epilogue(logits[batch, node], law, control)
             for column, value in zip(epilogue, values, strict=True):
                 column[:, d] = torch.where(alive, value, column[:, d])
+        if control is not None:
+            control.advance(token, law, alive)
         match = (drafts == token.unsqueeze(-1)) & alive.unsqueeze(-1)
         slot = match.to(torch.int8).argmax(-1, keepdim=True) if max_children else None
         if eos is not None:
@@ -127,25 +131,19 @@ def walk(
     return *_outputs(logits, out_tokens, length, path, status, topk), *epilogue
 
 
-def empty_epilogue(logits: Tensor, depth: int) -> tuple[Tensor, ...]:
-    """(B, depth + 1) each, as `_epilogue` fills them: NaN and no trigger where there is no row."""
-    shape = (logits.shape[0], depth + 1)
+def _empty_epilogue(logits: Tensor, rows: int) -> tuple[Tensor, ...]:
+    """(B, rows) each, as `_epilogue` fills them: NaN and no trigger where there is no row."""
+    shape = (logits.shape[0], rows)
     numbers = [logits.new_full(shape, math.nan, dtype=torch.float32) for _ in range(5)]
     return *numbers, logits.new_zeros(shape, dtype=torch.bool)
 
 
-def _epilogue(
-    raw: Tensor, x: Tensor, s: Scores, filters: Filters, token: Tensor, control: Control | None,
-    taken: Tensor | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """logprob, entropy, entropy_raw, confidence, max_prob, trigger; the control hears of them."""
-    law = law_statistics(x, s, filters, token)
+def _epilogue(raw: Tensor, law: Law, control: Control | None) -> tuple[Tensor, ...]:
+    """logprob, entropy, entropy_raw, confidence, max_prob, trigger."""
     entropy_raw = entropy_of(raw.to(torch.float32)).to(torch.float32)
-    trigger = torch.zeros_like(token, dtype=torch.bool)
+    trigger = torch.zeros_like(law.entropy, dtype=torch.bool)
     if control is not None:
         trigger = control.trigger(law.entropy)
-        if taken is not None:
-            control.advance(token, law, taken)
     return law.logprob, law.entropy, entropy_raw, law.confidence, law.max_prob, trigger
 
 
