@@ -47,7 +47,7 @@ RK_HOST_DEVICE double entropy_threshold(const int64_t* spec, const double* numbe
 
 RK_HOST_DEVICE void store_progress(const CommitParams& c, int64_t slot, const Progress& s) {
   int64_t* p = c.progress + slot * kProgressWidth;
-  p[kT] = s.t, p[kCount] = s.count, p[kSwitch] = s.switched, p[kPhase] = s.phase;
+  p[kT] = s.t, p[kSpent] = s.spent, p[kSwitch] = s.switched, p[kPhase] = s.phase;
   p[kPhrase] = s.phrase, p[kWaitAt] = s.wait, p[kIgnore] = s.ignore;
 }
 

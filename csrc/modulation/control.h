@@ -15,12 +15,12 @@ constexpr double kForced = 3e4;  // what a forced logit is set to: above 2e4, fi
 constexpr int kAdders = 4;       // cyclic, TIP, constant, schedule
 
 struct RowControl {
-  int64_t force;           // id, or -1
-  double added[kAdders];   // 0: nothing
-  int32_t sets[kAdders];   // the set it is added to, -1 where nothing is
-  int32_t ban;             // set, or -1
-  int64_t end, wait;       // the mass of `end` goes to `wait`; -1: no
-  int64_t soft;            // id raised towards the largest logit, or -1
+  int64_t force;          // id, or -1
+  double added[kAdders];  // 0: nothing
+  int32_t sets[kAdders];  // the set it is added to, -1 where nothing is
+  int32_t ban;            // set, or -1
+  int64_t end, wait;      // the mass of `end` goes to `wait`; -1: no
+  int64_t soft;           // id raised towards the largest logit, or -1
   double weight, margin;
 };
 
@@ -55,7 +55,7 @@ RK_HOST_DEVICE double scheduled(const int64_t* spec, const double* numbers, int6
 RK_HOST_DEVICE int64_t forced_id(const int64_t* spec, const Progress& p) {
   const int64_t parts = spec[kParts];
   if ((parts & kDeepConf) && p.stopped && spec[kEos] >= 0) return spec[kEos];
-  const bool spent = (parts & kBudget) && p.count >= spec[kBudgetTokens];
+  const bool spent = (parts & kBudget) && p.spent >= spec[kBudgetTokens];
   if (spent && p.phrase != kDone && (p.phase == kThinking || p.phrase > 0)) {
     return spec[kEnd + p.phrase];
   }
@@ -87,11 +87,11 @@ RK_HOST_DEVICE RowControl control_of(const int64_t* spec, const double* numbers,
     c.end = spec[kThinkEnd];
     c.wait = spec[kWait];
   }
-  const bool ramps = p.count >= spec[kTrackFrom] && p.count < spec[kBudgetTokens];
+  const bool ramps = p.spent >= spec[kTrackFrom] && p.spent < spec[kBudgetTokens];
   if ((parts & kSoft) && p.phrase != kDone && ramps) {
     c.soft = spec[kEnd + p.phrase];
-    c.weight = (double(p.count) - numbers[kSoftFrom]) /
-               (double(spec[kBudgetTokens]) - numbers[kSoftFrom]);
+    c.weight =
+        (double(p.spent) - numbers[kSoftFrom]) / (double(spec[kBudgetTokens]) - numbers[kSoftFrom]);
     c.margin = numbers[kSoftMargin];
   }
   return c;

@@ -8,7 +8,7 @@ namespace modulation {
 
 struct Progress {
   int64_t t;         // tokens generated
-  int64_t count;     // of them, tokens of the thinking phase
+  int64_t spent;     // of them, tokens of the thinking phase
   int64_t switched;  // t after the last switch token
   int64_t phase;
   int64_t phrase;  // ids of the budget's phrase that the text ends with, or kDone
@@ -19,7 +19,7 @@ struct Progress {
 
 RK_HOST_DEVICE Progress load_progress(const State& s, int64_t slot) {
   const int64_t* p = s.progress + slot * kProgressWidth;
-  return {p[kT], p[kCount], p[kSwitch], p[kPhase], p[kPhrase], p[kWaitAt], p[kIgnore], p[kStopped]};
+  return {p[kT], p[kSpent], p[kSwitch], p[kPhase], p[kPhrase], p[kWaitAt], p[kIgnore], p[kStopped]};
 }
 
 RK_HOST_DEVICE bool holds(const Sets& sets, int64_t set, int64_t token) {
@@ -36,7 +36,7 @@ RK_HOST_DEVICE bool holds(const Sets& sets, int64_t set, int64_t token) {
 }
 
 RK_HOST_DEVICE bool must_think(const int64_t* spec, const Progress& p) {
-  return p.phase == kThinking && (p.count < spec[kMinTokens] || p.ignore > 0);
+  return p.phase == kThinking && (p.spent < spec[kMinTokens] || p.ignore > 0);
 }
 
 RK_HOST_DEVICE void fold_wait(const int64_t* spec, Progress& p, int64_t token) {
@@ -54,7 +54,7 @@ RK_HOST_DEVICE void fold_wait(const int64_t* spec, Progress& p, int64_t token) {
 // without it, there is nothing left to enforce and a mismatch gives the phrase up.
 RK_HOST_DEVICE void fold_phrase(const int64_t* spec, Progress& p, int64_t token) {
   const bool open = p.phase == kThinking;
-  if (p.phrase == kDone || p.count < spec[kTrackFrom] || !(open || p.phrase > 0)) return;
+  if (p.phrase == kDone || p.spent < spec[kTrackFrom] || !(open || p.phrase > 0)) return;
   int64_t matched = p.phrase;
   while (matched > 0 && spec[kEnd + matched] != token) matched = spec[kFailure + matched - 1];
   if (spec[kEnd + matched] == token) ++matched;
@@ -68,11 +68,11 @@ RK_HOST_DEVICE void fold_phase(const int64_t* spec, Progress& p, int64_t token) 
     if (token == spec[kThinkEnd]) {
       p.phase = kClosed;
     } else {
-      ++p.count;
+      ++p.spent;
     }
   } else if (p.phase == kBefore && token == spec[kThinkStart]) {
     p.phase = kThinking;
-    p.count = 0;
+    p.spent = 0;
   }
 }
 

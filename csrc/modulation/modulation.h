@@ -76,7 +76,7 @@ enum Number {
 // Columns of a slot's row of what its tokens have done.
 enum ProgressColumn {
   kT,
-  kCount,
+  kSpent,
   kSwitch,
   kPhase,
   kPhrase,
@@ -99,8 +99,8 @@ struct Sets {
 
 // What rows read. `commit` alone writes progress.
 struct State {
-  const int64_t* spec;     // slots x kSpecWidth
-  const double* numbers;   // slots x kNumbersWidth
+  const int64_t* spec;      // slots x kSpecWidth
+  const double* numbers;    // slots x kNumbersWidth
   const int64_t* progress;  // slots x kProgressWidth
   Sets sets;
   int64_t slots;
@@ -116,7 +116,8 @@ struct State {
 };
 
 // Row r of a chain has the slot slot[r] and folds the tokens of the rows r - local_pos[r] + 1 to r.
-// Row (b, i) of a tree (parents given) folds the tokens of its ancestors below the root and its own.
+// Row (b, i) of a tree (parents given) folds the tokens of its ancestors below the root and its
+// own.
 struct RowsParams {
   State state;
   void* logits;  // rows x vocab, the element type given beside the struct

@@ -1,5 +1,7 @@
-"""The definition of the operators in torch, for all rows at once: what a token does to a request
-(`fold`), what a request asks of a row (`control_of`), what that does to the logits (`apply`)."""
+"""The definition of the operators in torch, for all rows at once.
+
+`control_of` is what a request asks of its row, `apply` what that does to the logits.
+"""
 
 from __future__ import annotations
 
@@ -9,31 +11,21 @@ import torch
 from torch import Tensor
 
 from . import layout as at
+from .reference_fold import (
+    Progress,
+    Sets,
+    entry,
+    fold,
+    fold_path,
+    has,
+    load,
+    must_think,
+    paths,
+)
 
 INF = float("inf")
 FORCED = 3e4  # above 2e4, finite in float16
 ADDERS = (at.CYCLIC, at.TIP, at.CONSTANT, at.SCHEDULE)
-
-
-class Sets(NamedTuple):
-    """See `layout.Storage`."""
-
-    offsets: Tensor
-    ids: Tensor
-    member: Tensor
-
-
-class Progress(NamedTuple):
-    """Columns of progress, each (R,)."""
-
-    t: Tensor
-    count: Tensor
-    switched: Tensor
-    phase: Tensor
-    phrase: Tensor
-    wait: Tensor
-    ignore: Tensor
-    stopped: Tensor
 
 
 class Control(NamedTuple):
@@ -48,113 +40,6 @@ class Control(NamedTuple):
     soft: Tensor
     weight: Tensor
     margin: Tensor
-
-
-def load(progress: Tensor, slot: Tensor) -> Progress:
-    return Progress(*progress[slot, : len(Progress._fields)].unbind(1))
-
-
-def holds(sets: Sets, index: Tensor, token: Tensor) -> Tensor:
-    """(R,): set index[r] holds token[r]."""
-    inside = (sets.member >> index.clamp_min(0).unsqueeze(-1)) & 1
-    return ((sets.ids == token.unsqueeze(-1)) & (inside != 0) & (index >= 0).unsqueeze(-1)).any(-1)
-
-
-def has(spec: Tensor, part: int) -> Tensor:
-    return (spec[:, at.PARTS] & part) != 0
-
-
-def entry(spec: Tensor, column: int, index: Tensor) -> Tensor:
-    """Element index[r] of the array of row r that begins at a column."""
-    return spec.gather(1, (column + index.clamp_min(0)).unsqueeze(-1)).squeeze(-1)
-
-
-# ---- what a token does
-
-
-def fold(spec: Tensor, sets: Sets, p: Progress, token: Tensor, where: Tensor) -> Progress:
-    """Progress after one more generated token, in the rows of `where`."""
-    wait, ignore = _fold_wait(spec, p, token)
-    phrase = _fold_phrase(spec, p, token)
-    thinking = p.phase == at.THINKING
-    closes = thinking & (token == spec[:, at.THINK_END])
-    opens = (p.phase == at.BEFORE) & (token == spec[:, at.THINK_START])
-    phase = torch.where(closes, at.CLOSED, torch.where(opens, at.THINKING, p.phase))
-    count = torch.where(opens, 0, p.count + (thinking & ~closes))
-    t = p.t + 1
-    switches = has(spec, at.TIP) & holds(sets, spec[:, at.ADDED_SETS + 1], token)
-    switched = torch.where(switches, t, p.switched)
-    new = Progress(t, count, switched, phase, phrase, wait, ignore, p.stopped)
-    return Progress(*(torch.where(where, a, b) for a, b in zip(new, p, strict=True)))
-
-
-def must_think(spec: Tensor, p: Progress) -> Tensor:
-    few = p.count < spec[:, at.MIN_TOKENS]
-    return has(spec, at.MIN_THINK) & (p.phase == at.THINKING) & (few | (p.ignore > 0))
-
-
-def _fold_wait(spec: Tensor, p: Progress, token: Tensor) -> tuple[Tensor, Tensor]:
-    length = spec[:, at.WAIT_LENGTH]
-    continues = (p.wait > 0) & (token == entry(spec, at.WAIT, p.wait))
-    starts = ~continues & must_think(spec, p) & (token == spec[:, at.WAIT])
-    following = torch.where(p.wait + 1 == length, 0, p.wait + 1)
-    wait = torch.where(continues, following, (starts & (length > 1)).to(p.wait.dtype))
-    return wait, p.ignore - (starts & (p.ignore > 0)).to(p.ignore.dtype)
-
-
-def _fold_phrase(spec: Tensor, p: Progress, token: Tensor) -> Tensor:
-    """A Knuth-Morris-Pratt automaton that runs from the count TRACK_FROM on.
-
-    Once thinking has ended there is nothing left to enforce and a mismatch gives the phrase up.
-    """
-    thinking = p.phase == at.THINKING
-    runs = has(spec, at.BUDGET) & (p.phrase != at.DONE) & (p.count >= spec[:, at.TRACK_FROM])
-    runs &= thinking | (p.phrase > 0)
-    matched = torch.where(runs, p.phrase, 0)
-    while True:
-        falls = (matched > 0) & (entry(spec, at.END, matched) != token)
-        if not falls.any():
-            break
-        matched = torch.where(falls, entry(spec, at.FAILURE, matched - 1), matched)
-    matched = matched + (entry(spec, at.END, matched) == token)
-    stays_open = thinking & (token != spec[:, at.THINK_END])
-    given_up = ~stays_open & (matched != p.phrase + 1)
-    done = given_up | (matched == spec[:, at.END_LENGTH])
-    return torch.where(runs, torch.where(done, at.DONE, matched), p.phrase)
-
-
-def paths(rows: int, local_pos: Tensor | None, draft: Tensor | None, parents: Tensor | None) -> Tensor:
-    """(R, P) draft tokens before each row's logits, oldest first, -1 from the first -1 on."""
-    if draft is None or (local_pos is None and parents is None) or rows == 0:
-        return torch.empty(rows, 0, dtype=torch.int64)
-    if parents is None:
-        assert local_pos is not None
-        step = torch.arange(int(local_pos.max()), device=draft.device)
-        index = torch.arange(rows, device=draft.device).unsqueeze(-1) + 1 + step
-        index = index - local_pos.unsqueeze(-1)
-        inside = step < local_pos.unsqueeze(-1)
-        tokens = draft.reshape(-1)[index.clamp(0, rows - 1)]
-    else:
-        nodes = _ancestors(parents.tolist()).to(draft.device)  # (N, depth)
-        inside = (nodes >= 0).repeat(len(draft), 1)
-        tokens = draft[:, nodes.clamp_min(0)].flatten(0, 1)
-    tokens = torch.where(inside, tokens, -1)
-    return torch.where((tokens < 0).cummax(-1).values, -1, tokens) if tokens.numel() else tokens
-
-
-def _ancestors(parents: list[int]) -> Tensor:
-    """(N, depth) nodes from below the root to each node, -1 beyond."""
-    chains: list[list[int]] = [[]]
-    for node, parent in enumerate(parents[1:], start=1):
-        chains.append([*chains[parent], node])
-    depth = max(map(len, chains))
-    return torch.tensor([c + [-1] * (depth - len(c)) for c in chains]).reshape(-1, depth)
-
-
-def fold_path(spec: Tensor, sets: Sets, p: Progress, path: Tensor) -> Progress:
-    for token in path.unbind(1):
-        p = fold(spec, sets, p, token, token >= 0)
-    return p
 
 
 # ---- what a request asks of its row
@@ -172,10 +57,10 @@ def control_of(spec: Tensor, numbers: Tensor, p: Progress) -> Control:
     added = _added(spec, numbers, p) * thinking.unsqueeze(-1)
     sets = spec[:, at.ADDED_SETS : at.ADDED_SETS + len(ADDERS)]
     minimum = must_think(spec, p)
-    ramps = (p.count >= spec[:, at.TRACK_FROM]) & (p.count < spec[:, at.BUDGET_TOKENS])
+    ramps = (p.spent >= spec[:, at.TRACK_FROM]) & (p.spent < spec[:, at.BUDGET_TOKENS])
     ramps &= thinking & has(spec, at.SOFT) & (p.phrase != at.DONE)
     start = numbers[:, at.SOFT_FROM]
-    share = (p.count.double() - start) / (spec[:, at.BUDGET_TOKENS].double() - start)
+    share = (p.spent.double() - start) / (spec[:, at.BUDGET_TOKENS].double() - start)
     return Control(
         force=_forced_id(spec, p),
         added=added,
@@ -191,7 +76,7 @@ def control_of(spec: Tensor, numbers: Tensor, p: Progress) -> Control:
 
 def _forced_id(spec: Tensor, p: Progress) -> Tensor:
     stops = has(spec, at.DEEPCONF) & (p.stopped != 0) & (spec[:, at.EOS] >= 0)
-    spent = has(spec, at.BUDGET) & (p.count >= spec[:, at.BUDGET_TOKENS]) & (p.phrase != at.DONE)
+    spent = has(spec, at.BUDGET) & (p.spent >= spec[:, at.BUDGET_TOKENS]) & (p.phrase != at.DONE)
     spent &= (p.phase == at.THINKING) | (p.phrase > 0)
     waits = has(spec, at.MIN_THINK) & (p.wait > 0)
     force = torch.where(waits, entry(spec, at.WAIT, p.wait), -1)
@@ -261,9 +146,7 @@ def _force(logits: Tensor, c: Control, where: Tensor) -> Tensor:
     return forced
 
 
-def _apply_sets(
-    logits: Tensor, c: Control, sets: Sets, where: Tensor, real: torch.dtype
-) -> None:
+def _apply_sets(logits: Tensor, c: Control, sets: Sets, where: Tensor, real: torch.dtype) -> None:
     """An id of several sets gets the sum of what is added, in double, rounded once; a ban wins."""
     inside = sets.ids < logits.shape[1]
     ids, member = sets.ids[inside].long(), sets.member[inside]
@@ -398,5 +281,7 @@ def entropy_threshold(spec: Tensor, numbers: Tensor, ring: Tensor, pushed: Tenso
     squares = torch.where(used, (values - mean.unsqueeze(-1)) ** 2, 0.0)
     deviation = (squares.sum(-1) / (window - 1)).sqrt()
     spread = torch.maximum(deviation, numbers[:, at.ENTROPY_STD])
-    high = torch.maximum(mean + numbers[:, at.ENTROPY_FACTOR] * spread, numbers[:, at.ENTROPY_FLOOR])
+    high = torch.maximum(
+        mean + numbers[:, at.ENTROPY_FACTOR] * spread, numbers[:, at.ENTROPY_FLOOR]
+    )
     return torch.where(pushed < window, numbers[:, at.ENTROPY_FIRST], high)
