@@ -58,7 +58,7 @@ def random_spec(r: random.Random) -> rk.Modulation:
         schedule=maybe(0.3, rk.Schedule([(2, 0.0), (8, 3.0), (12, -3.0)])),
         budget=None if budget is None else rk.Budget(budget, phrase, soft),
         min_think=None if minimum is None else rk.MinThink(minimum, r.choice([0, 2]), [WAIT, 14]),
-        deepconf=maybe(0.3, rk.DeepConf(r.uniform(1.5, 4.0), r.choice([1, 3, 8]), eos=EOS)),
+        deepconf=maybe(0.3, rk.DeepConf(r.uniform(2.5, 5.0), r.choice([1, 3, 8]), eos=EOS)),
         entropy_trigger=maybe(0.5, rk.EntropyTrigger(r.choice([2, 5]), r.choice([0.0, 0.5]), 0.2, 0.1, 1.0)),
         think_start=r.choice([None, None, 15]),
         think_end=END,

@@ -58,14 +58,15 @@ def definition(logits, mask, r: Rows, token: Tensor, dtype: torch.dtype) -> dict
     value, bad = kept(logits, mask, r)
     raw = logits.float().to(dtype)
     unsound = ~torch.isfinite(raw.amax(-1))
-    ignored = (bad | unsound).unsqueeze(-1)
-    logp = torch.where(bad.unsqueeze(-1), 0, x).log_softmax(-1)
+    value, x = (torch.where(bad.unsqueeze(-1), 0, t).to(dtype) for t in (value, x))
+    raw = torch.where(unsound.unsqueeze(-1), 0, raw)
+    logp = x.log_softmax(-1)
     top = logp.topk(min(20, logp.shape[-1]), -1).values
     finite = torch.isfinite(top)
     out = {
         "logprob": logp.gather(-1, token.clamp_min(0).unsqueeze(-1)).squeeze(-1),
-        "entropy": Categorical(logits=torch.where(ignored, 0, value).to(dtype)).entropy(),
-        "entropy_raw": Categorical(logits=torch.where(ignored, 0, raw)).entropy(),
+        "entropy": Categorical(logits=value).entropy(),
+        "entropy_raw": Categorical(logits=raw).entropy(),
         "confidence": -torch.where(finite, top, 0).sum(-1) / finite.sum(-1),
         "max_prob": logp.exp().amax(-1),
     }

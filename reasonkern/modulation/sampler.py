@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..speculation.inputs import check_logits, check_mask, row_parameters
+from . import layout as at
 from . import sampler_op as _sampler_op  # noqa: F401  (defines the operators)
 from .state import ModulationState
 
@@ -122,3 +123,9 @@ def control_arguments(
         expected = f"a vocabulary that holds the state's ids, up to {state.max_id}"
         _checks.fail("logits", expected, tuple(logits.shape))
     return slot.contiguous(), storage
+
+
+def check_statistics(state: ModulationState, stats: bool) -> None:
+    """Windows cannot be followed along a path whose rows nobody describes."""
+    if not stats and state.uses(at.DEEPCONF | at.TRIGGER):
+        _checks.fail("stats", "True for requests with a DeepConf or an EntropyTrigger", stats)

@@ -236,9 +236,8 @@ def verify_tree(
             row is controlled as `sample_controlled` does it, after the tokens on its path.
             `topk_logits` and `lse` are those of the raw row. The state is read, not written;
             `reasonkern.commit_` writes it. None = no control.
-        stats: also describe the rows on the path. Windows of the state (`DeepConf`,
-            `EntropyTrigger`) move along the path only then, as `commit_` moves them only where it
-            is given the statistics.
+        stats: also describe the rows on the path; needed where a request has a `DeepConf` or an
+            `EntropyTrigger`, whose windows move along the path.
 
     Returns:
         `Verified`. A row with NaN, +inf or nothing finite (after the mask) emits the arg-max of its
@@ -275,19 +274,23 @@ def verify_tree(
     with torch.no_grad():
         if control is None and not stats:
             return Verified(*torch.ops.reasonkern.verify_tree(*args))
-        slot, state = _control_arguments(control, logits)
+        slot, state = _control_arguments(control, logits, stats)
         out = torch.ops.reasonkern.verify_controlled(*args, slot, state, stats)
     return Verified(*out) if stats else Verified(*out[:7])
 
 
-def _control_arguments(control: object, logits: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-    from ..modulation.sampler import control_arguments  # which imports this package
+def _control_arguments(
+    control: object, logits: Tensor, stats: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    from ..modulation.sampler import check_statistics, control_arguments  # imports this package
 
     if control is None:
         return None, []
     if not isinstance(control, tuple) or len(control) != 2:
         _checks.fail("control", "a pair (ModulationState, slot)", type(control).__name__)
-    return control_arguments(*control, logits)
+    arguments = control_arguments(*control, logits)
+    check_statistics(control[0], stats)
+    return arguments
 
 
 def compact_kv_(
