@@ -80,7 +80,7 @@ def test_the_token_is_that_of_sampling_modulated_logits(backend, dtype, masked):
         engine = Engine(random_requests(9, seed), name, list(range(9)))
         for _ in range(seed % 12):
             engine.step()
-        state, slot = engine.state, torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, -1, 10])
+        state, slot = engine.state, torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, -1, 9])
         vocab = (VOCAB, 1500, 4099)[seed % 3]
         logits = random_logits((11, vocab), seed, dtype)
         mask = random_mask(logits.shape, seed) | random_mask(logits.shape, ~seed) if masked else None
@@ -198,9 +198,9 @@ def test_windows_equal_a_literal_loop(backend, window):
     for s, d, t in zip(slot.tolist(), deepconf, trigger, strict=True):
         state.add(s, rk.Modulation(deepconf=d, entropy_trigger=t), prompt_tokens=[])
     g = generator(1)
-    drift = torch.cumsum(torch.randn(steps, generator=g) * 0.05, 0)
+    drift = torch.sin(torch.arange(steps) / 300)
     entropy = torch.rand(steps, batch, 4, generator=g) ** 3 * 3
-    confidence = 12 + torch.randn(steps, batch, 4, generator=g) + drift[:, None, None].clamp(-1, 1)
+    confidence = 12 + torch.randn(steps, batch, 4, generator=g) + drift[:, None, None]
     length = torch.randint(0, 5, (steps, batch), generator=g)
     tokens = torch.randint(8, VOCAB, (batch, 4), generator=g)
     logits = torch.randn(batch, VOCAB, generator=g)
@@ -224,7 +224,7 @@ def test_windows_equal_a_literal_loop(backend, window):
     seen["stops"] = sum(x.stopped for x in literal)
     assert seen["triggers"] > 20
     if steps == 5000 or window < 300:
-        assert seen["stops"] in (1, 2)
+        assert seen["stops"] == 2
 
 
 def test_a_stopped_request_gets_its_end_in_the_same_step(backend):

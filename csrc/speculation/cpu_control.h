@@ -52,7 +52,7 @@ class Slot {
                                                            progress_[modulation::kEntropyPushed]);
   }
 
-  // NaN is not pushed to a window.
+  // -inf, of a bad row, is not pushed to a window.
   void commit(int64_t token, float entropy, float confidence) {
     if (!is_controlled()) return;
     copy_windows();

@@ -26,7 +26,7 @@ inline void apply_mask(Row& row, const LogitRows& rows, int64_t b, int64_t node)
 inline void write_raw_statistics(const StatisticsParams& s, Row& row, int64_t out) {
   if (s.entropy_raw == nullptr) return;
   Moments m;
-  s.entropy_raw[out] = row.moments(m) ? float(m.entropy()) : kNaN;
+  s.entropy_raw[out] = row.moments(m) ? float(m.entropy()) : -kInf;
 }
 
 // After the choice. A bad row has no law.
@@ -35,10 +35,10 @@ inline void write_law_statistics(const StatisticsParams& s, Row& row, const Outc
   if (s.entropy_raw == nullptr) return;
   Moments m;
   const bool law = !chosen.bad && row.moments(m);
-  s.logprob[out] = law ? float(m.log_probability(row.logit(chosen.token))) : kNaN;
-  s.entropy[out] = law ? float(row.kept_entropy()) : kNaN;
-  s.confidence[out] = law ? float(row.confidence(m, kConfidenceTokens)) : kNaN;
-  s.max_prob[out] = law ? float(1 / m.s) : kNaN;
+  s.logprob[out] = law ? float(m.log_probability(row.logit(chosen.token))) : -kInf;
+  s.entropy[out] = law ? float(row.kept_entropy()) : -kInf;
+  s.confidence[out] = law ? float(row.confidence(m, kConfidenceTokens)) : -kInf;
+  s.max_prob[out] = law ? float(1 / m.s) : -kInf;
   s.trigger[out] = slot.triggers(s.entropy[out]);
 }
 
@@ -136,7 +136,7 @@ inline void clear_outputs(const VerifyParams& p, int64_t b, int first) {
   std::fill_n(p.topk_logits + row * p.topk, rows * p.topk, -kInf);
   for (float* x : {p.statistics.logprob, p.statistics.entropy, p.statistics.entropy_raw,
                    p.statistics.confidence, p.statistics.max_prob}) {
-    if (x != nullptr) std::fill_n(x + row, rows, kNaN);
+    if (x != nullptr) std::fill_n(x + row, rows, -kInf);
   }
   if (p.statistics.trigger != nullptr) std::fill_n(p.statistics.trigger + row, rows, false);
   if (first == 0) p.path[row] = 0;
@@ -160,8 +160,8 @@ void verify_request(const VerifyParams& p, Row& row, int64_t b) {
     if (outcome.token < 0) break;
     write_law_statistics(p.statistics, row, outcome, slot, out);
     const bool known = p.statistics.entropy != nullptr;
-    slot.commit(outcome.token, known ? p.statistics.entropy[out] : kNaN,
-                known ? p.statistics.confidence[out] : kNaN);
+    slot.commit(outcome.token, known ? p.statistics.entropy[out] : -kInf,
+                known ? p.statistics.confidence[out] : -kInf);
     p.out_tokens[out] = outcome.token;
     p.path[out] = at.node;
     ++length;

@@ -8,7 +8,6 @@
 namespace reasonkern {
 
 constexpr float kInf = __builtin_huge_valf();
-constexpr float kNaN = __builtin_nanf("");
 constexpr float kTiny = 0x1p-126f;
 constexpr float kMaxNoise = 22.1808f;  // above gumbel_of(1), the largest noise
 constexpr int kMassBits = 40;          // the most likely token has mass 2^40

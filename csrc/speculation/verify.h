@@ -33,7 +33,7 @@ struct RequestParams {
   const int64_t *seed, *position;
 };
 
-// Statistics of the rows that emitted a token; all null where nobody asks.
+// Statistics of the rows that emitted a token, -inf in bad ones; all null where nobody asks.
 struct StatisticsParams {
   float *logprob, *confidence, *max_prob;  // of the law after mask and control at temperature 1
   float* entropy;                          // of the law that the token is drawn from

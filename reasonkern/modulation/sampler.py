@@ -17,7 +17,7 @@ from .state import ModulationState
 class Sampled(NamedTuple):
     """A token per row, and what its row says about it; each (R,).
 
-    A bad row (see `reasonkern.sample`) has no law: its statistics are NaN.
+    A bad row (see `reasonkern.sample`) has no law: its statistics are -inf.
     """
 
     token: Tensor
@@ -28,7 +28,7 @@ class Sampled(NamedTuple):
     """float32 nats, of the law that the token is drawn from: after temperature and filters. 0 in
     greedy rows."""
     entropy_raw: Tensor
-    """float32 nats, of the row as it came, at temperature 1. NaN where that has NaN or +inf."""
+    """float32 nats, of the row as it came, at temperature 1. -inf where that has NaN or +inf."""
     confidence: Tensor
     """float32 ``-mean(log p)`` over the 20 most likely tokens, fewer where fewer are possible, of
     the law of `logprob`: large where it is peaked."""

@@ -6,7 +6,6 @@ in fp32 (noise.py), masses in 64-bit fixed point, whose sum has no order.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -142,7 +141,7 @@ def statistics(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class Law(NamedTuple):
-    """Statistics of the rows that tokens are drawn from, (R,) float32; NaN in bad rows."""
+    """Statistics of the rows that tokens are drawn from, (R,) float32; -inf in bad rows."""
 
     logprob: Tensor
     entropy: Tensor
@@ -151,9 +150,10 @@ class Law(NamedTuple):
 
 
 def entropy_of(value: Tensor) -> Tensor:
-    """(R,) float64 entropies of softmax(value); NaN where nothing, or not everything, is finite."""
+    """(R,) float64 entropies of softmax(value); -inf where that has NaN or +inf, or is all -inf."""
     logp = value.double().log_softmax(-1)
-    return (logp.exp() * torch.where(logp == -INF, 0, logp).abs()).sum(-1)
+    entropy = (logp.exp() * torch.where(logp == -INF, 0, logp).abs()).sum(-1)
+    return torch.where(entropy.isnan(), -INF, entropy)
 
 
 def law_statistics(logits: Tensor, s: Scores, filters: Filters, token: Tensor) -> Law:
@@ -165,4 +165,4 @@ def law_statistics(logits: Tensor, s: Scores, filters: Filters, token: Tensor) -
     entropy = torch.where(filters.temperature == 0, 0, entropy_of(s.value))
     chosen = logp.gather(-1, token.clamp_min(0).unsqueeze(-1)).squeeze(-1)
     out = (chosen, entropy, confidence, logp.amax(-1).exp())
-    return Law(*(torch.where(s.bad, math.nan, x).to(torch.float32) for x in out))
+    return Law(*(torch.where(s.bad, -INF, x).to(torch.float32) for x in out))

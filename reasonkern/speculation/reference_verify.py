@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Protocol
 
 import torch
@@ -132,9 +131,9 @@ def walk(
 
 
 def _empty_epilogue(logits: Tensor, rows: int) -> tuple[Tensor, ...]:
-    """(B, rows) each, as `_epilogue` fills them: NaN and no trigger where there is no row."""
+    """(B, rows) each, as `_epilogue` fills them: -inf and no trigger where there is no row."""
     shape = (logits.shape[0], rows)
-    numbers = [logits.new_full(shape, math.nan, dtype=torch.float32) for _ in range(5)]
+    numbers = [logits.new_full(shape, -INF, dtype=torch.float32) for _ in range(5)]
     return *numbers, logits.new_zeros(shape, dtype=torch.bool)
 
 

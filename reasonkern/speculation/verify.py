@@ -64,7 +64,7 @@ class Verified(NamedTuple):
     """(B,) int32 bits, see `Status`."""
     logprob: Tensor | None = None
     """(B, D + 1) float32, with ``stats=True`` alone, as all that follow: see `reasonkern.Sampled`.
-    NaN = empty, or of a bad row."""
+    -inf = empty, or of a bad row."""
     entropy: Tensor | None = None
     """(B, D + 1) float32."""
     entropy_raw: Tensor | None = None
