@@ -9,7 +9,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../common/checks.h"
+#include "../modulation/operators.h"
 #include "verify.h"
 
 namespace reasonkern {
@@ -205,32 +205,15 @@ inline void read_control(ControlParams& c, const Tensor& logits, const MaybeTens
   STD_TORCH_CHECK(state.size() == (slot.has_value() ? 9 : 0),
                   "state: expected nine tensors with a slot and none without, got ", state.size());
   if (!slot.has_value()) return;
+  using namespace modulation;
+  c.state = describe_state(logits, state[0], state[1], state[2], state[3], state[4], state[5]);
   const Inputs in(logits);
-  const int64_t slots = state[0].dim() == 2 ? state[0].size(0) : 0, batch = logits.size(0);
-  const int64_t sets = state[3].dim() == 1 ? state[3].size(0) : 0;
-  const int64_t entries = state[4].dim() == 1 ? state[4].size(0) : 0;
-  STD_TORCH_CHECK(sets > 0, "set_offsets: expected one more than there are sets, got none");
-  const auto table = [&](size_t i, const char* name, ScalarType type, int64_t width) {
-    const int64_t sizes[] = {slots, width};
-    check_tensor(state[i], name, type, {sizes, 2}, logits);
-    return state[i].const_data_ptr();
-  };
-  c.slot = in.read<int64_t>(*slot, "slot", ScalarType::Long, {&batch, 1});
-  c.state.slots = slots;
-  c.state.spec =
-      static_cast<const int64_t*>(table(0, "spec", ScalarType::Long, modulation::kSpecWidth));
-  c.state.numbers = static_cast<const double*>(
-      table(1, "numbers", ScalarType::Double, modulation::kNumbersWidth));
-  c.state.progress = static_cast<const int64_t*>(
-      table(2, "progress", ScalarType::Long, modulation::kProgressWidth));
-  c.state.sets = {in.read<int32_t>(state[3], "set_offsets", ScalarType::Int, {&sets, 1}),
-                  in.read<int32_t>(state[4], "set_ids", ScalarType::Int, {&entries, 1}),
-                  in.read<int64_t>(state[5], "set_member", ScalarType::Long, {&entries, 1}),
-                  int32_t(sets - 1)};
-  c.confidence_ring = static_cast<const float*>(
-      table(6, "confidence", ScalarType::Float, modulation::kMaxConfidence));
-  c.entropy_ring =
-      static_cast<const float*>(table(7, "entropy", ScalarType::Float, modulation::kMaxEntropy));
+  const int64_t slots = c.state.slots, batch[] = {logits.size(0)};
+  const int64_t confidence[] = {slots, kMaxConfidence}, entropy[] = {slots, kMaxEntropy};
+  c.slot = in.read<int64_t>(*slot, "slot", ScalarType::Long, batch);
+  c.confidence_ring =
+      in.read<float>(state[6], "confidence_ring", ScalarType::Float, {confidence, 2});
+  c.entropy_ring = in.read<float>(state[7], "entropy_ring", ScalarType::Float, {entropy, 2});
   c.confidence_sum = in.read<double>(state[8], "confidence_sum", ScalarType::Double, {&slots, 1});
 }
 

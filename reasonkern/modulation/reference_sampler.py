@@ -11,7 +11,7 @@ from torch import Tensor
 from ..speculation import reference_verify
 from ..speculation.reference_row import Law
 from . import layout as at
-from . import reference
+from . import reference, reference_fold
 
 
 class Slots:
@@ -23,12 +23,12 @@ class Slots:
         self.copy = storage._replace(
             **{name: getattr(storage, name)[kept] for name in PER_SLOT}  # copies
         )
-        self.sets = reference.Sets(storage.set_offsets, storage.set_ids, storage.set_member)
+        self.sets = reference_fold.Sets(storage.set_offsets, storage.set_ids, storage.set_member)
         self.rows = torch.where(self.where, torch.arange(len(slot), device=slot.device), -1)
 
     def apply(self, logits: Tensor, temperature: Tensor) -> Tensor:
         every = torch.arange(len(logits), device=logits.device)
-        progress = reference.load(self.copy.progress, every)
+        progress = reference_fold.load(self.copy.progress, every)
         control = reference.control_of(self.copy.spec, self.copy.numbers, progress)
         out = logits.clone()
         reference.apply(out, control, self.sets, temperature, True, self.where)
@@ -38,7 +38,7 @@ class Slots:
         c = self.copy
         pushed = c.progress[:, at.ENTROPY_PUSHED]
         threshold = reference.entropy_threshold(c.spec, c.numbers, c.entropy, pushed)
-        return self.where & reference.has(c.spec, at.TRIGGER) & (entropy.double() > threshold)
+        return self.where & reference_fold.has(c.spec, at.TRIGGER) & (entropy.double() > threshold)
 
     def advance(self, token: Tensor, law: Law | None, taken: Tensor) -> None:
         c = self.copy
