@@ -83,6 +83,8 @@ class Row {
   bool moments(Moments& m) {
     m = {double(top_), 0, 0};
     if (!sound_ || top_ == -kInf) return false;
+    sums_.resize(tiles_.size(), 0);
+    products_.resize(tiles_.size());
     for (size_t t = 0; t < tiles_.size(); ++t) {
       const double d = double(maxima_[t]) - m.top;
       if (!(d > -kNegligible)) continue;
@@ -143,7 +145,7 @@ class Row {
     if (stale_.empty()) return;
     for (const int64_t t : stale_) {
       sound_ &= passes().tile_maxima(tiles_[t], kTile, &maxima_[t], nullptr);
-      sums_[t] = 0;
+      if (!sums_.empty()) sums_[t] = 0;
     }
     stale_.clear();
     if (!sound_) measure(nullptr);  // what made it bad may be gone
@@ -236,16 +238,15 @@ class Row {
   void set(const float* x, int64_t vocab, bool borrowed, bool with_sum) {
     vocab_ = vocab;
     const int64_t whole = borrowed ? vocab / kTile * kTile : padded(vocab);
-    tiles_.clear();
-    for (int64_t v = 0; v < whole; v += kTile) tiles_.push_back(x + v);
+    tiles_.resize(padded(vocab) / kTile);
+    for (int64_t t = 0; t < whole / kTile; ++t) tiles_[t] = x + t * kTile;
     if (whole < vocab) {
       rest_.assign(kTile, -kInf);
       std::copy(x + whole, x + vocab, rest_.begin());
-      tiles_.push_back(rest_.data());
+      tiles_.back() = rest_.data();
     }
     maxima_.resize(tiles_.size());
-    sums_.assign(tiles_.size(), 0);
-    products_.resize(tiles_.size());
+    sums_.clear();
     sum_ = ExpSum();
     measure(with_sum ? &sum_ : nullptr);
     top_ = *std::max_element(maxima_.begin(), maxima_.end());
