@@ -1,10 +1,12 @@
 """Control of decoding: what a request does to its logits, as a function of its tokens.
 
 `Modulation` says what, `ModulationState` holds the requests in flight, `modulate_logits_` applies
-it to rows of logits (draft rows included), `commit_` advances it by accepted tokens.
+it to rows of logits (draft rows included), `sample_controlled` samples under it and describes each
+row, `commit_` advances it by accepted tokens.
 """
 
 from .control import commit_, modulate_logits_
+from .sampler import Sampled, sample_controlled
 from .sets import TokenSets
 from .spec import (
     TIP,
@@ -32,9 +34,11 @@ __all__ = [
     "MinThink",
     "Modulation",
     "ModulationState",
+    "Sampled",
     "Schedule",
     "SoftBudget",
     "TokenSets",
     "commit_",
     "modulate_logits_",
+    "sample_controlled",
 ]
