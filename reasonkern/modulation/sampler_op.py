@@ -53,10 +53,7 @@ def _fake_verify_controlled(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return *verified, *_fake_statistics(logits, rows)
 
 
-FAKE: dict[str, Callable[..., Any]] = {
-    "sample_controlled": _fake_sample_controlled,
-    "verify_controlled": _fake_verify_controlled,
-}
+FAKE = {"sample_controlled": _fake_sample_controlled, "verify_controlled": _fake_verify_controlled}
 
 
 # ---- registrations
@@ -64,10 +61,5 @@ FAKE: dict[str, Callable[..., Any]] = {
 
 for _name, _schema in SCHEMAS.items():
     _load.define_op(
-        _name,
-        _schema,
-        reference=REFERENCE[_name],
-        fake=FAKE[_name],
-        cuda=True,
-        triton=None,
+        _name, _schema, reference=REFERENCE[_name], fake=FAKE[_name], cuda=True, triton=None
     )

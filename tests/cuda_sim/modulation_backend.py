@@ -1,7 +1,7 @@
 """`modulate_logits_` and `commit_` on CPU tensors, computed by the CUDA kernels in the simulator.
 
 Arguments are those of the operators (reasonkern/modulation/op.py). How the kernels are launched is
-in `Settings`; no choice may change a result.
+in `settings`; no choice may change a result.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def modulate_logits_(
         dtype = str(logits.dtype).removeprefix("torch.")
         # Rows are short here: as many threads as on a GPU would idle, at a price.
         threads = min(64, module().row_threads(fields["entries"], dense))
-        module().modulate(dtype, _launch(threads), launch.pointers(fields, strided=("logits",)))
+        module().modulate(dtype, _launch(threads), launch.pointers(fields, ("logits",)))
 
 
 def commit_(
@@ -66,4 +66,4 @@ def commit_(
     names = ("confidence_ring", "entropy_ring", "confidence_sum")
     fields |= dict(zip(names, rest[len(STATE) :], strict=True))
     if fields["batch"]:
-        module().commit(_launch(32), launch.pointers(fields, strided=("logits",)))
+        module().commit(_launch(32), launch.pointers(fields))
