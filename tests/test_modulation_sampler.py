@@ -51,7 +51,7 @@ def test_a_tree_says_what_single_steps_say(sampler):
     """Tokens and the bits of every statistic, for every control, over trees and chains."""
     accepted, triggers, stopped, forced = 0, 0, 0, 0
     count, steps = (5, 14) if sampler.slow else (8, 24)
-    for seed in range(effort(sampler, 1, 3, 40)):
+    for seed in range(3, 3 + effort(sampler, 1, 3, 40)):  # one whose few steps have every control
         plain, by_trees, more = decode_both_ways(sampler, count, steps, seed)
         accepted += more
         for b in range(count):
