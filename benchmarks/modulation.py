@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import reasonkern as rk
+from benchmarks import modulation_gpu as gpu
 from benchmarks.case import DTYPES, Case, Family, Gate, Provider, Runner, Skip, Tolerance, Truth
-from benchmarks.peers import ours
 from reasonkern import _load
 
 VOCAB, SMALL, BATCH, HISTORY = 151_936, 32_000, 64, 4096
@@ -140,7 +140,7 @@ def smaller_vocabulary(case: Case, step: Step) -> Runner:
 
 
 def smaller(case: Case) -> Case:
-    return sparse_case((case.shape[0], SMALL), case.label, device=case.device, dtype=case.dtype)
+    return sparse_case((case.shape[0], SMALL), case.label, dtype=case.dtype)
 
 
 def loop(step: Step) -> Callable[[Tensor], Any]:
@@ -194,7 +194,6 @@ def sparse_case(
     *providers: str,
     op: str = "modulate_logits_",
     gates: tuple[Gate, ...] = (),
-    device: str = "cpu",
     dtype: str = "float32",
     quick: bool = False,
 ) -> Case:
@@ -203,10 +202,10 @@ def sparse_case(
         op=op,
         shape=shape,
         dtype=dtype,
-        device=device,
+        device="cpu",
         passes=0,
-        providers=("reasonkern" if device == "cpu" else "ours-triton", *providers),
-        threads=1 if device == "cpu" else None,
+        providers=("reasonkern", *providers),
+        threads=1,
         label=label,
         gates=gates,
         quick=quick,
@@ -231,17 +230,27 @@ OTHERS = (
 PROVIDERS = (
     Provider("reasonkern", dict.fromkeys(
         ("modulate_logits_", "modulate_after_matmul"), runner(modulate))),
-    Provider("ours-triton", {"modulate_logits_": ours.on_gpu("triton", runner(modulate))}),
     Provider("index_add_", dict.fromkeys(
         ("modulate_logits_", "modulate_after_matmul"), runner(index_add)), checked=False),
     Provider("V=32,000", {"modulate_logits_": smaller_vocabulary}, checked=False),
     Provider("loop", {"modulate_logits_": runner(loop)}),
     Provider("SuppressTokens", {"modulate_logits_": suppress}),
 )  # fmt: skip
+
+
+def together(*providers: Provider) -> dict[str, Provider]:
+    """By name; one that is given twice runs the ops of both."""
+    out: dict[str, Provider] = {}
+    for one in providers:
+        known = out.get(one.name, one)
+        out[one.name] = replace(one, build={**known.build, **one.build})
+    return out
+
+
 FAMILY = Family(
     name="modulation",
-    cases=(*GATED, *OTHERS),
-    providers={provider.name: provider for provider in PROVIDERS},
-    inputs=make_inputs,
-    truth=truth,
+    cases=(*GATED, *OTHERS, *gpu.CASES),
+    providers=together(*PROVIDERS, *gpu.PROVIDERS.values()),
+    inputs=lambda case, seed: (gpu.inputs if case.op in gpu.OPS else make_inputs)(case, seed),
+    truth=lambda case, step: (gpu.truth if case.op in gpu.OPS else truth)(case, step),
 )
