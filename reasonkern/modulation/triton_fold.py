@@ -10,9 +10,7 @@ import triton.language as tl
 
 from . import layout as at
 
-PARTS, THINK_START, THINK_END = (
-    tl.constexpr(k) for k in (at.PARTS, at.THINK_START, at.THINK_END)
-)
+PARTS, THINK_START, THINK_END = (tl.constexpr(k) for k in (at.PARTS, at.THINK_START, at.THINK_END))
 ADDED_SETS, TRACK_FROM, END_LENGTH, MIN_TOKENS, WAIT_LENGTH = (
     tl.constexpr(k)
     for k in (at.ADDED_SETS, at.TRACK_FROM, at.END_LENGTH, at.MIN_TOKENS, at.WAIT_LENGTH)
