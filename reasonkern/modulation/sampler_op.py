@@ -67,7 +67,11 @@ FAKE = {"sample_controlled": _fake_sample_controlled, "verify_controlled": _fake
 
 def _cuda_entry(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
-        return _load.implementation(name, _load.choose_cuda_backend(name, args[0].device))(*args)
+        backend = _load.choose_cuda_backend(name, args[0].device)
+        rejection = name == "verify_controlled" and args[3] is not None
+        if backend == "triton" and (args[0].dtype == torch.float64 or rejection):
+            backend = "reference"
+        return _load.implementation(name, backend)(*args)
 
     return call
 
@@ -82,6 +86,6 @@ for _name in SCHEMAS:
             "reference": REFERENCE[_name],
             "cpu": getattr(torch.ops.reasonkern, _name),
             "cuda": getattr(torch.ops.reasonkern_cuda, _name),
-            "triton": None,
+            "triton": _load.lazy(f"{__package__}.triton_sampler", _name),
         },
     )
