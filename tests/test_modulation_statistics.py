@@ -175,6 +175,8 @@ def test_filters_change_the_entropy_of_the_draw_alone(backend):
 @pytest.mark.parametrize("limits", [False, True])
 def test_a_walk_describes_its_rows(backend, rejection, limits):
     """Same outputs as verify_tree; statistics of each row are those of sampling it."""
+    if rejection and backend.name == "triton":
+        pytest.skip("the Triton backend has the equality rule only")
     sample = _load.implementation("sample_controlled", "reference")
     visited = 0
     for seed in range(1 if backend.slow else 8):
