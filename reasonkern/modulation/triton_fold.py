@@ -186,8 +186,10 @@ def fold_chain(spec, sets, p, row, drafts, draft_tokens):
 
 @triton.jit
 def fold_tree(spec, sets, p, node, on, parents, draft_tokens):
-    """Over the tokens of a node's ancestors below the root and its own; paths are short, so each
-    ancestor is looked for from below."""
+    """Over the tokens of a node's ancestors below the root and its own.
+
+    Paths are short, so each ancestor is looked for from below.
+    """
     depth = node * 0
     above = tl.where(on, node, 0)
     while anywhere(above > 0):
