@@ -25,7 +25,8 @@ from gpu_record import GpuRecord  # noqa: E402
 from reasonkern import _load  # noqa: E402
 
 BACKENDS = ("reference", "cpu", "triton", "cuda-sim", "cuda")
-SIMULATED = ("backend", "verify_backend", "modulation_backend")  # modules of tests/cuda_sim
+# Modules of tests/cuda_sim with operators.
+SIMULATED = ("backend", "verify_backend", "modulation_backend")
 # Backends that any machine with these programs must have when CI says that the package is built.
 REQUIRED_IN_CI = {"cpu": None, "triton": None, "cuda-sim": "g++"}
 

@@ -167,7 +167,8 @@ def test_no_program_changes_a_row(monkeypatch, config, dtype):
 
 def test_launch_decisions(simulated):
     threads = simulated.module().row_threads
-    assert [threads(k, False) for k in (0, 32, 33, 512, 100_000)] == [32, 32, 64, 512, 512]
+    entries = (0, 32, 33, 100, 512, 100_000)
+    assert [threads(k, False) for k in entries] == [32, 32, 64, 128, 512, 512]
     assert threads(8, True) == 512
 
 
