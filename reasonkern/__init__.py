@@ -2,6 +2,14 @@
 
 from . import scaling, shaping
 from ._load import info
+from .modulation import (
+    LatentPolicy,
+    SrgenDelta,
+    completion_probe,
+    entropy_forks,
+    latent_policy_gradient,
+    srgen_delta,
+)
 from .policy_loss import (
     KL,
     Importance,
@@ -45,6 +53,7 @@ __all__ = [
     "Draft",
     "DraftTree",
     "Importance",
+    "LatentPolicy",
     "Law",
     "LawReport",
     "NgramTable",
@@ -53,6 +62,7 @@ __all__ = [
     "PolicyLossOutput",
     "PolicyMetrics",
     "RowContext",
+    "SrgenDelta",
     "Status",
     "TokenStats",
     "bapo_bounds",
@@ -63,7 +73,10 @@ __all__ = [
     "Verified",
     "check_verifier",
     "compact_kv_",
+    "completion_probe",
+    "entropy_forks",
     "info",
+    "latent_policy_gradient",
     "linear_policy_loss",
     "linear_token_stats",
     "policy_loss",
@@ -71,6 +84,7 @@ __all__ = [
     "shaping",
     "request_seeds",
     "sample",
+    "srgen_delta",
     "token_stats",
     "token_weights",
     "tune_tree",
