@@ -1,15 +1,48 @@
-"""Control of what is generated, and what a step's logits tell: see README.md in this folder."""
+"""Control of decoding: what a request does to its logits, as a function of its tokens.
 
-from __future__ import annotations
+`Modulation` says what, `ModulationState` holds the requests in flight, `modulate_logits_` applies
+it to rows of logits (draft rows included), `commit_` advances it by accepted tokens.
+"""
 
+from .control import commit_, modulate_logits_
 from .latent import LatentPolicy, SrgenDelta, latent_policy_gradient, srgen_delta
+from .sets import TokenSets
 from .signals import completion_probe, entropy_forks
+from .spec import (
+    TIP,
+    Ban,
+    Budget,
+    Constant,
+    Cyclic,
+    DeepConf,
+    EntropyTrigger,
+    MinThink,
+    Modulation,
+    Schedule,
+    SoftBudget,
+)
+from .state import ModulationState
 
 __all__ = [
+    "TIP",
+    "Ban",
+    "Budget",
+    "Constant",
+    "Cyclic",
+    "DeepConf",
+    "EntropyTrigger",
     "LatentPolicy",
+    "MinThink",
+    "Modulation",
+    "ModulationState",
+    "Schedule",
+    "SoftBudget",
     "SrgenDelta",
+    "TokenSets",
+    "commit_",
     "completion_probe",
     "entropy_forks",
     "latent_policy_gradient",
+    "modulate_logits_",
     "srgen_delta",
 ]
