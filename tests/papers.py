@@ -74,7 +74,8 @@ PAPERS = (
           ("scaling.flexible_verification", "completion_probe"),
           (SCALING + "flexive", MODULATION + "solve_detect_verify_probe")),
     Paper(11, "S-GRPO", "S-GRPO: Early Exit via Reinforcement Learning in Reasoning Models",
-          ("shaping.serial_decay", "Budget"), (REWARDS + "s_grpo",),
+          ("shaping.serial_decay", "Budget"),
+          (REWARDS + "s_grpo", MODULATION + "budget_forcing"),
           "the forced exit phrase is a thinking budget"),
     Paper(12, "Klear-Reasoner", "Klear-Reasoner: Advancing Reasoning Capability via "
           "Gradient-Preserving Clipping Policy Optimization",
@@ -132,10 +133,13 @@ PAPERS = (
           "More than You Think",
           ("scaling.subthought_split", "scaling.vote"),
           (SCALING + "beyond_the_last_answer",)),
-    Paper(28, "SRGen", "Self-Reflective Generation at Test Time", ("srgen_delta",),
+    Paper(28, "SRGen", "Self-Reflective Generation at Test Time", ("srgen_delta", "EntropyTrigger"),
           (MODULATION + "srgen", "test_modulation_latent.py::test_srgen_gradient_is_autograd")),
     Paper(29, "CyclicReflex", "CyclicReflex: Improving Large Reasoning Models via Cyclical "
-          "Reflection Token Scheduling", ("Cyclic",)),
+          "Reflection Token Scheduling",
+          ("Cyclic", "TIP", "Budget", "MinThink", "Ban"),
+          tuple(MODULATION + name for name in ("cyclicreflex", "tip", "budget_forcing", "nowait")),
+          "its neighbours TIP, s1 and NoWait are parts beside it"),
     Paper(30, "Not all correct answers are equal", "Not All Correct Answers Are Equal: Why Your "
           "Distillation Source Matters",
           ("token_stats", "scaling.length_statistics"),
@@ -155,7 +159,8 @@ PAPERS = (
           ("shaping.zero_sum_rewards", "Objective.reinforce"), (REWARDS + "spc", FORMULA)),
     Paper(35, "Two heads are better", "Two Heads are Better Than One: Test-time Scaling of "
           "Multi-agent Collaborative Reasoning",
-          ("scaling.vote", "Budget"), (SCALING + "two_heads_are_better",), PROMPTS),
+          ("scaling.vote", "Budget"),
+          (SCALING + "two_heads_are_better", MODULATION + "budget_forcing"), PROMPTS),
     Paper(36, "PTA-GRPO", "Plan Then Action: High-Level Planning Guidance Reinforcement Learning "
           "for LLM Reasoning",
           ("shaping.mix_rewards", "Objective.grpo"), (SHAPING + "pta_grpo", FORMULA)),

@@ -77,6 +77,91 @@ def test_latentseek() -> None:
             optimizer.step()
 
 
+REFLECT = (3, 8, 9, 21, 30)
+SETS = rk.TokenSets.from_ids({"reflect": REFLECT})
+THINK_END = 2
+
+
+def run(spec: rk.Modulation, tokens: list[int], temperature: float | None = None) -> list[Tensor]:
+    """The modulated logits of every step of a text; those of step t are `step(t)` before."""
+    state = rk.ModulationState(1, SETS)
+    state.add(0, spec, [])
+    slot, rows = torch.zeros(1, dtype=torch.int64), []
+    for t, token in enumerate(tokens):
+        z = step(t)[None]
+        rk.modulate_logits_(z, state, slot, temperature=temperature)
+        rows.append(z[0])
+        rk.commit_(state, slot, torch.tensor([[token]]), torch.ones(1, dtype=torch.int64))
+    return rows
+
+
+def step(t: int) -> Tensor:
+    return randn(V, seed=100 + t)
+
+
+def test_cyclicreflex() -> None:
+    """CyclicReflex (2506.11077): paper and code, published A and C, until the end of thinking."""
+    text = [7] * 250 + [THINK_END] + [7] * 20
+    for amplitude, period, shift in ((5.0, 120, 0.0), (3.0, 100, 0.25), (-2.0, 75.5, 0.5)):
+        windows = [(0, 60), (80, 8192)] if shift else None
+        spec = rk.Modulation(
+            cyclic=rk.Cyclic(amplitude, period, shift, windows), think_end=THINK_END
+        )
+        for t, z in enumerate(run(spec, text)):
+            u = ((t + shift * period) % period) / period
+            if u <= 0.25:  # the code
+                delta = amplitude * u / 0.25
+            elif u <= 0.75:
+                delta = amplitude - 2 * amplitude * (u - 0.25) / 0.5
+            else:
+                delta = -amplitude + amplitude * (u - 0.75) / 0.25
+            quarter = ((t + shift * period) - period / 4) % period  # the paper
+            assert abs(delta - (amplitude * abs(4 * quarter / period - 2) - amplitude)) < 1e-12
+            if t > 250 or (windows and 60 <= t < 80):
+                delta = 0.0
+            expected = step(t)
+            expected[list(REFLECT)] += delta
+            torch.testing.assert_close(z, expected, rtol=0, atol=1e-12)
+
+
+def test_tip() -> None:
+    """TIP (2501.18585): -α on switch tokens for β tokens after the thought began."""
+    text = [7, 3, 7, 7, 7, 7, 21, 9, 7, 7, 7, 7, 7, THINK_END, 7]
+    began = 0
+    rows = run(rk.Modulation(tip=rk.TIP(3.0, 4), think_end=THINK_END), text)
+    for t, (token, z) in enumerate(zip(text, rows, strict=True)):
+        expected = step(t)
+        if t < began + 4 and THINK_END not in text[:t]:
+            expected[list(REFLECT)] -= 3.0
+        assert torch.equal(z, expected), t
+        if token in REFLECT:
+            began = t + 1
+
+
+def test_budget_forcing() -> None:
+    """s1 (2501.19393): the phrase after the budget; before a minimum the end becomes Wait."""
+    spec = rk.Modulation(budget=rk.Budget(5, [11, THINK_END]), think_end=THINK_END)
+    rows = run(spec, [7, 7, 7, 7, 7, 11, THINK_END, 7])
+    forced = [int(z.argmax()) if z.max() > 2e4 else None for z in rows]
+    assert forced == [None] * 5 + [11, THINK_END, None]
+    minimum = rk.Modulation(min_think=rk.MinThink(3, 0, [21]), think_end=THINK_END)
+    for t, z in enumerate(run(minimum, [7] * 6, temperature=0.75)):
+        p = (step(t) / 0.75).softmax(-1)  # the law of sampling, then replacing an end by Wait
+        if t < 3:
+            p[21], p[THINK_END] = p[21] + p[THINK_END], 0.0
+        assert ((z / 0.75).softmax(-1) - p).abs().sum() / 2 < 1e-12
+
+
+def test_nowait() -> None:
+    """NoWait (2506.08343): no reflection token while the model thinks."""
+    rows = run(rk.Modulation(ban=rk.Ban(), think_end=THINK_END), [7, 7, THINK_END, 7])
+    for t, z in enumerate(rows):
+        expected = step(t)
+        if t < 3:
+            expected[list(REFLECT)] = -math.inf
+        assert torch.equal(z, expected)
+
+
 def test_ettrl_forks() -> None:
     """ETMR of ETTRL (2508.11356): the N largest entropies of the response, earlier ones first."""
     entropy = (randn(50, 31, seed=5) * 4).round() / 4  # quarters: many ties
