@@ -1,23 +1,30 @@
 """Control in engines: transformers for real, vLLM and SGLang against their recorded interfaces.
 
-The interfaces are those of vLLM 0.33 (Model Runner V2) and SGLang 0.5: names, arguments and what
-their engines promise. Where a package is installed, the record is compared with it.
+The records are those of vLLM 0.33 (Model Runner V2) and SGLang 0.5: names, arguments and what their
+engines promise. Where a package is found, the same tests run over its own class, too; its code is
+enough, and beside the environment, where nobody else takes it for an installed one::
+
+    pip install --no-deps --target DIR vllm==0.33.0 sglang==0.5.23
+    PYTHONPATH=DIR python -m pytest tests/test_integrations_modulation.py
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import gc
 import importlib
 import importlib.metadata
 import importlib.util
 import inspect
 import json
+import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from random import Random
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -88,62 +95,107 @@ class SglangProcessor(abc.ABC):
     def __call__(self, logits: Tensor, custom_param_list: Any = None) -> Tensor: ...
 
 
+class Interface(NamedTuple):
+    """Where an engine has it, and what its modules import that no processor needs."""
+
+    module: str
+    name: str
+    recorded: type
+    version: str
+    stubs: dict[str, dict[str, Any]]
+
+
 INTERFACES = {
-    "vllm": (
+    "vllm": Interface(
         "vllm.v1.worker.gpu.sample.logits_processor", "LogitsProcessor", VllmProcessor, "0.33.0",
+        {
+            "vllm": {"SamplingParams": object},
+            "vllm.exceptions": {"VLLMValidationError": ValueError},
+            "vllm.logger": {"init_logger": logging.getLogger},
+            "vllm.utils.torch_utils": {"guard_cuda_initialization": contextlib.nullcontext},
+            "vllm.v1.sample.logits_processor": {"STR_POOLING_REJECTS_LOGITSPROCS": ""},
+            "vllm.v1.worker.gpu.buffer_utils": dict.fromkeys(
+                ("StagedWriteTensor", "UvaBackedTensor"), object
+            ),
+            "vllm.v1.worker.gpu.states": {"RequestState": object},
+        },
     ),
-    "sglang": (
+    "sglang": Interface(
         "sglang.srt.sampling.custom_logit_processor", "CustomLogitProcessor", SglangProcessor,
-        "0.5.23",
+        "0.5.23", {},
     ),
 }  # fmt: skip
 
 
-def adapter(engine: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The integration over the recorded interface."""
-    path, name, interface, version = INTERFACES[engine]
-    parts = path.split(".")
+def packages(name: str, root: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty packages for the parents of a module, and itself, that find the rest of theirs."""
+    parts = name.split(".")
     for n in range(1, len(parts) + 1):
-        module = ModuleType(".".join(parts[:n]))
-        module.__path__ = []
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-    setattr(sys.modules[path], name, interface)
-    known = importlib.metadata.version
-    monkeypatch.setattr(
-        importlib.metadata, "version", lambda p: version if p == engine else known(p)
-    )
-    name = f"reasonkern.integrations.{engine}"
-    monkeypatch.delitem(sys.modules, name, raising=False)
-    found = importlib.import_module(name)
-    monkeypatch.delitem(sys.modules, name)  # others import it anew
-    return found
+        if (path := ".".join(parts[:n])) not in sys.modules:
+            module = ModuleType(path)
+            module.__path__ = [] if root is None else [str(root.joinpath(*parts[1:n]))]
+            monkeypatch.setitem(sys.modules, path, module)
 
 
-@pytest.mark.parametrize("engine", INTERFACES)
-def test_the_record_is_the_published_interface(engine: str) -> None:
-    path, name, recorded, _ = INTERFACES[engine]
-    pytest.importorskip(engine)
-    published = getattr(importlib.import_module(path), name)
-    for method, function in vars(recorded).items():
-        if inspect.isfunction(function) or isinstance(function, classmethod):
-            ours, theirs = (
-                list(inspect.signature(getattr(kind, method)).parameters)
-                for kind in (recorded, published)
+@contextlib.contextmanager
+def adapter(engine: str, source: str) -> Iterator[Any]:
+    """The integration over an interface: the recorded one, or the one of the installed package.
+
+    The latter's own modules run; what they import of the rest of the package is left out, so that
+    ``pip install --no-deps`` is enough.
+    """
+    module, name, recorded, version, stubs = INTERFACES[engine]
+    found = importlib.util.find_spec(engine)
+    if source == "published" and (found is None or not found.submodule_search_locations):
+        pytest.skip(f"{engine} is not installed")
+    before, known = set(sys.modules), importlib.metadata.version
+    ours = f"reasonkern.integrations.{engine}"
+    with pytest.MonkeyPatch.context() as patch:
+        if source == "recorded":
+            packages(module, None, patch)
+            setattr(sys.modules[module], name, recorded)
+            patch.setattr(
+                importlib.metadata, "version", lambda p: version if p == engine else known(p)
             )
-            assert ours == theirs, method
+        else:
+            assert found is not None and found.submodule_search_locations
+            root = Path(found.submodule_search_locations[0])
+            packages(module.rpartition(".")[0], root, patch)
+            for stub, values in stubs.items():
+                packages(stub, root, patch)
+                vars(sys.modules[stub]).update(values)
+        try:
+            yield importlib.import_module(ours)
+        finally:
+            for new in set(sys.modules) - before:
+                if new == ours or new.partition(".")[0] == engine:
+                    del sys.modules[new]
+
+
+@pytest.fixture(params=["recorded", "published"])
+def source(request: pytest.FixtureRequest) -> str:
+    """Which interface the adapters are run over."""
+    name: str = request.param
+    return name
+
+
+def processor_class(module: Any) -> Any:
+    return getattr(module, "ModulationLogitsProcessor", None) or module.ModulationLogitProcessor
 
 
 @pytest.mark.parametrize("engine", INTERFACES)
-def test_the_adapters_override_what_the_engine_calls(
-    engine: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, recorded = adapter(engine, monkeypatch), INTERFACES[engine][2]
-    ours = next(x for x in vars(module).values() if inspect.isclass(x) and recorded in x.__bases__)
-    assert not inspect.isabstract(ours) and issubclass(ours, recorded)
-    for method in vars(recorded):
-        if inspect.isroutine(getattr(recorded, method)) and not method.startswith("_abc"):
-            signatures = [inspect.signature(getattr(k, method)) for k in (ours, recorded)]
-            assert list(signatures[0].parameters) == list(signatures[1].parameters)
+def test_the_adapters_override_what_the_engine_calls(engine: str, source: str) -> None:
+    """With the arguments of the record; the record has those of the published interface."""
+    interface = INTERFACES[engine]
+    with adapter(engine, source) as module:
+        ours = processor_class(module)
+        published = getattr(sys.modules[interface.module], interface.name)
+        assert not inspect.isabstract(ours) and issubclass(ours, published)
+        for name, value in vars(interface.recorded).items():
+            if inspect.isfunction(value) or isinstance(value, classmethod):
+                kinds = (interface.recorded, published, ours)
+                names = {tuple(inspect.signature(getattr(k, name)).parameters) for k in kinds}
+                assert len(names) == 1 and name in vars(ours)
 
 
 class Vllm:
@@ -166,8 +218,8 @@ class Vllm:
             total_len=both(slots),
         )  # fmt: skip
         speculative = SimpleNamespace(num_speculative_tokens=drafts) if drafts else None
-        config = SimpleNamespace(speculative_config=speculative)
-        self.processor = kind(config, self.buffers)
+        self.config = SimpleNamespace(speculative_config=speculative)
+        self.processor = kind(self.config, self.buffers)
 
     def add(self, slot: int, params: Any, prompt: list[int], generated: list[int]) -> bool:
         self.tokens[slot], self.prompt[slot] = prompt + generated, len(prompt)
@@ -224,14 +276,35 @@ def vllm_params(spec: rk.Modulation | None, temperature: float = 0.6) -> Any:
 
 
 @pytest.fixture
-def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
-    module = adapter("vllm", monkeypatch)
+def vllm(source: str) -> Iterator[Any]:
+    with adapter("vllm", source) as module:
 
-    class Control(module.ModulationLogitsProcessor):
-        sets = SETS
-        vocab_size = V
+        class Control(module.ModulationLogitsProcessor):
+            sets = SETS
+            vocab_size = V
 
-    return Control
+        yield Control
+
+
+def test_vllm_loads_a_class_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the published loader, which also makes the request's state."""
+    with adapter("vllm", "published") as module:
+        theirs = sys.modules[INTERFACES["vllm"].module]
+        control = ModuleType("my_control")
+        control.Control = type(
+            "Control", (module.ModulationLogitsProcessor,), {"sets": SETS, "vocab_size": V}
+        )
+        monkeypatch.setitem(sys.modules, "my_control", control)
+        engine = Vllm(control.Control, 3, 2, Random(0))
+        (found,) = theirs.build_custom_logits_processors(
+            engine.config, engine.buffers, False, ["my_control:Control"]
+        )
+        assert type(found) is control.Control
+        assert found.requests.max_num_reqs == 3
+        validate = theirs.build_custom_logits_processors_params_validator(["my_control:Control"])
+        validate(vllm_params(SPECS[0]))
+        with pytest.raises(ValueError, match=r"modulation\.think_end"):
+            validate(vllm_params(rk.Modulation(think_end=V)))
 
 
 @pytest.mark.parametrize("drafts", [0, 3])
@@ -292,20 +365,18 @@ def test_vllm_refuses_at_admission_what_a_step_would_trip_over(vllm: Any) -> Non
 
 
 @pytest.mark.parametrize("engine", INTERFACES)
-def test_a_class_says_which_tokens_it_controls(
-    engine: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    module, recorded = adapter(engine, monkeypatch), INTERFACES[engine][2]
-    base = next(x for x in vars(module).values() if inspect.isclass(x) and recorded in x.__bases__)
-    with pytest.raises(ValueError, match="sets: expected a subclass that sets it to TokenSets"):
-        _request.controlled_tokens(base)
-    small = type("Small", (base,), {"sets": SETS, "vocab_size": 9})
-    with pytest.raises(ValueError, match="vocab_size: expected .* above 9, got 9"):
-        _request.controlled_tokens(small)
-    if engine == "vllm":
-        large = type("Large", (base,), {"sets": SETS, "vocab_size": V + 1})
-        with pytest.raises(ValueError, match="vocab_size: expected at most the model's 32, got 33"):
-            Vllm(large, 1, 0, Random(0))
+def test_a_class_says_which_tokens_it_controls(engine: str) -> None:
+    with adapter(engine, "recorded") as module:
+        base = processor_class(module)
+        with pytest.raises(ValueError, match="sets: expected a subclass that sets it to TokenSets"):
+            _request.controlled_tokens(base)
+        small = type("Small", (base,), {"sets": SETS, "vocab_size": 9})
+        with pytest.raises(ValueError, match="vocab_size: expected .* above 9, got 9"):
+            _request.controlled_tokens(small)
+        if engine == "vllm":
+            large = type("Large", (base,), {"sets": SETS, "vocab_size": V + 1})
+            with pytest.raises(ValueError, match="vocab_size: expected at most the model's 32"):
+                Vllm(large, 1, 0, Random(0))
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -333,16 +404,15 @@ class Request:
 
 
 @pytest.fixture
-def sglang(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    module = adapter("sglang", monkeypatch)
+def sglang(source: str) -> Iterator[Any]:
+    with adapter("sglang", source) as module:
 
-    class Control(module.ModulationLogitProcessor):
-        sets = SETS
-        vocab_size = V
-        max_requests = 20
+        class Control(module.ModulationLogitProcessor):
+            sets = SETS
+            vocab_size = V
+            max_requests = 20
 
-    yield Control
-    module._Rows._all.clear()
+        yield Control
 
 
 def test_sglang_rows_equal_a_request_on_its_own(sglang: Any) -> None:
@@ -373,7 +443,7 @@ def test_sglang_rows_equal_a_request_on_its_own(sglang: Any) -> None:
     del r, batch, requests
     gc.collect()
     sglang()(logits[:0], [])
-    (rows,) = sglang.__mro__[1].__call__.__globals__["_Rows"]._all.values()
+    (rows,) = sys.modules[sglang.__mro__[1].__module__]._Rows._all.values()
     assert sorted(rows.free) == list(range(20))
 
 
@@ -398,9 +468,23 @@ def test_sglang_leaves_requests_without_control_alone(sglang: Any) -> None:
     assert sglang()(logits[:0], None).shape == (0, V)
 
 
-def test_sglang_classes_are_sent_by_dill(sglang: Any) -> None:
+def test_sglang_sends_classes(source: str) -> None:
+    """By dill: the base by name, a subclass of a script by value, with its sets."""
     dill = pytest.importorskip("dill")
-    assert isinstance(dill.loads(dill.dumps(SETS)), rk.TokenSets)
+    with adapter("sglang", source) as module:
+        control = type(
+            "Control", (module.ModulationLogitProcessor,),
+            {"sets": SETS, "vocab_size": V, "__module__": "__main__"},
+        )  # fmt: skip
+        if source == "published":
+            found = type(control.from_str(control.to_str()))
+        else:
+            found = dill.loads(dill.dumps(control))
+        assert found is not control and found.sets == SETS and found.vocab_size == V
+        assert found.__bases__ == (module.ModulationLogitProcessor,)
+        one = Request([THINK], SPECS[3], 0.6)
+        out = found()(torch.zeros(1, V), [one.parameters])
+        assert torch.equal(out[0], expected_row(torch.zeros(V), SPECS[3], [THINK], [], 0.6))
 
 
 # ---- transformers
