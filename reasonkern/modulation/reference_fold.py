@@ -131,7 +131,8 @@ def _ancestors(parents: list[int]) -> Tensor:
     for node, parent in enumerate(parents[1:], start=1):
         chains.append([*chains[parent], node])
     depth = max(map(len, chains))
-    return torch.tensor([c + [-1] * (depth - len(c)) for c in chains]).reshape(-1, depth)
+    padded = [chain + [-1] * (depth - len(chain)) for chain in chains]
+    return torch.tensor(padded, dtype=torch.int64).reshape(len(parents), depth)
 
 
 def fold_path(spec: Tensor, sets: Sets, p: Progress, path: Tensor) -> Progress:
