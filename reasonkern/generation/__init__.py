@@ -116,7 +116,7 @@ def generate(
         seed=seeds.to(device),
     )  # fmt: skip
     requests = [
-        Request(index, text, len(text), len(text) + max_new_tokens)
+        Request(index, text, len(text), len(text) + max_new_tokens, len(text) - 1)
         for index, text in enumerate(every)
     ]
     statistics = Statistics() if statistics is None else statistics

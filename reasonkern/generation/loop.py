@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..speculation import Draft, DraftTree, NgramTable, Status, Verified, verify_tree
+from ..speculation import Draft, DraftTree, NgramTable, Verified, verify_tree
 from ..speculation.inputs import per_request
 from . import prompts as _prompts
 from .cache import SlotCache
@@ -37,6 +37,8 @@ class Request:
     """Tokens of the prompt."""
     end: int
     """Tokens at most."""
+    cached: int
+    """Tokens whose keys and values are kept: what a stop cuts off stays among them."""
     done: bool = False
 
 
@@ -134,7 +136,7 @@ class Run:
                 draft = self._draft(tree, now)
         out = self._verify(self._forward(draft, tree), draft, tree, now)
         with self.clock.phase("verify"):  # the one wait for the device
-            parts = (out.length[:, None], out.status[:, None].long(), out.tokens, out.path)
+            parts = (out.length[:, None], out.tokens, out.path)
             rows = torch.cat(parts, 1).tolist()
         with self.clock.phase("update"):
             paths = [row[-tree.depth - 1 :][: row[0]] for row in rows]
@@ -146,8 +148,9 @@ class Run:
         if self.drafter is None:
             self.trees.observe(tree, [p for p in paths if p])
         for request, row in zip(self.requests, rows, strict=True):
+            request.cached += row[0]
             if not request.done:
-                self._take_in(request, row[2 : 2 + row[0]], Status(row[1]))
+                self._take_in(request, row[1 : 1 + row[0]])
 
     def _now(self) -> _Now:
         width = 1 if self.table is None else self.table.orders[0]
@@ -185,7 +188,7 @@ class Run:
 
     def _forward(self, draft: Draft, tree: DraftTree) -> Tensor:
         with self.clock.phase("forward"):
-            longest = max(len(r.text) for r in self.requests) - 1
+            longest = max(r.cached for r in self.requests)
             return self.model(tree_pass(draft.tokens, tree, self.cache, longest))
 
     def _verify(self, logits: Tensor, draft: Draft, tree: DraftTree, now: _Now) -> Verified:
@@ -199,7 +202,7 @@ class Run:
                 topk=1 if self.table is None else self.table.topk,
             )  # fmt: skip
 
-    def _take_in(self, request: Request, tokens: list[int], status: Status) -> None:
+    def _take_in(self, request: Request, tokens: list[int]) -> None:
         if not tokens:
             raise RuntimeError(
                 f"request {request.index}: the model's logits after {len(request.text)} tokens "

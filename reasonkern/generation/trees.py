@@ -10,8 +10,9 @@ from ..speculation import DraftTree
 from ..speculation.tree import RANK_RATES
 
 SIZES = (1, 8, 16, 32, 80)  # nodes per request; 1 is plain decoding
-PRIOR = 4.0  # steps that the rates of typical traces count as
-MEMORY = 0.98  # weight of a step's evidence one step later: nodes out of use are tried again
+PRIOR = 4.0  # steps of a request that the rates of typical traces count as, at first
+MEMORY = 0.98  # weight of what is known of a node after each step that uses it
+PROBE = 64  # every so many steps the next larger size is tried: tables learn, texts change
 
 
 class FixedTree:
@@ -31,7 +32,7 @@ class FixedTree:
 class BestTree:
     """The prefix of the default tree that emits most tokens per second.
 
-    Its expected tokens come from how often each node was visited in the steps so far; its time is
+    Its expected tokens come from how often each node was visited when it was in use; its time is
     measured once per batch size (rounded up to a power of 2) by `measure`.
     """
 
@@ -39,21 +40,24 @@ class BestTree:
         whole = DraftTree.default(SIZES[-1])
         self._trees = [whole.prefix(size) for size in SIZES]
         self._measure = measure
-        self._prior = _likelihoods(whole)
-        self._visits, self._steps = np.zeros(len(whole)), np.zeros(len(whole))
+        self._visits, self._steps = PRIOR * _likelihoods(whole), np.full(len(whole), PRIOR)
+        self._count = 0
 
     def next(self, requests: int) -> DraftTree:
         """The tree of the next step, for so many requests that are not finished."""
-        rates = (self._visits + PRIOR * self._prior) / (self._steps + PRIOR)
+        rates = self._visits / self._steps
         batch = 1 << (requests - 1).bit_length()
         speeds = [rates[: len(t)].sum() / self._measure(t, batch) for t in self._trees]
-        return self._trees[int(np.argmax(speeds))]
+        self._count += 1
+        best = int(np.argmax(speeds)) + (self._count % PROBE == 0)
+        return self._trees[min(best, len(SIZES) - 1)]
 
     def observe(self, tree: DraftTree, paths: Sequence[Sequence[int]]) -> None:
         """Takes in the nodes that a step visited, by request."""
-        self._visits *= MEMORY
-        self._steps *= MEMORY
-        self._steps[: len(tree)] += len(paths)
+        nodes = len(tree)
+        self._visits[:nodes] *= MEMORY
+        self._steps[:nodes] *= MEMORY
+        self._steps[:nodes] += len(paths)
         for path in paths:
             self._visits[list(path)] += 1
 
