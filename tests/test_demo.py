@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 REAL = REPOSITORY.parent / "shared" / "data" / "traces" / "traces.jsonl.gz"
 GENERATED = arithmetic.generate(problems=8, samples=4, seed=3)
 TOKENIZER = tokenizer.Tokenizer.learn(trace.prompt + trace.text for trace in GENERATED)
-TINY = {"steps": 8, "batch": 2, "window": 48, "width": 32, "layers": 1, "pairs": 2}
+TINY = {"steps": 8, "batch": 2, "window": 48, "width": 32, "layers": 1, "pairs": 2, "problems": 2}
 
 
 # ---- tokenizer
@@ -271,6 +271,16 @@ def test_tiny_run_reports_every_metric_of_stage_2(finished):
     assert {"entropy", "ess_frac", "clip_frac_pos_high", "kl_old_k3"} <= set(first)
 
 
+def test_tiny_run_solves_problems_with_and_without_speculation(finished):
+    _, _, results = finished
+    outcomes = results["solve"]["outcomes"]
+    assert [run["trajectories"] for run in outcomes] == [1, 4, 16]
+    for run in outcomes:
+        assert run["texts"] == TINY["problems"] * run["trajectories"]
+        assert run["equal"] == run["texts"] and run["tokens_per_step"] >= 1
+        assert min(run["tokens_per_second"].values()) > 0
+
+
 def test_tiny_run_measures_time_and_memory(finished):
     _, _, results = finished
     cost = results["cost"]
@@ -284,7 +294,7 @@ def test_plots_are_drawn(finished):
     pytest.importorskip("matplotlib")
     image = pytest.importorskip("matplotlib.image")
     out, _, _ = finished
-    for name in ("stage1_fine_tuning", "stage2_policy", "loss_cost"):
+    for name in ("stage1_fine_tuning", "stage2_policy", "stage3_speculation", "loss_cost"):
         pixels = image.imread(out / f"{name}.png")
         assert min(pixels.shape[:2]) > 300
         assert pixels[..., :3].std() > 0.02
@@ -293,7 +303,7 @@ def test_plots_are_drawn(finished):
 def test_table_names_the_figures(finished):
     out, _, results = finished
     text = report.table(results)
-    for words in ("nats/token", "times faster", "max |Δloss|", "within 1e-04"):
+    for words in ("nats/token", "16 trajectories", "times faster", "max |Δloss|", "within 1e-04"):
         assert words in text
 
 

@@ -58,6 +58,8 @@ def draw_all(results: Results, out: Path) -> list[Path]:
         written.append(_save(_fine_tuning(results), out / "stage1_fine_tuning.png"))
     if results.get("policy", {}).get("steps"):
         written.append(_save(_policy(results["policy"]), out / "stage2_policy.png"))
+    if results.get("solve", {}).get("outcomes"):
+        written.append(_save(_solve(results["solve"]), out / "stage3_speculation.png"))
     if "cost" in results:
         written.append(_save(_cost(results["cost"]), out / "loss_cost.png"))
     return written
@@ -139,6 +141,30 @@ def _log_scale_if_wide(panel: Axes) -> None:
         panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         panel.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _solve(solved: Results) -> Figure:
+    runs = solved["outcomes"]
+    title = (
+        f"Stage 3: {solved['problems']} problems solved at temperature {solved['temperature']}, "
+        "plain and with speculation"
+    )
+    figure, (left, right) = _figure(1, 2, title)
+    counts = [str(run["trajectories"]) for run in runs]
+    left.plot(counts, [run["tokens_per_step"] for run in runs], "o-", label="speculation")
+    left.axhline(1, color="0.5", lw=1, ls="--", label="plain")
+    left.set(title="Accepted length", ylabel="tokens per step of a request", ylim=(0, None))
+    places = range(len(runs))
+    for shift, name, color in ((-0.2, "plain", "0.6"), (0.2, "speculation", "C0")):
+        values = [run["tokens_per_second"][name] for run in runs]
+        bars = right.bar([p + shift for p in places], values, width=0.4, color=color, label=name)
+        right.bar_label(bars, [f"{value:,.0f}" for value in values], padding=2)
+    right.set(title="Speed", ylabel="tokens per second, all trajectories")
+    right.set_xticks(list(places), counts)
+    for panel in (left, right):
+        panel.set(xlabel="trajectories of a problem")
+        panel.legend(fontsize="small")
+    return figure
 
 
 def _cost(cost: Results) -> Figure:

@@ -93,6 +93,7 @@ def table(results: Results) -> str:
     rows = [
         *_data_rows(results["data"]),
         *_training_rows(results, figures),
+        *_solve_rows(results.get("solve")),
         *_cost_rows(results.get("cost")),
         *_deviation_rows(figures["deviation"]),
         ("total time", f"{results['seconds']:.0f} s"),
@@ -135,6 +136,22 @@ def _training_rows(results: Results, figures: Results) -> list[tuple[str, str]]:
 
 def _steps(done: int, asked: int | None) -> str:
     return f"{done} steps" if asked is None else f"{done} of {asked} steps in the time budget"
+
+
+def _solve_rows(solved: Results | None) -> list[tuple[str, str]]:
+    if solved is None:
+        return []
+    rows = []
+    for run in solved["outcomes"]:
+        plain, fast = (run["tokens_per_second"][name] for name in ("plain", "speculation"))
+        count = run["trajectories"]
+        name = f"stage 3, {count} trajector{'y' if count == 1 else 'ies'}"
+        text = (
+            f"{run['tokens_per_step']:.2f} tokens per step, {plain:,.0f} → {fast:,.0f} tokens/s, "
+            f"{run['equal']} of {run['texts']} texts equal, {run['correct']} correct"
+        )
+        rows.append((name, text))
+    return rows
 
 
 def _cost_rows(cost: Results | None) -> list[tuple[str, str]]:
