@@ -503,7 +503,7 @@ def model() -> Any:
 
 
 def processor(*args: Any, **named: Any) -> Any:
-    from reasonkern.integrations._transformers_processor import ModulationLogitsProcessor
+    from reasonkern.integrations.transformers import ModulationLogitsProcessor
 
     return ModulationLogitsProcessor(*args, **named)
 

@@ -12,7 +12,7 @@ from ..modulation import Modulation, ModulationState, TokenSets, commit_, modula
 from ._peer import import_peer
 from ._request import check_windows
 
-TESTED = "5"
+TESTED = "5.24"
 LogitsProcessor: type = import_peer("transformers", TESTED).LogitsProcessor
 
 

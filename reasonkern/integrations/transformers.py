@@ -29,13 +29,14 @@ from ..generation.loop import Emit, Stop
 from ..speculation import DraftTree, NgramTable
 from ._peer import import_peer
 from ._transformers_model import causal_model
+from ._transformers_processor import ModulationLogitsProcessor
 from ._transformers_stop import Criteria, StopStrings
 
 TESTED = "5.24"
 _transformers = import_peer("transformers", TESTED)
 _processors = import_peer("transformers.generation.logits_process", TESTED)
 
-__all__ = ["Generation", "custom_generate", "generate"]
+__all__ = ["Generation", "ModulationLogitsProcessor", "custom_generate", "generate"]
 
 
 class Generation(NamedTuple):
