@@ -14,7 +14,7 @@ from reasonkern.integrations import _peer
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("trainer", ["trl", "verl", "vllm", "sglang"])
+@pytest.mark.parametrize("trainer", ["trl", "verl", "transformers", "vllm", "sglang"])
 def test_a_missing_trainer_is_an_import_error_that_says_how_to_get_it(
     trainer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,13 +7,13 @@ import time
 from .context import Config, Context, DemoError, prepare
 from .cost import measure_loss
 from .report import DEVIATION_LIMIT, summary, table, write_json, write_plots
-from .solve import solve
+from .solve import solve_problems
 from .traces import TraceError
 from .train import fine_tune, learn_policy
 
 __all__ = ["Config", "DemoError", "TraceError", "run"]
 
-STAGES = (fine_tune, learn_policy, solve, measure_loss)
+STAGES = (fine_tune, learn_policy, solve_problems, measure_loss)
 INTERRUPTED = 130
 
 

@@ -42,7 +42,7 @@ class Outcome:
     tokens_per_second: dict[str, float] = field(default_factory=dict)
 
 
-def solve(context: Context) -> None:
+def solve_problems(context: Context) -> None:
     """A new table for every number of trajectories, so that they compare."""
     problems = _problems(context)
     model = Decoding(context.model)

@@ -34,7 +34,6 @@ from ._transformers_stop import Criteria, StopStrings
 
 TESTED = "5.24"
 _transformers = import_peer("transformers", TESTED)
-_processors = import_peer("transformers.generation.logits_process", TESTED)
 
 __all__ = ["Generation", "ModulationLogitsProcessor", "custom_generate", "generate"]
 
@@ -285,7 +284,7 @@ def _sampling(processors: Any, config: Any) -> dict[str, Any]:
     """The options behind transformers' own warpers, which are left out."""
     options: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0}
     for processor in processors:
-        name = next((n for n in WARPERS if type(processor) is getattr(_processors, n)), None)
+        name = next((n for n in WARPERS if type(processor) is getattr(_transformers, n)), None)
         if name is None:
             expected = f"none but {', '.join(WARPERS)}"
             _checks.fail("logits_processor", expected, type(processor).__name__)
