@@ -14,6 +14,7 @@ from .modulation import (
     MinThink,
     Modulation,
     ModulationState,
+    Sampled,
     Schedule,
     SoftBudget,
     SrgenDelta,
@@ -23,6 +24,7 @@ from .modulation import (
     entropy_forks,
     latent_policy_gradient,
     modulate_logits_,
+    sample_controlled,
     srgen_delta,
 )
 from .policy_loss import (
@@ -80,6 +82,7 @@ __all__ = [
     "MinThink",
     "Modulation",
     "ModulationState",
+    "Sampled",
     "NgramTable",
     "Objective",
     "Parallel",
@@ -112,6 +115,7 @@ __all__ = [
     "policy_loss",
     "request_seeds",
     "sample",
+    "sample_controlled",
     "scaling",
     "shaping",
     "srgen_delta",

@@ -85,7 +85,7 @@ def random_rows(count: int, seed: int, dtype: torch.dtype):
 
 
 def test_rows_are_the_literal_ones(backend, dtype):
-    count = 24 if backend.slow else 400
+    count = 64 if backend.slow else 400
     requests, tokens, logits, heat = random_rows(count, 3, dtype)
     state = make_state(count)
     expected = torch.empty(count, VOCAB, dtype=torch.float64)

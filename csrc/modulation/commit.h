@@ -38,10 +38,11 @@ RK_HOST_DEVICE double entropy_threshold(const int64_t* spec, const double* numbe
   double sum = 0, squares = 0;
   for (int64_t k = 0; k < window; ++k) sum += ring[k];
   const double mean = sum / double(window);
-  for (int64_t k = 0; k < window; ++k) squares += (ring[k] - mean) * (ring[k] - mean);
+  for (int64_t k = 0; k < window; ++k) squares += product(ring[k] - mean, ring[k] - mean);
   const double deviation = std::sqrt(squares / double(window - 1));
   const double least = numbers[kEntropyStd], floor = numbers[kEntropyFloor];
-  const double high = mean + numbers[kEntropyFactor] * (deviation > least ? deviation : least);
+  const double spread = deviation > least ? deviation : least;
+  const double high = mean + product(numbers[kEntropyFactor], spread);
   return high > floor ? high : floor;
 }
 
@@ -51,9 +52,8 @@ RK_HOST_DEVICE void store_progress(const CommitParams& c, int64_t slot, const Pr
   p[kPhrase] = s.phrase, p[kWaitAt] = s.wait, p[kIgnore] = s.ignore;
 }
 
-RK_HOST_DEVICE void commit_row(const CommitParams& c, int64_t b) {
-  const int64_t slot = c.slot[b];
-  if (!c.state.controls(slot)) return;
+// Row b's tokens into the slot that it names, one in use.
+RK_HOST_DEVICE void commit_row(const CommitParams& c, int64_t b, int64_t slot) {
   const int64_t* spec = c.state.spec_of(slot);
   Progress p = load_progress(c.state, slot);
   for (int64_t j = 0; j < c.length[b] && j < c.steps; ++j) {

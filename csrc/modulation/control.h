@@ -27,8 +27,8 @@ struct RowControl {
 // 0 at t = 0, +A at a quarter of the period C, -A at three quarters. The remainder of t is exact.
 RK_HOST_DEVICE double wave(double amplitude, double period, double shift, int64_t t) {
   const double r = std::fmod(double(t), period);
-  const double u = std::fmod(r + shift * period + 0.75 * period, period);
-  return amplitude * std::fabs(4 * u / period - 2) - amplitude;
+  const double u = std::fmod(r + product(shift, period) + product(0.75, period), period);
+  return product(amplitude, std::fabs(4 * u / period - 2)) - amplitude;
 }
 
 RK_HOST_DEVICE bool in_windows(const int64_t* spec, int64_t t) {
@@ -49,7 +49,7 @@ RK_HOST_DEVICE double scheduled(const int64_t* spec, const double* numbers, int6
   int64_t k = 0;
   while (t >= times[k + 1]) ++k;
   const double share = double(t - times[k]) / double(times[k + 1] - times[k]);
-  return values[k] + share * (values[k + 1] - values[k]);
+  return values[k] + product(share, values[k + 1] - values[k]);
 }
 
 RK_HOST_DEVICE int64_t forced_id(const int64_t* spec, const Progress& p) {
@@ -155,14 +155,14 @@ RK_HOST_DEVICE T merged(T wait, T end, float temperature) {
   if (a != a || b != b) return T(a + b);
   const double high = a > b ? a : b, low = a > b ? b : a;
   if (t == 0 || low == -kInfinity || high == kInfinity) return T(high);
-  return T(high + t * std::log1p(std::exp((low - high) / t)));
+  return T(high + product(t, std::log1p(std::exp((low - high) / t))));
 }
 
 // `top`: the row's largest finite logit after everything else, -inf where there is none.
 template <class T>
 RK_HOST_DEVICE T raised(T z, T top, double weight, double margin) {
   const double gap = double(top) - margin - double(z);
-  return is_finite(z) && gap > 0 ? T(double(z) + weight * gap) : z;
+  return is_finite(z) && gap > 0 ? T(double(z) + product(weight, gap)) : z;
 }
 
 }  // namespace modulation

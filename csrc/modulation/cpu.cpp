@@ -135,7 +135,9 @@ struct CpuBackend {
   static void commit(const CommitParams& p, int32_t) {
     check_commit(p);
     torch::stable::parallel_for(0, p.batch, 256, [&p](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b) commit_row(p, b);
+      for (int64_t b = begin; b < end; ++b) {
+        if (p.state.controls(p.slot[b])) commit_row(p, b, p.slot[b]);
+      }
     });
   }
 };

@@ -95,6 +95,7 @@ struct Sets {
   const int32_t *offsets, *ids;  // ascending within a set
   const int64_t* member;         // bit s: set s holds the entry's id
   int32_t count;
+  int64_t entries;  // of all sets
 };
 
 // What rows read. `commit` alone writes progress.

@@ -42,7 +42,7 @@ inline State describe_state(const Tensor& reference, const Tensor& spec, const T
   check_tensor(set_ids, "set_ids", ScalarType::Int, {entries}, reference);
   check_tensor(set_member, "set_member", ScalarType::Long, {entries}, reference);
   const Sets sets{data<int32_t>(set_offsets), data<int32_t>(set_ids), data<int64_t>(set_member),
-                  int32_t(bounds - 1)};
+                  int32_t(bounds - 1), entries};
   return {data<int64_t>(spec), data<double>(numbers), data<int64_t>(progress), sets, slots};
 }
 

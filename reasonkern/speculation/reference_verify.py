@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor
 
@@ -9,14 +11,31 @@ from . import noise, rejection
 from .reference_row import (
     INF,
     Filters,
+    Law,
     Scores,
+    allowed,
     choose,
     choose_residual,
+    entropy_of,
+    law_statistics,
     scores,
     statistics,
 )
 
 EOS, BAD_ROW, CAPPED = 1, 2, 4  # bits of the status
+
+
+class Control(Protocol):
+    """What changes the logits of a batch of requests, and follows the tokens along a path."""
+
+    def apply(self, logits: Tensor, temperature: Tensor) -> Tensor:
+        """(B, V) float32 logits after control."""
+
+    def trigger(self, entropy: Tensor) -> Tensor:
+        """(B,) bool: the row's entropy stands out."""
+
+    def advance(self, token: Tensor, law: Law | None, taken: Tensor) -> None:
+        """Requests where `taken` have emitted a token from a row, perhaps with statistics."""
 
 
 def sample(
@@ -27,11 +46,36 @@ def sample(
     return choose(scores(logits, mask, filters), filters, seed, position)
 
 
-def verify_tree(
+def sample_controlled(
+    logits: Tensor, mask: Tensor | None, temperature: Tensor, top_k: Tensor, top_p: Tensor,
+    min_p: Tensor, seed: Tensor, position: Tensor, control: Control | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    filters = Filters(temperature, top_k, top_p, min_p)
+    x = controlled(logits, mask, filters, control)
+    s = scores(x, None, filters)
+    token = choose(s, filters, seed, position)
+    law = law_statistics(x, s, filters, token)
+    return token, *_epilogue(logits, law, control)
+
+
+def controlled(
+    logits: Tensor, mask: Tensor | None, filters: Filters, control: Control | None
+) -> Tensor:
+    """(R, V) float32: what is not allowed is -inf before control sees the row."""
+    x = allowed(logits, mask)
+    return x if control is None else control.apply(x, filters.temperature)
+
+
+def verify_tree(*args: Any) -> tuple[Tensor, ...]:
+    return walk(*args, None, False)[:7]
+
+
+def walk(
     logits: Tensor, tokens: Tensor, valid: Tensor, q_ids: Tensor | None, q_logprob: Tensor | None,
     child_ptr: Tensor, child_index: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
     min_p: Tensor, seed: Tensor, position: Tensor, eos: Tensor | None, max_length: Tensor | None,
     node_mask: Tensor | None, num_nodes: Tensor | None, depth: int, max_children: int, topk: int,
+    control: Control | None, stats: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     batch = torch.arange(logits.shape[0], device=logits.device)
     filters = Filters(temperature, top_k, top_p, min_p)
@@ -40,13 +84,15 @@ def verify_tree(
     rows = [t.new_full((len(batch), depth + 1), -1) for t in (tokens, tokens)]
     out_tokens, path = rows
     path[:, 0] = 0
+    epilogue = _empty_epilogue(logits, depth + 1 if stats else 0)
     length, status = torch.zeros_like(batch), torch.zeros_like(batch)
     node, alive = torch.zeros_like(batch), valid[:, 0]
     if max_length is not None:
         alive = alive & (max_length > 0)
     for d in range(depth + 1):
         mask = None if node_mask is None else node_mask[batch, node]
-        s = scores(logits[batch, node], mask, filters)
+        x = controlled(logits[batch, node], mask, filters, control)
+        s = scores(x, None, filters)
         below = children[node]
         offered = (below >= 0) & usable.gather(-1, below.clamp_min(0)) & alive.unsqueeze(-1)
         drafts = torch.where(offered, tokens.gather(-1, below.clamp_min(0)), -1)
@@ -60,6 +106,13 @@ def verify_tree(
         path[:, d] = torch.where(alive, node, path[:, d])
         out_tokens[:, d] = torch.where(alive, token, -1)
         length += alive
+        law = law_statistics(x, s, filters, token) if stats else None
+        if law is not None:
+            values = _epilogue(logits[batch, node], law, control)
+            for column, value in zip(epilogue, values, strict=True):
+                column[:, d] = torch.where(alive, value, column[:, d])
+        if control is not None:
+            control.advance(token, law, alive)
         match = (drafts == token.unsqueeze(-1)) & alive.unsqueeze(-1)
         slot = match.to(torch.int8).argmax(-1, keepdim=True) if max_children else None
         if eos is not None:
@@ -74,7 +127,23 @@ def verify_tree(
         node = torch.where(alive, below.gather(-1, slot).squeeze(-1), node)
     if max_length is not None:
         status |= torch.where(valid[:, 0] & (length >= max_length), CAPPED, 0)
-    return _outputs(logits, out_tokens, length, path, status, topk)
+    return *_outputs(logits, out_tokens, length, path, status, topk), *epilogue
+
+
+def _empty_epilogue(logits: Tensor, rows: int) -> tuple[Tensor, ...]:
+    """(B, rows) each, as `_epilogue` fills them: -inf and no trigger where there is no row."""
+    shape = (logits.shape[0], rows)
+    numbers = [logits.new_full(shape, -INF, dtype=torch.float32) for _ in range(5)]
+    return *numbers, logits.new_zeros(shape, dtype=torch.bool)
+
+
+def _epilogue(raw: Tensor, law: Law, control: Control | None) -> tuple[Tensor, ...]:
+    """logprob, entropy, entropy_raw, confidence, max_prob, trigger."""
+    entropy_raw = entropy_of(raw.to(torch.float32)).to(torch.float32)
+    trigger = torch.zeros_like(law.entropy, dtype=torch.bool)
+    if control is not None:
+        trigger = control.trigger(law.entropy)
+    return law.logprob, law.entropy, entropy_raw, law.confidence, law.max_prob, trigger
 
 
 def _choose_by_rejection(
