@@ -44,7 +44,7 @@ class Outcome:
 
 def solve_problems(context: Context) -> None:
     """A new table for every number of trajectories, so that they compare."""
-    problems = _problems(context)
+    problems = problems_of(context)
     model = Decoding(context.model)
     outcomes: list[dict[str, Any]] = []
     context.results["solve"] = {
@@ -76,7 +76,7 @@ def _outcome(
         ).texts
         outcome.texts += len(texts)
         outcome.equal += sum(a == b for a, b in zip(texts, expected, strict=True))
-        outcome.correct += sum(_is_correct(context, problem, text) for text in texts)
+        outcome.correct += sum(is_correct(context, problem, text) for text in texts)
         update(f"{trajectories} trajectories, {speculative.mean_accepted:.2f} tokens per step")
     outcome.tokens = speculative.tokens
     outcome.tokens_per_step = speculative.mean_accepted
@@ -86,7 +86,7 @@ def _outcome(
     return outcome
 
 
-def _problems(context: Context) -> list[Problem]:
+def problems_of(context: Context) -> list[Problem]:
     """New ones where they are generated; those of the user's traces otherwise."""
     config, tokenizer = context.config, context.tokenizer
     room = max(1, config.window // 2)  # the other half is for the answer
@@ -98,7 +98,8 @@ def _problems(context: Context) -> list[Problem]:
     return [Problem(ids[-room:]) for ids in list(found.values())[: config.problems]]
 
 
-def _is_correct(context: Context, problem: Problem, text: list[int]) -> bool:
+def is_correct(context: Context, problem: Problem, text: list[int]) -> bool:
+    """Whether the text holds the answer; False where that cannot be checked."""
     if problem.statement is None:
         return False
     try:
