@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -442,3 +443,24 @@ def test_a_model_that_ignores_the_mask(ours, make):
     message = "model: expected the same logits for a branch of a tree|does not take a tree's mask"
     with pytest.raises(ValueError, match=message):
         ours.generate(model, IDS, temperature=0, max_new_tokens=2)
+
+
+# ---- as a new user: a folder, the example, the README's section
+
+
+@pytest.fixture(scope="module")
+def folder(make: Any, tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    make("qwen3").save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def test_the_example_on_a_local_folder(ours, folder, capsys):
+    example = importlib.import_module("examples.transformers_generate")
+    options = ["--prompt", "abcabc", "--max-new-tokens", "60", "--temperature", str(T)]
+    plain, found = example.main([str(folder), *options, "--dtype", "float64"])
+    printed = capsys.readouterr().out
+    assert "4 of 4 texts are equal" in printed and "tokens per step" not in printed
+    assert torch.equal(plain.sequences, found.sequences)
+    assert found.statistics.passes < plain.statistics.passes or found.statistics.sizes[1] > 0
