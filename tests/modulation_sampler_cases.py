@@ -12,7 +12,6 @@ from speculation_cases import generator, random_tree
 from torch import Tensor
 
 import reasonkern as rk
-from reasonkern import _load
 
 VOCAB, END, WAIT, EOS = 24, 5, 7, 2
 SETS = rk.TokenSets.from_ids({"reflect": [3, 8, 9], "switch": [4, 8], "all but few": range(6, 22)})
@@ -77,16 +76,27 @@ def random_requests(count: int, seed: int) -> list[Request]:
     ]  # fmt: skip
 
 
+def call(backend: Any, op: str, *args: Any) -> Any:
+    """Results on the CPU; arguments that are changed in place lie on the backend's device."""
+    to = backend.to
+    out = backend(op, *([to(t) for t in a] if isinstance(a, list) else to(a) for a in args))
+    return [x.cpu() for x in out] if isinstance(out, (tuple, list)) else to_cpu(out)
+
+
+def to_cpu(x: Any) -> Any:
+    return x.cpu() if isinstance(x, Tensor) else x
+
+
 @dataclass
 class Engine:
     """Requests in slots of a state, decoded by the operators of one backend."""
 
     requests: list[Request]
-    backend: str
+    backend: Any
     slots: list[int]
 
     def __post_init__(self) -> None:
-        self.state = rk.ModulationState(max(self.slots) + 2, SETS)
+        self.state = rk.ModulationState(max(self.slots) + 2, SETS, device=self.backend.device)
         for slot, request in zip(self.slots, self.requests, strict=True):
             self.state.add(slot, request.spec, prompt_tokens=[1, 15] if slot % 2 else [1])
         self.slot = torch.tensor(self.slots)
@@ -94,7 +104,7 @@ class Engine:
         self.told: list[list[tuple[Any, ...]]] = [[] for _ in self.requests]
 
     def op(self, name: str, *args: Any) -> Any:
-        return _load.implementation(name, self.backend)(*args)
+        return call(self.backend, name, *args)
 
     def filters(self) -> list[Tensor]:
         types = (torch.float32, torch.int64, torch.float32, torch.float32, torch.int64)
@@ -145,7 +155,7 @@ class Engine:
         return out[1]
 
 
-def decode_both_ways(backend: str, count: int, steps: int, seed: int) -> tuple[Engine, Engine, int]:
+def decode_both_ways(backend: Any, count: int, steps: int, seed: int) -> tuple[Engine, Engine, int]:
     """Engines that have decoded at least `steps` tokens; the number of accepted drafts."""
     requests = random_requests(count, seed)
     order = random.Random(seed).sample(range(2 * count), count)

@@ -64,4 +64,6 @@ def test_support_and_entropy_are_those_of_the_warpers(temperature, top_k, top_p,
             seed=torch.arange(ROWS), position=position,
         )  # fmt: skip
         assert torch.isfinite(law.gather(-1, out.token.unsqueeze(-1)))[clear].all()
-        torch.testing.assert_close(out.entropy.double()[clear], expected[clear], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            out.entropy.double()[clear], expected[clear], rtol=1e-5, atol=1e-6
+        )

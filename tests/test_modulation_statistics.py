@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from contract import assert_same_bits
+from modulation_sampler_cases import call
 from speculation_cases import (
     INF,
     Rows,
@@ -29,14 +30,12 @@ NAMES = ("logprob", "entropy", "entropy_raw", "confidence", "max_prob")
 NO_CONTROL = (None, [])
 
 
-def call(backend, op: str, *args):
-    """The op's outputs on the CPU; skips where the backend has none."""
+def call_or_skip(backend, op: str, *args):
     try:
-        function = backend.function(op)
+        backend.function(op)
     except (RuntimeError, StopIteration) as error:
         pytest.skip(f"{backend.name}: {error}")
-    moved = [[backend.to(t) for t in a] if isinstance(a, list) else backend.to(a) for a in args]
-    return [x.cpu() for x in function(*moved)]
+    return call(backend, op, *args)
 
 
 def allowed(logits: Tensor, mask: Tensor | None) -> Tensor:
@@ -90,7 +89,9 @@ def check_statistics(logits, mask, r: Rows, token: Tensor, got: dict[str, Tensor
 
 def sample_everywhere(backend, logits, mask, r: Rows) -> dict[str, Tensor]:
     """The token is that of `sample`; the statistics are checked."""
-    token, *statistics = call(backend, "sample_controlled", logits, mask, *r.args(), *NO_CONTROL)
+    token, *statistics = call_or_skip(
+        backend, "sample_controlled", logits, mask, *r.args(), *NO_CONTROL
+    )
     assert_same_bits(token, _load.implementation("sample", "reference")(logits, mask, *r.args()))
     got = dict(zip(NAMES, statistics[:5], strict=True))
     check_statistics(logits, mask, r, token, got)
@@ -179,7 +180,7 @@ def test_a_walk_describes_its_rows(backend, rejection, limits):
     for seed in range(1 if backend.slow else 8):
         step = random_step(seed, batch=6, vocab=(211, 1030)[seed % 2], rejection=rejection,
                            limits=limits)  # fmt: skip
-        out = call(backend, "verify_controlled", *step.args(), *NO_CONTROL, True)
+        out = call_or_skip(backend, "verify_controlled", *step.args(), *NO_CONTROL, True)
         expected = _load.implementation("verify_tree", "reference")(*step.args())
         for name, g, e in zip(OUTPUTS, out, expected, strict=False):
             if name == "lse":
@@ -213,8 +214,10 @@ def test_statistics_do_not_change_what_the_table_learns():
         plain = torch.ops.reasonkern.verify_tree(*step.args())
         asked = torch.ops.reasonkern.verify_controlled(*step.args(), *NO_CONTROL, True)
         assert_same_bits(asked[:7], plain)
-        assert all(x.shape == (6, 0) for x in
-                   torch.ops.reasonkern.verify_controlled(*step.args(), *NO_CONTROL, False)[7:])
+        assert all(
+            x.shape == (6, 0)
+            for x in torch.ops.reasonkern.verify_controlled(*step.args(), *NO_CONTROL, False)[7:]
+        )
 
 
 def test_verify_tree_returns_them():

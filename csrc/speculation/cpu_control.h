@@ -65,7 +65,7 @@ class Slot {
     p.entropy = &entropy, p.confidence = &confidence;
     p.confidence_ring = confidence_.data(), p.entropy_ring = entropy_.data();
     p.confidence_sum = &confidence_sum_;
-    modulation::commit_row(p, 0);
+    modulation::commit_row(p, 0, 0);
   }
 
  private:

@@ -2,7 +2,7 @@
 #include <numeric>
 
 #include "../common/stream.h"
-#include "verify_kernels.cuh"
+#include "controlled_kernels.cuh"
 #include "verify_launch.h"
 #include "verify_operators.h"
 
@@ -29,14 +29,15 @@ void dispatch_element(ElementType type, const Body& body) {
 }
 
 template <class Params>
-void launch_teams(void (*kernel)(Params), const Params& p, int32_t device) {
+void launch_teams(void (*kernel)(Params), std::size_t shared_bytes, const Params& p,
+                  int32_t device) {
   const LaunchScope scope(device);
   const int arch = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
                    device_attribute(cudaDevAttrComputeCapabilityMinor, device);
   const int units = device_attribute(cudaDevAttrMultiProcessorCount, device);
   const unsigned blocks = team_blocks(p.rows.batch, units, arch);
   const unsigned grid = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20) * blocks;
-  launch(kernel, grid, kTeamThreads, blocks, sizeof(TeamShared), scope.stream, p);
+  launch(kernel, grid, kTeamThreads, blocks, shared_bytes, scope.stream, p);
 }
 
 template <class Word>
@@ -51,13 +52,23 @@ void launch_compact(const CompactParams& p, int32_t device) {
 struct CudaBackend {
   static void sample(ElementType type, const SampleParams& p, int32_t device) {
     dispatch_element(type, [&](auto element) {
-      launch_teams(sample_kernel<typename decltype(element)::type>, p, device);
+      using E = typename decltype(element)::type;
+      if (p.statistics.entropy != nullptr) {
+        launch_teams(sample_controlled_kernel<E>, sizeof(ControlShared), p, device);
+      } else {
+        launch_teams(sample_kernel<E>, sizeof(TeamShared), p, device);
+      }
     });
   }
 
   static void verify(ElementType type, const VerifyParams& p, int32_t device) {
     dispatch_element(type, [&](auto element) {
-      launch_teams(verify_kernel<typename decltype(element)::type>, p, device);
+      using E = typename decltype(element)::type;
+      if (p.statistics.entropy != nullptr || p.control.slot != nullptr) {
+        launch_teams(verify_controlled_kernel<E>, sizeof(ControlShared), p, device);
+      } else {
+        launch_teams(verify_kernel<E>, sizeof(TeamShared), p, device);
+      }
     });
   }
 
@@ -88,5 +99,7 @@ STABLE_TORCH_LIBRARY_IMPL(reasonkern_cuda, CUDA, m) {
   using Ops = reasonkern::VerifyOperators<reasonkern::CudaBackend>;
   m.impl("sample", TORCH_BOX(&Ops::sample));
   m.impl("verify_tree", TORCH_BOX(&Ops::verify_tree));
+  m.impl("sample_controlled", TORCH_BOX(&Ops::sample_controlled));
+  m.impl("verify_controlled", TORCH_BOX(&Ops::verify_controlled));
   m.impl("compact_kv_", TORCH_BOX(&Ops::compact_kv_));
 }

@@ -20,6 +20,8 @@ import torch
 from cuda_sim.build import load
 from torch import Tensor
 
+from reasonkern.modulation.layout import Storage
+
 ORDERS = ("forward", "reverse", "random")
 REQUESTS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
 
@@ -83,6 +85,24 @@ def _run(op: str, logits: Tensor, fields: dict[str, Any]) -> None:
     module().run(op, dtype, _launch(), _pointers(fields))
 
 
+STATISTICS = ("logprob", "entropy", "entropy_raw", "row_confidence", "max_prob")
+
+
+def _control(slot: Tensor | None, state: list[Tensor]) -> dict[str, Any]:
+    if slot is None:
+        return {}
+    names = {"entropy": "entropy_ring"}
+    tensors = {names.get(k, k): t for k, t in zip(Storage._fields, state, strict=True)}
+    sizes = {"count": len(state[3]) - 1, "entries": len(state[4]), "slots": len(state[0])}
+    return tensors | sizes | {"slot": slot}
+
+
+def _statistics(*shape: int) -> dict[str, Tensor]:
+    return {n: torch.empty(shape) for n in STATISTICS} | {
+        "trigger": torch.empty(shape, dtype=torch.bool)
+    }
+
+
 def sample(logits: Tensor, mask: Tensor | None, *requests: Tensor) -> Tensor:
     token = torch.empty(logits.shape[0], dtype=torch.int64)
     fields = _rows(logits, mask) | dict(zip(REQUESTS, requests, strict=True)) | {"token": token}
@@ -90,9 +110,24 @@ def sample(logits: Tensor, mask: Tensor | None, *requests: Tensor) -> Tensor:
     return token
 
 
+def sample_controlled(logits: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *requests, slot, state = rest
+    token, told = torch.empty(logits.shape[0], dtype=torch.int64), _statistics(logits.shape[0])
+    fields = _rows(logits, mask) | dict(zip(REQUESTS, requests, strict=True)) | {"token": token}
+    _run("sample", logits, fields | told | _control(slot, state))
+    return token, *told.values()
+
+
+def verify_controlled(*args: Any) -> tuple[Tensor, ...]:
+    *plain, slot, state, stats = args
+    depth = plain[-3]
+    told = _statistics(len(plain[0]), depth + 1 if stats else 0)
+    return *verify_tree(*plain, **_control(slot, state), **(told if stats else {})), *told.values()
+
+
 def verify_tree(
     logits: Tensor, tokens: Tensor, valid: Tensor, q_ids: Tensor | None, q_logprob: Tensor | None,
-    child_ptr: Tensor, child_index: Tensor, *rest: Any,
+    child_ptr: Tensor, child_index: Tensor, *rest: Any, **more: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *requests, eos, max_length, node_mask, num_nodes, depth, _, topk = rest
     rows = (logits.shape[0], depth + 1)
@@ -112,7 +147,7 @@ def verify_tree(
         "child_index": child_index, "eos": eos, "eos_count": 0 if eos is None else len(eos),
         "max_length": max_length, "num_nodes": num_nodes, "depth": depth, "topk": topk,
     }  # fmt: skip
-    _run("verify", logits, fields)
+    _run("verify", logits, fields | more)
     return tuple(out.values())
 
 
