@@ -176,9 +176,10 @@ class Loop:
         depth = depths(parents)
         for i, parent in enumerate(parents[1:], start=1):
             before = drafts[:, parent].clamp_min(0)
-            best = self.model[length + depth[i] - 1, before] + self.noise[
-                torch.arange(traces), length + depth[i] - 1
-            ]
+            best = (
+                self.model[length + depth[i] - 1, before]
+                + self.noise[torch.arange(traces), length + depth[i] - 1]
+            )
             good = torch.rand(traces, generator=g) < 0.7
             drafts[:, i] = torch.where(good, best.argmax(-1), pool[:, i])
             drafts[:, i] = torch.where(drafts[:, parent] < 0, -1, drafts[:, i])

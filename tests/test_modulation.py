@@ -63,9 +63,7 @@ def row_of(backend, spec, z, generated=(), prompt=(), temperature=1.0, dense=Tru
     z = torch.as_tensor(z).unsqueeze(0)
     heat = torch.tensor([temperature], dtype=torch.float32)
     state = one(spec, prompt, generated)
-    return modulate(
-        backend, z, state, torch.tensor([0]), temperature=heat, dense=dense
-    ).squeeze(0)
+    return modulate(backend, z, state, torch.tensor([0]), temperature=heat, dense=dense).squeeze(0)
 
 
 # ---- rows
@@ -359,7 +357,9 @@ def test_waiting_is_replacing_the_end(backend, temperature):
         if z[0] == -INF:
             continue
         plain = Literal(rk.Modulation(constant=spec.constant, cyclic=spec.cyclic), SETS, [])
-        p = (torch.tensor(plain.row(z.tolist(), 1.0), dtype=torch.float64) / temperature).softmax(-1)
+        p = (torch.tensor(plain.row(z.tolist(), 1.0), dtype=torch.float64) / temperature).softmax(
+            -1
+        )
         p[0], p[END] = p[0] + p[END], 0.0
         got = row_of(backend, spec, z, temperature=temperature)
         assert ((got / temperature).softmax(-1) - p).abs().sum() / 2 < 1e-12

@@ -37,31 +37,96 @@ struct InPlace {
 };
 
 template <class E>
-void modulate_row(const RowsParams& p, int64_t row, int64_t slot, const Progress& progress) {
-  const State& s = p.state;
-  const RowControl c = control_of(s.spec_of(slot), s.numbers_of(slot), progress);
+void apply_row(const RowsParams& p, int64_t row, const RowControl& c) {
   InPlace<E> logits{static_cast<E*>(p.logits) + row * p.stride, p.vocab};
   const float temperature = p.temperature == nullptr ? 1.0f : p.temperature[row];
-  apply_control(logits, c, s.sets, p.vocab, temperature, p.dense);
+  apply_control(logits, c, p.state.sets, p.vocab, temperature, p.dense);
 }
 
 template <class E>
 void modulate_tree(const RowsParams& p, int64_t b) {
   const int64_t slot = p.slot[b];
-  if (!p.state.controls(slot)) return;
+  const State& s = p.state;
+  if (!s.controls(slot)) return;
   // Parents come before children. A -1 ends the fold for the nodes below, too.
   thread_local std::vector<Progress> folded;
   thread_local std::vector<char> ended;
-  folded.assign(size_t(p.nodes), load_progress(p.state, slot));
+  folded.assign(size_t(p.nodes), load_progress(s, slot));
   ended.assign(size_t(p.nodes), 0);
   for (int64_t i = 0; i < p.nodes; ++i) {
     if (i > 0) {
       const int64_t token = p.draft_tokens[b * p.nodes + i];
       folded[i] = folded[p.parents[i]];
       ended[i] = ended[p.parents[i]] || token < 0;
-      if (!ended[i]) fold(p.state.sets, p.state.spec_of(slot), folded[i], token);
+      if (!ended[i]) fold(s.sets, s.spec_of(slot), folded[i], token);
     }
-    modulate_row<E>(p, b * p.nodes + i, slot, folded[i]);
+    const RowControl c = control_of(s.spec_of(slot), s.numbers_of(slot), folded[i]);
+    apply_row<E>(p, b * p.nodes + i, c);
+  }
+}
+
+// ---- chains: rows in three stages, so that what a row will touch is on its way when it is its
+// turn
+
+constexpr int64_t kAhead = 8;  // rows between stages
+constexpr int64_t kLine = 64;  // bytes
+
+struct Pending {
+  RowControl control;
+  bool active;
+};
+
+void prefetch(const void* p) { __builtin_prefetch(p, 1); }
+
+// The columns that every row of the slot reads.
+void prefetch_slot(const State& s, int64_t slot) {
+  if (slot < 0) return;
+  const char* spec = reinterpret_cast<const char*>(s.spec_of(slot));
+  const char* numbers = reinterpret_cast<const char*>(s.numbers_of(slot));
+  for (int64_t at = 0; at < kWindow * 8; at += kLine) prefetch(spec + at);
+  for (int64_t at = 0; at < kPointValue * 8; at += kLine) prefetch(numbers + at);
+  prefetch(s.progress + slot * kProgressWidth);
+}
+
+template <class E>
+void prefetch_logits(const RowsParams& p, int64_t row, const RowControl& c) {
+  const E* logits = static_cast<const E*>(p.logits) + row * p.stride;
+  const auto want = [&](int64_t id) {
+    if (id >= 0 && id < p.vocab) prefetch(logits + id);
+  };
+  const Sets& sets = p.state.sets;
+  const auto want_set = [&](int32_t set) {
+    for (int32_t k = set < 0 ? 0 : sets.offsets[set]; set >= 0 && k < sets.offsets[set + 1]; ++k) {
+      want(sets.ids[k]);
+    }
+  };
+  want(c.force);
+  if (c.force >= 0) return;
+  for (int32_t set : c.sets) want_set(set);
+  want_set(c.ban);
+  want(c.end), want(c.wait);
+  if (c.ban >= 0) want(0);  // where the search for something finite begins
+}
+
+template <class E>
+void modulate_chains(const RowsParams& p, int64_t begin, int64_t end) {
+  Pending pending[kAhead];
+  const State& s = p.state;
+  for (int64_t i = begin; i < end + 2 * kAhead; ++i) {
+    const int64_t row = i - kAhead, last = row - kAhead;
+    if (last >= begin && pending[last % kAhead].active) {
+      apply_row<E>(p, last, pending[last % kAhead].control);
+    }
+    if (row >= begin && row < end) {
+      Pending& next = pending[row % kAhead];
+      const int64_t slot = p.slot[row];
+      next.active = s.controls(slot);
+      if (next.active) {
+        next.control = control_of(s.spec_of(slot), s.numbers_of(slot), fold_chain(p, slot, row));
+        prefetch_logits<E>(p, row, next.control);
+      }
+    }
+    if (i < end) prefetch_slot(s, p.slot[i]);
   }
 }
 
@@ -73,19 +138,19 @@ void modulate_all(const RowsParams& p) {
     };
     return torch::stable::parallel_for(0, p.rows / p.nodes, p.dense ? 1 : 16, trees);
   }
-  const auto chains = [&p](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const int64_t slot = p.slot[row];
-      if (p.state.controls(slot)) modulate_row<E>(p, row, slot, fold_chain(p, slot, row));
-    }
-  };
-  torch::stable::parallel_for(0, p.rows, p.dense ? 1 : 256, chains);
+  torch::stable::parallel_for(0, p.rows, p.dense ? 1 : 256, [&p](int64_t begin, int64_t end) {
+    modulate_chains<E>(p, begin, end);
+  });
 }
 
 void check_rows(const RowsParams& p) {
   for (int64_t b = 0; b < p.rows / p.nodes; ++b) {
     STD_TORCH_CHECK(p.slot[b] >= -1 && p.slot[b] < p.state.slots, "slot: got ", p.slot[b], " at ",
                     b);
+  }
+  for (int64_t r = 0; p.temperature != nullptr && r < p.rows; ++r) {
+    const float t = p.temperature[r];
+    STD_TORCH_CHECK(t >= 0 && is_finite(t), "temperature: got ", t, " at ", r);
   }
   for (int64_t r = 0; p.local_pos != nullptr && r < p.rows; ++r) {
     const int64_t drafts = p.local_pos[r];

@@ -9,6 +9,8 @@ from .. import _checks
 from . import layout as at
 from .state import ModulationState
 
+_modulate = torch.ops.reasonkern.modulate_logits_.default
+_commit = torch.ops.reasonkern.commit_.default
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -63,33 +65,55 @@ def modulate_logits_(
             temperature; a soft budget without `allow_dense`; on CPU also a slot out of range and
             rows that do not follow one another as local_pos says.
     """
+    if not isinstance(state, ModulationState):
+        _checks.fail("state", "a ModulationState", type(state).__name__)
+    if state.kernel_checks:
+        # All checks in Python would take longer than the kernel, which makes them, too. They are
+        # made only when it objects, to say what is wrong.
+        heat = temperature if isinstance(temperature, Tensor) else None
+        if heat is None and temperature is not None:
+            _checks.check_number("temperature", temperature, 0)
+        short = (state.needs_heat and heat is None) or (state.needs_dense and not allow_dense)
+        local = None if type(local_pos) is int and local_pos == 0 else local_pos
+        try:
+            if not short and logits.is_cpu and logits.shape[1] > state.max_id:
+                _modulate(
+                    logits, slot, local, draft_tokens, parents, heat, *state.read_state, allow_dense
+                )
+                return logits
+        except (RuntimeError, AttributeError, TypeError, IndexError):
+            pass
+    rows = _checked(logits, state, slot, local_pos, draft_tokens, parents, temperature, allow_dense)
+    _modulate(logits, *rows, *state.read_state, allow_dense)
+    return logits
+
+
+def _checked(
+    logits: Tensor, state: ModulationState, slot: Tensor, local_pos: int | Tensor,
+    draft_tokens: Tensor | None, parents: Tensor | None, temperature: float | Tensor | None,
+    allow_dense: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """What the operator takes after the logits."""
     _check_logits(logits, state)
     rows, device = logits.shape[0], state.device
     if parents is None:
         _check("slot", slot, (rows,), "(R,)", device)
-        local, drafts = _chain(local_pos, draft_tokens, rows, device)
+        local = _chain(local_pos, draft_tokens, rows, device)
     else:
-        local, drafts, parents = _tree(local_pos, draft_tokens, parents, slot, rows, device)
-    if state.uses(at.SOFT) and not allow_dense:
+        local = None
+        parents = _tree(local_pos, draft_tokens, parents, slot, rows, device)
+    if state.needs_dense and not allow_dense:
         _checks.fail("allow_dense", "True for requests with a soft budget", allow_dense)
     heat = _temperature(temperature, state, rows)
-    with torch.no_grad():
-        try:
-            torch.ops.reasonkern.modulate_logits_(
-                logits, slot, local, drafts, parents, heat, *state.read_state, allow_dense
-            )
-        except RuntimeError:
-            _check_values(state, slot, local, parents, rows)  # says which value and why
-            raise
-    return logits
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_values(state, slot, local, parents, heat)
+    return slot, local, draft_tokens, parents, heat
 
 
-def _check_logits(logits: object, state: object) -> None:
+def _check_logits(logits: object, state: ModulationState) -> None:
     if not isinstance(logits, Tensor) or logits.ndim != 2:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         _checks.fail("logits", "a tensor (R, V)", got)
-    if not isinstance(state, ModulationState):
-        _checks.fail("state", "a ModulationState", type(state).__name__)
     if logits.dtype not in LOGITS_DTYPES:
         _checks.check_dtype("logits", logits, *LOGITS_DTYPES)
     if logits.device != state.device:
@@ -127,22 +151,23 @@ def _check(
 
 def _chain(
     local_pos: int | Tensor, draft_tokens: Tensor | None, rows: int, device: torch.device
-) -> tuple[Tensor | None, Tensor | None]:
+) -> Tensor | None:
+    if draft_tokens is not None:
+        _check("draft_tokens", draft_tokens, (rows,), "(R,)", device)
     if not isinstance(local_pos, Tensor):
         if local_pos != 0 or isinstance(local_pos, bool):
             _checks.fail("local_pos", "0 or a (R,) tensor", repr(local_pos))
-        return None, None
+        return None
     _check("local_pos", local_pos, (rows,), "(R,)", device)
     if draft_tokens is None:
         _checks.fail("draft_tokens", "a (R,) tensor beside local_pos", None)
-    _check("draft_tokens", draft_tokens, (rows,), "(R,)", device)
-    return local_pos, draft_tokens
+    return local_pos
 
 
 def _tree(
     local_pos: int | Tensor, draft_tokens: Tensor | None, parents: Tensor, slot: Tensor, rows: int,
     device: torch.device,
-) -> tuple[None, Tensor | None, Tensor]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     if isinstance(local_pos, Tensor) or local_pos != 0:
         _checks.fail("local_pos", "0 beside parents, which say it", local_pos)
     _checks.check_tensor("parents", parents)
@@ -154,7 +179,7 @@ def _tree(
     batch = rows // len(parents)
     _check("slot", slot, (batch,), "(B,)", device)
     _check("draft_tokens", draft_tokens, (batch, len(parents)), "(B, N)", device)
-    return None, draft_tokens, parents.to(device, torch.int32)
+    return parents.to(device, torch.int32)
 
 
 def _temperature(
@@ -162,7 +187,7 @@ def _temperature(
 ) -> Tensor | None:
     """(R,) float32 where a request needs it."""
     if temperature is None:
-        if state.uses(at.MIN_THINK):
+        if state.needs_heat:
             _checks.fail("temperature", "a number or (R,) for requests with min_think", None)
         return None
     if isinstance(temperature, Tensor):
@@ -171,21 +196,27 @@ def _temperature(
             _checks.fail("temperature", f"the device of state, {state.device}", temperature.device)
         if temperature.ndim:
             _checks.check_shape("temperature", temperature, (rows,), "(R,)")
-        if not state.uses(at.MIN_THINK):
+        if not state.needs_heat:
             return None
         return temperature.to(torch.float32).expand(rows).contiguous()
     _checks.check_number("temperature", temperature, 0)
-    if not state.uses(at.MIN_THINK):
+    if not state.needs_heat:
         return None
     return torch.full((rows,), temperature, dtype=torch.float32, device=state.device)
 
 
 def _check_values(
-    state: ModulationState, slot: Tensor, local: Tensor | None, parents: Tensor | None, rows: int
-) -> None:
+    state: ModulationState, slot: Tensor, local: Tensor | None, parents: Tensor | None,
+    temperature: Tensor | None,
+) -> None:  # fmt: skip
     _checks.check_range("slot", slot, -1, state.max_requests)
+    if temperature is not None:
+        wrong = ~(temperature >= 0) | temperature.isinf()
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            _checks.fail("temperature", "finite values >= 0", f"{float(temperature[row])} at {row}")
     if local is not None:
-        index = torch.arange(rows)
+        index = torch.arange(len(local))
         chain = torch.where(slot >= 0, local, 0)
         first = (index - (chain - 1).clamp_min(0)).clamp_min(0)
         wrong = (chain < 0) | (chain > index + 1) | ((slot != slot[first]) & (chain > 0))
@@ -231,6 +262,25 @@ def commit_(
     """
     if not isinstance(state, ModulationState):
         _checks.fail("state", "a ModulationState", type(state).__name__)
+    given = (slot, tokens, length, entropy, confidence)
+    complete = (entropy is not None or not state.uses(at.TRIGGER)) and (
+        confidence is not None or not state.uses(at.DEEPCONF)
+    )
+    if state.kernel_checks and complete:  # as in modulate_logits_
+        try:
+            if slot.is_cpu:
+                _commit(*given, *state.read_state, *state.windows)
+                return
+        except (RuntimeError, AttributeError, TypeError):
+            pass
+    _check_commit(state, *given)
+    _commit(*given, *state.read_state, *state.windows)
+
+
+def _check_commit(
+    state: ModulationState, slot: Tensor, tokens: Tensor, length: Tensor, entropy: Tensor | None,
+    confidence: Tensor | None,
+) -> None:  # fmt: skip
     _checks.check_tensor("tokens", tokens)
     if tokens.ndim != 2:
         _checks.fail("tokens", "shape (B, D + 1)", tuple(tokens.shape))
@@ -240,14 +290,13 @@ def commit_(
     _check("length", length, shape[:1], "(B,)", state.device)
     _check_statistic("entropy", entropy, shape, state, at.TRIGGER)
     _check_statistic("confidence", confidence, shape, state, at.DEEPCONF)
-    with torch.no_grad():
-        try:
-            torch.ops.reasonkern.commit_(
-                slot, tokens, length, entropy, confidence, *state.read_state, *state.windows
-            )
-        except RuntimeError:
-            _check_commit(state, slot, length, shape[1])  # says which value and why
-            raise
+    if state.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    _checks.check_range("slot", slot, -1, state.max_requests)
+    _checks.check_range("length", length, 0, shape[1] + 1)
+    used = slot[slot >= 0]
+    if len(used) != len(used.unique()):
+        _checks.fail("slot", "no slot twice", slot.tolist())
 
 
 def _check_statistic(
@@ -264,11 +313,3 @@ def _check_statistic(
         _checks.fail(name, f"the device of state, {state.device}", x.device)
     if not x.is_contiguous():
         _checks.fail(name, "a contiguous tensor", f"strides {x.stride()}")
-
-
-def _check_commit(state: ModulationState, slot: Tensor, length: Tensor, steps: int) -> None:
-    _checks.check_range("slot", slot, -1, state.max_requests)
-    _checks.check_range("length", length, 0, steps + 1)
-    used = slot[slot >= 0]
-    if len(used) != len(used.unique()):
-        _checks.fail("slot", "no slot twice", slot.tolist())

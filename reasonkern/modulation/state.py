@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from . import layout as at
-from . import op as _op  # noqa: F401  (registers the operators)
+from . import op as _op
 from .layout import Storage
 from .sets import TokenSets
 from .spec import Modulation
@@ -139,6 +139,8 @@ class ModulationState:
         for parts in self._parts:
             self._uses |= parts
         self.max_id = max(self.sets.max_id, *self._ids)
+        self.needs_heat, self.needs_dense = self.uses(at.MIN_THINK), self.uses(at.SOFT)
+        self.kernel_checks = self.device.type == "cpu" and _op.has_cpu_kernels()
         self.read_state: tuple[Tensor, ...] = tuple(self.tensors[:6])
         self.windows: tuple[Tensor, ...] = tuple(self.tensors[6:])
 
@@ -231,7 +233,10 @@ def _allocate(slots: int, sets: TokenSets, device: torch.device) -> Storage:
 
 def _as_ids(name: str, tokens: Sequence[int] | Tensor) -> Tensor:
     """1-dim int64 on the CPU."""
-    ids = tokens if isinstance(tokens, Tensor) else torch.tensor(list(tokens), dtype=torch.int64)
+    ids = tokens
+    if not isinstance(tokens, Tensor):
+        ids = torch.tensor(tokens) if len(tokens) else torch.empty(0, dtype=torch.int64)
+    assert isinstance(ids, Tensor)
     _checks.check_dtype(name, ids, torch.int64, torch.int32)
     if ids.ndim != 1:
         _checks.fail(name, "one dimension", tuple(ids.shape))
