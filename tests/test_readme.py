@@ -164,6 +164,38 @@ def test_decoder(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert steps < length - 4
 
 
+class Tokenizer:
+    """Of a vocabulary of a few pieces."""
+
+    pieces = ("<pad>", "wait", "Wait", "but", "But", "\n", "</think>")
+
+    def get_vocab(self) -> dict[str, int]:
+        return {piece: index for index, piece in enumerate(self.pieces)}
+
+    def convert_tokens_to_ids(self, piece: str) -> int:
+        return self.pieces.index(piece)
+
+    def encode(self, text: str) -> list[int]:
+        return [self.pieces.index(piece) for piece in re.findall(r"\n|\S+", text)]
+
+
+def test_control() -> None:
+    """The wave is at its top after a quarter of the period; the budget's phrase is forced."""
+    (code,) = blocks("README.md", "## Your decoder: reflection")
+    begin, step = code.split("# every step")
+    here: dict[str, Any] = {"torch": torch, "rk": rk, "tokenizer": Tokenizer(), "prompt": [0]}
+    exec(begin.replace("1200", "8").replace("4096", "5"), here)
+    here |= {"slot": torch.tensor([0]), "seed": rk.request_seeds(0, 1)}
+    text, raised = [], []
+    for t in range(8):
+        here |= {"logits": torch.zeros(1, V), "position": t}
+        exec("#" + step, here)
+        text.append(here["token"].item())
+        raised.append(here["logits"][0, 2].item())
+    assert raised[:5] == [0.0, 2.5, 5.0, 2.5, 0.0] and text[5:7] == [5, 6]
+    assert raised[7] == 0  # thinking is over
+
+
 # ---- the other families
 
 
