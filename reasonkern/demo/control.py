@@ -22,7 +22,7 @@ from .tokenizer import EOS, FIRST_PIECE, PAD, Tokenizer
 WORDS = (b"wait", b"but", b"alternatively")  # CyclicReflex's set, here with a space before it, too
 AMPLITUDE, PERIOD = 4.0, 64  # the published 1200 is for texts of thousands of tokens
 BUDGET = 64  # thinking tokens
-TRAJECTORIES = 8
+TRAJECTORIES = 4
 BIN = 8  # tokens
 ENTROPY_ROWS = 8  # texts whose states are held at a time
 
@@ -68,7 +68,7 @@ class Markers:
 
 
 def control_reflection(context: Context) -> None:
-    """One batch of all problems per setting."""
+    """Stage 4: one batch of all problems per setting."""
     markers = Markers.of(context.tokenizer)
     if markers is None:
         print("stage 4 skipped: the traces have no Wait, But or Alternatively, or no </think>")
@@ -88,7 +88,7 @@ def control_reflection(context: Context) -> None:
     context.model.eval()
     with progress("stage 4, control", len(settings)) as update:
         for name, spec in settings.items():
-            if runs and context.out_of_time("control"):
+            if len(runs) > 1 and context.out_of_time("control"):  # two of them compare
                 break
             runs.append(asdict(_run(context, name, spec, markers)))
             update(f"{name}: {runs[-1]['reflections']:.1f} reflection tokens per text")
