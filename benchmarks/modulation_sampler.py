@@ -121,6 +121,4 @@ BUILD: dict[str, dict[str, Any]] = {
     "transformers": {"sampler": transformers},
     "sample": {"sampler": sampling},
 }
-PROVIDERS = {
-    name: Provider(name, build, checked=name != "sample") for name, build in BUILD.items()
-}
+PROVIDERS = {name: Provider(name, build, checked=name != "sample") for name, build in BUILD.items()}

@@ -44,7 +44,6 @@ class Request:
 def random_spec(r: random.Random) -> rk.Modulation:
     """Every control may meet every other one."""
     maybe = lambda share, part: part if r.random() < share else None  # noqa: E731
-    sets = ("reflect", "switch", "all but few")
     budget = r.choice([None, None, 0, 3, 9, 14])
     minimum = r.choice([None, None, 2, 6]) if budget is None or budget > 6 else None
     phrase = r.choice([[END], [10, END], [11, 11, END], [11, 11, 12, END, 13]])
@@ -58,7 +57,7 @@ def random_spec(r: random.Random) -> rk.Modulation:
         budget=None if budget is None else rk.Budget(budget, phrase, soft),
         min_think=None if minimum is None else rk.MinThink(minimum, r.choice([0, 2]), [WAIT, 14]),
         deepconf=maybe(0.3, rk.DeepConf(r.uniform(2.5, 5.0), r.choice([1, 3, 8]), eos=EOS)),
-        entropy_trigger=maybe(0.5, rk.EntropyTrigger(r.choice([2, 5]), r.choice([0.0, 0.5]), 0.2, 0.1, 1.0)),
+        entropy_trigger=maybe(0.5, rk.EntropyTrigger(r.choice([2, 5]), r.random(), 0.2, 0.1, 1.0)),
         think_start=r.choice([None, None, 15]),
         think_end=END,
     )  # fmt: skip

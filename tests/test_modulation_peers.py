@@ -38,7 +38,10 @@ def near_a_boundary(logits, temperature, top_k, top_p, min_p):
 @pytest.mark.parametrize("temperature", [0.6, 1.0, 1.7])
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p"),
-    [(0, 1.0, 0.0), (40, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.02), (300, 0.7, 0.0), (50, 0.95, 0.1)],
+    [
+        (0, 1.0, 0.0), (40, 1.0, 0.0), (0, 0.9, 0.0), (0, 1.0, 0.02), (300, 0.7, 0.0),
+        (50, 0.95, 0.1),
+    ],
 )  # fmt: skip
 def test_support_and_entropy_are_those_of_the_warpers(temperature, top_k, top_p, min_p):
     g = generator(top_k)

@@ -50,16 +50,17 @@ def effort(backend, slow: int, reference: int, fast: int) -> int:
 def test_a_tree_says_what_single_steps_say(sampler):
     """Tokens and the bits of every statistic, for every control, over trees and chains."""
     accepted, triggers, stopped, forced = 0, 0, 0, 0
+    count, steps = (5, 14) if sampler.slow else (8, 24)
     for seed in range(effort(sampler, 1, 3, 40)):
-        plain, by_trees, more = decode_both_ways(sampler, 8, 24, seed)
+        plain, by_trees, more = decode_both_ways(sampler, count, steps, seed)
         accepted += more
-        for b in range(8):
-            assert by_trees.text[b][:24] == plain.text[b], (seed, plain.requests[b])
-            assert by_trees.told[b][:24] == plain.told[b], (seed, plain.requests[b])
+        for b in range(count):
+            assert by_trees.text[b][:steps] == plain.text[b], (seed, plain.requests[b])
+            assert by_trees.told[b][:steps] == plain.told[b], (seed, plain.requests[b])
             triggers += sum(row[-1] for row in plain.told[b])
             forced += sum(row[0] == 0 for row in plain.told[b])  # logprob 0
         stopped += int(plain.state.stopped.sum())
-    assert accepted > 60 and triggers > 5 and forced > 20
+    assert accepted > 20 and triggers > 2 and forced > 5
     assert stopped >= 2 or sampler.slow
 
 
@@ -251,9 +252,9 @@ def test_a_stopped_request_gets_its_end_in_the_same_step(sampler):
     r = [x.clone() for x in rows(1, VOCAB, 1, "off").args()]
     r[0].zero_()
     out = call(
-        sampler, "verify_controlled", logits, torch.tensor([[0, 11, EOS, EOS]]), torch.ones(1, 4).bool(), None, None,
-        *tree.children, *r, None, None, None, None, tree.depth, tree.max_children, 1,
-        torch.tensor([0]), list(state.tensors), True,
+        sampler, "verify_controlled", logits, torch.tensor([[0, 11, EOS, EOS]]),
+        torch.ones(1, 4).bool(), None, None, *tree.children, *r, None, None, None, None, tree.depth,
+        tree.max_children, 1, torch.tensor([0]), list(state.tensors), True,
     )  # fmt: skip
     assert out[0].tolist() == [[11, EOS, EOS, EOS]] and not state.stopped[0]
     assert out[7][0, 1] == 0  # logprob of a forced token
@@ -304,8 +305,8 @@ def test_the_fronts_call_the_operators():
         ({"slot": torch.tensor([0, 1, 2], dtype=torch.int32)}, "slot: expected dtype torch.int64"),
         ({"slot": torch.tensor([0, 1, 3])}, "slot: expected values in [-1, 3), got 3 at (2,)"),
         ({"slot": torch.tensor([0, -2, 1])}, "slot: expected values in [-1, 3), got -2 at (1,)"),
-        ({"logits": torch.zeros(3, 20)}, "logits: expected a vocabulary that holds the state's ids, "
-         "up to 21, got (3, 20)"),
+        ({"logits": torch.zeros(3, 20)}, "logits: expected a vocabulary that holds the state's "
+         "ids, up to 21, got (3, 20)"),
         ({"logits": torch.zeros(3, 2, VOCAB)}, "logits: expected shape (R, V)"),
         ({"temperature": -1.0}, "temperature: expected finite values >= 0, got -1.0"),
         ({"mask": torch.zeros(3, 1)}, "mask: expected dtype torch.int32"),

@@ -7,6 +7,13 @@
 #define RK_HOST_DEVICE inline
 #endif
 
+// Device functions that stay calls: long, rarely run, and used by many kernels.
+#if defined(__CUDACC__)
+#define RK_DEVICE_CALL __device__ __noinline__
+#else
+#define RK_DEVICE_CALL __device__
+#endif
+
 namespace reasonkern {
 
 // The rounded product: on a device never fused with a sum, so that both round alike. (The host's

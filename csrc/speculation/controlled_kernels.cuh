@@ -137,11 +137,13 @@ class Epilogue {
 template <class E>
 __device__ RowTop find_controlled_top(Team& team, ControlledRow<E>& row, const TeamSlot& slot,
                                       float temperature, ThreadTops& tops) {
-  row.prepare(slot, temperature, true);
-  RowTop top = find_top(team, row, tops);
-  if (row.ban_takes_all(top.id)) {
-    row.prepare(slot, temperature, false);
+  RowTop top;
+  bool bans = true;
+#pragma unroll 1
+  for (int round = 0; round < 2; ++round, bans = false) {
+    row.prepare(slot, temperature, bans);
     top = find_top(team, row, tops);
+    if (!row.ban_takes_all(top.id)) break;
   }
   row.raise(top.value);
   return top;

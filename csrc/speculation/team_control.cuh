@@ -63,7 +63,7 @@ struct TeamSlot {
     return {all.spec_of(slot), all.numbers_of(slot), s.progress, all.sets, 1};
   }
 
-  __device__ bool triggers(const ControlShared& s, float entropy) const {
+  RK_DEVICE_CALL bool triggers(const ControlShared& s, float entropy) const {
     if (!has(modulation::kTrigger)) return false;
     const modulation::State own = state(s);
     return double(entropy) > modulation::entropy_threshold(own.spec, own.numbers, s.entropy_ring,
@@ -71,7 +71,8 @@ struct TeamSlot {
   }
 
   // By one thread of each block. A statistic of -inf is not pushed.
-  __device__ void commit(ControlShared& s, int64_t token, float entropy, float confidence) const {
+  RK_DEVICE_CALL void commit(ControlShared& s, int64_t token, float entropy,
+                             float confidence) const {
     const int64_t first = 0, length = 1;
     modulation::CommitParams p{};
     p.state = state(s);
@@ -113,7 +114,7 @@ struct ControlledRow : TeamRow<E> {
   }
 
   // Before the row is read: what control does to it, bar the soft budget. `bans`: whether it may.
-  __device__ void prepare(const TeamSlot& slot, float temperature, bool bans) {
+  RK_DEVICE_CALL void prepare(const TeamSlot& slot, float temperature, bool bans) {
     __syncthreads();  // the row before is read
     if (threadIdx.x == 0) describe(slot, temperature, bans);
     for (int i = int(threadIdx.x); i < kMapWords; i += int(blockDim.x)) shared.map[i] = 0;
@@ -123,7 +124,7 @@ struct ControlledRow : TeamRow<E> {
   }
 
   // Once the largest logit is known. The soft budget stays below it.
-  __device__ void raise(float top) {
+  RK_DEVICE_CALL void raise(float top) {
     const modulation::RowControl& c = shared.control;
     if (!shared.active || shared.forced || c.soft < 0) return;
     __syncthreads();
@@ -185,7 +186,7 @@ struct ControlledRow : TeamRow<E> {
     if (c.soft >= vocab) c.soft = -1;
   }
 
-  __device__ float changed(int64_t v, float x) const {
+  RK_DEVICE_CALL float changed(int64_t v, float x) const {
     const modulation::RowControl& c = shared.control;
     if (shared.forced) return v == c.force ? float(modulation::kForced) : x;
     if (v == c.soft && shared.soft_value > -kInf) return shared.soft_value;
@@ -194,7 +195,7 @@ struct ControlledRow : TeamRow<E> {
     return by_sets(v, x);
   }
 
-  __device__ float by_sets(int64_t v, float x) const {
+  RK_DEVICE_CALL float by_sets(int64_t v, float x) const {
     const modulation::RowControl& c = shared.control;
     const int64_t member = member_of(v);
     if (c.ban >= 0 && (member >> c.ban & 1) != 0) return modulation::banned(x);

@@ -1,5 +1,4 @@
-"""The definition of the sampler under control: the rows of reference.py in the walk of
-speculation/reference_verify.py."""
+"""The sampler under control: rows of reference.py in the walk of speculation/reference_verify."""
 
 from __future__ import annotations
 
@@ -44,9 +43,7 @@ class Slots:
         c = self.copy
         entropy = None if law is None else law.entropy.unsqueeze(-1)
         confidence = None if law is None else law.confidence.unsqueeze(-1)
-        reference.commit_(
-            self.rows, token.unsqueeze(-1), taken.long(), entropy, confidence, *c
-        )
+        reference.commit_(self.rows, token.unsqueeze(-1), taken.long(), entropy, confidence, *c)
 
 
 PER_SLOT = ("spec", "numbers", "progress", "confidence", "entropy", "confidence_sum")
@@ -54,12 +51,12 @@ PER_SLOT = ("spec", "numbers", "progress", "confidence", "entropy", "confidence_
 
 def sample_controlled(*args: Any) -> tuple[Tensor, ...]:
     *rows, slot, state = args
-    return reference_verify.sample_controlled(*rows, _control(slot, state))
+    return reference_verify.sample_controlled(_control(slot, state), *rows)
 
 
 def verify_controlled(*args: Any) -> tuple[Tensor, ...]:
     *rows, slot, state, stats = args
-    return reference_verify.walk(*rows, _control(slot, state), stats)
+    return reference_verify.walk(_control(slot, state), stats, *rows)
 
 
 def _control(slot: Tensor | None, state: list[Tensor]) -> Slots | None:

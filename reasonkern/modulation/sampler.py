@@ -97,9 +97,7 @@ def sample_controlled(
     check_mask("mask", mask, logits)
     slots, storage = control_arguments(state, slot, logits)
     with torch.no_grad():
-        return Sampled(
-            *torch.ops.reasonkern.sample_controlled(logits, mask, *rows, slots, storage)
-        )
+        return Sampled(*torch.ops.reasonkern.sample_controlled(logits, mask, *rows, slots, storage))
 
 
 def control_arguments(

@@ -47,8 +47,8 @@ def sample(
 
 
 def sample_controlled(
-    logits: Tensor, mask: Tensor | None, temperature: Tensor, top_k: Tensor, top_p: Tensor,
-    min_p: Tensor, seed: Tensor, position: Tensor, control: Control | None,
+    control: Control | None, logits: Tensor, mask: Tensor | None, temperature: Tensor,
+    top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     filters = Filters(temperature, top_k, top_p, min_p)
     x = controlled(logits, mask, filters, control)
@@ -67,15 +67,15 @@ def controlled(
 
 
 def verify_tree(*args: Any) -> tuple[Tensor, ...]:
-    return walk(*args, None, False)[:7]
+    return walk(None, False, *args)[:7]
 
 
 def walk(
-    logits: Tensor, tokens: Tensor, valid: Tensor, q_ids: Tensor | None, q_logprob: Tensor | None,
-    child_ptr: Tensor, child_index: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor,
-    min_p: Tensor, seed: Tensor, position: Tensor, eos: Tensor | None, max_length: Tensor | None,
-    node_mask: Tensor | None, num_nodes: Tensor | None, depth: int, max_children: int, topk: int,
-    control: Control | None, stats: bool,
+    control: Control | None, stats: bool, logits: Tensor, tokens: Tensor, valid: Tensor,
+    q_ids: Tensor | None, q_logprob: Tensor | None, child_ptr: Tensor, child_index: Tensor,
+    temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor,
+    position: Tensor, eos: Tensor | None, max_length: Tensor | None, node_mask: Tensor | None,
+    num_nodes: Tensor | None, depth: int, max_children: int, topk: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     batch = torch.arange(logits.shape[0], device=logits.device)
     filters = Filters(temperature, top_k, top_p, min_p)

@@ -14,7 +14,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from cuda_sim.build import load
 from torch import Tensor
 
