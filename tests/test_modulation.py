@@ -8,6 +8,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from conftest import make_backend
 from contract import bits
 from modulation_cases import (
     END,
@@ -417,6 +418,7 @@ SHAPES = ([-1, 0, 1, 2], [-1, 0, 0, 1, 1, 2, 4], [-1, 0, 1, 2, 3, 4, 5], [-1], [
 
 
 def check_fold(backend, traces: int, limit: int, seed: int) -> Loop:
+    """Drafted text is the sequential one, and the reference's."""
     requests = random_requests(traces, seed)
     sequential = Loop(backend, requests, seed, limit)
     sequential.run()
@@ -427,10 +429,24 @@ def check_fold(backend, traces: int, limit: int, seed: int) -> Loop:
     progress = [x.state.tensors.progress for x in (drafted, sequential)]
     assert torch.equal(progress[0][order], progress[1])
     assert drafted.accepted > 0.1 * drafted.drafts / 5
+    if backend.name != "reference":
+        expected = Loop(make_backend("reference"), requests, seed, limit)
+        expected.run(SHAPES)
+        assert expected.text == sequential.text
+        assert torch.equal(expected.state.tensors.progress, progress[1])
     return sequential
 
 
-def test_drafted_text_is_the_sequential_one(backend):
+@pytest.fixture
+def tall_programs(backend, monkeypatch):
+    """Interpreted, a program takes as long for a row as for many."""
+    if backend.name == "triton" and backend.slow:
+        from reasonkern.modulation import triton_modulation
+
+        monkeypatch.setattr(triton_modulation, "config", lambda dense: (512, 32))
+
+
+def test_drafted_text_is_the_sequential_one(backend, tall_programs):
     loop = check_fold(backend, 64, 20, 11)
     progress = loop.state.tensors.progress
     assert (progress[:, at.PHRASE] == at.DONE).sum() > 5

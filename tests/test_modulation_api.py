@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -467,3 +469,11 @@ def test_raw_operators_refuse_what_they_cannot_read():
         with pytest.raises(RuntimeError, match=message):
             OPS.modulate_logits_(*args)
     assert not Z.any() and SETS["reflect"] == state.sets["reflect"]
+
+
+def test_the_block_of_the_readme_runs():
+    page = Path(rk.__file__).parent / "modulation" / "README.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["state"].tensors.progress[0, at.T] == 3

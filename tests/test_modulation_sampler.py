@@ -61,7 +61,7 @@ def test_a_tree_says_what_single_steps_say(sampler):
             forced += sum(row[0] == 0 for row in plain.told[b])  # logprob 0
         stopped += int(plain.state.stopped.sum())
     assert accepted > 20 and triggers > 2 and forced > 5
-    assert stopped >= 2 or sampler.slow
+    assert stopped >= 1 or sampler.slow
 
 
 def test_a_walk_leaves_the_state_alone(sampler):

@@ -12,12 +12,20 @@
 namespace reasonkern {
 namespace modulation {
 
-// Whether something finite is left without the set; mostly the first id answers.
+// Whether something finite is left without the banned set. Ids that the row writes to anyway are
+// looked at first, then all: mostly the first one answers, and a cache line of its own costs.
 template <class Row>
-RK_HOST_DEVICE bool survives_ban(Row& row, const Sets& sets, int32_t ban, int64_t vocab) {
-  int32_t k = sets.offsets[ban];
+RK_HOST_DEVICE bool survives_ban(Row& row, const RowControl& c, const Sets& sets, int64_t vocab) {
+  for (int part = 0; part < kAdders; ++part) {
+    const int32_t set = c.sets[part];
+    for (int32_t k = set < 0 ? 0 : sets.offsets[set]; set >= 0 && k < sets.offsets[set + 1]; ++k) {
+      const int64_t id = sets.ids[k];
+      if (id < vocab && !(sets.member[k] >> c.ban & 1) && is_finite(row.get(id))) return true;
+    }
+  }
+  int32_t k = sets.offsets[c.ban];
   for (int64_t id = 0; id < vocab; ++id) {
-    if (k < sets.offsets[ban + 1] && sets.ids[k] == id) {
+    if (k < sets.offsets[c.ban + 1] && sets.ids[k] == id) {
       ++k;
     } else if (is_finite(row.get(id))) {
       return true;
@@ -29,7 +37,7 @@ RK_HOST_DEVICE bool survives_ban(Row& row, const Sets& sets, int32_t ban, int64_
 template <class Row>
 RK_HOST_DEVICE void apply_sets(Row& row, const RowControl& c, const Sets& sets, int64_t vocab) {
   int64_t done = 0;
-  if (c.ban >= 0 && survives_ban(row, sets, c.ban, vocab)) {
+  if (c.ban >= 0 && survives_ban(row, c, sets, vocab)) {
     for (int32_t k = sets.offsets[c.ban]; k < sets.offsets[c.ban + 1]; ++k) {
       const int64_t id = sets.ids[k];
       if (id < vocab) row.set(id, banned(row.get(id)));

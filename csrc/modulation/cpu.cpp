@@ -65,22 +65,15 @@ void modulate_tree(const RowsParams& p, int64_t b) {
   }
 }
 
-// ---- chains: rows in three stages, so that what a row will touch is on its way when it is its
-// turn
+// ---- chains: what a row will write to is on its way while the rows before it are written
 
-constexpr int64_t kAhead = 8;  // rows between stages
+constexpr int64_t kAhead = 8;  // rows
 constexpr int64_t kLine = 64;  // bytes
-
-struct Pending {
-  RowControl control;
-  bool active;
-};
 
 void prefetch(const void* p) { __builtin_prefetch(p, 1); }
 
 // The columns that every row of the slot reads.
 void prefetch_slot(const State& s, int64_t slot) {
-  if (slot < 0) return;
   const char* spec = reinterpret_cast<const char*>(s.spec_of(slot));
   const char* numbers = reinterpret_cast<const char*>(s.numbers_of(slot));
   for (int64_t at = 0; at < kWindow * 8; at += kLine) prefetch(spec + at);
@@ -105,28 +98,20 @@ void prefetch_logits(const RowsParams& p, int64_t row, const RowControl& c) {
   for (int32_t set : c.sets) want_set(set);
   want_set(c.ban);
   want(c.end), want(c.wait);
-  if (c.ban >= 0) want(0);  // where the search for something finite begins
 }
 
 template <class E>
 void modulate_chains(const RowsParams& p, int64_t begin, int64_t end) {
-  Pending pending[kAhead];
+  RowControl controls[kAhead];
   const State& s = p.state;
-  for (int64_t i = begin; i < end + 2 * kAhead; ++i) {
-    const int64_t row = i - kAhead, last = row - kAhead;
-    if (last >= begin && pending[last % kAhead].active) {
-      apply_row<E>(p, last, pending[last % kAhead].control);
-    }
-    if (row >= begin && row < end) {
-      Pending& next = pending[row % kAhead];
-      const int64_t slot = p.slot[row];
-      next.active = s.controls(slot);
-      if (next.active) {
-        next.control = control_of(s.spec_of(slot), s.numbers_of(slot), fold_chain(p, slot, row));
-        prefetch_logits<E>(p, row, next.control);
-      }
-    }
-    if (i < end) prefetch_slot(s, p.slot[i]);
+  for (int64_t row = begin; row < end + kAhead; ++row) {
+    const int64_t due = row - kAhead;
+    if (due >= begin && s.controls(p.slot[due])) apply_row<E>(p, due, controls[due % kAhead]);
+    if (row >= end || !s.controls(p.slot[row])) continue;
+    const int64_t slot = p.slot[row];
+    RowControl& c = controls[row % kAhead];
+    c = control_of(s.spec_of(slot), s.numbers_of(slot), fold_chain(p, slot, row));
+    prefetch_logits<E>(p, row, c);
   }
 }
 
@@ -143,11 +128,28 @@ void modulate_all(const RowsParams& p) {
   });
 }
 
-void check_rows(const RowsParams& p) {
-  for (int64_t b = 0; b < p.rows / p.nodes; ++b) {
-    STD_TORCH_CHECK(p.slot[b] >= -1 && p.slot[b] < p.state.slots, "slot: got ", p.slot[b], " at ",
-                    b);
+// Slots first, then what they hold: it is on its way by then.
+void check_slots(const RowsParams& p) {
+  const State& s = p.state;
+  const int64_t batch = p.rows / p.nodes;
+  for (int64_t b = 0; b < batch; ++b) {
+    STD_TORCH_CHECK(p.slot[b] >= -1 && p.slot[b] < s.slots, "slot: got ", p.slot[b], " at ", b);
+    if (p.slot[b] >= 0) prefetch_slot(s, p.slot[b]);
   }
+  for (int32_t set = 0; set < s.sets.count; ++set) {
+    const int32_t last = s.sets.ids[s.sets.offsets[set + 1] - 1];
+    STD_TORCH_CHECK(last < p.vocab, "logits: expected a vocabulary above ", last, ", got ",
+                    p.vocab);
+  }
+  for (int64_t b = 0; b < batch; ++b) {
+    if (!s.controls(p.slot[b])) continue;
+    const int64_t largest = s.spec_of(p.slot[b])[kMaxId];
+    STD_TORCH_CHECK(largest < p.vocab, "logits: expected a vocabulary above ", largest, ", got ",
+                    p.vocab);
+  }
+}
+
+void check_rows(const RowsParams& p) {
   for (int64_t r = 0; p.temperature != nullptr && r < p.rows; ++r) {
     const float t = p.temperature[r];
     STD_TORCH_CHECK(t >= 0 && is_finite(t), "temperature: got ", t, " at ", r);
@@ -181,6 +183,7 @@ void check_commit(const CommitParams& p) {
 
 struct CpuBackend {
   static void modulate(ScalarType dtype, const RowsParams& p, int32_t) {
+    check_slots(p);
     check_rows(p);
     switch (dtype) {
       case ScalarType::Float:

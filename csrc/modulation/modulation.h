@@ -47,6 +47,7 @@ enum Spec {
   kEos,
   kConfidenceWindow,
   kEntropyWindow,
+  kMaxId,  // the largest id that the request writes to, beside those of the sets
   kWindow = 24,
   kPointT = kWindow + 2 * kMaxWindows,
   kEnd = kPointT + kMaxPoints,

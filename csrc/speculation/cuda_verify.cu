@@ -1,44 +1,12 @@
 // CUDA operators of verification: one launch per call.
 #include <numeric>
 
-#include "../common/stream.h"
-#include "controlled_kernels.cuh"
-#include "verify_launch.h"
+#include "team_launch.cuh"
+#include "verify_kernels.cuh"
 #include "verify_operators.h"
 
 namespace reasonkern {
 namespace {
-
-template <class E>
-struct Element {
-  using type = E;
-};
-
-template <class Body>
-void dispatch_element(ElementType type, const Body& body) {
-  switch (type) {
-    case ElementType::kFloat32:
-      return body(Element<float>());
-    case ElementType::kBFloat16:
-      return body(Element<bf16>());
-    case ElementType::kFloat16:
-      return body(Element<fp16>());
-    case ElementType::kFloat64:
-      return body(Element<double>());
-  }
-}
-
-template <class Params>
-void launch_teams(void (*kernel)(Params), std::size_t shared_bytes, const Params& p,
-                  int32_t device) {
-  const LaunchScope scope(device);
-  const int arch = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                   device_attribute(cudaDevAttrComputeCapabilityMinor, device);
-  const int units = device_attribute(cudaDevAttrMultiProcessorCount, device);
-  const unsigned blocks = team_blocks(p.rows.batch, units, arch);
-  const unsigned grid = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20) * blocks;
-  launch(kernel, grid, kTeamThreads, blocks, shared_bytes, scope.stream, p);
-}
 
 template <class Word>
 void launch_compact(const CompactParams& p, int32_t device) {
@@ -53,22 +21,14 @@ struct CudaBackend {
   static void sample(ElementType type, const SampleParams& p, int32_t device) {
     dispatch_element(type, [&](auto element) {
       using E = typename decltype(element)::type;
-      if (p.statistics.entropy != nullptr) {
-        launch_teams(sample_controlled_kernel<E>, sizeof(ControlShared), p, device);
-      } else {
-        launch_teams(sample_kernel<E>, sizeof(TeamShared), p, device);
-      }
+      launch_teams(sample_kernel<E>, sizeof(TeamShared), p, device);
     });
   }
 
   static void verify(ElementType type, const VerifyParams& p, int32_t device) {
     dispatch_element(type, [&](auto element) {
       using E = typename decltype(element)::type;
-      if (p.statistics.entropy != nullptr || p.control.slot != nullptr) {
-        launch_teams(verify_controlled_kernel<E>, sizeof(ControlShared), p, device);
-      } else {
-        launch_teams(verify_kernel<E>, sizeof(TeamShared), p, device);
-      }
+      launch_teams(verify_kernel<E>, sizeof(TeamShared), p, device);
     });
   }
 
@@ -99,7 +59,5 @@ STABLE_TORCH_LIBRARY_IMPL(reasonkern_cuda, CUDA, m) {
   using Ops = reasonkern::VerifyOperators<reasonkern::CudaBackend>;
   m.impl("sample", TORCH_BOX(&Ops::sample));
   m.impl("verify_tree", TORCH_BOX(&Ops::verify_tree));
-  m.impl("sample_controlled", TORCH_BOX(&Ops::sample_controlled));
-  m.impl("verify_controlled", TORCH_BOX(&Ops::verify_controlled));
   m.impl("compact_kv_", TORCH_BOX(&Ops::compact_kv_));
 }

@@ -76,12 +76,12 @@ def modulate_logits_(
         short = (state.needs_heat and heat is None) or (state.needs_dense and not allow_dense)
         local = None if type(local_pos) is int and local_pos == 0 else local_pos
         try:
-            if not short and logits.is_cpu and logits.shape[1] > state.max_id:
+            if not short:
                 _modulate(
                     logits, slot, local, draft_tokens, parents, heat, *state.read_state, allow_dense
                 )
                 return logits
-        except (RuntimeError, AttributeError, TypeError, IndexError):
+        except (RuntimeError, AttributeError, TypeError):
             pass
     rows = _checked(logits, state, slot, local_pos, draft_tokens, parents, temperature, allow_dense)
     _modulate(logits, *rows, *state.read_state, allow_dense)
@@ -268,9 +268,8 @@ def commit_(
     )
     if state.kernel_checks and complete:  # as in modulate_logits_
         try:
-            if slot.is_cpu:
-                _commit(*given, *state.read_state, *state.windows)
-                return
+            _commit(*given, *state.read_state, *state.windows)
+            return
         except (RuntimeError, AttributeError, TypeError):
             pass
     _check_commit(state, *given)

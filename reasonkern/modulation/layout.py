@@ -21,6 +21,7 @@ ADDED_SETS = 3  # four of them: cyclic, TIP, constant, schedule
 BAN_SET = 7
 TIP_SPAN, BUDGET_TOKENS, TRACK_FROM, END_LENGTH, MIN_TOKENS, WAIT_LENGTH = 8, 9, 10, 11, 12, 13
 WINDOWS, POINTS, EOS, CONFIDENCE_WINDOW, ENTROPY_WINDOW = 14, 15, 16, 17, 18
+MAX_ID = 19  # the largest id that the request writes to, beside those of the sets
 WINDOW = 24  # MAX_WINDOWS pairs low, high
 POINT_T = WINDOW + 2 * MAX_WINDOWS
 END = POINT_T + MAX_POINTS

@@ -35,6 +35,17 @@ REFERENCE: dict[str, Callable[..., Any]] = {
 }
 
 
+SPEC = {"modulate_logits_": 6, "commit_": 5}  # place of that argument
+
+
+def _fake(name: str) -> Callable[..., None]:
+    def check(*args: Any) -> None:
+        if args[0].device != args[SPEC[name]].device:
+            raise RuntimeError(f"{name}: expected all tensors on one device")
+
+    return check
+
+
 def _cuda_entry(name: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return _load.implementation(name, _load.choose_cuda_backend(name, args[0].device))(*args)
@@ -56,13 +67,13 @@ for _name in SCHEMAS:
     _lib.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _lib.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
     _lib.impl(_name, _cuda_entry(_name), "CUDA")
-    torch.library.register_fake(f"reasonkern::{_name}", lambda *args: None, lib=_lib)
+    torch.library.register_fake(f"reasonkern::{_name}", _fake(_name), lib=_lib)
     _load.register_op(
         _name,
         {
             "reference": REFERENCE[_name],
             "cpu": getattr(torch.ops.reasonkern, _name),
             "cuda": getattr(torch.ops.reasonkern_cuda, _name),
-            "triton": None,
+            "triton": _load.lazy(f"{__package__}.triton_modulation", _name),
         },
     )

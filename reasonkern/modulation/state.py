@@ -100,7 +100,7 @@ class ModulationState:
         ):
             tensor[slot].copy_(torch.tensor(values, dtype=tensor.dtype))
         self.tensors.confidence_sum[slot] = 0
-        self._parts[slot], self._ids[slot] = row[at.PARTS], _largest_id(spec)
+        self._parts[slot], self._ids[slot] = row[at.PARTS], row[at.MAX_ID]
         self._refresh()
         if len(generated):
             self._fold(slot, generated)
@@ -199,9 +199,7 @@ class ModulationState:
             tensor.copy_(state[name])
         spec = self.tensors.spec.cpu()
         self._parts = spec[:, at.PARTS].tolist()
-        ids = torch.cat((spec[:, at.END : at.FAILURE], spec[:, at.WAIT :]), 1)
-        ids = torch.cat((ids, spec[:, [at.THINK_END, at.EOS]]), 1).amax(1)
-        self._ids = torch.where(spec[:, at.PARTS] != 0, ids, -1).tolist()
+        self._ids = torch.where(spec[:, at.PARTS] != 0, spec[:, at.MAX_ID], -1).tolist()
         self._refresh()
 
     def _settings(self) -> dict[str, Any]:
@@ -246,7 +244,6 @@ def _as_ids(name: str, tokens: Sequence[int] | Tensor) -> Tensor:
 
 
 def _largest_id(spec: Modulation) -> int:
-    """Of the ids that are written to; those of the sets are the state's."""
     ids = [-1 if spec.think_end is None else spec.think_end]
     if spec.budget is not None:
         ids += spec.budget.end
@@ -285,6 +282,7 @@ def _pack(spec: Modulation, sets: TokenSets) -> tuple[list[int], list[float]]:
     _check_with_sets(spec, sets)
     row, numbers = [-1] * at.SPEC_WIDTH, [0.0] * at.NUMBERS_WIDTH
     row[at.PARTS] = at.ACTIVE + sum(BITS[name] for name in spec.parts)
+    row[at.MAX_ID] = _largest_id(spec)
     row[at.THINK_START] = -1 if spec.think_start is None else spec.think_start
     row[at.THINK_END] = -1 if spec.think_end is None else spec.think_end
     _pack_added(spec, sets, row, numbers)

@@ -1,72 +1,37 @@
 """The operators of verification on CPU tensors, computed by the CUDA kernels in the simulator.
 
 Arguments and results are those of the operators (reasonkern/speculation/verify_op.py). How the
-kernels are launched is in `settings`; no choice may change a result but the last bits of `lse`,
+kernels are launched is in `Settings`; no choice may change a result but the last bits of `lse`,
 which depend on the number of threads that share a row.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cache
-from pathlib import Path
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cuda_sim.build import load
+from cuda_sim import launch
 from torch import Tensor
 
 from reasonkern.modulation.layout import Storage
 
-ORDERS = ("forward", "reverse", "random")
 REQUESTS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(launch.Settings):
     """teams: requests under way; blocks: of a team; threads: of a block."""
 
     teams: int = 3
     blocks: int = 2
     threads: int = 32
-    order: str = "forward"
-    seed: int = 0
 
 
-settings = Settings()
-
-
-@contextmanager
-def using(**changes: Any) -> Iterator[None]:
-    """Launches differently inside the `with` block."""
-    global settings
-    before, settings = settings, replace(settings, **changes)
-    try:
-        yield
-    finally:
-        settings = before
-
-
-@cache
-def module() -> ModuleType:
-    return load([Path(__file__).with_name("verify_sim.cpp")], "verify_sim")
-
-
-def _launch() -> dict[str, int]:
-    return asdict(settings) | {"order": ORDERS.index(settings.order)}
-
-
-def _pointers(fields: dict[str, Any]) -> dict[str, Any]:
-    for name, value in fields.items():
-        if isinstance(value, Tensor) and name not in ("logits", "mask", "cache"):
-            assert value.is_contiguous(), name
-    return {
-        k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items() if v is not None
-    }
+KERNELS = launch.Kernels("verify_sim", Settings())
+using, module = KERNELS.using, KERNELS.module
+STRIDED = ("logits", "mask", "cache")
 
 
 def _rows(logits: Tensor, mask: Tensor | None) -> dict[str, Any]:
@@ -82,7 +47,7 @@ def _rows(logits: Tensor, mask: Tensor | None) -> dict[str, Any]:
 
 def _run(op: str, logits: Tensor, fields: dict[str, Any]) -> None:
     dtype = str(logits.dtype).removeprefix("torch.")
-    module().run(op, dtype, _launch(), _pointers(fields))
+    module().run(op, dtype, KERNELS.launch(), launch.pointers(fields, STRIDED))
 
 
 STATISTICS = ("logprob", "entropy", "entropy_raw", "row_confidence", "max_prob")
@@ -169,5 +134,5 @@ def compact_kv_(
             "max_blocks": 0 if block_table is None else block_table.shape[1],
             "block_size": cache_.shape[slot],
         }  # fmt: skip
-        launch = _launch() | {"blocks": 1}
-        module().compact(min(word, 8), launch, _pointers(fields))
+        given = launch.pointers(fields, STRIDED)
+        module().compact(min(word, 8), KERNELS.launch(blocks=1), given)
