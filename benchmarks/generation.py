@@ -7,6 +7,7 @@ steps in a tenth of the time teach to write traces like those it was trained on.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -120,13 +121,14 @@ def runner(case: Case, work: Work, drafts: Any) -> Runner:
 
     def call() -> list[list[int]]:
         texts, rounds = solve(work, **drafts())
-        tokens, steps = 0, 0
+        tokens = steps = 0
         about["accepted_by_trajectory"] = sofar = []
         for statistics in rounds:
             tokens, steps = tokens + statistics.tokens, steps + statistics.steps
             sofar.append(round(tokens / steps, 3))
         about["accepted"] = sofar[-1]
-        about["nodes"] = {n: c for s in rounds for n, c in sorted(s.sizes.items())}
+        sizes = sum((statistics.sizes for statistics in rounds), Counter())
+        about["nodes"] = dict(sorted(sizes.items()))
         return texts
 
     outputs = lambda texts: {"texts": _padded(texts)}  # noqa: E731
