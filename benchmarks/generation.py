@@ -216,7 +216,7 @@ def case_of(
     """Shape: requests at a time, trajectories per problem, problems."""
     return Case(
         op, (batch, trajectories, problems), dtype, "cpu", passes=1, providers=providers, threads=1,
-        label=label, gates=gates, memory=False,
+        label=label, gates=gates, memory=False, pairs=None if op == "generate" else 1,
     )  # fmt: skip
 
 
@@ -232,7 +232,7 @@ def cases_of(label: str) -> tuple[Case, ...]:
     )
     return (
         case_of("accepted", label, 1, 4, 4, *accepted, providers=("reasonkern", *PEERS)),
-        case_of("generate", label, 1, 4, 4, *faster, providers=("reasonkern", "plain", *PEERS)),
+        case_of("generate", label, 1, 4, 2, *faster, providers=("reasonkern", "plain", *PEERS)),
         case_of("generate", label, 16, 16, 1, faster[0], providers=("reasonkern", "plain")),
         case_of("accepted", label, 1, 16, 2),
         case_of("flips", label, 4, 4, 4, providers=("tree",), dtype="bfloat16"),
