@@ -102,6 +102,8 @@ class Case:
     """CUDA only: replay a graph over this many input sets, for work that would sit in the L2."""
     memory: bool = True
     """False: the peak memory of a call is not measured (that of a model's passes)."""
+    pairs: int | None = None
+    """So many pairs whatever the budget, where counts in the rows matter and not times."""
 
     @property
     def id(self) -> str:

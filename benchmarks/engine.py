@@ -164,6 +164,7 @@ def measure_pairs(
             asked = (gate.min_pairs for gate in case.gates if gate.against == name)
             least = max([effort.least_pairs, *asked])
             pairs = timing.pair_count(cost, effort.seconds, least, max(least, effort.most_pairs))
+            pairs = case.pairs or pairs
             progress(f"{subject} against {name}, {pairs} pairs")
             times[name] = timing.pair_times(runners[subject], runners[name], pairs, clock)
         if rows[name]["status"] != "ok":

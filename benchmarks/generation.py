@@ -7,6 +7,7 @@ steps in a tenth of the time teach to write traces like those it was trained on.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -120,13 +121,14 @@ def runner(case: Case, work: Work, drafts: Any) -> Runner:
 
     def call() -> list[list[int]]:
         texts, rounds = solve(work, **drafts())
-        tokens, steps = 0, 0
+        tokens = steps = 0
         about["accepted_by_trajectory"] = sofar = []
         for statistics in rounds:
             tokens, steps = tokens + statistics.tokens, steps + statistics.steps
             sofar.append(round(tokens / steps, 3))
         about["accepted"] = sofar[-1]
-        about["nodes"] = {n: c for s in rounds for n, c in sorted(s.sizes.items())}
+        sizes = sum((statistics.sizes for statistics in rounds), Counter())
+        about["nodes"] = dict(sorted(sizes.items()))
         return texts
 
     outputs = lambda texts: {"texts": _padded(texts)}  # noqa: E731
@@ -214,7 +216,7 @@ def case_of(
     """Shape: requests at a time, trajectories per problem, problems."""
     return Case(
         op, (batch, trajectories, problems), dtype, "cpu", passes=1, providers=providers, threads=1,
-        label=label, gates=gates, memory=False,
+        label=label, gates=gates, memory=False, pairs=None if op == "generate" else 1,
     )  # fmt: skip
 
 
@@ -230,7 +232,7 @@ def cases_of(label: str) -> tuple[Case, ...]:
     )
     return (
         case_of("accepted", label, 1, 4, 4, *accepted, providers=("reasonkern", *PEERS)),
-        case_of("generate", label, 1, 4, 4, *faster, providers=("reasonkern", "plain", *PEERS)),
+        case_of("generate", label, 1, 4, 2, *faster, providers=("reasonkern", "plain", *PEERS)),
         case_of("generate", label, 16, 16, 1, faster[0], providers=("reasonkern", "plain")),
         case_of("accepted", label, 1, 16, 2),
         case_of("flips", label, 4, 4, 4, providers=("tree",), dtype="bfloat16"),

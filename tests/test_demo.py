@@ -274,12 +274,11 @@ def test_tiny_run_reports_every_metric_of_stage_2(finished):
 
 def test_tiny_run_solves_problems_with_and_without_speculation(finished):
     _, _, results = finished
-    outcomes = results["solve"]["outcomes"]
-    assert [run["trajectories"] for run in outcomes] == [1, 4, 16]
-    for run in outcomes:
-        assert run["texts"] == TINY["problems"] * run["trajectories"]
-        assert run["equal"] == run["texts"] and run["tokens_per_step"] >= 1
-        assert min(run["tokens_per_second"].values()) > 0
+    solved = results["solve"]
+    assert [run["trajectories"] for run in solved["outcomes"]] == [1, 4, 16]
+    assert solved["equal"] == solved["texts"] == TINY["problems"] * 32
+    for run in [*solved["outcomes"], solved["at_once"]]:
+        assert run["tokens_per_step"] >= 1 and min(run["tokens_per_second"].values()) > 0
 
 
 def test_tiny_run_controls_reflection_and_budget(finished):
@@ -345,7 +344,7 @@ def test_table_names_the_figures(finished):
     text = report.table(results)
     for words in (
         "nats/token",
-        "16 trajectories",
+        "stage 3, 16 at once",
         "stage 4, both",
         "times faster",
         "max |Δloss|",

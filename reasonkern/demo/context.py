@@ -37,7 +37,7 @@ class Config:
     window: int = 256
     width: int = 128
     layers: int = 4
-    problems: int = 4  # solved in stages 3 and 4
+    problems: int = 2  # solved in stages 3 and 4
     pairs: int = 5  # interleaved timings of the two formulations
     minutes: float = 4.5  # a slow or busy machine takes fewer steps instead of longer
 

@@ -22,7 +22,7 @@ from .tokenizer import EOS, FIRST_PIECE, PAD, Tokenizer
 WORDS = (b"wait", b"but", b"alternatively")  # CyclicReflex's set, here with a space before it, too
 AMPLITUDE, PERIOD = 4.0, 64  # the published 1200 is for texts of thousands of tokens
 BUDGET = 64  # thinking tokens
-TRAJECTORIES = 4
+TRAJECTORIES = 8
 BIN = 8  # tokens
 ENTROPY_ROWS = 8  # texts whose states are held at a time
 

@@ -148,24 +148,26 @@ def _log_scale_if_wide(panel: Axes) -> None:
 def _solve(solved: Results) -> Figure:
     runs = solved["outcomes"]
     title = (
-        f"Stage 3: {solved['problems']} problems solved at temperature {solved['temperature']}, "
+        f"Stage 3: {solved['problems']} problems at temperature {solved['temperature']}, "
         "plain and with speculation"
     )
     figure, (left, right) = _figure(1, 2, title)
     counts = [str(run["trajectories"]) for run in runs]
     left.plot(counts, [run["tokens_per_step"] for run in runs], "o-", label="speculation")
     left.axhline(1, color="0.5", lw=1, ls="--", label="plain")
-    left.set(title="Accepted length", ylabel="tokens per step of a request", ylim=(0, None))
+    left.set(title="Accepted length", ylabel="tokens per step", ylim=(0, None))
+    left.set_xlabel("trajectories of a problem, one after another")
+    left.legend(fontsize="small")
+    runs = [*runs, solved["at_once"]]
+    labels = [*counts, f"{solved['at_once']['trajectories']} at once"]
     places = range(len(runs))
     for shift, name, color in ((-0.2, "plain", "0.6"), (0.2, "speculation", "C0")):
         values = [run["tokens_per_second"][name] for run in runs]
         bars = right.bar([p + shift for p in places], values, width=0.4, color=color, label=name)
-        right.bar_label(bars, [f"{value:,.0f}" for value in values], padding=2)
-    right.set(title="Speed", ylabel="tokens per second, all trajectories")
-    right.set_xticks(list(places), counts)
-    for panel in (left, right):
-        panel.set(xlabel="trajectories of a problem")
-        panel.legend(fontsize="small")
+        right.bar_label(bars, [f"{value:,.0f}" for value in values], padding=2, size="small")
+    right.set(title="Speed", ylabel="tokens per second", xlabel="trajectories of a problem")
+    right.set_xticks(list(places), labels)
+    right.legend(fontsize="small")
     return figure
 
 

@@ -140,19 +140,17 @@ def _steps(done: int, asked: int | None) -> str:
 
 
 def _solve_rows(solved: Results | None) -> list[tuple[str, str]]:
-    if solved is None:
+    if not solved or "outcomes" not in solved:
         return []
+    runs = [(f"{run['trajectories']} of each", run) for run in solved["outcomes"]]
+    runs.append((f"{solved['at_once']['trajectories']} at once", solved["at_once"]))
     rows = []
-    for run in solved["outcomes"]:
-        plain, fast = (run["tokens_per_second"][name] for name in ("plain", "speculation"))
-        count = run["trajectories"]
-        name = f"stage 3, {count} trajector{'y' if count == 1 else 'ies'}"
-        text = (
-            f"{run['tokens_per_step']:.2f} tokens per step, {plain:,.0f} → {fast:,.0f} tokens/s, "
-            f"{run['equal']} of {run['texts']} texts equal, {run['correct']} correct"
-        )
-        rows.append((name, text))
-    return rows
+    for name, run in runs:
+        plain, fast = (run["tokens_per_second"][way] for way in ("plain", "speculation"))
+        text = f"{run['tokens_per_step']:.2f} tokens per step, {plain:,.0f} → {fast:,.0f} tokens/s"
+        rows.append((f"stage 3, {name}", text))
+    texts = f"{solved['equal']} of {solved['texts']} texts equal with and without speculation"
+    return [*rows, ("", f"{texts}, {solved['correct']} correct")]
 
 
 def _control_rows(controlled: Results | None) -> list[tuple[str, str]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import reasonkern as rk
 
 from .. import generation
-from .._progress import Update, progress
+from .._progress import progress
+from ..generation import Statistics
 from . import arithmetic
 from .context import Context
 from .model import Decoding
@@ -17,6 +19,7 @@ from .tokenizer import BOS, EOS, VOCABULARY
 TRAJECTORIES = (1, 4, 16)
 TEMPERATURE = 0.6
 CAPACITY = 1 << 16  # contexts of the table
+WAYS = ("plain", "speculation")
 
 
 @dataclass
@@ -27,63 +30,71 @@ class Problem:
     statement: str | None = None
 
 
-@dataclass
-class Outcome:
-    """What one number of trajectories gave, over all problems, plain and with speculation."""
-
-    trajectories: int
-    texts: int = 0
-    equal: int = 0
-    """Texts that are the same token for token."""
-    correct: int = 0
-    tokens: int = 0
-    tokens_per_step: float = 0.0
-    """With speculation, per request."""
-    tokens_per_second: dict[str, float] = field(default_factory=dict)
-
-
 def solve_problems(context: Context) -> None:
-    """A new table for every number of trajectories, so that they compare."""
+    """Trajectories of a problem one after another, which share the table; then all at once."""
     problems = problems_of(context)
-    model = Decoding(context.model)
-    outcomes: list[dict[str, Any]] = []
-    context.results["solve"] = {
-        "temperature": TEMPERATURE, "problems": len(problems), "outcomes": outcomes,
-    }  # fmt: skip
-    context.model.eval()
-    with progress("stage 3, solving", len(TRAJECTORIES) * len(problems)) as update:
-        for trajectories in TRAJECTORIES:
-            if outcomes and context.out_of_time("solve"):
-                break
-            outcomes.append(asdict(_outcome(context, model, problems, trajectories, update)))
+    model = Decoding(context.model.eval())
+    solving = _Solving(context, model)
+    results: dict[str, Any] = {"temperature": TEMPERATURE, "problems": len(problems)}
+    context.results["solve"] = results
+    most = TRAJECTORIES[-1]
+    with progress("stage 3, solving", (most + 1) * len(problems)) as update:
+        for index, problem in enumerate(problems):
+            table = rk.NgramTable(CAPACITY, vocab_size=VOCABULARY, device=context.device)
+            seeds = rk.request_seeds(context.config.seed + index, most)
+            for j in range(most):
+                if index and context.out_of_time("solve"):
+                    break
+                solving.compare(problem, table, seeds[j : j + 1], j)
+                update(f"problem {index + 1}, {solving.tokens_per_step(j + 1):.2f} tokens per step")
+            solving.compare(problem, table, seeds, most)
+            update(f"problem {index + 1}, {most} at once")
+    results["outcomes"] = [solving.outcome(range(n), n) for n in TRAJECTORIES]
+    results["at_once"] = solving.outcome((most,), most)
+    results["texts"], results["equal"] = solving.texts, solving.equal
+    results["correct"] = solving.correct
 
 
-def _outcome(
-    context: Context, model: Decoding, problems: list[Problem], trajectories: int, update: Update
-) -> Outcome:
-    outcome = Outcome(trajectories)
-    table = rk.NgramTable(CAPACITY, vocab_size=VOCABULARY, device=context.device)
-    plain, speculative = generation.Statistics(), generation.Statistics()
-    for seed, problem in enumerate(problems):
-        options: dict[str, Any] = {
-            "temperature": TEMPERATURE, "seed": context.config.seed + seed, "eos": (EOS,),
-            "num_trajectories": trajectories,
-            "max_new_tokens": model.window - len(problem.ids),
-        }  # fmt: skip
-        expected = generation.generate(model, [problem.ids], statistics=plain, **options).texts
-        texts = generation.generate(
-            model, [problem.ids], table=table, statistics=speculative, **options
-        ).texts
-        outcome.texts += len(texts)
-        outcome.equal += sum(a == b for a, b in zip(texts, expected, strict=True))
-        outcome.correct += sum(is_correct(context, problem, text) for text in texts)
-        update(f"{trajectories} trajectories, {speculative.mean_accepted:.2f} tokens per step")
-    outcome.tokens = speculative.tokens
-    outcome.tokens_per_step = speculative.mean_accepted
-    outcome.tokens_per_second = {
-        "plain": plain.tokens_per_second, "speculation": speculative.tokens_per_second,
-    }  # fmt: skip
-    return outcome
+class _Solving:
+    """Statistics of both ways by turn: trajectory j of every problem, and last all at once."""
+
+    def __init__(self, context: Context, model: Decoding) -> None:
+        self._context, self._model = context, model
+        turns = range(TRAJECTORIES[-1] + 1)
+        self._seen = {way: [Statistics() for _ in turns] for way in WAYS}
+        self.texts = self.equal = self.correct = 0
+
+    def compare(self, problem: Problem, table: rk.NgramTable, seeds: Any, turn: int) -> None:
+        """The same requests both ways, in alternating order."""
+        found: dict[str, list[list[int]]] = {}
+        for way in WAYS if turn % 2 else WAYS[::-1]:
+            found[way] = generation.generate(
+                self._model, [problem.ids], temperature=TEMPERATURE, seed=seeds, eos=(EOS,),
+                max_new_tokens=self._model.window - len(problem.ids), num_trajectories=len(seeds),
+                table=table if way == "speculation" else None, statistics=self._seen[way][turn],
+            ).texts  # fmt: skip
+        self.texts += len(seeds)
+        self.equal += sum(a == b for a, b in zip(*found.values(), strict=True))
+        self.correct += sum(is_correct(self._context, problem, text) for text in found["plain"])
+
+    def tokens_per_step(self, turns: int) -> float:
+        """With speculation, of the first so many trajectories."""
+        return self._sums("speculation", range(turns))[0]
+
+    def outcome(self, turns: Sequence[int], trajectories: int) -> dict[str, Any]:
+        """Of those turns, over all problems."""
+        sums = {way: self._sums(way, turns) for way in WAYS}
+        return {
+            "trajectories": trajectories,
+            "tokens_per_step": sums["speculation"][0],
+            "tokens_per_second": {way: sums[way][1] for way in WAYS},
+        }
+
+    def _sums(self, way: str, turns: Sequence[int]) -> tuple[float, float]:
+        chosen = [self._seen[way][turn] for turn in turns]
+        tokens, steps = (sum(getattr(s, name) for s in chosen) for name in ("tokens", "steps"))
+        seconds = sum(sum(s.seconds.values()) for s in chosen)
+        return tokens / max(1, steps), tokens / seconds if seconds else 0.0
 
 
 def problems_of(context: Context) -> list[Problem]:

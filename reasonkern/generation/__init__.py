@@ -77,8 +77,8 @@ def generate(
         max_new_tokens: at most so many per request, at least 1.
         table: learns from all logits on the way and drafts. None = no table.
         tree: the `DraftTree` to fill from the table, or "auto": steps of 1, 8, 16, 32 and 80 nodes
-            are timed once per batch size, and the size with the most expected tokens per second is
-            taken at each step, 1 being plain decoding.
+            are timed once per model and batch size (in powers of 4), and every step takes the size
+            with the most expected tokens per second, 1 being plain decoding.
         drafter: a function that proposes in the table's place, see `Drafter`. With neither table
             nor drafter this is plain seeded decoding. None = no drafter.
         control: a `ModulationState` and the (requests,) int64 slots of the requests in it, -1 = no
@@ -195,9 +195,10 @@ def _control(
 def _scopes(
     scope: int | Tensor | None, table: NgramTable | None, prompts: list[list[int]],
     device: torch.device,
-) -> Tensor | None:  # fmt: skip
+) -> Tensor:  # fmt: skip
+    """(R,) int64."""
     if table is None:
-        return None
+        return torch.zeros(len(prompts), dtype=torch.int64, device=device)
     if scope is None:
         return torch.tensor(_prompts.scopes_of(prompts, table), device=device)
     rows = torch.as_tensor(scope, device=device, dtype=torch.int64)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from .statistics import Clock, Statistics
 from .trees import SIZES, BestTree, FixedTree
 
 PLAIN = DraftTree.chain(1)
+TOGETHER = 8  # plain steps whose rows the table learns in one call
 TRIALS = 3  # the fastest counts: what others do on the machine only ever adds
 
 Stop = Callable[[int, list[int]], bool]
@@ -89,7 +91,7 @@ class Run:
         sampling: Sampling,
         *,
         table: NgramTable | None,
-        scope: Tensor | None,
+        scope: Tensor,
         tree: DraftTree | None,
         drafter: Drafter | None,
         control: tuple[ModulationState, Tensor] | None,
@@ -107,6 +109,7 @@ class Run:
         trees = BestTree(self._seconds) if tree is None else FixedTree(tree)
         self.trees: BestTree | FixedTree = trees
         self.cache = SlotCache(0, model.device)
+        self._waiting: list[tuple[Tensor, ...]] = []
 
     def run(self) -> None:
         """Until every request is over."""
@@ -117,6 +120,7 @@ class Run:
             self._step()
             self.clock.read()
             self._drop()
+        self._catch_up()
         if self.table is not None and before is not None:
             after = self.table.stats()
             for order in self.table.orders:
@@ -151,8 +155,7 @@ class Run:
                     state, slot, out.tokens, out.length, entropy=out.entropy,
                     confidence=out.confidence,
                 )  # fmt: skip
-            if self.table is not None:
-                self.table.update_verified(now.context, out, scope=self.scope)
+            self._learn(tree, now, out)
         self.statistics.sizes[tree.nodes] += 1
         if self.drafter is None:
             self.trees.observe(tree, [p for p in paths if p])
@@ -171,9 +174,10 @@ class Run:
         return _Now(values[:, 0], values[:, 1], values[:, 2:])
 
     def _draft(self, tree: DraftTree, now: _Now) -> Draft:
-        if tree is PLAIN or self.table is None:
+        if tree.nodes == 1 or self.table is None:
             root = now.context[:, -1:]
             return Draft(root.clamp_min(0), root >= 0)
+        self._catch_up()
         draft = self.table.draft(
             now.context, tree, temperature=self.sampling.temperature, seed=self.sampling.seed,
             position=now.position, scope=self.scope,
@@ -213,6 +217,25 @@ class Run:
                 stats=watched,
             )  # fmt: skip
 
+    def _learn(self, tree: DraftTree, now: _Now, out: Verified) -> None:
+        """Rows of plain steps wait for company: until the next draft nobody asks for them."""
+        if self.table is None:
+            return
+        if tree.nodes > 1:
+            self.table.update_verified(now.context, out, scope=self.scope)
+            return
+        rows = now.context, out.topk_ids[:, 0], out.topk_logits[:, 0], out.lse[:, 0]
+        self._waiting.append((*rows, self.scope))
+        if len(self._waiting) == TOGETHER:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        if self.table is None or not self._waiting:
+            return
+        context, ids, logits, lse, scope = (torch.cat(x) for x in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        self.table.update(context, ids, logits, lse=lse, scope=scope)
+
     def _take_in(self, request: Request, tokens: list[int]) -> None:
         if not tokens:
             raise RuntimeError(
@@ -239,24 +262,29 @@ class Run:
         rows = torch.tensor(keep, dtype=torch.int64, device=self.model.device)
         self.cache.take(rows)
         self.sampling = self.sampling.take(rows)
-        self.scope = None if self.scope is None else self.scope[rows]
+        self.scope = self.scope[rows]
         if self.control is not None:
             self.control = self.control[0], self.control[1][rows]
 
     # ---- tree="auto"
 
     def _seconds(self, tree: DraftTree, batch: int) -> float:
-        """Time of a step without its update; all sizes are measured when the first is asked for."""
+        """Time of a step without its update; measured for all sizes when one is asked for.
+
+        A size that takes longer than its tree could ever make up for, and those above, count as
+        infinitely slow: where rows cost what they cost alone, the trials would be most of the run.
+        """
         known = self.model.seconds
         if (batch, tree.nodes) not in known:
             whole, now = DraftTree.default(SIZES[-1]), self._now()
-            trees = [PLAIN if size == 1 else whole.prefix(size) for size in SIZES]
-            for trial in range(TRIALS + 1):
-                for each in trees:
-                    seconds = self._trial(each, now)
-                    if trial:  # the first one warms up
-                        key = batch, each.nodes
-                        known[key] = min(seconds, known.get(key, seconds))
+            self._trial(PLAIN, now)  # warms up
+            for size in SIZES:
+                each, known[batch, size] = PLAIN if size == 1 else whole.prefix(size), math.inf
+                seconds = min(self._trial(each, now) for _ in range(TRIALS))
+                if seconds > (each.depth + 1) * known[batch, 1]:
+                    break
+                known[batch, size] = seconds
+            known |= {(batch, size): known.get((batch, size), math.inf) for size in SIZES}
         return known[batch, tree.nodes]
 
     def _trial(self, tree: DraftTree, now: _Now) -> float:

@@ -23,7 +23,7 @@ LOGITS = 1 << 26  # at most so many at a time: 256 MiB in fp32
 
 
 def read(
-    model: Model, requests: Sequence[Request], table: NgramTable | None, scope: Tensor | None
+    model: Model, requests: Sequence[Request], table: NgramTable | None, scope: Tensor
 ) -> SlotCache:
     """The cache of the requests, all tokens but the last in it: the first step's root is that one.
 
@@ -47,8 +47,7 @@ def read(
         longest = min(begin, total)
         logits = model(prompt_pass(part, cache, longest, table is not None))
         if table is not None:
-            scopes = None if scope is None else scope[torch.tensor(first, device=device)]
-            _learn(table, tokens, ends, begin, logits, scopes)
+            _learn(table, tokens, ends, begin, logits, scope[torch.tensor(first, device=device)])
         # What was written behind the end of a shorter prompt is not kept.
         cache.lengths = torch.minimum(ends, cache.lengths + part.shape[1])
     cache.take(torch.tensor(rows, device=device))
@@ -56,9 +55,8 @@ def read(
 
 
 def _learn(
-    table: NgramTable, tokens: Tensor, ends: Tensor, begin: int, logits: Tensor,
-    scope: Tensor | None,
-) -> None:  # fmt: skip
+    table: NgramTable, tokens: Tensor, ends: Tensor, begin: int, logits: Tensor, scope: Tensor
+) -> None:
     """The logits (D, C, V) are the model's output after tokens[:, begin : begin + C]."""
     count, width = logits.shape[1], table.orders[0]
     windows = pad(tokens, (width - 1, 0), value=-1).unfold(1, width, 1)[:, begin : begin + count]
@@ -66,7 +64,7 @@ def _learn(
     context = windows.where(inside[..., None], -1).flatten(0, 1)
     rows = logits.flatten(0, 1).float()
     top = rows.topk(min(table.topk, rows.shape[1]), dim=-1)
-    each = None if scope is None else scope.repeat_interleave(count)
+    each = scope.repeat_interleave(count)
     table.update(context, top.indices, top.values, lse=rows.logsumexp(-1), scope=each)
 
 

@@ -12,7 +12,8 @@ from ..speculation.tree import RANK_RATES
 SIZES = (1, 8, 16, 32, 80)  # nodes per request; 1 is plain decoding
 PRIOR = 4.0  # steps of a request that the rates of typical traces count as, at first
 MEMORY = 0.98  # weight of what is known of a node after each step that uses it
-PROBE = 64  # every so many steps the next larger size is tried: tables learn, texts change
+PROBE = 128  # every so many steps the next larger size is tried: tables learn, texts change
+TURN = 4  # steps with one choice
 
 
 class FixedTree:
@@ -33,7 +34,7 @@ class BestTree:
     """The prefix of the default tree that emits most tokens per second.
 
     Its expected tokens come from how often each node was visited when it was in use; its time is
-    measured once per batch size (rounded up to a power of 2) by `measure`.
+    measured once per batch size (rounded up to a power of 4) by `measure`.
     """
 
     def __init__(self, measure: Callable[[DraftTree, int], float]) -> None:
@@ -41,20 +42,26 @@ class BestTree:
         self._trees = [whole.prefix(size) for size in SIZES]
         self._measure = measure
         self._visits, self._steps = PRIOR * _likelihoods(whole), np.full(len(whole), PRIOR)
-        self._count = 0
+        self._count = self._best = 0
 
     def next(self, requests: int) -> DraftTree:
         """The tree of the next step, for so many requests that are not finished."""
-        rates = self._visits / self._steps
-        batch = 1 << (requests - 1).bit_length()
-        speeds = [rates[: len(t)].sum() / self._measure(t, batch) for t in self._trees]
+        if self._count % TURN == 0:
+            batch = 1
+            while batch < requests:
+                batch *= 4
+            expected = (self._visits / self._steps).cumsum()
+            speeds = [expected[len(t) - 1] / self._measure(t, batch) for t in self._trees]
+            self._best = int(np.argmax(speeds))
         self._count += 1
-        best = int(np.argmax(speeds)) + (self._count % PROBE == 0)
+        best = self._best + (self._count % PROBE == 0)
         return self._trees[min(best, len(SIZES) - 1)]
 
     def observe(self, tree: DraftTree, paths: Sequence[Sequence[int]]) -> None:
         """Takes in the nodes that a step visited, by request."""
         nodes = len(tree)
+        if nodes == 1:  # the root is always visited
+            return
         self._visits[:nodes] *= MEMORY
         self._steps[:nodes] *= MEMORY
         self._steps[:nodes] += len(paths)
