@@ -55,12 +55,25 @@ def test_srgen_gradient_is_autograd(form: str, chunk_rows: int | None) -> None:
     (expected,) = torch.autograd.grad(literal, delta)
     assert expected.abs().max() > 0.1
     prefix = hidden @ weight.T if form == "logits" else (hidden, weight)
-    plan = latent._plan(F64, chunk_rows)
+    plan = latent._plan(F64, chunk_rows, N)
     share = mask.to(F64) / mask.sum()
     loss = latent._SrgenLoss(prefix, labels, share, weight @ last, weight, 0.7, 0.3, plan)
     value, gradient = loss(shift.detach())
     torch.testing.assert_close(value, literal.detach(), rtol=0, atol=1e-10)
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-10)
+
+
+def test_labels_and_masks_of_any_stride_and_more_rows_than_there_are() -> None:
+    hidden, labels, last, weight = operands()
+    mask = torch.arange(N) % 3 > 0
+    expected = rk.srgen_delta((hidden, weight), labels, last, weight, mask=mask)
+    strided, masks = torch.stack((labels, labels), -1)[:, 0], torch.stack((mask, mask), -1)[:, 0]
+    out = rk.srgen_delta(
+        (hidden, weight), strided.int(), last, weight, mask=masks, chunk_rows=1 << 70
+    )
+    torch.testing.assert_close(out, expected)
+    latents = rk.latent_policy_gradient(hidden, weight, 1.0, chunk_rows=1 << 70)
+    torch.testing.assert_close(latents, rk.latent_policy_gradient(hidden, weight, 1.0))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
@@ -84,7 +97,7 @@ def test_srgen_counts_rows_without_a_finite_loss_as_0() -> None:
     kept[[3, 5, 8]] = False
 
     def loss(share: Tensor) -> tuple[Tensor, Tensor]:
-        plan = latent._plan(F64, 7)
+        plan = latent._plan(F64, 7, N)
         return latent._SrgenLoss(logits, labels, share, weight @ last, weight, 1.0, 0.0, plan)(
             shift
         )
@@ -266,7 +279,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.entropy_forks(Z.long(), MASK, 1), "entropy: expected dtype"),
     (lambda: rk.entropy_forks(Z, MASK[:2], 1), "mask: expected shape entropy.shape"),
     (lambda: rk.entropy_forks(Z, Z, 1), "mask: expected dtype torch.bool"),
-    (lambda: rk.entropy_forks(Z, MASK, -1), "n: expected an integer >= 0, got -1"),
+    (lambda: rk.entropy_forks(Z, MASK, -1), r"n: expected an integer in \[0, 2\^31\), got -1"),
     (lambda: rk.entropy_forks(Z / 0, MASK, 1), r"entropy: expected finite .* the mask, got nan"),
     (lambda: rk.completion_probe(L, SLOT, [0], [1]), r"logits: expected shape \(R, V\)"),
     (lambda: rk.completion_probe(Z, SLOT[:2], [0], [1]), r"slot: expected shape \(R,\)"),

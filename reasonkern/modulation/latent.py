@@ -109,7 +109,7 @@ def srgen_delta(
     count, dtype = _check_prefix(prefix, last_hidden, weight)
     labels, mask = _check_labels(labels, mask, count, weight)
     _check_numbers(temperature, lam, steps, lr)
-    plan = _plan(dtype, chunk_rows)
+    plan = _plan(dtype, chunk_rows, count)
     wide = accumulator_dtype(dtype)
     share = mask.to(wide) / mask.sum().clamp_min(1)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def latent_policy_gradient(
     _check_head(hidden, weight)
     _checks.check_dtype("weight", weight, hidden.dtype)
     rows = _reward_rows(reward, hidden)
-    plan = _plan(hidden.dtype, chunk_rows)
+    plan = _plan(hidden.dtype, chunk_rows, len(hidden))
     return LatentPolicy(*_LatentPolicy.apply(hidden, weight.detach(), rows, plan))  # type: ignore[no-untyped-call]
 
 
@@ -248,7 +248,7 @@ class _SrgenLoss(NamedTuple):
         value, slope = shift.new_zeros(()), torch.zeros_like(shift)
         for span, logits in _prefix_chunks(self.prefix, self.plan):
             # In the accumulator's dtype: a small shift would be lost in bfloat16 logits.
-            shifted = torch.add(logits, shift).unsqueeze(0)
+            shifted = torch.add(logits, shift).contiguous().unsqueeze(0)
             weight = self.share[span]
             loss, _ = _nll_gradient_(shifted, self.labels[span], torch.ones_like(weight), weight)
             value += loss.sum()
@@ -301,12 +301,14 @@ def _times_head(x: Tensor, weight: Tensor) -> Tensor:
 # ---- checks
 
 
-def _plan(dtype: torch.dtype, chunk_rows: int | None) -> Plan:
+def _plan(dtype: torch.dtype, chunk_rows: int | None, count: int) -> Plan:
+    """Chunks of no more than the rows that there are."""
     if isinstance(chunk_rows, bool) or not (
         chunk_rows is None or (isinstance(chunk_rows, int) and chunk_rows >= 1)
     ):
         _checks.fail("chunk_rows", "an integer >= 1 or None", repr(chunk_rows))
-    return Plan(dtype, -1 if chunk_rows is None else chunk_rows, False, -1)
+    rows = -1 if chunk_rows is None else min(chunk_rows, max(1, count))
+    return Plan(dtype, rows, False, -1)
 
 
 def _check_head(hidden: Tensor, weight: Tensor, name: str = "hidden") -> None:
@@ -361,7 +363,7 @@ def _check_labels(
     _checks.check_dtype("mask", mask, torch.bool)
     _checks.check_device("mask", mask, weight, "weight")
     _checks.check_range("labels", labels, 0, weight.shape[0], where=mask)
-    return labels.to(torch.int64), mask
+    return labels.to(torch.int64).contiguous(), mask.contiguous()
 
 
 def _check_numbers(temperature: float, lam: float, steps: int, lr: float) -> None:
@@ -376,13 +378,14 @@ def _check_numbers(temperature: float, lam: float, steps: int, lr: float) -> Non
 
 def _reward_rows(reward: float | Tensor, hidden: Tensor) -> Tensor:
     """(N,) in the accumulator's dtype."""
-    wide = accumulator_dtype(hidden.dtype)
     if not isinstance(reward, Tensor):
         _checks.check_number("reward", reward)
-        return torch.full(hidden.shape[:1], float(reward), dtype=wide, device=hidden.device)
+        reward = torch.full((), float(reward), dtype=torch.float64, device=hidden.device)
     if reward.ndim:
         _checks.check_shape("reward", reward, hidden.shape[:1], "(N,)")
     _checks.check_device("reward", reward, hidden, "hidden")
-    rows = reward.detach().to(wide).expand(hidden.shape[:1]).contiguous()
-    _checks.check_finite("reward", rows, torch.ones_like(rows, dtype=torch.bool), "finite numbers")
+    rows = reward.detach().to(accumulator_dtype(hidden.dtype))
+    rows = rows.expand(hidden.shape[:1]).contiguous()
+    every = torch.ones_like(rows, dtype=torch.bool)
+    _checks.check_finite("reward", rows, every, "finite numbers")
     return rows

@@ -25,7 +25,7 @@ def entropy_forks(entropy: Tensor, mask: Tensor, n: int) -> Tensor:
     Args:
         entropy: (B, T) of the tokens, as from `token_stats` or the sampler, any floating dtype.
         mask: (B, T) bool, the positions that may fork: no prompt, no padding.
-        n: positions per sequence, >= 0.
+        n: positions per sequence, in [0, 2^31).
 
     Returns:
         (B, n) int64, the largest entropy first; equal ones: the earlier position. A sequence with
@@ -51,8 +51,8 @@ def entropy_forks(entropy: Tensor, mask: Tensor, n: int) -> Tensor:
     _checks.check_shape("mask", mask, entropy.shape, "entropy.shape")
     _checks.check_dtype("mask", mask, torch.bool)
     _checks.check_device("mask", mask, entropy, "entropy")
-    if isinstance(n, bool) or not isinstance(n, int) or n < 0:
-        _checks.fail("n", "an integer >= 0", repr(n))
+    if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 1 << 31:
+        _checks.fail("n", "an integer in [0, 2^31)", repr(n))
     _checks.check_finite("entropy", entropy, mask, "finite values under the mask")
     # Sorted rather than topk: which of two equal entropies topk returns is not defined.
     order = (
