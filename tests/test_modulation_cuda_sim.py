@@ -121,7 +121,8 @@ def test_no_launch_changes_a_commit(simulated, launch):
 
 def test_launch_decisions(simulated):
     threads = simulated.module().row_threads
-    assert [threads(k, False) for k in (0, 32, 33, 100, 512, 100_000)] == [32, 32, 64, 128, 512, 512]
+    entries = (0, 32, 33, 100, 512, 100_000)
+    assert [threads(k, False) for k in entries] == [32, 32, 64, 128, 512, 512]
     assert threads(8, True) == 512
 
 

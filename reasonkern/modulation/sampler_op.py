@@ -27,12 +27,6 @@ SCHEMAS = {
     f"({_VERIFIED.removesuffix(')')}, {STATISTICS})",
 }
 
-_lib = torch.library.Library("reasonkern", "FRAGMENT")
-_cuda = torch.library.Library("reasonkern_cuda", "FRAGMENT")
-for _name, _schema in SCHEMAS.items():
-    _lib.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    _cuda.define(_name + _schema)
-
 REFERENCE: dict[str, Callable[..., Any]] = {
     "sample_controlled": reference_sampler.sample_controlled,
     "verify_controlled": reference_sampler.verify_controlled,
@@ -65,23 +59,7 @@ FAKE = {"sample_controlled": _fake_sample_controlled, "verify_controlled": _fake
 # ---- registrations
 
 
-def _cuda_entry(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        return _load.implementation(name, _load.choose_cuda_backend(name, args[0].device))(*args)
-
-    return call
-
-
-for _name in SCHEMAS:
-    _lib.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
-    _lib.impl(_name, _cuda_entry(_name), "CUDA")
-    torch.library.register_fake(f"reasonkern::{_name}", FAKE[_name], lib=_lib)
-    _load.register_op(
-        _name,
-        {
-            "reference": REFERENCE[_name],
-            "cpu": getattr(torch.ops.reasonkern, _name),
-            "cuda": getattr(torch.ops.reasonkern_cuda, _name),
-            "triton": None,
-        },
+for _name, _schema in SCHEMAS.items():
+    _load.define_op(
+        _name, _schema, reference=REFERENCE[_name], fake=FAKE[_name], cuda=True, triton=None
     )

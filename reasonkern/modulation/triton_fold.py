@@ -10,9 +10,7 @@ import triton.language as tl
 
 from . import layout as at
 
-PARTS, THINK_START, THINK_END = (
-    tl.constexpr(k) for k in (at.PARTS, at.THINK_START, at.THINK_END)
-)
+PARTS, THINK_START, THINK_END = (tl.constexpr(k) for k in (at.PARTS, at.THINK_START, at.THINK_END))
 ADDED_SETS, TRACK_FROM, END_LENGTH, MIN_TOKENS, WAIT_LENGTH = (
     tl.constexpr(k)
     for k in (at.ADDED_SETS, at.TRACK_FROM, at.END_LENGTH, at.MIN_TOKENS, at.WAIT_LENGTH)
@@ -188,8 +186,10 @@ def fold_chain(spec, sets, p, row, drafts, draft_tokens):
 
 @triton.jit
 def fold_tree(spec, sets, p, node, on, parents, draft_tokens):
-    """Over the tokens of a node's ancestors below the root and its own; paths are short, so each
-    ancestor is looked for from below."""
+    """Over the tokens of a node's ancestors below the root and its own.
+
+    Paths are short, so each ancestor is looked for from below.
+    """
     depth = node * 0
     above = tl.where(on, node, 0)
     while anywhere(above > 0):

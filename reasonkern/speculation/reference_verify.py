@@ -169,7 +169,7 @@ def nothing_told(logits: Tensor, columns: int) -> Told:
     """(B, columns) each: -inf and no trigger, as where there is no row."""
     shape = (logits.shape[0], columns)
     numbers = [logits.new_full(shape, -INF, dtype=torch.float32) for _ in range(5)]
-    return Told(*numbers, logits.new_zeros(shape, dtype=torch.bool))
+    return Told._make((*numbers, logits.new_zeros(shape, dtype=torch.bool)))
 
 
 def _choose_by_rejection(

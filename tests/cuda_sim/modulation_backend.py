@@ -6,61 +6,28 @@ in `settings`; no choice may change a result.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
-from cuda_sim.build import load
+from cuda_sim import launch
 from torch import Tensor
 
-ORDERS = ("forward", "reverse", "random")
 STATE = ("spec", "numbers", "progress", "set_offsets", "set_ids", "set_member")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(launch.Settings):
     """threads: of a block, which takes a row of logits; 0 = as many as a launch on a GPU has."""
 
     threads: int = 0
-    order: str = "forward"
-    seed: int = 0
 
 
-settings = Settings()
+KERNELS = launch.Kernels("modulation_sim", Settings())
+using, module = KERNELS.using, KERNELS.module
 
 
-@contextmanager
-def using(**changes: Any) -> Iterator[None]:
-    """Launches differently inside the `with` block."""
-    global settings
-    before, settings = settings, replace(settings, **changes)
-    try:
-        yield
-    finally:
-        settings = before
-
-
-@cache
-def module() -> ModuleType:
-    return load([Path(__file__).with_name("modulation_sim.cpp")], "modulation_sim")
-
-
-def _launch(threads: int) -> dict[str, int]:
-    order = ORDERS.index(settings.order)
-    return {"threads": settings.threads or threads, "order": order, "seed": settings.seed}
-
-
-def _pointers(fields: dict[str, Any]) -> dict[str, Any]:
-    for name, value in fields.items():
-        if isinstance(value, Tensor) and name != "logits":
-            assert value.is_contiguous(), name
-    return {
-        k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items() if v is not None
-    }
+def _launch(threads: int) -> dict[str, Any]:
+    return KERNELS.launch(threads=KERNELS.settings.threads or threads)
 
 
 def _state(tensors: tuple[Tensor, ...]) -> dict[str, Any]:
@@ -85,7 +52,7 @@ def modulate_logits_(
         dtype = str(logits.dtype).removeprefix("torch.")
         # Rows are short here: as many threads as on a GPU would idle, at a price.
         threads = min(64, module().row_threads(fields["entries"], dense))
-        module().modulate(dtype, _launch(threads), _pointers(fields))
+        module().modulate(dtype, _launch(threads), launch.pointers(fields, ("logits",)))
 
 
 def commit_(
@@ -99,4 +66,4 @@ def commit_(
     names = ("confidence_ring", "entropy_ring", "confidence_sum")
     fields |= dict(zip(names, rest[len(STATE) :], strict=True))
     if fields["batch"]:
-        module().commit(_launch(32), _pointers(fields))
+        module().commit(_launch(32), launch.pointers(fields))
