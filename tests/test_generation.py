@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import Any
 
 import pytest
@@ -47,11 +48,20 @@ def table_of(**changes: Any) -> rk.NgramTable:
     return rk.NgramTable(1 << 14, **({"vocab_size": VOCAB} | changes))
 
 
-def taught(requests: int, temperature: Any = T, **options: Any) -> rk.NgramTable:
+@cache
+def lesson(requests: int, temperature: float) -> dict[str, Any]:
+    table = table_of()
+    generate(
+        MODEL, BATCHES[requests][0], num_trajectories=16, seed=99, temperature=temperature,
+        max_new_tokens=NEW, table=table, tree=rk.DraftTree.default(8),
+    )  # fmt: skip
+    return table.state_dict()
+
+
+def taught(requests: int, temperature: float = T) -> rk.NgramTable:
     """A table that has seen other trajectories of the prompts."""
     table = table_of()
-    generate(MODEL, BATCHES[requests][0], num_trajectories=16, seed=99, temperature=temperature,
-             max_new_tokens=NEW, table=table, tree=rk.DraftTree.default(8), **options)  # fmt: skip
+    table.load_state_dict(lesson(requests, temperature))
     return table
 
 
