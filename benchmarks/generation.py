@@ -8,8 +8,10 @@ steps in a tenth of the time teach to write traces like those it was trained on.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -44,7 +46,8 @@ def trained(label: str) -> tuple[Transformer, Any]:
         columns = FIRST_PIECE + len(context.tokenizer.pieces)
         sizes = config.window, config.width, config.layers
         context.model = seeded(columns, *sizes, config.seed)
-    fine_tune(context)
+    with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # its progress
+        fine_tune(context)
     return context.model.eval(), context.tokenizer
 
 

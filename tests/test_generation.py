@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from typing import Any
 
 import pytest
@@ -11,7 +12,11 @@ from speculation_cases import generator, random_tree
 from torch import Tensor
 
 import reasonkern as rk
+from reasonkern.demo import arithmetic
+from reasonkern.demo.context import Config, prepare
 from reasonkern.demo.model import Decoding, Transformer, seeded
+from reasonkern.demo.tokenizer import BOS, EOS
+from reasonkern.demo.train import fine_tune
 from reasonkern.generation import Statistics, chain_proposal, generate, loop, prompts
 from reasonkern.generation.cache import SlotCache
 from reasonkern.generation.drafts import plant
@@ -43,11 +48,20 @@ def table_of(**changes: Any) -> rk.NgramTable:
     return rk.NgramTable(1 << 14, **({"vocab_size": VOCAB} | changes))
 
 
-def taught(requests: int, temperature: Any = T, **options: Any) -> rk.NgramTable:
+@cache
+def lesson(requests: int, temperature: float) -> dict[str, Any]:
+    table = table_of()
+    generate(
+        MODEL, BATCHES[requests][0], num_trajectories=16, seed=99, temperature=temperature,
+        max_new_tokens=NEW, table=table, tree=rk.DraftTree.default(8),
+    )  # fmt: skip
+    return table.state_dict()
+
+
+def taught(requests: int, temperature: float = T) -> rk.NgramTable:
     """A table that has seen other trajectories of the prompts."""
     table = table_of()
-    generate(MODEL, BATCHES[requests][0], num_trajectories=16, seed=99, temperature=temperature,
-             max_new_tokens=NEW, table=table, tree=rk.DraftTree.default(8), **options)  # fmt: skip
+    table.load_state_dict(lesson(requests, temperature))
     return table
 
 
@@ -160,6 +174,30 @@ def test_any_drafter_gives_the_plain_text(requests):
     found = generate(MODEL, given, drafter=drafter, **options)
     assert found.texts == expected
     assert found.statistics.mean_accepted > LEAST
+
+
+@pytest.mark.slow
+def test_the_demos_trained_model(tmp_path):
+    """Texts of its vocabulary of 32,768, ended by its EOS, in float64."""
+    context = prepare(Config(out=tmp_path, steps=40, minutes=1e6))
+    fine_tune(context)
+    model = Decoding(context.model.double())
+    made = arithmetic.generate(4, samples=2, seed=1)
+    texts = list(dict.fromkeys(trace.prompt for trace in made))
+    given = [[BOS, *context.tokenizer.encode(text)] for text in texts]
+    table = rk.NgramTable(1 << 16, vocab_size=model.vocab_size)
+    options = {"max_new_tokens": 100, "eos": (EOS,), "seed": 1}
+    teach = options | {"seed": 2, "temperature": 0.6, "num_trajectories": 4}
+    generate(model, given, table=table, tree=rk.DraftTree.default(8), **teach)
+    for temperature, (prompts_of, each) in itertools.product(
+        (0.0, 0.6), ((given[:1], 1), (given, 1), (given, 4))
+    ):
+        own = options | {"temperature": temperature, "num_trajectories": each}
+        expected = generate(model, prompts_of, **own).texts
+        for tree in (TREES["default"], "auto"):
+            found = generate(model, prompts_of, table=table, tree=tree, **own)
+            assert found.texts == expected
+            assert tree == "auto" or found.statistics.mean_accepted > LEAST
 
 
 def test_eos_inside_a_path():
@@ -393,7 +431,8 @@ def test_statistics_add_up():
     assert statistics.passes <= statistics.steps <= 4 * statistics.passes
     rates = statistics.hit_rates
     assert list(rates) == [4, 3, 2] and 0.2 < sum(rates.values()) <= 1
-    assert all(seconds > 0 for seconds in statistics.seconds.values())
+    timed = {name for name, seconds in statistics.seconds.items() if seconds > 0}
+    assert timed == {"prompt", "draft", "forward", "verify", "update"}  # no trials: a given tree
     assert statistics.tokens_per_second > 0
     assert f"{statistics.tokens} tokens" in str(statistics) and "order 4" in str(statistics)
 

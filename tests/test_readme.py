@@ -196,6 +196,69 @@ def test_control() -> None:
     assert raised[7] == 0  # thinking is over
 
 
+# ---- transformers
+
+
+@pytest.fixture(scope="module")
+def user() -> dict[str, Any]:
+    """What a user has: a model and its tokenizer, and the ids of left-padded prompts."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.Qwen3ForCausalLM(config).double().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+
+    class Tokenizer:
+        def batch_decode(self, rows: torch.Tensor) -> list[str]:
+            return [" ".join(map(str, row.tolist())) for row in rows]
+
+    mask = (torch.arange(6) >= torch.tensor([[0], [2]])).long()
+    ids = torch.randint(1, V, (2, 6), generator=torch.Generator().manual_seed(2)) * mask
+    return {
+        "rk": rk, "torch": torch, "model": model, "tokenizer": Tokenizer(), "input_ids": ids,
+        "attention_mask": mask,
+    }  # fmt: skip
+
+
+def shorter(code: str) -> str:
+    return re.sub(r"max_new_tokens=\d+", "max_new_tokens=40", code)
+
+
+@pytest.mark.peers
+def test_transformers(user: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's section alone: a call before and a call after."""
+    before, after = blocks("README.md", "## Your transformers model")
+    exec(shorter(before), user)
+    assert user["out"].shape == (2, 46)
+    exec(shorter(after), user)
+    found = user["out"]
+    assert found.sequences.shape == (8, 46) and len(user["table"]) > 100
+    assert "tokens in" in capsys.readouterr().out
+    plain = re.sub(r",? table=table", "", shorter(after))
+    exec(plain, user)
+    assert torch.equal(user["out"].sequences, found.sequences)
+
+
+@pytest.mark.peers
+def test_generation(user: dict[str, Any]) -> None:
+    """Both calls of the family's page, and prompt lookup as a drafter."""
+    direct, custom, drafter = map(shorter, blocks("reasonkern/generation/README.md"))
+    exec(direct, user)
+    assert user["out"].sequences.shape == (8, 46)
+    exec(custom, user)
+    assert user["sequences"].shape == (8, 46)
+    exec(drafter, user)
+    lookup = user["out"]
+    plain = re.sub(r", drafter=drafter", "", drafter.rpartition("\n\n")[2])
+    exec(plain, user)
+    assert torch.equal(user["out"].sequences, lookup.sequences)
+
+
 # ---- the other families
 
 

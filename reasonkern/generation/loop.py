@@ -168,8 +168,9 @@ class Run:
         width = 1 if self.table is None else self.table.orders[0]
         rows = []
         for r in self.requests:
-            last = [-1] * width if r.done else ([-1] * width + r.text)[-width:]
-            rows.append([len(r.text), r.end - len(r.text), *last])
+            last = [] if r.done else r.text[-width:]
+            context = [-1] * (width - len(last)) + last
+            rows.append([len(r.text), r.end - len(r.text), *context])
         values = torch.tensor(rows, device=self.model.device)
         return _Now(values[:, 0], values[:, 1], values[:, 2:])
 
@@ -276,26 +277,31 @@ class Run:
         """
         known = self.model.seconds
         if (batch, tree.nodes) not in known:
-            whole, now = DraftTree.default(SIZES[-1]), self._now()
-            self._trial(PLAIN, now)  # warms up
-            for size in SIZES:
-                each, known[batch, size] = PLAIN if size == 1 else whole.prefix(size), math.inf
-                seconds = min(self._trial(each, now) for _ in range(TRIALS))
-                if seconds > (each.depth + 1) * known[batch, 1]:
-                    break
-                known[batch, size] = seconds
-            known |= {(batch, size): known.get((batch, size), math.inf) for size in SIZES}
+            with self.clock.phase("trials"):
+                clock, self.clock = self.clock, Clock(Statistics(), self.model.device)
+                found = self._trials()
+                self.clock = clock
+            known.update({(batch, size): seconds for size, seconds in found.items()})
         return known[batch, tree.nodes]
+
+    def _trials(self) -> dict[int, float]:
+        whole, now = DraftTree.default(SIZES[-1]), self._now()
+        self._trial(PLAIN, now)  # warms up
+        found = dict.fromkeys(SIZES, math.inf)
+        for size in SIZES:
+            tree = whole.prefix(size)
+            seconds = min(self._trial(tree, now) for _ in range(TRIALS))
+            if seconds > (tree.depth + 1) * found[1]:
+                break
+            found[size] = seconds
+        return found
 
     def _trial(self, tree: DraftTree, now: _Now) -> float:
         """A step that is not committed: what it writes lies behind the texts."""
-        statistics, self.clock = self.clock, Clock(Statistics(), self.model.device)
         begin = self._time()
         draft = self._draft(tree, now)
         self._verify(self._forward(draft, tree), draft, tree, now)
-        seconds = self._time() - begin
-        self.clock = statistics
-        return seconds
+        return self._time() - begin
 
     def _time(self) -> float:
         if self.model.device.type == "cuda":

@@ -44,8 +44,7 @@ def read(
         chunk = max(1, min(CHUNK, LOGITS // (len(found) * model.vocab_size)))
     for begin in range(0, total, chunk):
         part = tokens[:, begin : begin + chunk]
-        longest = min(begin, total)
-        logits = model(prompt_pass(part, cache, longest, table is not None))
+        logits = model(prompt_pass(part, cache, begin, table is not None))
         if table is not None:
             _learn(table, tokens, ends, begin, logits, scope[torch.tensor(first, device=device)])
         # What was written behind the end of a shorter prompt is not kept.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-PHASES = ("prompt", "draft", "forward", "verify", "update")
+PHASES = ("prompt", "draft", "forward", "verify", "update", "trials")
 
 
 @dataclass
@@ -26,7 +26,8 @@ class Statistics:
     misses: int = 0
     """Look-ups that no order answered."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    """Time by phase: prompt, draft, forward (the model), verify, update (table and cache)."""
+    """Time by phase: prompt, draft, forward (the model), verify, update (table and cache), trials
+    (of tree sizes, once per model and batch size)."""
 
     @property
     def tokens(self) -> int:
