@@ -1,6 +1,6 @@
 """CyclicReflex and a thinking budget on a transformers model: ``model.generate`` with one argument.
 
-Without arguments a small Qwen2 first learns, on CPU and in a minute or two, from generated chains
+Without arguments a small Qwen2 first learns, on CPU and in about a minute, from generated chains
 of arithmetic that doubt themselves ("Wait, let me check"); then it thinks about new problems
 without control, with CyclicReflex, and with a budget. A model of your own thinks about your prompt:
 
@@ -179,7 +179,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=240, help="new tokens at most")
     parser.add_argument("--samples", type=int, default=4, help="texts per problem")
     parser.add_argument("--problems", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=300, help="of training the small model")
+    parser.add_argument("--steps", type=int, default=150, help="of training the small model")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
