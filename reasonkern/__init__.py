@@ -1,6 +1,6 @@
 """reasonkern: exact, fast kernels for the inner loops of LLM reasoning, as PyTorch operators."""
 
-from . import scaling, shaping
+from . import generation, scaling, shaping
 from ._load import info
 from .policy_loss import (
     KL,
@@ -59,6 +59,7 @@ __all__ = [
     "conflict_token_weights",
     "covariance_mask",
     "entropy_filter",
+    "generation",
     "high_entropy_mask",
     "Verified",
     "check_verifier",
