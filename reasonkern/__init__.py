@@ -1,6 +1,6 @@
 """reasonkern: exact, fast kernels for the inner loops of LLM reasoning, as PyTorch operators."""
 
-from . import scaling, shaping
+from . import generation, scaling, shaping
 from ._load import info
 from .modulation import (
     TIP,
@@ -106,6 +106,7 @@ __all__ = [
     "covariance_mask",
     "entropy_filter",
     "entropy_forks",
+    "generation",
     "high_entropy_mask",
     "info",
     "latent_policy_gradient",

@@ -66,8 +66,9 @@ PAPERS = (
     Paper(8, "DED", "Beyond Scaling Law: A Data-Efficient Distillation Framework for Reasoning",
           ("scaling.select_diverse", "linear_token_stats"), (SCALING + "ded", SFT)),
     Paper(9, "STAND", "Accelerated Test-Time Scaling with Model-Free Speculative Sampling",
-          ("NgramTable", "DraftTree", "tune_tree", "verify_tree"),
+          ("NgramTable", "DraftTree", "tune_tree", "verify_tree", "generation.generate"),
           ("test_speculation_loop.py::test_equality_gives_the_plain_text_and_learns",
+           "test_generation.py::test_speculation_gives_the_plain_text",
            "test_tune.py::test_the_kept_nodes_are_the_most_accepted")),
     Paper(10, "Solve-Detect-Verify", "Solve-Detect-Verify: Inference-Time Scaling with Flexible "
           "Generative Verifier",

@@ -313,6 +313,7 @@ REFUSED = {
     "scores": (
         {"output_scores": True, "return_dict_in_generate": True}, "output_scores: expected False",
     ),
+    "cache": ({"cache_implementation": "static"}, "cache_implementation: expected None"),
     "typical": ({"do_sample": True, "typical_p": 0.5}, "got TypicalLogitsWarper"),
 }  # fmt: skip
 
@@ -323,6 +324,16 @@ def test_custom_generate_refuses_what_it_would_ignore(ours, make, case):
     with pytest.raises(ValueError, match=message):
         make().generate(IDS, attention_mask=MASK, max_new_tokens=4, **changes,
                         custom_generate=ours.custom_generate)  # fmt: skip
+
+
+def test_custom_generate_refuses_a_cache_that_holds_something(ours, make, transformers):
+    model, cache = make(), transformers.DynamicCache()
+    model(IDS, cache=cache, use_cache=True)
+    config = transformers.GenerationConfig(max_length=20, eos_token_id=1)
+    with pytest.raises(ValueError, match="cache: expected empty: .* got 9 ids"):
+        ours.custom_generate(model, IDS, [], [], config, cache=cache)
+    with pytest.raises(ValueError, match="inputs_embeds: expected not given: prompts are ids"):
+        ours.custom_generate(model, IDS, [], [], config, inputs_embeds=torch.ones(1))
 
 
 # ---- errors

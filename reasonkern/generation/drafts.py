@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 
@@ -11,13 +12,24 @@ from .. import _checks
 from ..speculation import Draft, DraftTree
 
 Proposal = tuple[Sequence[int], Sequence[int]]
-Drafter = Callable[[Sequence[int], Sequence[list[int]]], Sequence[Proposal]]
-"""drafter(requests, texts) -> one (tokens, parents) per request.
 
-`requests` are indices that stay the same during a run, `texts` their tokens so far, not to be
-changed. ``parents[i]`` is the index of the proposed token that token i follows, below i, or -1
-where it follows the text.
-"""
+
+class Drafter(Protocol):
+    """A function that proposes continuations of texts."""
+
+    def __call__(
+        self, requests: Sequence[int], texts: Sequence[list[int]], /
+    ) -> Sequence[Proposal]:
+        """Proposes for each request that is not over; any text and any tree is allowed.
+
+        Args:
+            requests: indices that stay the same during a run.
+            texts: their tokens so far, prompts included; not to be changed.
+
+        Returns:
+            (tokens, parents) of each: ``parents[i]`` is the index of the proposed token that token
+            i follows, below i, or -1 where it follows the text. ``([], [])`` proposes nothing.
+        """
 
 
 @lru_cache(maxsize=256)
@@ -78,5 +90,9 @@ def _check_proposal(tokens: Sequence[int], parents: Sequence[int], vocab_size: i
 
 
 def chain_proposal(tokens: Sequence[int]) -> Proposal:
-    """Tokens that follow one another."""
+    """The proposal of tokens that follow one another.
+
+    Args:
+        tokens: ids, the first one following the text.
+    """
     return tokens, range(-1, len(tokens) - 1)

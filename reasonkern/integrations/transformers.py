@@ -311,6 +311,9 @@ def _check_config(config: Any, model_kwargs: dict[str, Any]) -> None:
     for name in OUTPUTS:
         if config.return_dict_in_generate and getattr(config, name, False):
             _checks.fail(name, "False", True)
+    kind = getattr(config, "cache_implementation", None)
+    if kind not in (None, "dynamic"):
+        _checks.fail("cache_implementation", "None: the loop has its own cache", repr(kind))
     for name, value in model_kwargs.items():
         if value is None or name in PREPARED[:3]:
             continue
