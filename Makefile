@@ -9,7 +9,7 @@ PY := .venv/bin/python
 CSRC := $(shell find csrc -type f 2>/dev/null)
 CXX_FILES = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: demo test test-all lint bench wheel sdist clean
+.PHONY: demo test test-all stress lint docs bench wheel sdist clean
 
 demo: .venv/.ready
 	$(PY) -m reasonkern demo $(ARGS)
@@ -26,6 +26,11 @@ lint: .venv/.ready
 	$(PY) -m mypy
 	$(CXX_FILES) | xargs -r .venv/bin/clang-format --dry-run -Werror
 
+# The API reference and the pages of the repository, from docs/_build/README.html. Any warning, a
+# broken link or the name of something that does not exist among them, is an error.
+docs: .venv/.docs
+	$(PY) -m sphinx -q -W --keep-going -b html -c docs . docs/_build
+
 bench: .venv/.ready
 	$(PY) -m benchmarks $(ARGS)
 
@@ -38,7 +43,7 @@ sdist: .venv/.ready
 	$(PY) -m build -q --no-isolation --sdist --outdir dist .
 
 clean:
-	rm -rf .venv build dist *.egg-info reasonkern/*.so tests/cuda_sim/_build
+	rm -rf .venv build dist *.egg-info reasonkern/*.so tests/cuda_sim/_build docs/_build docs/api
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 
 .venv/.torch:
@@ -49,6 +54,10 @@ clean:
 
 .venv/.ready: .venv/.torch pyproject.toml setup.py $(CSRC)
 	$(PY) -m pip install -q --no-build-isolation -e ".[demo,test,lint,bench]"
+	touch $@
+
+.venv/.docs: .venv/.ready
+	$(PY) -m pip install -q "reasonkern[docs]"
 	touch $@
 
 .venv/.peers: .venv/.ready

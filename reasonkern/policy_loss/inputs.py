@@ -32,7 +32,7 @@ class RowContext:
     """The rows of a batch: every tensor is (B, T), or (1, N) for packed tokens; None = not given.
 
     This is the ``ctx`` of a user-defined objective. ``sequence_sum(x)`` sums over each sequence and
-    gives the sum back to each of its rows; `parallel` is what was given to the loss.
+    gives the sum back to each of its rows; ``parallel`` is what was given to the loss.
     """
 
     old_logprob: Tensor | None

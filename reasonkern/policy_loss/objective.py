@@ -351,7 +351,7 @@ class Objective:
 
     @classmethod
     def kl_cov(cls, fraction: float = 2e-4, coef: float = 1.0, **terms: Any) -> Objective:
-        """-rA, + coef |log r| on the tokens of largest covariance (KL-Cov, arXiv 2505.22617).
+        """-rA, + coef abs(log r) on the tokens of largest covariance (KL-Cov, arXiv 2505.22617).
 
         The ratio is not clipped. The paper takes fraction 2e-3 for 7B and 2e-4 for 32B with coef 1;
         verl's configuration has 2e-4 and 0.1.
@@ -425,7 +425,7 @@ class Objective:
     # ---- what the operators take
 
     def numbers(self) -> tuple[Number, ...]:
-        """The fields in the order of `HYPER`, with None replaced by the number it stands for."""
+        """The fields in the order of the kernels' record; None as the number it stands for."""
         kl_coef: Number = self.kl[1] if self.kl is not None else 0.0
         return (
             0.0 if self.ratio_min is None else self.ratio_min,

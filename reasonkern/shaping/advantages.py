@@ -184,7 +184,7 @@ class ReplaySample(NamedTuple):
 def prioritised_sample(
     advantage: Tensor, k: int, *, alpha: float = 1.0, seed: int = 0
 ) -> ReplaySample:
-    """Draws k samples without replacement, p ∝ |A|^alpha over those with A ≠ 0.
+    """Draws k samples without replacement, p ∝ abs(A)^alpha over those with A ≠ 0.
 
     The selective sample buffer of Skywork R1V2 (arXiv 2504.16656), whose text says "weighted by the
     absolute advantage" and no more: the exponent is ours. Equivalent in law to

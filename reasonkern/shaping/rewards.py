@@ -322,7 +322,7 @@ def zero_sum_rewards(detected: Tensor, harmful: Tensor | None = None) -> tuple[T
     """The adversarial game of SPC (arXiv 2504.19162): a sneaky generator against a step critic.
 
     The generator plants an error, the critic says whether the step is wrong. Who wins gets 1 and
-    the other -1. Train both with `reinforce` or any other objective.
+    the other -1. Train both with `reasonkern.Objective.reinforce` or any other objective.
 
     Args:
         detected: (N,) bool, the critic called the planted step wrong.

@@ -112,8 +112,8 @@ class NgramTable:
                 order whose window holds a -1 is skipped; a row that ends in -1 is padding.
             topk_ids: (M, k) integers, k at most K; -1 = empty.
             topk_logits: (M, k) logits of the raw model output (before temperature, penalties and
-                masks), or log-probabilities where `lse` is None. A one-hot row (id, 0.0) records a
-                token of which the logits are not known.
+                masks), or log-probabilities where ``lse`` is None. A one-hot row (id, 0.0) records
+                a token of which the logits are not known.
             lse: (M,) log-sum-exp of the whole row of logits.
             scope: the scope of each row, (M,) or one number; None = 0. Contexts of one scope are
                 never found from another: an engine gives each distinct prompt its own.
@@ -328,7 +328,7 @@ class NgramTable:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings and tensors (the live ones, as of a module), for `torch.save`."""
+        """Settings and tensors (the live ones, as of a module), for ``torch.save``."""
         return {"settings": self._settings(), **self._state._asdict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -71,7 +71,7 @@ class DraftTree:
 
     @classmethod
     def default(cls, nodes: int = 80) -> DraftTree:
-        """The most likely `nodes` nodes under fixed rates by rank, typical of reasoning traces.
+        """The most likely ``nodes`` nodes under fixed rates by rank, typical of reasoning traces.
 
         Nodes are ordered by their likelihood, so ``default(m)`` is the prefix of ``default(n)``.
         `reasonkern.tune_tree` fits a tree to your own traces instead.
@@ -82,7 +82,7 @@ class DraftTree:
     def grow(
         cls, nodes: int, *, rates: Sequence[float] = RANK_RATES, depth: int | None = None
     ) -> DraftTree:
-        """The `nodes` most likely nodes, most likely first.
+        """The ``nodes`` most likely nodes, most likely first.
 
         Args:
             nodes: number of nodes, the root included.
@@ -169,7 +169,7 @@ class DraftTree:
         return self._tensors[device]
 
     def prefix(self, nodes: int) -> DraftTree:
-        """The tree of the first `nodes` nodes, 1 to N."""
+        """The tree of the first ``nodes`` nodes, 1 to N."""
         if not isinstance(nodes, int) or not 1 <= nodes <= self.nodes:
             _checks.fail("nodes", f"an integer in [1, {self.nodes}]", nodes)
         return DraftTree(self._parents[:nodes])

@@ -30,14 +30,14 @@ def tune_tree(
     vocab_size: int | None = None,
     orders: Sequence[int] = (4, 3, 2),
 ) -> DraftTree:
-    """Cuts a big tree down to the `nodes` nodes that are accepted most often.
+    """Cuts a big tree down to the ``nodes`` nodes that are accepted most often.
 
     The result is ordered by acceptance, so its first n nodes are the tuned tree of n nodes. A node
     counts at least as much as its later siblings and its children, which keeps every prefix a
     tree; ties go to the smaller depth, then to the lower index of the big tree.
 
     Args:
-        source: (N,) acceptance counts by node of `tree` (how often ``Verified.path`` visited each,
+        source: (N,) acceptances by node of ``tree`` (how often ``Verified.path`` visited each,
             over all steps), or recorded sequences of token ids, which are replayed through a table
             (see ``python -m reasonkern tune``): a list of sequences of integers.
         nodes: nodes of the result, the root included.
@@ -49,8 +49,8 @@ def tune_tree(
         `DraftTree`.
 
     Raises:
-        ValueError: counts that are negative, not finite or not one per node of `tree`; more nodes
-            than `tree` has; no sequences.
+        ValueError: counts that are negative, not finite or not one per node of ``tree``; more nodes
+            than ``tree`` has; no sequences.
 
     Example:
         >>> import torch, reasonkern as rk

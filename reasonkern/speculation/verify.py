@@ -66,14 +66,14 @@ def request_seeds(
 ) -> Tensor:
     """Independent 64-bit seeds for the requests of a run, a Philox hash of (seed, index).
 
-    Neighbouring seeds would be no worse, but a run seeded `seed + 1` would share all but one
+    Neighbouring seeds would be no worse, but a run seeded ``seed + 1`` would share all but one
     request's noise with this one; hashed seeds share none. Two requests with the same seed get the
     same noise at the same position.
 
     Args:
         seed: any integer below 2^64, or a 0-dim int64 tensor read as uint64.
         batch: number of seeds B.
-        device: of the result; None = that of `seed`, or the CPU.
+        device: of the result; None = that of ``seed``, or the CPU.
 
     Returns:
         (B,) int64, to be read as uint64.
@@ -196,7 +196,7 @@ def verify_tree(
         logits: (B, N, V): row i is the model's output after node i. float32, bfloat16, float16 or
             float64 (read as float32), the last dimension contiguous. Only the rows on the path are
             read.
-        draft: a `Draft` for `tree`. A request whose root is not valid is padding: length 0.
+        draft: a `Draft` for ``tree``. A request whose root is not valid is padding: length 0.
         tree: the `DraftTree` of N nodes.
         temperature: as in `sample`; requests with temperature 0 are greedy in every mode.
         top_k: as in `sample`. None = off.
@@ -273,7 +273,7 @@ def compact_kv_(
     Args:
         key: (B, H, S, D), or (blocks, block_size, H, D) with a block table; any strides whose rows
             do not overlap.
-        value: laid out like `key`; its D may differ.
+        value: laid out like ``key``; its D may differ.
         lengths: (B,) int64 committed tokens in the cache, the root's slot excluded.
         path: (B, P) int64, `Verified.path`.
         accepted: (B,) int64, `Verified.length`; 0 moves nothing.
