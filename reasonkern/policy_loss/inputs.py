@@ -217,7 +217,7 @@ def as_objective(objective: Objective | Callable[..., Tensor]) -> Objective:
 def canonical_loss_scale(loss_scale: Tensor | None, context: RowContext) -> Tensor | None:
     if loss_scale is None:
         return None
-    check_tensor("loss_scale", loss_scale)
+    _checks.check_device("loss_scale", loss_scale, context.weight, "logits")
     if loss_scale.ndim:
         _checks.fail("loss_scale", "a 0-dim tensor", f"shape {tuple(loss_scale.shape)}")
     return loss_scale.detach().to(context.weight)

@@ -281,6 +281,7 @@ def composed_all_correct(
     used = torch.ones_like(correct) if valid is None else valid
     _checks.check_dtype("valid", used, torch.bool)
     _checks.check_shape("valid", used, correct.shape, "correct.shape")
+    _checks.check_device("valid", used, correct, "correct")
     if mode == "all":
         return (used.any(1) & (correct | ~used).all(1)).float()
     from_end = used.flip(1).long().cumsum(1).flip(1)

@@ -82,6 +82,7 @@ def check_verifier(
     _check_size("vocab", vocab, 2, 6 if exact else 4096)
     _check_size("children", children, 1, min(3 if exact else 64, vocab))
     _check_size("depth", depth, 1, 3 if exact else 8)
+    _checks.check_seed("seed", seed)
     toy = Toy(vocab, children, depth, seed)
     if exact:
         return exact_report(fn, toy)

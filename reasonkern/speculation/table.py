@@ -335,16 +335,12 @@ class NgramTable:
         """Takes the contents of a table of the same settings; drafts are the same to the bit.
 
         Raises:
-            ValueError: other settings, or a tensor that is missing or of another shape or dtype.
+            ValueError: other settings; a tensor that is missing, of another shape or dtype, or (if
+                it comes from the CPU) with contents that no table has.
         """
         if state.get("settings") != self._settings():
             _checks.fail("state", f"settings {self._settings()}", state.get("settings"))
-        for name, tensor in self._state._asdict().items():
-            given = state.get(name)
-            if not isinstance(given, Tensor):
-                _checks.fail(f"state[{name!r}]", "a tensor", type(given).__name__)
-            _checks.check_dtype(f"state[{name!r}]", given, tensor.dtype)
-            _checks.check_shape(f"state[{name!r}]", given, tensor.shape, "of this table")
+        inputs.check_state(self, state, self._state)
         for name, tensor in self._state._asdict().items():
             tensor.copy_(state[name])
 

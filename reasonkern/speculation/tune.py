@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _checks
@@ -59,8 +60,14 @@ def tune_tree(
         [-1, 0, 1, 0]
     """
     tree = big_tree() if tree is None else tree
+    if not isinstance(tree, DraftTree):
+        _checks.fail("tree", "a DraftTree or None", type(tree).__name__)
     if not isinstance(nodes, int) or not 1 <= nodes <= tree.nodes:
         _checks.fail("nodes", f"an integer in [1, {tree.nodes}], the nodes of the tree", nodes)
+    if vocab_size is not None:
+        _checks.check_integer("vocab_size", vocab_size, 1, or_none=" or None")
+    if isinstance(source, Tensor):
+        _checks.check_values("source", source)
     if isinstance(source, Tensor) or (len(source) and isinstance(source[0], int | float)):
         counts = torch.as_tensor(source, dtype=torch.float64).cpu()
     else:
@@ -76,13 +83,20 @@ def tune_tree(
 
 def _token_traces(sequences: Sequence[Any]) -> list[TokenTrace]:
     traces = [
-        s if isinstance(s, TokenTrace) else TokenTrace(np.asarray(s, dtype=np.int64))
-        for s in sequences
+        s if isinstance(s, TokenTrace) else TokenTrace(_token_ids(i, s))
+        for i, s in enumerate(sequences)
     ]
     traces = [trace for trace in traces if len(trace.tokens)]
     if not traces:
         _checks.fail("source", "at least one sequence of token ids", "none")
     return traces
+
+
+def _token_ids(index: int, sequence: Any) -> NDArray[np.int64]:
+    ids = np.asarray(sequence)
+    if ids.ndim != 1 or (ids.size and (ids.dtype.kind not in "iu" or int(ids.min()) < 0)):
+        _checks.fail(f"source[{index}]", "a sequence of token ids", repr(sequence))
+    return ids.astype(np.int64)
 
 
 def _most_accepted(counts: list[float], tree: DraftTree, nodes: int) -> DraftTree:

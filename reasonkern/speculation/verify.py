@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._checks import check_tensor
 from . import noise
 from . import verify_op as _verify_op  # noqa: F401  (defines the operators)
 from .draft import Draft
@@ -20,7 +21,6 @@ from .inputs import (
     check_logits,
     check_mask,
     check_slots,
-    check_tensor,
     row_parameters,
     step_limits,
 )
@@ -86,8 +86,7 @@ def request_seeds(
         >>> rk.request_seeds(0, 3).tolist()[:2] == rk.request_seeds(0, 2).tolist()
         True
     """
-    if not isinstance(batch, int) or batch < 0:
-        _checks.fail("batch", "an integer >= 0", repr(batch))
+    _checks.check_integer("batch", batch, 0)
     if isinstance(seed, Tensor):
         _checks.check_dtype("seed", seed, torch.int64)
         _checks.check_shape("seed", seed, (), "0-dim")
@@ -154,7 +153,7 @@ def sample(
     """
     check_logits(logits, 2, "(B, V)")
     rows = row_parameters(logits, temperature, top_k, top_p, min_p, seed, position)
-    check_mask("mask", mask, logits)
+    mask = check_mask("mask", mask, logits)
     with torch.no_grad():
         return cast(Tensor, torch.ops.reasonkern.sample(logits, mask, *rows))
 
@@ -236,11 +235,10 @@ def verify_tree(
     _checks.check_choice("mode", mode, MODES)
     if mode == "greedy" and (isinstance(temperature, Tensor) or temperature != 0):
         _checks.fail("temperature", 'the number 0 with mode="greedy"', temperature)
-    if not isinstance(topk, int) or not 1 <= topk <= MAX_TOPK:
-        _checks.fail("topk", f"an integer in [1, {MAX_TOPK}]", repr(topk))
+    _checks.check_integer("topk", topk, 1, MAX_TOPK)
     drafted = check_draft(draft, tree, logits, mode == "rejection")
     rows = row_parameters(logits, temperature, top_k, top_p, min_p, seed, position)
-    check_mask("node_mask", node_mask, logits)
+    node_mask = check_mask("node_mask", node_mask, logits)
     limits = step_limits(logits, tree, eos, max_length, num_nodes)
     shape = tree.tensors(logits.device)
     with torch.no_grad():

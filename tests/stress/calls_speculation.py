@@ -82,9 +82,7 @@ def verify_spoilt_draft(draw: Draw) -> Arguments:
     return arguments | arguments.pop("draft")._asdict()
 
 
-def run_verify_parts(
-    tokens: Any, valid: Any, q_ids: Any, q_logprob: Any, **arguments: Any
-) -> Any:
+def run_verify_parts(tokens: Any, valid: Any, q_ids: Any, q_logprob: Any, **arguments: Any) -> Any:
     return run_verify_tree(draft=rk.Draft(tokens, valid, q_ids, q_logprob), **arguments)
 
 

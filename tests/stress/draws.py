@@ -134,6 +134,6 @@ def spoil(draw: Draw, arguments: Arguments) -> tuple[Arguments, bool]:
         except (RuntimeError, IndexError):  # this tensor cannot be spoilt so
             return arguments, False
     if isinstance(value, (int, float)) and not isinstance(value, bool) and draw.integer(0, 9):
-        given = draw.choice(*NUMBERS, torch.tensor(float(value)), torch.tensor([value, value]))
+        given = draw.choice(*NUMBERS, torch.tensor(float(value)), torch.full((2,), float(value)))
         return arguments | {name: given}, False
     return arguments | {name: draw.choice(*OTHERS)}, True
