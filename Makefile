@@ -20,6 +20,12 @@ test: lint
 test-all: lint .venv/.peers
 	$(PY) -m pytest --summary docs/test-all.md $(ARGS)
 
+# Fuzzing, threads, processes, pickles, what may be absent; then the CPU library under sanitizers.
+# STRESS_EXAMPLES=10000   calls per family
+stress: .venv/.ready
+	$(PY) -m pytest tests/stress $(ARGS)
+	$(PY) tests/stress/sanitize.py
+
 lint: .venv/.ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

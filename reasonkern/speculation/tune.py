@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import _checks
-from .replay import TokenTrace, replay
 from .tree import DraftTree
 
 BIG_NODES, BIG_DEPTH = 625, 20
@@ -71,7 +68,9 @@ def tune_tree(
     if isinstance(source, Tensor) or (len(source) and isinstance(source[0], int | float)):
         counts = torch.as_tensor(source, dtype=torch.float64).cpu()
     else:
-        traces = _token_traces(source)
+        from .replay import replay, token_traces  # numpy
+
+        traces = token_traces(source)
         vocab = vocab_size or 1 + max(int(trace.tokens.max()) for trace in traces)
         replayed = replay(traces, tree, vocab_size=vocab, orders=orders)
         counts = torch.from_numpy(replayed.accepted).double()
@@ -79,24 +78,6 @@ def tune_tree(
     if not bool(((counts >= 0) & counts.isfinite()).all()):
         _checks.fail("source", "finite counts >= 0", counts.tolist())
     return _most_accepted(counts.tolist(), tree, nodes)
-
-
-def _token_traces(sequences: Sequence[Any]) -> list[TokenTrace]:
-    traces = [
-        s if isinstance(s, TokenTrace) else TokenTrace(_token_ids(i, s))
-        for i, s in enumerate(sequences)
-    ]
-    traces = [trace for trace in traces if len(trace.tokens)]
-    if not traces:
-        _checks.fail("source", "at least one sequence of token ids", "none")
-    return traces
-
-
-def _token_ids(index: int, sequence: Any) -> NDArray[np.int64]:
-    ids = np.asarray(sequence)
-    if ids.ndim != 1 or (ids.size and (ids.dtype.kind not in "iu" or int(ids.min()) < 0)):
-        _checks.fail(f"source[{index}]", "a sequence of token ids", repr(sequence))
-    return ids.astype(np.int64)
 
 
 def _most_accepted(counts: list[float], tree: DraftTree, nodes: int) -> DraftTree:
