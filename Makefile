@@ -23,7 +23,7 @@ test-all: lint .venv/.peers
 # Fuzzing, threads, processes, pickles, what may be absent; then the CPU library under sanitizers.
 # STRESS_EXAMPLES=10000   calls per family
 stress: .venv/.ready
-	$(PY) -m pytest tests/stress $(ARGS)
+	$(PY) -m pytest tests/stress -o faulthandler_timeout=1800 $(ARGS)
 	$(PY) tests/stress/sanitize.py
 
 lint: .venv/.ready
