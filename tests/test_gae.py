@@ -135,7 +135,7 @@ def test_cases_are_hard() -> None:
     assert (ends["zero"] != ends["last"]).any() and (ends["given"] != ends["last"]).any()
 
 
-def test_one_block_of_the_real_size() -> None:
+def test_one_triton_block_of_the_real_size() -> None:
     """Triton's own block size, a row that takes two of them."""
     triton = make_backend("triton")
     reward, value = randn(1, 1100, seed=4).float(), randn(1, 1100, seed=5).float()

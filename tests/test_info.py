@@ -169,5 +169,35 @@ def test_no_evidence_without_a_match(tmp_path, change):
     assert evidence.collect(tmp_path) == {}
 
 
+def write_tests(tmp_path, name, day, lost=(), **failed):
+    machine = {"gpu": "Toy GPU", "architecture": "sm_90", "date": f"2026-11-{day}T10:00:00+00:00"}
+    rows = [{"op": op, "backend": "cuda", "passed": 3, "failed": n} for op, n in failed.items()]
+    content = {"machine": machine, "tests": rows, "lost": list(lost)}
+    (tmp_path / f"{name}-tests.json").write_text(json.dumps(content))
+
+
+def test_evidence_comes_from_tests_that_all_passed(tmp_path):
+    write_tests(tmp_path, "a", 24, sample=0, gae=1)
+    found = evidence.collect(tmp_path)
+    assert found == {("sample", "sm_90", "cuda"): "Toy GPU, 2026-11-24 (a-tests.json)"}
+
+
+def test_failed_tests_count_until_they_pass(tmp_path):
+    key = ("policy_loss", "sm_90", "cuda")
+    write_tests(tmp_path, "a", 22, policy_loss=1)
+    result_file(tmp_path)  # a benchmark of the 23rd that matched
+    assert key not in evidence.collect(tmp_path)
+    assert ("scale_rows_", *key[1:]) in evidence.collect(tmp_path)
+    write_tests(tmp_path, "b", 24, policy_loss=0)
+    assert evidence.collect(tmp_path)[key] == "Toy GPU, 2026-11-24 (b-tests.json)"
+    write_tests(tmp_path, "c", 25, policy_loss=1)
+    assert key not in evidence.collect(tmp_path)
+
+
+def test_a_lost_test_may_have_reached_anything(tmp_path):
+    write_tests(tmp_path, "a", 24, lost=["test_x.py::test"], sample=0)
+    assert evidence.collect(tmp_path) == {}
+
+
 def test_evidence_file_is_up_to_date():
     assert evidence.TARGET.read_text() == evidence.render(evidence.collect())

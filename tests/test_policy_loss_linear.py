@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import reasonkern as rk
-from reasonkern import Objective, RowContext, linear_policy_loss, linear_token_stats
+from reasonkern import Objective, RowContext, _load, linear_policy_loss, linear_token_stats
 from reasonkern.policy_loss.chunks import Plan, chunk_size
 
 front = importlib.import_module("reasonkern.policy_loss.linear")
@@ -49,6 +49,20 @@ OBJECTIVES: dict[str, Any] = {
 }
 TWO_PHASE = ("opsm", "gspo", "gmpo", "vespo", "custom")
 EACH_PATH = pytest.mark.parametrize("name", ["every term", "gspo", "custom"])
+
+
+@pytest.fixture(params=["cpu", "cuda", "triton"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where the operands are: on a GPU with the row operators of one backend or the other."""
+    backend = request.param
+    if backend == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if problem := _load.reason(backend):
+        pytest.skip(problem)
+    monkeypatch.setattr(_load, "choose_cuda_backend", lambda *_: backend)
+    return "cuda"
 
 
 def head(dtype: torch.dtype = F64, vocab: int = V) -> Tensor:
@@ -108,7 +122,9 @@ SHAPES = [(64, 32, 128), (37, 13, 101), (33, 1, 7), (1, 5, 130), (16, 8, 1)]
 DTYPES = [F32, BF16, F64]
 
 
-def problem(n: int, d: int, vocab: int, dtype: torch.dtype) -> tuple[list[Tensor], Tensor, Any]:
+def problem(
+    n: int, d: int, vocab: int, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[list[Tensor], Tensor, Any]:
     """Operands, targets and the other arguments of a loss with ratios on both sides of 1."""
     x = [randn(n, d, seed=1), 2 * randn(vocab, d, seed=2) / d**0.5, randn(vocab, seed=3)]
     x = [t.to(dtype).requires_grad_() for t in x]
@@ -120,28 +136,35 @@ def problem(n: int, d: int, vocab: int, dtype: torch.dtype) -> tuple[list[Tensor
         "weight": randn(n, seed=9).abs() / n,
     }
     given["weight"][::7] = 0
-    return x, y, given
+    return move(x, y, given, device)
+
+
+def move(x: list[Tensor], y: Tensor, given: Any, device: str) -> tuple[list[Tensor], Tensor, Any]:
+    """The same problem on a device."""
+    x = [t.detach().to(device).requires_grad_() for t in x]
+    return x, y.to(device), {name: t.to(device) for name, t in given.items()}
 
 
 def off_by(got: list[Tensor], truth: list[Tensor]) -> list[float]:
-    return [(g.double() - t).abs().max().item() for g, t in zip(got, truth, strict=True)]
+    return [(g.double().cpu() - t).abs().max().item() for g, t in zip(got, truth, strict=True)]
 
 
 @pytest.mark.parametrize("objective", [Objective.dapo(entropy_coef=0.1), custom], ids=["3", "4"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_loss_is_as_accurate_as_on_the_logits(
-    shape: tuple[int, int, int], dtype: torch.dtype, objective: Any
+    shape: tuple[int, int, int], dtype: torch.dtype, objective: Any, device: str
 ) -> None:
     """Against float64: error at most twice that of F.linear and policy_loss, plus 2 ulp."""
     x, y, given = problem(*shape, dtype)
     exact = [t.detach().double().requires_grad_() for t in x]
-    given["objective"] = objective
 
     def results(out: rk.PolicyLossOutput, leaves: list[Tensor]) -> list[Tensor]:
         return [*(t.detach() for t in out[:4]), *torch.autograd.grad(out.loss, leaves)]
 
-    truth = results(rk.policy_loss(F.linear(*exact), y, **given), exact)
+    truth = results(rk.policy_loss(F.linear(*exact), y, objective=objective, **given), exact)
+    x, y, given = move(x, y, given, device)
+    given["objective"] = objective
     base = off_by(results(rk.policy_loss(F.linear(*x), y, **given), x), truth)
     for chunk_rows in (None, 16, 5):
         found = results(linear_policy_loss(*x[:2], y, bias=x[2], chunk_rows=chunk_rows, **given), x)
@@ -153,10 +176,10 @@ def test_loss_is_as_accurate_as_on_the_logits(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_statistics_equal_those_of_the_logits(
-    shape: tuple[int, int, int], dtype: torch.dtype
+    shape: tuple[int, int, int], dtype: torch.dtype, device: str
 ) -> None:
-    x, y, _ = problem(*shape, dtype)
-    mask = torch.arange(shape[0]) % 5 != 2
+    x, y, _ = problem(*shape, dtype, device)
+    mask = torch.arange(shape[0], device=device) % 5 != 2
     y[~mask] = -100
     options: dict[str, Any] = {"mask": mask, "temperature": 0.7, "softcap": 15.0}
     expected = rk.token_stats(F.linear(*x), y, **options)
@@ -204,15 +227,20 @@ def test_padded_rows_temperature_and_strided_hidden(temperature: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("chunk_rows", [None, 7, 32])
-def test_ratio_is_one_on_the_first_update(chunk_rows: int | None, dtype: torch.dtype) -> None:
+def test_ratio_is_one_on_the_first_update(
+    chunk_rows: int | None, dtype: torch.dtype, device: str
+) -> None:
     """Old log-probabilities from the no-grad pass: nothing is clipped even between 1 and 1."""
-    x, y, given = problem(45, 24, 1003, dtype)
+    x, y, given = problem(45, 24, 1003, dtype, device)
     with torch.no_grad():
         stats = linear_token_stats(*x[:2], y, bias=x[2], chunk_rows=chunk_rows)
     for objective in (Objective.ppo(1.0, 1.0), Objective.gspo(1.0, 1.0)):
         given |= {"old_logprob": stats.logprob, "objective": objective}
         if objective.level == "sequence":
-            given |= {"segments": torch.tensor([0, 20, 45]), "advantage": torch.ones(2)}
+            given |= {
+                "segments": torch.tensor([0, 20, 45], device=device),
+                "advantage": torch.ones(2, device=device),
+            }
         out = linear_policy_loss(*x[:2], y, bias=x[2], chunk_rows=chunk_rows, **given)
         values = out.metrics.compute()
         assert values["ratio_min"] == values["ratio_max"] == 1 and values["clip_frac"] == 0
@@ -221,17 +249,17 @@ def test_ratio_is_one_on_the_first_update(chunk_rows: int | None, dtype: torch.d
         assert_same_bits(out.entropy[live], stats.entropy[live])
 
 
-def test_rows_do_not_depend_on_the_batch_at_equal_chunk_rows() -> None:
+def test_rows_do_not_depend_on_the_batch_at_equal_chunk_rows(device: str) -> None:
     """The last chunk is filled up, so every product has the same shape."""
-    x, y, _ = problem(50, 24, 1003, F32)
+    x, y, _ = problem(50, 24, 1003, F32, device)
     with torch.no_grad():
         many = linear_token_stats(*x[:2], y, bias=x[2], chunk_rows=16)
         few = linear_token_stats(x[0][:19], x[1], y[:19], bias=x[2], chunk_rows=16)
     assert_same_bits(few, [t[:19] for t in many])
 
 
-def test_deterministic() -> None:
-    x, y, given = problem(50, 24, 1003, BF16)
+def test_deterministic(device: str) -> None:
+    x, y, given = problem(50, 24, 1003, BF16, device)
     given["objective"] = Objective.dapo()
     results = []
     for _ in range(2):
@@ -296,9 +324,9 @@ def test_a_nonfinite_row_is_left_out_and_counted(name: str, value: float) -> Non
 
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("width", [12, 13])
-def test_a_nonfinite_row_reaches_no_neighbour(width: int, dtype: torch.dtype) -> None:
+def test_a_nonfinite_row_reaches_no_neighbour(width: int, dtype: torch.dtype, device: str) -> None:
     """bfloat16 products read past rows of odd length."""
-    x, y, given = problem(37, width, 101, dtype)
+    x, y, given = problem(37, width, 101, dtype, device)
     given |= {"objective": custom if dtype == F16 else Objective.dapo()}
     expected = linear_policy_loss(*x[:2], y, bias=x[2], **given)
     x[0].detach()[1::2] = NAN
