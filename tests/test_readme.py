@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
+import operator
 import re
 from pathlib import Path
 from typing import Any
 
+import ops
 import pytest
 import torch
 from torch.nn.functional import linear
 from torch.testing import assert_close
 
 import reasonkern as rk
+from reasonkern import _load
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -41,6 +45,32 @@ def test_links(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+# ---- the table of operators
+
+
+def test_the_table_of_operators_is_up_to_date() -> None:
+    """After a change: python tests/ops.py."""
+    (table,) = ops.TABLE.findall(ops.TARGET.read_text())
+    assert table == ops.render()
+
+
+def test_the_table_holds_every_operator_and_public_function() -> None:
+    """A new one gets a row in tests/ops.py."""
+    assert {name for row in ops.ROWS for name in row.operators} == set(_load._ops)
+    named = {name for row in ops.ROWS for name in row.functions}
+    public = {n for n in rk.__all__ if inspect.isfunction(getattr(rk, n))} | {"NgramTable"}
+    assert public - {"info"} <= named
+    for name in named - {"shaping.*", "scaling.*"}:
+        assert operator.attrgetter(name)(rk)
+
+
+def test_backends_of_the_table_are_those_of_this_machine() -> None:
+    """Where the library is built, the sources and the dispatcher say the same."""
+    if _load.reason("cpu"):
+        pytest.skip(_load.reason("cpu"))
+    assert {name for name in _load._ops if not _load._missing(name, "cpu")} == ops.registered(False)
 
 
 # ---- the trainer
