@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import operator
 import re
 from pathlib import Path
@@ -45,6 +46,40 @@ def test_links(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+# ---- the numbers
+
+CPU_RESULT = "amd-epyc-zen5-2core/2026-11-23-0a8dd604c2.json"
+GPU_RESULT = "h200/2026-11-26-66ac5e4.json"
+LOSS = "policy_loss/dapo-{}inplace/{}x151936/{}"
+
+
+def measured(file: str, case: str) -> dict[str, dict[str, Any]]:
+    content = json.loads((ROOT / "benchmarks/results" / file).read_text())
+    (found,) = (c for c in content["cases"] if c["id"].startswith(case))
+    return {provider["name"]: provider for provider in found["providers"]}
+
+
+def milliseconds(provider: dict[str, Any]) -> str:
+    return f"{provider['seconds']['median'] * 1e3:.3g}"
+
+
+def test_the_numbers_are_those_of_the_committed_results() -> None:
+    text = (ROOT / "README.md").read_text().partition("## Measured")[2].partition("\n## ")[0]
+    assert CPU_RESULT in text and GPU_RESULT in text
+    cpu, gpu, gpu_entropy = re.findall(r"^\| (?:2 cores|NVIDIA H200).*$", text, re.M)
+    ran = measured(CPU_RESULT, LOSS.format("entropy-", 256, "float32/t2"))
+    for name in ("eager", "compile"):
+        assert f"{ran[name]['ratio']['median']:.0f} ×" in cpu
+    assert 0.95 < ran["reasonkern"]["copy_share"] < 1.05
+    ran = measured(GPU_RESULT, LOSS.format("", 8192, "bfloat16"))
+    for name in ("ours-cuda", "liger", "trl", "compile", "eager"):
+        assert milliseconds(ran[name]) in gpu
+    assert f"{ran['ours-cuda']['copy_share']:.0%}".replace("%", " %") in gpu
+    ran = measured(GPU_RESULT, LOSS.format("entropy-", 8192, "bfloat16"))
+    for name in ("ours-cuda", "compile", "eager"):
+        assert milliseconds(ran[name]) in gpu_entropy
 
 
 # ---- the table of operators
