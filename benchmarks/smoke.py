@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -134,10 +134,15 @@ def verify(vocab: int, dtype: torch.dtype, mode: str, device: str) -> Outputs:
     return {**named, **out._asdict(), "cache": cache}
 
 
-def checks(backend: str, family: str) -> Iterator[tuple[str, Check]]:
-    """Named calls: a row smaller than a warp, one with a ragged tail, one of a whole cluster."""
-    types = (torch.float32, torch.bfloat16)
-    shapes = [(vocab, dtype) for vocab in (7, 1021, 151_936) for dtype in types]
+# A row smaller than a warp, one with a ragged tail, one of a whole cluster.
+VOCABULARIES = (7, 1021, 151_936)
+
+
+def checks(
+    backend: str, family: str, vocabularies: Sequence[int] = VOCABULARIES
+) -> Iterator[tuple[str, Check]]:
+    """Named calls."""
+    shapes = [(v, dtype) for v in vocabularies for dtype in (torch.float32, torch.bfloat16)]
     if family == "policy_loss":
         for v, d in shapes:
             yield f"token_stats {v} {d}", lambda on, v=v, d=d: token_stats(v, d, on)
@@ -186,10 +191,11 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.smoke", description=__doc__)
     parser.add_argument("backend", choices=["cuda", "triton"])
     parser.add_argument("--family", choices=FAMILIES, help="default: all")
+    parser.add_argument("--vocab", type=int, nargs="+", default=VOCABULARIES, help="row sizes")
     options = parser.parse_args()
     ops, bad, count = set[str](), 0, 0
     for family in [options.family] if options.family else FAMILIES:
-        for name, check in checks(options.backend, family):
+        for name, check in checks(options.backend, family, options.vocab):
             count += 1
             try:
                 want = check("cpu")

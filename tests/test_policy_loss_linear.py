@@ -155,7 +155,11 @@ def off_by(got: list[Tensor], truth: list[Tensor]) -> list[float]:
 def test_loss_is_as_accurate_as_on_the_logits(
     shape: tuple[int, int, int], dtype: torch.dtype, objective: Any, device: str
 ) -> None:
-    """Against float64: error at most twice that of F.linear and policy_loss, plus 2 ulp."""
+    """Against float64: error at most twice that of F.linear and policy_loss, plus 2 ulp.
+
+    A float64 result has no better truth than one rounded like itself: there the bound of what a
+    product rounds, D eps |h| |W|^T, comes on top; products of other sizes add in other orders.
+    """
     x, y, given = problem(*shape, dtype)
     exact = [t.detach().double().requires_grad_() for t in x]
 
@@ -166,11 +170,13 @@ def test_loss_is_as_accurate_as_on_the_logits(
     x, y, given = move(x, y, given, device)
     given["objective"] = objective
     base = off_by(results(rk.policy_loss(F.linear(*x), y, **given), x), truth)
+    products = (exact[0].detach().abs() @ exact[1].detach().abs().mT).max().item()
+    reordered = 2 * shape[1] * products if dtype == F64 else 0.0
     for chunk_rows in (None, 16, 5):
         found = results(linear_policy_loss(*x[:2], y, bias=x[2], chunk_rows=chunk_rows, **given), x)
         for got, error, b, t in zip(found, off_by(found, truth), base, truth, strict=True):
             size = max(t.abs().max().item(), 1e-3 if dtype == BF16 else 1e-6)
-            assert error <= 2 * b + 4 * torch.finfo(got.dtype).eps * size
+            assert error <= 2 * b + (4 + reordered) * torch.finfo(got.dtype).eps * size
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
