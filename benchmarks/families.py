@@ -6,7 +6,7 @@ import importlib
 
 from benchmarks.case import Family
 
-NAMES = ("policy_loss", "linear_policy_loss", "speculation", "shaping")
+NAMES = ("policy_loss", "linear_policy_loss", "speculation", "modulation", "shaping")
 
 
 def load(name: str) -> Family:

@@ -97,7 +97,7 @@ PAPERS = (
           (SHAPING + "conciser", FORMULA)),
     Paper(18, "Parallel-Distill-Refine", "Rethinking Thinking Tokens: LLMs as Improvement "
           "Operators",
-          ("NgramTable",), ("test_speculation_table.py::test_scopes_do_not_leak",),
+          ("NgramTable",), ("test_speculation_table_life.py::test_scopes_do_not_leak",),
           "one draft table, shared by parallel drafts and refinement"),
     Paper(19, "Role of temperature sampling", "On the Role of Temperature Sampling in Test-Time "
           "Scaling",

@@ -19,15 +19,16 @@ __device__ __forceinline__ bool is_usable(const VerifyParams& p, int64_t b, int6
 
 // ---- a row's token
 
-template <class E>
-__device__ Outcome draw_token(Team& team, const TeamRow<E>& row, const RequestParams& r, int64_t b,
-                              const RowTop& top, uint64_t position) {
+template <class Row, class Also>
+__device__ Outcome draw_token(Team& team, const Row& row, const RequestParams& r, int64_t b,
+                              const RowTop& top, uint64_t position, Also& also) {
   const float temperature = r.temperature[b];
   if (temperature == 0) return {top.id, false};
   const float value = noise::divide(top.value, temperature);
   const Cut cut = filter_cut(team, row, r, b, value);
+  also.kept(temperature, value, cut);
   const Draw d{temperature, value, cut, uint64_t(r.seed[b]), position, kTarget, 0};
-  return {draw(team, row, d, top.value, top.id), false};
+  return {draw(team, row, d, top.value, top.id, also), false};
 }
 
 // Every thread of a block needs the outcome; one works it out. -1: no child was accepted.
@@ -44,22 +45,23 @@ __device__ inline int64_t test_children(const VerifyParams& p, const Place& at, 
   return -1;
 }
 
-template <class E>
-__device__ Outcome reject_or_draw(const VerifyParams& p, Team& team, const TeamRow<E>& row,
-                                  const RowTop& top, const Place& at) {
+template <class Row, class Also>
+__device__ Outcome reject_or_draw(const VerifyParams& p, Team& team, const Row& row,
+                                  const RowTop& top, const Place& at, Also& also) {
   const RequestParams& r = p.requests;
   TeamShared& s = *team.shared();
   const float temperature = r.temperature[at.b];
   const float value = noise::divide(top.value, temperature);
   const Cut cut = filter_cut(team, row, r, at.b, value);
+  also.kept(temperature, value, cut);
   const int64_t total = kept_mass(team, row, temperature, value, cut);
   const int64_t entry = (at.b * p.rows.nodes + at.node) * p.entry;
   if (threadIdx.x == 0) {
     Rejection law{p.q_ids + entry, p.entry, s.s, s.r, 0, 0, 0, false, false};
     for (int i = 0; i < p.entry; ++i) {
       const int64_t v = s.skip[i] = law.ids[i];
-      const bool inside = v >= 0 && v < row.vocab && row.allows(v);
-      const float x = inside ? noise::divide(to_float(row.logits[v]), temperature) : -kInf;
+      const bool inside = v >= 0 && v < row.vocab;
+      const float x = inside ? noise::divide(row.at(v), temperature) : -kInf;
       s.mass[i] = inside && cut.keeps(x, int(v)) ? mass_of(x, value) : 0;
     }
     law.start(p.q_logprob + entry, s.mass, total);
@@ -77,7 +79,7 @@ __device__ Outcome reject_or_draw(const VerifyParams& p, Team& team, const TeamR
                stream_word(kResidual, at.depth),
                s.patched ? p.entry : 0};
   if (accepted >= 0) return {accepted, false};
-  return {draw(team, row, d, top.value, top.id), false};
+  return {draw(team, row, d, top.value, top.id, also), false};
 }
 
 // A row is bad when z/T of its top, or a logit, is not finite.
@@ -94,12 +96,13 @@ __global__ void __launch_bounds__(kTeamThreads, 1) sample_kernel(SampleParams p)
   const int64_t teams = gridDim.x / cluster_size();
   for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += teams) {
     const TeamRow<E> row(p.rows, b, 0);
-    float unused;
+    ThreadTops unused;
     const RowTop top = find_top(team, row, unused);
+    Nothing nothing;
     const Outcome outcome =
         is_bad(top, p.requests.temperature[b])
             ? Outcome{top.id, true}
-            : draw_token(team, row, p.requests, b, top, uint64_t(p.requests.position[b]));
+            : draw_token(team, row, p.requests, b, top, uint64_t(p.requests.position[b]), nothing);
     if (team.leads()) p.token[b] = outcome.token;
   }
   cluster_sync();  // no block exits while another may read its shared memory
@@ -141,36 +144,55 @@ __device__ inline void clear_outputs(const VerifyParams& p, int64_t b, int first
   }
 }
 
-template <class E>
-__device__ Outcome choose_token(const VerifyParams& p, Team& team, const TeamRow<E>& row,
-                                const RowTop& top, const Place& at) {
+template <class Row, class Also>
+__device__ Outcome choose_token(const VerifyParams& p, Team& team, const Row& row,
+                                const RowTop& top, const Place& at, Also& also) {
   const float temperature = p.requests.temperature[at.b];
   if (is_bad(top, temperature)) return {top.id, true};
-  if (p.q_ids != nullptr && temperature != 0) return reject_or_draw(p, team, row, top, at);
+  if (p.q_ids != nullptr && temperature != 0) return reject_or_draw(p, team, row, top, at, also);
   return draw_token(team, row, p.requests, at.b, top,
-                    uint64_t(p.requests.position[at.b]) + uint64_t(at.depth));
+                    uint64_t(p.requests.position[at.b]) + uint64_t(at.depth), also);
 }
 
+// How a walk treats its rows: as they are. ControlledVisit is the other way.
 template <class E>
+struct PlainVisit {
+  __device__ PlainVisit(const VerifyParams&, int64_t) {}
+
+  __device__ Outcome choose(const VerifyParams& p, Team& team, const Place& at, RowTop& top,
+                            ThreadTops& tops) {
+    const TeamRow<E> row(p.rows, at.b, at.node);
+    top = find_top(team, row, tops);
+    Nothing nothing;
+    return choose_token(p, team, row, top, at, nothing);
+  }
+
+  __device__ void emitted(const VerifyParams&, Team&, const Place&, const Outcome&) {}
+  __device__ static void clear(const VerifyParams&, int64_t, int) {}
+};
+
+template <class E, class Visit>
 __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
   const bool active = p.valid[b * p.rows.nodes], first_block = cluster_rank() == 0;
   const int64_t limit = p.max_length != nullptr ? p.max_length[b] : p.depth + 1;
   int32_t status = 0;
   int length = 0;
+  Visit visit(p, b);
   Place at{b, 0, 0};
   while (active && length < limit && at.node >= 0 && at.depth <= p.depth) {
-    const TeamRow<E> row(p.rows, b, at.node);
-    float thread_top;
-    const RowTop top = find_top(team, row, thread_top);
-    const Outcome outcome = choose_token(p, team, row, top, at);
+    RowTop top;
+    ThreadTops tops;
+    const Outcome outcome = visit.choose(p, team, at, top, tops);
     if (outcome.bad) status |= kBadRow;
     if (outcome.token < 0) break;
     const int64_t out = b * (p.depth + 1) + at.depth;
     if (first_block) clear_outputs(p, b, at.depth, at.depth + 1);
     __syncthreads();
     if (team.leads()) p.out_tokens[out] = outcome.token, p.path[out] = at.node;
+    visit.emitted(p, team, at, outcome);
     if ((top.bad & 2) == 0 && top.raw > -kInf) {
-      write_statistics(team, row, thread_top, top.raw, p.topk, p.topk_ids + out * p.topk,
+      const TeamRow<E> row(p.rows, b, at.node);
+      write_statistics(team, row, tops.raw, top.raw, p.topk, p.topk_ids + out * p.topk,
                        p.topk_logits + out * p.topk, p.lse + out);
     }
     ++length;
@@ -182,6 +204,7 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
   }
   if (active && p.max_length != nullptr && length >= limit) status |= kCapped;
   if (first_block) clear_outputs(p, b, length, p.depth + 1);
+  if (first_block) Visit::clear(p, b, length);
   if (team.leads()) p.length[b] = length, p.status[b] = status;
 }
 
@@ -190,7 +213,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1) verify_kernel(VerifyParams p)
   Team team(dynamic_shared<TeamShared>());
   const int64_t teams = gridDim.x / cluster_size();
   for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += teams) {
-    verify_request<E>(p, team, b);
+    verify_request<E, PlainVisit<E>>(p, team, b);
   }
   cluster_sync();  // no block exits while another may read its shared memory
 }

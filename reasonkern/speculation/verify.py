@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntFlag
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ from .inputs import (
     step_limits,
 )
 from .tree import DraftTree
+
+if TYPE_CHECKING:
+    from ..modulation.state import ModulationState
 
 MODES = ("shared", "target-only", "greedy", "rejection")
 MAX_TOPK = 64
@@ -59,6 +62,19 @@ class Verified(NamedTuple):
     """(B, D + 1) float32 log-sum-exp of the raw row; -inf = empty."""
     status: Tensor
     """(B,) int32 bits, see `Status`."""
+    logprob: Tensor | None = None
+    """(B, D + 1) float32, with ``stats=True`` alone, as all that follow: see `reasonkern.Sampled`.
+    -inf = empty, or of a bad row."""
+    entropy: Tensor | None = None
+    """(B, D + 1) float32."""
+    entropy_raw: Tensor | None = None
+    """(B, D + 1) float32."""
+    confidence: Tensor | None = None
+    """(B, D + 1) float32."""
+    max_prob: Tensor | None = None
+    """(B, D + 1) float32."""
+    trigger: Tensor | None = None
+    """(B, D + 1) bool; False = empty."""
 
 
 def request_seeds(
@@ -175,6 +191,8 @@ def verify_tree(
     topk: int = 12,
     node_mask: Tensor | None = None,
     num_nodes: int | Tensor | None = None,
+    control: tuple[ModulationState, Tensor] | None = None,
+    stats: bool = False,
 ) -> Verified:
     """Walks the draft tree, emits 1 to D + 1 tokens per request, without loss.
 
@@ -213,6 +231,12 @@ def verify_tree(
             every token.
         num_nodes: nodes in use, a number or (B,): those from there on are not entered. Parents and
             lower-ranked siblings come first, so any number in [1, N] leaves a tree. None = N.
+        control: a `ModulationState` and the (B,) int64 slots of the requests (-1 = none): a visited
+            row is controlled as `sample_controlled` does it, after the tokens on its path.
+            `topk_logits` and `lse` are those of the raw row. The state is read, not written;
+            `reasonkern.commit_` writes it. None = no control.
+        stats: also describe the rows on the path; needed where a request has a `DeepConf` or an
+            `EntropyTrigger`, whose windows move along the path.
 
     Returns:
         `Verified`. A row with NaN, +inf or nothing finite (after the mask) emits the arg-max of its
@@ -241,12 +265,30 @@ def verify_tree(
     node_mask = check_mask("node_mask", node_mask, logits)
     limits = step_limits(logits, tree, eos, max_length, num_nodes)
     shape = tree.tensors(logits.device)
+    args = (
+        logits, *drafted, *(None,) * (4 - len(drafted)), shape.child_ptr, shape.child_index,
+        *rows, limits[0], limits[1], node_mask, limits[2], tree.depth, tree.max_children, topk,
+    )  # fmt: skip
     with torch.no_grad():
-        out = torch.ops.reasonkern.verify_tree(
-            logits, *drafted, *(None,) * (4 - len(drafted)), shape.child_ptr, shape.child_index,
-            *rows, limits[0], limits[1], node_mask, limits[2], tree.depth, tree.max_children, topk,
-        )  # fmt: skip
-    return Verified(*out)
+        if control is None and not stats:
+            return Verified(*torch.ops.reasonkern.verify_tree(*args))
+        slot, state = _control_arguments(control, logits, stats)
+        out = torch.ops.reasonkern.verify_controlled(*args, slot, state, stats)
+    return Verified(*out) if stats else Verified(*out[:7])
+
+
+def _control_arguments(
+    control: object, logits: Tensor, stats: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    from ..modulation.sampler import check_statistics, control_arguments  # imports this package
+
+    if control is None:
+        return None, []
+    if not isinstance(control, tuple) or len(control) != 2:
+        _checks.fail("control", "a pair (ModulationState, slot)", type(control).__name__)
+    arguments = control_arguments(*control, logits)
+    check_statistics(control[0], stats)
+    return arguments
 
 
 def compact_kv_(

@@ -1,0 +1,44 @@
+"""Control of decoding: what a request does to its logits, as a function of its tokens.
+
+`Modulation` says what, `ModulationState` holds the requests in flight, `modulate_logits_` applies
+it to rows of logits (draft rows included), `sample_controlled` samples under it and describes each
+row, `commit_` advances it by accepted tokens.
+"""
+
+from .control import commit_, modulate_logits_
+from .sampler import Sampled, sample_controlled
+from .sets import TokenSets
+from .spec import (
+    TIP,
+    Ban,
+    Budget,
+    Constant,
+    Cyclic,
+    DeepConf,
+    EntropyTrigger,
+    MinThink,
+    Modulation,
+    Schedule,
+    SoftBudget,
+)
+from .state import ModulationState
+
+__all__ = [
+    "TIP",
+    "Ban",
+    "Budget",
+    "Constant",
+    "Cyclic",
+    "DeepConf",
+    "EntropyTrigger",
+    "MinThink",
+    "Modulation",
+    "ModulationState",
+    "Sampled",
+    "Schedule",
+    "SoftBudget",
+    "TokenSets",
+    "commit_",
+    "modulate_logits_",
+    "sample_controlled",
+]
