@@ -38,7 +38,7 @@ lint: .venv/.ready
 # The API reference and the pages of the repository, from docs/_build/README.html. Any warning, a
 # broken link or the name of something that does not exist among them, is an error.
 docs: .venv/.docs
-	$(PY) -m sphinx -q -W --keep-going -b html -c docs . docs/_build
+	$(PY) -m sphinx -q -E -W --keep-going -b html -c docs . docs/_build
 
 bench: .venv/.ready
 	$(PY) -m benchmarks $(ARGS)

@@ -24,6 +24,7 @@ SHORT = {
 }
 ROOMS = "reasonkern/{}/README.md"
 LOSS, SPECULATION = ROOMS.format("policy_loss"), ROOMS.format("speculation")
+MODULATION = ROOMS.format("modulation")
 SHAPING, SCALING = ROOMS.format("shaping"), ROOMS.format("scaling")
 VERIFY = "reasonkern/speculation/VERIFY.md"
 
@@ -76,6 +77,13 @@ ROWS = (
         page=SPECULATION + "#trees"),
     Row(("request_seeds", "check_verifier"), "seeds by request; tests of a verifier's law", "–",
         dtypes="–", page=VERIFY + "#check_verifier"),
+    Row(("modulate_logits_",), "control of decoding in place: waves, biases, budgets, phrases",
+        "`z[set] += bias(t)` per request", ("modulate_logits_",), page=MODULATION),
+    Row(("sample_controlled",), "the same without a copy of the logits, a token and its statistics",
+        "`modulate_logits_`, `sample`, `Categorical(…).entropy()`",
+        ("sample_controlled", "verify_controlled"), page=MODULATION),
+    Row(("commit_",), "advances requests by the tokens they emitted", "a loop over tokens",
+        ("commit_",), dtypes="ids", page=MODULATION),
     Row(("shaping.gae",), "advantages, value targets; decoupled λ, truncated rows, tool tokens",
         "a loop over tokens", ("gae",), dtypes="rewards", page=SHAPING + "#gae"),
     Row(("shaping.*",), "group baselines, exploration bonus, 12 rewards, masks and samplers",

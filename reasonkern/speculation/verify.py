@@ -233,7 +233,7 @@ def verify_tree(
             lower-ranked siblings come first, so any number in [1, N] leaves a tree. None = N.
         control: a `ModulationState` and the (B,) int64 slots of the requests (-1 = none): a visited
             row is controlled as `sample_controlled` does it, after the tokens on its path.
-            `topk_logits` and `lse` are those of the raw row. The state is read, not written;
+            ``topk_logits`` and ``lse`` are those of the raw row. The state is read, not written;
             `reasonkern.commit_` writes it. None = no control.
         stats: also describe the rows on the path; needed where a request has a `DeepConf` or an
             `EntropyTrigger`, whose windows move along the path.

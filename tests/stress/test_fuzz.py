@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import calls_modulation
 import calls_policy_loss
 import calls_scaling
 import calls_shaping
@@ -32,6 +33,7 @@ import reasonkern as rk
 FAMILIES = {
     "policy_loss": calls_policy_loss.CALLS,
     "speculation": calls_speculation.CALLS,
+    "modulation": calls_modulation.CALLS,
     "shaping": calls_shaping.CALLS,
     "scaling": calls_scaling.CALLS,
 }
@@ -139,3 +141,4 @@ def test_every_public_function_is_fuzzed() -> None:
         functions = {n for n in space.__all__ if inspect.isfunction(getattr(space, n))}
         assert functions - {"info"} <= fuzzed, "a function without a strategy in calls_*.py"
     assert {"Objective", "NgramTable", "DraftTree", "AStarFrontier", "Draft"} <= fuzzed
+    assert {"Modulation", "ModulationState", "TokenSets"} <= fuzzed
