@@ -58,7 +58,7 @@ def sample_controlled(
     the request's windows. Equivalent to::
 
         z = logits.float().masked_fill(~mask, -inf)
-        modulate_logits_(z, state, slot, temperature=temperature, allow_dense=True)
+        modulate_logits_(z, state, slot, temperature=temperature, ...)
         token = sample(z, temperature=temperature, ...)
         logprob = z.log_softmax(-1)[token]
         entropy = Categorical(logits=filtered(z / temperature)).entropy()
@@ -66,8 +66,8 @@ def sample_controlled(
     Args:
         logits: (R, V) float32, bfloat16, float16 or float64 (read as float32), the last dimension
             contiguous. They are not changed.
-        state: a `ModulationState`. None = no control.
-        slot: (R,) int64 slot of each row's request, -1 = a row without control. None = no control.
+        state: a `ModulationState`, or None for no control.
+        slot: (R,) int64 slot of each row's request, -1 = a row without control; None without state.
         temperature: as in `reasonkern.sample`.
         top_k: as in `reasonkern.sample`. None = off.
         top_p: as in `reasonkern.sample`. None = off.
