@@ -195,6 +195,12 @@ def test_empty_shapes(backend: Backend) -> None:
 # ---- the front
 
 
+def test_no_rows_of_any_strides() -> None:
+    reward = torch.zeros(0, 4).mT.contiguous().mT
+    advantage, returns = gae(reward, reward, lam=0.9)
+    assert advantage.shape == returns.shape == (0, 4)
+
+
 def test_front_in_half_precision_and_any_strides() -> None:
     reward, value, mask = inputs()
     expected = gae(reward.bfloat16().float(), value.bfloat16().float(), mask, lam=0.9)
