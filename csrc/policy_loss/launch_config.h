@@ -7,13 +7,14 @@
 
 namespace reasonkern {
 
-// How a row is cut: `slices` pieces of `slice_len` elements (the last ones may be shorter or
-// empty), each walked by `group` threads. Statistics are merged warp by warp in slice order, so the
-// tiling fixes their bits; it depends on V and the element size only, never on the architecture,
-// the number of rows or an address.
+// How a row is cut: `slices` pieces of `slice_len` elements, each walked by `group` threads, whose
+// warps take `share_len` elements each (the last slices and shares may be shorter or empty). The
+// tiling fixes the bits of the statistics; it depends on V and the element size only, never on the
+// architecture, the number of rows or an address.
 struct Tiling {
   int slices, group;
   int64_t slice_len;
+  int share_len;
 };
 
 struct Device {
@@ -36,11 +37,12 @@ constexpr int kSweepGroups = 2;  // slices that a block of the two-sweep loss ta
 // An SM of 228 KiB holds three blocks of this size (1 KiB of each is the driver's), so that one
 // block's loads, another's arithmetic and a third's stores overlap.
 constexpr int64_t kResidentBytes = 228 * 1024 / 3 - 1024;
-constexpr int64_t kScratchBytes = 512;  // behind a cluster block's slice: partials, row scratch
+constexpr int64_t kScratchBytes = 576;  // behind a cluster block's slice: partials, row scratch
 
 inline Tiling cut(int64_t vocab, int64_t element_bytes, int slices, int group) {
-  const int64_t vec = 16 / element_bytes, len = (vocab + slices - 1) / slices;
-  return {slices, group, (len + vec - 1) / vec * vec};
+  const int64_t vec = 16 / element_bytes, warps = group / 32;
+  const int64_t len = (vocab + slices - 1) / slices, vectors = (len + vec - 1) / vec;
+  return {slices, group, vectors * vec, int((vectors + warps - 1) / warps * vec)};
 }
 
 inline Tiling choose_tiling(int64_t vocab, int64_t element_bytes) {
@@ -53,10 +55,10 @@ inline Tiling choose_tiling(int64_t vocab, int64_t element_bytes) {
   return cut(vocab, element_bytes, slices, kGroup);
 }
 
-// Shared memory of a block that walks whole rows: one partial per warp of every slice and the row
-// scratch; the bound covers float64 statistics.
+// Shared memory of a block that walks whole rows: one partial per warp of every slice, for two
+// rows, and the row scratch; the bound covers float64 statistics.
 inline std::size_t sweep_shared_bytes(const Tiling& t) {
-  return std::size_t(t.slices) * (t.group / 32) * 56 + 512;
+  return std::size_t(t.slices) * (t.group / 32) * 2 * 56 + 512;
 }
 
 inline std::size_t cluster_shared_bytes(const Tiling& t, int64_t element_bytes) {

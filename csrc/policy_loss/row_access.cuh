@@ -69,6 +69,12 @@ __device__ __forceinline__ Slice slice_of(const Tiling& t, int64_t vocab, int sl
   return {int(begin), int(left < 0 ? 0 : left < t.slice_len ? left : t.slice_len)};
 }
 
+// The part of a slice that one warp of its group takes.
+__device__ __forceinline__ Slice share_of(const Slice& slice, const Tiling& t, int warp) {
+  const int begin = warp * t.share_len, left = slice.n - begin;
+  return {slice.begin + begin, left < 0 ? 0 : left < t.share_len ? left : t.share_len};
+}
+
 // Row r = (r / seq, r % seq) of a strided (B, T, V) tensor.
 template <class T>
 __device__ __forceinline__ T* row_pointer(T* base, int64_t stride_b, int64_t stride_t, int64_t seq,

@@ -1,9 +1,9 @@
 // Statistics of one row of logits. The moments are taken in raw units t = x - m (no temperature);
 // the temperature enters exp(t / T) and then only the row's results.
 //
-// Bit rule. A row is cut into slices (Tiling); thread i of a slice's group takes the elements of
-// vectors i, i + group, ... counted from the start of the row, kUnroll vectors at a time, whatever
-// the row's address. A warp moves its maximum together; warps merge in slice order. The order,
+// Bit rule. A row is cut into slices and a slice into one contiguous share a warp (Tiling); lane l
+// takes vectors l, l + 32, ... of the share, kUnroll at a time, whatever the row's address. A warp
+// moves its maximum together; the warps of a slice merge, then the slices of the row. The order,
 // hence every bit of the moments, depends on V and the element type only and is shared by all
 // kernels; fma and mul_rn leave the compiler no contraction to choose. A misaligned row is read
 // element by element in the same order: slower, equal bits.
@@ -108,29 +108,42 @@ __device__ __forceinline__ void join(FullMoments<A>& a, const FullMoments<A>& b)
   if (b.argmax < a.argmax) a.argmax = b.argmax;
 }
 
-template <class T, class M>
-__device__ __forceinline__ M merge(M a, M b, const RowScale<T>& scale) {
-  const acc_t<T> m = std::fmax(a.m, b.m);
-  raise_max(a, m, scale);
-  raise_max(b, m, scale);
-  join(a, b);
-  return a;
-}
-
 template <class A>
-__device__ __forceinline__ A warp_max(A x) {
+__device__ __forceinline__ A warp_max(A x, int width = 32) {
 #pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) x = std::fmax(x, shuffle_xor(x, offset));
+  for (int offset = 1; offset < 32 && offset < width; offset *= 2)
+    x = std::fmax(x, shuffle_xor(x, offset));
   return x;
 }
 
-// A tile whose elements all lie below the maximum, as most do.
+// The sums of `width` lanes, a power of two, which share their maximum, in every one of them:
+// `join` commutes.
+template <class M>
+__device__ __forceinline__ M join_lanes(M a, int width = 32) {
+#pragma unroll
+  for (int offset = 1; offset < 32 && offset < width; offset *= 2) {
+    const M b = shuffle_xor(a, offset);
+    join(a, b);
+  }
+  return a;
+}
+
+// The same for lanes with maxima of their own: one exponential each, then plain sums. Lanes without
+// elements change no bit.
+template <class M, class T>
+__device__ __forceinline__ M merge_lanes(M a, const RowScale<T>& scale, int width = 32) {
+  raise_max(a, warp_max(a.m, width), scale);
+  return join_lanes(a, width);
+}
+
+// The first `live` vectors of a tile, whose elements all lie below the maximum.
 template <bool kUnit, class T, class M>
-__device__ __forceinline__ void absorb_below(M& a, const Vec<T> (&v)[kUnroll],
+__device__ __forceinline__ void absorb_below(M& a, const Vec<T> (&v)[kUnroll], int live,
                                              const Floor<T>& floor, const RowScale<T>& scale) {
   using A = acc_t<T>;
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
+    if (i >= live) break;
     A t[Vec<T>::size];
     shift_lanes(t, v[i], a.m, floor, scale);
 #pragma unroll
@@ -138,8 +151,19 @@ __device__ __forceinline__ void absorb_below(M& a, const Vec<T> (&v)[kUnroll],
   }
 }
 
-// Any other tile: with elements at the maximum, soft-capped, or where no floor is usable. Not
-// unrolled, vectors move up instead: it is taken a few times a row and must cost no registers.
+// Counts the elements at the maximum and leaves -inf in their place.
+template <class T, class M>
+__device__ __forceinline__ void take_out_top(M& a, Vec<T>& v, int index) {
+  v = make_vec<T>([&](int j) {
+    const T x = get_lane(v, j);
+    if (to_acc(x) != a.m) return x;
+    count_top(a, index + j);
+    return from_acc<T>(-kInfinity<acc_t<T>>);
+  });
+}
+
+// Tiles that are soft-capped, or for which no floor is usable. Not unrolled, vectors move up
+// instead: it must cost the others no registers.
 template <class T, class M>
 __device__ __forceinline__ void absorb_any(M& a, Vec<T> (&v)[kUnroll], const RowScale<T>& scale,
                                            int index, int step) {
@@ -164,74 +188,120 @@ __device__ __forceinline__ void absorb_any(M& a, Vec<T> (&v)[kUnroll], const Row
   }
 }
 
-// Adds kUnroll vectors per lane, which it may use up; vector i starts at row position index + i *
-// step. Called by whole warps, whose lanes share a.m.
+// Raises the warp's maximum to the tile's and takes out the elements at it, so that the others lie
+// below; false: the tile was dealt with here.
 template <class T, class M>
-__device__ __forceinline__ void absorb(M& a, Vec<T> (&v)[kUnroll], const RowScale<T>& scale,
-                                       int index, int step) {
+__device__ __forceinline__ bool lay_below(M& a, Vec<T> (&v)[kUnroll], acc_t<T> highest,
+                                          Floor<T>& floor, const RowScale<T>& scale, int index,
+                                          int step) {
+  using A = acc_t<T>;
+  if (scale.softcap.value != A(0)) highest = soft_capped(highest, scale.softcap);
+  const A warp_highest = warp_max(highest);
+  if (warp_highest > a.m) {
+    raise_max(a, warp_highest, scale);
+    floor = floor_below<T>(a.m, scale);
+  }
+  if (!(a.m > -kInfinity<A>)) {
+    if (highest != highest) a.s = highest;  // no sum moves, but warp_max passed over the NaN
+    return false;
+  }
+  if (!floor.usable) {
+    absorb_any(a, v, scale, index, step);
+    return false;
+  }
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) {
+    // Where a NaN hides a maximum beside it the sums become NaN anyway.
+    if (highest_lane(v[i]) == a.m) take_out_top(a, v[i], index + i * step);
+  }
+  return true;
+}
+
+// Adds kUnroll vectors per lane, which it may use up, the first `live` of which are not all
+// padding; vector i starts at row position index + i * step. Called by whole warps, whose lanes
+// share a.m and `live`.
+template <class T, class M>
+__device__ __forceinline__ void absorb(M& a, Vec<T> (&v)[kUnroll], int live,
+                                       const RowScale<T>& scale, int index, int step) {
   using A = acc_t<T>;
   Vec<T> top = v[0];
 #pragma unroll
   for (int i = 1; i < kUnroll; ++i) top = max_lanes(top, v[i]);
-  A highest = highest_lane(top);  // NaN if any element is
-  const Floor<T> floor = floor_below<T>(a.m, scale);
-  if (all_lanes(highest < a.m && floor.usable)) {
-    if (scale.temperature.value == A(1)) {
-      absorb_below<true>(a, v, floor, scale);
-    } else {
-      absorb_below<false>(a, v, floor, scale);
-    }
+  const A highest = highest_lane(top);  // NaN if any element is
+  Floor<T> floor = floor_below<T>(a.m, scale);
+  if (!all_lanes(highest < a.m && floor.usable) &&
+      !lay_below(a, v, highest, floor, scale, index, step)) {
     return;
   }
-  if (scale.softcap.value != A(0)) highest = soft_capped(highest, scale.softcap);
-  const A warp_highest = warp_max(highest);
-  if (warp_highest > a.m) raise_max(a, warp_highest, scale);
-  if (a.m > -kInfinity<A>) {
-    absorb_any(a, v, scale, index, step);
-  } else if (highest != highest) {
-    a.s = highest;  // nothing finite so far: no sum moves, but fmax passed over the NaN
+  if (scale.temperature.value == A(1)) {
+    absorb_below<true>(a, v, live, floor, scale);
+  } else {
+    absorb_below<false>(a, v, live, floor, scale);
   }
 }
 
-// The lanes' sums, which share their maximum.
-template <class M>
-__device__ __forceinline__ M warp_join(M a) {
-  return warp_reduce(a, [](M x, M y) {
-    join(x, y);
-    return x;
-  });
+// The moments of the calling warp's share of a slice in every lane. load(v, at, step) fills v with
+// the vectors at positions at, at + step, ... of the share; then(): what comes behind each tile.
+template <class M, class T, class Load, class Then>
+__device__ __forceinline__ M share_moments(Slice share, const RowScale<T>& scale, Load load,
+                                           Then then) {
+  constexpr int N = Vec<T>::size, step = 32 * N;
+  const int lane = threadIdx.x % 32;
+  M a;
+  clear(a);
+  for (int at = 0; at < share.n; at += kUnroll * step) {
+    Vec<T> v[kUnroll];
+    load(v, at + lane * N, step);
+    absorb(a, v, (share.n - at + step - 1) / step, scale, share.begin + at + lane * N, step);
+    then();
+  }
+  return join_lanes(a);
 }
 
 // Warp partials of the slices of a row, one block; groups of threads take the slices in turn.
 template <Reuse reuse, class M, class T>
 __device__ __forceinline__ void sweep_moments(M* parts, const T* row, int64_t vocab,
                                               const Tiling& tiling, const RowScale<T>& scale) {
-  constexpr int N = Vec<T>::size;
-  const int group = tiling.group, thread = threadIdx.x % group, step = group * N;
+  const int warps = tiling.group / 32, groups = blockDim.x / tiling.group;
+  const int group = threadIdx.x / tiling.group, warp = threadIdx.x / 32 % warps;
   const bool aligned = is_aligned(row);
-  for (int k = threadIdx.x / group; k < tiling.slices; k += blockDim.x / group) {
-    const Slice slice = slice_of(tiling, vocab, k);
-    const T* p = row + slice.begin;
-    M a;
-    clear(a);
-    for (int tile = 0; tile < slice.n; tile += kUnroll * step) {
-      const int at = tile + thread * N;
-      Vec<T> v[kUnroll];
-      load_vectors<reuse>(v, p, slice.n, aligned, at, step);
-      absorb(a, v, scale, slice.begin + at, step);
-    }
-    a = warp_join(a);
-    if (threadIdx.x % 32 == 0) parts[(k * group + thread) / 32] = a;
+  for (int k = group; k < tiling.slices; k += groups) {
+    const Slice share = share_of(slice_of(tiling, vocab, k), tiling, warp);
+    const M a = share_moments<M>(
+        share, scale,
+        [&](Vec<T>(&v)[kUnroll], int at, int step) {
+          load_vectors<reuse>(v, row + share.begin, share.n, aligned, at, step);
+        },
+        [] {});
+    if (threadIdx.x % 32 == 0) parts[k * warps + warp] = a;
   }
 }
 
-// The row's moments in every lane of the calling warp; part(i) is warp partial i in slice order.
-template <class M, class T, class Part>
-__device__ __forceinline__ M merge_parts(int count, const RowScale<T>& scale, Part part) {
+// parts[lane] for lanes below `count`, else nothing.
+template <class M>
+__device__ __forceinline__ M lane_part(const M* parts, int count) {
   M a;
   clear(a);
-  for (int i = threadIdx.x % 32; i < count; i += 32) a = merge(a, part(i), scale);
-  return warp_reduce(a, [&](M x, M y) { return merge(x, y, scale); });
+  const int lane = threadIdx.x % 32;
+  if (lane < count) a = parts[lane];
+  return a;
+}
+
+// The row's moments in every lane of the calling warp, from the partials of all its warps: those of
+// a slice merge first, several slices at a time.
+template <class M, class T>
+__device__ __forceinline__ M merge_row(const M* parts, const Tiling& tiling,
+                                       const RowScale<T>& scale) {
+  const int warps = tiling.group / 32, at_once = 32 / warps, lane = threadIdx.x % 32;
+  M slices;  // slice k in lane k
+  clear(slices);
+  for (int first = 0; first < tiling.slices; first += at_once) {
+    const int left = min(tiling.slices - first, at_once);
+    const M a = merge_lanes(lane_part(parts + first * warps, left * warps), scale, warps);
+    const M slice = shuffle_from(a, (lane - first) * warps & 31);
+    if (lane >= first && lane < first + left) slices = slice;
+  }
+  return merge_lanes(slices, scale);
 }
 
 // ---- results
