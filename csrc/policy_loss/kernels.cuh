@@ -23,12 +23,15 @@ __device__ __forceinline__ void write_stats(const StatsOut<acc_t<T>>& out, int64
   const RowStats<A> stats = row_stats(a, x_y, valid, scale);
   const A nan = stats.inv_sum;  // where the row is not finite
   // In double: what is near 1, or a difference, keeps the accuracy of the sums.
-  const double sum = double(a.s) + double(a.n), t = scale.temperature.value;
-  const double mean = a.u / (sum * t), second = a.w / (sum * t * t);
+  const auto to = settle<double>(static_cast<const Moments<A>&>(a), scale);
+  const double s = a.s * to.factor, sum = s + a.n, u = (a.u - to.shift * a.s) * to.factor;
+  const double w = (a.w - to.shift * (2.0 * a.u - to.shift * a.s)) * to.factor;
+  const double mean = u / sum * to.unit, second = w / sum * (to.unit * to.unit);
+  const double collision = (a.q * (to.factor * to.factor) + a.n) / (sum * sum);
   out.logprob[row] = stats.logprob;
   out.entropy[row] = stats.entropy;
   out.lse[row] = a.m / scale.temperature.value + stats.log_sum;
-  out.collision[row] = stats.finite ? A((double(a.q) + double(a.n)) / (sum * sum)) : nan;
+  out.collision[row] = stats.finite ? A(collision) : nan;
   out.varentropy[row] = stats.finite ? A(second - mean * mean) : nan;
   out.max_prob[row] = stats.inv_sum;
   // A row of -inf is told from one with a NaN or +inf: a shard of a vocabulary may be all masked.
@@ -121,7 +124,7 @@ __device__ __forceinline__ GradCoefs<acc_t<T>> saved_coefs(const GradParams<acc_
   const GradRow<A> g = grad_row(p.row_max[row], max_prob, p.entropy[row], p.collision[row],
                                 grad(p.grad_logprob), grad(p.grad_entropy), grad(p.grad_collision),
                                 grad(p.grad_lse), A(1) / scale.temperature.value);
-  return fold<T>(g, p.row_max[row], scale.temperature.value, p.rows.targets[row]);
+  return fold(g, p.row_max[row], scale, p.rows.targets[row]);
 }
 
 template <class T>

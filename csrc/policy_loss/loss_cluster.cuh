@@ -14,7 +14,7 @@ constexpr int kStages = 4;  // tiles of a share that are fetched ahead
 template <class A>
 struct ClusterScratch {
   RowScratch<A> row;
-  Moments<A> warps[kGroup / 32];     // of this block
+  Moments<A> warps[kGroup / 32];                 // of this block
   alignas(16) Moments<A> slices[2][kMaxSlices];  // from all blocks of the cluster, of two rows
   Mailbox arrived[2];
 };
@@ -57,7 +57,7 @@ __device__ __forceinline__ Moments<acc_t<T>> fetch_moments(T* shared, const T* p
         copy_wait<kStages - 1>();
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i, at += step) {
-          v[i] = at < share.n ? load_shared(shared + at) : load_elements(shared, 0, 0);
+          v[i] = at < share.n ? load_shared(shared + at) : padding<T>();
         }
       },
       [&] { fetch_tile(shared, p, share.n, ahead++); });

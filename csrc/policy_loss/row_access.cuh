@@ -21,26 +21,34 @@ __device__ __forceinline__ bool is_aligned(const T* p) {
 
 // Elements past the end read as -inf, which no statistic sees.
 template <class T>
+__device__ __forceinline__ Vec<T> padding() {
+  return make_vec<T>([](int) { return from_acc<T>(-kInfinity<acc_t<T>>); });
+}
+template <class T>
 __device__ __forceinline__ Vec<T> load_elements(const T* p, int n, int position) {
   return make_vec<T>([&](int j) {
     return position + j < n ? p[position + j] : from_acc<T>(-kInfinity<acc_t<T>>);
   });
 }
 
+// Vector access where that is possible; a vector past the end costs no loads.
+template <Reuse reuse, class T>
+__device__ __forceinline__ Vec<T> load_vector(const T* p, int n, bool aligned, int position) {
+  if (aligned && position + Vec<T>::size <= n) return load_global<reuse>(p + position);
+  if (position < n) return load_elements(p, n, position);
+  return padding<T>();
+}
+
 // All loads are issued before the first is looked at.
 template <Reuse reuse, class T, int U>
 __device__ __forceinline__ void load_vectors(Vec<T> (&v)[U], const T* p, int n, bool aligned,
                                              int position, int step) {
-  constexpr int N = Vec<T>::size;
-  if (aligned && position + (U - 1) * step + N <= n) {
+  if (aligned && position + (U - 1) * step + Vec<T>::size <= n) {
 #pragma unroll
     for (int i = 0; i < U; ++i) v[i] = load_global<reuse>(p + position + i * step);
   } else {
 #pragma unroll
-    for (int i = 0; i < U; ++i) {
-      const int at = position + i * step;
-      v[i] = aligned && at + N <= n ? load_global<reuse>(p + at) : load_elements(p, n, at);
-    }
+    for (int i = 0; i < U; ++i) v[i] = load_vector<reuse>(p, n, aligned, position + i * step);
   }
 }
 

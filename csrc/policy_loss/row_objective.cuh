@@ -66,7 +66,7 @@ __device__ __forceinline__ void decide_row(RowScratch<acc_t<T>>& s, const LossPa
   const A loss_scale = p.loss_scale != nullptr ? *p.loss_scale : A(1);
   const GradRow<A> g = grad_row(total.m, stats.inv_sum, stats.entropy, A(0), loss.dlogp,
                                 loss.dentropy, A(0), A(0), loss_scale / scale.temperature.value);
-  s.grad = fold<T>(g, total.m, scale.temperature.value, y);
+  s.grad = fold(g, total.m, scale, y);
 }
 
 }  // namespace reasonkern

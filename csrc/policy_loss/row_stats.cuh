@@ -1,5 +1,5 @@
-// Statistics of one row of logits. The moments are taken in raw units t = x - m (no temperature);
-// the temperature enters exp(t / T) and then only the row's results.
+// Statistics of one row of logits. The moments are taken over the offsets of row_scale.cuh;
+// `settle` turns them into the row's results.
 //
 // Bit rule. A row is cut into slices and a slice into one contiguous share a warp (Tiling); lane l
 // takes vectors l, l + 32, ... of the share, kUnroll at a time, whatever the row's address. A warp
@@ -22,7 +22,7 @@ constexpr int kUnroll = 4;  // vectors a thread takes at a time
 template <class A>
 struct Moments {
   A m, n;  // max x; how many elements are at it
-  A s, u;  // over the other elements: sum e, sum e t with t = x - m and e = exp(t / T)
+  A s, u;  // over the other elements: sum e, sum e t with the offset t and its exponential e
 };
 
 template <class A>
@@ -67,28 +67,33 @@ __device__ __forceinline__ void count_top(FullMoments<A>& a, int index) {
   if (index < a.argmax) a.argmax = index;
 }
 
-// The maximum rises by -d: alpha = exp(d / T).
+// The origin rises by -d: alpha is the exponential of d. The elements at the maximum become as the
+// others: n of offset `top` and exponential e.
 template <class A>
-__device__ __forceinline__ void rescale(Moments<A>& a, A d, A alpha) {
-  const A sum = a.s + a.n;
-  a.u = mul_rn(alpha, std::fma(d, sum, a.u));
+__device__ __forceinline__ void rescale(Moments<A>& a, A d, A alpha, A e, A top) {
+  const A n = mul_rn(a.n, e), sum = a.s + n;
+  a.u = mul_rn(alpha, std::fma(d, sum, std::fma(n, top, a.u)));
   a.s = mul_rn(alpha, sum);
   a.n = A(0);
 }
 template <class A>
-__device__ __forceinline__ void rescale(FullMoments<A>& a, A d, A alpha) {
-  a.w = mul_rn(alpha, std::fma(d, std::fma(d, a.s + a.n, A(2) * a.u), a.w));
-  a.q = mul_rn(mul_rn(alpha, alpha), a.q + a.n);
+__device__ __forceinline__ void rescale(FullMoments<A>& a, A d, A alpha, A e, A top) {
+  const A n = mul_rn(a.n, e), u = std::fma(n, top, a.u);
+  a.w = mul_rn(alpha, std::fma(d, std::fma(d, a.s + n, A(2) * u), std::fma(n * top, top, a.w)));
+  a.q = mul_rn(mul_rn(alpha, alpha), std::fma(n, e, a.q));
   a.argmax = kNoIndex;
-  rescale(static_cast<Moments<A>&>(a), d, alpha);
+  rescale(static_cast<Moments<A>&>(a), d, alpha, e, top);
 }
 
 // While nothing finite was seen (m = -inf) the sums are 0, or s is NaN: nothing to rescale.
 template <class T, class M>
 __device__ __forceinline__ void raise_max(M& a, acc_t<T> m, const RowScale<T>& scale) {
-  if (m > a.m && a.m > -kInfinity<acc_t<T>>) {
-    const acc_t<T> d = shifted(a.m, m, scale);
-    rescale(a, d, exponential_of_difference(a.m, m, d, scale));
+  using A = acc_t<T>;
+  if (m > a.m && a.m > -kInfinity<A>) {
+    const A from = origin(a.m, scale), to = origin(m, scale);
+    const A d = max_nan(from - to, scale.floor), top = offset(a.m, from, scale);
+    const A e = sizeof(T) == 2 ? std::fma(top, A(kLn2), A(1)) : A(1);
+    rescale(a, d, exponential_of_difference(from, to, d, scale), e, top);
   }
   a.m = m;
 }
@@ -136,37 +141,63 @@ __device__ __forceinline__ M merge_lanes(M a, const RowScale<T>& scale, int widt
   return join_lanes(a, width);
 }
 
+// A warp's moments on the way, with what follows from their maximum.
+template <class M, class T>
+struct Running {
+  M sums;
+  acc_t<T> origin;
+  Floor<T> floor;
+};
+template <class M, class T>
+__device__ __forceinline__ void raise_running(Running<M, T>& r, acc_t<T> m,
+                                              const RowScale<T>& scale) {
+  raise_max(r.sums, m, scale);
+  r.origin = origin(m, scale);
+  r.floor = floor_below<T>(m, scale);
+}
+
 // The first `live` vectors of a tile, whose elements all lie below the maximum.
-template <bool kUnit, class T, class M>
-__device__ __forceinline__ void absorb_below(M& a, const Vec<T> (&v)[kUnroll], int live,
-                                             const Floor<T>& floor, const RowScale<T>& scale) {
-  using A = acc_t<T>;
+template <bool kUnit, class M, class T>
+__device__ __forceinline__ void absorb_below(Running<M, T>& r, const Vec<T> (&v)[kUnroll], int live,
+                                             const RowScale<T>& scale) {
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     if (i >= live) break;
-    A t[Vec<T>::size];
-    shift_lanes(t, v[i], a.m, floor, scale);
+    acc_t<T> t[Vec<T>::size];
+    lane_offsets(t, v[i], r.origin, r.floor, scale);
 #pragma unroll
-    for (int j = 0; j < Vec<T>::size; ++j) add(a, exponential<kUnit>(t[j], scale), t[j]);
+    for (int j = 0; j < Vec<T>::size; ++j) add(r.sums, exponential<kUnit>(t[j], scale), t[j]);
   }
 }
 
 // Counts the elements at the maximum and leaves -inf in their place.
 template <class T, class M>
 __device__ __forceinline__ void take_out_top(M& a, Vec<T>& v, int index) {
-  v = make_vec<T>([&](int j) {
-    const T x = get_lane(v, j);
-    if (to_acc(x) != a.m) return x;
-    count_top(a, index + j);
-    return from_acc<T>(-kInfinity<acc_t<T>>);
-  });
+  const T top = from_acc<T>(a.m), low = from_acc<T>(-kInfinity<acc_t<T>>);
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i, index += 2) {
+      const std::uint32_t mask = equal_pair<T>(v.word[i], pair_of(top));
+      if (mask == 0) continue;
+      if (mask & 0xffffu) count_top(a, index);
+      if (mask >> 16) count_top(a, index + 1);
+      v.word[i] = (v.word[i] & ~mask) | (pair_of(low) & mask);
+    }
+  } else {
+    v = make_vec<T>([&](int j) {
+      const T x = get_lane(v, j);
+      if (x != top) return x;
+      count_top(a, index + j);
+      return low;
+    });
+  }
 }
 
 // Tiles that are soft-capped, or for which no floor is usable. Not unrolled, vectors move up
 // instead: it must cost the others no registers.
-template <class T, class M>
-__device__ __forceinline__ void absorb_any(M& a, Vec<T> (&v)[kUnroll], const RowScale<T>& scale,
-                                           int index, int step) {
+template <class M, class T>
+__device__ __forceinline__ void absorb_any(Running<M, T>& r, Vec<T> (&v)[kUnroll],
+                                           const RowScale<T>& scale, int index, int step) {
   using A = acc_t<T>;
   constexpr int N = Vec<T>::size;
 #pragma unroll 1
@@ -176,12 +207,12 @@ __device__ __forceinline__ void absorb_any(M& a, Vec<T> (&v)[kUnroll], const Row
     if (scale.softcap.value != A(0)) soft_cap(x, scale.softcap);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      if (x[j] == a.m) {
+      if (x[j] == r.sums.m) {
         x[j] = -kInfinity<A>;
-        count_top(a, index + j);
+        count_top(r.sums, index + j);
       }
-      const A t = shifted(x[j], a.m, scale);
-      add(a, exponential<false>(t, scale), t);
+      const A t = floored_offset(x[j], r.origin, scale);
+      add(r.sums, exponential<false>(t, scale), t);
     }
 #pragma unroll
     for (int k = 1; k < kUnroll; ++k) v[k - 1] = v[k];
@@ -190,53 +221,52 @@ __device__ __forceinline__ void absorb_any(M& a, Vec<T> (&v)[kUnroll], const Row
 
 // Raises the warp's maximum to the tile's and takes out the elements at it, so that the others lie
 // below; false: the tile was dealt with here.
-template <class T, class M>
-__device__ __forceinline__ bool lay_below(M& a, Vec<T> (&v)[kUnroll], acc_t<T> highest,
-                                          Floor<T>& floor, const RowScale<T>& scale, int index,
-                                          int step) {
+template <class M, class T>
+__device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll],
+                                          const Top<T> (&tops)[kUnroll], acc_t<T> highest,
+                                          const RowScale<T>& scale, int index, int step) {
   using A = acc_t<T>;
   if (scale.softcap.value != A(0)) highest = soft_capped(highest, scale.softcap);
   const A warp_highest = warp_max(highest);
-  if (warp_highest > a.m) {
-    raise_max(a, warp_highest, scale);
-    floor = floor_below<T>(a.m, scale);
-  }
-  if (!(a.m > -kInfinity<A>)) {
-    if (highest != highest) a.s = highest;  // no sum moves, but warp_max passed over the NaN
+  if (warp_highest > r.sums.m) raise_running(r, warp_highest, scale);
+  if (!(r.sums.m > -kInfinity<A>)) {
+    if (highest != highest) r.sums.s = highest;  // no sum moves, but warp_max passed over the NaN
     return false;
   }
-  if (!floor.usable) {
-    absorb_any(a, v, scale, index, step);
+  if (!r.floor.usable) {
+    absorb_any(r, v, scale, index, step);
     return false;
   }
+  const T top = from_acc<T>(r.sums.m);
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     // Where a NaN hides a maximum beside it the sums become NaN anyway.
-    if (highest_lane(v[i]) == a.m) take_out_top(a, v[i], index + i * step);
+    if (top_is<T>(tops[i], top)) take_out_top(r.sums, v[i], index + i * step);
   }
   return true;
 }
 
 // Adds kUnroll vectors per lane, which it may use up, the first `live` of which are not all
 // padding; vector i starts at row position index + i * step. Called by whole warps, whose lanes
-// share a.m and `live`.
-template <class T, class M>
-__device__ __forceinline__ void absorb(M& a, Vec<T> (&v)[kUnroll], int live,
+// share the maximum and `live`.
+template <class M, class T>
+__device__ __forceinline__ void absorb(Running<M, T>& r, Vec<T> (&v)[kUnroll], int live,
                                        const RowScale<T>& scale, int index, int step) {
-  using A = acc_t<T>;
-  Vec<T> top = v[0];
+  Top<T> tops[kUnroll], top;
 #pragma unroll
-  for (int i = 1; i < kUnroll; ++i) top = max_lanes(top, v[i]);
-  const A highest = highest_lane(top);  // NaN if any element is
-  Floor<T> floor = floor_below<T>(a.m, scale);
-  if (!all_lanes(highest < a.m && floor.usable) &&
-      !lay_below(a, v, highest, floor, scale, index, step)) {
+  for (int i = 0; i < kUnroll; ++i) {
+    tops[i] = top_of(v[i]);
+    top = i == 0 ? tops[0] : higher<T>(top, tops[i]);
+  }
+  const acc_t<T> highest = top_value<T>(top);  // NaN if any element is
+  if (!all_lanes(highest < r.sums.m && r.floor.usable) &&
+      !lay_below(r, v, tops, highest, scale, index, step)) {
     return;
   }
-  if (scale.temperature.value == A(1)) {
-    absorb_below<true>(a, v, live, floor, scale);
+  if (sizeof(T) == 2 || scale.temperature.value == acc_t<T>(1)) {
+    absorb_below<true>(r, v, live, scale);
   } else {
-    absorb_below<false>(a, v, live, floor, scale);
+    absorb_below<false>(r, v, live, scale);
   }
 }
 
@@ -247,15 +277,17 @@ __device__ __forceinline__ M share_moments(Slice share, const RowScale<T>& scale
                                            Then then) {
   constexpr int N = Vec<T>::size, step = 32 * N;
   const int lane = threadIdx.x % 32;
-  M a;
-  clear(a);
+  Running<M, T> r;
+  clear(r.sums);
+  r.origin = r.sums.m;
+  r.floor = floor_below<T>(r.sums.m, scale);
   for (int at = 0; at < share.n; at += kUnroll * step) {
     Vec<T> v[kUnroll];
     load(v, at + lane * N, step);
-    absorb(a, v, (share.n - at + step - 1) / step, scale, share.begin + at + lane * N, step);
+    absorb(r, v, (share.n - at + step - 1) / step, scale, share.begin + at + lane * N, step);
     then();
   }
-  return join_lanes(a);
+  return join_lanes(r.sums);
 }
 
 // Warp partials of the slices of a row, one block; groups of threads take the slices in turn.
@@ -306,6 +338,21 @@ __device__ __forceinline__ M merge_row(const M* parts, const Tiling& tiling,
 
 // ---- results
 
+// `settle` for sums: k is log2(e) / T but for its rounding, which changes the exponential of a t
+// far below the maximum as it changes t; the mean t stands for all, for on a row where it matters
+// the others lie close together, in the tail.
+template <class A, class T>
+__device__ __forceinline__ Settle<T, A> settle(const Moments<acc_t<T>>& a,
+                                               const RowScale<T>& scale) {
+  Settle<T, A> to = settle<A>(a.m, scale);
+  if constexpr (sizeof(T) == 2) {
+    constexpr float high = float(kLog2e), low = float(kLog2e - high);
+    const float k_error = std::fma(scale.exp_scale, scale.temperature.value, -high) - low;
+    if (a.s > 0.0f) to.factor *= std::fma(A(-k_error * float(kLn2 * kLn2)), A(a.u) / A(a.s), A(1));
+  }
+  return to;
+}
+
 template <class A>
 struct RowStats {
   A logprob, entropy, log_sum, inv_sum;
@@ -321,8 +368,10 @@ __device__ __forceinline__ RowStats<acc_t<T>> row_stats(const Moments<acc_t<T>>&
     const A nan = std::numeric_limits<A>::quiet_NaN();
     return {nan, nan, nan, nan, false};
   }
-  const A sum = a.s + a.n, mean = a.u / sum / scale.temperature.value;
-  const A log_sum = std::log1p(a.s + (a.n - A(1)));
+  const auto to = settle<A>(a, scale);
+  const A s = a.s * to.factor, u = std::fma(-to.shift, a.s, a.u) * to.factor, sum = s + a.n;
+  const A mean = sizeof(T) == 2 ? u / sum * to.unit : u / sum / scale.temperature.value;
+  const A log_sum = std::log1p(s + (a.n - A(1)));
   return {(x_y - a.m) / scale.temperature.value - log_sum, log_sum - mean, log_sum, A(1) / sum,
           true};
 }
