@@ -1,6 +1,7 @@
-// Values sent from block to block of a cluster (sm_90): they land in the receiver's shared memory
-// and are counted there. Unlike a cluster barrier, whose arrival is a fence that waits for all the
-// thread's stores to global memory, this waits for the values alone.
+// Bytes that come to shared memory by themselves and are counted there (sm_90): values from other
+// blocks of the cluster, and bulk copies from global memory. Unlike a cluster barrier, whose
+// arrival is a fence that waits for all the thread's stores to global memory, a wait is for the
+// bytes alone.
 #pragma once
 
 #include "cluster.cuh"
@@ -61,6 +62,28 @@ __device__ __forceinline__ void send(T* to, Mailbox* box, unsigned rank, const T
         "r"(word[i]), "r"(word[i + 1]), "r"(word[i + 2]), "r"(word[i + 3]), "r"(remote_box)
         : "memory");
   }
+#endif
+}
+
+// `bytes` from global to shared memory, both aligned to 16 bytes, by one thread. The threads that
+// read the shared memory before are behind a barrier.
+__device__ __forceinline__ void copy_bulk(void* shared, const void* global, unsigned bytes,
+                                          Mailbox* box) {
+#if !defined(__CUDACC__)
+  cuda_sim::copy_bulk(shared, global, bytes, &box->state);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(__cvta_generic_to_global(global)), "r"(bytes), "r"(shared_address(box))
+      : "memory");
+#endif
+}
+
+// Orders the calling thread's stores to shared memory before later bulk copies over them.
+__device__ __forceinline__ void fence_for_bulk() {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 

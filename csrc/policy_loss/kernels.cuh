@@ -41,7 +41,7 @@ __device__ __forceinline__ void write_stats(const StatsOut<acc_t<T>>& out, int64
 }
 
 template <class T>
-__global__ void __launch_bounds__(kGroup, sizeof(T) == 8 ? 1 : 4)
+__global__ void __launch_bounds__((sizeof(T) == 8 ? 1 : kStatsGroups) * kGroup, 1)
     stats_kernel(StatsParams<acc_t<T>> p, Tiling tiling) {
   using A = acc_t<T>;
   FullMoments<A>* parts = dynamic_shared<FullMoments<A>>();  // of two rows in turn

@@ -33,11 +33,13 @@ struct LaunchConfig {
 
 constexpr int kGroup = 256;
 constexpr int kMaxSlices = 8;    // the largest portable cluster
+constexpr int kStatsGroups = 4;  // slices that a block of the statistics takes at a time, at most
 constexpr int kSweepGroups = 2;  // slices that a block of the two-sweep loss takes at a time
 // An SM of 228 KiB holds three blocks of this size (1 KiB of each is the driver's), so that one
 // block's loads, another's arithmetic and a third's stores overlap.
 constexpr int64_t kResidentBytes = 228 * 1024 / 3 - 1024;
-constexpr int64_t kScratchBytes = 576;  // behind a cluster block's slice: partials, row scratch
+constexpr int64_t kRowwiseBytes = 320 * 1024;  // of a slice without a reduction, at most
+constexpr int64_t kScratchBytes = 832;  // behind a cluster block's slice: partials, row scratch
 
 inline Tiling cut(int64_t vocab, int64_t element_bytes, int slices, int group) {
   const int64_t vec = 16 / element_bytes, warps = group / 32;
@@ -69,9 +71,15 @@ inline LaunchConfig sweep_config(const Tiling& t, unsigned groups) {
   return {t, false, 1, groups * t.group, sweep_shared_bytes(t)};
 }
 
-// Statistics: a row per block, three blocks to an SM.
-inline LaunchConfig stats_config(int64_t vocab, int64_t element_bytes) {
-  return sweep_config(choose_tiling(vocab, element_bytes), 1);
+// Statistics: a row per block, four blocks of one slice at a time to an SM; where the rows are
+// fewer than that, larger blocks take several slices at a time.
+inline LaunchConfig stats_config(int64_t rows, int64_t vocab, int64_t element_bytes,
+                                 const Device& device) {
+  const Tiling t = choose_tiling(vocab, element_bytes);
+  const int most = element_bytes == 8 ? 1 : t.slices < kStatsGroups ? t.slices : kStatsGroups;
+  int groups = 1;
+  while (groups < most && rows * groups * 2 <= 4 * int64_t(device.multiprocessors)) groups *= 2;
+  return sweep_config(t, unsigned(groups));
 }
 
 // The fused loss: a cluster where the row fits on chip, else two sweeps of one block per row, one
@@ -86,9 +94,16 @@ inline LaunchConfig loss_config(int64_t vocab, int64_t element_bytes, bool needs
   return sweep_config(t, t.slices < kSweepGroups ? t.slices : kSweepGroups);
 }
 
-// Kernels without a reduction: one block per row and slice.
-inline LaunchConfig rowwise_config(int64_t vocab, int64_t element_bytes) {
-  return {choose_tiling(vocab, element_bytes), false, 1, kGroup, 0};
+// Kernels without a reduction: one block per row and slice. Long slices, but enough blocks.
+inline LaunchConfig rowwise_config(int64_t rows, int64_t vocab, int64_t element_bytes,
+                                   const Device& device) {
+  const int64_t blocks = 16 * int64_t(device.multiprocessors);
+  int slices = 1;
+  while (slices < kMaxSlices &&
+         (vocab * element_bytes > slices * kRowwiseBytes || rows * slices < blocks)) {
+    slices *= 2;
+  }
+  return {cut(vocab, element_bytes, slices, kGroup), false, 1, kGroup, 0};
 }
 
 // Clusters for resident rows. One that takes several rows loads the next while it stores the last;

@@ -8,7 +8,7 @@
 
 namespace reasonkern {
 
-constexpr int kStages = 4;  // tiles of a share that are fetched ahead
+constexpr int kChunks = 4;  // pieces of a warp's share that are fetched one by one
 
 // Behind the slice.
 template <class A>
@@ -16,72 +16,91 @@ struct ClusterScratch {
   RowScratch<A> row;
   Moments<A> warps[kGroup / 32];                 // of this block
   alignas(16) Moments<A> slices[2][kMaxSlices];  // from all blocks of the cluster, of two rows
-  Mailbox arrived[2];
+  Mailbox arrived[2], fetched[kGroup / 32][kChunks];
 };
 static_assert(sizeof(ClusterScratch<float>) <= kScratchBytes, "cluster_shared_bytes");
 
-// One tile of the calling warp's share of a slice, as one group of copies, empty past the end.
-// Every lane reads only what it fetched, so no barrier.
+// A warp's share of the slice in shared memory, chunk by chunk of whole tiles.
 template <class T>
-__device__ __forceinline__ void fetch_tile(T* shared, const T* p, int n, int tile) {
-  constexpr int N = Vec<T>::size, step = 32 * N;
-  const bool aligned = is_aligned(p);
-  int at = tile * kUnroll * step + threadIdx.x % 32 * N;
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i, at += step) {
-    if (at >= n) break;
-    if (aligned && at + N <= n) {
-      copy_async(shared + at, p + at);
-    } else {
-      store_shared(shared + at, load_elements(p, n, at));
+struct Stage {
+  T* shared;
+  Mailbox* fetched;
+  Slice share;
+  int chunk;  // elements
+
+  __device__ __forceinline__ Stage(T* shared, Mailbox* fetched, Slice share)
+      : shared(shared), fetched(fetched), share(share) {
+    constexpr int tile = kUnroll * 32 * Vec<T>::size;
+    chunk = (share.n + kChunks * tile - 1) / (kChunks * tile) * tile;
+    if (threadIdx.x % 32 == 0) {
+      for (int i = 0; i < kChunks; ++i) open_mailbox(fetched + i);
     }
   }
-  copy_commit();
-}
+  __device__ __forceinline__ int begin(int i) const { return min(i * chunk, share.n); }
 
-// The first kStages tiles; null: there is no such row.
-template <class T>
-__device__ __forceinline__ void fetch_first(T* shared, const T* p, int n) {
-  for (int tile = 0; tile < kStages; ++tile) fetch_tile(shared, p, p != nullptr ? n : 0, tile);
-}
+  // Starts the copy of chunk i of the row at p; the lanes have read what it replaces. Vectors that
+  // are misaligned or not whole are read element by element, each by the lane that uses it.
+  __device__ __forceinline__ void fetch(const T* p, int i) const {
+    constexpr int N = Vec<T>::size;
+    const int from = begin(i), to = begin(i + 1), lane = threadIdx.x % 32;
+    const int whole = is_aligned(p) ? to - to % N : from;
+    if (from == to) return;
+    __syncwarp();
+    if (lane == 0) {
+      expect_bytes(fetched + i, unsigned(whole - from) * unsigned(sizeof(T)));
+      if (whole > from) {
+        copy_bulk(shared + from, p + from, unsigned(whole - from) * unsigned(sizeof(T)),
+                  fetched + i);
+      }
+    }
+    if (whole == to) return;
+    for (int at = from + lane * N; at < to; at += 32 * N) {
+      if (at >= whole) store_shared(shared + at, load_elements(p, share.n, at));
+    }
+    fence_for_bulk();
+  }
+};
 
-// The share through shared memory into moments. Its first kStages tiles are under way, the others
-// follow as tiles are read.
+// The share's moments, as its chunks come in.
 template <class T>
-__device__ __forceinline__ Moments<acc_t<T>> fetch_moments(T* shared, const T* p, Slice share,
-                                                           const RowScale<T>& scale) {
-  int ahead = kStages;
+__device__ __forceinline__ Moments<acc_t<T>> staged_moments(const Stage<T>& stage, unsigned turn,
+                                                            const RowScale<T>& scale) {
+  int chunk = 0;
   return share_moments<Moments<acc_t<T>>>(
-      share, scale,
-      [&](Vec<T>(&v)[kUnroll], int at, int step) {  // the last vector is padded with -inf
-        copy_wait<kStages - 1>();
-#pragma unroll
-        for (int i = 0; i < kUnroll; ++i, at += step) {
-          v[i] = at < share.n ? load_shared(shared + at) : padding<T>();
+      stage.share, scale, [&](Vec<T>(&v)[kUnroll], int at, int step) {
+        if (at - int(threadIdx.x % 32) * Vec<T>::size == stage.begin(chunk)) {
+          wait_for_turn(stage.fetched + chunk++, turn);
         }
-      },
-      [&] { fetch_tile(shared, p, share.n, ahead++); });
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i, at += step) {  // the last vector is padded with -inf
+          v[i] = at < stage.share.n ? load_shared(stage.shared + at) : padding<T>();
+        }
+      });
 }
 
-// The share's gradient, and behind it the first tiles of the next row's into the shared memory that
-// each lane has just read: loads go on while gradients are stored.
+// The share's gradient, and behind each chunk the next row's (null: no such row), into the shared
+// memory that was just read: loads go on while gradients are stored.
 template <class T>
-__device__ __forceinline__ void write_gradient_fetch_next(T* grad, T* shared, const T* next,
-                                                          Slice share, const GradCoefs<acc_t<T>>& c,
+__device__ __forceinline__ void write_gradient_fetch_next(T* grad, const Stage<T>& stage,
+                                                          const T* next,
+                                                          const GradCoefs<acc_t<T>>& c,
                                                           const RowScale<T>& scale) {
   constexpr int N = Vec<T>::size, step = 32 * N;
   const bool aligned = is_aligned(grad);
   const Floor<T> floor = floor_below<T>(c.m, scale);
-  for (int tile = 0; tile < kStages || tile * kUnroll * step < share.n; ++tile) {
-    int at = tile * kUnroll * step + threadIdx.x % 32 * N;
+  const auto vector = [&](int at) {
+    return gradient_vector<false>(load_shared(stage.shared + at), stage.share.begin + at, c, floor,
+                                  scale);
+  };
+  for (int i = 0; i < kChunks; ++i) {
+    int at = stage.begin(i) + int(threadIdx.x % 32) * N;
+    const int end = stage.begin(i + 1);
+    if (aligned) {
 #pragma unroll 2
-    for (int i = 0; i < kUnroll; ++i, at += step) {
-      if (at >= share.n) break;
-      store_vector(
-          grad, share.n, aligned, at,
-          gradient_vector<false>(load_shared(shared + at), share.begin + at, c, floor, scale));
+      for (; at + N <= end; at += step) store_global(grad + at, vector(at));
     }
-    if (tile < kStages) fetch_tile(shared, next, next != nullptr ? share.n : 0, tile);
+    for (; at < end; at += step) store_vector(grad, end, aligned, at, vector(at));
+    if (next != nullptr) stage.fetch(next, i);
   }
 }
 
@@ -123,7 +142,7 @@ __global__ void __launch_bounds__(kGroup, 3)
   auto& s = *dynamic_shared<ClusterScratch<A>>(unsigned(tiling.slice_len * sizeof(T)));
   const Slice slice = slice_of(tiling, p.rows.vocab, int(rank));
   const Slice share = share_of(slice, tiling, warp);
-  T* shared = dynamic_shared<T>() + warp * tiling.share_len;
+  const Stage<T> stage(dynamic_shared<T>() + warp * tiling.share_len, s.fetched[warp], share);
   if (threadIdx.x == 0) {
     open_mailbox(&s.arrived[0]);
     open_mailbox(&s.arrived[1]);
@@ -134,7 +153,7 @@ __global__ void __launch_bounds__(kGroup, 3)
   };
   int64_t row = skip_inactive<T>(p, blockIdx.x / cluster_size(), slice);
   const T* logits = share_of_row(row);
-  fetch_first(shared, logits, share.n);
+  for (int i = 0; i < kChunks && logits != nullptr; ++i) stage.fetch(logits, i);
   RowTask<A> task;  // thread 0's, of the row whose logits are being fetched
   if (threadIdx.x == 0 && logits != nullptr) task = load_task(p, row);
   for (unsigned turn = 0; logits != nullptr; ++turn) {
@@ -145,7 +164,7 @@ __global__ void __launch_bounds__(kGroup, 3)
       s.row.task = task;
       x_y = target_logit(logits - share.begin, task.target, p.rows.vocab);
     }
-    const Moments<A> part = fetch_moments(shared, logits, share, scale);
+    const Moments<A> part = staged_moments(stage, turn, scale);
     if (threadIdx.x % 32 == 0) s.warps[warp] = part;
     __syncthreads();
     if (warp == 0) {
@@ -161,10 +180,10 @@ __global__ void __launch_bounds__(kGroup, 3)
     logits = share_of_row(row);
     if (threadIdx.x == 0 && logits != nullptr) task = load_task(p, row);
     if (c.live) {
-      write_gradient_fetch_next(grad, shared, logits, share, c, scale);
+      write_gradient_fetch_next(grad, stage, logits, c, scale);
     } else {
       write_zeros(grad, share.n, threadIdx.x % 32, 32);
-      fetch_first(shared, logits, share.n);
+      for (int i = 0; i < kChunks && logits != nullptr; ++i) stage.fetch(logits, i);
     }
   }
 }

@@ -271,10 +271,9 @@ __device__ __forceinline__ void absorb(Running<M, T>& r, Vec<T> (&v)[kUnroll], i
 }
 
 // The moments of the calling warp's share of a slice in every lane. load(v, at, step) fills v with
-// the vectors at positions at, at + step, ... of the share; then(): what comes behind each tile.
-template <class M, class T, class Load, class Then>
-__device__ __forceinline__ M share_moments(Slice share, const RowScale<T>& scale, Load load,
-                                           Then then) {
+// the vectors at positions at, at + step, ... of the share.
+template <class M, class T, class Load>
+__device__ __forceinline__ M share_moments(Slice share, const RowScale<T>& scale, Load load) {
   constexpr int N = Vec<T>::size, step = 32 * N;
   const int lane = threadIdx.x % 32;
   Running<M, T> r;
@@ -285,7 +284,6 @@ __device__ __forceinline__ M share_moments(Slice share, const RowScale<T>& scale
     Vec<T> v[kUnroll];
     load(v, at + lane * N, step);
     absorb(r, v, (share.n - at + step - 1) / step, scale, share.begin + at + lane * N, step);
-    then();
   }
   return join_lanes(r.sums);
 }
@@ -299,12 +297,9 @@ __device__ __forceinline__ void sweep_moments(M* parts, const T* row, int64_t vo
   const bool aligned = is_aligned(row);
   for (int k = group; k < tiling.slices; k += groups) {
     const Slice share = share_of(slice_of(tiling, vocab, k), tiling, warp);
-    const M a = share_moments<M>(
-        share, scale,
-        [&](Vec<T>(&v)[kUnroll], int at, int step) {
-          load_vectors<reuse>(v, row + share.begin, share.n, aligned, at, step);
-        },
-        [] {});
+    const M a = share_moments<M>(share, scale, [&](Vec<T>(&v)[kUnroll], int at, int step) {
+      load_vectors<reuse>(v, row + share.begin, share.n, aligned, at, step);
+    });
     if (threadIdx.x % 32 == 0) parts[k * warps + warp] = a;
   }
 }

@@ -38,6 +38,13 @@ inline void send(void* to, void* state, unsigned rank, const void* value, std::s
   machine.letters[cluster_map(state, rank)].push_back({to, {bytes, bytes + size}});
 }
 
+inline void copy_bulk(void* shared, const void* global, unsigned bytes, void* state) {
+  if (bytes % 16 != 0) fail("copy_bulk: not whole vectors");
+  const auto* from = static_cast<const unsigned char*>(aligned(global, 16, "copy_bulk"));
+  void* to = cluster_map(aligned(shared, 16, "copy_bulk"), cluster_rank());
+  machine.letters[state].push_back({to, {from, from + bytes}});
+}
+
 inline void wait_for_turn(void* state, unsigned turn) {
   MailboxState* box = mailbox(state);
   while (box->turn == static_cast<std::int16_t>(turn)) {
