@@ -54,8 +54,15 @@ struct Stage {
       }
     }
     if (whole == to) return;
-    for (int at = from + lane * N; at < to; at += 32 * N) {
-      if (at >= whole) store_shared(shared + at, load_elements(p, share.n, at));
+    const int first = whole - (whole - from) % (32 * N);
+    for (int at = first + lane * N; at < to; at += kUnroll * 32 * N) {
+      Vec<T> v[kUnroll];
+      load_vectors<Reuse::last>(v, p, to, false, at, 32 * N);
+#pragma unroll
+      for (int k = 0; k < kUnroll; ++k) {
+        const int position = at + k * 32 * N;
+        if (position >= whole && position < to) store_shared(shared + position, v[k]);
+      }
     }
     fence_for_bulk();
   }

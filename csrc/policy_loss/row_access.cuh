@@ -31,12 +31,67 @@ __device__ __forceinline__ Vec<T> load_elements(const T* p, int n, int position)
   });
 }
 
+// Words of 16-bit elements; p is aligned to a word.
+template <class T>
+__device__ __forceinline__ std::uint32_t load_word(const T* p) {
+#if defined(__CUDACC__)
+  return *reinterpret_cast<const std::uint32_t*>(p);
+#else
+  std::uint32_t w;
+  std::memcpy(&w, p, 4);
+  return w;
+#endif
+}
+template <class T>
+__device__ __forceinline__ void store_word(T* p, std::uint32_t w) {
+#if defined(__CUDACC__)
+  *reinterpret_cast<std::uint32_t*>(p) = w;
+#else
+  std::memcpy(p, &w, 4);
+#endif
+}
+template <class T>
+__device__ __forceinline__ bool is_word_aligned(const T* p) {
+  return reinterpret_cast<std::uintptr_t>(p) % 4 == 0;
+}
+
+// A whole vector at any address: by words, and at an odd place the two ends alone.
+template <class T>
+__device__ __forceinline__ Vec<T> load_words(const T* p) {
+  if constexpr (sizeof(T) != 2) {
+    return make_vec<T>([&](int j) { return p[j]; });
+  } else if (is_word_aligned(p)) {
+    return {{load_word(p), load_word(p + 2), load_word(p + 4), load_word(p + 6)}};
+  } else {
+    const std::uint32_t a = recast<std::uint16_t>(p[0]), b = load_word(p + 1), c = load_word(p + 3),
+                        d = load_word(p + 5), e = recast<std::uint16_t>(p[7]);
+    return {{a | b << 16, b >> 16 | c << 16, c >> 16 | d << 16, d >> 16 | e << 16}};
+  }
+}
+template <class T>
+__device__ __forceinline__ void store_words(T* p, const Vec<T>& v) {
+  if constexpr (sizeof(T) != 2) {
+#pragma unroll
+    for (int j = 0; j < Vec<T>::size; ++j) p[j] = get_lane(v, j);
+  } else if (is_word_aligned(p)) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store_word(p + 2 * i, v.word[i]);
+  } else {
+    p[0] = get_lane(v, 0);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      store_word(p + 1 + 2 * i, v.word[i] >> 16 | v.word[i + 1] << 16);
+    }
+    p[7] = get_lane(v, 7);
+  }
+}
+
 // Vector access where that is possible; a vector past the end costs no loads.
 template <Reuse reuse, class T>
 __device__ __forceinline__ Vec<T> load_vector(const T* p, int n, bool aligned, int position) {
-  if (aligned && position + Vec<T>::size <= n) return load_global<reuse>(p + position);
-  if (position < n) return load_elements(p, n, position);
-  return padding<T>();
+  if (position >= n) return padding<T>();
+  if (position + Vec<T>::size > n) return load_elements(p, n, position);
+  return aligned ? load_global<reuse>(p + position) : load_words(p + position);
 }
 
 // All loads are issued before the first is looked at.
@@ -56,8 +111,8 @@ template <class T>
 __device__ __forceinline__ void store_vector(T* p, int n, bool aligned, int position,
                                              const Vec<T>& v) {
   constexpr int N = Vec<T>::size;
-  if (aligned && position + N <= n) {
-    store_global(p + position, v);
+  if (position + N <= n) {
+    aligned ? store_global(p + position, v) : store_words(p + position, v);
   } else {
 #pragma unroll
     for (int j = 0; j < N; ++j) {

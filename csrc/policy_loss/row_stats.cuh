@@ -15,7 +15,7 @@
 
 namespace reasonkern {
 
-constexpr int kUnroll = 4;  // vectors a thread takes at a time
+constexpr int kUnroll = 5;  // vectors a thread takes at a time
 
 // Elements at the maximum are counted, not summed: on a confident row the sum is 1 and a tail, and
 // added to 1 the tail's small terms would be lost one by one.
