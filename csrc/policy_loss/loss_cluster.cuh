@@ -30,7 +30,7 @@ struct Stage {
 
   __device__ __forceinline__ Stage(T* shared, Mailbox* fetched, Slice share)
       : shared(shared), fetched(fetched), share(share) {
-    constexpr int tile = kUnroll * 32 * Vec<T>::size;
+    constexpr int tile = kUnroll<T> * 32 * Vec<T>::size;
     chunk = (share.n + kChunks * tile - 1) / (kChunks * tile) * tile;
     if (threadIdx.x % 32 == 0) {
       for (int i = 0; i < kChunks; ++i) open_mailbox(fetched + i);
@@ -55,11 +55,11 @@ struct Stage {
     }
     if (whole == to) return;
     const int first = whole - (whole - from) % (32 * N);
-    for (int at = first + lane * N; at < to; at += kUnroll * 32 * N) {
-      Vec<T> v[kUnroll];
+    for (int at = first + lane * N; at < to; at += kUnroll<T> * 32 * N) {
+      Vec<T> v[kUnroll<T>];
       load_vectors<Reuse::last>(v, p, to, false, at, 32 * N);
 #pragma unroll
-      for (int k = 0; k < kUnroll; ++k) {
+      for (int k = 0; k < kUnroll<T>; ++k) {
         const int position = at + k * 32 * N;
         if (position >= whole && position < to) store_shared(shared + position, v[k]);
       }
@@ -74,12 +74,12 @@ __device__ __forceinline__ Moments<acc_t<T>> staged_moments(const Stage<T>& stag
                                                             const RowScale<T>& scale) {
   int chunk = 0;
   return share_moments<Moments<acc_t<T>>>(
-      stage.share, scale, [&](Vec<T>(&v)[kUnroll], int at, int step) {
+      stage.share, scale, [&](Vec<T>(&v)[kUnroll<T>], int at, int step) {
         if (at - int(threadIdx.x % 32) * Vec<T>::size == stage.begin(chunk)) {
           wait_for_turn(stage.fetched + chunk++, turn);
         }
 #pragma unroll
-        for (int i = 0; i < kUnroll; ++i, at += step) {  // the last vector is padded with -inf
+        for (int i = 0; i < kUnroll<T>; ++i, at += step) {  // the last vector is padded with -inf
           v[i] = at < stage.share.n ? load_shared(stage.shared + at) : padding<T>();
         }
       });
