@@ -44,10 +44,8 @@ template <class T>
 __global__ void __launch_bounds__((sizeof(T) == 8 ? 1 : kStatsGroups) * kGroup, 1)
     stats_kernel(StatsParams<acc_t<T>> p, Tiling tiling) {
   using A = acc_t<T>;
-  FullMoments<A>* parts = dynamic_shared<FullMoments<A>>();  // of two rows in turn
+  FullMoments<A>* parts = dynamic_shared<FullMoments<A>>();
   const int64_t vocab = p.rows.vocab;
-  const int count = tiling.slices * tiling.group / 32;
-  bool odd = false;
   for (int64_t row = blockIdx.x; row < p.rows.rows; row += gridDim.x) {
     if (p.mask != nullptr && !p.mask[row]) {
       if (threadIdx.x == 0) write_inactive_stats(p.out, row);
@@ -55,20 +53,19 @@ __global__ void __launch_bounds__((sizeof(T) == 8 ? 1 : kStatsGroups) * kGroup, 
     }
     const T* logits = logits_row<T>(p.rows, row);
     const RowScale<T> scale = row_scale<T>(p.scale, row);
-    FullMoments<A>* mine = parts + odd * count;
-    odd = !odd;
-    sweep_moments<Reuse::last>(mine, logits, vocab, tiling, scale);
+    sweep_moments<Reuse::last>(parts, logits, vocab, tiling, scale);
+    const int64_t y = threadIdx.x == 0 ? p.rows.targets[row] : 0;
     __syncthreads();
-    if (threadIdx.x < 32) {  // while the other warps go on to the next row
-      const auto total = merge_row(mine, tiling, scale);
+    if (threadIdx.x < 32) {
+      A x_y = threadIdx.x == 0 ? target_logit(logits, y, vocab) : A(0);
+      const auto total = merge_row(parts, tiling, scale);
       if (threadIdx.x == 0) {
-        const int64_t y = p.rows.targets[row];
         const bool valid = y >= 0 && y < vocab;
-        A x_y = target_logit(logits, y, vocab);
         if (scale.softcap.value != A(0)) x_y = soft_capped(x_y, scale.softcap);
         write_stats(p.out, row, total, x_y, y, valid, scale);
       }
     }
+    __syncthreads();
   }
 }
 

@@ -60,7 +60,7 @@ inline Tiling choose_tiling(int64_t vocab, int64_t element_bytes) {
 // Shared memory of a block that walks whole rows: one partial per warp of every slice, for two
 // rows, and the row scratch; the bound covers float64 statistics.
 inline std::size_t sweep_shared_bytes(const Tiling& t) {
-  return std::size_t(t.slices) * (t.group / 32) * 2 * 56 + 512;
+  return std::size_t(t.slices) * (t.group / 32) * 56 + 512;
 }
 
 inline std::size_t cluster_shared_bytes(const Tiling& t, int64_t element_bytes) {
@@ -97,7 +97,7 @@ inline LaunchConfig loss_config(int64_t vocab, int64_t element_bytes, bool needs
 // Kernels without a reduction: one block per row and slice. Long slices, but enough blocks.
 inline LaunchConfig rowwise_config(int64_t rows, int64_t vocab, int64_t element_bytes,
                                    const Device& device) {
-  const int64_t blocks = 16 * int64_t(device.multiprocessors);
+  const int64_t blocks = 12 * int64_t(device.multiprocessors);
   int slices = 1;
   while (slices < kMaxSlices &&
          (vocab * element_bytes > slices * kRowwiseBytes || rows * slices < blocks)) {
@@ -107,11 +107,11 @@ inline LaunchConfig rowwise_config(int64_t rows, int64_t vocab, int64_t element_
 }
 
 // Clusters for resident rows. One that takes several rows loads the next while it stores the last;
-// but the device must stay full to the end, so only as many rows each as leave 16 waves.
+// but the device must stay full to the end, so only as many rows each as leave 5 waves.
 inline unsigned resident_clusters(int64_t rows, unsigned cluster, const Device& device) {
   const int64_t at_once = 3 * int64_t(device.multiprocessors) / cluster + 1;
-  const int64_t share = rows / (16 * at_once);
-  const int64_t each = share < 1 ? 1 : share > 4 ? 4 : share;
+  const int64_t share = rows / (5 * at_once);
+  const int64_t each = share < 1 ? 1 : share > 8 ? 8 : share;
   return unsigned((rows + each - 1) / each);
 }
 

@@ -30,7 +30,7 @@ struct Stage {
 
   __device__ __forceinline__ Stage(T* shared, Mailbox* fetched, Slice share)
       : shared(shared), fetched(fetched), share(share) {
-    constexpr int tile = kUnroll<T> * 32 * Vec<T>::size;
+    constexpr int tile = kUnroll * 32 * Vec<T>::size;
     chunk = (share.n + kChunks * tile - 1) / (kChunks * tile) * tile;
     if (threadIdx.x % 32 == 0) {
       for (int i = 0; i < kChunks; ++i) open_mailbox(fetched + i);
@@ -55,11 +55,11 @@ struct Stage {
     }
     if (whole == to) return;
     const int first = whole - (whole - from) % (32 * N);
-    for (int at = first + lane * N; at < to; at += kUnroll<T> * 32 * N) {
-      Vec<T> v[kUnroll<T>];
+    for (int at = first + lane * N; at < to; at += kUnroll * 32 * N) {
+      Vec<T> v[kUnroll];
       load_vectors<Reuse::last>(v, p, to, false, at, 32 * N);
 #pragma unroll
-      for (int k = 0; k < kUnroll<T>; ++k) {
+      for (int k = 0; k < kUnroll; ++k) {
         const int position = at + k * 32 * N;
         if (position >= whole && position < to) store_shared(shared + position, v[k]);
       }
@@ -74,12 +74,12 @@ __device__ __forceinline__ Moments<acc_t<T>> staged_moments(const Stage<T>& stag
                                                             const RowScale<T>& scale) {
   int chunk = 0;
   return share_moments<Moments<acc_t<T>>>(
-      stage.share, scale, [&](Vec<T>(&v)[kUnroll<T>], int at, int step) {
+      stage.share, scale, [&](Vec<T>(&v)[kUnroll], int at, int step) {
         if (at - int(threadIdx.x % 32) * Vec<T>::size == stage.begin(chunk)) {
           wait_for_turn(stage.fetched + chunk++, turn);
         }
 #pragma unroll
-        for (int i = 0; i < kUnroll<T>; ++i, at += step) {  // the last vector is padded with -inf
+        for (int i = 0; i < kUnroll; ++i, at += step) {  // the last vector is padded with -inf
           v[i] = at < stage.share.n ? load_shared(stage.shared + at) : padding<T>();
         }
       });
@@ -161,11 +161,14 @@ __global__ void __launch_bounds__(kGroup, 3)
   int64_t row = skip_inactive<T>(p, blockIdx.x / cluster_size(), slice);
   const T* logits = share_of_row(row);
   for (int i = 0; i < kChunks && logits != nullptr; ++i) stage.fetch(logits, i);
+  RowScale<T> scale = row_scale<T>(p.scale, row < p.rows.rows ? row : 0);
   RowTask<A> task;  // thread 0's, of the row whose logits are being fetched
   if (threadIdx.x == 0 && logits != nullptr) task = load_task(p, row);
   for (unsigned turn = 0; logits != nullptr; ++turn) {
     T* grad = grad_row_pointer<T>(p.rows, row) + share.begin;
-    const RowScale<T> scale = row_scale<T>(p.scale, row);
+    if (turn > 0 && p.scale.row_temperature != nullptr) scale = row_scale<T>(p.scale, row);
+    const int64_t next = row + clusters;  // its weight is on the way while it is not yet needed
+    const A next_weight = next < p.rows.rows ? p.weight[next] : A(0);
     A x_y = A(0);
     if (threadIdx.x == 0) {
       s.row.task = task;
@@ -183,7 +186,7 @@ __global__ void __launch_bounds__(kGroup, 3)
     }
     __syncthreads();
     const GradCoefs<A> c = s.row.grad;
-    row = skip_inactive<T>(p, row + clusters, slice);
+    row = next_weight != A(0) ? next : skip_inactive<T>(p, next, slice);
     logits = share_of_row(row);
     if (threadIdx.x == 0 && logits != nullptr) task = load_task(p, row);
     if (c.live) {

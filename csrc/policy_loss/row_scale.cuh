@@ -39,7 +39,7 @@ __device__ __forceinline__ RowScale<T> row_scale(const Scale<acc_t<T>>& s, int64
   const A temperature = s.row_temperature ? s.row_temperature[row] : s.temperature;
   const A lowest = sizeof(A) == 8 ? A(-800) : A(-200);
   return {{temperature, A(1) / temperature},
-          {s.softcap, A(1) / s.softcap},
+          {s.softcap, s.softcap != A(0) ? A(1) / s.softcap : A(0)},
           A(kLog2e) / temperature,
           A(kLn2) * temperature,
           sizeof(T) == 2 ? lowest : lowest * temperature};

@@ -15,9 +15,7 @@
 
 namespace reasonkern {
 
-// Vectors a lane takes at a time: as many as registers allow.
-template <class T>
-constexpr int kUnroll = sizeof(T) == 2 ? 5 : 4;
+constexpr int kUnroll = 5;  // vectors a lane takes at a time, as many as registers allow
 
 // Elements at the maximum are counted, not summed: on a confident row the sum is 1 and a tail, and
 // added to 1 the tail's small terms would be lost one by one.
@@ -160,10 +158,10 @@ __device__ __forceinline__ void raise_running(Running<M, T>& r, acc_t<T> m,
 
 // The first `live` vectors of a tile, whose elements all lie below the maximum.
 template <bool kUnit, class M, class T>
-__device__ __forceinline__ void absorb_below(Running<M, T>& r, const Vec<T> (&v)[kUnroll<T>],
-                                             int live, const RowScale<T>& scale) {
+__device__ __forceinline__ void absorb_below(Running<M, T>& r, const Vec<T> (&v)[kUnroll], int live,
+                                             const RowScale<T>& scale) {
 #pragma unroll
-  for (int i = 0; i < kUnroll<T>; ++i) {
+  for (int i = 0; i < kUnroll; ++i) {
     if (i >= live) break;
     acc_t<T> t[Vec<T>::size];
     lane_offsets(t, v[i], r.origin, r.floor, scale);
@@ -198,12 +196,12 @@ __device__ __forceinline__ void take_out_top(M& a, Vec<T>& v, int index) {
 // Tiles that are soft-capped, or for which no floor is usable. Not unrolled, vectors move up
 // instead: it must cost the others no registers.
 template <class M, class T>
-__device__ __forceinline__ void absorb_any(Running<M, T>& r, Vec<T> (&v)[kUnroll<T>],
+__device__ __forceinline__ void absorb_any(Running<M, T>& r, Vec<T> (&v)[kUnroll],
                                            const RowScale<T>& scale, int index, int step) {
   using A = acc_t<T>;
   constexpr int N = Vec<T>::size;
 #pragma unroll 1
-  for (int i = 0; i < kUnroll<T>; ++i, index += step) {
+  for (int i = 0; i < kUnroll; ++i, index += step) {
     A x[N];
     unpack(v[0], x);
     if (scale.softcap.value != A(0)) soft_cap(x, scale.softcap);
@@ -217,15 +215,15 @@ __device__ __forceinline__ void absorb_any(Running<M, T>& r, Vec<T> (&v)[kUnroll
       add(r.sums, exponential<false>(t, scale), t);
     }
 #pragma unroll
-    for (int k = 1; k < kUnroll<T>; ++k) v[k - 1] = v[k];
+    for (int k = 1; k < kUnroll; ++k) v[k - 1] = v[k];
   }
 }
 
 // Raises the warp's maximum to the tile's and takes out the elements at it, so that the others lie
 // below; false: the tile was dealt with here.
 template <class M, class T>
-__device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll<T>],
-                                          const Top<T> (&tops)[kUnroll<T>], acc_t<T> highest,
+__device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll],
+                                          const Top<T> (&tops)[kUnroll], acc_t<T> highest,
                                           const RowScale<T>& scale, int index, int step) {
   using A = acc_t<T>;
   if (scale.softcap.value != A(0)) highest = soft_capped(highest, scale.softcap);
@@ -241,7 +239,7 @@ __device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll<
   }
   const T top = from_acc<T>(r.sums.m);
 #pragma unroll
-  for (int i = 0; i < kUnroll<T>; ++i) {
+  for (int i = 0; i < kUnroll; ++i) {
     // Where a NaN hides a maximum beside it the sums become NaN anyway.
     if (top_is<T>(tops[i], top)) take_out_top(r.sums, v[i], index + i * step);
   }
@@ -252,11 +250,11 @@ __device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll<
 // padding; vector i starts at row position index + i * step. Called by whole warps, whose lanes
 // share the maximum and `live`.
 template <class M, class T>
-__device__ __forceinline__ void absorb(Running<M, T>& r, Vec<T> (&v)[kUnroll<T>], int live,
+__device__ __forceinline__ void absorb(Running<M, T>& r, Vec<T> (&v)[kUnroll], int live,
                                        const RowScale<T>& scale, int index, int step) {
-  Top<T> tops[kUnroll<T>], top;
+  Top<T> tops[kUnroll], top;
 #pragma unroll
-  for (int i = 0; i < kUnroll<T>; ++i) {
+  for (int i = 0; i < kUnroll; ++i) {
     tops[i] = top_of(v[i]);
     top = i == 0 ? tops[0] : higher<T>(top, tops[i]);
   }
@@ -282,8 +280,8 @@ __device__ __forceinline__ M share_moments(Slice share, const RowScale<T>& scale
   clear(r.sums);
   r.origin = r.sums.m;
   r.floor = floor_below<T>(r.sums.m, scale);
-  for (int at = 0; at < share.n; at += kUnroll<T> * step) {
-    Vec<T> v[kUnroll<T>];
+  for (int at = 0; at < share.n; at += kUnroll * step) {
+    Vec<T> v[kUnroll];
     load(v, at + lane * N, step);
     absorb(r, v, (share.n - at + step - 1) / step, scale, share.begin + at + lane * N, step);
   }
@@ -299,7 +297,7 @@ __device__ __forceinline__ void sweep_moments(M* parts, const T* row, int64_t vo
   const bool aligned = is_aligned(row);
   for (int k = group; k < tiling.slices; k += groups) {
     const Slice share = share_of(slice_of(tiling, vocab, k), tiling, warp);
-    const M a = share_moments<M>(share, scale, [&](Vec<T>(&v)[kUnroll<T>], int at, int step) {
+    const M a = share_moments<M>(share, scale, [&](Vec<T>(&v)[kUnroll], int at, int step) {
       load_vectors<reuse>(v, row + share.begin, share.n, aligned, at, step);
     });
     if (threadIdx.x % 32 == 0) parts[k * warps + warp] = a;
