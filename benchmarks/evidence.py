@@ -1,8 +1,11 @@
 """Derives reasonkern/_evidence.py from the committed results: `python -m benchmarks.evidence`.
 
-A backend counts as run on an architecture when a committed result holds a CUDA case in which it
-reproduced the truth and was timed. The result file says which: its machine has an `architecture`
-("sm_90"), and the provider's row names its `backend` and the registered `ops` it ran.
+A backend counts as run on an architecture when a committed result says so: a benchmark with a CUDA
+case in which it reproduced the truth and was timed, or a test run on the GPU in which every test
+that reached it passed. Tests that failed count against it until a newer run of them passes. The
+files say which: their machine has an `architecture` ("sm_90"); a benchmark's row names its
+`backend` and the registered `ops` it ran; a test run (`pytest --gpu-record FILE`) has a row per op
+and backend, and names the tests of which it was `lost` what they had reached.
 """
 
 from __future__ import annotations
@@ -31,18 +34,37 @@ Key = tuple[str, str, str]
 
 
 def collect(results: Path = RESULTS) -> dict[Key, str]:
-    """Every (op, architecture, backend) with a matching run; the newest result speaks for it."""
-    newest: dict[Key, tuple[str, str]] = {}
+    """Every (op, architecture, backend) that counts; its newest good result speaks for it."""
+    good: dict[Key, tuple[str, str]] = {}
+    tested: dict[Key, tuple[str, bool]] = {}
     for path in sorted(results.glob("**/*.json")):
         content = json.loads(path.read_text())
         machine = content.get("machine", {})
         if not machine.get("gpu"):
             continue
-        date = machine["date"][:10]
-        text = f"{machine['gpu']}, {date} ({path.relative_to(results).as_posix()})"
-        for key in matching_runs(content["cases"], machine["architecture"]):
-            newest[key] = max(newest.get(key, ("", "")), (date, text))
-    return {key: text for key, (_, text) in sorted(newest.items())}
+        date = machine["date"]
+        text = f"{machine['gpu']}, {date[:10]} ({path.relative_to(results).as_posix()})"
+        for key, passed in test_runs(content, machine["architecture"]):
+            tested[key] = max(tested.get(key, ("", False)), (date, passed))
+            if passed:
+                good[key] = max(good.get(key, ("", "")), (date, text))
+        for key in matching_runs(content.get("cases", []), machine["architecture"]):
+            good[key] = max(good.get(key, ("", "")), (date, text))
+    failed = {key for key, (_, passed) in tested.items() if not passed}
+    return {key: text for key, (_, text) in sorted(good.items()) if key not in failed}
+
+
+def test_runs(content: dict[str, Any], architecture: str) -> Iterator[tuple[Key, bool]]:
+    """The keys that the tests of one result file reached, and whether all of those tests passed.
+
+    A lost test may have reached any of them: a file with one vouches for nothing.
+    """
+    for row in content.get("tests", []):
+        key = (row["op"], architecture, row["backend"])
+        if row["failed"]:
+            yield key, False
+        elif row["passed"] and not content["lost"]:
+            yield key, True
 
 
 def matching_runs(cases: list[dict[str, Any]], architecture: str) -> Iterator[Key]:

@@ -89,28 +89,28 @@ build() {
   step smoke-triton "$PYTHON" -m benchmarks.smoke triton
 }
 
-# Only what touches the GPU: CPU, interpreter and simulator cases run in CI without one. One process
-# per backend, or one per few cores where pytest-xdist is there: importing torch costs more than most
-# tests.
+# Only what touches the GPU: CPU, interpreter and simulator cases run in CI without one. A process
+# that lost its CUDA context ends; pytest-xdist, where it is there, starts another one.
 tests() {
-  local backend workers=()
-  if "$PYTHON" -c "import xdist" 2>/dev/null; then workers=(-n 6); fi
+  local workers=()
+  if "$PYTHON" -c "import xdist" 2>/dev/null; then workers=(-n 8); fi
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-  for backend in cuda triton; do
-    step "$backend" "$PYTHON" -m pytest tests "${workers[@]}" -k "$backend and not sim and not compile" \
-      -p no:cacheprovider -rf
-  done
-  step gpu-marked "$PYTHON" -m pytest tests -m gpu -p no:cacheprovider
+  step gpu "$PYTHON" -m pytest tests "${workers[@]}" -k "(cuda or triton or gpu) and not sim and not compile" \
+    --gpu-record "$DIR/tests.json" -p no:cacheprovider -rf
+  echo "commit $DIR/tests.json as benchmarks/results/<machine>/<date>-<commit>-tests.json"
 }
 
 sanitize() {
-  local tool
+  local tool small
   # A virtualised or locked-down driver refuses the debugger interface; that is no finding.
   local REFUSAL="not supported|insufficient permission|unable to (find|initialize|attach)|no such file"
   REFUSAL="$REFUSAL|failed to (initialize|connect|run)|internal sanitizer error|not found"
   for tool in memcheck racecheck; do
+    # racecheck takes minutes on a row of 152k.
+    small=()
+    if [ "$tool" = racecheck ]; then small=(--vocab 7 1021 20000); fi
     step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$PYTHON" -m benchmarks.smoke cuda
+      "$PYTHON" -m benchmarks.smoke cuda "${small[@]}"
   done
 }
 

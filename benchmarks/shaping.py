@@ -66,10 +66,12 @@ OTHERS = (
     case("elliptical_select", (256, 128), ("reasonkern", "rank-one"), quick=True),
 )
 CUDA_CASES = (
-    case("gae", (256, 8192), ("ours-triton", "loop", "blocked", "copy"), device="cuda", passes=4),
+    case("gae", (256, 8192), ("ours-triton", "loop", "blocked", "copy"), device="cuda", passes=4,
+         gates=(Gate("speedup", 20, "loop"), Gate("speedup", 3, "blocked"))),
     case("gae", (256, 8192), ("ours-triton", "loop", "copy"), device="cuda", passes=4,
          label="masked"),
-    case("elliptical_select", (1024, 512), ("ours-triton", "rank-one"), device="cuda"),
+    case("elliptical_select", (1024, 512), ("ours-triton", "rank-one"), device="cuda",
+         gates=(Gate("speedup", 1.0, "rank-one"),)),
 )  # fmt: skip
 
 

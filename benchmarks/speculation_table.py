@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import reasonkern as rk
 from benchmarks.case import Case, Gate, Provider, Runner, Skip, Tolerance, Truth
+from benchmarks.peers import ours
 from reasonkern import _load
 from reasonkern._jsonl import read_records
 from reasonkern.demo import arithmetic
@@ -33,9 +35,23 @@ class Step:
     seed: Tensor  # (B,)
     position: Tensor  # (B,)
     rows: tuple[Tensor, Tensor, Tensor, Tensor]  # of update: context, ids, logits, lse
+    temperature: float | Tensor
     history: list[np.ndarray]  # tokens up to the step, by request
     emitted: list[list[int]]
     hit_rate: float = 0.0
+
+    def to(self, device: str) -> Step:
+        """The temperature becomes a tensor: a decoding loop on a GPU keeps it there."""
+        batch = len(self.context)
+        return dataclasses.replace(
+            self,
+            table=on_device(self.table, device),
+            context=self.context.to(device),
+            seed=self.seed.to(device),
+            position=self.position.to(device),
+            rows=tuple(x.to(device) for x in self.rows),
+            temperature=torch.full((batch,), TEMPERATURE, device=device),
+        )
 
 
 # ---- inputs
@@ -70,23 +86,31 @@ def windows_of(sequence: np.ndarray) -> Tensor:
     return torch.from_numpy(np.lib.stride_tricks.sliding_window_view(padded, 4)[:-1].copy())
 
 
-def replayed(batch: int, seed: int) -> Step:
-    """A table that has read all traces, token by token; requests in the midst of them."""
+@cache
+def replayed_table() -> rk.NgramTable:
+    """A table that has read all traces, token by token."""
     sequences, vocab = corpus()
     table = rk.NgramTable(1 << 20, vocab_size=max(vocab, 1 << 17))
     for sequence in sequences:
         tokens = torch.from_numpy(sequence)
         table.update(windows_of(sequence)[1:], tokens[1:, None], torch.zeros(len(tokens) - 1, 1))
+    return table
+
+
+def replayed(batch: int, seed: int) -> Step:
+    """Requests in the midst of the traces."""
+    sequences, vocab = corpus()
     random = np.random.default_rng(seed)
     places = []
     for _ in range(batch):
         sequence = sequences[random.integers(len(sequences))]
         places.append((sequence, int(random.integers(len(sequence) // 2, len(sequence) - EMITTED))))
-    return step_at(table, places, vocab, seed)
+    return step_at(replayed_table(), places, vocab, seed)
 
 
-def million(batch: int, seed: int) -> Step:
-    """A full table: every context of walks on a graph of 600 tokens with 12 successors each."""
+@cache
+def million_table() -> tuple[rk.NgramTable, Tensor]:
+    """A full table of walks on a graph, 600 tokens with 12 successors each, and the last walks."""
     g = torch.Generator().manual_seed(0)
     nodes, length = 600, 400
     successors = torch.randint(0, nodes, (nodes, 12), generator=g)
@@ -99,6 +123,11 @@ def million(batch: int, seed: int) -> Step:
             walks[:, t] = successors[walks[:, t - 1], pick]
         logits = 2 * torch.randn(500, length, 12, generator=g)
         table.update_from_sequence(walks, successors[walks], logits, lse=logits.logsumexp(-1) + 0.1)
+    return table, walks
+
+
+def million(batch: int, seed: int) -> Step:
+    table, walks = million_table()
     random = np.random.default_rng(seed)
     places = [(walks[int(random.integers(500))].numpy(), 200) for _ in range(batch)]
     return step_at(table, places, 1 << 17, seed)
@@ -119,7 +148,8 @@ def step_at(
     batch = len(places)
     step = Step(
         table, rk.DraftTree.default(TREE), stacked[:, 0].contiguous(),
-        rk_seeds(batch, seed), torch.tensor([place for _, place in places]), rows, history, emitted,
+        rk_seeds(batch, seed), torch.tensor([place for _, place in places]), rows, TEMPERATURE,
+        history, emitted,
     )  # fmt: skip
     table.state_dict()["counters"].zero_()
     draft(step)
@@ -134,7 +164,8 @@ def rk_seeds(batch: int, seed: int) -> Tensor:
 
 
 def inputs(case: Case, seed: int) -> Step:
-    return (million if case.label == "1M-entries" else replayed)(case.shape[0], seed)
+    step = (million if case.label == "1M-entries" else replayed)(case.shape[0], seed)
+    return step if case.device == "cpu" else step.to(case.device)
 
 
 # ---- ours
@@ -142,8 +173,9 @@ def inputs(case: Case, seed: int) -> Step:
 
 def draft(step: Step) -> rk.Draft:
     return step.table.draft(
-        step.context, step.tree, temperature=TEMPERATURE, seed=step.seed, position=step.position
-    )
+        step.context, step.tree, temperature=step.temperature, seed=step.seed,
+        position=step.position,
+    )  # fmt: skip
 
 
 def update(step: Step) -> None:
@@ -155,35 +187,47 @@ def about(step: Step) -> dict[str, Any]:
     return {"hit_rate": round(step.hit_rate, 3), "entries": len(step.table)}
 
 
+def per(items: int, case: Case) -> int:
+    """What a time stands for: an item on a CPU, the call on a GPU, where items run side by side."""
+    return items if case.device == "cpu" else 1
+
+
 def ours_draft(case: Case, step: Step) -> Runner:
     outputs = lambda d: {"tokens": d.tokens.double(), "valid": d.valid.double()}  # noqa: E731
-    return Runner(lambda: draft(step), outputs, repeat=case.shape[0], about=about(step))
+    return Runner(lambda: draft(step), outputs, repeat=per(case.shape[0], case), about=about(step))
 
 
 def ours_update(case: Case, step: Step) -> Runner:
-    """Outputs: what a draft finds after the first update of a copy of the table."""
-    copy = twin(step.table)
+    """Outputs: the table after the first call, from the one that the inputs hold."""
+    mine = dataclasses.replace(step, table=on_device(step.table, case.device))
 
     def outputs(_: None) -> dict[str, Tensor]:
-        copy.update(step.rows[0], *step.rows[1:3], lse=step.rows[3])
-        state = copy.state_dict()
-        return {name: state[name].double() for name in ("slots", "counts")}
+        return entries(mine.table.state_dict())
 
-    return Runner(lambda: update(step), outputs, repeat=len(step.rows[0]), about=about(step))
+    items = per(len(step.rows[0]), case)
+    return Runner(lambda: update(mine), outputs, repeat=items, about=about(step))
 
 
 def ours_both(case: Case, step: Step) -> Runner:
+    mine = dataclasses.replace(step, table=on_device(step.table, case.device))
+
     def call() -> rk.Draft:
-        drafted = draft(step)
-        update(step)
+        drafted = draft(mine)
+        update(mine)
         return drafted
 
     outputs = lambda d: {"tokens": d.tokens.double(), "valid": d.valid.double()}  # noqa: E731
-    return Runner(call, outputs, repeat=case.shape[0], about=about(step))
+    return Runner(call, outputs, repeat=per(case.shape[0], case), about=about(step))
 
 
-def twin(table: rk.NgramTable) -> rk.NgramTable:
-    copy = rk.NgramTable(table.capacity, vocab_size=table.vocab_size)
+def entries(state: dict[str, Any]) -> dict[str, Tensor]:
+    """All candidates and counts, in few rows: they are compared some rows at a time."""
+    return {name: state[name].double().reshape(64, -1) for name in ("slots", "counts")}
+
+
+def on_device(table: rk.NgramTable, device: str) -> rk.NgramTable:
+    """A copy."""
+    copy = rk.NgramTable(table.capacity, vocab_size=table.vocab_size, device=device)
     copy.load_state_dict(table.state_dict())
     return copy
 
@@ -233,25 +277,28 @@ def prompt_lookup(case: Case, step: Step) -> Runner:
 
 
 def truth(case: Case, step: Step) -> Truth:
-    copy = twin(step.table)
+    """On the CPU: its definition in torch."""
+    copy = on_device(step.table, "cpu")
     state = copy.state_dict()
+    rows = [x.cpu() for x in step.rows]
     if case.op == "table_update":
         names = ("keys", "slots", "extra", "counts", "ages", "clock", "epochs", "counters")
         _load.implementation("table_update_", "reference")(
-            step.rows[0], *(state[n] for n in names), list(copy.orders), copy.max_count,
-            copy.vocab_size, *step.rows[1:], None, True,
+            rows[0], *(state[n] for n in names), list(copy.orders), copy.max_count,
+            copy.vocab_size, *rows[1:], None, True,
         )  # fmt: skip
-        values = {name: state[name].double() for name in ("slots", "counts")}
+        values = entries(state)
     else:
         names = ("keys", "slots", "extra", "counts", "epochs", "counters")
         tokens, valid, _, _ = _load.implementation("table_draft", "reference")(
-            step.context, *(state[n] for n in names), list(copy.orders), *step.tree.tensors(), None,
-            torch.full((len(step.context),), TEMPERATURE), step.seed, step.position, 1,
+            step.context.cpu(), *(state[n] for n in names), list(copy.orders),
+            *step.tree.tensors(torch.device("cpu")), None,
+            torch.full((len(step.context),), TEMPERATURE), step.seed.cpu(), step.position.cpu(), 1,
             copy.vocab_size, True,
         )  # fmt: skip
         values = {"tokens": tokens.double(), "valid": valid.double()}
-    exact = Tolerance(0.0, 0.0)
-    return Truth(values, dict.fromkeys(values, exact))
+    values = {name: value.to(case.device) for name, value in values.items()}
+    return Truth(values, dict.fromkeys(values, Tolerance(0.0, 0.0)))
 
 
 def case_of(op: str, batch: int, label: str, *gates: Gate, peers: bool = False) -> Case:
@@ -262,11 +309,19 @@ def case_of(op: str, batch: int, label: str, *gates: Gate, peers: bool = False) 
     )  # fmt: skip
 
 
+def cuda_case(op: str, batch: int) -> Case:
+    """A call on contexts of its own each time, in the full table, which does not fit the L2."""
+    return Case(
+        op, (batch, TREE), "float32", "cuda", passes=1, providers=("ours-cuda", "ours-triton"),
+        label="1M-entries", gates=(Gate("microseconds", 20.0),), quick=batch == 32, rotate=10,
+    )  # fmt: skip
+
+
 PEER_GATES = (
     Gate("time", 1.0, "arctic", needs="arctic-inference"),
     Gate("time", 1.0, "prompt-lookup", needs="transformers"),
 )
-CASES = (
+CPU_CASES = (
     case_of("table_draft", 64, "replayed", Gate("microseconds", 10.0)),
     case_of("table_draft", 64, "1M-entries", Gate("microseconds", 20.0)),
     case_of("table_draft", 1, "replayed"),
@@ -274,11 +329,19 @@ CASES = (
     case_of("table_step", 64, "replayed", *PEER_GATES, peers=True),
     case_of("table_step", 1, "replayed", peers=True),
 )
+CUDA_CASES = tuple(
+    cuda_case(op, batch) for op in ("table_draft", "table_update") for batch in (1, 32, 256)
+)
+CASES = CPU_CASES + CUDA_CASES
+OURS = {"table_draft": ours_draft, "table_update": ours_update, "table_step": ours_both}
 PROVIDERS = {
-    "reasonkern": Provider(
-        "reasonkern",
-        {"table_draft": ours_draft, "table_update": ours_update, "table_step": ours_both},
-    ),
+    "reasonkern": Provider("reasonkern", OURS),
+    **{
+        f"ours-{backend}": Provider(
+            f"ours-{backend}", {op: ours.on_gpu(backend, build) for op, build in OURS.items()}
+        )
+        for backend in ("cuda", "triton")
+    },
     "arctic": Provider("arctic", {"table_step": arctic}, checked=False),
     "prompt-lookup": Provider("prompt-lookup", {"table_step": prompt_lookup}, checked=False),
 }

@@ -53,7 +53,10 @@ def cuda_clock(flush_bytes: int = 1 << 28, flushes: int = 4) -> Clock:
 
 
 def graph_replay(runners: Sequence[Runner]) -> Runner:
-    """One CUDA graph of the calls of several runners, each with its own buffers."""
+    """One CUDA graph of the calls of several runners, each with its own buffers.
+
+    A graph holds addresses, not tensors: the runners, and with them their inputs, must outlive it.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -62,11 +65,11 @@ def graph_replay(runners: Sequence[Runner]) -> Runner:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = [runner.call() for runner in runners]
+        held = [(runner, runner.call()) for runner in runners]
 
     def replay() -> object:
         graph.replay()
-        return results
+        return held
 
     return Runner(call=replay, repeat=len(runners))
 

@@ -20,22 +20,30 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from gpu_record import GpuRecord  # noqa: E402
+
 from reasonkern import _load  # noqa: E402
 
 BACKENDS = ("reference", "cpu", "triton", "cuda-sim", "cuda")
+# Modules of tests/cuda_sim with operators.
+SIMULATED = ("backend", "verify_backend", "modulation_backend")
 # Backends that any machine with these programs must have when CI says that the package is built.
-SIMULATED = ("backend", "verify_backend")  # modules of tests/cuda_sim with operators
 REQUIRED_IN_CI = {"cpu": None, "triton": None, "cuda-sim": "g++"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--summary", type=Path, metavar="FILE", help="write a dated summary")
+    parser.addoption("--gpu-record", type=Path, metavar="FILE", help="which GPU kernels passed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("--summary")
     if path is not None:
         config.pluginmanager.register(Summary(path), "summary")
+    path = config.getoption("--gpu-record")
+    if path is not None:
+        worker = hasattr(config, "workerinput")
+        config.pluginmanager.register(GpuRecord(path, worker), "gpu-record")
 
 
 @dataclass(frozen=True)

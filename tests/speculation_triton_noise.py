@@ -15,7 +15,7 @@ BLOCK = 4096
 
 
 @triton.jit
-def _philox_kernel(counter, out, seed):
+def _philox_kernel(counter, out, seed: tl.int64):
     one = tl.arange(0, 1)
     a, b, c, d = philox4x32(
         tl.load(counter + one).to(tl.uint32), tl.load(counter + 1 + one).to(tl.uint32),
@@ -28,7 +28,7 @@ def _philox_kernel(counter, out, seed):
 
 
 @triton.jit
-def _noise_kernel(words, noise, n, seed, position, tag, BLOCK: tl.constexpr):
+def _noise_kernel(words, noise, n, seed: tl.int64, position: tl.int64, tag, BLOCK: tl.constexpr):
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     word = word_of_token(token, position, tag, seed)
     tl.store(words + token, word.to(tl.int64), mask=token < n)

@@ -76,6 +76,40 @@ def test_cuda_backend_needs_evidence(machine, setup, choice):
     assert rows()[choice]["serves"] == ["cuda (sm_90)"]
 
 
+@pytest.fixture
+def define(machine, monkeypatch):
+    """Defines an op that doubles, in libraries of its own."""
+    machine()
+    libraries = [torch.library.Library(ns, "FRAGMENT") for ns in ("reasonkern", "reasonkern_cuda")]
+    monkeypatch.setattr(_load, "LIBRARY", libraries[0])
+    monkeypatch.setattr(_load, "CUDA_LIBRARY", libraries[1])
+
+    def define_op(**options):
+        options = {"fake": torch.empty_like, "cuda": True, "triton": None} | options
+        _load.define_op("toy_defined", "(Tensor x) -> Tensor", reference=double, **options)
+        return torch.ops.reasonkern.toy_defined
+
+    yield define_op
+    for library in libraries:
+        library._destroy()
+
+
+def test_an_op_without_autograd_gives_constants(define):
+    op = define()
+    x = torch.ones(2, requires_grad=True)
+    assert torch.equal(op(x), torch.full((2,), 2.0))
+    assert double(x).requires_grad and not op(x).requires_grad
+
+
+def test_an_op_with_autograd_has_a_gradient(define):
+    op = define(
+        autograd=_load.Autograd(lambda ctx, grad: 5 * grad, lambda ctx, inputs, output: None)
+    )
+    x = torch.ones(2, requires_grad=True)
+    op(x).sum().backward()
+    assert torch.equal(x.grad, torch.full((2,), 5.0))
+
+
 def test_fallback_warns_once_and_strict_refuses(machine, monkeypatch):
     machine(triton="triton is not importable: gone")
     monkeypatch.setenv("REASONKERN_STRICT", "1")
@@ -166,6 +200,36 @@ def test_evidence_comes_from_matching_results(tmp_path):
 )
 def test_no_evidence_without_a_match(tmp_path, change):
     result_file(tmp_path, **change)
+    assert evidence.collect(tmp_path) == {}
+
+
+def write_tests(tmp_path, name, day, lost=(), **failed):
+    machine = {"gpu": "Toy GPU", "architecture": "sm_90", "date": f"2026-11-{day}T10:00:00+00:00"}
+    rows = [{"op": op, "backend": "cuda", "passed": 3, "failed": n} for op, n in failed.items()]
+    content = {"machine": machine, "tests": rows, "lost": list(lost)}
+    (tmp_path / f"{name}-tests.json").write_text(json.dumps(content))
+
+
+def test_evidence_comes_from_tests_that_all_passed(tmp_path):
+    write_tests(tmp_path, "a", 24, sample=0, gae=1)
+    found = evidence.collect(tmp_path)
+    assert found == {("sample", "sm_90", "cuda"): "Toy GPU, 2026-11-24 (a-tests.json)"}
+
+
+def test_failed_tests_count_until_they_pass(tmp_path):
+    key = ("policy_loss", "sm_90", "cuda")
+    write_tests(tmp_path, "a", 22, policy_loss=1)
+    result_file(tmp_path)  # a benchmark of the 23rd that matched
+    assert key not in evidence.collect(tmp_path)
+    assert ("scale_rows_", *key[1:]) in evidence.collect(tmp_path)
+    write_tests(tmp_path, "b", 24, policy_loss=0)
+    assert evidence.collect(tmp_path)[key] == "Toy GPU, 2026-11-24 (b-tests.json)"
+    write_tests(tmp_path, "c", 25, policy_loss=1)
+    assert key not in evidence.collect(tmp_path)
+
+
+def test_a_lost_test_may_have_reached_anything(tmp_path):
+    write_tests(tmp_path, "a", 24, lost=["test_x.py::test"], sample=0)
     assert evidence.collect(tmp_path) == {}
 
 

@@ -59,7 +59,9 @@ def source(kernel, variant, dtype):
     full = variant == "full"
     block, options = config(names[dtype], full and "SOFTCAP" in kernel.arg_names)
     if kernel.__name__ in SHAPING:
-        block, options = shaping_kernels.BLOCK, shaping_kernels.OPTIONS
+        block, options = shaping_kernels.SELECT_BLOCK, shaping_kernels.SELECT_OPTIONS
+    if kernel.__name__ == "gae_kernel":
+        block, options = shaping_kernels.gae_config(1 << 20)
     constants = {"SOFTCAP": full, "ALIGNED": not full, "BLOCK": block}
     if not full:
         constants |= dict.fromkeys(OPTIONAL[kernel.__name__])

@@ -261,7 +261,10 @@ def config(dtype, softcap):
     it fixes the order in which a row is added.
     """
     block = 8192 // dtype.itemsize
-    options = {"num_warps": block // 512, "enable_fp_fusion": False}
+    # Without reflect_ftz exp2 keeps probabilities below 2^-126, which a varentropy may consist of.
+    options = {
+        "num_warps": block // 512, "enable_fp_fusion": False, "enable_reflect_ftz": False
+    }  # fmt: skip
     if softcap:
         # Without a bound the assembler spills a few of these registers to fit one more program.
         options["maxnreg"] = 192

@@ -11,8 +11,18 @@ import triton.language as tl
 
 from .._triton import kernel
 
-BLOCK = 1024
-OPTIONS = {"num_warps": 4}
+SELECT_BLOCK, SELECT_OPTIONS = 1024, {"num_warps": 4}
+GAE_MOST = 4096
+
+
+def gae_config(length):
+    """BLOCK and options: the row in one block where it fits, 16 tokens per thread.
+
+    Blocks of a row follow one another, and each waits for its loads, its scans and the carry:
+    9 us a block of 1024 on an H200.
+    """
+    block = min(max(triton.next_power_of_2(length), 512), GAE_MOST)
+    return block, {"num_warps": block // 512}
 
 
 @triton.jit
@@ -160,11 +170,12 @@ def gae(
     )
     batch, length = reward.shape
     if batch * length:
+        block, options = gae_config(length)
         with torch.cuda.device_of(reward):
             gae_kernel[(batch,)](
                 reward, value, mask, row_decay, row_decay_value, bootstrap_value, truncated,
                 advantage, returns, length, reward.stride(0), value.stride(0), gamma, gamma * lam,
-                gamma * lam_value, int(bootstrap_last), BLOCK=BLOCK, **OPTIONS,
+                gamma * lam_value, int(bootstrap_last), BLOCK=block, **options,
             )  # fmt: skip
     return advantage, returns
 
@@ -179,5 +190,7 @@ def elliptical_select(features, k, lam):
         score = gram.diagonal(dim1=1, dim2=2).clamp_min(0).contiguous()
         factor = gram.new_empty((groups, k, count))
         with torch.cuda.device_of(features):
-            select_kernel[(groups,)](gram, score, factor, picks, count, k, BLOCK=BLOCK, **OPTIONS)
+            select_kernel[(groups,)](
+                gram, score, factor, picks, count, k, BLOCK=SELECT_BLOCK, **SELECT_OPTIONS
+            )
     return picks

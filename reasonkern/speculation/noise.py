@@ -51,7 +51,9 @@ def words(
     Streams other than TARGET take the position of the root and the depth of the node.
     """
     shape = torch.broadcast_shapes(seed.shape, position.shape, token.shape)
-    tag = torch.as_tensor(depth, device=token.device).to(torch.int64) << 8 | stream
+    tag = depth << 8 | stream
+    # Filled on the device: a copy from the host would synchronise.
+    tag = tag.to(torch.int64) if isinstance(tag, Tensor) else torch.full_like(token, tag)
     counter = (token >> 2, position & _MASK, (position >> 32) & _MASK, tag)
     block = torch.stack([w.expand(shape) for w in philox(counter, seed)], -1)
     return block.gather(-1, (token & 3).expand(shape).unsqueeze(-1)).squeeze(-1)

@@ -359,6 +359,7 @@ CUDA_SIM_FOLD(__reduce_max_sync, T, value, std::max(r, read(l)))
 CUDA_SIM_ATOMIC(atomicAdd, old + v[0])
 CUDA_SIM_ATOMIC(atomicMax, std::max(old, v[0]))
 CUDA_SIM_ATOMIC(atomicMin, std::min(old, v[0]))
+CUDA_SIM_ATOMIC(atomicOr, old | v[0])
 CUDA_SIM_ATOMIC(atomicExch, v[0])
 CUDA_SIM_ATOMIC(atomicCAS, old == v[0] ? v[1] : old)
 
