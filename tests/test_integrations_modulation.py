@@ -596,6 +596,9 @@ def test_transformers_keeps_raw_logits_and_refuses_a_second_use(model: Any) -> N
     assert not {5, 6, 7} & set(out.sequences[:, 4:].flatten().tolist())
     with pytest.raises(ValueError, match="input_ids: expected at least the prompt's 4 tokens"):
         model.generate(PROMPTS[:, 1:], logits_processor=[control], max_new_tokens=2)
+    for other in (PROMPTS.flip(1), PROMPTS[:2], torch.cat((PROMPTS, PROMPTS), 1)[:, 1:]):
+        with pytest.raises(ValueError, match="input_ids: expected the prompts of the first call"):
+            model.generate(other, logits_processor=[control], max_new_tokens=2)
     with pytest.raises(ValueError, match="spec: expected one Modulation, or 3 .*got 2"):
         model.generate(PROMPTS, logits_processor=[processor([spec, None], SETS)], max_new_tokens=2)
     with pytest.raises(ValueError, match=r"modulation\.deepconf: expected None"):

@@ -291,6 +291,15 @@ def test_custom_generate_takes_transformers_defaults(ours, make):
     assert torch.equal(greedy, model.generate(IDS, attention_mask=MASK, max_new_tokens=9))
 
 
+def test_custom_generate_ends_at_id_0(ours, make):
+    model = make()
+    options = {"attention_mask": MASK, "max_new_tokens": NEW, "seed": 7}
+    found = model.generate(IDS, do_sample=True, eos_token_id=0,
+                           custom_generate=ours.custom_generate, **options)  # fmt: skip
+    plain = ours.generate(model, IDS, temperature=1.0, top_k=50, eos=0, **options)
+    assert torch.equal(found, plain.sequences) and int(plain.lengths.min()) < NEW
+
+
 def test_custom_generate_stops_by_any_criterion(ours, make, transformers, tokenizer):
     model = make()
     free = ours.generate(model, IDS, attention_mask=MASK, temperature=1.0, top_k=50, seed=7,

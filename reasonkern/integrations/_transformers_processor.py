@@ -85,6 +85,7 @@ class ModulationLogitsProcessor(LogitsProcessor):
             _checks.fail("input_ids", expected, ids.shape[1])
         known = self.folded.shape[1]
         if self.state is None or not torch.equal(ids[:, :known], self.folded):
+            self._check_prompts(ids)
             self.state = self._fold(ids)
         elif ids.shape[1] > known:
             new = ids[:, known:]
@@ -92,6 +93,13 @@ class ModulationLogitsProcessor(LogitsProcessor):
             commit_(self.state, slot, new.contiguous(), torch.full_like(slot, new.shape[1]))
         self.folded = ids
         return self.state
+
+    def _check_prompts(self, ids: Tensor) -> None:
+        """Beams and candidates begin as all sequences of their call do."""
+        first, given = (x[:, : self.prompt_length] for x in (self.folded, ids))
+        if self.state is not None and not torch.equal(first, given):
+            expected = "the prompts of the first call: a processor per generate"
+            _checks.fail("input_ids", expected, tuple(given.shape))
 
     def _fold(self, ids: Tensor) -> ModulationState:
         """A new state, from the prompt on."""

@@ -187,7 +187,8 @@ def custom_generate(
     found = causal_model(model)
     prompts = _prompts(found, input_ids, mask)
     criteria = [c for c in stopping_criteria if not _known_to_the_loop(c)]
-    ids = _eos(model, generation_config.eos_token_id if generation_config.eos_token_id else ())
+    end = generation_config.eos_token_id
+    ids = _eos(model, () if end is None else end)
     texts, _ = generation.generate(
         found, prompts, **_sampling(logits_processor, generation_config),
         max_new_tokens=generation_config.max_length - input_ids.shape[1], table=table, tree=tree,

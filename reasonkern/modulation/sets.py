@@ -71,17 +71,18 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
                 sets (ohio, button, … of NoWait's keywords oh, but).
 
         Raises:
-            ValueError: a string without a piece; all such strings are named.
+            ValueError: a string without a piece, all such strings being named; no sequence of
+                strings.
         """
         _checks.check_choice("variants", variants, VARIANTS)
         if not hasattr(tokenizer, "get_vocab"):
             _checks.fail("tokenizer", "an object with get_vocab()", type(tokenizer).__name__)
         vocab = _by_text(tokenizer.get_vocab())
-        unwanted = [word.lower() for word in exclude]
+        unwanted = [word.lower() for word in _checked_strings("exclude", exclude)]
         found: dict[str, set[int]] = {name: set() for name in sets}
         missing = []
         for name, strings in sets.items():
-            for string in strings:
+            for string in _checked_strings(f"sets[{name!r}]", strings):
                 texts = _matches(vocab, string, variants)
                 texts = [t for t in texts if not any(w in t.lower() for w in unwanted)]
                 found[name].update(i for text in texts for i in vocab[text])
@@ -148,6 +149,14 @@ def _checked_set(name: object, ids: Iterable[int]) -> tuple[int, ...]:
     if not checked:
         _checks.fail(f"sets[{name!r}]", "at least one id", 0)
     return tuple(sorted(checked))
+
+
+def _checked_strings(name: str, strings: object) -> Sequence[str]:
+    """A string is a sequence of strings, too: of its letters."""
+    listed = isinstance(strings, Sequence) and not isinstance(strings, str)
+    if not listed or not all(isinstance(string, str) for string in strings):
+        _checks.fail(name, "a sequence of strings", repr(strings))
+    return strings  # type: ignore[return-value]
 
 
 def _matches(vocab: Mapping[str, list[int]], string: str, variants: str) -> list[str]:
