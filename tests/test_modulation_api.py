@@ -180,6 +180,44 @@ def test_bad_states():
         state.load_state_dict(saved | {"numbers": saved["numbers"].float()})
 
 
+FOREIGN = [
+    ("spec", at.END_LENGTH, at.MAX_END + 1),  # read beyond the row
+    ("spec", at.BAN_SET, len(SETS)),  # a set that does not exist
+    ("spec", at.END, VOCAB),  # written beyond the row of logits: MAX_ID does not tell
+    ("spec", at.ENTROPY_WINDOW, 0),  # divided by
+    ("spec", at.PARTS, -1),
+    ("spec", at.FAILURE, 1000),
+    ("progress", at.PHRASE, at.MAX_END + 1),
+    ("progress", at.CONFIDENCE_PUSHED, -5),
+    ("set_offsets", 1, 99),
+]
+
+
+@pytest.mark.parametrize(("name", "column", "value"), FOREIGN)
+def test_states_that_no_state_has(name, column, value):
+    spec = rk.Modulation(
+        ban=rk.Ban(), budget=rk.Budget(3, [7, END]), entropy_trigger=rk.EntropyTrigger(),
+        think_end=END,
+    )  # fmt: skip
+    state = state_of(spec)
+    state.load_state_dict(state.state_dict())
+    saved = {
+        k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in state.state_dict().items()
+    }
+    saved[name].view(-1)[column] = value
+    with pytest.raises(ValueError, match=rf"state\['{name}'\]: expected "):
+        state.load_state_dict(saved)
+
+
+def test_generated_tokens_of_any_strides():
+    tokens = torch.tensor([[1, 9], [2, 9], [3, 9]])[:, 0]
+    state = state_of()
+    state.add(0, rk.Modulation(tip=rk.TIP()), [], tokens)
+    assert state.tensors.progress[0, at.T] == 3
+    with pytest.raises(ValueError, match="prompt_tokens: expected a sequence of token ids"):
+        state.add(1, rk.Modulation(), [None])
+
+
 def test_failure_functions():
     assert failure([7, 7, 9]) == [0, 1, 0]
     assert failure([7, 8, 7, 7, 8, 7, 9]) == [0, 0, 1, 1, 2, 3, 0]
@@ -331,6 +369,7 @@ SPECS: list[tuple[Callable[[], Any], str]] = [
         min_think=rk.MinThink(5, 0, [1]), think_end=2, budget=rk.Budget(4, [2])),
      "min_think.tokens: expected at most budget.tokens = 4, got 5"),
     (lambda: rk.TokenSets.from_ids({}), "sets: expected 1 to 32 of them, got 0"),
+    (lambda: rk.TokenSets.from_ids("a"), "sets: expected a mapping from names to token ids"),
     (lambda: rk.TokenSets.from_ids({"a": []}), r"sets\['a'\]: expected at least one id"),
     (lambda: rk.TokenSets.from_ids({"a": [None]}), r"sets\['a'\]: expected token ids .* got None"),
     (lambda: rk.TokenSets.from_ids({"a": "wait"}), "strings go to from_tokenizer, got 'wait'"),

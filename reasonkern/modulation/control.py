@@ -46,11 +46,11 @@ def modulate_logits_(
     Args:
         logits: (R, V) float32, bfloat16, float16 or float64, the last dimension contiguous.
         state: the `ModulationState`.
-        slot: (R,) int64 slot of each row, -1 = padding; with `parents` (B,).
+        slot: (R,) int64 slot of each row, -1 = padding; with ``parents`` (B,).
         local_pos: (R,) int64: draft tokens before the row; the rows of a slot follow one another.
             The integer 0 = no row has any.
         draft_tokens: (R,) int64: token whose output the row is, a draft where local_pos > 0. With
-            `parents` (B, N). -1 ends the draft. None = no drafts.
+            ``parents`` (B, N). -1 ends the draft. None = no drafts.
         parents: (N,) int32 or int64 parent of each node of a tree, ``parents[0] == -1``, as of
             `DraftTree`: row b·N + i is the model's output after node i of request b. None = chains.
         temperature: of sampling, >= 0, a number or (R,); needed where a request has a `MinThink`.
@@ -58,11 +58,11 @@ def modulate_logits_(
         allow_dense: reads whole rows for requests with a `SoftBudget`, which is refused otherwise.
 
     Returns:
-        `logits`.
+        ``logits``.
 
     Raises:
         ValueError: wrong shape, dtype or device; ids of the state that are not below V; a missing
-            temperature; a soft budget without `allow_dense`; on CPU also a slot out of range and
+            temperature; a soft budget without ``allow_dense``; on CPU also a slot out of range and
             rows that do not follow one another as local_pos says.
     """
     if not isinstance(state, ModulationState):
@@ -102,6 +102,7 @@ def _checked(
     else:
         local = None
         parents = _tree(local_pos, draft_tokens, parents, slot, rows, device)
+    _checks.check_choice("allow_dense", allow_dense, (False, True))
     if state.needs_dense and not allow_dense:
         _checks.fail("allow_dense", "True for requests with a soft budget", allow_dense)
     heat = _temperature(temperature, state, rows)

@@ -35,7 +35,7 @@ class Sampled(NamedTuple):
     max_prob: Tensor
     """float32 largest probability of the law of `logprob`."""
     trigger: Tensor
-    """bool `entropy` is above the threshold of the request's `EntropyTrigger`."""
+    """bool ``entropy`` is above the threshold of the request's `EntropyTrigger`."""
 
 
 def sample_controlled(
@@ -54,11 +54,11 @@ def sample_controlled(
     """Controls a row, draws its token and describes it, without a copy of the logits.
 
     The token is that of `reasonkern.sample` on the float32 logits after control. The state is read,
-    not written: `reasonkern.commit_` hears of the token, and of `entropy` and `confidence` for the
-    request's windows. Equivalent to::
+    not written: `reasonkern.commit_` hears of the token, and of ``entropy`` and ``confidence`` for
+    the request's windows. Equivalent to::
 
         z = logits.float().masked_fill(~mask, -inf)
-        modulate_logits_(z, state, slot, temperature=temperature, allow_dense=True)
+        modulate_logits_(z, state, slot, temperature=temperature, ...)
         token = sample(z, temperature=temperature, ...)
         logprob = z.log_softmax(-1)[token]
         entropy = Categorical(logits=filtered(z / temperature)).entropy()
@@ -66,8 +66,8 @@ def sample_controlled(
     Args:
         logits: (R, V) float32, bfloat16, float16 or float64 (read as float32), the last dimension
             contiguous. They are not changed.
-        state: a `ModulationState`. None = no control.
-        slot: (R,) int64 slot of each row's request, -1 = a row without control. None = no control.
+        state: a `ModulationState`, or None, with ``slot`` None, for no control.
+        slot: (R,) int64 slot of each row's request, -1 = a row without control.
         temperature: as in `reasonkern.sample`.
         top_k: as in `reasonkern.sample`. None = off.
         top_p: as in `reasonkern.sample`. None = off.
@@ -94,7 +94,7 @@ def sample_controlled(
     """
     check_logits(logits, 2, "(R, V)")
     rows = row_parameters(logits, temperature, top_k, top_p, min_p, seed, position)
-    check_mask("mask", mask, logits)
+    mask = check_mask("mask", mask, logits)
     slots, storage = control_arguments(state, slot, logits)
     with torch.no_grad():
         return Sampled(*torch.ops.reasonkern.sample_controlled(logits, mask, *rows, slots, storage))

@@ -22,6 +22,8 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
     """
 
     def __init__(self, sets: Mapping[str, Iterable[int]]) -> None:
+        if not isinstance(sets, Mapping):
+            _checks.fail("sets", "a mapping from names to token ids", type(sets).__name__)
         if not 1 <= len(sets) <= MAX_SETS:
             _checks.fail("sets", f"1 to {MAX_SETS} of them", len(sets))
         self._sets = {name: _checked_set(name, ids) for name, ids in sets.items()}
@@ -90,7 +92,7 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
         return cls(found)
 
     def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-        """Offsets, ids and memberships as in `layout.Storage`."""
+        """Offsets, ids and memberships as in ``layout.Storage``."""
         offsets: list[int] = [0]
         ids: list[int] = []
         bits: dict[int, int] = {}

@@ -126,7 +126,7 @@ class Schedule:
     """``z[v] += d(t)`` for v in the set: linear between points, constant before and after them.
 
     Args:
-        points: pairs (t, d) by ascending t, 1 to 32 of them: the values of `numpy.interp`.
+        points: pairs (t, d) by ascending t, 1 to 32 of them: the values of ``numpy.interp``.
         set: name of the token set.
 
     Raises:
@@ -183,9 +183,9 @@ class SoftBudget:
 class Budget:
     """Ends thinking after a number of tokens by forcing a phrase, s1 (arXiv 2501.19393).
 
-    Once `tokens` thinking tokens are spent, the ids of `end` are forced one after the other. Where
-    another token comes (a grammar, a foreign sampler), the phrase goes on from the longest of its
-    beginnings that the text then ends with. Once complete it is never forced again.
+    Once ``tokens`` thinking tokens are spent, the ids of ``end`` are forced one after the other.
+    Where another token comes (a grammar, a foreign sampler), the phrase goes on from the longest of
+    its beginnings that the text then ends with. Once complete it is never forced again.
 
     Args:
         tokens: thinking tokens before the phrase; 0 forces it at once.
@@ -214,10 +214,11 @@ class Budget:
 class MinThink:
     """Replaces the end of thinking by "Wait", s1 (arXiv 2501.19393), without a second prefill.
 
-    While fewer than `tokens` thinking tokens are spent, or `ignore` is not used up, the probability
-    of think_end goes to the first id of `wait`: the law of sampling and then replacing an end. Each
-    such id, whether the text came to it by itself or not, uses up one of `ignore`; the remaining
-    ids of `wait` are forced after it. A row in which that id is not allowed is left alone.
+    While fewer than ``tokens`` thinking tokens are spent, or ``ignore`` is not used up, the
+    probability of think_end goes to the first id of ``wait``: the law of sampling and then
+    replacing an end. Each such id, whether the text came to it by itself or not, uses up one of
+    ``ignore``; the remaining ids of ``wait`` are forced after it. A row in which that id is not
+    allowed is left alone.
 
     Args:
         tokens: thinking tokens before which there is no end.
@@ -245,8 +246,9 @@ class MinThink:
 class DeepConf:
     """Stops a trace whose confidence falls (arXiv 2508.15260).
 
-    `commit_` pushes the confidence of every accepted row; once `window` of them are there and their
-    mean is below the threshold, the request is stopped for good, see `ModulationState.stopped`.
+    `commit_` pushes the confidence of every accepted row; once ``window`` of them are there and
+    their mean is below the threshold, the request is stopped for good, see
+    `ModulationState.stopped`.
 
     Args:
         threshold: of the mean of ``-mean(log p)`` over a row's most likely tokens.
@@ -273,7 +275,7 @@ class EntropyTrigger:
     """Marks rows of unusually high entropy, SRGen (arXiv 2510.02919).
 
     A row triggers when its entropy exceeds ``max(floor, mean + k * max(std, min_std))`` over the
-    last `window` accepted rows (std unbiased), or `first` before there are that many.
+    last ``window`` accepted rows (std unbiased), or ``first`` before there are that many.
 
     Args:
         window: rows, 2 to 64.
@@ -303,9 +305,9 @@ class EntropyTrigger:
 class Modulation:
     """What is done to the logits of one request; every part is off where it is None.
 
-    Everything but `deepconf` and `entropy_trigger` acts in the thinking phase only: from
-    `think_start` until `think_end`, then off for good. In a prompt the last of the two decides, and
-    the tokens after an open start count as thinking tokens.
+    Everything but ``deepconf`` and ``entropy_trigger`` acts in the thinking phase only: from
+    ``think_start`` until ``think_end``, then off for good. In a prompt the last of the two decides,
+    and the tokens after an open start count as thinking tokens.
 
     Args:
         cyclic: a `Cyclic`.

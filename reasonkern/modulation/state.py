@@ -12,6 +12,7 @@ from .. import _checks
 from . import layout as at
 from . import op as _op
 from .layout import Storage
+from .saved import check_saved
 from .sets import TokenSets
 from .spec import Modulation
 
@@ -74,7 +75,7 @@ class ModulationState:
     ) -> None:
         """Puts a request into a free slot.
 
-        With `generated_tokens` a request that was taken out goes on where it was: all but the
+        With ``generated_tokens`` a request that was taken out goes on where it was: all but the
         windows of `DeepConf` and `EntropyTrigger`, which begin anew, follows from its tokens.
 
         Args:
@@ -145,8 +146,13 @@ class ModulationState:
         self.windows: tuple[Tensor, ...] = tuple(self.tensors[6:])
 
     def uses(self, part: int) -> bool:
-        """Whether a slot has a part, given as a bit of `layout`."""
+        """Whether a slot has a part, given as a bit of ``layout``."""
         return bool(self._uses & part)
+
+    @property
+    def watches_statistics(self) -> bool:
+        """Whether a request has a `DeepConf` or an `EntropyTrigger`, which `commit_` feeds."""
+        return self.uses(at.DEEPCONF | at.TRIGGER)
 
     @property
     def stopped(self) -> Tensor:
@@ -173,23 +179,19 @@ class ModulationState:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings and tensors (the live ones, as of a module), for `torch.save`."""
+        """Settings and tensors (the live ones, as of a module), for ``torch.save``."""
         return {"settings": self._settings(), **self.tensors._asdict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the requests of a state with the same number of slots and the same sets.
 
         Raises:
-            ValueError: other settings, or a tensor that is missing or of another shape or dtype.
+            ValueError: other settings; a tensor that is missing, of another shape or dtype, or
+                with contents that no state has.
         """
         if state.get("settings") != self._settings():
             _checks.fail("state", f"settings {self._settings()}", state.get("settings"))
-        for name, tensor in self.tensors._asdict().items():
-            given = state.get(name)
-            if not isinstance(given, Tensor):
-                _checks.fail(f"state[{name!r}]", "a tensor", type(given).__name__)
-            _checks.check_dtype(f"state[{name!r}]", given, tensor.dtype)
-            _checks.check_shape(f"state[{name!r}]", given, tensor.shape, "of this state")
+        check_saved(state, self.tensors)
         for name, tensor in self.tensors._asdict().items():
             tensor.copy_(state[name])
         spec = self.tensors.spec.cpu()
@@ -227,13 +229,16 @@ def _allocate(slots: int, sets: TokenSets, device: torch.device) -> Storage:
 def _as_ids(name: str, tokens: Sequence[int] | Tensor) -> Tensor:
     """1-dim int64 on the CPU."""
     ids = tokens
-    if not isinstance(tokens, Tensor):
-        ids = torch.tensor(tokens) if len(tokens) else torch.empty(0, dtype=torch.int64)
-    assert isinstance(ids, Tensor)
+    if not isinstance(ids, Tensor):
+        try:
+            ids = torch.tensor(ids) if len(ids) else torch.empty(0, dtype=torch.int64)
+        except (RuntimeError, TypeError, ValueError):
+            _checks.fail(name, "a sequence of token ids", repr(tokens))
+    _checks.check_values(name, ids)
     _checks.check_dtype(name, ids, torch.int64, torch.int32)
     if ids.ndim != 1:
         _checks.fail(name, "one dimension", tuple(ids.shape))
-    ids = ids.to("cpu", torch.int64)
+    ids = ids.to("cpu", torch.int64).contiguous()
     _checks.check_range(name, ids, 0, 1 << 31)
     return ids
 

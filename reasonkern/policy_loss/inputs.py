@@ -34,7 +34,7 @@ class RowContext:
     """The rows of a batch: every tensor is (B, T), or (1, N) for packed tokens; None = not given.
 
     This is the ``ctx`` of a user-defined objective. ``sequence_sum(x)`` sums over each sequence and
-    gives the sum back to each of its rows; `parallel` is what was given to the loss.
+    gives the sum back to each of its rows; ``parallel`` is what was given to the loss.
     """
 
     old_logprob: Tensor | None
@@ -219,7 +219,7 @@ def as_objective(objective: Objective | Callable[..., Tensor]) -> Objective:
 def canonical_loss_scale(loss_scale: Tensor | None, context: RowContext) -> Tensor | None:
     if loss_scale is None:
         return None
-    check_tensor("loss_scale", loss_scale)
+    _checks.check_device("loss_scale", loss_scale, context.weight, "logits")
     if loss_scale.ndim:
         _checks.fail("loss_scale", "a 0-dim tensor", f"shape {tuple(loss_scale.shape)}")
     return loss_scale.detach().to(context.weight)

@@ -240,10 +240,9 @@ class LinearHead:
     ) -> Plan:
         """Checks and packs what says how the rows are cut."""
         for name, number in (("chunk_rows", chunk_rows), ("num_active", num_active)):
-            least = 1 if name == "chunk_rows" else 0
-            ok = number is None or (isinstance(number, int) and number >= least)
-            if not ok or isinstance(number, bool):
-                _checks.fail(name, f"an integer >= {least} or None", repr(number))
+            if number is not None:
+                least = 1 if name == "chunk_rows" else 0
+                _checks.check_integer(name, number, least, or_none=" or None")
         if num_active is not None:
             if not compact:
                 _checks.fail("num_active", "None without compact=True", num_active)
@@ -280,15 +279,15 @@ def canonical_head(
     _checks.check_dtype("hidden", hidden, *LOGITS_DTYPES)
     if hidden.ndim not in (2, 3) or hidden.shape[-1] == 0:
         _checks.fail("hidden", "shape (N, D) or (B, T, D), D >= 1", tuple(hidden.shape))
-    dtype = autocast_dtype(hidden)
     operands: list[tuple[str, Any]] = [(weight_name, weight)]
     if bias is not None:
-        check_tensor("bias", bias)
         operands.append(("bias", bias))
     for name, x in [("hidden", hidden), *operands]:
         if hasattr(x, "full_tensor"):
             _checks.fail(name, "a plain tensor (inside the forward of its module)", "a DTensor")
         _checks.check_device(name, x, hidden, "hidden")
+    dtype = autocast_dtype(hidden)
+    for name, x in operands:
         if autocast_dtype(x) != dtype:
             _checks.fail(name, f"the dtype of hidden, {hidden.dtype}", x.dtype)
     least = 1 if getattr(parallel, "vocab_group", None) is None else 0  # a rank may have none
