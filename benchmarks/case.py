@@ -47,7 +47,8 @@ class Gate:
     quantity: str
     """`time`: subject ÷ `against`; `speedup`: `against` ÷ subject (both medians of pair ratios);
     `memory`: peak extra bytes ÷ those of `against`, or ÷ input bytes; `copy_share`: bandwidth ÷
-    that of a copy; `microseconds`: of one item of the subject's call (see `Runner.repeat`)."""
+    that of a copy; `microseconds`: of one item of the subject's call (see `Runner.repeat`);
+    `accepted`: tokens per step of the subject ÷ those of `against`."""
     bound: float
     against: str = ""
     min_pairs: int = 5
@@ -72,6 +73,7 @@ class Gate:
             "memory": f"extra memory {sign} {self.bound:.0%} of {self._memory_of}",
             "microseconds": f"{sign} {bound} µs per item",
             "copy_share": f"{sign} {self.bound:.0%} of the copy bandwidth",
+            "accepted": f"tokens per step {sign} {bound} × {self.against}",
         }[self.quantity]
 
 
@@ -98,6 +100,10 @@ class Case:
     """Operations of the matrix products; where given, rates are FLOP/s instead of bandwidths."""
     rotate: int = 1
     """CUDA only: replay a graph over this many input sets, for work that would sit in the L2."""
+    memory: bool = True
+    """False: the peak memory of a call is not measured (that of a model's passes)."""
+    pairs: int | None = None
+    """So many pairs whatever the budget, where counts in the rows matter and not times."""
 
     @property
     def id(self) -> str:

@@ -164,6 +164,7 @@ def measure_pairs(
             asked = (gate.min_pairs for gate in case.gates if gate.against == name)
             least = max([effort.least_pairs, *asked])
             pairs = timing.pair_count(cost, effort.seconds, least, max(least, effort.most_pairs))
+            pairs = case.pairs or pairs
             progress(f"{subject} against {name}, {pairs} pairs")
             times[name] = timing.pair_times(runners[subject], runners[name], pairs, clock)
         if rows[name]["status"] != "ok":
@@ -181,7 +182,7 @@ def measure_memory(
     progress: Callable[[str], None],
 ) -> None:
     """Peak extra memory of every provider that was let through."""
-    for name in runners if effort.memory and case.rotate == 1 else ():
+    for name in runners if effort.memory and case.memory and case.rotate == 1 else ():
         if rows[name]["status"] == "ok" and family.providers[name].checked:
             progress(f"memory of {name}")
             with contextlib.suppress(Exception):
@@ -250,6 +251,8 @@ def _gate_value(
     if gate.quantity == "copy_share":
         return subject.get("copy_share")
     other = rows.get(gate.against, {})
+    if gate.quantity == "accepted":
+        return float(subject["accepted"] / other["accepted"]) if "accepted" in other else None
     if other.get("status") != "ok" or "ratio" not in other:
         return None
     ratio = float(other["ratio"]["median"])

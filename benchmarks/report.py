@@ -24,13 +24,21 @@ def table(record: dict[str, Any]) -> str:
     for row in record["providers"]:
         start = [op, where, record["dtype"] + threads, row["name"]]
         if "seconds" in row and row["status"] == "ok":
-            backend = f"  [{row['backend']}]" if "backend" in row else ""
-            lines.append(_line(start + _numbers(row)) + backend)
+            lines.append(_line(start + _numbers(row)) + _about(row))
         else:
             mark = {"mismatch": "✗", "failed": "failed"}.get(row["status"], "–")
             lines.append(_line([*start, mark]) + f"  {row.get('reason', '')[:100]}".rstrip())
         op = where = ""
     return "\n".join(lines + [f"    {gate_line(g)}" for g in record["gates"]])
+
+
+def _about(row: dict[str, Any]) -> str:
+    """What a provider says of itself."""
+    if "backend" in row:
+        return f"  [{row['backend']}]"
+    if "flips" in row:
+        return f"  {row['flips']} of {row['tokens']} tokens flip"
+    return f"  {row['accepted']:.2f} tokens per step" if "accepted" in row else ""
 
 
 def _numbers(row: dict[str, Any]) -> list[str]:

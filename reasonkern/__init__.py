@@ -1,6 +1,6 @@
 """reasonkern: exact, fast kernels for the inner loops of LLM reasoning, as PyTorch operators."""
 
-from . import scaling, shaping
+from . import generation, scaling, shaping
 from ._load import info
 from .modulation import (
     TIP,
@@ -10,16 +10,22 @@ from .modulation import (
     Cyclic,
     DeepConf,
     EntropyTrigger,
+    LatentPolicy,
     MinThink,
     Modulation,
     ModulationState,
     Sampled,
     Schedule,
     SoftBudget,
+    SrgenDelta,
     TokenSets,
     commit_,
+    completion_probe,
+    entropy_forks,
+    latent_policy_gradient,
     modulate_logits_,
     sample_controlled,
+    srgen_delta,
 )
 from .policy_loss import (
     KL,
@@ -70,6 +76,7 @@ __all__ = [
     "EntropyTrigger",
     "Importance",
     "KL",
+    "LatentPolicy",
     "Law",
     "LawReport",
     "MinThink",
@@ -84,6 +91,7 @@ __all__ = [
     "RowContext",
     "Schedule",
     "SoftBudget",
+    "SrgenDelta",
     "Status",
     "TIP",
     "TokenSets",
@@ -93,11 +101,15 @@ __all__ = [
     "check_verifier",
     "commit_",
     "compact_kv_",
+    "completion_probe",
     "conflict_token_weights",
     "covariance_mask",
     "entropy_filter",
+    "entropy_forks",
+    "generation",
     "high_entropy_mask",
     "info",
+    "latent_policy_gradient",
     "linear_policy_loss",
     "linear_token_stats",
     "modulate_logits_",
@@ -107,6 +119,7 @@ __all__ = [
     "sample_controlled",
     "scaling",
     "shaping",
+    "srgen_delta",
     "token_stats",
     "token_weights",
     "tune_tree",

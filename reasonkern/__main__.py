@@ -26,7 +26,7 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _add_demo(add: AddParser) -> None:
-    about = "fine-tune a small transformer on reasoning traces, then RL on their logged outcomes"
+    about = "train a small transformer on reasoning traces, then let it solve problems"
     demo = add("demo", help=about, description=about)
     demo.set_defaults(run=_demo)
     demo.add_argument(

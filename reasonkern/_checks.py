@@ -120,14 +120,16 @@ def check_range(
         fail(name, f"values in [{low}, {high})", f"{tensor[index].item()} at {index}")
 
 
-def check_finite(name: str, tensor: Tensor, where: Tensor) -> None:
+def check_finite(
+    name: str, tensor: Tensor, where: Tensor, expected: str = "finite values in trained tokens"
+) -> None:
     """Elements are finite where `where` is true. CPU only, like `check_range`."""
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return
     wrong = where & ~torch.isfinite(tensor)
     if wrong.any():
         index = tuple(wrong.nonzero()[0].tolist())
-        fail(name, "finite values in trained tokens", f"{tensor[index].item()} at {index}")
+        fail(name, expected, f"{tensor[index].item()} at {index}")
 
 
 def check_mask(name: str, tensor: Tensor) -> None:

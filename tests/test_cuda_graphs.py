@@ -98,6 +98,10 @@ FILTERS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
 DRAWS = ("temperature", "seed", "position")
 
 
+def given(*results: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(x for x in results if x is not None)
+
+
 def sample(p: Place) -> tuple[Tensor, ...]:
     return (rk.sample(p.buffers["logits"][:, 0], **p.take(*FILTERS)),)
 
@@ -106,7 +110,8 @@ def verify_tree(p: Place) -> tuple[Tensor, ...]:
     valid = torch.ones_like(p.buffers["drafted"], dtype=torch.bool)
     draft = rk.Draft(p.buffers["drafted"], valid)
     limits = p.take("max_length", "eos")
-    return rk.verify_tree(p.buffers["logits"], draft, TREE, topk=4, **p.take(*FILTERS), **limits)
+    out = rk.verify_tree(p.buffers["logits"], draft, TREE, topk=4, **p.take(*FILTERS), **limits)
+    return given(*out)
 
 
 def step(p: Place, mode: str) -> tuple[Tensor, ...]:
@@ -117,7 +122,7 @@ def step(p: Place, mode: str) -> tuple[Tensor, ...]:
     out = rk.verify_tree(logits, draft, TREE, topk=4, mode=mode, **p.take(*DRAWS))
     p.table.update_verified(context, out)
     state = [x for x in p.table.state_dict().values() if isinstance(x, Tensor)]
-    return (*(x for x in draft if x is not None), *out, *state)
+    return given(*draft, *out, *state)
 
 
 def shared_step(p: Place) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ from reasonkern import Objective
 # Triton kernels import Triton, the demo its extras, integrations their trainer, __main__ runs,
 # libraries are no modules.
 NOT_IMPORTED = ("triton", "demo", "integrations.", "__main__", "._C")
-NAMESPACES = (rk, rk.shaping, rk.scaling)
+NAMESPACES = (rk, rk.generation, rk.shaping, rk.scaling)
 PUBLIC = {f"{m.__name__}.{name}": getattr(m, name) for m in NAMESPACES for name in m.__all__}
 FUNCTIONS = [thing for thing in PUBLIC.values() if inspect.isfunction(thing)]
 CONSTRUCTORS = [name for name, member in vars(Objective).items() if isinstance(member, classmethod)]

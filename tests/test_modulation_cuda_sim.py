@@ -100,6 +100,28 @@ def test_a_ban_is_weighed_against_the_whole_row(simulated):
     assert banned == [True, True, True, True, False, True, False, True]
 
 
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda x: f"{x['threads']}-{x['order']}")
+def test_one_id_in_every_part(simulated, launch):
+    """What one thread adds, another one moves to the wait and a third one measures."""
+    state = rk.ModulationState(3, rk.TokenSets.from_ids({"wide": list(range(2, 42))}))
+    least = {"min_think": rk.MinThink(8, 0, [35])}
+    ramp = {"budget": rk.Budget(8, [40, 38], rk.SoftBudget(0.0))}
+    for slot, parts in enumerate((least, ramp, least | ramp)):
+        spec = rk.Modulation(constant=rk.Constant(3.0, "wide"), think_end=38, **parts)
+        state.add(slot, spec, [], [0] * 6)
+    logits = torch.randn(9, 50, generator=torch.Generator().manual_seed(0))
+    logits[3:, 41] = 9.0  # the largest after the addition
+    logits[6:, [35, 38]] = 20.0  # the largest after the move
+    logits[:, 49] = INF
+    args = (torch.arange(9) % 3, None, None, None, None, *state.read_state, True)
+    expected, got = logits.clone(), logits.clone()
+    reference("modulate_logits_", expected, *args)
+    with simulated.using(**launch):
+        simulated.modulate_logits_(got, *args)
+    assert_same_bits(got, expected)
+    assert (got[::3, 38] == -INF).all() and (got[1::3, 40] > logits[1::3, 40] + 3.0).all()
+
+
 @pytest.mark.parametrize("launch", LAUNCHES[:3], ids=lambda x: x["order"])
 def test_no_launch_changes_a_commit(simulated, launch):
     states = [requests(20, 5) for _ in range(2)]
@@ -117,6 +139,30 @@ def test_no_launch_changes_a_commit(simulated, launch):
     for expected, got in zip(states[0].tensors, states[1].tensors, strict=True):
         assert_same_bits(got, expected)
     assert states[1].stopped.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("config", [(4, 64), (64, 2)], ids=str)
+def test_no_program_changes_a_row(monkeypatch, config, dtype):
+    """In Triton: rows of a program, entries at a time; float64, which other tests leave out.
+
+    Not bfloat16: the interpreter truncates where a GPU rounds.
+    """
+    if reason := _load.reason("triton"):
+        pytest.skip(reason)
+    from reasonkern.modulation import triton_modulation
+
+    monkeypatch.setattr(triton_modulation, "config", lambda dense: config)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    state = requests(11, 1)
+    logits, drafts, heat = tree_rows(11, 2, dtype)
+    args = (torch.arange(11), None, drafts, PARENTS, heat, *state.read_state, True)
+    expected, got = logits.clone(), logits.to(device, copy=True)
+    reference("modulate_logits_", expected, *args)
+    moved = [x.to(device) if isinstance(x, torch.Tensor) else x for x in args]
+    triton_modulation.modulate_logits_(got, *moved)
+    slack = 1e-14 if dtype == torch.float64 else 0
+    torch.testing.assert_close(got.cpu(), expected, rtol=slack, atol=0, equal_nan=True)
 
 
 def test_launch_decisions(simulated):

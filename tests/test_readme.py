@@ -229,6 +229,101 @@ def test_decoder(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert steps < length - 4
 
 
+class Tokenizer:
+    """Of a vocabulary of a few pieces."""
+
+    pieces = ("<pad>", "wait", "Wait", "but", "But", "\n", "</think>")
+
+    def get_vocab(self) -> dict[str, int]:
+        return {piece: index for index, piece in enumerate(self.pieces)}
+
+    def convert_tokens_to_ids(self, piece: str) -> int:
+        return self.pieces.index(piece)
+
+    def encode(self, text: str) -> list[int]:
+        return [self.pieces.index(piece) for piece in re.findall(r"\n|\S+", text)]
+
+
+def test_control() -> None:
+    """The wave is at its top after a quarter of the period; the budget's phrase is forced."""
+    (code,) = blocks("README.md", "## Your decoder: reflection")
+    begin, step = code.split("# every step")
+    here: dict[str, Any] = {"torch": torch, "rk": rk, "tokenizer": Tokenizer(), "prompt": [0]}
+    exec(begin.replace("1200", "8").replace("4096", "5"), here)
+    here |= {"slot": torch.tensor([0]), "seed": rk.request_seeds(0, 1)}
+    text, raised = [], []
+    for t in range(8):
+        here |= {"logits": torch.zeros(1, V), "position": t}
+        exec("#" + step, here)
+        text.append(here["token"].item())
+        raised.append(here["logits"][0, 2].item())
+    assert raised[:5] == [0.0, 2.5, 5.0, 2.5, 0.0] and text[5:7] == [5, 6]
+    assert raised[7] == 0  # thinking is over
+
+
+# ---- transformers
+
+
+@pytest.fixture(scope="module")
+def user() -> dict[str, Any]:
+    """What a user has: a model and its tokenizer, and the ids of left-padded prompts."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+        num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model = transformers.Qwen3ForCausalLM(config).double().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+
+    class Tokenizer:
+        def batch_decode(self, rows: torch.Tensor) -> list[str]:
+            return [" ".join(map(str, row.tolist())) for row in rows]
+
+    mask = (torch.arange(6) >= torch.tensor([[0], [2]])).long()
+    ids = torch.randint(1, V, (2, 6), generator=torch.Generator().manual_seed(2)) * mask
+    return {
+        "rk": rk, "torch": torch, "model": model, "tokenizer": Tokenizer(), "input_ids": ids,
+        "attention_mask": mask,
+    }  # fmt: skip
+
+
+def shorter(code: str) -> str:
+    return re.sub(r"max_new_tokens=\d+", "max_new_tokens=40", code)
+
+
+@pytest.mark.peers
+def test_transformers(user: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """The README's section alone: a call before and a call after."""
+    before, after = blocks("README.md", "## Your transformers model")
+    exec(shorter(before), user)
+    assert user["out"].shape == (2, 46)
+    exec(shorter(after), user)
+    found = user["out"]
+    assert found.sequences.shape == (8, 46) and len(user["table"]) > 100
+    assert "tokens in" in capsys.readouterr().out
+    plain = re.sub(r",? table=table", "", shorter(after))
+    exec(plain, user)
+    assert torch.equal(user["out"].sequences, found.sequences)
+
+
+@pytest.mark.peers
+def test_generation(user: dict[str, Any]) -> None:
+    """Both calls of the family's page, and prompt lookup as a drafter."""
+    direct, custom, drafter = map(shorter, blocks("reasonkern/generation/README.md"))
+    exec(direct, user)
+    assert user["out"].sequences.shape == (8, 46)
+    exec(custom, user)
+    assert user["sequences"].shape == (8, 46)
+    exec(drafter, user)
+    lookup = user["out"]
+    plain = re.sub(r", drafter=drafter", "", drafter.rpartition("\n\n")[2])
+    exec(plain, user)
+    assert torch.equal(user["out"].sequences, lookup.sequences)
+
+
 # ---- the other families
 
 

@@ -75,10 +75,20 @@ void prefetch(const void* p) { __builtin_prefetch(p, 1); }
 // The columns that every row of the slot reads.
 void prefetch_slot(const State& s, int64_t slot) {
   const char* spec = reinterpret_cast<const char*>(s.spec_of(slot));
-  const char* numbers = reinterpret_cast<const char*>(s.numbers_of(slot));
   for (int64_t at = 0; at < kWindow * 8; at += kLine) prefetch(spec + at);
-  for (int64_t at = 0; at < kPointValue * 8; at += kLine) prefetch(numbers + at);
+  prefetch(s.numbers_of(slot));
   prefetch(s.progress + slot * kProgressWidth);
+}
+
+// The first entries of its arrays.
+void prefetch_parts(const State& s, int64_t slot) {
+  const int64_t *spec = s.spec_of(slot), parts = spec[kParts];
+  if ((parts & kCyclic) && spec[kWindows] > 0) prefetch(spec + kWindow);
+  if (parts & kMinThink) prefetch(spec + kWait);
+  if (parts & kSchedule) {
+    prefetch(spec + kPointT);
+    prefetch(s.numbers_of(slot) + kPointValue);
+  }
 }
 
 template <class E>
@@ -143,6 +153,7 @@ void check_slots(const RowsParams& p) {
   }
   for (int64_t b = 0; b < batch; ++b) {
     if (!s.controls(p.slot[b])) continue;
+    prefetch_parts(s, p.slot[b]);
     const int64_t largest = s.spec_of(p.slot[b])[kMaxId];
     STD_TORCH_CHECK(largest < p.vocab, "logits: expected a vocabulary above ", largest, ", got ",
                     p.vocab);

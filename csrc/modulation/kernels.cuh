@@ -79,9 +79,8 @@ template <class E>
 __device__ void decide(const RowsParams& one, const Line<E>& line, RowShared& s) {
   if (threadIdx.x == 0) {
     const unsigned row = blockIdx.x, nodes = unsigned(one.nodes);
-    const Progress progress = one.parents == nullptr
-                                  ? fold_chain(one, 0, row)
-                                  : fold_tree(one, 0, row / nodes, row % nodes);
+    const Progress progress = one.parents == nullptr ? fold_chain(one, 0, row)
+                                                     : fold_tree(one, 0, row / nodes, row % nodes);
     s.control = control_of(one.state.spec, one.state.numbers, progress);
     const int64_t id = s.control.force;
     s.forced = id >= 0 && id < line.vocab && can_force(line.get(id));

@@ -39,17 +39,24 @@ struct AddLawSums {
   }
 };
 
-// Sees a row's tokens while one is drawn. -inf where there is no law.
+// Sees a row's tokens while one is drawn; -inf where there is no law. Without anybody who asks it
+// does nothing.
 class Epilogue {
  public:
-  __device__ Epilogue(Team& team, const RowTop& top, const ThreadTops& tops)
-      : shared_(*team.shared()),
+  __device__ Epilogue(Team& team, const RowTop& top, const ThreadTops& tops,
+                      const StatisticsParams& to)
+      : to_(to),
+        is_asked_(to.entropy != nullptr),
+        shared_(*team.shared()),
         top_(top),
-        bound_(block_bound(shared_, tops.value, kConfidenceTokens)) {}
+        bound_(is_asked_ ? block_bound(shared_, tops.value, kConfidenceTokens) : 0.0f) {}
 
-  __device__ void raw(int, const float (&x)[4]) { add(sums_.raw, x, top_.raw); }
+  __device__ void raw(int, const float (&x)[4]) {
+    if (is_asked_) add(sums_.raw, x, top_.raw);
+  }
 
   __device__ void allowed(int v, const float (&x)[4]) {
+    if (!is_asked_) return;
     add(sums_.law, x, top_.value);
     add_candidates(shared_, bound_, v, x);
     if (temperature_ == 0) return;
@@ -70,8 +77,12 @@ class Epilogue {
 
   // Writes the statistics; every thread gets the entropy, every block the confidence.
   template <class Row>
-  __device__ float finish(Team& team, const Row& row, const Outcome& chosen,
-                          const StatisticsParams& to, int64_t out, float* confidence) {
+  __device__ float finish(Team& team, const Row& row, const Outcome& chosen, int64_t out,
+                          float* confidence) {
+    if (!is_asked_) {
+      if (threadIdx.x == 0) *confidence = -kInf;
+      return -kInf;
+    }
     if (!is_swept_) {
       row.each(team, [&](int v, float (&x)[4]) {
         raw(v, x);
@@ -88,12 +99,12 @@ class Epilogue {
     if (threadIdx.x == 0 && !law) *confidence = -kInf;
     if (team.leads()) {
       const bool sound = (top_.bad & 2) == 0 && top_.raw > -kInf;
-      to.logprob[out] =
+      to_.logprob[out] =
           law ? float(double(row.at(chosen.token)) - double(top_.value) - log_sum) : -kInf;
-      to.entropy[out] = entropy;
-      to.entropy_raw[out] = sound ? float(sums_.raw.entropy()) : -kInf;
-      to.confidence[out] = *confidence;
-      to.max_prob[out] = law ? float(1 / sums_.law.s) : -kInf;
+      to_.entropy[out] = entropy;
+      to_.entropy_raw[out] = sound ? float(sums_.raw.entropy()) : -kInf;
+      to_.confidence[out] = *confidence;
+      to_.max_prob[out] = law ? float(1 / sums_.law.s) : -kInf;
     }
     cluster_sync();  // the tops were read and may change
     return entropy;
@@ -125,6 +136,8 @@ class Epilogue {
     *confidence = float((0 - sum) / double(finite));
   }
 
+  const StatisticsParams& to_;
+  const bool is_asked_;
   TeamShared& shared_;
   const RowTop top_;
   const float bound_;
@@ -161,12 +174,9 @@ __global__ void __launch_bounds__(kTeamThreads, 1) sample_controlled_kernel(Samp
     ControlledRow<E> row(p.rows, b, 0, p.control.state.sets, shared);
     ThreadTops tops;
     const RowTop top = find_controlled_top(team, row, slot, temperature, tops);
-    Epilogue epilogue(team, top, tops);
-    const Outcome outcome =
-        is_bad(top, temperature)
-            ? Outcome{top.id, true}
-            : draw_token(team, row, p.requests, b, top, uint64_t(p.requests.position[b]), epilogue);
-    const float entropy = epilogue.finish(team, row, outcome, p.statistics, b, &shared.confidence);
+    Epilogue epilogue(team, top, tops, p.statistics);
+    const Outcome outcome = sample_token(team, row, p.requests, b, top, epilogue);
+    const float entropy = epilogue.finish(team, row, outcome, b, &shared.confidence);
     if (team.leads()) {
       p.token[b] = outcome.token;
       p.statistics.trigger[b] = slot.triggers(shared, entropy);
@@ -188,24 +198,20 @@ class ControlledVisit {
                             ThreadTops& tops) {
     ControlledRow<E> row(p.rows, at.b, at.node, p.control.state.sets, shared_);
     top = find_controlled_top(team, row, slot_, p.requests.temperature[at.b], tops);
-    if (p.statistics.entropy == nullptr) {
-      Nothing nothing;
-      return choose_token(p, team, row, top, at, nothing);
-    }
-    Epilogue epilogue(team, top, tops);
+    Epilogue epilogue(team, top, tops, p.statistics);
     const Outcome outcome = choose_token(p, team, row, top, at, epilogue);
     const int64_t out = at.b * (p.depth + 1) + at.depth;
-    entropy_ = epilogue.finish(team, row, outcome, p.statistics, out, &shared_.confidence);
-    if (team.leads()) p.statistics.trigger[out] = slot_.triggers(shared_, entropy_);
+    entropy_ = epilogue.finish(team, row, outcome, out, &shared_.confidence);
+    if (team.leads() && p.statistics.trigger != nullptr) {
+      p.statistics.trigger[out] = slot_.triggers(shared_, entropy_);
+    }
     return outcome;
   }
 
-  __device__ void emitted(const VerifyParams& p, Team&, const Place&, const Outcome& chosen) {
+  __device__ void emitted(const VerifyParams&, Team&, const Place&, const Outcome& chosen) {
     __syncthreads();
     if (threadIdx.x != 0 || slot_.slot < 0) return;
-    const bool known = p.statistics.entropy != nullptr;
-    slot_.commit(shared_, chosen.token, known ? entropy_ : -kInf,
-                 known ? shared_.confidence : -kInf);
+    slot_.commit(shared_, chosen.token, entropy_, shared_.confidence);
   }
 
   // Statistics of the rows from `first` on.

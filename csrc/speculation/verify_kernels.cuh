@@ -19,16 +19,19 @@ __device__ __forceinline__ bool is_usable(const VerifyParams& p, int64_t b, int6
 
 // ---- a row's token
 
-template <class Row, class Also>
-__device__ Outcome draw_token(Team& team, const Row& row, const RequestParams& r, int64_t b,
-                              const RowTop& top, uint64_t position, Also& also) {
-  const float temperature = r.temperature[b];
-  if (temperature == 0) return {top.id, false};
-  const float value = noise::divide(top.value, temperature);
-  const Cut cut = filter_cut(team, row, r, b, value);
-  also.kept(temperature, value, cut);
-  const Draw d{temperature, value, cut, uint64_t(r.seed[b]), position, kTarget, 0};
-  return {draw(team, row, d, top.value, top.id, also), false};
+// A row is bad when z/T of its top, or a logit, is not finite.
+__device__ __forceinline__ bool is_bad(const RowTop& top, float temperature) {
+  const float value = temperature == 0 ? top.value : noise::divide(top.value, temperature);
+  return (top.bad & 1) != 0 || !(fabsf(value) < kInf);
+}
+
+// A draw from the filtered row with the target's noise.
+template <class Row>
+__device__ Draw target_draw(Team& team, const Row& row, const RequestParams& r, int64_t b,
+                            const RowTop& top, uint64_t position) {
+  const float temperature = r.temperature[b], value = noise::divide(top.value, temperature);
+  return {temperature, value, filter_cut(team, row, r, b, value), uint64_t(r.seed[b]), position,
+          kTarget,     0};
 }
 
 // Every thread of a block needs the outcome; one works it out. -1: no child was accepted.
@@ -45,50 +48,44 @@ __device__ inline int64_t test_children(const VerifyParams& p, const Place& at, 
   return -1;
 }
 
-template <class Row, class Also>
-__device__ Outcome reject_or_draw(const VerifyParams& p, Team& team, const Row& row,
-                                  const RowTop& top, const Place& at, Also& also) {
-  const RequestParams& r = p.requests;
+// The accepted child's token, or -1 and a draw from the residual law.
+template <class Row>
+__device__ int64_t accept_or_reject(const VerifyParams& p, Team& team, const Row& row, Draw& d,
+                                    const Place& at) {
   TeamShared& s = *team.shared();
-  const float temperature = r.temperature[at.b];
-  const float value = noise::divide(top.value, temperature);
-  const Cut cut = filter_cut(team, row, r, at.b, value);
-  also.kept(temperature, value, cut);
-  const int64_t total = kept_mass(team, row, temperature, value, cut);
+  const int64_t total = kept_mass(team, row, d.temperature, d.top, d.cut);
   const int64_t entry = (at.b * p.rows.nodes + at.node) * p.entry;
   if (threadIdx.x == 0) {
     Rejection law{p.q_ids + entry, p.entry, s.s, s.r, 0, 0, 0, false, false};
     for (int i = 0; i < p.entry; ++i) {
       const int64_t v = s.skip[i] = law.ids[i];
       const bool inside = v >= 0 && v < row.vocab;
-      const float x = inside ? noise::divide(row.at(v), temperature) : -kInf;
-      s.mass[i] = inside && cut.keeps(x, int(v)) ? mass_of(x, value) : 0;
+      const float x = inside ? noise::divide(row.at(v), d.temperature) : -kInf;
+      s.mass[i] = inside && d.cut.keeps(x, int(v)) ? mass_of(x, d.top) : 0;
     }
     law.start(p.q_logprob + entry, s.mass, total);
     s.accepted = test_children(p, at, law);
     s.patched = law.patched;
-    for (int i = 0; law.patched && i < p.entry; ++i) s.log_weight[i] = law.log_weight(i, value);
+    for (int i = 0; law.patched && i < p.entry; ++i) s.log_weight[i] = law.log_weight(i, d.top);
   }
   __syncthreads();
-  const int64_t accepted = s.accepted;
-  const Draw d{temperature,
-               value,
-               cut,
-               uint64_t(r.seed[at.b]),
-               uint64_t(r.position[at.b]),
-               stream_word(kResidual, at.depth),
-               s.patched ? p.entry : 0};
-  if (accepted >= 0) return {accepted, false};
-  return {draw(team, row, d, top.value, top.id, also), false};
-}
-
-// A row is bad when z/T of its top, or a logit, is not finite.
-__device__ __forceinline__ bool is_bad(const RowTop& top, float temperature) {
-  const float value = temperature == 0 ? top.value : noise::divide(top.value, temperature);
-  return (top.bad & 1) != 0 || !(fabsf(value) < kInf);
+  d.position = uint64_t(p.requests.position[at.b]);
+  d.stream = stream_word(kResidual, at.depth);
+  d.skip_count = s.patched ? p.entry : 0;
+  return s.accepted;
 }
 
 // ---- kernels
+
+template <class Row, class Also>
+__device__ Outcome sample_token(Team& team, const Row& row, const RequestParams& r, int64_t b,
+                                const RowTop& top, Also& also) {
+  if (is_bad(top, r.temperature[b])) return {top.id, true};
+  if (r.temperature[b] == 0) return {top.id, false};
+  const Draw d = target_draw(team, row, r, b, top, uint64_t(r.position[b]));
+  also.kept(d.temperature, d.top, d.cut);
+  return {draw(team, row, d, top.value, top.id, also), false};
+}
 
 template <class E>
 __global__ void __launch_bounds__(kTeamThreads, 1) sample_kernel(SampleParams p) {
@@ -99,10 +96,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1) sample_kernel(SampleParams p)
     ThreadTops unused;
     const RowTop top = find_top(team, row, unused);
     Nothing nothing;
-    const Outcome outcome =
-        is_bad(top, p.requests.temperature[b])
-            ? Outcome{top.id, true}
-            : draw_token(team, row, p.requests, b, top, uint64_t(p.requests.position[b]), nothing);
+    const Outcome outcome = sample_token(team, row, p.requests, b, top, nothing);
     if (team.leads()) p.token[b] = outcome.token;
   }
   cluster_sync();  // no block exits while another may read its shared memory
@@ -147,11 +141,14 @@ __device__ inline void clear_outputs(const VerifyParams& p, int64_t b, int first
 template <class Row, class Also>
 __device__ Outcome choose_token(const VerifyParams& p, Team& team, const Row& row,
                                 const RowTop& top, const Place& at, Also& also) {
-  const float temperature = p.requests.temperature[at.b];
-  if (is_bad(top, temperature)) return {top.id, true};
-  if (p.q_ids != nullptr && temperature != 0) return reject_or_draw(p, team, row, top, at, also);
-  return draw_token(team, row, p.requests, at.b, top,
-                    uint64_t(p.requests.position[at.b]) + uint64_t(at.depth), also);
+  const RequestParams& r = p.requests;
+  if (is_bad(top, r.temperature[at.b])) return {top.id, true};
+  if (r.temperature[at.b] == 0) return {top.id, false};
+  Draw d = target_draw(team, row, r, at.b, top, uint64_t(r.position[at.b]) + uint64_t(at.depth));
+  also.kept(d.temperature, d.top, d.cut);
+  const int64_t accepted = p.q_ids == nullptr ? -1 : accept_or_reject(p, team, row, d, at);
+  if (accepted >= 0) return {accepted, false};
+  return {draw(team, row, d, top.value, top.id, also), false};
 }
 
 // How a walk treats its rows: as they are. ControlledVisit is the other way.

@@ -1,18 +1,20 @@
-"""The demo: fine-tune a small transformer on reasoning traces, then RL on their logged outcomes."""
+"""The demo: train a small transformer on reasoning traces, then let it solve problems."""
 
 from __future__ import annotations
 
 import time
 
 from .context import Config, Context, DemoError, prepare
+from .control import control_reflection
 from .cost import measure_loss
 from .report import DEVIATION_LIMIT, summary, table, write_json, write_plots
+from .solve import solve_problems
 from .traces import TraceError
 from .train import fine_tune, learn_policy
 
 __all__ = ["Config", "DemoError", "TraceError", "run"]
 
-STAGES = (fine_tune, learn_policy, measure_loss)
+STAGES = (fine_tune, learn_policy, solve_problems, control_reflection, measure_loss)
 INTERRUPTED = 130
 
 

@@ -1,4 +1,4 @@
-"""Stage 3: time and peak memory of the loss (value and gradient), fused and eager, side by side."""
+"""Last: time and peak memory of the loss (value and gradient), fused and eager, side by side."""
 
 from __future__ import annotations
 

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..generation import Pass
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""attend(layer, q, k, v), each (B, heads, T, width of a head) → the same."""
+
+
+def causal(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Every token attends to itself and to those before it."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class Block(nn.Module):
@@ -20,12 +32,12 @@ class Block(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
         """(B, T, width) → the same."""
         batch, length, width = x.shape
         heads = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.heads, -1)
         q, k, v = heads.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        mixed = attend(layer, q, k, v)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, width))
         out: Tensor = x + self.down(F.gelu(self.up(self.norm_mlp(x))))
         return out
@@ -53,17 +65,46 @@ class Transformer(nn.Module):
         """(B, T) int64 → (B, T, V)."""
         return F.linear(self.hidden(ids), self.head)
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """(B, T) int64 → (B, T, width), what the head is multiplied with."""
-        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
-        for block in self.blocks:
-            x = block(x)
+    def hidden(
+        self, ids: Tensor, positions: Tensor | None = None, attend: Attend = causal
+    ) -> Tensor:
+        """(B, T) int64 → (B, T, width), what the head is multiplied with.
+
+        Without positions (B, T) the tokens of a row follow one another from position 0.
+        """
+        window = self.positions.weight
+        x = self.tokens(ids) + (window[: ids.shape[1]] if positions is None else window[positions])
+        for layer, block in enumerate(self.blocks):
+            x = block(x, layer, attend)
         out: Tensor = self.norm(x)
         return out
 
     def parameter_count(self) -> int:
         """Tied weights count once."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+
+class Decoding:
+    """The model as `reasonkern.generation` asks it: a tree's mask and positions, and a cache."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model = model
+        self.vocab_size, self.device = len(model.head), model.head.device
+        self.window = len(model.positions.weight)
+        self.seconds: dict[tuple[int, int], float] = {}
+
+    def __call__(self, given: Pass) -> Tensor:
+        """Logits (B, N, V)."""
+        seen = given.seen[:, None]
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = given.cache.update(k, v, layer)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+
+        # Nodes beyond the window are drafts that no text has room for.
+        positions = given.positions.clamp_max(self.window - 1)
+        hidden = self.model.hidden(given.tokens, positions, attend)
+        return F.linear(hidden, self.model.head) if given.logits else hidden
 
 
 def seeded(vocabulary: int, window: int, width: int, layers: int, seed: int) -> Transformer:

@@ -93,6 +93,8 @@ def table(results: Results) -> str:
     rows = [
         *_data_rows(results["data"]),
         *_training_rows(results, figures),
+        *_solve_rows(results.get("solve")),
+        *_control_rows(results.get("control")),
         *_cost_rows(results.get("cost")),
         *_deviation_rows(figures["deviation"]),
         ("total time", f"{results['seconds']:.0f} s"),
@@ -135,6 +137,33 @@ def _training_rows(results: Results, figures: Results) -> list[tuple[str, str]]:
 
 def _steps(done: int, asked: int | None) -> str:
     return f"{done} steps" if asked is None else f"{done} of {asked} steps in the time budget"
+
+
+def _solve_rows(solved: Results | None) -> list[tuple[str, str]]:
+    if not solved or "outcomes" not in solved:
+        return []
+    runs = [(f"{run['trajectories']} of each", run) for run in solved["outcomes"]]
+    runs.append((f"{solved['at_once']['trajectories']} at once", solved["at_once"]))
+    rows = []
+    for name, run in runs:
+        plain, fast = (run["tokens_per_second"][way] for way in ("plain", "speculation"))
+        text = f"{run['tokens_per_step']:.2f} tokens per step, {plain:,.0f} → {fast:,.0f} tokens/s"
+        rows.append((f"stage 3, {name}", text))
+    texts = f"{solved['equal']} of {solved['texts']} texts equal with and without speculation"
+    return [*rows, ("", f"{texts}, {solved['correct']} correct")]
+
+
+def _control_rows(controlled: Results | None) -> list[tuple[str, str]]:
+    runs = [] if controlled is None else controlled["runs"]
+    return [
+        (
+            f"stage 4, {run['name']}",
+            f"{run['tokens']:.0f} tokens, {run['thinking']:.0f} thinking, "
+            f"{run['reflections']:.1f} reflections per text, {run['entropy']:.2f} nats/token, "
+            f"{run['correct']} of {run['texts']} correct",
+        )
+        for run in runs
+    ]
 
 
 def _cost_rows(cost: Results | None) -> list[tuple[str, str]]:

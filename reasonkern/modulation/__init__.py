@@ -6,8 +6,10 @@ row, `commit_` advances it by accepted tokens.
 """
 
 from .control import commit_, modulate_logits_
+from .latent import LatentPolicy, SrgenDelta, latent_policy_gradient, srgen_delta
 from .sampler import Sampled, sample_controlled
 from .sets import TokenSets
+from .signals import completion_probe, entropy_forks
 from .spec import (
     TIP,
     Ban,
@@ -31,14 +33,20 @@ __all__ = [
     "Cyclic",
     "DeepConf",
     "EntropyTrigger",
+    "LatentPolicy",
     "MinThink",
     "Modulation",
     "ModulationState",
     "Sampled",
     "Schedule",
     "SoftBudget",
+    "SrgenDelta",
     "TokenSets",
     "commit_",
+    "completion_probe",
+    "entropy_forks",
+    "latent_policy_gradient",
     "modulate_logits_",
     "sample_controlled",
+    "srgen_delta",
 ]

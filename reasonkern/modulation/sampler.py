@@ -66,8 +66,8 @@ def sample_controlled(
     Args:
         logits: (R, V) float32, bfloat16, float16 or float64 (read as float32), the last dimension
             contiguous. They are not changed.
-        state: a `ModulationState`, or None for no control.
-        slot: (R,) int64 slot of each row's request, -1 = a row without control; None without state.
+        state: a `ModulationState`, or None, with ``slot`` None, for no control.
+        slot: (R,) int64 slot of each row's request, -1 = a row without control.
         temperature: as in `reasonkern.sample`.
         top_k: as in `reasonkern.sample`. None = off.
         top_p: as in `reasonkern.sample`. None = off.

@@ -58,8 +58,18 @@ FAKE = {"sample_controlled": _fake_sample_controlled, "verify_controlled": _fake
 
 # ---- registrations
 
+TRITON_SERVES = {
+    "sample_controlled": verify_op.TRITON_SERVES["sample"],
+    "verify_controlled": verify_op.TRITON_SERVES["verify_tree"],
+}
 
 for _name, _schema in SCHEMAS.items():
     _load.define_op(
-        _name, _schema, reference=REFERENCE[_name], fake=FAKE[_name], cuda=True, triton=None
+        _name,
+        _schema,
+        reference=REFERENCE[_name],
+        fake=FAKE[_name],
+        cuda=True,
+        triton=_load.lazy(f"{__package__}.triton_sampler", _name),
+        triton_serves=TRITON_SERVES[_name],
     )

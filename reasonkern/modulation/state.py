@@ -150,6 +150,11 @@ class ModulationState:
         return bool(self._uses & part)
 
     @property
+    def watches_statistics(self) -> bool:
+        """Whether a request has a `DeepConf` or an `EntropyTrigger`, which `commit_` feeds."""
+        return self.uses(at.DEEPCONF | at.TRIGGER)
+
+    @property
     def stopped(self) -> Tensor:
         """(max_requests,) bool: requests that `DeepConf` has stopped."""
         progress = self.tensors.progress

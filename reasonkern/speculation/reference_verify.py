@@ -92,7 +92,7 @@ class Rows:
         return self.control.trigger(entropy)
 
     def raw_statistics(self, rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids and logits of the k largest, and the log-sum-exp, of rows (B, D + 1, V)."""
+        """Ids and logits of the k largest, and the log-sum-exp."""
         return statistics(rows, k)
 
 
@@ -123,14 +123,15 @@ def walk(
     batch = torch.arange(logits.shape[0], device=logits.device)
     children = _child_table(child_ptr, child_index, max_children)
     usable = valid if num_nodes is None else valid & _below(valid, num_nodes)
-    out_tokens, path = (t.new_full((len(batch), depth + 1), -1) for t in (tokens, tokens))
-    path[:, 0] = 0
-    told = nothing_told(logits, depth + 1) if rows.stats else None
+    out = _empty_outputs(logits, depth + 1, topk)
+    out.path[:, 0] = 0
+    told = nothing_told(logits, depth + 1) if rows.stats else ()
     length, status = torch.zeros_like(batch), torch.zeros_like(batch)
     node, alive = torch.zeros_like(batch), valid[:, 0]
     if max_length is not None:
         alive = alive & (max_length > 0)
     for d in range(depth + 1):
+        raw = logits[batch, node]
         mask = None if node_mask is None else node_mask[batch, node]
         below = children[node]
         offered = (below >= 0) & usable.gather(-1, below.clamp_min(0)) & alive.unsqueeze(-1)
@@ -138,14 +139,14 @@ def walk(
         law = None
         if q_ids is not None and q_logprob is not None:
             law = q_ids[batch, node], q_logprob[batch, node]
-        token, bad, values = rows.choose(logits[batch, node], mask, d, drafts, law)
+        token, bad, values = rows.choose(raw, mask, d, drafts, law)
         status |= torch.where(alive & bad, BAD_ROW, 0)
         alive = alive & (token >= 0)
-        path[:, d] = torch.where(alive, node, path[:, d])
-        out_tokens[:, d] = torch.where(alive, token, -1)
         length += alive
-        for column, value in zip(told or (), values or (), strict=True):
-            column[:, d] = torch.where(alive, value, column[:, d])
+        emitted = (token, node, *rows.raw_statistics(raw, topk), *(values or ()))
+        for columns, value in zip((*out, *told), emitted, strict=True):
+            where = alive.unsqueeze(-1) if value.ndim > 1 else alive
+            columns[:, d] = torch.where(where, value, columns[:, d])
         if rows.control is not None:
             rows.control.advance(token, values, alive)
         match = (drafts == token.unsqueeze(-1)) & alive.unsqueeze(-1)
@@ -162,7 +163,25 @@ def walk(
         node = torch.where(alive, below.gather(-1, slot).squeeze(-1), node)
     if max_length is not None:
         status |= torch.where(valid[:, 0] & (length >= max_length), CAPPED, 0)
-    return *_outputs(rows, logits, out_tokens, length, path, status, topk), *(told or ())
+    return out.tokens, length, *out[1:], status.to(torch.int32), *told
+
+
+class _Outputs(NamedTuple):
+    """Columns by depth, empty where nothing is emitted."""
+
+    tokens: Tensor
+    path: Tensor
+    topk_ids: Tensor
+    topk_logits: Tensor
+    lse: Tensor
+
+
+def _empty_outputs(logits: Tensor, columns: int, topk: int) -> _Outputs:
+    rows = (logits.shape[0], columns)
+    integers = [logits.new_full(rows, -1, dtype=torch.int64) for _ in range(2)]
+    ids = logits.new_full((*rows, topk), -1, dtype=torch.int64)
+    values = logits.new_full((*rows, topk), -INF, dtype=torch.float32)
+    return _Outputs(*integers, ids, values, logits.new_full(rows, -INF, dtype=torch.float32))
 
 
 def nothing_told(logits: Tensor, columns: int) -> Told:
@@ -201,17 +220,3 @@ def _child_table(child_ptr: Tensor, child_index: Tensor, width: int) -> Tensor:
 
 def _below(valid: Tensor, num_nodes: Tensor) -> Tensor:
     return torch.arange(valid.shape[1], device=valid.device) < num_nodes.unsqueeze(-1)
-
-
-def _outputs(
-    rows: Rows, logits: Tensor, tokens: Tensor, length: Tensor, path: Tensor, status: Tensor,
-    topk: int,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Adds the statistics of the rows on the path; rows from `length` on are empty."""
-    raw = logits.gather(1, path.clamp_min(0).unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
-    ids, values, lse = rows.raw_statistics(raw, topk)
-    used = torch.arange(path.shape[1], device=path.device) < length.unsqueeze(-1)
-    ids = torch.where(used.unsqueeze(-1), ids, -1)
-    values = torch.where(used.unsqueeze(-1), values, -INF)
-    lse = torch.where(used, lse, -INF)
-    return tokens, length, path, ids, values, lse, status.to(torch.int32)

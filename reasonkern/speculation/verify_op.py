@@ -74,7 +74,6 @@ TRITON_SERVES: dict[str, Callable[..., bool]] = {
 TRITON = {name: _load.lazy(f"{__package__}.triton_verify", name) for name in TRITON_SERVES}
 
 for _name, _schema in SCHEMAS.items():
-    in_triton = _name in TRITON_SERVES
     _load.define_op(
         _name,
         _schema,

@@ -1,0 +1,207 @@
+"""Generation with speculation, for any causal model: see README.md in this folder.
+
+`reasonkern.integrations.transformers` is this loop around a transformers model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..modulation import ModulationState
+from ..speculation import DraftTree, NgramTable, request_seeds
+from . import prompts as _prompts
+from .cache import SlotCache
+from .drafts import Drafter, Proposal, chain_proposal
+from .loop import Emit, Request, Run, Sampling, Stop
+from .passes import Model, Pass
+from .statistics import Statistics
+
+__all__ = [
+    "Drafter",
+    "Generated",
+    "Model",
+    "Pass",
+    "Proposal",
+    "SlotCache",
+    "Statistics",
+    "chain_proposal",
+    "generate",
+]
+
+
+class Generated(NamedTuple):
+    """What `generate` returns."""
+
+    texts: list[list[int]]
+    """(prompts x trajectories) new tokens of each request, the end-of-sequence id included."""
+    statistics: Statistics
+    """Of this call, or the given one with it added."""
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    temperature: float | Tensor,
+    max_new_tokens: int,
+    table: NgramTable | None = None,
+    tree: DraftTree | str = "auto",
+    drafter: Drafter | None = None,
+    control: tuple[ModulationState, Tensor] | None = None,
+    seed: int | Tensor = 0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    eos: Sequence[int] = (),
+    stop: Stop | None = None,
+    emit: Emit | None = None,
+    num_trajectories: int = 1,
+    scope: int | Tensor | None = None,
+    statistics: Statistics | None = None,
+) -> Generated:
+    """Decodes prompts; the text is that of plain seeded sampling, whatever drafts.
+
+    Request b * num_trajectories + j is trajectory j of prompt b. Token n of a text, counted with
+    its prompt, is what `sample` draws from the model's logits at position n with the request's
+    seed: it depends on no other request, no table and no tree, as long as the logits do not.
+
+    Args:
+        model: see `Model`.
+        prompts: token ids of each prompt, at least one.
+        temperature: as in `sample`, a number or one per request; 0 = greedy.
+        max_new_tokens: at most so many per request, at least 1.
+        table: learns from all logits on the way and drafts. None = no table.
+        tree: the `DraftTree` to fill from the table, or "auto": steps of 1, 8, 16, 32 and 80 nodes
+            are timed once per model and batch size (in powers of 4), and every step takes the size
+            with the most expected tokens per second, 1 being plain decoding.
+        drafter: a function that proposes in the table's place, see `Drafter`. With neither table
+            nor drafter this is plain seeded decoding. None = no drafter.
+        control: a `ModulationState` and the (requests,) int64 slots of the requests in it, -1 = no
+            control; each was put there with its prompt, and has seen its text afterwards (with it,
+            what a stop cut off). Drafts and tables do not change what it does. None = no control.
+        seed: of the run, see `request_seeds`, or (requests,) int64 seeds of the requests.
+        top_k: as in `sample`. None = off.
+        top_p: as in `sample`. None = off.
+        min_p: as in `sample`. None = off.
+        eos: ids that end a request.
+        stop: stop(request, text) after every token, text with the prompt; True ends the request
+            with this token. None = never.
+        emit: emit(request, tokens) after every step of a request. None = nobody listens.
+        num_trajectories: requests per prompt.
+        scope: of the table, a number or one per request. None = one scope per distinct prompt,
+            the same in every call.
+        statistics: to add this call's to. None = new ones.
+
+    Raises:
+        ValueError: an empty prompt, an id the model has no row for, a table of a smaller vocabulary
+            or on another device, a tree without a table, both a table and a drafter, an option out
+            of its range.
+        RuntimeError: the model's logits have no finite value.
+    """
+    sizes = {"max_new_tokens": max_new_tokens, "num_trajectories": num_trajectories}
+    for name, value in sizes.items():
+        if not isinstance(value, int) or value < 1:
+            _checks.fail(name, "an integer >= 1", repr(value))
+    _check_prompts(prompts, model.vocab_size)
+    shape = _check_drafts(model, table, tree, drafter, scope)
+    every = [list(prompt) for prompt in prompts for _ in range(num_trajectories)]
+    seeds = seed if isinstance(seed, Tensor) and seed.ndim else request_seeds(seed, len(every))
+    device = model.device
+    sampling = Sampling.of(
+        len(every), device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        seed=seeds.to(device),
+    )  # fmt: skip
+    requests = [
+        Request(index, text, len(text), len(text) + max_new_tokens, len(text) - 1)
+        for index, text in enumerate(every)
+    ]
+    statistics = Statistics() if statistics is None else statistics
+    with torch.no_grad():
+        Run(
+            model, list(requests), sampling, table=table,
+            scope=_scopes(scope, table, every, device), tree=shape, drafter=drafter,
+            control=_control(control, len(every), device), eos=eos, stop=stop, emit=emit,
+            statistics=statistics,
+        ).run()  # fmt: skip
+    return Generated([r.text[r.prompt :] for r in requests], statistics)
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    if not prompts:
+        _checks.fail("prompts", "at least one prompt", "none")
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            _checks.fail(f"prompt {index}", "at least one token", "none")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= vocab_size:
+            expected = (
+                f"ids in [0, {vocab_size}), the model's vocabulary (another tokenizer's ids?)"
+            )
+            _checks.fail(f"prompt {index}", expected, low if low < 0 else high)
+
+
+def _check_drafts(
+    model: Model, table: NgramTable | None, tree: DraftTree | str, drafter: Drafter | None,
+    scope: int | Tensor | None,
+) -> DraftTree | None:  # fmt: skip
+    """The tree; None = "auto"."""
+    if isinstance(tree, str):
+        _checks.check_choice("tree", tree, ("auto",))
+    elif not isinstance(tree, DraftTree):
+        _checks.fail("tree", 'a DraftTree or "auto"', type(tree).__name__)
+    elif table is None:
+        _checks.fail("tree", 'a table to fill it from, or "auto"', "no table")
+    if table is None:
+        if scope is not None:
+            _checks.fail("scope", "a table that it is of", "no table")
+        return None
+    if not isinstance(table, NgramTable):
+        _checks.fail("table", "an NgramTable", type(table).__name__)
+    if drafter is not None:
+        _checks.fail("drafter", "None with a table: one of them drafts", "both")
+    if table.vocab_size < model.vocab_size:
+        expected = f"vocab_size >= {model.vocab_size}, the columns of the model's logits"
+        _checks.fail("table", expected, table.vocab_size)
+    if table.device != model.device:
+        expected = f"the model's device, {model.device} (table.to(…) moves it)"
+        _checks.fail("table", expected, table.device)
+    return None if isinstance(tree, str) else tree
+
+
+def _control(
+    control: object, requests: int, device: torch.device
+) -> tuple[ModulationState, Tensor] | None:
+    if control is None:
+        return None
+    if not isinstance(control, tuple) or len(control) != 2:
+        _checks.fail("control", "a pair (ModulationState, slot)", type(control).__name__)
+    state, slot = control
+    if not isinstance(state, ModulationState):
+        _checks.fail("control[0]", "a ModulationState", type(state).__name__)
+    _checks.check_tensor("control[1]", slot)
+    _checks.check_shape("control[1]", slot, (requests,), "(requests,)")
+    _checks.check_dtype("control[1]", slot, torch.int64)
+    if {state.device, slot.device} != {device}:
+        expected = f"on the model's device, {device} (state.to(…) moves it)"
+        _checks.fail("control", expected, f"{state.device} and {slot.device}")
+    return state, slot.contiguous()
+
+
+def _scopes(
+    scope: int | Tensor | None, table: NgramTable | None, prompts: list[list[int]],
+    device: torch.device,
+) -> Tensor:  # fmt: skip
+    """(R,) int64."""
+    if table is None:
+        return torch.zeros(len(prompts), dtype=torch.int64, device=device)
+    if scope is None:
+        return torch.tensor(_prompts.scopes_of(prompts, table), device=device)
+    rows = torch.as_tensor(scope, device=device, dtype=torch.int64)
+    if rows.ndim and tuple(rows.shape) != (len(prompts),):
+        _checks.fail("scope", f"a number or shape ({len(prompts)},)", tuple(rows.shape))
+    return rows.expand(len(prompts)).contiguous()

@@ -1,0 +1,102 @@
+"""`Statistics`: what a run of the decoding loop did, and where its time went."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+PHASES = ("prompt", "draft", "forward", "verify", "update", "trials")
+
+
+@dataclass
+class Statistics:
+    """Counts and times of generation; runs add up."""
+
+    accepted: Counter[int] = field(default_factory=Counter)
+    """How many steps of a request emitted how many tokens, the one after the draft included."""
+    sizes: Counter[int] = field(default_factory=Counter)
+    """How many passes of the model had how many nodes per request."""
+    hits: Counter[int] = field(default_factory=Counter)
+    """Look-ups in the table that an order of it answered, by order."""
+    misses: int = 0
+    """Look-ups that no order answered."""
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    """Time by phase: prompt, draft, forward (the model), verify, update (table and cache), trials
+    (of tree sizes, once per model and batch size)."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens emitted."""
+        return sum(length * steps for length, steps in self.accepted.items())
+
+    @property
+    def steps(self) -> int:
+        """Steps of requests: a pass over B requests that are not finished counts B."""
+        return self.accepted.total()
+
+    @property
+    def passes(self) -> int:
+        """Forward passes of the model, those over the prompt not counted."""
+        return self.sizes.total()
+
+    @property
+    def mean_accepted(self) -> float:
+        """Tokens per step of a request; 1 without speculation."""
+        return self.tokens / max(1, self.steps)
+
+    @property
+    def hit_rates(self) -> dict[int, float]:
+        """Share of the table's look-ups by the order that answered."""
+        total = max(1, self.hits.total() + self.misses)
+        return {order: hits / total for order, hits in sorted(self.hits.items(), reverse=True)}
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens by the time of all phases but the prompt's."""
+        seconds = sum(self.seconds.values()) - self.seconds["prompt"]
+        return self.tokens / seconds if seconds > 0 else 0.0
+
+    def __str__(self) -> str:
+        """Two lines for a person."""
+        parts = ", ".join(f"{name} {self.seconds[name]:.2f} s" for name in PHASES)
+        rates = ", ".join(f"order {order} {rate:.0%}" for order, rate in self.hit_rates.items())
+        return (
+            f"{self.tokens} tokens in {self.passes} passes, {self.mean_accepted:.2f} per step of a "
+            f"request, {self.tokens_per_second:.1f} tokens/s ({parts})\n"
+            f"table: {rates or 'not used'}; nodes per pass: {dict(sorted(self.sizes.items()))}"
+        )
+
+
+class Clock:
+    """Adds the time of phases to a `Statistics`; on a GPU by events, which are read later."""
+
+    def __init__(self, statistics: Statistics, device: torch.device) -> None:
+        self._seconds = statistics.seconds
+        self._cuda = device.type == "cuda"
+        self._open: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times the body."""
+        if not self._cuda:
+            begin = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - begin
+            return
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        yield
+        last.record()
+        self._open.append((name, first, last))
+
+    def read(self) -> None:
+        """Collects the events; to be called where the device has been waited for anyway."""
+        for name, first, last in self._open:
+            last.synchronize()
+            self._seconds[name] += first.elapsed_time(last) / 1e3
+        self._open.clear()

@@ -1,0 +1,79 @@
+"""How many nodes a step drafts: as many as its time is worth, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..speculation import DraftTree
+from ..speculation.tree import RANK_RATES
+
+SIZES = (1, 8, 16, 32, 80)  # nodes per request; 1 is plain decoding
+PRIOR = 4.0  # steps of a request that the rates of typical traces count as, at first
+MEMORY = 0.98  # weight of what is known of a node after each step that uses it
+PROBE = 128  # every so many steps the next larger size is tried: tables learn, texts change
+TURN = 4  # steps with one choice
+
+
+class FixedTree:
+    """Always the same tree."""
+
+    def __init__(self, tree: DraftTree) -> None:
+        self._tree = tree
+
+    def next(self, requests: int) -> DraftTree:
+        """The tree of the next step."""
+        return self._tree
+
+    def observe(self, tree: DraftTree, paths: Sequence[Sequence[int]]) -> None:
+        """Takes in which nodes a step visited."""
+
+
+class BestTree:
+    """The prefix of the default tree that emits most tokens per second.
+
+    Its expected tokens come from how often each node was visited when it was in use; its time is
+    measured once per batch size (rounded up to a power of 4) by `measure`.
+    """
+
+    def __init__(self, measure: Callable[[DraftTree, int], float]) -> None:
+        whole = DraftTree.default(SIZES[-1])
+        self._trees = [whole.prefix(size) for size in SIZES]
+        self._measure = measure
+        self._visits, self._steps = PRIOR * _likelihoods(whole), np.full(len(whole), PRIOR)
+        self._count = self._best = 0
+
+    def next(self, requests: int) -> DraftTree:
+        """The tree of the next step, for so many requests that are not finished."""
+        if self._count % TURN == 0:
+            batch = 1
+            while batch < requests:
+                batch *= 4
+            expected = (self._visits / self._steps).cumsum()
+            speeds = [expected[len(t) - 1] / self._measure(t, batch) for t in self._trees]
+            self._best = int(np.argmax(speeds))
+        self._count += 1
+        best = self._best + (self._count % PROBE == 0)
+        return self._trees[min(best, len(SIZES) - 1)]
+
+    def observe(self, tree: DraftTree, paths: Sequence[Sequence[int]]) -> None:
+        """Takes in the nodes that a step visited, by request."""
+        nodes = len(tree)
+        if nodes == 1:  # the root is always visited
+            return
+        self._visits[:nodes] *= MEMORY
+        self._steps[:nodes] *= MEMORY
+        self._steps[:nodes] += len(paths)
+        for path in paths:
+            self._visits[list(path)] += 1
+
+
+def _likelihoods(tree: DraftTree) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Of every node: that it is visited, by the rates that the default tree was made from."""
+    found = np.ones(len(tree))
+    parents, ranks = tree.parents.tolist(), tree.ranks.tolist()
+    for node in range(1, len(tree)):
+        rank = min(ranks[node], len(RANK_RATES) - 1)
+        found[node] = found[parents[node]] * RANK_RATES[rank]
+    return found

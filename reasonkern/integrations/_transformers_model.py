@@ -1,0 +1,143 @@
+"""A transformers model as the decoding loop's `Model`, or why it cannot be one."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..generation.cache import SlotCache
+from ..generation.passes import Pass, prompt_pass, tree_pass
+from ..speculation import DraftTree
+
+ATTENTION = ("eager", "sdpa")
+LAYERS = ("full_attention", "sliding_attention")
+
+
+class CausalModel:
+    """Calls the model with a four-dimensional mask, positions and the loop's cache."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.config = model.config.get_text_config()
+        parameter = next(model.parameters())
+        self.device: torch.device = parameter.device
+        self.seconds: dict[tuple[int, int], float] = {}
+        names = inspect.signature(model.forward).parameters
+        # Renamed in transformers 5.
+        self.cache_name = "cache" if "cache" in names else "past_key_values"
+        self.keeps = "logits_to_keep" in names
+        self.vocab_size = 0  # known after the first pass
+
+    def __call__(self, given: Pass) -> Tensor:
+        """Logits (B, N, V)."""
+        options: dict[str, Any] = {self.cache_name: given.cache, "use_cache": True}
+        if self.keeps and not given.logits:
+            options["logits_to_keep"] = 1
+        out = self.model(
+            input_ids=given.tokens, attention_mask=self._mask(given),
+            position_ids=given.positions, return_dict=True, **options,
+        )  # fmt: skip
+        logits: Tensor = out.logits
+        return logits
+
+    def _mask(self, given: Pass) -> Tensor | dict[str, Tensor]:
+        """By kind of layer where a model has several, as its own preparation would give it."""
+        window = getattr(self.config, "sliding_window", None)
+        kinds = set(getattr(self.config, "layer_types", None) or ())
+        full = self._additive(given.seen)
+        if window is None or kinds == {"full_attention"}:
+            return full
+        age = given.positions[:, :, None] - given.slot_positions[:, None]
+        sliding = self._additive(given.seen & (age < window))
+        if not kinds:
+            return sliding
+        return {"full_attention": full, "sliding_attention": sliding}
+
+    def _additive(self, seen: Tensor) -> Tensor:
+        """(B, 1, N, S): what SDPA takes, or what eager attention adds."""
+        seen = seen.unsqueeze(1)
+        if self.config._attn_implementation == "sdpa":
+            return seen
+        dtype = self.model.dtype
+        zero = torch.zeros((), dtype=dtype, device=seen.device)
+        return torch.where(seen, zero, torch.finfo(dtype).min)
+
+
+class _Facts(NamedTuple):
+    """What was found out about a model."""
+
+    kind: tuple[str, str, torch.dtype]
+    """Attention, device, dtype: facts of another kind do not hold."""
+    vocab_size: int
+    seconds: dict[tuple[int, int], float]
+
+
+_known: WeakKeyDictionary[Any, _Facts] = WeakKeyDictionary()
+
+
+def causal_model(model: Any) -> CausalModel:
+    """The model's side of the loop; a model is tried once per attention, device and dtype.
+
+    Raises:
+        ValueError: the model cannot decode trees; the message says what is missing.
+    """
+    _check_kind(model)
+    found = CausalModel(model)
+    kind = found.config._attn_implementation, str(found.device), model.dtype
+    facts = _known.get(model)
+    if facts is None or facts.kind != kind:
+        facts = _known[model] = _Facts(kind, _tried(found), {})
+    found.vocab_size, found.seconds = facts.vocab_size, facts.seconds
+    return found
+
+
+def _check_kind(model: Any) -> None:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "get_text_config"):
+        _checks.fail("model", "a causal language model of transformers", type(model).__name__)
+    name = type(model).__name__
+    if config.is_encoder_decoder or not hasattr(model, "generation_config"):
+        _checks.fail("model", "a causal (decoder-only) language model", name)
+    places = {str(p.device) for p in model.parameters()}
+    if len(places) != 1:
+        _checks.fail("model", "all parameters on one device", ", ".join(sorted(places)))
+    text = config.get_text_config()
+    if text._attn_implementation not in ATTENTION:
+        expected = "attn_implementation 'sdpa' or 'eager': others take no mask of a tree"
+        _checks.fail("model", expected, repr(text._attn_implementation))
+    kinds = set(getattr(text, "layer_types", None) or ()) - set(LAYERS)
+    if kinds or getattr(model, "_is_stateful", False):
+        expected = "a key-value cache in every layer, from which drafts can be taken back"
+        _checks.fail("model", expected, f"{name} ({', '.join(sorted(kinds)) or 'recurrent'})")
+
+
+@torch.no_grad()
+def _tried(found: CausalModel) -> int:
+    """Columns of the logits, if tokens 0, 1, 2 give the same ones in a row and among branches.
+
+    Both ways make five nodes, so that the same kernels serve them.
+    """
+    name = type(found.model).__name__
+    row = torch.tensor([[0, 1, 2, 0, 0]], device=found.device)
+    branches = torch.tensor([[0, 0, 1, 0, 2]], device=found.device)
+    tree = DraftTree([-1, 0, 0, 1, 2])
+    first, second = (SlotCache(1, found.device) for _ in range(2))
+    try:
+        straight = found(prompt_pass(row, first, 0, True))
+        branched = found(tree_pass(branches, tree, second, 0))
+    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+        reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        message = f"model: {name} does not take a tree's mask, positions or cache ({reason})"
+        raise ValueError(message) from error
+    expected, given = (x.float() for x in (straight[:, [0, 1, 2]], branched[:, [0, 2, 4]]))
+    worst = ((expected - given).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
+    # A model that ignores the mask or the positions is off by as much as its logits differ.
+    if not worst <= (0.05 if found.model.dtype in (torch.bfloat16, torch.float16) else 1e-3):
+        expected_of = "the same logits for a branch of a tree as for a row of tokens"
+        _checks.fail("model", expected_of, f"{name}, which is off by {worst:.1%}")
+    return straight.shape[-1]

@@ -1,0 +1,47 @@
+"""Where a request ends other than by an id: strings in its text, transformers' criteria."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from .. import _checks
+
+
+class StopStrings:
+    """Whether the newest token completes a string in the new text of a request."""
+
+    def __init__(
+        self, strings: str | Sequence[str], tokenizer: Any, prompts: list[int], vocab_size: int
+    ) -> None:
+        self._strings = [strings] if isinstance(strings, str) else list(strings)
+        if not self._strings or not all(isinstance(s, str) and s for s in self._strings):
+            _checks.fail("stop_strings", "strings that are not empty", repr(strings))
+        if tokenizer is None or not hasattr(tokenizer, "decode"):
+            _checks.fail("tokenizer", "the model's tokenizer, to find stop_strings", tokenizer)
+        if len(tokenizer) > vocab_size:
+            expected = f"at most {vocab_size} ids, the columns of the model's logits"
+            _checks.fail("tokenizer", expected, f"{len(tokenizer)} (another model's tokenizer?)")
+        self._tokenizer, self._prompts = tokenizer, prompts
+        # A character may take several tokens, and the first ones of a window may be parts of one.
+        self._window = 4 * max(map(len, self._strings)) + 8
+
+    def __call__(self, request: int, text: list[int]) -> bool:
+        """Whether the request ends with the last token of `text`, which begins with its prompt."""
+        first = max(self._prompts[request], len(text) - self._window)
+        tail = self._tokenizer.decode(text[first:], skip_special_tokens=False)
+        return any(string in tail for string in self._strings)
+
+
+class Criteria:
+    """transformers' stopping criteria, one request and one token at a time."""
+
+    def __init__(self, criteria: Sequence[Callable[..., Any]], device: torch.device) -> None:
+        self._criteria, self._device = list(criteria), device
+
+    def __call__(self, request: int, text: list[int]) -> bool:
+        """Whether one of them ends the request here; it gets no scores."""
+        ids = torch.tensor([text], device=self._device)
+        return any([bool(torch.as_tensor(c(ids, None)).any()) for c in self._criteria])

@@ -1,0 +1,323 @@
+"""Speculative generation with a transformers model, without a draft model and without loss.
+
+One call changes::
+
+    table = rk.NgramTable(vocab_size=model.config.vocab_size)  # keep it: it learns from every call
+    out = generate(model, input_ids, temperature=0.6, max_new_tokens=2048, table=table)
+
+or, with transformers' own preparation of prompts, options and stopping criteria::
+
+    model.generate(**inputs, do_sample=True, custom_generate=custom_generate, table=table)
+
+The loop is `reasonkern.generation`; this module is the model's side of it: masks, positions, cache.
+Causal models with plain key-value caches (Llama, Qwen2, Qwen3, Mistral and the like, sliding
+windows included), eager or SDPA attention, on one device. A model is tried once: one that does not
+follow a tree's mask and positions is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks, generation
+from ..generation import Drafter, Statistics
+from ..generation.loop import Emit, Stop
+from ..modulation import ModulationState
+from ..speculation import DraftTree, NgramTable
+from ._peer import import_peer
+from ._transformers_model import causal_model
+from ._transformers_processor import ModulationLogitsProcessor
+from ._transformers_stop import Criteria, StopStrings
+
+TESTED = "5.24"
+_transformers = import_peer("transformers", TESTED)
+
+__all__ = ["Generation", "ModulationLogitsProcessor", "custom_generate", "generate"]
+
+
+class Generation(NamedTuple):
+    """What `generate` returns; R is the number of requests, prompts x trajectories."""
+
+    sequences: Tensor
+    """(R, L) int64: the prompts as given, then the new tokens, padded on the right."""
+    lengths: Tensor
+    """(R,) int64 number of new tokens, an end-of-sequence id included."""
+    statistics: Statistics
+    """Accepted lengths, hits of the table by order, time by phase."""
+
+
+def generate(
+    model: Any,
+    input_ids: Tensor,
+    *,
+    temperature: float | Tensor,
+    max_new_tokens: int,
+    attention_mask: Tensor | None = None,
+    table: NgramTable | None = None,
+    tree: DraftTree | str = "auto",
+    drafter: Drafter | None = None,
+    control: tuple[ModulationState, Tensor] | None = None,
+    seed: int | Tensor = 0,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    eos: int | Sequence[int] | None = None,
+    pad: int | None = None,
+    stop_strings: str | Sequence[str] | None = None,
+    tokenizer: Any = None,
+    stopping_criteria: Sequence[Callable[..., Any]] = (),
+    streamer: Any = None,
+    num_trajectories: int = 1,
+    scope: int | Tensor | None = None,
+) -> Generation:
+    """Generates from a transformers model; the text is that of plain seeded sampling.
+
+    Without table and drafter it is plain seeded decoding: the same text, a token per pass. Equal
+    means equal logits: a model in bfloat16 may give a tree other last bits than a single token.
+
+    Args:
+        model: a causal model of transformers, on one device.
+        input_ids: (B, L) int64 prompts on the model's device, padded on the left.
+        temperature: a number or one per request; above 0 samples, 0 is greedy.
+        max_new_tokens: at most so many new tokens per request.
+        attention_mask: (B, L), 0 = padding. None = no padding.
+        table: learns from the logits of prompts and steps, and drafts. Keep it between calls: the
+            trajectories of a prompt share what they taught it. None = no table.
+        tree: the `DraftTree` that is filled, or "auto": the size that gives most tokens per second
+            on this machine, measured once per model and batch size, plain decoding included.
+        drafter: a function that proposes in the table's place, see `generation.Drafter`. None = no
+            drafter.
+        control: a `ModulationState` and the (R,) int64 slots of the requests in it, as in
+            `generation.generate`. None = no control.
+        seed: of the run; the requests' seeds are hashed from it (`request_seeds`); or (R,) seeds.
+        top_k: as in `sample`, a number or one per request. None = off.
+        top_p: as in `sample`. None = off.
+        min_p: as in `sample`. None = off.
+        eos: ids that end a request; () = none. None = those of ``model.generation_config``.
+        pad: id that fills `sequences`. None = that of ``model.generation_config``, or the first of
+            `eos`, or 0.
+        stop_strings: a request ends with the token that completes one of them in its new text.
+            None = no strings.
+        tokenizer: decodes for `stop_strings`. None = not needed.
+        stopping_criteria: transformers' criteria, called as (ids (1, length), None) after every new
+            token of a request; True ends the request.
+        streamer: of transformers, for a single request: put gets the prompt, then the tokens of
+            each step. None = no streamer.
+        num_trajectories: requests per prompt; they follow each other in the result.
+        scope: of the table, a number or one per request. None = one scope per distinct prompt, the
+            same in every call.
+
+    Returns:
+        `Generation`.
+
+    Raises:
+        ValueError: a model, cache or attention that cannot decode trees; ids or a tokenizer that
+            are not the model's; a table of a smaller vocabulary; something on another device; an
+            option out of its range.
+    """
+    found = causal_model(model)
+    prompts = _prompts(found, input_ids, attention_mask)
+    ids = _eos(model, eos)
+    requests = len(prompts) * num_trajectories
+    stop = _stop(found, prompts, num_trajectories, stop_strings, tokenizer, stopping_criteria)
+    texts, statistics = generation.generate(
+        found, prompts, temperature=temperature, max_new_tokens=max_new_tokens, table=table,
+        tree=tree, drafter=drafter, control=control, seed=seed, top_k=top_k, top_p=top_p,
+        min_p=min_p, eos=ids, stop=stop, emit=_emit(streamer, requests, input_ids),
+        num_trajectories=num_trajectories, scope=scope,
+    )  # fmt: skip
+    if streamer is not None:
+        streamer.end()
+    rows = input_ids.repeat_interleave(num_trajectories, 0)
+    lengths = torch.tensor([len(text) for text in texts], device=input_ids.device)
+    return Generation(_sequences(rows, texts, _pad(model, pad, ids)), lengths, statistics)
+
+
+def custom_generate(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: Any,
+    *,
+    table: NgramTable | None = None,
+    tree: DraftTree | str = "auto",
+    drafter: Drafter | None = None,
+    control: tuple[ModulationState, Tensor] | None = None,
+    seed: int | Tensor = 0,
+    scope: int | Tensor | None = None,
+    statistics: Statistics | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """For ``model.generate(…, custom_generate=custom_generate, table=table, seed=1)``.
+
+    transformers prepares prompts, options and stopping criteria and calls this. Its temperature,
+    top-k, top-p and min-p are applied here instead of by its own processors, in the same order;
+    ``do_sample`` and its default of top_k=50 hold. Trajectories are ``num_return_sequences``.
+    transformers hands no streamer and no tokenizer to such a function: use `generate` for the
+    former, a ``StopStringCriteria`` in ``stopping_criteria`` for ``stop_strings``.
+
+    Args:
+        model: given by transformers, as are the next four.
+        input_ids: (R, L).
+        logits_processor: any processor but those four is refused.
+        stopping_criteria: maximal length and end-of-sequence ids are known to the loop; any other
+            criterion is called after every token of a request.
+        generation_config: sampling or greedy search.
+        table: as in `generate`. None = no table.
+        tree: as in `generate`.
+        drafter: as in `generate`. None = no drafter.
+        control: as in `generate`. None = no control.
+        seed: as in `generate`; torch's generator is not used: the same seed gives the same text.
+        scope: as in `generate`. None = one scope per distinct prompt.
+        statistics: a `generation.Statistics` to add this call's to. None = nobody asks.
+        model_kwargs: what else transformers prepared, the attention mask among it; a cache that
+            holds something, or inputs other than ids, are refused.
+
+    Returns:
+        What transformers returns: (R, L) int64, or its output object with ``sequences``.
+    """
+    # A parameter of that name would be given twice.
+    mask = model_kwargs.pop("attention_mask", None)
+    _check_config(generation_config, model_kwargs)
+    found = causal_model(model)
+    prompts = _prompts(found, input_ids, mask)
+    criteria = [c for c in stopping_criteria if not _known_to_the_loop(c)]
+    ids = _eos(model, generation_config.eos_token_id if generation_config.eos_token_id else ())
+    texts, _ = generation.generate(
+        found, prompts, **_sampling(logits_processor, generation_config),
+        max_new_tokens=generation_config.max_length - input_ids.shape[1], table=table, tree=tree,
+        drafter=drafter, control=control, seed=seed, eos=ids,
+        stop=Criteria(criteria, input_ids.device) if criteria else None, scope=scope,
+        statistics=statistics,
+    )  # fmt: skip
+    sequences = _sequences(input_ids, texts, _pad(model, generation_config.pad_token_id, ids))
+    if generation_config.return_dict_in_generate:
+        return _transformers.generation.GenerateDecoderOnlyOutput(sequences=sequences)
+    return sequences
+
+
+# ---- inputs
+
+
+def _prompts(found: Any, input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """Without their padding."""
+    _checks.check_tensor("input_ids", input_ids)
+    _checks.check_dtype("input_ids", input_ids, torch.int64, torch.int32)
+    if input_ids.ndim != 2 or not input_ids.numel():
+        _checks.fail("input_ids", "shape (batch, length), not empty", tuple(input_ids.shape))
+    if input_ids.device != found.device:
+        expected = f"the model's device, {found.device} (input_ids.to(model.device) moves them)"
+        _checks.fail("input_ids", expected, input_ids.device)
+    rows: list[list[int]] = input_ids.tolist()
+    if mask is None:
+        return rows
+    _checks.check_tensor("attention_mask", mask)
+    _checks.check_shape("attention_mask", mask, input_ids.shape, "that of input_ids")
+    used = (mask != 0).tolist()
+    for index, row in enumerate(used):
+        if not row[-1] or sorted(row) != row:
+            _checks.fail(f"attention_mask[{index}]", "padding on the left alone", mask[index])
+    return [row[keep.index(True) :] for row, keep in zip(rows, used, strict=True)]
+
+
+def _eos(model: Any, eos: int | Sequence[int] | None) -> list[int]:
+    if eos is None:
+        eos = model.generation_config.eos_token_id
+    if eos is None:
+        return []
+    return [eos] if isinstance(eos, int) else [int(token) for token in eos]
+
+
+def _pad(model: Any, pad: int | None, eos: Sequence[int]) -> int:
+    for choice in (pad, model.generation_config.pad_token_id, *eos[:1]):
+        if choice is not None:
+            return int(choice)
+    return 0
+
+
+def _stop(
+    found: Any, prompts: list[list[int]], trajectories: int, strings: str | Sequence[str] | None,
+    tokenizer: Any, criteria: Sequence[Callable[..., Any]],
+) -> Stop | None:  # fmt: skip
+    checks: list[Stop] = []
+    if strings is not None:
+        lengths = [len(prompt) for prompt in prompts for _ in range(trajectories)]
+        checks.append(StopStrings(strings, tokenizer, lengths, found.vocab_size))
+    if criteria:
+        checks.append(Criteria(criteria, found.device))
+    if not checks:
+        return None
+    return lambda request, text: any([check(request, text) for check in checks])
+
+
+def _emit(streamer: Any, requests: int, input_ids: Tensor) -> Emit | None:
+    if streamer is None:
+        return None
+    if requests != 1:
+        _checks.fail("streamer", "a single request", f"{requests} requests")
+    streamer.put(input_ids.cpu())
+    return lambda _, tokens: streamer.put(torch.tensor(tokens))
+
+
+def _sequences(prompts: Tensor, texts: list[list[int]], pad: int) -> Tensor:
+    longest = max(map(len, texts))
+    padded = [text + [pad] * (longest - len(text)) for text in texts]
+    new = torch.tensor(padded, device=prompts.device, dtype=prompts.dtype)
+    return torch.cat((prompts, new), 1)
+
+
+# ---- what transformers prepared
+
+
+WARPERS = {
+    "TemperatureLogitsWarper": "temperature",
+    "TopKLogitsWarper": "top_k",
+    "TopPLogitsWarper": "top_p",
+    "MinPLogitsWarper": "min_p",
+}
+
+
+def _sampling(processors: Any, config: Any) -> dict[str, Any]:
+    """The options behind transformers' own warpers, which are left out."""
+    options: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0}
+    for processor in processors:
+        name = next((n for n in WARPERS if type(processor) is getattr(_transformers, n)), None)
+        if name is None:
+            expected = f"none but {', '.join(WARPERS)}"
+            _checks.fail("logits_processor", expected, type(processor).__name__)
+        if config.do_sample:
+            options[WARPERS[name]] = getattr(processor, WARPERS[name])
+    return options
+
+
+def _known_to_the_loop(criterion: Any) -> bool:
+    kinds = _transformers.generation.stopping_criteria
+    return type(criterion) in (kinds.MaxLengthCriteria, kinds.EosTokenCriteria)
+
+
+# Results of a step that the loop does not keep.
+OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+PREPARED = ("position_ids", "use_cache", "logits_to_keep", "cache", "past_key_values")
+
+
+def _check_config(config: Any, model_kwargs: dict[str, Any]) -> None:
+    mode = str(getattr(config.get_generation_mode(), "value", config.get_generation_mode()))
+    _checks.check_choice("generation mode", mode, ("greedy_search", "sample"))
+    for name in OUTPUTS:
+        if config.return_dict_in_generate and getattr(config, name, False):
+            _checks.fail(name, "False", True)
+    kind = getattr(config, "cache_implementation", None)
+    if kind not in (None, "dynamic"):
+        _checks.fail("cache_implementation", "None: the loop has its own cache", repr(kind))
+    for name, value in model_kwargs.items():
+        if value is None or name in PREPARED[:3]:
+            continue
+        if name not in PREPARED:
+            _checks.fail(name, "not given: prompts are ids alone", type(value).__name__)
+        if value.get_seq_length():
+            _checks.fail(name, "empty: the loop has its own cache", f"{value.get_seq_length()} ids")
