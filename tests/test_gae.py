@@ -20,7 +20,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Triton in blocks of 16 tokens, so that 41 tokens cross blocks."""
     if request.param == "triton":
         kernels = pytest.importorskip("reasonkern.shaping.triton_kernels")
-        monkeypatch.setattr(kernels, "gae_config", lambda length: (16, {"num_warps": 1}))
+        monkeypatch.setattr(kernels, "GAE_BLOCK", 16)
     return make_backend(request.param)
 
 

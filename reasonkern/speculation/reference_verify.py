@@ -178,11 +178,11 @@ class _Outputs(NamedTuple):
 
 def _empty_outputs(logits: Tensor, columns: int, topk: int) -> _Outputs:
     rows = (logits.shape[0], columns)
-    tokens = logits.new_full(rows, -1, dtype=torch.int64)
+    tokens, path = (logits.new_full(rows, -1, dtype=torch.int64) for _ in range(2))
     ids = logits.new_full((*rows, topk), -1, dtype=torch.int64)
     values = logits.new_full((*rows, topk), -INF, dtype=torch.float32)
     lse = logits.new_full(rows, -INF, dtype=torch.float32)
-    return _Outputs(tokens, tokens.clone(), ids, values, lse)
+    return _Outputs(tokens, path, ids, values, lse)
 
 
 def nothing_told(logits: Tensor, columns: int) -> Told:
