@@ -24,7 +24,7 @@ SHORT = {
 }
 ROOMS = "reasonkern/{}/README.md"
 LOSS, SPECULATION = ROOMS.format("policy_loss"), ROOMS.format("speculation")
-MODULATION = ROOMS.format("modulation")
+MODULATION, HEAD = ROOMS.format("modulation"), "#hidden-states-in-front-of-a-frozen-head"
 SHAPING, SCALING = ROOMS.format("shaping"), ROOMS.format("scaling")
 VERIFY = "reasonkern/speculation/VERIFY.md"
 
@@ -84,12 +84,14 @@ ROWS = (
         ("sample_controlled", "verify_controlled"), page=MODULATION),
     Row(("commit_",), "advances requests by the tokens they emitted", "a loop over tokens",
         ("commit_",), dtypes="ids", page=MODULATION),
-    Row(("srgen_delta", "latent_policy_gradient"),
-        "test-time optimisation of hidden states, no gradient of the head",
-        "autograd through `F.linear`", autograd="`latent_policy_gradient`: hidden", dtypes="float",
-        page=MODULATION),
-    Row(("entropy_forks", "completion_probe"), "where to fork, which of two answers",
-        "`topk`, `log_softmax`", dtypes="float", page=MODULATION),
+    Row(("srgen_delta",), "SRGen's corrective vector of a hidden state, without autograd",
+        "AdamW through `F.linear`", dtypes="logits", page=MODULATION + HEAD),
+    Row(("latent_policy_gradient",), "LatentSeek's loss of latent states, for them alone",
+        "`-(reward * logp.amax(-1)).sum()`", ("policy_loss_",), "hidden", page=MODULATION + HEAD),
+    Row(("completion_probe",), "which of two answers a row holds, from the named logits alone",
+        "`logp[:, a].logsumexp(-1) - logp[:, b].logsumexp(-1)`", page=MODULATION),
+    Row(("entropy_forks",), "the most uncertain positions of each sequence", "`topk`",
+        dtypes="float", page=MODULATION),
     Row(("shaping.gae",), "advantages, value targets; decoupled λ, truncated rows, tool tokens",
         "a loop over tokens", ("gae",), dtypes="rewards", page=SHAPING + "#gae"),
     Row(("shaping.*",), "group baselines, exploration bonus, 12 rewards, masks and samplers",

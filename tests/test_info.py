@@ -185,6 +185,14 @@ def result_file(tmp_path, **changes):
     (tmp_path / "toy" / "one.json").write_text(json.dumps(content))
 
 
+def test_command_stops_when_nobody_reads_on():
+    command = [sys.executable, "-m", "reasonkern", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_evidence_comes_from_matching_results(tmp_path):
     result_file(tmp_path)
     found = evidence.collect(tmp_path)

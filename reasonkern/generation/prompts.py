@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -76,7 +76,7 @@ def scopes_of(prompts: Sequence[Sequence[int]], table: NgramTable) -> list[int]:
     for prompt in map(tuple, prompts):
         if prompt in found:
             continue
-        digest = hashlib.blake2b(np.asarray(prompt, np.int64).tobytes(), digest_size=8).digest()
+        digest = hashlib.blake2b(array("q", prompt).tobytes(), digest_size=8).digest()
         scope = int.from_bytes(digest, "little") % table.max_scopes
         taken = set(found.values())
         while scope in taken and len(taken) < table.max_scopes:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from ..speculation import DraftTree
 from ..speculation.tree import RANK_RATES
+
+if TYPE_CHECKING:
+    import numpy as np
 
 SIZES = (1, 8, 16, 32, 80)  # nodes per request; 1 is plain decoding
 PRIOR = 4.0  # steps of a request that the rates of typical traces count as, at first
@@ -38,6 +40,8 @@ class BestTree:
     """
 
     def __init__(self, measure: Callable[[DraftTree, int], float]) -> None:
+        import numpy as np  # importing the package does without
+
         whole = DraftTree.default(SIZES[-1])
         self._trees = [whole.prefix(size) for size in SIZES]
         self._measure = measure
@@ -52,7 +56,7 @@ class BestTree:
                 batch *= 4
             expected = (self._visits / self._steps).cumsum()
             speeds = [expected[len(t) - 1] / self._measure(t, batch) for t in self._trees]
-            self._best = int(np.argmax(speeds))
+            self._best = speeds.index(max(speeds))
         self._count += 1
         best = self._best + (self._count % PROBE == 0)
         return self._trees[min(best, len(SIZES) - 1)]
@@ -71,6 +75,8 @@ class BestTree:
 
 def _likelihoods(tree: DraftTree) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
     """Of every node: that it is visited, by the rates that the default tree was made from."""
+    import numpy as np
+
     found = np.ones(len(tree))
     parents, ranks = tree.parents.tolist(), tree.ranks.tolist()
     for node in range(1, len(tree)):

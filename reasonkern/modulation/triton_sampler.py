@@ -100,13 +100,15 @@ def describe_kernel(
     greedy = r.temperature == 0
     value = tl.where(greedy, top.value, tl.div_rn(top.value, tl.where(greedy, 1.0, r.temperature)))
     bad = (top.bad != 0) | ((tl.abs(value) < INF) == 0)
+    tl.store(bad_out + b, bad)
     token = top.id
-    cut = tl.cast(0, tl.int64)
     if (bad == 0) & (greedy == 0):
         cut = filter_cut(row, r, value, BLOCK)
         token = draw(row, r, value, cut, BLOCK)
+        if STATS:
+            kept = kept_entropy(row, r.temperature, value, cut, BLOCK)
+            tl.store(entropy + b, kept.to(tl.float32))
     tl.store(token_out + b, token.to(tl.int64))
-    tl.store(bad_out + b, bad)
     if STATS:
         own = Row(raw + b * raw_stride, None, vocab)
         raw_top = find_top(own, BLOCK)
@@ -122,10 +124,8 @@ def describe_kernel(
             tl.store(max_prob + b, (1.0 / total).to(tl.float32))
             mean = confidence_of(row, top.value, log_sum, BLOCK)
             tl.store(confidence + b, mean.to(tl.float32))
-            kept = tl.cast(0.0, tl.float64)
-            if greedy == 0:
-                kept = kept_entropy(row, r.temperature, value, cut, BLOCK)
-            tl.store(entropy + b, kept.to(tl.float32))
+            if greedy:
+                tl.store(entropy + b, 0.0)
 
 
 @kernel

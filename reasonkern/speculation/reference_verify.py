@@ -181,7 +181,8 @@ def _empty_outputs(logits: Tensor, columns: int, topk: int) -> _Outputs:
     tokens, path = (logits.new_full(rows, -1, dtype=torch.int64) for _ in range(2))
     ids = logits.new_full((*rows, topk), -1, dtype=torch.int64)
     values = logits.new_full((*rows, topk), -INF, dtype=torch.float32)
-    return _Outputs(tokens, path, ids, values, logits.new_full(rows, -INF, dtype=torch.float32))
+    lse = logits.new_full(rows, -INF, dtype=torch.float32)
+    return _Outputs(tokens, path, ids, values, lse)
 
 
 def nothing_told(logits: Tensor, columns: int) -> Told:

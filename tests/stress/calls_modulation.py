@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from calls_speculation import filters, request, words
-from draws import Arguments, Draw
+from draws import FLOATS, Arguments, Draw
 
 import reasonkern as rk
 
@@ -128,7 +128,61 @@ def run_foreign_state(**saved: Any) -> Any:
     return out
 
 
+def completion_probe(draw: Draw) -> Arguments:
+    rows = draw.choice(0, 1, 3)
+    shared, each = [4, 5], torch.tensor([[4, -1], [5, 6], [7, -1]])
+    return {
+        "logits": draw.logits(rows, VOCAB),
+        "slot": draw.ids(SLOTS, rows, low=-1),
+        "ids_a": draw.choice(shared, each),
+        "ids_b": draw.choice([8], each + (each >= 0)),
+    }
+
+
+def run_completion_probe(**arguments: Any) -> Any:
+    """NaN of padding rows, as its docstring says."""
+    return rk.completion_probe(**arguments).nan_to_num()
+
+
+def srgen_delta(draw: Draw) -> Arguments:
+    rows, width, dtype = draw.integer(1, 5), draw.choice(1, 4), draw.choice(*FLOATS)
+    hidden, head = draw.normal(rows, width, dtype=dtype), draw.normal(VOCAB, width, dtype=dtype)
+    return {
+        "prefix": draw.choice((hidden, head), draw.normal(rows, VOCAB, dtype=dtype)),
+        "labels": draw.ids(VOCAB, rows),
+        "last_hidden": draw.normal(width, dtype=dtype),
+        "weight": head,
+        "mask": draw.maybe(lambda: draw.bools(rows)),
+        "chunk_rows": draw.choice(None, 2),
+    }
+
+
+def run_srgen_delta(**arguments: Any) -> Any:
+    """In two steps: any number is legal, and 2^62 of them take their time."""
+    return rk.srgen_delta(**arguments, steps=2)
+
+
+def latent_policy_gradient(draw: Draw) -> Arguments:
+    rows, dtype = draw.size(), draw.choice(*FLOATS)
+    return {
+        "hidden": draw.normal(rows, 4, dtype=dtype).requires_grad_(draw.flag()),
+        "weight": draw.normal(VOCAB, 4, dtype=dtype),
+        "reward": draw.choice(-1.0, draw.normal(rows)),
+        "chunk_rows": draw.choice(None, 1),
+    }
+
+
+def entropy_forks(draw: Draw) -> Arguments:
+    shape = draw.size(), draw.size()
+    entropy = draw.positive(*shape).to(draw.choice(*FLOATS))
+    return {"entropy": entropy, "mask": draw.bools(*shape), "n": draw.integer(0, 5)}
+
+
 CALLS = {
+    "completion_probe": (run_completion_probe, completion_probe),
+    "srgen_delta": (run_srgen_delta, srgen_delta),
+    "latent_policy_gradient": (rk.latent_policy_gradient, latent_policy_gradient),
+    "entropy_forks": (rk.entropy_forks, entropy_forks),
     "modulate_logits_": (run_modulate_logits_, modulate_logits_),
     "sample_controlled": (rk.sample_controlled, sample_controlled),
     "commit_": (run_commit_, commit_),
