@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -490,3 +491,28 @@ def test_backends_agree_on_rows_and_progress(backend):
     for name, ours in states[1].tensors._asdict().items():
         assert torch.equal(bits(ours), bits(getattr(states[0].tensors, name))), name
     assert states[0].stopped.any() and not states[0].stopped.all()
+
+
+FORCES = {
+    "budget": (rk.Modulation(budget=rk.Budget(2, [9, END]), think_end=END), [8, 8, 9, END]),
+    "wait": (rk.Modulation(min_think=rk.MinThink(0, 1, [7, 9, 11]), think_end=END), [8, 7, 9, 11]),
+    "stop": (rk.Modulation(), [8, 8, 6, 6]),
+}
+
+
+@pytest.mark.parametrize("force", FORCES)
+def test_forced_rows_say_nothing_to_the_windows(backend, force):
+    """Their law is that of one token; a confidence of 3e4 would outweigh a window of 2,048 rows."""
+    spec, tokens = FORCES[force]
+    deepconf = rk.DeepConf(6.0 if force == "stop" else 1.0, 2, eos=6)
+    state = one(replace(spec, deepconf=deepconf, entropy_trigger=rk.EntropyTrigger(4)))
+    confidence, entropy = torch.tensor([[5.0, 5.5, 3e4, 3e4]]), torch.tensor([[1.0, 2.0, 0.0, 0.0]])
+    length = torch.tensor([4])
+    commit(backend, state, torch.tensor([0]), torch.tensor([tokens]), length, entropy, confidence)
+    progress = state.tensors.progress[0]
+    assert (
+        progress[at.T] == 4 and progress[at.CONFIDENCE_PUSHED] == progress[at.ENTROPY_PUSHED] == 2
+    )
+    assert state.tensors.confidence_sum.tolist() == [10.5]
+    assert state.tensors.entropy[0, :4].tolist() == [1.0, 2.0, 0.0, 0.0]
+    assert bool(state.stopped[0]) == (force == "stop")

@@ -90,7 +90,9 @@ def test_strings_of_several_tokens_are_named():
 @pytest.mark.parametrize("strings", ["wait", ["wait", 3], 3])
 def test_a_set_is_a_sequence_of_strings(strings):
     """The letters of "wait" may be pieces of their own."""
-    with pytest.raises(ValueError, match=r"sets\['reflect'\]: expected a sequence of strings, got "):
+    with pytest.raises(
+        ValueError, match=r"sets\['reflect'\]: expected a sequence of strings, got "
+    ):
         rk.TokenSets.from_tokenizer(BYTE_LEVEL, {"reflect": strings})
     with pytest.raises(ValueError, match="exclude: expected a sequence of strings, got "):
         rk.TokenSets.from_tokenizer(BYTE_LEVEL, {"reflect": ["wait"]}, exclude=strings)

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "fold.h"
+#include "control.h"
 
 namespace reasonkern {
 namespace modulation {
@@ -52,20 +52,28 @@ RK_HOST_DEVICE void store_progress(const CommitParams& c, int64_t slot, const Pr
   p[kPhrase] = s.phrase, p[kWaitAt] = s.wait, p[kIgnore] = s.ignore;
 }
 
-// Row b's tokens into the slot that it names, one in use.
+RK_HOST_DEVICE void push_statistics(const CommitParams& c, int64_t slot, int64_t at) {
+  const int64_t parts = c.state.spec_of(slot)[kParts];
+  if ((parts & kDeepConf) && c.confidence != nullptr && is_number(c.confidence[at])) {
+    push_confidence(c, slot, c.confidence[at]);
+  }
+  if ((parts & kTrigger) && c.entropy != nullptr && is_number(c.entropy[at])) {
+    push_entropy(c, slot, c.entropy[at]);
+  }
+}
+
+// Row b's tokens into the slot that it names, one in use. The law of a forced row is not the
+// model's and says nothing to the windows; a token that was due came by force.
 RK_HOST_DEVICE void commit_row(const CommitParams& c, int64_t b, int64_t slot) {
   const int64_t* spec = c.state.spec_of(slot);
   Progress p = load_progress(c.state, slot);
   for (int64_t j = 0; j < c.length[b] && j < c.steps; ++j) {
-    const int64_t at = b * c.steps + j;
-    if (c.tokens[at] < 0) break;
-    fold(c.state.sets, spec, p, c.tokens[at]);
-    if ((spec[kParts] & kDeepConf) && c.confidence != nullptr && is_number(c.confidence[at])) {
-      push_confidence(c, slot, c.confidence[at]);
-    }
-    if ((spec[kParts] & kTrigger) && c.entropy != nullptr && is_number(c.entropy[at])) {
-      push_entropy(c, slot, c.entropy[at]);
-    }
+    const int64_t at = b * c.steps + j, token = c.tokens[at];
+    if (token < 0) break;
+    const bool forced = token == forced_id(spec, p);
+    fold(c.state.sets, spec, p, token);
+    if (!forced) push_statistics(c, slot, at);
+    p.stopped = c.progress[slot * kProgressWidth + kStopped];
   }
   store_progress(c, slot, p);
 }

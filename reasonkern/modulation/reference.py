@@ -238,13 +238,16 @@ def commit_(
     p, alive = load(progress, slot), torch.ones_like(kept, dtype=torch.bool)
     for j in range(tokens.shape[1]):
         alive = alive & (j < length) & (tokens[:, j] >= 0)
+        # The law of a forced row is not the model's; a token that was due came by force.
+        free = alive & (tokens[:, j] != _forced_id(rows, p))
         p = fold(rows, sets, p, tokens[:, j], alive)
         if confidence is not None:
-            pushed = alive & has(rows, at.DEEPCONF) & confidence[kept, j].isfinite()
+            pushed = free & has(rows, at.DEEPCONF) & confidence[kept, j].isfinite()
             _push_confidence(slot[pushed], confidence[kept, j][pushed], spec, numbers, progress,
                              confidence_ring, confidence_sum)  # fmt: skip
+            p = p._replace(stopped=progress[slot, at.STOPPED])
         if entropy is not None:
-            pushed = alive & has(rows, at.TRIGGER) & entropy[kept, j].isfinite()
+            pushed = free & has(rows, at.TRIGGER) & entropy[kept, j].isfinite()
             _push_entropy(slot[pushed], entropy[kept, j][pushed], spec, progress, entropy_ring)
     progress[slot, : at.STOPPED] = torch.stack(p[: at.STOPPED], -1)
 

@@ -246,7 +246,7 @@ class MinThink:
 class DeepConf:
     """Stops a trace whose confidence falls (arXiv 2508.15260).
 
-    `commit_` pushes the confidence of every accepted row; once ``window`` of them are there and
+    `commit_` pushes the confidence of every accepted row but forced ones; once ``window`` of them are there and
     their mean is below the threshold, the request is stopped for good, see
     `ModulationState.stopped`.
 
@@ -275,7 +275,8 @@ class EntropyTrigger:
     """Marks rows of unusually high entropy, SRGen (arXiv 2510.02919).
 
     A row triggers when its entropy exceeds ``max(floor, mean + k * max(std, min_std))`` over the
-    last ``window`` accepted rows (std unbiased), or ``first`` before there are that many.
+    last ``window`` accepted rows (std unbiased; forced ones do not count), or ``first`` before there
+    are that many.
 
     Args:
         window: rows, 2 to 64.

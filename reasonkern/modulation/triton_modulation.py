@@ -17,6 +17,7 @@ from .triton_control import (
     Rows,
     apply_force,
     control_of,
+    forced_id,
     move_to_wait,
     raise_end,
     write_sets,
@@ -26,7 +27,7 @@ from .triton_fold import (
     PARTS,
     PROGRESS_WIDTH,
     SPEC_WIDTH,
-    STOPPED,
+    Progress,
     Sets,
     find_slots,
     fold,
@@ -89,6 +90,14 @@ def modulate_kernel(
         raise_end(rows, c, 4 * BLOCK)
 
 
+@triton.jit
+def stop(p, where):
+    return Progress(
+        p.t, p.spent, p.switched, p.phase, p.phrase, p.wait, p.ignore,
+        tl.where(where, 1, p.stopped),
+    )  # fmt: skip
+
+
 @kernel
 def commit_kernel(
     slot_ptr, tokens, length_ptr, entropy, confidence, spec, numbers, progress, set_offsets,
@@ -109,16 +118,17 @@ def commit_kernel(
     watched = tl.load(progress + CONFIDENCE_PUSHED)
     total = tl.load(confidence_sum + slot)
     seen = tl.load(progress + ENTROPY_PUSHED)
-    stopped = p.stopped
     alive = on
     for j in tl.range(0, tl.max(length)):
         alive = alive & (j < length)
         token = tl.load(tokens + row * steps + j, mask=alive, other=-1)
         alive = alive & (token >= 0)
+        # The law of a forced row is not the model's; a token that was due came by force.
+        free = alive & (token != forced_id(spec, parts, p))
         p = fold(spec, sets, p, token, alive)
         if confidence is not None:
             value = tl.load(confidence + row * steps + j, mask=alive, other=float("inf"))
-            pushed = alive & ((parts & DEEPCONF) != 0) & (value - value == 0)
+            pushed = free & ((parts & DEEPCONF) != 0) & (value - value == 0)
             window = tl.maximum(tl.load(spec + CONFIDENCE_WINDOW), 1)
             place = confidence_ring + watched % window
             old = tl.load(place, mask=pushed & (watched >= window), other=0.0)
@@ -127,16 +137,15 @@ def commit_kernel(
             total = tl.where(pushed, total + (value.to(tl.float64) - old.to(tl.float64)), total)
             watched += pushed.to(tl.int64)
             low = total < tl.load(numbers + CONFIDENCE_THRESHOLD) * window.to(tl.float64)
-            stopped = tl.where(pushed & (watched >= window) & low, 1, stopped)
+            p = stop(p, pushed & (watched >= window) & low)
         if entropy is not None:
             value = tl.load(entropy + row * steps + j, mask=alive, other=float("inf"))
-            pushed = alive & ((parts & TRIGGER) != 0) & (value - value == 0)
+            pushed = free & ((parts & TRIGGER) != 0) & (value - value == 0)
             window = tl.maximum(tl.load(spec + ENTROPY_WINDOW), 1)
             tl.store(entropy_ring + seen % window, value, mask=pushed)
             seen += pushed.to(tl.int64)
         tl.debug_barrier()  # a value may come back at the next step
     store_progress(progress, p, on)
-    tl.store(progress + STOPPED, stopped, mask=on)
     tl.store(progress + CONFIDENCE_PUSHED, watched, mask=on)
     tl.store(progress + ENTROPY_PUSHED, seen, mask=on)
     tl.store(confidence_sum + slot, total, mask=on)
