@@ -254,8 +254,8 @@ def commit_(
         tokens: (B, D + 1) int64 emitted tokens, as of `Verified.tokens`; -1 ends a row.
         length: (B,) int64: how many of them.
         entropy: (B, D + 1) float32 of the row of each token; needed where a request has an
-            `EntropyTrigger`. Forced rows and values that are not finite
-            do not count. None = no request has.
+            `EntropyTrigger`. Forced rows and values that are not finite do not count. None = no
+            request has.
         confidence: (B, D + 1) float32, likewise for `DeepConf`. None = no request has.
 
     Raises:

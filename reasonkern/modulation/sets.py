@@ -151,12 +151,12 @@ def _checked_set(name: object, ids: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted(checked))
 
 
-def _checked_strings(name: str, strings: object) -> Sequence[str]:
+def _checked_strings(name: str, strings: Sequence[str]) -> Sequence[str]:
     """A string is a sequence of strings, too: of its letters."""
     listed = isinstance(strings, Sequence) and not isinstance(strings, str)
     if not listed or not all(isinstance(string, str) for string in strings):
         _checks.fail(name, "a sequence of strings", repr(strings))
-    return strings  # type: ignore[return-value]
+    return strings
 
 
 def _matches(vocab: Mapping[str, list[int]], string: str, variants: str) -> list[str]:

@@ -246,8 +246,8 @@ class MinThink:
 class DeepConf:
     """Stops a trace whose confidence falls (arXiv 2508.15260).
 
-    `commit_` pushes the confidence of every accepted row but forced ones; once ``window`` of them are there and
-    their mean is below the threshold, the request is stopped for good, see
+    `commit_` pushes the confidence of every accepted row that was not forced; once ``window`` of
+    them are there and their mean is below the threshold, the request is stopped for good, see
     `ModulationState.stopped`.
 
     Args:
@@ -275,8 +275,8 @@ class EntropyTrigger:
     """Marks rows of unusually high entropy, SRGen (arXiv 2510.02919).
 
     A row triggers when its entropy exceeds ``max(floor, mean + k * max(std, min_std))`` over the
-    last ``window`` accepted rows (std unbiased; forced ones do not count), or ``first`` before there
-    are that many.
+    last ``window`` accepted rows (std unbiased; forced rows left out), or ``first`` before there are
+    that many.
 
     Args:
         window: rows, 2 to 64.
