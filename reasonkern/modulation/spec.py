@@ -275,8 +275,8 @@ class EntropyTrigger:
     """Marks rows of unusually high entropy, SRGen (arXiv 2510.02919).
 
     A row triggers when its entropy exceeds ``max(floor, mean + k * max(std, min_std))`` over the
-    last ``window`` accepted rows (std unbiased; forced rows left out), or ``first`` before there are
-    that many.
+    last ``window`` accepted rows (std unbiased; forced rows left out), or ``first`` before there
+    are that many.
 
     Args:
         window: rows, 2 to 64.
