@@ -421,6 +421,21 @@ def test_auto_times_each_size_once_per_batch_size():
 # ---- statistics and errors
 
 
+def test_look_ups_of_trials_are_not_counted(monkeypatch):
+    """Sizes that take as long as they have nodes: plain steps, which ask no table."""
+    tried, trial = [], loop.Run._trial
+
+    def slow(run, tree, now):
+        trial(run, tree, now)
+        tried.append(tree.nodes)
+        return tree.nodes / 4
+
+    monkeypatch.setattr(loop.Run, "_trial", slow)
+    found = generate(make_model(), PROMPTS, temperature=T, max_new_tokens=9, table=taught(4))
+    assert max(tried) >= 8 and set(found.statistics.sizes) == {1}
+    assert found.statistics.hits.total() == found.statistics.misses == 0
+
+
 def test_statistics_add_up():
     statistics, table = Statistics(), taught(4)
     options = {"temperature": T, "max_new_tokens": NEW, "table": table, "tree": TREES["80"]}

@@ -3,7 +3,7 @@
 //
 //   typedef … Value;             float, or double for float64 logits
 //   Value get(int64_t id);       what was set, else the logit
-//   void set(int64_t id, Value); at most twice per id
+//   void set(int64_t id, Value);
 //   Value largest();             of the finite values, -inf where there are none
 #pragma once
 

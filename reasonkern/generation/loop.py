@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -110,10 +111,10 @@ class Run:
         self.trees: BestTree | FixedTree = trees
         self.cache = SlotCache(0, model.device)
         self._waiting: list[tuple[Tensor, ...]] = []
+        self._foreign = self._look_ups()  # those before the run, and those of trials
 
     def run(self) -> None:
         """Until every request is over."""
-        before = None if self.table is None else self.table.stats()
         with self.clock.phase("prompt"):
             self.cache = _prompts.read(self.model, self.requests, self.table, self.scope)
         while self.requests:
@@ -121,11 +122,17 @@ class Run:
             self.clock.read()
             self._drop()
         self._catch_up()
-        if self.table is not None and before is not None:
-            after = self.table.stats()
-            for order in self.table.orders:
-                self.statistics.hits[order] += after["hits"][order] - before["hits"][order]
-            self.statistics.misses += after["misses"] - before["misses"]
+        found = self._look_ups()
+        found.subtract(self._foreign)
+        self.statistics.misses += found.pop(0, 0)
+        self.statistics.hits.update(found)
+
+    def _look_ups(self) -> Counter[int]:
+        """In the table so far, by the order that answered; 0 = none did."""
+        if self.table is None:
+            return Counter()
+        stats = self.table.stats()
+        return Counter({**stats["hits"], 0: stats["misses"]})
 
     # ---- a step
 
@@ -279,7 +286,9 @@ class Run:
         if (batch, tree.nodes) not in known:
             with self.clock.phase("trials"):
                 clock, self.clock = self.clock, Clock(Statistics(), self.model.device)
+                before = self._look_ups()
                 found = self._trials()
+                self._foreign += self._look_ups() - before
                 self.clock = clock
             known.update({(batch, size): seconds for size, seconds in found.items()})
         return known[batch, tree.nodes]
