@@ -7,24 +7,38 @@ TORCH ?= torch==2.13.0
 
 PY := .venv/bin/python
 CSRC := $(shell find csrc -type f 2>/dev/null)
+# Two processes take file after file, so that what the tests of a file share is made once. A thread
+# that waits leaves its core to those that work: spinning, each process costs 2.5 times as much.
+PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 CXX_FILES = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
-.PHONY: demo test test-all lint bench wheel sdist clean
+.PHONY: demo test test-all stress lint docs bench wheel sdist clean
 
 demo: .venv/.ready
 	$(PY) -m reasonkern demo $(ARGS)
 
 test: lint
-	$(PY) -m pytest -m "not slow and not peers" $(ARGS)
+	$(PYTEST) -m "not slow and not peers" $(ARGS)
 
 test-all: lint .venv/.peers
-	$(PY) -m pytest --summary docs/test-all.md $(ARGS)
+	$(PYTEST) --summary docs/test-all.md $(ARGS)
+
+# Fuzzing, threads, processes, pickles, what may be absent; then the CPU library under sanitizers.
+# STRESS_EXAMPLES=10000   calls per family
+stress: .venv/.ready
+	$(PY) -m pytest tests/stress -o faulthandler_timeout=1800 $(ARGS)
+	$(PY) tests/stress/sanitize.py
 
 lint: .venv/.ready
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(CXX_FILES) | xargs -r .venv/bin/clang-format --dry-run -Werror
+
+# The API reference and the pages of the repository, from docs/_build/README.html. Any warning, a
+# broken link or the name of something that does not exist among them, is an error.
+docs: .venv/.docs
+	$(PY) -m sphinx -q -E -W --keep-going -b html -c docs . docs/_build
 
 bench: .venv/.ready
 	$(PY) -m benchmarks $(ARGS)
@@ -38,7 +52,7 @@ sdist: .venv/.ready
 	$(PY) -m build -q --no-isolation --sdist --outdir dist .
 
 clean:
-	rm -rf .venv build dist *.egg-info reasonkern/*.so tests/cuda_sim/_build
+	rm -rf .venv build dist *.egg-info reasonkern/*.so tests/cuda_sim/_build docs/_build docs/api
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 
 .venv/.torch:
@@ -49,6 +63,10 @@ clean:
 
 .venv/.ready: .venv/.torch pyproject.toml setup.py $(CSRC)
 	$(PY) -m pip install -q --no-build-isolation -e ".[demo,test,lint,bench]"
+	touch $@
+
+.venv/.docs: .venv/.ready
+	$(PY) -m pip install -q "reasonkern[docs]"
 	touch $@
 
 .venv/.peers: .venv/.ready

@@ -24,6 +24,10 @@ except ModuleNotFoundError as error:
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # Contraction would fuse a*b+c in one kernel and not in its twin, and they must agree bit for bit.
 CPU_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", TARGET]
+SANITIZE = []
+if os.environ.get("REASONKERN_SANITIZE") == "1":  # what `make stress` runs the CPU library under
+    SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
+    CPU_FLAGS += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer"]
 NVCC_FLAGS = ["-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
 NVCC_FLAGS += ["-DUSE_CUDA", TARGET]
 
@@ -51,6 +55,7 @@ def library(kind, name, pattern, **flags):
         sys.exit(f"reasonkern: csrc/ holds no {pattern}; the source tree is incomplete.")
     options = {"include_dirs": [os.path.abspath("csrc")], "extra_compile_args": flags}
     options |= {"depends": glob("csrc/**/*.*", recursive=True), "py_limited_api": True}
+    options |= {"extra_link_args": SANITIZE}
     return kind(f"reasonkern.{name}", sources, **options)
 
 

@@ -6,7 +6,9 @@ import importlib
 
 from benchmarks.case import Family
 
-NAMES = ("policy_loss", "linear_policy_loss", "speculation", "generation", "shaping")
+NAMES = (
+    "policy_loss", "linear_policy_loss", "speculation", "generation", "modulation", "shaping",
+)  # fmt: skip
 
 
 def load(name: str) -> Family:

@@ -134,6 +134,46 @@ def verify(vocab: int, dtype: torch.dtype, mode: str, device: str) -> Outputs:
     return {**named, **out._asdict(), "cache": cache}
 
 
+CONTROLS = (
+    rk.Modulation(cyclic=rk.Cyclic(5.0, 7.5), tip=rk.TIP(3.0, 2, "other"), ban=rk.Ban("words")),
+    rk.Modulation(
+        budget=rk.Budget(2, [5, 6], rk.SoftBudget(0.0)), min_think=rk.MinThink(1, 1, [0, 5]),
+        think_end=6,
+    ),
+    rk.Modulation(
+        schedule=rk.Schedule([(0, 0.0), (9, 3.0)]), constant=rk.Constant(1.0, "other"),
+        deepconf=rk.DeepConf(0.5, 2, eos=3), entropy_trigger=rk.EntropyTrigger(2),
+    ),
+)  # fmt: skip
+
+
+def control(vocab: int, dtype: torch.dtype, device: str) -> Outputs:
+    """Every part over a tree, a commit that ends a budget, and rows without drafts after it."""
+    sets = rk.TokenSets.from_ids({"reflect": [1, 2], "other": [2, 3], "words": [4]})
+    state = rk.ModulationState(4, sets, device)
+    for slot, spec in enumerate(CONTROLS):
+        state.add(slot, spec, [])
+    tree = rk.DraftTree([-1, 0, 0, 1, 3])
+    logits, _ = rows(vocab, dtype, batch=4, length=tree.nodes)
+    logits = logits.to(device)
+    drafts = torch.tensor([[0, 1, 5, 5, 6], [0, 0, 2, 5, 2], [0, 3, -1, 2, 1]], device=device)
+    drafts = torch.cat((drafts, drafts[:1]))
+    slot, heat = torch.tensor([2, 0, 1, -1], device=device), torch.ones(4 * tree.nodes)
+    heat[::3] = 0.0
+    parents, heat = tree.parents.int().to(device), heat.to(device)
+    drafted = rk.modulate_logits_(
+        logits.flatten(0, 1), state, slot, draft_tokens=drafts, parents=parents, temperature=heat,
+        allow_dense=True,
+    )  # fmt: skip
+    length = torch.tensor([2, 4, 3, 1], device=device)
+    entropy, confidence = (torch.full((4, 5), x, device=device) for x in (2.0, 0.25))
+    rk.commit_(state, slot, drafts, length, entropy=entropy, confidence=confidence)
+    after = rk.modulate_logits_(
+        logits[:, 0].clone(), state, slot, temperature=0.5, allow_dense=True
+    )
+    return {"drafted": drafted, "after": after, **state.tensors._asdict()}
+
+
 # A row smaller than a warp, one with a ragged tail, one of a whole cluster.
 VOCABULARIES = (7, 1021, 151_936)
 
@@ -163,9 +203,12 @@ def checks(
                 yield f"sample {v} {d} {i}", lambda on, v=v, d=d, i=i: sample(v, d, i, on)
             for mode in ("shared", "target-only", "rejection"):
                 yield f"verify {v} {d} {mode}", lambda on, v=v, d=d, m=mode: verify(v, d, m, on)
+    elif family == "modulation":
+        for v, d in shapes:
+            yield f"control {v} {d}", lambda on, v=v, d=d: control(v, d, on)
 
 
-FAMILIES = ("policy_loss", "shaping", "speculation")
+FAMILIES = ("policy_loss", "shaping", "speculation", "modulation")
 
 
 def differing(got: Outputs, want: Outputs) -> list[str]:

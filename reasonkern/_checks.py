@@ -13,32 +13,55 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+REAL = frozenset((
+    torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32,
+    torch.int16, torch.int8, torch.uint8, torch.bool,
+))  # fmt: skip
+LARGEST = torch.finfo(torch.float32).max  # kernels take their numbers as float32
+INT64 = (1 << 63) - 1
+
 
 def fail(name: str, expected: str, got: object) -> NoReturn:
     """Raises the ValueError all checks raise."""
     raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
-def check_tensor(name: str, value: object) -> None:
-    """The value is a tensor."""
+def check_tensor(name: str, value: object) -> Tensor:
+    """The value is a dense tensor of real numbers; returns it."""
     if not isinstance(value, Tensor):
         fail(name, "a tensor", type(value).__name__)
+    if value.layout != torch.strided or value.dtype not in REAL:
+        got = value.dtype if value.layout == torch.strided else value.layout
+        fail(name, "a dense tensor of floats, integers or bools", got)
+    return value
+
+
+def check_values(name: str, value: object) -> Tensor:
+    """The value is a tensor whose values can be read, which those of device meta cannot."""
+    tensor = check_tensor(name, value)
+    if tensor.is_meta:
+        fail(name, "a tensor with values", "one on device meta")
+    return tensor
 
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -> None:
     """`meaning` names the dimensions, for example "(batch, tokens)"."""
+    check_tensor(name, tensor)
     if tuple(tensor.shape) != tuple(shape):
         fail(name, f"shape {meaning} = {tuple(shape)}", tuple(tensor.shape))
 
 
 def check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
-    """The tensor has one of the dtypes."""
+    """The value is a tensor of one of the dtypes."""
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        check_tensor(name, tensor)
     if tensor.dtype not in dtypes:
         fail(name, "dtype " + _one_of(str(dtype) for dtype in dtypes), tensor.dtype)
 
 
 def check_device(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
     """The tensor lies where the other one lies."""
+    check_tensor(name, tensor)
     if tensor.device != other.device:
         fail(name, f"the device of {other_name}, {other.device}", tensor.device)
 
@@ -52,18 +75,35 @@ def check_choice(name: str, value: object, choices: Collection[object]) -> None:
 def check_number(
     name: str, value: object, minimum: float = -math.inf, *, exclusive: bool = False
 ) -> None:
-    """A finite Python number, not below `minimum` (above it if `exclusive`)."""
+    """A Python number, finite in float32, not below `minimum` (above it if `exclusive`)."""
     if torch.compiler.is_compiling():
         return
     if (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
-        and math.isfinite(value)
+        and -LARGEST <= value <= LARGEST
+        and not (isinstance(value, int) and abs(value) > INT64)
         and (value > minimum if exclusive else value >= minimum)
     ):
         return
     bound = "" if minimum == -math.inf else f" {'>' if exclusive else '>='} {minimum:g}"
     fail(name, f"a finite number{bound}", repr(value))
+
+
+def check_integer(
+    name: str, value: object, minimum: int = -INT64 - 1, maximum: int = INT64, or_none: str = ""
+) -> None:
+    """A Python integer in [minimum, maximum]; `or_none` continues the sentence: " or None"."""
+    if isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum:
+        return
+    bounds = f">= {minimum}" if maximum == INT64 else f"in [{minimum}, {maximum}]"
+    fail(name, f"an integer {bounds}{or_none}", repr(value))
+
+
+def check_seed(name: str, value: object) -> None:
+    """A Python integer of 64 bits, signed or not."""
+    if not isinstance(value, int) or isinstance(value, bool) or not -INT64 <= value + 1 <= 1 << 64:
+        fail(name, "an integer in [-2^63, 2^64)", repr(value))
 
 
 def check_range(
@@ -80,14 +120,16 @@ def check_range(
         fail(name, f"values in [{low}, {high})", f"{tensor[index].item()} at {index}")
 
 
-def check_finite(name: str, tensor: Tensor, where: Tensor) -> None:
+def check_finite(
+    name: str, tensor: Tensor, where: Tensor, expected: str = "finite values in trained tokens"
+) -> None:
     """Elements are finite where `where` is true. CPU only, like `check_range`."""
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return
     wrong = where & ~torch.isfinite(tensor)
     if wrong.any():
         index = tuple(wrong.nonzero()[0].tolist())
-        fail(name, "finite values in trained tokens", f"{tensor[index].item()} at {index}")
+        fail(name, expected, f"{tensor[index].item()} at {index}")
 
 
 def check_mask(name: str, tensor: Tensor) -> None:

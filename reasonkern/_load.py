@@ -1,4 +1,4 @@
-"""Loads the extension libraries, keeps the registry of ops, and says which backend serves what.
+"""Loads the extension libraries, defines and registers ops, and says which backend serves what.
 
 Importing this module never touches CUDA and never imports Triton; both wait for a CUDA tensor or
 for `info()`.
@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,6 +27,9 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 _ON_CUDA = ("cuda", "triton")
 # backend -> its library, and the namespace and dispatch key under which it implements an op
 _LIBRARIES = {"cpu": ("_C", "reasonkern", "CPU"), "cuda": ("_C_cuda", "reasonkern_cuda", "CUDA")}
+
+LIBRARY = torch.library.Library("reasonkern", "FRAGMENT")
+CUDA_LIBRARY = torch.library.Library("reasonkern_cuda", "FRAGMENT")
 
 _ops: dict[str, dict[str, Implementation | None]] = {}
 
@@ -70,6 +73,73 @@ def reason(backend: str) -> str:
 def available(backend: str) -> bool:
     """Whether a backend's code is present on this machine, for whatever device it needs."""
     return not reason(backend)
+
+
+class Autograd(NamedTuple):
+    """The derivative of an op, as `torch.library.register_autograd` takes it."""
+
+    backward: Implementation
+    setup_context: Implementation
+
+
+def define_op(
+    name: str,
+    schema: str,
+    *,
+    reference: Implementation,
+    fake: Implementation,
+    cuda: bool,
+    triton: Implementation | None,
+    triton_serves: Callable[..., bool] | None = None,
+    autograd: Autograd | None = None,
+) -> None:
+    """Defines an op for every device and enters it in the registry.
+
+    C++ may implement it as ``reasonkern::<name>`` for the CPU and, with `cuda`, as
+    ``reasonkern_cuda::<name>``. Arguments for which `triton_serves` is false go to the reference.
+    """
+
+    def on_cuda(*args: Any) -> Any:
+        backend = choose_cuda_backend(name, args[0].device)
+        if backend == "triton" and triton_serves is not None and not triton_serves(*args):
+            backend = "reference"
+        return implementation(name, backend)(*args)
+
+    reference = define_composite(
+        name, schema, implementation=reference, fake=fake, autograd=autograd
+    )
+    LIBRARY.impl(name, on_cuda, "CUDA")
+    backends = {"reference": reference, "cpu": getattr(torch.ops.reasonkern, name)}
+    if cuda:
+        CUDA_LIBRARY.define(name + schema)
+        backends["cuda"] = getattr(torch.ops.reasonkern_cuda, name)
+    register_op(name, backends | {"triton": triton})
+
+
+def define_composite(
+    name: str,
+    schema: str,
+    *,
+    implementation: Implementation,
+    fake: Implementation,
+    autograd: Autograd | None = None,
+) -> Implementation:
+    """Defines an op with one implementation for every device; returns that.
+
+    Without `autograd` its results are constants: no graph is recorded, inside it neither.
+    """
+    LIBRARY.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
+    if autograd is None:
+        implementation = torch.no_grad()(implementation)
+        LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"reasonkern::{name}", fake, lib=LIBRARY)
+    if autograd is not None:
+        backward, setup_context = autograd
+        torch.library.register_autograd(
+            f"reasonkern::{name}", backward, setup_context=setup_context, lib=LIBRARY
+        )
+    return implementation
 
 
 def register_op(name: str, backends: Mapping[str, Implementation | None]) -> None:

@@ -27,8 +27,8 @@ class Paper(NamedTuple):
     note: str = ""
 
 
-SHAPING, REWARDS, SCALING = (
-    f"test_{name}_papers.py::test_" for name in ("shaping", "rewards", "scaling")
+SHAPING, REWARDS, SCALING, MODULATION = (
+    f"test_{name}_papers.py::test_" for name in ("shaping", "rewards", "scaling", "modulation")
 )
 LOSS, STATS = "test_policy_loss_", "test_policy_loss.py::test_"
 FORMULA = LOSS + "objectives.py::test_reference_is_the_published_formula"
@@ -72,9 +72,11 @@ PAPERS = (
            "test_tune.py::test_the_kept_nodes_are_the_most_accepted")),
     Paper(10, "Solve-Detect-Verify", "Solve-Detect-Verify: Inference-Time Scaling with Flexible "
           "Generative Verifier",
-          ("scaling.flexible_verification", "completion_probe"), (SCALING + "flexive",)),
+          ("scaling.flexible_verification", "completion_probe"),
+          (SCALING + "flexive", MODULATION + "solve_detect_verify_probe")),
     Paper(11, "S-GRPO", "S-GRPO: Early Exit via Reinforcement Learning in Reasoning Models",
-          ("shaping.serial_decay", "Budget"), (REWARDS + "s_grpo",),
+          ("shaping.serial_decay", "Budget"),
+          (REWARDS + "s_grpo", MODULATION + "budget_forcing"),
           "the forced exit phrase is a thinking budget"),
     Paper(12, "Klear-Reasoner", "Klear-Reasoner: Advancing Reasoning Capability via "
           "Gradient-Preserving Clipping Policy Optimization",
@@ -98,7 +100,7 @@ PAPERS = (
           (SHAPING + "conciser", FORMULA)),
     Paper(18, "Parallel-Distill-Refine", "Rethinking Thinking Tokens: LLMs as Improvement "
           "Operators",
-          ("NgramTable",), ("test_speculation_table.py::test_scopes_do_not_leak",),
+          ("NgramTable",), ("test_speculation_table_life.py::test_scopes_do_not_leak",),
           "one draft table, shared by parallel drafts and refinement"),
     Paper(19, "Role of temperature sampling", "On the Role of Temperature Sampling in Test-Time "
           "Scaling",
@@ -110,7 +112,7 @@ PAPERS = (
     Paper(21, "ETTRL", "ETTRL: Balancing Exploration and Exploitation in LLM Test-Time "
           "Reinforcement Learning Via Entropy Mechanism",
           ("entropy_forks", "shaping.entropy_reshape", "scaling.vote_ids"),
-          (SHAPING + "ettrl", SCALING + "ettrl_label_and_vote_ids")),
+          (MODULATION + "ettrl_forks", SHAPING + "ettrl", SCALING + "ettrl_label_and_vote_ids")),
     Paper(22, "GTPO", "GTPO: Trajectory-Based Policy Optimization in Large Language Models",
           ("Objective.gtpo", "conflict_token_weights", "entropy_filter"),
           (LOSS + "adaptive.py::test_gtpo_with_conflict_weights",
@@ -132,9 +134,13 @@ PAPERS = (
           "More than You Think",
           ("scaling.subthought_split", "scaling.vote"),
           (SCALING + "beyond_the_last_answer",)),
-    Paper(28, "SRGen", "Self-Reflective Generation at Test Time", ("srgen_delta",)),
+    Paper(28, "SRGen", "Self-Reflective Generation at Test Time", ("srgen_delta", "EntropyTrigger"),
+          (MODULATION + "srgen", "test_modulation_latent.py::test_srgen_gradient_is_autograd")),
     Paper(29, "CyclicReflex", "CyclicReflex: Improving Large Reasoning Models via Cyclical "
-          "Reflection Token Scheduling", ("Cyclic",)),
+          "Reflection Token Scheduling",
+          ("Cyclic", "TIP", "Budget", "MinThink", "Ban"),
+          tuple(MODULATION + name for name in ("cyclicreflex", "tip", "budget_forcing", "nowait")),
+          "its neighbours TIP, s1 and NoWait are parts beside it"),
     Paper(30, "Not all correct answers are equal", "Not All Correct Answers Are Equal: Why Your "
           "Distillation Source Matters",
           ("token_stats", "scaling.length_statistics"),
@@ -146,12 +152,16 @@ PAPERS = (
     Paper(32, "SIFT", "SIFT: Grounding LLM Reasoning in Contexts via Stickers",
           ("scaling.vote",), (SCALING + "sift",), PROMPTS),
     Paper(33, "LatentSeek", "Seek in the Dark: Reasoning via Test-Time Instance-Level Policy "
-          "Gradient in Latent Space", ("latent_policy_gradient",)),
+          "Gradient in Latent Space",
+          ("latent_policy_gradient",),
+          (MODULATION + "latentseek",
+           "test_modulation_latent.py::test_latent_gradient_is_autograd")),
     Paper(34, "SPC", "SPC: Evolving Self-Play Critic via Adversarial Games for LLM Reasoning",
           ("shaping.zero_sum_rewards", "Objective.reinforce"), (REWARDS + "spc", FORMULA)),
     Paper(35, "Two heads are better", "Two Heads are Better Than One: Test-time Scaling of "
           "Multi-agent Collaborative Reasoning",
-          ("scaling.vote", "Budget"), (SCALING + "two_heads_are_better",), PROMPTS),
+          ("scaling.vote", "Budget"),
+          (SCALING + "two_heads_are_better", MODULATION + "budget_forcing"), PROMPTS),
     Paper(36, "PTA-GRPO", "Plan Then Action: High-Level Planning Guidance Reinforcement Learning "
           "for LLM Reasoning",
           ("shaping.mix_rewards", "Objective.grpo"), (SHAPING + "pta_grpo", FORMULA)),

@@ -1,22 +1,35 @@
 """What each rank checks; `test_policy_loss_parallel.py` says in how many processes.
 
-Every rank holds the whole inputs, so it compares its part with the single-process result itself.
+Vocabulary groups here, the rest in `parallel_checks_*.py`. Every rank holds the whole inputs, so it
+compares its part with the single-process result itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import policy_loss_cases as cases
-import test_policy_loss as single
 import torch
 import torch.distributed as dist
-from conftest import FLOATS, Backend
-from policy_loss_cases import LossArgs
+from parallel_cases import (
+    EXACT,
+    OBJECTIVES,
+    ROUNDED,
+    ROWS,
+    bounds,
+    compare,
+    grid,
+    own,
+    rank,
+    refused,
+    run_loss,
+    same_on_all_ranks,
+    size,
+    world,
+)
 from policy_loss_literal import Batch, V, batch, make_batch
 from tolerance import randn
 from torch import Tensor
@@ -25,194 +38,8 @@ from torch.testing import assert_close
 import reasonkern as rk
 from reasonkern import Objective, Parallel
 from reasonkern.policy_loss import parallel as ranks
-from reasonkern.policy_loss import parallel_rows as rows_over_ranks
-from reasonkern.policy_loss import reference as ref
-
-OBJECTIVES: dict[str, Any] = {
-    "dapo_entropy": Objective.dapo(0.8, 1.28, entropy_coef=0.1),
-    "grpo_kl": Objective.grpo(kl=("k3", 0.1)),
-    "cispo": Objective.cispo(1.2),
-    "sapo": Objective.sapo(),
-    "gspo": Objective.gspo(0.9, 1.1, entropy_coef=0.1),
-    "gmpo": Objective.gmpo(),
-    "vespo": Objective.vespo(),
-    "opsm": Objective.ppo(opsm=0.05),
-    "sequence_importance": Objective.ppo(importance=("sequence", "truncate", 0.5, 2.0)),
-    "custom": lambda logprob, entropy, ctx: (
-        -(
-            ctx.sequence_sum(torch.where(ctx.active, logprob, 0.0)).to(logprob) * ctx.advantage
-            + 0.1 * entropy
-        )
-    ),
-}
-ROWS = ("ref_logprob", "rollout_logprob", "entropy_weight")
-
-
-# ---- the group and its shards
-
-
-def rank() -> int:
-    return dist.get_rank()
-
-
-def size() -> int:
-    return dist.get_world_size()
-
-
-def bounds(vocab: int) -> tuple[int, ...]:
-    """Uneven shards; with four ranks one of them has no columns."""
-    shares = (0.6,) if size() == 2 else (0.5, 0.5, 0.8)
-    return (0, *(round(share * vocab) for share in shares), vocab)
-
-
-def own(x: Tensor, at: Sequence[int] | None = None, r: int | None = None) -> Tensor:
-    """This rank's columns of x."""
-    at, r = bounds(x.shape[-1]) if at is None else at, rank() if r is None else r
-    return x[..., at[r] : at[r + 1]]
-
-
-@cache
-def world() -> Any:
-    return dist.new_group(list(range(size())))
-
-
-@cache
-def grid() -> tuple[Any, Any]:
-    """The (row, column) groups of this rank in a 2 x 2 grid; every rank creates all of them."""
-    rows = [dist.new_group(list(pair)) for pair in ((0, 1), (2, 3))]
-    columns = [dist.new_group(list(pair)) for pair in ((0, 2), (1, 3))]
-    return rows[rank() // 2], columns[rank() % 2]
-
-
-def same_on_all_ranks(*tensors: Tensor) -> None:
-    for x in tensors:
-        flat = x.detach().double().nan_to_num(-77.0).reshape(-1)
-        for other in ranks.gather(flat, world()):
-            assert torch.equal(other, flat)
-
-
-# ---- the numerics that every backend keeps, with this group as the backend
-
-
-def group_backend() -> Backend:
-    def token_stats(x: Tensor, y: Tensor, mask: Tensor | None, *scaling: Any) -> Any:
-        shard = ranks.VocabShard(world(), rank(), bounds(x.shape[-1]))
-        out = rows_over_ranks.token_stats(own(x).contiguous(), y, mask, *scaling, shard)
-        same_on_all_ranks(*out)
-        return out
-
-    def token_stats_backward(x: Tensor, y: Tensor, *args: Any) -> Tensor:
-        shard = ranks.VocabShard(world(), rank(), bounds(x.shape[-1]))
-        owner = shard.owner(y)
-        grads = rows_over_ranks.local_grads(owner == rank(), *args[-4:])
-        args = (shard.local(y, owner), *args[:-4], *grads)
-        part = rows_over_ranks.sharded_gradient(own(x).contiguous(), args, shard.columns, False)
-        whole = torch.zeros_like(x)
-        own(whole).copy_(part)
-        return ranks.total(whole.double(), world()).to(x.dtype)
-
-    def policy_loss(*args: Any) -> tuple[Tensor, ...]:
-        a, needs_grad = LossArgs(*args[:-1]), args[-1]
-        active = ref.active_rows(a.weight, a.entropy_weight)
-        scaling = (a.row_temperature, a.temperature, a.softcap)
-        out = token_stats(a.logits, a.targets, active, *scaling)
-        h = ref.unpack_hyper(list(a.values), a.hyper, a.targets.shape)
-        loss = ref.objective_rows(
-            a.kind, a.kl_kind, a.kl_unbiased, out[0], out[1], a.old_logprob, a.advantage,
-            a.weight, a.entropy_weight, a.importance, a.ref_logprob, h,
-        )  # fmt: skip
-        scale = 1.0 if a.loss_scale is None else a.loss_scale
-        saved = (out[0], out[1], out[3], out[5], out[7])
-        grads = (scale * loss.dlogp, scale * loss.dentropy, None, None)
-        gradient = a.logits.new_empty(0)
-        if needs_grad:
-            gradient = token_stats_backward(a.logits, a.targets, *scaling, *saved, *grads)
-        return loss.row_loss, loss.token_loss, out[0], out[1], gradient
-
-    return Backend("group", "cpu", locals().__getitem__)
-
-
-def numerics_hard_rows() -> None:
-    for dtype in FLOATS:
-        single.test_statistics_and_gradient_on_hard_rows(group_backend(), dtype)
-
-
-def numerics_accumulation() -> None:
-    single.test_fp32_accumulation_whatever_the_dtype(group_backend(), torch.bfloat16)
-
-
-def numerics_vocabularies() -> None:
-    for vocab in (1, 2, 3, 17, 127, 1000):
-        single.test_vocabulary_a_multiple_of_nothing(group_backend(), vocab)
-
-
-def numerics_shards_of_minus_inf() -> None:
-    for masked in (1, 2600, 3100, 4100, single.MANY_TILES - 1):
-        single.test_first_tiles_all_minus_inf(group_backend(), masked)
-    for vocab in (1, 40, single.MANY_TILES):
-        single.test_row_of_minus_inf_only(group_backend(), vocab)
-    for dtype in FLOATS:
-        single.test_target_at_minus_inf(group_backend(), dtype)
-        single.test_row_with_one_finite_logit(group_backend(), dtype)
-
-
-def numerics_nonfinite_rows() -> None:
-    for bad in (cases.NAN, cases.INF):
-        for where in ("first", "target", "middle", "last", "all"):
-            single.test_nonfinite_logit_in_an_active_row(group_backend(), bad, where)
-    single.test_nan_after_inf_and_inf_after_minus_inf(group_backend())
-    single.test_plus_inf_under_softcap_is_nonfinite(group_backend())
-    for target in (-1, -100, 50, 2**31 + 1, 2**40, -(2**40)):
-        single.test_invalid_target_in_an_active_row(group_backend(), target)
-
-
-def numerics_inactive_rows() -> None:
-    for dtype in FLOATS:
-        single.test_skipped_rows_are_harmless(group_backend(), dtype)
-        single.test_all_rows_masked(group_backend(), dtype)
-    single.test_entropy_weight_alone_makes_a_row_active(group_backend())
-
-
-def numerics_offset_temperature_softcap() -> None:
-    single.test_offset_3000(group_backend())
-    for per_row in (False, True):
-        single.test_offset_3000_under_a_temperature(group_backend(), per_row)
-    for temperature in (0.3, 1.7):
-        single.test_scalar_temperature(group_backend(), temperature)
-    for dtype in FLOATS:
-        single.test_row_temperature(group_backend(), dtype)
-        single.test_softcap(group_backend(), dtype)
-
-
-def numerics_ties() -> None:
-    single.test_top1_is_the_first_among_ties(group_backend())
-
 
 # ---- the public functions
-
-
-def run_loss(
-    b: Batch, logits: Tensor, objective: Any, parallel: Parallel | None, **options: Any
-) -> tuple[rk.PolicyLossOutput, Tensor]:
-    """The output and the gradient of 3 times the loss."""
-    leaf = logits.clone().requires_grad_()
-    out = rk.policy_loss(
-        leaf * 1.0, b.targets, objective=objective, parallel=parallel, **b.given(*ROWS), **options
-    )
-    (gradient,) = torch.autograd.grad(3 * out.loss, leaf)
-    return out, gradient
-
-
-def compare(got: rk.PolicyLossOutput, expected: rk.PolicyLossOutput, **tolerance: float) -> None:
-    for name in ("loss", "token_loss", "logprob", "entropy"):
-        assert_close(getattr(got, name), getattr(expected, name), **tolerance)
-    values, whole = got.metrics.compute(), expected.metrics.compute()
-    for name, value in whole.items():
-        assert_close(values[name], value, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
-
-
-EXACT = {"rtol": 1e-10, "atol": 1e-12}
-ROUNDED = {"rtol": 1e-5, "atol": 3e-6}
 
 
 def every_objective(form: str, dtype: torch.dtype, **options: Any) -> None:
@@ -517,171 +344,7 @@ def dtensor_logits() -> None:
     )  # fmt: skip
 
 
-# ---- data and segment groups
-
-
-def sequences_of(b: Batch, rows: slice) -> Batch:
-    return b.map(lambda x: x[rows])
-
-
-def window_over_ranks(vocab: Any = None, data: Any = None) -> None:
-    """Two data ranks x two micro-batches of one sequence each == one batch of four."""
-    b = make_batch()
-    data_rank = dist.get_rank(data)
-    for mode in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"):
-        weight = rk.token_weights(b.mask, mode).double()
-        whole = replace(b, weight=weight, entropy_weight=weight)
-        expected, gradient = run_loss(whole, b.logits, OBJECTIVES["dapo_entropy"], None)
-        parallel = Parallel(vocab_group=vocab, data_group=data)
-        mine = b.mask[2 * data_rank : 2 * data_rank + 2]
-        tokens = ranks.total(mine.sum(), data)
-        metrics, loss, grads = [], torch.zeros(()).double(), []
-        for micro in range(2):
-            row = slice(2 * data_rank + micro, 2 * data_rank + micro + 1)
-            part = sequences_of(b, row)
-            weight = rk.token_weights(
-                part.mask, mode, num_tokens=tokens, num_sequences=4, data_parallel_size=2
-            )
-            part = replace(part, weight=weight.double(), entropy_weight=weight.double())
-            logits = part.logits if vocab is None else own(part.logits, (0, 9, V), vocab.rank())
-            out, grad = run_loss(part, logits, OBJECTIVES["dapo_entropy"], parallel)
-            loss, metrics, grads = loss + out.loss, [*metrics, out.metrics], [*grads, grad]
-        assert_close(ranks.total(loss, data) / 2, expected.loss, rtol=1e-6, atol=1e-8)
-        own_rows = gradient[2 * data_rank : 2 * data_rank + 2]
-        if vocab is not None:
-            own_rows = own(own_rows, (0, 9, V), vocab.rank())
-        assert_close(torch.cat(grads) / 2, own_rows, rtol=1e-6, atol=1e-8)  # DDP's average
-        merged = (metrics[0] + metrics[1]).all_reduce().compute()
-        for name, value in expected.metrics.compute().items():
-            if name != "rows_skipped":
-                assert_close(merged[name], value, rtol=1e-9, atol=1e-12)
-
-
-def window_over_two_ranks() -> None:
-    window_over_ranks(data=world())
-
-
-def default_weights_over_data_ranks() -> None:
-    b = make_batch()
-    mine = b.mask[2 * rank() : 2 * rank() + 2]
-    for mode in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"):
-        for count_empty in (True, False):
-            whole = rk.token_weights(b.mask, mode, count_empty=count_empty)
-            got = rk.token_weights(
-                mine, mode, count_empty=count_empty, parallel=Parallel(data_group=world())
-            )
-            assert_close(got, whole[2 * rank() : 2 * rank() + 2])
-    empty = rk.token_weights(torch.zeros(2, 3), parallel=Parallel(data_group=world()))
-    assert torch.equal(empty, torch.zeros(2, 3))
-
-
-PIECES = ((0, 1, 6), (0, 6, 6))  # of rows of 6 tokens; in the second the last rank has none
-
-
-def pieces(b: Batch, at: Sequence[int], r: int) -> Batch:
-    """Tokens [at[r], at[r + 1]) of each sequence, with its advantage."""
-    cut = b.map(lambda x: x[:, at[r] : at[r + 1]] if x.ndim > 1 else x)
-    return replace(cut, advantage=b.advantage)
-
-
-def pack_pieces(b: Batch, lengths: Tensor) -> Batch:
-    kept = torch.arange(b.targets.shape[1]) < lengths[:, None]
-    rows = b.map(lambda x: x[kept] if x.ndim > 1 else x)
-    segments = torch.cat((torch.zeros(1), lengths.cumsum(0))).int()
-    return replace(rows, advantage=b.advantage, segments=segments)
-
-
-def pieces_of_sequences(vocab: Any = None, segment: Any = None) -> None:
-    b = make_batch()
-    r = dist.get_rank(segment)
-    parallel = Parallel(vocab_group=vocab, segment_group=segment)
-    for at in PIECES:
-        for packed in (False, True):
-            mine = pieces(b, at, r)
-            lengths = b.mask.sum(-1).add(b.mask.any(-1)).clamp(at[r], at[r + 1]) - at[r]
-            if packed:
-                mine = pack_pieces(mine, lengths)
-            for name in ("gspo", "gmpo", "vespo", "opsm", "sequence_importance", "custom"):
-                expected, gradient = run_loss(b, b.logits, OBJECTIVES[name], None)
-                logits, part_of = mine.logits, gradient[:, at[r] : at[r + 1]]
-                if packed:
-                    kept = torch.arange(at[r + 1] - at[r]) < lengths[:, None]
-                    part_of = part_of[kept]
-                if vocab is not None:
-                    logits = own(logits, (0, 9, V), vocab.rank())
-                    part_of = own(part_of, (0, 9, V), vocab.rank())
-                got, part = run_loss(mine, logits, OBJECTIVES[name], parallel)
-                assert_close(ranks.total(got.loss.detach(), segment), expected.loss, **EXACT)
-                assert_close(part, part_of, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
-                values = got.metrics.all_reduce().compute()
-                for key, value in expected.metrics.compute().items():
-                    if key != "rows_skipped" or not packed:
-                        assert_close(values[key], value, **EXACT, msg=lambda m, k=key: f"{k}: {m}")
-
-
-def pieces_on_two_ranks() -> None:
-    pieces_of_sequences(segment=world())
-
-
-def weights_of_pieces() -> None:
-    b = make_batch()
-    parallel = Parallel(segment_group=world())
-    for at in PIECES:
-        mine = b.mask[:, at[rank()] : at[rank() + 1]]
-        for mode in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"):
-            for count_empty in (True, False):
-                options: dict[str, Any] = {"count_empty": count_empty, "max_length": 6}
-                whole = rk.token_weights(b.mask, mode, **options)
-                got = rk.token_weights(mine, mode, parallel=parallel, **options)
-                assert_close(got, whole[:, at[rank()] : at[rank() + 1]])
-    refused(
-        ValueError, "max_length: expected L_max for pieces of sequences in mode constant, got None",
-        lambda: rk.token_weights(mine, "constant", parallel=parallel),
-    )  # fmt: skip
-
-
-# ---- 2 x 2
-
-
-def grid_of_vocabulary_and_data() -> None:
-    row, column = grid()
-    window_over_ranks(vocab=row, data=column)
-
-
-def grid_of_vocabulary_and_pieces() -> None:
-    row, column = grid()
-    pieces_of_sequences(vocab=row, segment=column)
-
-
-def grid_of_pieces_and_data() -> None:
-    """`token_weights` and `metrics.all_reduce` over both: tokens once, sequences once."""
-    segment, data = grid()
-    b, parallel = make_batch(), Parallel(data_group=data, segment_group=segment)
-    rows, at = slice(2 * data.rank(), 2 * data.rank() + 2), PIECES[0]
-    tokens = slice(at[segment.rank()], at[segment.rank() + 1])
-    for mode in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"):
-        for count_empty in (True, False):
-            whole = rk.token_weights(b.mask, mode, count_empty=count_empty)
-            got = rk.token_weights(
-                b.mask[rows, tokens], mode, count_empty=count_empty, parallel=parallel
-            )
-            assert_close(got, whole[rows, tokens])
-    expected, _ = run_loss(b, b.logits, OBJECTIVES["gspo"], None)
-    mine = pieces(sequences_of(b, rows), at, segment.rank())
-    got, _ = run_loss(mine, mine.logits, OBJECTIVES["gspo"], parallel)
-    values = got.metrics.all_reduce().compute()
-    for name, value in expected.metrics.compute().items():
-        assert_close(values[name], value, **EXACT)
-
-
 # ---- errors
-
-
-def refused(error: type[Exception], message: str, call: Callable[[], Any]) -> None:
-    import pytest
-
-    with pytest.raises(error, match=message):
-        call()
 
 
 def errors() -> None:

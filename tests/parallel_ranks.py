@@ -18,14 +18,14 @@ Check = Callable[[], None]
 PASSED = "passed"
 
 
-def run(world: int, module: str, names: Sequence[str], folder: Path) -> dict[str, str]:
+def run(world: int, modules: Sequence[str], names: Sequence[str], folder: Path) -> dict[str, str]:
     """What each check came to: PASSED, or the tracebacks of the ranks on which it failed.
 
     A failed check ends the run, because the ranks are no longer in step; the rest did not run.
     """
     context = mp.get_context("spawn")
     processes = [
-        context.Process(target=_rank, args=(rank, world, module, list(names), str(folder)))
+        context.Process(target=_rank, args=(rank, world, list(modules), list(names), str(folder)))
         for rank in range(world)
     ]
     for process in processes:
@@ -48,14 +48,14 @@ def _verdict(name: str, reports: Sequence[dict[str, str]]) -> str:
     return "\n".join(f"rank {rank}: {outcome}" for rank, outcome in enumerate(found))
 
 
-def _rank(rank: int, world: int, module: str, names: list[str], folder: str) -> None:
+def _rank(rank: int, world: int, modules: list[str], names: list[str], folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=120), world, rank)
-    checks = import_module(module)
+    checks = {name: f for m in modules for name, f in vars(import_module(m)).items()}
     report: dict[str, str] = {}
     for name in names:
         try:
-            getattr(checks, name)()
+            checks[name]()
             report[name] = PASSED
         except BaseException:
             report[name] = traceback.format_exc()

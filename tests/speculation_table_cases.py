@@ -9,9 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from reasonkern import DraftTree, NgramTable
+from reasonkern import DraftTree, NgramTable, _load
 
 Op = Callable[..., Any]  # called as op("table_update_", *arguments)
+
+TOPK = 4
+STORED = {
+    "packed": {"vocab_size": 50},
+    "wide": {"vocab_size": 1 << 26},
+    "exact": {"vocab_size": 1 << 26, "storage": "exact"},
+}
 
 
 @dataclass
@@ -119,3 +126,34 @@ def entries(table: NgramTable) -> dict[int, tuple[Any, ...]]:
         slots = s["slots"][entry].tolist()
         found[int(keys[entry])] = (slots, extra, int(s["counts"][entry]))
     return found
+
+
+# ---- small tables of every storage
+
+
+def small(kind: str = "packed", capacity: int = 64, **more: Any) -> NgramTable:
+    options = {"orders": (3, 2, 1), "topk": TOPK, "max_count": 5, "max_scopes": 4}
+    return NgramTable(capacity, **(options | STORED[kind] | more))
+
+
+def define(op: str, *args: Any) -> Any:
+    return _load.implementation(op, "reference")(*args)
+
+
+def assert_same_table(got: NgramTable, expected: NgramTable) -> None:
+    for name, tensor in state_tensors(expected).items():
+        assert torch.equal(state_tensors(got)[name].cpu(), tensor.cpu()), name
+
+
+def filled(kind: str = "packed", seed: int = 0, calls: int = 6, **more: Any) -> NgramTable:
+    table = small(kind, **more)
+    for call in range(calls):
+        run_update(define, table, spread(random_batch(100 * seed + call), table))
+    return table
+
+
+def spread(batch: Batch, table: NgramTable) -> Batch:
+    """Ids over the whole vocabulary, the upper bits of a wide id included."""
+    factor = table.vocab_size // 50
+    batch.ids = torch.where(batch.ids >= 0, batch.ids * factor, batch.ids)
+    return batch

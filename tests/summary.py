@@ -45,6 +45,8 @@ class Summary:
             self.outcomes[file, report.outcome] += 1
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if hasattr(session.config, "workerinput"):
+            return  # a worker of pytest-xdist: the process that started it hears every report
         self.path.write_text("\n".join(self.lines(session, exitstatus)) + "\n")
 
     def lines(self, session: pytest.Session, exitstatus: int) -> list[str]:

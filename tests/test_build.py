@@ -140,6 +140,15 @@ def test_works_without_optional_packages():
     assert output.startswith("triton is not importable: ")
 
 
+def test_works_without_numpy():
+    """Only replaying traces and text similarity need it."""
+    hide = "import sys; sys.modules['numpy'] = None\n"
+    code = "\ntry: reasonkern.tune_tree([[1, 2]], 2)\nexcept ImportError as e: print(e.name)"
+    status, output = python(hide + ONE_OP + code, ROOT)
+    assert status == 0, output
+    assert output.startswith("numpy\n")
+
+
 def test_works_without_the_library():
     code = ONE_OP + "assert not _load.available('cpu')\nprint(_load.reason('cpu'))"
     status, output = python(code, ROOT, REASONKERN_NO_EXT="1")

@@ -42,6 +42,42 @@ X = torch.zeros(2, 3)
             "coef: expected a finite number >= 0, got True",
         ),
         (
+            lambda: _checks.check_number("coef", 1e300),
+            "coef: expected a finite number, got 1e+300",
+        ),
+        (
+            lambda: _checks.check_number("count", 1 << 64, 0),
+            f"count: expected a finite number >= 0, got {1 << 64}",
+        ),
+        (
+            lambda: _checks.check_integer("k", 1.0, 1),
+            "k: expected an integer >= 1, got 1.0",
+        ),
+        (
+            lambda: _checks.check_integer("k", True, 0, 3),
+            "k: expected an integer in [0, 3], got True",
+        ),
+        (
+            lambda: _checks.check_seed("seed", 1 << 64),
+            f"seed: expected an integer in [-2^63, 2^64), got {1 << 64}",
+        ),
+        (
+            lambda: _checks.check_tensor("mask", X.to_sparse()),
+            "mask: expected a dense tensor of floats, integers or bools, got torch.sparse_coo",
+        ),
+        (
+            lambda: _checks.check_tensor("weight", X.to(torch.complex64)),
+            "weight: expected a dense tensor of floats, integers or bools, got torch.complex64",
+        ),
+        (
+            lambda: _checks.check_device("weight", 3, X, "logits"),
+            "weight: expected a tensor, got int",
+        ),
+        (
+            lambda: _checks.check_values("scores", X.to("meta")),
+            "scores: expected a tensor with values, got one on device meta",
+        ),
+        (
             lambda: _checks.check_range("targets", torch.tensor([[0, 5], [9, 5]]), 0, 5),
             "targets: expected values in [0, 5), got 5 at (0, 1)",
         ),
@@ -58,6 +94,8 @@ def test_checks_accept_what_is_right():
     _checks.check_device("x", X, X, "x")
     _checks.check_choice("kl", "k1", ("k1",))
     _checks.check_number("x", 0, 0)
+    _checks.check_seed("seed", -(1 << 63))
+    _checks.check_seed("seed", (1 << 64) - 1)
     _checks.check_range("t", torch.tensor([-100, 4]), 0, 5, where=torch.tensor([False, True]))
 
 

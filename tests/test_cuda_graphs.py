@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from modulation_cases import SETS
 from speculation_cases import generator, likely_tokens, random_tree
 from torch import Tensor
 
@@ -37,11 +38,33 @@ def values(seed: int) -> dict[str, Tensor]:
         "seed": torch.randint(-(2**62), 2**62, (BATCH,), generator=g),
         "position": torch.randint(0, 2**34, (BATCH,), generator=g),
         "max_length": torch.randint(1, TREE.depth + 2, (BATCH,), generator=g),
+        "parents": TREE.parents.int(),
+        "slot": torch.randperm(BATCH, generator=g) - 1,
+        "emitted": torch.randint(0, 16, (BATCH, 3), generator=g),
+        "length": torch.randint(0, 4, (BATCH,), generator=g),
+        "statistics": torch.rand(2, BATCH, 3, generator=g),
         "eos": torch.tensor([7, 8]),
     }
 
 
 FIRST = values(0)
+SPECS = (
+    rk.Modulation(cyclic=rk.Cyclic(5.0, 12.5), tip=rk.TIP(3.0, 4, "other"), ban=rk.Ban("words")),
+    rk.Modulation(
+        budget=rk.Budget(3, [7, 15], rk.SoftBudget(0.5)), min_think=rk.MinThink(2, 1, [0, 8]),
+        think_end=15,
+    ),
+    rk.Modulation(schedule=rk.Schedule([(0, 0.0), (9, 3.0)]), constant=rk.Constant(1.0, "other")),
+    rk.Modulation(deepconf=rk.DeepConf(0.5, 4, eos=9), entropy_trigger=rk.EntropyTrigger(4)),
+)  # fmt: skip
+
+
+def requests_on(device: str) -> rk.ModulationState:
+    """A slot in use for each of SPECS and a free one."""
+    state = rk.ModulationState(len(SPECS) + 1, rk.TokenSets.from_ids(SETS))
+    for slot, spec in enumerate(SPECS):
+        state.add(slot, spec, [])
+    return state.to(device)
 
 
 @dataclass
@@ -50,12 +73,18 @@ class Place:
 
     buffers: dict[str, Tensor]
     table: rk.NgramTable
+    state: rk.ModulationState
 
     @classmethod
     def on(cls, device: str) -> Place:
         buffers = {name: x.to(device) for name, x in FIRST.items()}
         table = rk.NgramTable(1 << 10, vocab_size=VOCAB, orders=ORDERS, topk=4, device=device)
-        return cls(buffers, table)
+        return cls(buffers, table, requests_on(device))
+
+    def clear(self) -> None:
+        """To where `on` leaves it."""
+        self.table.clear()
+        self.state.load_state_dict(requests_on("cpu").state_dict())
 
     def fill(self, seed: int) -> None:
         for name, x in values(seed).items():
@@ -69,6 +98,10 @@ FILTERS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
 DRAWS = ("temperature", "seed", "position")
 
 
+def given(*results: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(x for x in results if x is not None)
+
+
 def sample(p: Place) -> tuple[Tensor, ...]:
     return (rk.sample(p.buffers["logits"][:, 0], **p.take(*FILTERS)),)
 
@@ -77,7 +110,8 @@ def verify_tree(p: Place) -> tuple[Tensor, ...]:
     valid = torch.ones_like(p.buffers["drafted"], dtype=torch.bool)
     draft = rk.Draft(p.buffers["drafted"], valid)
     limits = p.take("max_length", "eos")
-    return rk.verify_tree(p.buffers["logits"], draft, TREE, topk=4, **p.take(*FILTERS), **limits)
+    out = rk.verify_tree(p.buffers["logits"], draft, TREE, topk=4, **p.take(*FILTERS), **limits)
+    return given(*out)
 
 
 def step(p: Place, mode: str) -> tuple[Tensor, ...]:
@@ -88,7 +122,7 @@ def step(p: Place, mode: str) -> tuple[Tensor, ...]:
     out = rk.verify_tree(logits, draft, TREE, topk=4, mode=mode, **p.take(*DRAWS))
     p.table.update_verified(context, out)
     state = [x for x in p.table.state_dict().values() if isinstance(x, Tensor)]
-    return (*(x for x in draft if x is not None), *out, *state)
+    return given(*draft, *out, *state)
 
 
 def shared_step(p: Place) -> tuple[Tensor, ...]:
@@ -99,12 +133,28 @@ def rejection_step(p: Place) -> tuple[Tensor, ...]:
     return step(p, "rejection")
 
 
+def modulated(p: Place) -> tuple[Tensor, ...]:
+    """Control of the tree's rows and a commit; the state's tensors are results too."""
+    rows = p.buffers["logits"].flatten(0, 1).clone()
+    heat = p.buffers["temperature"].unsqueeze(1).expand(-1, TREE.nodes).reshape(-1)
+    rk.modulate_logits_(
+        rows, p.state, p.buffers["slot"], draft_tokens=p.buffers["drafted"],
+        parents=p.buffers["parents"], temperature=heat, allow_dense=True,
+    )  # fmt: skip
+    first = p.buffers["logits"][:, 0].clone()
+    rk.modulate_logits_(first, p.state, p.buffers["slot"], temperature=0.7, allow_dense=True)
+    entropy, confidence = p.buffers["statistics"].unbind(0)
+    emitted = p.take("slot", "emitted", "length").values()
+    rk.commit_(p.state, *emitted, entropy=entropy, confidence=confidence)
+    return (rows, first, *p.state.tensors)
+
+
 def token_stats(p: Place) -> tuple[Tensor, ...]:
     logits, targets = p.buffers["logits"], p.buffers["targets"]
     return rk.token_stats(logits, targets, temperature=0.7, softcap=20.0)
 
 
-CALLS = (sample, verify_tree, shared_step, rejection_step, token_stats)
+CALLS = (sample, verify_tree, shared_step, rejection_step, modulated, token_stats)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
@@ -148,7 +198,7 @@ def test_a_captured_call_gives_what_the_cpu_gives(call, backend, monkeypatch):
     monkeypatch.setattr(_load, "choose_cuda_backend", lambda *_: backend)
     there, here = Place.on("cuda"), Place.on("cpu")
     replay = captured(call, there)
-    there.table.clear()
+    there.clear()
     for seed in (1, 2, 1):
         there.fill(seed)
         here.fill(seed)

@@ -114,6 +114,23 @@ def test_a_neighbour_that_has_exited_takes_its_shared_memory_along(sim):
         run(sim, "neighbours", None, out, order="reverse", **layout)
 
 
+def mail(sim, order, n):
+    out = np.zeros((3, 2, 4, 4), np.float32)
+    layout = {"grid": 8, "block": 4, "cluster": 4, "shared": 16 * 16 + 16}
+    return run(sim, "mail", None, out, order=order, n=n, **layout)
+
+
+def test_mail_between_blocks_comes_before_the_wait_is_over_and_no_sooner(sim, order):
+    turn, block = np.arange(3)[:, None, None, None], np.arange(8).reshape(1, 2, 1, 4)
+    np.testing.assert_array_equal(mail(sim, order, 0), np.tile(block * 10 + turn, (1, 1, 4, 1)))
+    with pytest.raises(RuntimeError, match="expect_bytes: twice in one turn"):
+        mail(sim, order, 1)  # nobody waited for the turn before last
+    with pytest.raises(RuntimeError, match="livelock"):
+        mail(sim, order, 2)
+    with pytest.raises(RuntimeError, match="send: nobody waited for it"):
+        mail(sim, order, 3)
+
+
 def test_shared_memory_is_garbage_at_the_start_of_every_block(sim, order):
     out = np.zeros(96, np.float32)
     run(sim, "read_unwritten", None, out, grid=3, block=32, shared=128, order=order)

@@ -20,7 +20,8 @@ import reasonkern as rk
 from reasonkern import demo
 from reasonkern.__main__ import main
 from reasonkern._progress import progress
-from reasonkern.demo import arithmetic, eager, report, tokenizer, traces, windows
+from reasonkern.demo import arithmetic, control, eager, report, tokenizer, traces, windows
+from reasonkern.demo.context import prepare
 from reasonkern.demo.train import build_objective
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -280,6 +281,39 @@ def test_tiny_run_solves_problems_with_and_without_speculation(finished):
         assert run["tokens_per_step"] >= 1 and min(run["tokens_per_second"].values()) > 0
 
 
+def test_tiny_run_controls_reflection_and_budget(finished):
+    _, _, results = finished
+    runs = {run["name"]: run for run in results["control"]["runs"]}
+    assert list(runs) == ["plain", "CyclicReflex", "budget 64", "both"]
+    for run in runs.values():
+        assert run["texts"] == TINY["problems"] * control.TRAJECTORIES
+        assert 0 < run["thinking"] <= run["tokens"] == sum(run["tokens_at"]) / run["texts"]
+        assert run["reflections"] == sum(run["reflections_at"]) / run["texts"]
+        assert 0 < run["entropy"] <= math.log(results["data"]["vocabulary"])
+    assert runs["CyclicReflex"]["reflections"] > runs["plain"]["reflections"]
+
+
+def test_a_budget_ends_thinking_and_the_wave_moves_reflection(monkeypatch):
+    """In a window of more than a period and the budget, by a model that has learnt little."""
+    monkeypatch.setattr(control, "PERIOD", 24)
+    monkeypatch.setattr(control, "BUDGET", 30)
+    context = prepare(demo.Config(**(TINY | {"window": 128})))
+    control.control_reflection(context)
+    plain, cyclic, budget, both = context.results["control"]["runs"]
+    for run in (budget, both):
+        assert run["thinking"] <= 31  # the newline before the end
+    half = [sum(cyclic["reflections_at"][i::3]) for i in range(3)]  # rises, turns, falls
+    assert half[0] > 4 * half[2] and sum(cyclic["reflections_at"]) > sum(plain["reflections_at"])
+
+
+def test_texts_without_reflection_skip_the_control(capsys):
+    context = prepare(demo.Config(**TINY))
+    context.tokenizer = tokenizer.Tokenizer.learn(["one two three"] * 3)
+    control.control_reflection(context)
+    assert "control" not in context.results
+    assert "stage 4 skipped: the traces have no Wait" in capsys.readouterr().out
+
+
 def test_tiny_run_measures_time_and_memory(finished):
     _, _, results = finished
     cost = results["cost"]
@@ -293,7 +327,13 @@ def test_plots_are_drawn(finished):
     pytest.importorskip("matplotlib")
     image = pytest.importorskip("matplotlib.image")
     out, _, _ = finished
-    for name in ("stage1_fine_tuning", "stage2_policy", "stage3_speculation", "loss_cost"):
+    for name in (
+        "stage1_fine_tuning",
+        "stage2_policy",
+        "stage3_speculation",
+        "stage4_control",
+        "loss_cost",
+    ):
         pixels = image.imread(out / f"{name}.png")
         assert min(pixels.shape[:2]) > 300
         assert pixels[..., :3].std() > 0.02
@@ -305,6 +345,7 @@ def test_table_names_the_figures(finished):
     for words in (
         "nats/token",
         "stage 3, 16 at once",
+        "stage 4, both",
         "times faster",
         "max |Δloss|",
         "within 1e-04",

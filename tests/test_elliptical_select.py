@@ -16,7 +16,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Triton in blocks of 16 candidates, so that 21 cross blocks."""
     if request.param == "triton":
         kernels = pytest.importorskip("reasonkern.shaping.triton_kernels")
-        monkeypatch.setattr(kernels, "BLOCK", 16)
+        monkeypatch.setattr(kernels, "SELECT_BLOCK", 16)
     return make_backend(request.param)
 
 

@@ -20,7 +20,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Triton in blocks of 16 tokens, so that 41 tokens cross blocks."""
     if request.param == "triton":
         kernels = pytest.importorskip("reasonkern.shaping.triton_kernels")
-        monkeypatch.setattr(kernels, "gae_config", lambda length: (16, {"num_warps": 1}))
+        monkeypatch.setattr(kernels, "GAE_BLOCK", 16)
     return make_backend(request.param)
 
 
@@ -193,6 +193,12 @@ def test_empty_shapes(backend: Backend) -> None:
 
 
 # ---- the front
+
+
+def test_no_rows_of_any_strides() -> None:
+    reward = torch.zeros(0, 4).mT.contiguous().mT
+    advantage, returns = gae(reward, reward, lam=0.9)
+    assert advantage.shape == returns.shape == (0, 4)
 
 
 def test_front_in_half_precision_and_any_strides() -> None:

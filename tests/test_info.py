@@ -76,6 +76,40 @@ def test_cuda_backend_needs_evidence(machine, setup, choice):
     assert rows()[choice]["serves"] == ["cuda (sm_90)"]
 
 
+@pytest.fixture
+def define(machine, monkeypatch):
+    """Defines an op that doubles, in libraries of its own."""
+    machine()
+    libraries = [torch.library.Library(ns, "FRAGMENT") for ns in ("reasonkern", "reasonkern_cuda")]
+    monkeypatch.setattr(_load, "LIBRARY", libraries[0])
+    monkeypatch.setattr(_load, "CUDA_LIBRARY", libraries[1])
+
+    def define_op(**options):
+        options = {"fake": torch.empty_like, "cuda": True, "triton": None} | options
+        _load.define_op("toy_defined", "(Tensor x) -> Tensor", reference=double, **options)
+        return torch.ops.reasonkern.toy_defined
+
+    yield define_op
+    for library in libraries:
+        library._destroy()
+
+
+def test_an_op_without_autograd_gives_constants(define):
+    op = define()
+    x = torch.ones(2, requires_grad=True)
+    assert torch.equal(op(x), torch.full((2,), 2.0))
+    assert double(x).requires_grad and not op(x).requires_grad
+
+
+def test_an_op_with_autograd_has_a_gradient(define):
+    op = define(
+        autograd=_load.Autograd(lambda ctx, grad: 5 * grad, lambda ctx, inputs, output: None)
+    )
+    x = torch.ones(2, requires_grad=True)
+    op(x).sum().backward()
+    assert torch.equal(x.grad, torch.full((2,), 5.0))
+
+
 def test_fallback_warns_once_and_strict_refuses(machine, monkeypatch):
     machine(triton="triton is not importable: gone")
     monkeypatch.setenv("REASONKERN_STRICT", "1")

@@ -376,9 +376,37 @@ def test_another_models_tokenizer(ours, make, tokenizer):
                       tokenizer=Larger())  # fmt: skip
 
 
-def test_control_waits_for_modulation(ours, make):
-    with pytest.raises(NotImplementedError, match="control: reasonkern.modulation"):
-        ours.generate(make(), IDS, temperature=T, max_new_tokens=4, control=(None, None))
+def test_control_under_speculation_gives_the_text_of_control_alone(ours, make):
+    """Each request its own spec; a table, a drafter and plain decoding; custom_generate, too."""
+    model, ids = make(), torch.tensor([[5, 6, 7], [8, 9, 10]])
+    specs = [
+        rk.Modulation(cyclic=rk.Cyclic(6.0, 8)),
+        rk.Modulation(budget=rk.Budget(5, [7, 8, 9]), ban=rk.Ban("banned")),
+    ]
+    sets = rk.TokenSets.from_ids({"reflect": [3, 4, 5], "banned": range(10, 20)})
+
+    def control() -> tuple[rk.ModulationState, Tensor]:
+        state = rk.ModulationState(3, sets)
+        for slot, (spec, prompt) in enumerate(zip(specs, ids.tolist(), strict=True)):
+            state.add(2 - slot, spec, prompt)
+        return state, torch.tensor([2, 1])
+
+    options = {"temperature": T, "max_new_tokens": NEW, "seed": 3, "eos": ()}
+    plain = ours.generate(model, ids, control=control(), **options).sequences
+    assert plain.tolist() != ours.generate(model, ids, **options).sequences.tolist()
+    new = plain[1, ids.shape[1] :].tolist()
+    assert new[5:8] == [7, 8, 9] and not set(range(10, 20)) & set(new)
+    table = rk.NgramTable(1 << 12, vocab_size=VOCAB)
+    for _ in range(2):  # the second time the table has seen the text
+        fast = ours.generate(model, ids, control=control(), table=table, tree=TREE, **options)
+        assert fast.sequences.tolist() == plain.tolist()
+    assert fast.statistics.mean_accepted > LEAST
+    through = model.generate(
+        ids, do_sample=True, temperature=T, top_k=0, max_new_tokens=NEW, eos_token_id=None,
+        custom_generate=ours.custom_generate, control=control(), table=table, seed=3,
+        tree=TREE,
+    )  # fmt: skip
+    assert through.tolist() == plain.tolist()
 
 
 def unsupported(transformers: ModuleType) -> dict[str, tuple[Any, str]]:

@@ -1,13 +1,8 @@
-"""Our GRPOTrainer against TRL 1.16's on the same model and batch, and real training runs."""
+"""Our GRPOTrainer against TRL 1.16's on the same model and batch."""
 
 from __future__ import annotations
 
 import importlib
-import math
-import os
-import re
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -17,105 +12,21 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+from trl_cases import (
+    COMPLETION,
+    LENGTHS,
+    add_logprobs,
+    assert_same_gradients,
+    loss_and_gradients,
+    make_batch,
+    make_trainer,
+)
 
 import reasonkern as rk
 from reasonkern import Objective
 
+pytest_plugins = ("trl_fixtures",)
 pytestmark = pytest.mark.peers
-ROOT = Path(__file__).parent.parent
-LENGTHS = (5, 3, 1, 0, 4, 5)  # completions; the fourth is masked out, as a truncated one can be
-PROMPT, COMPLETION = 4, 5
-
-
-@pytest.fixture(scope="module")
-def trl() -> ModuleType:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return pytest.importorskip("trl.trainer.grpo_trainer", reason="needs trl==1.16.0")
-
-
-@pytest.fixture(scope="module")
-def ours(trl: ModuleType) -> ModuleType:
-    return importlib.import_module("reasonkern.integrations.trl")
-
-
-@pytest.fixture(scope="module")
-def example(ours: ModuleType) -> ModuleType:
-    return importlib.import_module("examples.trl_grpo")
-
-
-@pytest.fixture(scope="module")
-def model_folder(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """TRL loads the reference model from where the model came from."""
-    folder = tmp_path_factory.mktemp("model")
-    model = example.make_model(initializer_range=0.3)  # logits that are not all alike
-    model.save_pretrained(folder)
-    return folder
-
-
-def make_batch(seed: int = 0, **changes: Any) -> dict[str, Any]:
-    """What TRL's `_compute_loss` gets; log-probabilities near those of a random model."""
-    g = torch.Generator().manual_seed(seed)
-    rows = len(LENGTHS)
-    completion_mask = (torch.arange(COMPLETION) < torch.tensor(LENGTHS)[:, None]).long()
-    prompt_mask = torch.ones(rows, PROMPT, dtype=torch.long)
-    prompt_mask[1, :2] = 0  # padded on the left
-    batch = {
-        "prompt_ids": torch.randint(2, 14, (rows, PROMPT), generator=g),
-        "prompt_mask": prompt_mask,
-        "completion_ids": torch.randint(2, 14, (rows, COMPLETION), generator=g),
-        "completion_mask": completion_mask,
-        "advantages": torch.tensor([1.3, -0.7, 0.9, 1.0, -1.1, 0.0]),
-        "num_items_in_batch": torch.tensor(50),
-    }
-    return batch | changes
-
-
-def add_logprobs(trainer: Any, batch: dict[str, Any], seed: int = 1) -> dict[str, Any]:
-    """Old log-probabilities up to e^+-0.5 from the model's own, reference ones as well."""
-    ids = torch.cat((batch["prompt_ids"], batch["completion_ids"]), 1)
-    mask = torch.cat((batch["prompt_mask"], batch["completion_mask"]), 1)
-    with torch.no_grad():
-        logp = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, COMPLETION)[0]
-    g = torch.Generator().manual_seed(seed)
-    noise = [scale * torch.randn(logp.shape, generator=g) for scale in (0.5, 0.3, 0.3)]
-    names = ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")
-    return batch | {name: logp + n for name, n in zip(names, noise, strict=True)}
-
-
-def make_trainer(kind: Any, example: ModuleType, folder: Path, output: Path, **options: Any) -> Any:
-    own = {name: options.pop(name) for name in ("objective", "logits") if name in options}
-    options = {
-        "per_device_train_batch_size": 6,
-        "num_generations": 2,
-        "num_iterations": 1,
-    } | options
-    model = options.pop("model", None) or example.Qwen2ForCausalLM.from_pretrained(folder)
-    trainer = kind(
-        model, example.reward, args=example.make_config(str(output), 1, **options),
-        train_dataset=example.make_dataset(), processing_class=example.make_tokenizer(),
-        **own,
-    )  # fmt: skip
-    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
-    trainer.model.train()
-    return trainer
-
-
-def loss_and_gradients(trainer: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, batch)
-    loss.backward()
-    return loss.detach(), {n: p.grad for n, p in trainer.model.named_parameters()}
-
-
-def assert_same_gradients(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    """Within fp32 rounding: 2e-6 of the largest element (a key bias's gradient is 0 but for it)."""
-    assert mine.keys() == theirs.keys()
-    largest = max(g.abs().max().item() for g in theirs.values())
-    assert largest > 1e-2
-    for name, expected in theirs.items():
-        difference = (mine[name] - expected).abs().max().item()
-        assert difference <= 2e-6 * largest, f"{name}: {difference} of {largest}"
-
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo"},
@@ -504,130 +415,3 @@ def test_a_changed_trl_is_an_import_error(
     monkeypatch.delitem(sys.modules, "reasonkern.integrations.trl")
     with pytest.raises(ImportError, match=r"does not fit trl 1\.16.*cast_lm_head_to_fp32, outputs"):
         importlib.import_module("reasonkern.integrations.trl")
-
-
-# ---- training
-
-
-def test_readme(trl: ModuleType, ours: ModuleType, example: ModuleType, tmp_path: Path) -> None:
-    """Before and after, with the names they use; the trainer of the second one takes a step."""
-    text = (ROOT / "README.md").read_text()
-    section = text.partition("## Your trainer: TRL")[2].partition("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
-    assert len(blocks) == 2
-    for block, kind in zip(blocks, (trl.GRPOTrainer, ours.GRPOTrainer), strict=True):
-        names = {
-            "model": example.make_model(), "reward": example.reward,
-            "config": example.make_config(str(tmp_path), 1, logging_steps=1),
-            "data": example.make_dataset(), "tokenizer": example.make_tokenizer(),
-        }  # fmt: skip
-        exec(block, names)
-        assert type(names["trainer"]) is kind
-    names["trainer"].train()
-    assert names["trainer"].objective.name == "gppo"
-    assert "reasonkern/ess_frac" in names["trainer"].state.log_history[0]
-
-
-RUNS = (
-    "gppo", "bapo", "gtpo", "ce_gppo", "gspo", "gmpo", "reinforce", "dppo_tv", "clip_cov",
-    "high_entropy",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("objective", RUNS)
-def test_twenty_steps_have_finite_plotted_metrics(
-    objective: str, example: ModuleType, tmp_path: Path
-) -> None:
-    history = example.main(["--objective", objective, "--steps", "20", "--out", str(tmp_path)])
-    assert len(history) == 2
-    assert (tmp_path / f"trl_{objective}.png").stat().st_size > 10_000
-    for row in history:
-        for name, value in row.items():
-            assert value is None or math.isfinite(value), name
-        assert {"entropy", "reasonkern/clip_frac", "reasonkern/ess_frac"} <= row.keys()
-        assert ("clip_ratio/region_mean" in row) == (objective != "bapo")
-        assert row["reasonkern/rows_nonfinite"] == 0
-        assert 0 < row["reasonkern/ess_frac"] <= 1
-        assert row["reasonkern/entropy_pos"] > 0 and row["reasonkern/ratio_var"] > 0
-
-
-def test_a_run_equals_trls(
-    trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
-) -> None:
-    """The same tokens are sampled as long as rounding does not part the two: 4 updates."""
-    options = {
-        "max_steps": 4, "per_device_train_batch_size": 32, "num_generations": 8,
-        "num_iterations": 2, "gradient_accumulation_steps": 2, "loss_type": "dapo",
-    }  # fmt: skip
-    found = []
-    for kind in (ours.GRPOTrainer, trl.GRPOTrainer):
-        trainer = make_trainer(kind, example, model_folder, tmp_path, logging_steps=1, **options)
-        trainer.train()
-        found.append((trainer.state.log_history, trainer.model.state_dict()))
-    for mine, theirs in zip(found[0][0], found[1][0], strict=True):
-        for name in theirs.keys() - {"step_time"}:
-            if not name.startswith("train_"):
-                assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4), name
-    for name, weight in found[1][1].items():
-        assert_close(found[0][1][name], weight, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.slow
-def test_the_example_raises_the_reward(example: ModuleType) -> None:
-    history = example.main(["--steps", "300"])
-    assert history[0]["reward"] < 0.15
-    assert history[-1]["reward"] > history[0]["reward"] + 0.3
-
-
-# ---- two processes
-
-RANKED: dict[str, dict[str, Any]] = {
-    "dapo": {"loss_type": "dapo", "per_device_train_batch_size": 4},
-    "grpo": {"loss_type": "grpo", "per_device_train_batch_size": 4},
-}
-
-
-def launch(script: str, *arguments: str) -> str:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2",
-        "--master_port", str(port), script, *arguments,
-    ]  # fmt: skip
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-        "TRL_EXPERIMENTAL_SILENCE": "1",
-    }  # fmt: skip
-    done = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
-
-
-def test_two_processes_equal_trl_and_one_process(
-    trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "ranks.pt"
-    launch("tests/trl_ranks.py", str(model_folder), str(out))
-    results = torch.load(out)
-    for name, options in RANKED.items():
-        (loss, mine, metrics), (expected, theirs, their_metrics) = (
-            results[owner, name] for owner in ("ours", "trl")
-        )
-        assert_close(loss, expected, rtol=1e-5, atol=1e-7)
-        assert_same_gradients(mine, theirs)
-        assert metrics.pop("rows") == [sum(LENGTHS)]  # of both ranks
-        for key, values in their_metrics.items():
-            assert metrics[key] == pytest.approx(values, rel=1e-4, abs=1e-6, nan_ok=True), key
-        single = make_trainer(ours.GRPOTrainer, example, model_folder, tmp_path, **options)
-        whole, gradients = loss_and_gradients(single, add_logprobs(single, make_batch()))
-        assert_close(loss, whole, rtol=1e-5, atol=1e-7)
-        assert_same_gradients(mine, gradients)
-
-
-@pytest.mark.slow
-def test_the_example_runs_on_two_processes() -> None:
-    printed = launch("examples/trl_grpo.py", "--objective", "gppo", "--steps", "10")
-    assert printed.count("gppo: mean reward") == 1

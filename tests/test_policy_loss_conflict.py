@@ -166,6 +166,12 @@ def test_edges() -> None:
         assert none.shape == shape
 
 
+def test_no_completions_of_any_strides() -> None:
+    tokens = torch.zeros(0, 5, dtype=torch.int64).mT.contiguous().mT
+    none = torch.zeros(0)
+    assert rk.conflict_token_weights(tokens, none, none.long(), tokens).shape == (0, 5)
+
+
 def test_equal_ends_of_unequal_lengths() -> None:
     tokens = torch.tensor([[1, 9, 9, 5, 6], [1, 5, 6, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])

@@ -143,11 +143,18 @@ def test_launch_configuration(sim: Any) -> None:
         for other in (
             sim.module().loss_config(vocab, bytes_, True, 80, opt_in),
             sim.module().loss_config(vocab, bytes_, False, hopper, opt_in),
-            sim.module().stats_config(vocab, bytes_),
+            sim.module().stats_config(8192, vocab, bytes_),
+            sim.module().stats_config(64, vocab, bytes_),
         ):
             assert not other["resident"] and other["cluster"] == 1
             assert (other["slices"], other["slice_len"]) == (c["slices"], c["slice_len"])
             assert other["block"] <= 1024 and other["shared_bytes"] <= 48 * 1024
+    assert [sim.module().stats_config(n, 151_936, 2)["block"] for n in (64, 264, 265)] == [
+        1024, 512, 256,
+    ]  # fmt: skip
+    assert sim.module().stats_config(64, 151_936, 8)["block"] == 256
+    for rows, vocab, slices in ((8192, 151_936, 1), (8192, 262_144, 2), (64, 32_000, 8)):
+        assert sim.module().rowwise_config(rows, vocab, 2)["slices"] == slices
     assert not sim.module().loss_config(10**6, 4, True, hopper, opt_in)["resident"]
     assert not sim.module().loss_config(32_000, 8, True, hopper, opt_in)["resident"]
 

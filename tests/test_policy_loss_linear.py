@@ -3,52 +3,42 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from contract import assert_same_bits
-from policy_loss_literal import LENGTHS, TOKEN_LOSSES, Batch, T, V, batch, make_batch
-from tolerance import randn
+from policy_loss_linear_cases import (
+    BF16,
+    DTYPES,
+    EACH_PATH,
+    F16,
+    F32,
+    F64,
+    NAN,
+    OBJECTIVES,
+    SHAPES,
+    B,
+    custom,
+    gradients,
+    linear,
+    move,
+    off_by,
+    operands,
+    problem,
+    whole,
+)
+from policy_loss_literal import LENGTHS, T, batch, make_batch
 from torch import Tensor
 from torch.testing import assert_close
 
 import reasonkern as rk
-from reasonkern import Objective, RowContext, _load, linear_policy_loss, linear_token_stats
+from reasonkern import Objective, _load, linear_policy_loss, linear_token_stats
 from reasonkern.policy_loss.chunks import Plan, chunk_size
 
 front = importlib.import_module("reasonkern.policy_loss.linear")
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-B = len(LENGTHS)
-NAN = float("nan")
-
-
-def custom(logp: Tensor, entropy: Tensor, ctx: RowContext) -> Tensor:
-    mean = ctx.sequence_sum(ctx.weight * logp)
-    return -ctx.advantage * (logp + 0.1 * mean) - 0.1 * entropy.square()
-
-
-EVERY_TERM = {
-    "kl": ("k3", 0.2, True),
-    "entropy_coef": 0.1,
-    "importance": ("token", "truncate", 0.8, 1.2),
-}
-OBJECTIVES: dict[str, Any] = {
-    **{name: objective for name, (objective, _) in TOKEN_LOSSES.items()},
-    "every term": Objective.ppo(dual_clip=2.0, **EVERY_TERM),
-    "own importance": Objective.ppo(importance=("sequence", "mask", 0.1, 9.0, True)),
-    "opsm": Objective.dapo(opsm=0.1),
-    "gspo": Objective.gspo(0.9, 1.1, **EVERY_TERM),
-    "gmpo": Objective.gmpo(),
-    "vespo": Objective.vespo(),
-    "custom": custom,
-    "per row": Objective.ppo(ratio_max=1 + torch.rand(B, T, generator=torch.Generator())),
-}
-TWO_PHASE = ("opsm", "gspo", "gmpo", "vespo", "custom")
-EACH_PATH = pytest.mark.parametrize("name", ["every term", "gspo", "custom"])
 
 
 @pytest.fixture(params=["cpu", "cuda", "triton"])
@@ -63,37 +53,6 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         pytest.skip(problem)
     monkeypatch.setattr(_load, "choose_cuda_backend", lambda *_: backend)
     return "cuda"
-
-
-def head(dtype: torch.dtype = F64, vocab: int = V) -> Tensor:
-    """Orthogonal, so that logits @ head are hidden states with these logits."""
-    return torch.linalg.qr(randn(vocab, vocab, seed=7))[0].to(dtype)
-
-
-def operands(b: Batch, dtype: torch.dtype = F64, with_bias: bool = True) -> list[Tensor]:
-    """hidden, weight and bias whose logits are those of the batch, as leaves."""
-    weight = head()
-    bias = randn(V, seed=8) if with_bias else torch.zeros(V, dtype=F64)
-    hidden = (b.logits.double() - bias) @ weight
-    out = [hidden, weight, bias][: 3 if with_bias else 2]
-    return [x.to(dtype).clone().requires_grad_() for x in out]
-
-
-def linear(x: list[Tensor], b: Batch, objective: Any, **options: Any) -> rk.PolicyLossOutput:
-    names = ("ref_logprob", "rollout_logprob", "entropy_weight")
-    bias = x[2] if len(x) > 2 else None
-    given = b.given(*names, **options)
-    return linear_policy_loss(*x[:2], b.targets, bias=bias, objective=objective, **given)
-
-
-def whole(x: list[Tensor], b: Batch, objective: Any, **options: Any) -> rk.PolicyLossOutput:
-    names = ("ref_logprob", "rollout_logprob", "entropy_weight")
-    given = b.given(*names, **options)
-    return rk.policy_loss(F.linear(*x), b.targets, objective=objective, **given)
-
-
-def gradients(out: rk.PolicyLossOutput, x: list[Tensor], factor: float = 1.0) -> list[Tensor]:
-    return list(torch.autograd.grad(factor * out.loss, x))
 
 
 # ---- equal to the materialised logits
@@ -116,37 +75,6 @@ def test_every_objective_equals_the_loss_of_the_logits(name: str, form: str) -> 
         assert_close(out[:4], expected[:4], rtol=1e-10, atol=1e-12)
         assert_close(out.metrics.compute(), expected.metrics.compute(), rtol=1e-9, atol=1e-12)
         assert_close(gradients(out, x, -1.5), expected_gradients, rtol=1e-9, atol=1e-12)
-
-
-SHAPES = [(64, 32, 128), (37, 13, 101), (33, 1, 7), (1, 5, 130), (16, 8, 1)]
-DTYPES = [F32, BF16, F64]
-
-
-def problem(
-    n: int, d: int, vocab: int, dtype: torch.dtype, device: str = "cpu"
-) -> tuple[list[Tensor], Tensor, Any]:
-    """Operands, targets and the other arguments of a loss with ratios on both sides of 1."""
-    x = [randn(n, d, seed=1), 2 * randn(vocab, d, seed=2) / d**0.5, randn(vocab, seed=3)]
-    x = [t.to(dtype).requires_grad_() for t in x]
-    y = torch.randint(vocab, (n,), generator=torch.Generator().manual_seed(4))
-    old = rk.token_stats(F.linear(*(t.detach().double() for t in x)), y).logprob
-    given = {
-        "old_logprob": old + 0.3 * randn(n, seed=5),
-        "advantage": randn(n, seed=6),
-        "weight": randn(n, seed=9).abs() / n,
-    }
-    given["weight"][::7] = 0
-    return move(x, y, given, device)
-
-
-def move(x: list[Tensor], y: Tensor, given: Any, device: str) -> tuple[list[Tensor], Tensor, Any]:
-    """The same problem on a device."""
-    x = [t.detach().to(device).requires_grad_() for t in x]
-    return x, y.to(device), {name: t.to(device) for name, t in given.items()}
-
-
-def off_by(got: list[Tensor], truth: list[Tensor]) -> list[float]:
-    return [(g.double().cpu() - t).abs().max().item() for g, t in zip(got, truth, strict=True)]
 
 
 @pytest.mark.parametrize("objective", [Objective.dapo(entropy_coef=0.1), custom], ids=["3", "4"])
@@ -388,148 +316,6 @@ def test_all_masked_and_empty_batches(name: str, compact: bool) -> None:
     out.loss.backward()
     assert out.loss == 0 and hidden.grad.shape == (0, 5) and not weight.grad.any()
     assert linear_token_stats(hidden, weight, y).entropy.shape == (0,)
-
-
-# ---- autograd
-
-
-@pytest.mark.parametrize("wanted", range(8))
-@EACH_PATH
-def test_only_wanted_gradients_are_formed(name: str, wanted: int) -> None:
-    b = make_batch()
-    x = operands(b)
-    expected = gradients(linear(x, b, OBJECTIVES[name]), x)
-    leaves = [t.detach().requires_grad_(bool(wanted >> i & 1)) for i, t in enumerate(x)]
-    out = linear(leaves, b, OBJECTIVES[name])
-    assert out.loss.requires_grad == (wanted > 0)
-    if wanted:
-        out.loss.backward()
-    for leaf, gradient in zip(leaves, expected, strict=True):
-        if leaf.requires_grad:
-            assert_close(leaf.grad, gradient, rtol=1e-12, atol=1e-14)
-        else:
-            assert leaf.grad is None
-
-
-@EACH_PATH
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_without_gradient(name: str, mode: Callable[[], Any]) -> None:
-    b = make_batch()
-    x = operands(b)
-    expected = linear(x, b, OBJECTIVES[name])
-    with mode():
-        out = linear(x, b, OBJECTIVES[name])
-        values = out.metrics.compute()
-    assert not out.loss.requires_grad
-    assert_close(out[:4], expected[:4], rtol=1e-12, atol=0)
-    assert_close(values, expected.metrics.compute())
-
-
-def test_second_backward() -> None:
-    """The fused form consumed its gradients; the two-phase one gives the same again."""
-    b = make_batch()
-    x = operands(b)
-    loss = linear(x, b, OBJECTIVES["every term"]).loss
-    first = torch.autograd.grad(2 * loss, x, retain_graph=True)
-    kept = [g.clone() for g in first]
-    with pytest.raises(RuntimeError, match="differentiated before"):
-        torch.autograd.grad(loss, x)
-    assert_same_bits(first, kept)
-    loss = linear(x, b, OBJECTIVES["gspo"]).loss
-    assert_same_bits(*(torch.autograd.grad(loss, x, retain_graph=True) for _ in range(2)))
-
-
-@EACH_PATH
-def test_second_order_gradients_are_refused(name: str) -> None:
-    b = make_batch()
-    x = operands(b)
-    with pytest.raises(RuntimeError):
-        grad = torch.autograd.grad(linear(x, b, OBJECTIVES[name]).loss, x, create_graph=True)
-        torch.autograd.grad(sum(g.square().sum() for g in grad), x)
-
-
-@EACH_PATH
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_under_gradient_checkpointing(name: str, reentrant: bool) -> None:
-    b = make_batch()
-    x = operands(b)
-    expected = gradients(linear(x, b, OBJECTIVES[name]), x)
-
-    def block(*x: Tensor) -> Tensor:
-        return linear([x[0] * 1, *x[1:]], b, OBJECTIVES[name]).loss
-
-    loss = torch.utils.checkpoint.checkpoint(block, *x, use_reentrant=reentrant)
-    loss.backward()
-    assert_same_bits([t.grad for t in x], expected)
-
-
-def test_tied_embeddings_get_both_gradients() -> None:
-    b = make_batch()
-    hidden, weight = operands(b, with_bias=False)
-    (linear([hidden, weight], b, Objective.ppo()).loss + weight.square().sum()).backward()
-    alone = gradients(linear([hidden, weight], b, Objective.ppo()), [weight])[0]
-    assert_close(weight.grad, alone + 2 * weight.detach())
-
-
-# ---- dtypes
-
-
-@EACH_PATH
-@pytest.mark.parametrize("given_dtypes", [(F32, F32), (BF16, F32), (F32, BF16)], ids=str)
-def test_autocast_casts_like_f_linear(
-    name: str, given_dtypes: tuple[torch.dtype, torch.dtype]
-) -> None:
-    b = make_batch(F32)
-    x = operands(b, F32)
-    x = [t.detach().to(d).requires_grad_() for t, d in zip(x, (*given_dtypes, F32), strict=True)]
-    with torch.autocast("cpu", BF16):
-        out, expected = linear(x, b, OBJECTIVES[name]), whole(x, b, OBJECTIVES[name])
-    assert_close(out[:4], expected[:4], rtol=1e-2, atol=1e-2)
-    found, rounded = gradients(out, x), gradients(expected, x)
-    assert [g.dtype for g in found] == [t.dtype for t in x]
-    assert_close(found, rounded, rtol=2e-2, atol=2e-2)
-    if given_dtypes[1] == F32:  # F.linear's is bfloat16 inside
-        assert (rounded[1] == rounded[1].bfloat16()).all()
-        assert (found[1] != found[1].bfloat16()).any()
-
-
-def test_autocast_leaves_float64_alone() -> None:
-    b = make_batch()
-    x = operands(b)
-    expected = linear(x, b, Objective.ppo())
-    with torch.autocast("cpu", BF16):
-        out = linear(x, b, Objective.ppo())
-    assert_same_bits(out[:4], [t.detach() for t in expected[:4]])
-
-
-@pytest.mark.parametrize("how", ["two-phase", "loss_scale", "autocast", "autocast loss_scale"])
-def test_float16_gradient_survives_with_grad_scaler(how: str) -> None:
-    """Formed before the factor 65536, a float16 gradient loses most of its mass at large V."""
-    rows, width, vocab = 8, 16, 32768
-    x = [randn(rows, width, seed=1), randn(vocab, width, seed=2) / 2]
-    y = torch.randint(vocab, (rows,), generator=torch.Generator().manual_seed(0))
-    given = {
-        "advantage": torch.linspace(-1, 1, rows),
-        "weight": torch.full((rows,), 1 / 65536),
-        "objective": Objective.ppo(),
-    }
-    x = [t.half() for t in x]
-    exact = [t.double().requires_grad_() for t in x]
-    rk.policy_loss(exact[0] @ exact[1].T, y, **given).loss.backward()
-    early = [t.clone().requires_grad_() for t in x]
-    lost = {"loss_scale": torch.tensor(1.0)}
-    linear_policy_loss(*early, y, **given, **lost).loss.backward()
-    far = (early[1].grad.double() - exact[1].grad).abs().sum()
-    assert far > 0.3 * exact[1].grad.abs().sum()  # hard enough to notice
-    factor = torch.tensor(65536.0)
-    leaves = [t.to(F32 if "autocast" in how else F16).requires_grad_() for t in x]
-    options = {"loss_scale": factor} if "loss_scale" in how else {}
-    with torch.autocast("cpu", F16, enabled="autocast" in how):
-        out = linear_policy_loss(*leaves, y, **given, **options)
-    (out.loss * factor).backward()
-    for leaf, truth in zip(leaves, exact, strict=True):
-        error = (leaf.grad.double() / 65536 - truth.grad).abs().sum()
-        assert error < 2e-3 * truth.grad.abs().sum()
 
 
 # ---- chunks

@@ -12,8 +12,17 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from contract import run_contract
+from policy_loss_linear_cases import (
+    BF16,
+    F32,
+    F64,
+    OBJECTIVES,
+    gradients,
+    linear,
+    operands,
+    problem,
+)
 from policy_loss_literal import LENGTHS, Batch, T, V, make_batch
-from test_policy_loss_linear import BF16, F32, F64, OBJECTIVES, gradients, linear, operands, problem
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close

@@ -135,6 +135,21 @@ def test_gspo_reports_the_sequence_ratio() -> None:
     compare(metrics(b, objective), literal(b, s))
 
 
+def test_gspo_reports_the_ratio_of_the_loss_beside_a_dropped_row() -> None:
+    """A row without a reference takes part in the ratio of its sequence all the same."""
+    b = large_batch()
+    b.ref_logprob[0, 2] = math.nan
+    without = b.weight.clone()
+    without[0, 2] = 0
+    logp, _ = stats(b.logits, b.targets)
+    log_r = torch.where(b.mask, logp - b.old_logprob, 0.0)
+    s = (log_r.sum(-1) / b.mask.sum(-1).clamp_min(1)).exp()[:, None].expand(b.targets.shape)
+    objective = Objective.gspo(LOW, HIGH, dual_clip=DUAL, ratio_cap=CAP, kl=("k3", 0.1))
+    expected = literal(replace(b, weight=without), s)
+    expected |= {"rows_nonfinite": 1, "rows_skipped": expected["rows_skipped"] - 1}
+    compare(metrics(b, objective), expected)
+
+
 @pytest.mark.parametrize(
     "objective",
     [Objective.dppo_tv(0.02, 0.02), Objective.dppo_kl(0.001, 0.001)],

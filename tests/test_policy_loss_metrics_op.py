@@ -184,8 +184,8 @@ def test_two_phase_forwards() -> None:
     assert found == local | {"ne": 1}  # the rows to read
     row = torch.empty(4, 8, device="meta")
     for objective, most in (
-        (Objective.gspo(), 136),
-        (Objective.gmpo(), 109),
+        (Objective.gspo(), 128),
+        (Objective.gmpo(), 106),
         (Objective.vespo(), 99),
     ):
         assert launches(objective, advantage=row[:, 0]).total() <= most, objective.name

@@ -359,6 +359,19 @@ def test_nonfinite_row_inputs_drop_their_rows_alone(backend: Backend) -> None:
     assert_same_bits([t[:, others] for t in out], [t[:, others] for t in clean])
 
 
+def test_zero_advantage_does_not_hide_a_nan_ratio(backend: Backend) -> None:
+    a = with_terms(batch(Objective.ppo(), torch.float32, seed=90), kl_kind=2)
+    a.advantage[:] = 0
+    clean = run_loss(backend, a.map(backend.to))
+    old = a.old_logprob.clone()
+    old[0, 1] = NAN
+    out = run_loss(backend, cases.replace(a, old_logprob=old).map(backend.to))
+    assert out.token_loss[0, 1] == 0 and (out.grad_logits[0, 1] == 0).all()
+    assert (clean.grad_logits[0, 1] != 0).any()
+    others = torch.arange(a.targets.numel()) != 1
+    assert_same_bits([t[:, others] for t in out], [t[:, others] for t in clean])
+
+
 @pytest.mark.parametrize("name", ["cap and dual clip", "dppo_kl"])
 def test_hyper_parameters_as_tensors_equal_floats(backend: Backend, name: str) -> None:
     a = with_terms(batch(OBJECTIVES[name], torch.float32, seed=100), kl_kind=3)

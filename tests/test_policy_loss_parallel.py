@@ -1,6 +1,6 @@
 """Vocabulary-, data- and context-parallel losses equal the single-process ones (gloo on CPU).
 
-The checks are in `parallel_checks.py`; one spawn per number of processes runs them all.
+The checks are in `parallel_checks*.py`; one spawn per number of processes runs them all.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch was built without distributed"
 )
 
+CHECKS = ("parallel_checks", "parallel_checks_numerics", "parallel_checks_groups")
 NUMERICS = (
     "numerics_hard_rows",
     "numerics_accumulation",
@@ -78,7 +79,7 @@ def on_ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
     def run(world: int, names: tuple[str, ...]) -> dict[str, str]:
         if (world, names) not in known:
             folder = tmp_path_factory.mktemp("ranks")
-            known[world, names] = parallel_ranks.run(world, "parallel_checks", names, folder)
+            known[world, names] = parallel_ranks.run(world, CHECKS, names, folder)
         return known[world, names]
 
     return run
@@ -105,8 +106,8 @@ def test_numerics_in_four_processes(on_ranks: Any, name: str) -> None:
 
 @pytest.mark.slow
 def test_a_failed_check_is_reported(tmp_path: Path) -> None:
-    outcome = parallel_ranks.run(2, "parallel_checks", ("missing", "errors"), tmp_path)
-    assert "AttributeError" in outcome["missing"] and "did not run" in outcome["errors"]
+    outcome = parallel_ranks.run(2, CHECKS, ("missing", "errors"), tmp_path)
+    assert "KeyError" in outcome["missing"] and "did not run" in outcome["errors"]
 
 
 # ---- the merge, without process groups

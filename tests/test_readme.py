@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import json
+import operator
 import re
 from pathlib import Path
 from typing import Any
 
+import ops
 import pytest
 import torch
 from torch.nn.functional import linear
 from torch.testing import assert_close
 
 import reasonkern as rk
+from reasonkern import _load
 
 ROOT = Path(__file__).parent.parent
 PAGES = [
@@ -41,6 +46,66 @@ def test_links(page: Path) -> None:
         target = page.parent / path if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+# ---- the numbers
+
+CPU_RESULT = "amd-epyc-zen5-2core/2026-11-23-0a8dd604c2.json"
+GPU_RESULT = "h200/2026-11-26-66ac5e4.json"
+LOSS = "policy_loss/dapo-{}inplace/{}x151936/{}"
+
+
+def measured(file: str, case: str) -> dict[str, dict[str, Any]]:
+    content = json.loads((ROOT / "benchmarks/results" / file).read_text())
+    (found,) = (c for c in content["cases"] if c["id"].startswith(case))
+    return {provider["name"]: provider for provider in found["providers"]}
+
+
+def milliseconds(provider: dict[str, Any]) -> str:
+    return f"{provider['seconds']['median'] * 1e3:.3g}"
+
+
+def test_the_numbers_are_those_of_the_committed_results() -> None:
+    text = (ROOT / "README.md").read_text().partition("## Measured")[2].partition("\n## ")[0]
+    assert CPU_RESULT in text and GPU_RESULT in text
+    cpu, gpu, gpu_entropy = re.findall(r"^\| (?:2 cores|NVIDIA H200).*$", text, re.M)
+    ran = measured(CPU_RESULT, LOSS.format("entropy-", 256, "float32/t2"))
+    for name in ("eager", "compile"):
+        assert f"{ran[name]['ratio']['median']:.0f} ×" in cpu
+    assert 0.95 < ran["reasonkern"]["copy_share"] < 1.05
+    ran = measured(GPU_RESULT, LOSS.format("", 8192, "bfloat16"))
+    for name in ("ours-cuda", "liger", "trl", "compile", "eager"):
+        assert milliseconds(ran[name]) in gpu
+    assert f"{ran['ours-cuda']['copy_share']:.0%}".replace("%", " %") in gpu
+    ran = measured(GPU_RESULT, LOSS.format("entropy-", 8192, "bfloat16"))
+    for name in ("ours-cuda", "compile", "eager"):
+        assert milliseconds(ran[name]) in gpu_entropy
+
+
+# ---- the table of operators
+
+
+def test_the_table_of_operators_is_up_to_date() -> None:
+    """After a change: python tests/ops.py."""
+    (table,) = ops.TABLE.findall(ops.TARGET.read_text())
+    assert table == ops.render()
+
+
+def test_the_table_holds_every_operator_and_public_function() -> None:
+    """A new one gets a row in tests/ops.py."""
+    assert {name for row in ops.ROWS for name in row.operators} == set(_load._ops)
+    named = {name for row in ops.ROWS for name in row.functions}
+    public = {n for n in rk.__all__ if inspect.isfunction(getattr(rk, n))} | {"NgramTable"}
+    assert public - {"info"} <= named
+    for name in named - {"shaping.*", "scaling.*"}:
+        assert operator.attrgetter(name)(rk)
+
+
+def test_backends_of_the_table_are_those_of_this_machine() -> None:
+    """Where the library is built, the sources and the dispatcher say the same."""
+    if _load.reason("cpu"):
+        pytest.skip(_load.reason("cpu"))
+    assert {name for name in _load._ops if not _load._missing(name, "cpu")} == ops.registered(False)
 
 
 # ---- the trainer
@@ -162,6 +227,38 @@ def test_decoder(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
             expected.append(here["token"].item())
         assert text[:length] == expected
     assert steps < length - 4
+
+
+class Tokenizer:
+    """Of a vocabulary of a few pieces."""
+
+    pieces = ("<pad>", "wait", "Wait", "but", "But", "\n", "</think>")
+
+    def get_vocab(self) -> dict[str, int]:
+        return {piece: index for index, piece in enumerate(self.pieces)}
+
+    def convert_tokens_to_ids(self, piece: str) -> int:
+        return self.pieces.index(piece)
+
+    def encode(self, text: str) -> list[int]:
+        return [self.pieces.index(piece) for piece in re.findall(r"\n|\S+", text)]
+
+
+def test_control() -> None:
+    """The wave is at its top after a quarter of the period; the budget's phrase is forced."""
+    (code,) = blocks("README.md", "## Your decoder: reflection")
+    begin, step = code.split("# every step")
+    here: dict[str, Any] = {"torch": torch, "rk": rk, "tokenizer": Tokenizer(), "prompt": [0]}
+    exec(begin.replace("1200", "8").replace("4096", "5"), here)
+    here |= {"slot": torch.tensor([0]), "seed": rk.request_seeds(0, 1)}
+    text, raised = [], []
+    for t in range(8):
+        here |= {"logits": torch.zeros(1, V), "position": t}
+        exec("#" + step, here)
+        text.append(here["token"].item())
+        raised.append(here["logits"][0, 2].item())
+    assert raised[:5] == [0.0, 2.5, 5.0, 2.5, 0.0] and text[5:7] == [5, 6]
+    assert raised[7] == 0  # thinking is over
 
 
 # ---- transformers

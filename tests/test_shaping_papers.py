@@ -103,6 +103,24 @@ def test_equal_rewards_give_exactly_zero(baseline: str) -> None:
         assert torch.equal(got, torch.zeros(7, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("baseline", ["group-mean", "leave-one-out", "batch-mean"])
+def test_equal_rewards_give_exactly_zero_without_eps(baseline: str) -> None:
+    reward, group = torch.full((4,), 0.1), torch.tensor([0, 0, 1, 1])
+    out = shaping.group_advantages(reward, group, baseline=baseline, eps=0.0)
+    assert out.tolist() == [0, 0, 0, 0]
+    kind = {"normalise": "per-component", "group": group, "eps": 0.0}
+    assert shaping.mix_rewards({"a": reward}, {"a": 1.0}, **kind).tolist() == [0, 0, 0, 0]
+
+
+def test_bounds_of_elliptical_bonus_may_be_any_size() -> None:
+    features, group = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(3)
+    given = {"max_groups": 1 << 62, "max_group_size": 1 << 62}
+    bounded = shaping.elliptical_bonus(features, group.long(), **given)
+    assert torch.equal(bounded, shaping.elliptical_bonus(features, group.long()))
+    nothing = shaping.elliptical_bonus(features[:, :0], group.long(), project=2)
+    assert nothing.tolist() == [0, 0, 0]
+
+
 def test_groups_do_not_see_each_other() -> None:
     """Bits of a group are the same alone and beside a group of NaN and infinity."""
     r = REWARD.clone()

@@ -57,6 +57,29 @@ def test_scalars_and_tensors_mean_the_same():
     assert torch.equal(rk.sample(x, **zero_dim), expected)
 
 
+def test_numbers_beyond_float32_mean_off():
+    x = torch.randn(3, 40, generator=generator(1))
+    expected = rk.sample(x, temperature=0.7, seed=5, position=6)
+    given = {"temperature": 0.7, "seed": 5, "position": 6}
+    assert torch.equal(rk.sample(x, top_p=1e300, min_p=-1e300, **given), expected)
+    assert torch.equal(rk.sample(x, top_p=1 << 70, **given), expected)
+    with pytest.raises(ValueError, match="temperature: expected finite values >= 0"):
+        rk.sample(x, temperature=1e300, seed=5, position=6)
+
+
+def test_masks_of_any_strides():
+    x = torch.randn(2, 70, generator=generator(1))
+    mask = torch.randint(1 << 31, (2, 3), generator=generator(2)).int()
+    strided = mask.mT.contiguous().mT
+    assert strided.stride() == (1, 2)
+    given = {"temperature": 1.0, "seed": 5, "position": 6}
+    assert torch.equal(rk.sample(x, mask=strided, **given), rk.sample(x, mask=mask, **given))
+    given = {"logits": torch.zeros(2, 4, 70), "node_mask": mask[:, None].expand(2, 4, 3).mT}
+    given["node_mask"] = given["node_mask"].contiguous().mT
+    assert call(**given).length.tolist() == [1, 1]
+    assert rk.sample(x[:0], mask=strided[:0], temperature=1.0, seed=0, position=0).shape == (0,)
+
+
 def test_filters_that_are_off_change_nothing():
     x = torch.randn(3, 40, generator=generator(1))
     plain = rk.sample(x, temperature=1.3, seed=1, position=2)
@@ -106,6 +129,10 @@ def test_sample_has_the_law_of_the_filtered_softmax():
         ({"node_mask": torch.zeros(2, 4, 1).long()}, "node_mask: expected dtype"),
         ({"eos": torch.zeros(1)}, "eos: expected dtype"),
         ({"eos": list(range(65))}, "eos: expected at most 64 ids"),
+        ({"eos": "stop"}, "eos: expected an integer"),
+        ({"eos": [0.5]}, "eos: expected an integer"),
+        ({"draft": None}, "draft: expected a Draft, got NoneType"),
+        ({"max_length": torch.ones(2).long().to_sparse()}, "max_length: expected a dense tensor"),
     ],
 )  # fmt: skip
 def test_errors(change, message):

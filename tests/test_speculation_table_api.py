@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -329,6 +330,21 @@ def test_bad_states() -> None:
         table.load_state_dict(state)
     with pytest.raises(ValueError, match=r"scope: expected values in \[0, 4\), got 4"):
         table.reset(4)
+
+
+@pytest.mark.parametrize("storage", ["packed", "exact"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("counts", -1), ("slots", -1), ("slots", 1 << 17), ("clock", -1)]
+)
+def test_states_that_no_table_has(storage: str, name: str, value: int) -> None:
+    """A count of -1 divided by zero in the next update, an id beyond the vocabulary was drafted."""
+    table = small(storage=storage)
+    state = copy.deepcopy(table.state_dict())
+    state[name].fill_(value)
+    with pytest.raises(ValueError, match=rf"state\['{name}'\]: expected values in \[0, "):
+        table.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"state\['ages'\]: expected a tensor with values"):
+        table.load_state_dict(table.state_dict() | {"ages": state["ages"].to("meta")})
 
 
 def test_the_storage_names_its_tensors() -> None:

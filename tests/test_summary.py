@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 RUN = """
 import pytest
 
@@ -26,7 +28,8 @@ def test_xfails(): assert False
 """
 
 
-def test_summary(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [[], ["-p", "xdist", "-n", "2"]], ids=["one", "workers"])
+def test_summary(tmp_path: Path, processes: list[str]) -> None:
     (tmp_path / "conftest.py").write_text(
         "from pathlib import Path\nfrom summary import Summary\n"
         "def pytest_configure(config):\n"
@@ -34,7 +37,7 @@ def test_summary(tmp_path: Path) -> None:
     )
     (tmp_path / "test_it.py").write_text(RUN)
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *processes],
         cwd=tmp_path, capture_output=True,
         env={"PYTHONPATH": str(Path(__file__).parent), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
     )  # fmt: skip

@@ -25,7 +25,7 @@ KERNELS = (*OF_LOGITS, "map_kernel", "conflict_kernel", *SHAPING)
 # plain: aligned rows and no optional argument. full: every optional one, soft-cap, unaligned rows.
 CASES = list(product(("plain", "full"), (80, 90, 100), ("fp32", "bf16", "fp16")))
 
-CONSTEXPR = {"SOFTCAP", "ALIGNED", "BLOCK"}
+CONSTEXPR = {"SOFTCAP", "ALIGNED", "SAME", "BLOCK"}
 OPTIONAL = {
     "stats_kernel": {"mask", "row_temperature"},
     "stats_backward_kernel": {"row_temperature", "grad_entropy", "grad_lse", "grad_collision"},
@@ -61,8 +61,8 @@ def source(kernel, variant, dtype):
     if kernel.__name__ in SHAPING:
         block, options = shaping_kernels.SELECT_BLOCK, shaping_kernels.SELECT_OPTIONS
     if kernel.__name__ == "gae_kernel":
-        block, options = shaping_kernels.gae_config(1 << 20)
-    constants = {"SOFTCAP": full, "ALIGNED": not full, "BLOCK": block}
+        block, options = shaping_kernels.GAE_BLOCK, shaping_kernels.GAE_OPTIONS
+    constants = {"SOFTCAP": full, "ALIGNED": not full, "SAME": not full, "BLOCK": block}
     if not full:
         constants |= dict.fromkeys(OPTIONAL[kernel.__name__])
     signature = {}

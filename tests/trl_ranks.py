@@ -1,4 +1,4 @@
-"""One rank of test_integrations_trl.py's launch: loss and gradients under DDP, by both trainers.
+"""One rank of the two-process run: loss and gradients under DDP, by both trainers.
 
 torchrun --nproc_per_node 2 tests/trl_ranks.py MODEL_FOLDER OUT_FILE
 """
@@ -9,8 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-import test_integrations_trl as tests
 import torch
+import trl_cases as cases
 from trl.trainer.grpo_trainer import GRPOTrainer
 
 import examples.trl_grpo as example
@@ -19,12 +19,12 @@ from reasonkern.integrations import trl as ours
 
 def main(model_folder: Path, out: Path) -> None:
     results = {}
-    for name, options in tests.RANKED.items():
+    for name, options in cases.RANKED.items():
         for owner, kind in (("ours", ours.GRPOTrainer), ("trl", GRPOTrainer)):
             with tempfile.TemporaryDirectory() as folder:
-                trainer = tests.make_trainer(kind, example, model_folder, Path(folder), **options)
+                trainer = cases.make_trainer(kind, example, model_folder, Path(folder), **options)
             rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
-            whole = tests.add_logprobs(trainer, tests.make_batch())
+            whole = cases.add_logprobs(trainer, cases.make_batch())
             share = {k: v.chunk(ranks)[rank] if v.ndim else v for k, v in whole.items()}
             wrapped = trainer.accelerator.prepare(trainer.model)
             assert isinstance(wrapped, torch.nn.parallel.DistributedDataParallel)

@@ -11,19 +11,29 @@ namespace reasonkern {
 
 constexpr unsigned kFullMask = 0xffffffffu;
 
-template <class T>
-__device__ __forceinline__ T shuffle_xor(T value, int lane_mask) {
+// Of a struct, word by word; in the simulator one rendezvous whatever the size.
+template <class T, class Shuffle>
+__device__ __forceinline__ T shuffle_words(T value, Shuffle shuffle) {
   static_assert(std::is_trivially_copyable<T>::value && sizeof(T) % 4 == 0, "shuffled by words");
 #if defined(__CUDACC__)
   unsigned word[sizeof(T) / 4];
   std::memcpy(word, &value, sizeof(T));
 #pragma unroll
-  for (unsigned& w : word) w = __shfl_xor_sync(kFullMask, w, lane_mask);
+  for (unsigned& w : word) w = shuffle(w);
   std::memcpy(&value, word, sizeof(T));
   return value;
 #else
-  return __shfl_xor_sync(kFullMask, value, lane_mask);  // one rendezvous whatever the size
+  return shuffle(value);
 #endif
+}
+
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T value, int lane_mask) {
+  return shuffle_words(value, [=](auto w) { return __shfl_xor_sync(kFullMask, w, lane_mask); });
+}
+template <class T>
+__device__ __forceinline__ T shuffle_from(T value, int lane) {
+  return shuffle_words(value, [=](auto w) { return __shfl_sync(kFullMask, w, lane); });
 }
 
 // The lower lane's value is always the first operand: with a fused multiply-add op(a, b) and

@@ -1,53 +1,14 @@
 // 16-byte tiles of bf16, fp16, fp32 and fp64 rows: load, convert to the accumulation type, store.
-// Compiles under nvcc and, with the simulator of tests/cuda_sim, under a host compiler, where every
-// vector access checks its alignment.
+// Under the simulator of tests/cuda_sim every vector access checks its alignment.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
-#if defined(__CUDACC__)
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#else
-#include "cuda_sim.h"
-#endif
+#include "element.h"
 
 namespace reasonkern {
-
-using bf16 = __nv_bfloat16;
-using fp16 = __half;
-
-template <class T>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
-template <class T>
-using acc_t = typename AccOf<T>::type;
-
-__device__ __forceinline__ float to_acc(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_acc(fp16 x) { return __half2float(x); }
-__device__ __forceinline__ float to_acc(float x) { return x; }
-__device__ __forceinline__ double to_acc(double x) { return x; }
-
-// Round to nearest, ties to even.
-template <class T>
-__device__ __forceinline__ T from_acc(acc_t<T> x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ bf16 from_acc<bf16>(float x) {
-  return __float2bfloat16_rn(x);
-}
-template <>
-__device__ __forceinline__ fp16 from_acc<fp16>(float x) {
-  return __float2half_rn(x);
-}
 
 // Whole words, so that 16-bit lanes stay two to a register wherever they come from.
 template <class T>
@@ -55,14 +16,6 @@ struct alignas(16) Vec {
   static constexpr int size = 16 / sizeof(T);
   std::uint32_t word[4];
 };
-
-template <class To, class From>
-__device__ __forceinline__ To recast(From from) {
-  static_assert(sizeof(To) == sizeof(From), "the same bits");
-  To to;
-  std::memcpy(&to, &from, sizeof(To));
-  return to;
-}
 
 template <class T>
 __device__ __forceinline__ T get_lane(const Vec<T>& v, int i) {

@@ -64,52 +64,8 @@ struct RowKernels {
   void (*scale)(E* x, int64_t vocab, Acc<E> factor);
 };
 
-namespace baseline {
-#define RK_SIMD 0
-#include "../common/simd.h"
-#include "../common/simd_math.h"
-#include "cpu_rows.h"
-#undef RK_SIMD
-}  // namespace baseline
-
-#if defined(__x86_64__)
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-namespace v3 {
-#define RK_SIMD 3
-#include "../common/simd.h"
-#include "../common/simd_math.h"
-#include "cpu_rows.h"
-#undef RK_SIMD
-}  // namespace v3
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), \
-                             apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
-namespace v4 {
-#define RK_SIMD 4
-#include "../common/simd.h"
-#include "../common/simd_math.h"
-#include "cpu_rows.h"
-#undef RK_SIMD
-}  // namespace v4
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif  // __x86_64__
+#define RK_KERNELS "../policy_loss/cpu_rows.h"
+#include "../common/each_capability.h"
 
 template <class E>
 RowKernels<E> pick_kernels() {

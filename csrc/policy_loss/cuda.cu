@@ -27,7 +27,7 @@ struct CudaBackend {
     const LaunchScope scope(device);
     dispatch_element<T, bf16, fp16>(type, [&](auto element) {
       using E = typename decltype(element)::type;
-      const LaunchConfig c = stats_config(p.rows.vocab, sizeof(E));
+      const LaunchConfig c = stats_config(p.rows.rows, p.rows.vocab, sizeof(E), describe(device));
       launch(stats_kernel<E>, grid_blocks(p.rows.rows, 1), c.block, 1, c.shared_bytes, scope.stream,
              p, c.tiling);
     });
@@ -39,7 +39,7 @@ struct CudaBackend {
     const LaunchScope scope(device);
     dispatch_element<T, bf16, fp16>(type, [&](auto element) {
       using E = typename decltype(element)::type;
-      const LaunchConfig c = rowwise_config(p.rows.vocab, sizeof(E));
+      const LaunchConfig c = rowwise_config(p.rows.rows, p.rows.vocab, sizeof(E), describe(device));
       launch(grad_kernel<E>, grid_blocks(p.rows.rows, c.tiling.slices), c.block, 1, 0, scope.stream,
              p, c.tiling);
     });
@@ -72,7 +72,7 @@ struct CudaBackend {
     const LaunchScope scope(device);
     dispatch_element<T, bf16, fp16>(type, [&](auto element) {
       using E = typename decltype(element)::type;
-      const LaunchConfig c = rowwise_config(rows.vocab, sizeof(E));
+      const LaunchConfig c = rowwise_config(rows.rows, rows.vocab, sizeof(E), describe(device));
       launch(scale_kernel<E>, grid_blocks(rows.rows, c.tiling.slices), c.block, 1, 0, scope.stream,
              rows, factors, c.tiling);
     });

@@ -13,7 +13,7 @@ namespace reasonkern {
 enum ObjectiveKind : int { kClip, kGppo, kCispo, kSapo, kDppoTv, kDppoKl, kDro };
 enum KlKind : int { kNoKl, kK1, kK2, kK3 };
 
-// Field order is the order of HYPER in reasonkern/policy_loss/objective.py.
+// Field order is the order of HYPER in policy_loss/objective_fields.py.
 template <typename T>
 struct Hyper {
   T ratio_min, ratio_max, dual_clip, ratio_cap, low, high, kl_coef, entropy_coef, log_ratio_clamp;
@@ -162,8 +162,9 @@ RK_HOST_DEVICE RowLoss<T> objective_row(int kind, int kl_kind, bool kl_unbiased,
                                         const RowInputs<T>& in, const Hyper<T>& h) {
   // On-policy rows have r = 1 with gradient: the old log-probability is logp itself, detached.
   const T old_logprob = in.has_old ? in.old_logprob : logp;
-  // A = 0 gives 0 whatever the ratio; DRO's quadratic term does not carry A.
-  Term<T> l{T(0), T(0)};
+  // A = 0 gives 0 whatever the ratio, as long as there is one; DRO's quadratic term has no A.
+  const T none = std::isnan(old_logprob) ? old_logprob : T(0);
+  Term<T> l{none, none};
   if (in.advantage != 0 || kind == kDro) {
     l = token_term(kind, logp, old_logprob, in.advantage, h);
   }

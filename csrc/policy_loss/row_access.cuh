@@ -21,26 +21,89 @@ __device__ __forceinline__ bool is_aligned(const T* p) {
 
 // Elements past the end read as -inf, which no statistic sees.
 template <class T>
+__device__ __forceinline__ Vec<T> padding() {
+  return make_vec<T>([](int) { return from_acc<T>(-kInfinity<acc_t<T>>); });
+}
+template <class T>
 __device__ __forceinline__ Vec<T> load_elements(const T* p, int n, int position) {
   return make_vec<T>([&](int j) {
     return position + j < n ? p[position + j] : from_acc<T>(-kInfinity<acc_t<T>>);
   });
 }
 
+// Words of 16-bit elements; p is aligned to a word.
+template <class T>
+__device__ __forceinline__ std::uint32_t load_word(const T* p) {
+#if defined(__CUDACC__)
+  return *reinterpret_cast<const std::uint32_t*>(p);
+#else
+  std::uint32_t w;
+  std::memcpy(&w, p, 4);
+  return w;
+#endif
+}
+template <class T>
+__device__ __forceinline__ void store_word(T* p, std::uint32_t w) {
+#if defined(__CUDACC__)
+  *reinterpret_cast<std::uint32_t*>(p) = w;
+#else
+  std::memcpy(p, &w, 4);
+#endif
+}
+template <class T>
+__device__ __forceinline__ bool is_word_aligned(const T* p) {
+  return reinterpret_cast<std::uintptr_t>(p) % 4 == 0;
+}
+
+// A whole vector at any address: by words, and at an odd place the two ends alone.
+template <class T>
+__device__ __forceinline__ Vec<T> load_words(const T* p) {
+  if constexpr (sizeof(T) != 2) {
+    return make_vec<T>([&](int j) { return p[j]; });
+  } else if (is_word_aligned(p)) {
+    return {{load_word(p), load_word(p + 2), load_word(p + 4), load_word(p + 6)}};
+  } else {
+    const std::uint32_t a = recast<std::uint16_t>(p[0]), b = load_word(p + 1), c = load_word(p + 3),
+                        d = load_word(p + 5), e = recast<std::uint16_t>(p[7]);
+    return {{a | b << 16, b >> 16 | c << 16, c >> 16 | d << 16, d >> 16 | e << 16}};
+  }
+}
+template <class T>
+__device__ __forceinline__ void store_words(T* p, const Vec<T>& v) {
+  if constexpr (sizeof(T) != 2) {
+#pragma unroll
+    for (int j = 0; j < Vec<T>::size; ++j) p[j] = get_lane(v, j);
+  } else if (is_word_aligned(p)) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store_word(p + 2 * i, v.word[i]);
+  } else {
+    p[0] = get_lane(v, 0);
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      store_word(p + 1 + 2 * i, v.word[i] >> 16 | v.word[i + 1] << 16);
+    }
+    p[7] = get_lane(v, 7);
+  }
+}
+
+// Vector access where that is possible; a vector past the end costs no loads.
+template <Reuse reuse, class T>
+__device__ __forceinline__ Vec<T> load_vector(const T* p, int n, bool aligned, int position) {
+  if (position >= n) return padding<T>();
+  if (position + Vec<T>::size > n) return load_elements(p, n, position);
+  return aligned ? load_global<reuse>(p + position) : load_words(p + position);
+}
+
 // All loads are issued before the first is looked at.
 template <Reuse reuse, class T, int U>
 __device__ __forceinline__ void load_vectors(Vec<T> (&v)[U], const T* p, int n, bool aligned,
                                              int position, int step) {
-  constexpr int N = Vec<T>::size;
-  if (aligned && position + (U - 1) * step + N <= n) {
+  if (aligned && position + (U - 1) * step + Vec<T>::size <= n) {
 #pragma unroll
     for (int i = 0; i < U; ++i) v[i] = load_global<reuse>(p + position + i * step);
   } else {
 #pragma unroll
-    for (int i = 0; i < U; ++i) {
-      const int at = position + i * step;
-      v[i] = aligned && at + N <= n ? load_global<reuse>(p + at) : load_elements(p, n, at);
-    }
+    for (int i = 0; i < U; ++i) v[i] = load_vector<reuse>(p, n, aligned, position + i * step);
   }
 }
 
@@ -48,8 +111,8 @@ template <class T>
 __device__ __forceinline__ void store_vector(T* p, int n, bool aligned, int position,
                                              const Vec<T>& v) {
   constexpr int N = Vec<T>::size;
-  if (aligned && position + N <= n) {
-    store_global(p + position, v);
+  if (position + N <= n) {
+    aligned ? store_global(p + position, v) : store_words(p + position, v);
   } else {
 #pragma unroll
     for (int j = 0; j < N; ++j) {
@@ -67,6 +130,12 @@ struct Slice {
 __device__ __forceinline__ Slice slice_of(const Tiling& t, int64_t vocab, int slice) {
   const int64_t begin = slice * t.slice_len, left = vocab - begin;
   return {int(begin), int(left < 0 ? 0 : left < t.slice_len ? left : t.slice_len)};
+}
+
+// The part of a slice that one warp of its group takes.
+__device__ __forceinline__ Slice share_of(const Slice& slice, const Tiling& t, int warp) {
+  const int begin = warp * t.share_len, left = slice.n - begin;
+  return {slice.begin + begin, left < 0 ? 0 : left < t.share_len ? left : t.share_len};
 }
 
 // Row r = (r / seq, r % seq) of a strided (B, T, V) tensor.

@@ -6,40 +6,42 @@
 
 namespace reasonkern {
 
-// dL/dx_v = scale * jac_v * ( p * (base + slope * t + curve * p) + [v == y] * at_target ) with
-// t = x - m and p = inv_sum * exp(t / T). For 16-bit logits, whose gradient is rounded to 2^-9 or
-// 2^-12, `fold` moves scale and inv_sum into the other coefficients and leaves 1 and 1; in float32
-// that would round away what cancels between them.
+// dL/dx_v = scale * jac_v * ( p * (base + slope * t + curve * p) + [v == y] * at_target ) with the
+// offset t (row_scale.cuh) and p = inv_sum * e. For 16-bit logits, whose gradient is rounded to
+// 2^-9 or 2^-12, `fold` moves scale and inv_sum into the other coefficients and leaves 1 and 1; in
+// float32 that would round away what cancels between them.
 template <class A>
 struct GradCoefs {
-  A m, base, slope, curve, at_target, inv_sum, scale;
+  A m, origin, base, slope, curve, at_target, inv_sum, scale;
   int target;
   bool live;  // false: the whole row is zero
 };
 
 template <class T, class A>
-__device__ __forceinline__ GradCoefs<A> fold(const GradRow<A>& g, A m, A temperature,
+__device__ __forceinline__ GradCoefs<A> fold(const GradRow<A>& g, A m, const RowScale<T>& scale,
                                              int64_t target) {
-  const A slope = g.linear / temperature;
   if constexpr (sizeof(T) == 2) {
-    const A factor = g.scale * g.inv_sum;
+    const auto to = settle<A>(m, scale);
+    const A factor = g.scale * g.inv_sum * to.factor, slope = g.linear * to.unit;
     return {m,
-            factor * g.constant,
+            origin(m, scale),
+            factor * std::fma(-slope, to.shift, g.constant),
             factor * slope,
-            factor * g.inv_sum * g.quadratic,
+            factor * g.inv_sum * to.factor * g.quadratic,
             g.scale * g.target,
             A(1),
             A(1),
             int(target),
             true};
   } else {
-    return {m, g.constant, slope, g.quadratic, g.target, g.inv_sum, g.scale, int(target), true};
+    const A slope = g.linear / scale.temperature.value;
+    return {m, m, g.constant, slope, g.quadratic, g.target, g.inv_sum, g.scale, int(target), true};
   }
 }
 
 template <class A>
 __device__ __forceinline__ GradCoefs<A> zero_row() {
-  return {A(0), A(0), A(0), A(0), A(0), A(0), A(0), -1, false};
+  return {A(0), A(0), A(0), A(0), A(0), A(0), A(0), A(0), -1, false};
 }
 
 // Vector v holds row elements [position, position + N). kCurve: whether `curve` can be nonzero.
@@ -51,15 +53,15 @@ __device__ __forceinline__ Vec<T> gradient_vector(const Vec<T>& v, int position,
   constexpr int N = Vec<T>::size;
   A t[N], g[N];
   if (floor.usable) {
-    shift_lanes(t, v, c.m, floor, scale);
+    lane_offsets(t, v, c.origin, floor, scale);
   } else {
     unpack(v, t);
     if (scale.softcap.value != A(0)) soft_cap(t, scale.softcap);
 #pragma unroll
-    for (int j = 0; j < N; ++j) t[j] = shifted(t[j], c.m, scale);
+    for (int j = 0; j < N; ++j) t[j] = floored_offset(t[j], c.origin, scale);
   }
   const auto element = [&](int j, A addend) {
-    A p = quick_exponential(t[j], scale);
+    A p = exponential<false>(t[j], scale);
     if constexpr (sizeof(T) > 2) p *= c.inv_sum;
     A factor = std::fma(c.slope, t[j], c.base);
     if constexpr (kCurve) factor = std::fma(c.curve, p, factor);

@@ -1,4 +1,9 @@
-// Temperature and soft-cap of one row, and exp(t / T) at the accuracy that its use needs.
+// Temperature and soft-cap of one row, and the exponentials of its logits.
+//
+// exp((x - m) / T) is taken of an offset t. For 16-bit logits, t = x k - r with k = log2(e) / T and
+// r = m k rounded: one fma, whose rounding, |t| 2^-24, is nothing beside that of the logits, and
+// then one exp2. For others t = x - m, and what the rounding of t k lost comes back as a
+// first-order term.
 #pragma once
 
 #include <type_traits>
@@ -19,38 +24,66 @@ __device__ __forceinline__ A operator/(A x, const Divisor<A>& d) {
   return std::fma(std::fma(-q, d.value, x), d.inverse, q);
 }
 
+constexpr double kLn2 = 0.69314718055994530942, kLog2e = 1.44269504088896340736;
+
 template <class T>
 struct RowScale {
   using A = acc_t<T>;
   Divisor<A> temperature, softcap;  // softcap.value 0: off
-  A exp_scale, residual, floor;
+  A exp_scale, residual, floor;     // floor: exp of this offset is 0
 };
 
 template <class T>
 __device__ __forceinline__ RowScale<T> row_scale(const Scale<acc_t<T>>& s, int64_t row) {
   using A = acc_t<T>;
   const A temperature = s.row_temperature ? s.row_temperature[row] : s.temperature;
-  const A lowest = sizeof(A) == 8 ? A(-800) : A(-200);  // exp of it is 0
+  const A lowest = sizeof(A) == 8 ? A(-800) : A(-200);
   return {{temperature, A(1) / temperature},
-          {s.softcap, A(1) / s.softcap},
-          A(1.4426950408889634) / temperature,
-          A(0.6931471805599453) * temperature,
-          lowest * temperature};
+          {s.softcap, s.softcap != A(0) ? A(1) / s.softcap : A(0)},
+          A(kLog2e) / temperature,
+          A(kLn2) * temperature,
+          sizeof(T) == 2 ? lowest : lowest * temperature};
 }
 
-// x - m, not below scale.floor, so that e t is 0 and not 0 * inf at a masked token. Keeps NaN.
+// What an element's offset is taken from.
 template <class T>
-__device__ __forceinline__ acc_t<T> shifted(acc_t<T> x, acc_t<T> m, const RowScale<T>& scale) {
-  return max_nan(x - m, scale.floor);
+__device__ __forceinline__ acc_t<T> origin(acc_t<T> m, const RowScale<T>& scale) {
+  return sizeof(T) == 2 ? mul_rn(m, scale.exp_scale) : m;
+}
+template <class T>
+__device__ __forceinline__ acc_t<T> offset(acc_t<T> x, acc_t<T> origin, const RowScale<T>& scale) {
+  return sizeof(T) == 2 ? std::fma(x, scale.exp_scale, -origin) : x - origin;
+}
+// Not below scale.floor, so that e t is 0 and not 0 * inf at a masked token. Keeps NaN.
+template <class T>
+__device__ __forceinline__ acc_t<T> floored_offset(acc_t<T> x, acc_t<T> origin,
+                                                   const RowScale<T>& scale) {
+  return max_nan(offset(x, origin, scale), scale.floor);
+}
+
+// From offsets to (x - m) / T: (t - shift) * unit, and e * factor. The shift is the offset of m
+// itself, far below 1 where any other element's exponential is not 0.
+template <class T, class A>
+struct Settle {
+  A shift, factor, unit;
+};
+template <class A, class T>
+__device__ __forceinline__ Settle<T, A> settle(acc_t<T> m, const RowScale<T>& scale) {
+  if constexpr (sizeof(T) == 2) {
+    const A shift = offset(m, origin(m, scale), scale), x = shift * A(kLn2);
+    return {shift, std::fma(x, std::fma(x, A(0.5), A(-1)), A(1)), A(kLn2)};
+  } else {
+    return {A(0), A(1), A(1) / scale.temperature.value};
+  }
 }
 
 // A floor for 16-bit logits before they are unpacked, two at a time: so far below m that exp is 0
 // (by 170 T at least after rounding, hence the share of |m|), and finite. `usable` is false where
-// the type has no such number, and with a soft-cap, which comes after unpacking; then `shifted`
-// does it one by one.
+// the type has no such number, and with a soft-cap, which comes after unpacking; then
+// `floored_offset` does it one by one.
 template <class T>
 struct Floor {
-  Vec<T> lanes;
+  std::uint32_t pair;
   bool usable;
 };
 template <class T>
@@ -58,64 +91,61 @@ __device__ __forceinline__ Floor<T> floor_below(acc_t<T> m, const RowScale<T>& s
   Floor<T> f;
   if constexpr (sizeof(T) == 2) {
     const float lowest = std::is_same<T, bf16>::value ? -0x1.fep127f : -65504.0f;
-    const float below = m + std::fmin(scale.floor, std::fabs(m) * -0x1p-6f);
+    const float lowest_offset = scale.floor * scale.temperature.value;
+    const float below = m + std::fmin(lowest_offset, std::fabs(m) * -0x1p-6f);
     f.usable = scale.softcap.value == 0.0f && below > lowest;
-    const T x = from_acc<T>(below);
-    f.lanes = make_vec<T>([x](int) { return x; });
+    f.pair = pair_of(from_acc<T>(below));
   } else {
     f.usable = scale.softcap.value == acc_t<T>(0);
   }
   return f;
 }
 
-// x - m for every lane of a vector, with the floor's help.
+// The offsets of a vector's lanes, with the floor's help.
 template <class T>
-__device__ __forceinline__ void shift_lanes(acc_t<T> (&t)[Vec<T>::size], const Vec<T>& v,
-                                            acc_t<T> m, const Floor<T>& floor,
-                                            const RowScale<T>& scale) {
+__device__ __forceinline__ void lane_offsets(acc_t<T> (&t)[Vec<T>::size], const Vec<T>& v,
+                                             acc_t<T> origin, const Floor<T>& floor,
+                                             const RowScale<T>& scale) {
   if constexpr (sizeof(T) == 2) {
-    unpack(max_lanes(v, floor.lanes), t);
+    Vec<T> floored;
 #pragma unroll
-    for (int j = 0; j < Vec<T>::size; ++j) t[j] -= m;
+    for (int i = 0; i < 4; ++i) floored.word[i] = max_pair<T>(v.word[i], floor.pair);
+    unpack(floored, t);
+#pragma unroll
+    for (int j = 0; j < Vec<T>::size; ++j) t[j] = offset(t[j], origin, scale);
   } else {
     unpack(v, t);
 #pragma unroll
-    for (int j = 0; j < Vec<T>::size; ++j) t[j] = shifted(t[j], m, scale);
+    for (int j = 0; j < Vec<T>::size; ++j) t[j] = floored_offset(t[j], origin, scale);
   }
 }
 
-// exp(t / T) to a few ulp. What the rounding of y = t log2(e)/T lost, t - y ln(2) T, comes back as
-// a first-order term: on a confident row the tail is all there is to the entropy, and |y| 2^-24
-// would be its relative error. kUnit: T is 1, which saves an instruction and no bit.
+// To a few ulp of exp at the offset t. On a confident row the tail is all there is to the entropy:
+// in float32 |t k| 2^-24 would be its relative error. kUnit: T is 1, which saves an instruction and
+// no bit.
 template <bool kUnit, class T>
 __device__ __forceinline__ acc_t<T> exponential(acc_t<T> t, const RowScale<T>& scale) {
   if constexpr (sizeof(T) == 8) {
     return std::exp(t / scale.temperature);
+  } else if constexpr (sizeof(T) == 2) {
+    return exp2_approx<true>(t);
   } else {
-    const float y = mul_rn(t, scale.exp_scale), e = exp2_approx<sizeof(T) == 2>(y);
+    const float y = mul_rn(t, scale.exp_scale), e = exp2_approx<false>(y);
     const float lost = std::fma(-y, scale.residual, t);
     return std::fma(kUnit ? e : mul_rn(e, scale.temperature.inverse), lost, e);
   }
 }
 
-// For gradients: a 16-bit one is rounded to 2^-9 or 2^-12, far more than |y| 2^-24.
-template <class T>
-__device__ __forceinline__ acc_t<T> quick_exponential(acc_t<T> t, const RowScale<T>& scale) {
-  if constexpr (sizeof(T) == 2) {
-    return exp2_approx<true>(mul_rn(t, scale.exp_scale));
-  } else {
-    return exponential<false>(t, scale);
-  }
-}
-
-// exp((a - b) / T), given d, the rounded and clamped a - b. One factor hits a whole partial sum, so
-// that the rounding of d, which single elements average out, is put back.
+// exp at the difference of two origins, given d, the rounded and floored a - b. One factor hits a
+// whole partial sum, so that the rounding of d, which single elements average out, is put back.
 template <class T>
 __device__ __forceinline__ acc_t<T> exponential_of_difference(acc_t<T> a, acc_t<T> b, acc_t<T> d,
                                                               const RowScale<T>& scale) {
-  const acc_t<T> e = exponential<false>(d, scale);
-  const acc_t<T> back = d - a, lost = (a - (d - back)) - (b + back);
-  return e == acc_t<T>(0) ? e : std::fma(mul_rn(e, scale.temperature.inverse), lost, e);
+  using A = acc_t<T>;
+  const A e = exponential<false>(d, scale);
+  const A back = d - a, lost = (a - (d - back)) - (b + back);
+  const A slope = mul_rn(e, sizeof(T) == 2 ? A(kLn2) : scale.temperature.inverse);
+  return e == A(0) ? e : std::fma(slope, lost, e);
 }
 
 // tanh(x / cap); an infinite x over a cap is no NaN.

@@ -1,9 +1,9 @@
-// Statistics of one row of logits. The moments are taken in raw units t = x - m (no temperature);
-// the temperature enters exp(t / T) and then only the row's results.
+// Statistics of one row of logits. The moments are taken over the offsets of row_scale.cuh;
+// `settle` turns them into the row's results.
 //
-// Bit rule. A row is cut into slices (Tiling); thread i of a slice's group takes the elements of
-// vectors i, i + group, ... counted from the start of the row, kUnroll vectors at a time, whatever
-// the row's address. A warp moves its maximum together; warps merge in slice order. The order,
+// Bit rule. A row is cut into slices and a slice into one contiguous share a warp (Tiling); lane l
+// takes vectors l, l + 32, ... of the share, kUnroll at a time, whatever the row's address. A warp
+// moves its maximum together; the warps of a slice merge, then the slices of the row. The order,
 // hence every bit of the moments, depends on V and the element type only and is shared by all
 // kernels; fma and mul_rn leave the compiler no contraction to choose. A misaligned row is read
 // element by element in the same order: slower, equal bits.
@@ -15,14 +15,14 @@
 
 namespace reasonkern {
 
-constexpr int kUnroll = 4;  // vectors a thread takes at a time
+constexpr int kUnroll = 5;  // vectors a lane takes at a time, as many as registers allow
 
 // Elements at the maximum are counted, not summed: on a confident row the sum is 1 and a tail, and
 // added to 1 the tail's small terms would be lost one by one.
 template <class A>
 struct Moments {
   A m, n;  // max x; how many elements are at it
-  A s, u;  // over the other elements: sum e, sum e t with t = x - m and e = exp(t / T)
+  A s, u;  // over the other elements: sum e, sum e t with the offset t and its exponential e
 };
 
 template <class A>
@@ -67,28 +67,33 @@ __device__ __forceinline__ void count_top(FullMoments<A>& a, int index) {
   if (index < a.argmax) a.argmax = index;
 }
 
-// The maximum rises by -d: alpha = exp(d / T).
+// The origin rises by -d: alpha is the exponential of d. The elements at the maximum become as the
+// others: n of offset `top` and exponential e.
 template <class A>
-__device__ __forceinline__ void rescale(Moments<A>& a, A d, A alpha) {
-  const A sum = a.s + a.n;
-  a.u = mul_rn(alpha, std::fma(d, sum, a.u));
+__device__ __forceinline__ void rescale(Moments<A>& a, A d, A alpha, A e, A top) {
+  const A n = mul_rn(a.n, e), sum = a.s + n;
+  a.u = mul_rn(alpha, std::fma(d, sum, std::fma(n, top, a.u)));
   a.s = mul_rn(alpha, sum);
   a.n = A(0);
 }
 template <class A>
-__device__ __forceinline__ void rescale(FullMoments<A>& a, A d, A alpha) {
-  a.w = mul_rn(alpha, std::fma(d, std::fma(d, a.s + a.n, A(2) * a.u), a.w));
-  a.q = mul_rn(mul_rn(alpha, alpha), a.q + a.n);
+__device__ __forceinline__ void rescale(FullMoments<A>& a, A d, A alpha, A e, A top) {
+  const A n = mul_rn(a.n, e), u = std::fma(n, top, a.u);
+  a.w = mul_rn(alpha, std::fma(d, std::fma(d, a.s + n, A(2) * u), std::fma(n * top, top, a.w)));
+  a.q = mul_rn(mul_rn(alpha, alpha), std::fma(n, e, a.q));
   a.argmax = kNoIndex;
-  rescale(static_cast<Moments<A>&>(a), d, alpha);
+  rescale(static_cast<Moments<A>&>(a), d, alpha, e, top);
 }
 
 // While nothing finite was seen (m = -inf) the sums are 0, or s is NaN: nothing to rescale.
 template <class T, class M>
 __device__ __forceinline__ void raise_max(M& a, acc_t<T> m, const RowScale<T>& scale) {
-  if (m > a.m && a.m > -kInfinity<acc_t<T>>) {
-    const acc_t<T> d = shifted(a.m, m, scale);
-    rescale(a, d, exponential_of_difference(a.m, m, d, scale));
+  using A = acc_t<T>;
+  if (m > a.m && a.m > -kInfinity<A>) {
+    const A from = origin(a.m, scale), to = origin(m, scale);
+    const A d = max_nan(from - to, scale.floor), top = offset(a.m, from, scale);
+    const A e = sizeof(T) == 2 ? std::fma(top, A(kLn2), A(1)) : A(1);
+    rescale(a, d, exponential_of_difference(from, to, d, scale), e, top);
   }
   a.m = m;
 }
@@ -108,41 +113,91 @@ __device__ __forceinline__ void join(FullMoments<A>& a, const FullMoments<A>& b)
   if (b.argmax < a.argmax) a.argmax = b.argmax;
 }
 
-template <class T, class M>
-__device__ __forceinline__ M merge(M a, M b, const RowScale<T>& scale) {
-  const acc_t<T> m = std::fmax(a.m, b.m);
-  raise_max(a, m, scale);
-  raise_max(b, m, scale);
-  join(a, b);
-  return a;
-}
-
 template <class A>
-__device__ __forceinline__ A warp_max(A x) {
+__device__ __forceinline__ A warp_max(A x, int width = 32) {
 #pragma unroll
-  for (int offset = 1; offset < 32; offset *= 2) x = std::fmax(x, shuffle_xor(x, offset));
+  for (int offset = 1; offset < 32 && offset < width; offset *= 2)
+    x = std::fmax(x, shuffle_xor(x, offset));
   return x;
 }
 
-// A tile whose elements all lie below the maximum, as most do.
-template <bool kUnit, class T, class M>
-__device__ __forceinline__ void absorb_below(M& a, const Vec<T> (&v)[kUnroll],
-                                             const Floor<T>& floor, const RowScale<T>& scale) {
-  using A = acc_t<T>;
+// The sums of `width` lanes, a power of two, which share their maximum, in every one of them:
+// `join` commutes.
+template <class M>
+__device__ __forceinline__ M join_lanes(M a, int width = 32) {
+#pragma unroll
+  for (int offset = 1; offset < 32 && offset < width; offset *= 2) {
+    const M b = shuffle_xor(a, offset);
+    join(a, b);
+  }
+  return a;
+}
+
+// The same for lanes with maxima of their own: one exponential each, then plain sums. Lanes without
+// elements change no bit.
+template <class M, class T>
+__device__ __forceinline__ M merge_lanes(M a, const RowScale<T>& scale, int width = 32) {
+  raise_max(a, warp_max(a.m, width), scale);
+  return join_lanes(a, width);
+}
+
+// A warp's moments on the way, with what follows from their maximum.
+template <class M, class T>
+struct Running {
+  M sums;
+  acc_t<T> origin;
+  Floor<T> floor;
+};
+template <class M, class T>
+__device__ __forceinline__ void raise_running(Running<M, T>& r, acc_t<T> m,
+                                              const RowScale<T>& scale) {
+  raise_max(r.sums, m, scale);
+  r.origin = origin(m, scale);
+  r.floor = floor_below<T>(m, scale);
+}
+
+// The first `live` vectors of a tile, whose elements all lie below the maximum.
+template <bool kUnit, class M, class T>
+__device__ __forceinline__ void absorb_below(Running<M, T>& r, const Vec<T> (&v)[kUnroll], int live,
+                                             const RowScale<T>& scale) {
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
-    A t[Vec<T>::size];
-    shift_lanes(t, v[i], a.m, floor, scale);
+    if (i >= live) break;
+    acc_t<T> t[Vec<T>::size];
+    lane_offsets(t, v[i], r.origin, r.floor, scale);
 #pragma unroll
-    for (int j = 0; j < Vec<T>::size; ++j) add(a, exponential<kUnit>(t[j], scale), t[j]);
+    for (int j = 0; j < Vec<T>::size; ++j) add(r.sums, exponential<kUnit>(t[j], scale), t[j]);
   }
 }
 
-// Any other tile: with elements at the maximum, soft-capped, or where no floor is usable. Not
-// unrolled, vectors move up instead: it is taken a few times a row and must cost no registers.
+// Counts the elements at the maximum and leaves -inf in their place.
 template <class T, class M>
-__device__ __forceinline__ void absorb_any(M& a, Vec<T> (&v)[kUnroll], const RowScale<T>& scale,
-                                           int index, int step) {
+__device__ __forceinline__ void take_out_top(M& a, Vec<T>& v, int index) {
+  const T top = from_acc<T>(a.m), low = from_acc<T>(-kInfinity<acc_t<T>>);
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i, index += 2) {
+      const std::uint32_t mask = equal_pair<T>(v.word[i], pair_of(top));
+      if (mask == 0) continue;
+      if (mask & 0xffffu) count_top(a, index);
+      if (mask >> 16) count_top(a, index + 1);
+      v.word[i] = (v.word[i] & ~mask) | (pair_of(low) & mask);
+    }
+  } else {
+    v = make_vec<T>([&](int j) {
+      const T x = get_lane(v, j);
+      if (x != top) return x;
+      count_top(a, index + j);
+      return low;
+    });
+  }
+}
+
+// Tiles that are soft-capped, or for which no floor is usable. Not unrolled, vectors move up
+// instead: it must cost the others no registers.
+template <class M, class T>
+__device__ __forceinline__ void absorb_any(Running<M, T>& r, Vec<T> (&v)[kUnroll],
+                                           const RowScale<T>& scale, int index, int step) {
   using A = acc_t<T>;
   constexpr int N = Vec<T>::size;
 #pragma unroll 1
@@ -152,89 +207,146 @@ __device__ __forceinline__ void absorb_any(M& a, Vec<T> (&v)[kUnroll], const Row
     if (scale.softcap.value != A(0)) soft_cap(x, scale.softcap);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
-      if (x[j] == a.m) {
+      if (x[j] == r.sums.m) {
         x[j] = -kInfinity<A>;
-        count_top(a, index + j);
+        count_top(r.sums, index + j);
       }
-      const A t = shifted(x[j], a.m, scale);
-      add(a, exponential<false>(t, scale), t);
+      const A t = floored_offset(x[j], r.origin, scale);
+      add(r.sums, exponential<false>(t, scale), t);
     }
 #pragma unroll
     for (int k = 1; k < kUnroll; ++k) v[k - 1] = v[k];
   }
 }
 
-// Adds kUnroll vectors per lane, which it may use up; vector i starts at row position index + i *
-// step. Called by whole warps, whose lanes share a.m.
-template <class T, class M>
-__device__ __forceinline__ void absorb(M& a, Vec<T> (&v)[kUnroll], const RowScale<T>& scale,
-                                       int index, int step) {
+// Raises the warp's maximum to the tile's and takes out the elements at it, so that the others lie
+// below; false: the tile was dealt with here.
+template <class M, class T>
+__device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll],
+                                          const Top<T> (&tops)[kUnroll], acc_t<T> highest,
+                                          const RowScale<T>& scale, int index, int step) {
   using A = acc_t<T>;
-  Vec<T> top = v[0];
-#pragma unroll
-  for (int i = 1; i < kUnroll; ++i) top = max_lanes(top, v[i]);
-  A highest = highest_lane(top);  // NaN if any element is
-  const Floor<T> floor = floor_below<T>(a.m, scale);
-  if (all_lanes(highest < a.m && floor.usable)) {
-    if (scale.temperature.value == A(1)) {
-      absorb_below<true>(a, v, floor, scale);
-    } else {
-      absorb_below<false>(a, v, floor, scale);
-    }
-    return;
-  }
   if (scale.softcap.value != A(0)) highest = soft_capped(highest, scale.softcap);
   const A warp_highest = warp_max(highest);
-  if (warp_highest > a.m) raise_max(a, warp_highest, scale);
-  if (a.m > -kInfinity<A>) {
-    absorb_any(a, v, scale, index, step);
-  } else if (highest != highest) {
-    a.s = highest;  // nothing finite so far: no sum moves, but fmax passed over the NaN
+  if (warp_highest > r.sums.m) raise_running(r, warp_highest, scale);
+  if (!(r.sums.m > -kInfinity<A>)) {
+    if (highest != highest) r.sums.s = highest;  // no sum moves, but warp_max passed over the NaN
+    return false;
+  }
+  if (!r.floor.usable) {
+    absorb_any(r, v, scale, index, step);
+    return false;
+  }
+  const T top = from_acc<T>(r.sums.m);
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) {
+    // Where a NaN hides a maximum beside it the sums become NaN anyway.
+    if (top_is<T>(tops[i], top)) take_out_top(r.sums, v[i], index + i * step);
+  }
+  return true;
+}
+
+// Adds kUnroll vectors per lane, which it may use up, the first `live` of which are not all
+// padding; vector i starts at row position index + i * step. Called by whole warps, whose lanes
+// share the maximum and `live`.
+template <class M, class T>
+__device__ __forceinline__ void absorb(Running<M, T>& r, Vec<T> (&v)[kUnroll], int live,
+                                       const RowScale<T>& scale, int index, int step) {
+  Top<T> tops[kUnroll], top;
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) {
+    tops[i] = top_of(v[i]);
+    top = i == 0 ? tops[0] : higher<T>(top, tops[i]);
+  }
+  const acc_t<T> highest = top_value<T>(top);  // NaN if any element is
+  if (!all_lanes(highest < r.sums.m && r.floor.usable) &&
+      !lay_below(r, v, tops, highest, scale, index, step)) {
+    return;
+  }
+  if (sizeof(T) == 2 || scale.temperature.value == acc_t<T>(1)) {
+    absorb_below<true>(r, v, live, scale);
+  } else {
+    absorb_below<false>(r, v, live, scale);
   }
 }
 
-// The lanes' sums, which share their maximum.
-template <class M>
-__device__ __forceinline__ M warp_join(M a) {
-  return warp_reduce(a, [](M x, M y) {
-    join(x, y);
-    return x;
-  });
+// The moments of the calling warp's share of a slice in every lane. load(v, at, step) fills v with
+// the vectors at positions at, at + step, ... of the share.
+template <class M, class T, class Load>
+__device__ __forceinline__ M share_moments(Slice share, const RowScale<T>& scale, Load load) {
+  constexpr int N = Vec<T>::size, step = 32 * N;
+  const int lane = threadIdx.x % 32;
+  Running<M, T> r;
+  clear(r.sums);
+  r.origin = r.sums.m;
+  r.floor = floor_below<T>(r.sums.m, scale);
+  for (int at = 0; at < share.n; at += kUnroll * step) {
+    Vec<T> v[kUnroll];
+    load(v, at + lane * N, step);
+    absorb(r, v, (share.n - at + step - 1) / step, scale, share.begin + at + lane * N, step);
+  }
+  return join_lanes(r.sums);
 }
 
 // Warp partials of the slices of a row, one block; groups of threads take the slices in turn.
 template <Reuse reuse, class M, class T>
 __device__ __forceinline__ void sweep_moments(M* parts, const T* row, int64_t vocab,
                                               const Tiling& tiling, const RowScale<T>& scale) {
-  constexpr int N = Vec<T>::size;
-  const int group = tiling.group, thread = threadIdx.x % group, step = group * N;
+  const int warps = tiling.group / 32, groups = blockDim.x / tiling.group;
+  const int group = threadIdx.x / tiling.group, warp = threadIdx.x / 32 % warps;
   const bool aligned = is_aligned(row);
-  for (int k = threadIdx.x / group; k < tiling.slices; k += blockDim.x / group) {
-    const Slice slice = slice_of(tiling, vocab, k);
-    const T* p = row + slice.begin;
-    M a;
-    clear(a);
-    for (int tile = 0; tile < slice.n; tile += kUnroll * step) {
-      const int at = tile + thread * N;
-      Vec<T> v[kUnroll];
-      load_vectors<reuse>(v, p, slice.n, aligned, at, step);
-      absorb(a, v, scale, slice.begin + at, step);
-    }
-    a = warp_join(a);
-    if (threadIdx.x % 32 == 0) parts[(k * group + thread) / 32] = a;
+  for (int k = group; k < tiling.slices; k += groups) {
+    const Slice share = share_of(slice_of(tiling, vocab, k), tiling, warp);
+    const M a = share_moments<M>(share, scale, [&](Vec<T>(&v)[kUnroll], int at, int step) {
+      load_vectors<reuse>(v, row + share.begin, share.n, aligned, at, step);
+    });
+    if (threadIdx.x % 32 == 0) parts[k * warps + warp] = a;
   }
 }
 
-// The row's moments in every lane of the calling warp; part(i) is warp partial i in slice order.
-template <class M, class T, class Part>
-__device__ __forceinline__ M merge_parts(int count, const RowScale<T>& scale, Part part) {
+// parts[lane] for lanes below `count`, else nothing.
+template <class M>
+__device__ __forceinline__ M lane_part(const M* parts, int count) {
   M a;
   clear(a);
-  for (int i = threadIdx.x % 32; i < count; i += 32) a = merge(a, part(i), scale);
-  return warp_reduce(a, [&](M x, M y) { return merge(x, y, scale); });
+  const int lane = threadIdx.x % 32;
+  if (lane < count) a = parts[lane];
+  return a;
+}
+
+// The row's moments in every lane of the calling warp, from the partials of all its warps: those of
+// a slice merge first, several slices at a time.
+template <class M, class T>
+__device__ __forceinline__ M merge_row(const M* parts, const Tiling& tiling,
+                                       const RowScale<T>& scale) {
+  const int warps = tiling.group / 32, at_once = 32 / warps, lane = threadIdx.x % 32;
+  M slices;  // slice k in lane k
+  clear(slices);
+  for (int first = 0; first < tiling.slices; first += at_once) {
+    const int left = min(tiling.slices - first, at_once);
+    const M a = merge_lanes(lane_part(parts + first * warps, left * warps), scale, warps);
+    const M slice = shuffle_from(a, (lane - first) * warps & 31);
+    if (lane >= first && lane < first + left) slices = slice;
+  }
+  return merge_lanes(slices, scale);
 }
 
 // ---- results
+
+// `settle` for sums: k is log2(e) / T but for its rounding, which changes the exponential of a t
+// far below the maximum as it changes t; the mean t stands for all, for on a row where it matters
+// the others lie close together, in the tail.
+template <class A, class T>
+__device__ __forceinline__ Settle<T, A> settle(const Moments<acc_t<T>>& a,
+                                               const RowScale<T>& scale) {
+  Settle<T, A> to = settle<A>(a.m, scale);
+  if constexpr (sizeof(T) == 2) {
+    constexpr float high = float(kLog2e), low = float(kLog2e - high);
+    const float k_error = std::fma(scale.exp_scale, scale.temperature.value, -high) - low;
+    if (a.s > 0.0f) to.factor *= std::fma(A(-k_error * float(kLn2 * kLn2)), A(a.u) / A(a.s), A(1));
+  }
+  return to;
+}
 
 template <class A>
 struct RowStats {
@@ -251,8 +363,10 @@ __device__ __forceinline__ RowStats<acc_t<T>> row_stats(const Moments<acc_t<T>>&
     const A nan = std::numeric_limits<A>::quiet_NaN();
     return {nan, nan, nan, nan, false};
   }
-  const A sum = a.s + a.n, mean = a.u / sum / scale.temperature.value;
-  const A log_sum = std::log1p(a.s + (a.n - A(1)));
+  const auto to = settle<A>(a, scale);
+  const A s = a.s * to.factor, u = std::fma(-to.shift, a.s, a.u) * to.factor, sum = s + a.n;
+  const A mean = sizeof(T) == 2 ? u / sum * to.unit : u / sum / scale.temperature.value;
+  const A log_sum = std::log1p(s + (a.n - A(1)));
   return {(x_y - a.m) / scale.temperature.value - log_sum, log_sum - mean, log_sum, A(1) / sum,
           true};
 }

@@ -26,7 +26,7 @@ void dispatch(const Tensor& x, const char* name, const Body& body) {
 void check_rows(const Tensor& x, const char* name, int64_t dim) {
   STD_TORCH_CHECK(x.dim() == dim, name, ": expected ", dim, " dimensions, got shape ",
                   shape_text(x.sizes()));
-  STD_TORCH_CHECK(x.size(dim - 1) <= 1 || x.stride(dim - 1) == 1, name,
+  STD_TORCH_CHECK(x.numel() == 0 || x.size(dim - 1) <= 1 || x.stride(dim - 1) == 1, name,
                   ": expected a contiguous last dimension, got strides ", shape_text(x.strides()));
 }
 

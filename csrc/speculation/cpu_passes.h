@@ -47,6 +47,12 @@ struct Choice {
     best.offer(noise::add(value, noise::gumbel_of(word)), token);
   }
 
+  // Below this logit no token is kept, or none weighs anything in a sum over the law.
+  float least_weight(double negligible) const {
+    const float least = std::max(cut.value, top - float(negligible)) * temperature;
+    return least - 1e-6f * std::fabs(least) - 1e-30f * std::max(1.0f, temperature);
+  }
+
   // What rounding can add to a perturbed value, to its bounds, and to z times 1/T.
   static float slack(float best) { return 2e-3f + 1e-6f * std::fabs(best); }
 
@@ -73,62 +79,24 @@ struct ExpSum {
 
 inline float float_of_bits(uint32_t bits) { return noise::float_of(bits); }
 
+// So far below the top, 2^22 tokens add less than 2^-40 to sums over a law.
+constexpr double kNegligible = 48;
+
 struct RowPasses {
   void (*widen_bf16)(const BFloat16* x, int64_t n, float* out);
   void (*widen_fp16)(const Half* x, int64_t n, float* out);
   bool (*tile_maxima)(const float* x, int64_t n, float* maxima, ExpSum* sum);
   int64_t (*collect)(const float* x, int64_t n, const float* maxima, float least, int32_t* ids);
   int64_t (*sum_of_masses)(const float* x, int64_t n, int64_t first, const Choice&);
+  void (*tile_moments)(const float* x, float top, double* s, double* u);
+  void (*kept_moments)(const float* x, int64_t n, const float* maxima, int64_t first, const Choice&,
+                       double* s, double* u);
   void (*choose)(const float* x, int64_t n, const float* maxima, int64_t first, const Choice&,
                  Best& best);
 };
 
-namespace baseline {
-#define RK_SIMD 0
-#include "../common/simd.h"
-#include "../common/simd_math.h"
-#include "cpu_row_simd.h"
-#undef RK_SIMD
-}  // namespace baseline
-
-#if defined(__x86_64__)
-
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-namespace v3 {
-#define RK_SIMD 3
-#include "../common/simd.h"
-#include "../common/simd_math.h"
-#include "cpu_row_simd.h"
-#undef RK_SIMD
-}  // namespace v3
-#if defined(__clang__)
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), \
-                             apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
-namespace v4 {
-#define RK_SIMD 4
-#include "../common/simd.h"
-#include "../common/simd_math.h"
-#include "cpu_row_simd.h"
-#undef RK_SIMD
-}  // namespace v4
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-#endif  // __x86_64__
+#define RK_KERNELS "../speculation/cpu_row_simd.h"
+#include "../common/each_capability.h"
 
 inline const RowPasses& passes() {
   static const RowPasses chosen = [] {

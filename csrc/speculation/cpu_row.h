@@ -1,4 +1,5 @@
-// A row of logits on the CPU: its statistics, what the filters keep of it, and draws from it.
+// A row of logits on the CPU: single logits changed, its statistics, what the filters keep of it,
+// and draws from it.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +27,16 @@ struct RequestFilters {
   float top_p, min_p;
 };
 
-// Buffers are kept from row to row; one instance per thread.
+// Sums over a law's tokens, d = x - top: s = sum exp(d), u = sum exp(d) d.
+struct Moments {
+  double top, s, u;
+
+  double entropy() const { return std::log(s) - u / s; }
+  double log_probability(float x) const { return double(x) - top - std::log(s); }
+};
+
+// Buffers are kept from row to row; one instance per thread. Tiles are where the caller, or a
+// buffer of ours, has them: a changed logit moves one tile, not the row.
 class Row {
  public:
   // `with_sum`: statistics will be asked for.
@@ -47,7 +57,7 @@ class Row {
     std::vector<float>& out = masked_;
     out.resize(padded(vocab_));
     for (int64_t v = 0; v < vocab_; ++v) {
-      out[v] = uint32_t(words[v / 32]) >> (v % 32) & 1 ? at(v) : -kInf;
+      out[v] = uint32_t(words[v / 32]) >> (v % 32) & 1 ? logit(v) : -kInf;
     }
     std::fill(out.begin() + vocab_, out.end(), -kInf);
     set(out.data(), vocab_, false, false);
@@ -69,6 +79,79 @@ class Row {
     *lse = float(double(top_) + std::log(sum_.value));
   }
 
+  // Of the whole row at temperature 1. Tiles far below the top weigh nothing and are not read.
+  bool moments(Moments& m) {
+    m = {double(top_), 0, 0};
+    if (!sound_ || top_ == -kInf) return false;
+    sums_.resize(tiles_.size(), 0);
+    products_.resize(tiles_.size());
+    for (size_t t = 0; t < tiles_.size(); ++t) {
+      const double d = double(maxima_[t]) - m.top;
+      if (!(d > -kNegligible)) continue;
+      if (sums_[t] == 0) passes().tile_moments(tiles_[t], maxima_[t], &sums_[t], &products_[t]);
+      const double scale = std::exp(d);
+      m.s += scale * sums_[t];
+      m.u += scale * (products_[t] + d * sums_[t]);
+    }
+    return true;
+  }
+
+  // -(1/k) sum log p over the k largest logits, fewer where fewer are finite.
+  double confidence(const Moments& m, int k) {
+    gather(largest_tile(k));
+    auto last = candidates_.end();
+    if (int64_t(candidates_.size()) > k) {
+      last = candidates_.begin() + k;
+      std::nth_element(candidates_.begin(), last, candidates_.end(), before);
+    }
+    double sum = 0;
+    int64_t count = 0;
+    for (auto c = candidates_.begin(); c != last; ++c) {
+      if (c->value > -kInf) sum += m.log_probability(c->value), ++count;
+    }
+    return (0 - sum) / double(count);
+  }
+
+  // After `filter`: entropy of the law that `choose` draws from.
+  double kept_entropy() const {
+    if (temperature_ == 0) return 0;
+    const Choice c = draw(NoiseKey(0, 0, 0), nullptr, 0);
+    Moments m{double(top_value_), 0, 0};
+    each_part([&](const Part& p) {
+      passes().kept_moments(p.x, p.n, maxima_of(p), p.first, c, &m.s, &m.u);
+    });
+    return m.entropy();
+  }
+
+  // ---- single logits, before `filter`: `write` as many as there are, then `refresh`
+
+  float logit(int64_t v) const { return tiles_[v / kTile][v % kTile]; }
+  bool is_sound() const { return sound_ && top_ > -kInf; }
+  int64_t vocab() const { return vocab_; }
+
+  void write(int64_t v, float logit) {
+    const int64_t t = v / kTile;
+    edited_.resize(std::max<size_t>(edited_.size(), padded(vocab_)));
+    float* own = edited_.data() + t * kTile;
+    if (tiles_[t] != own) {
+      std::copy(tiles_[t], tiles_[t] + kTile, own);
+      tiles_[t] = own;
+    }
+    if (stale_.empty() || stale_.back() != t) stale_.push_back(t);
+    own[v % kTile] = logit;
+  }
+
+  void refresh() {
+    if (stale_.empty()) return;
+    for (const int64_t t : stale_) {
+      sound_ &= passes().tile_maxima(tiles_[t], kTile, &maxima_[t], nullptr);
+      if (!sums_.empty()) sums_[t] = 0;
+    }
+    stale_.clear();
+    if (!sound_) measure(nullptr);  // what made it bad may be gone
+    top_ = *std::max_element(maxima_.begin(), maxima_.end());
+  }
+
   // Temperature and filters; false: the row is bad, use `fallback`.
   bool filter(const RequestFilters& f) {
     temperature_ = f.temperature;
@@ -85,14 +168,14 @@ class Row {
   int64_t argmax() const {
     const int64_t tile = std::find(maxima_.begin(), maxima_.end(), top_) - maxima_.begin();
     int64_t v = tile * kTile;
-    while (at(v) != top_) ++v;
+    while (logit(v) != top_) ++v;
     return v;
   }
 
   int64_t fallback() const {
     Best best{-kInf, -1};
     for (int64_t v = 0; v < vocab_; ++v) {
-      if (std::isfinite(at(v))) best.offer(at(v), int(v));
+      if (std::isfinite(logit(v))) best.offer(logit(v), int(v));
     }
     return best.id;
   }
@@ -100,7 +183,7 @@ class Row {
   // The largest value plus noise of the given stream. `skip` are tokens that `best` accounts for.
   int64_t choose(const NoiseKey& key, const int64_t* skip, int skip_count, Best best) const {
     if (temperature_ == 0) return argmax();
-    const Choice c{temperature_, top_value_, cut_, key, skip, skip_count};
+    const Choice c = draw(key, skip, skip_count);
     const int64_t likely = argmax();
     c.offer(top_, noise_word(key.seed, key.position, key.stream, uint32_t(likely)), int(likely),
             best);
@@ -110,7 +193,7 @@ class Row {
 
   // Mass of all kept tokens.
   int64_t total_mass() const {
-    const Choice c{temperature_, top_value_, cut_, NoiseKey(0, 0, 0), nullptr, 0};
+    const Choice c = draw(NoiseKey(0, 0, 0), nullptr, 0);
     int64_t total = 0;
     each_part([&](const Part& p) { total += passes().sum_of_masses(p.x, p.n, p.first, c); });
     return total;
@@ -119,14 +202,14 @@ class Row {
   // Mass of a token, 0 where it is not kept.
   int64_t mass(int64_t token) const {
     if (token < 0 || token >= vocab_) return 0;
-    const float value = noise::divide(at(token), temperature_);
+    const float value = noise::divide(logit(token), temperature_);
     return cut_.keeps(value, int(token)) ? mass_of(value, top_value_) : 0;
   }
 
   float top_value() const { return top_value_; }
 
  private:
-  // Whole tiles of the row: memory of the caller, and a padded copy of what is left over.
+  // Tiles that are neighbours in memory.
   struct Part {
     const float* x;
     int64_t n, first;
@@ -136,16 +219,17 @@ class Row {
   static void widen(const Half* x, int64_t n, float* out) { passes().widen_fp16(x, n, out); }
   static void widen(const double* x, int64_t n, float* out) { std::copy(x, x + n, out); }
 
-  static int64_t padded(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
-
-  float at(int64_t v) const {
-    return v < parts_[0].n ? parts_[0].x[v] : parts_[1].x[v - parts_[1].first];
+  Choice draw(const NoiseKey& key, const int64_t* skip, int skip_count) const {
+    return {temperature_, top_value_, cut_, key, skip, skip_count};
   }
+
+  static int64_t padded(int64_t n) { return (n + kTile - 1) / kTile * kTile; }
 
   template <class Body>
   void each_part(const Body& body) const {
-    for (const Part& p : parts_) {
-      if (p.n > 0) body(p);
+    for (size_t first = 0, t = 0; first < tiles_.size(); first = t) {
+      for (t = first + 1; t < tiles_.size() && tiles_[t] == tiles_[t - 1] + kTile;) ++t;
+      body(Part{tiles_[first], int64_t(t - first) * kTile, int64_t(first) * kTile});
     }
   }
 
@@ -154,21 +238,25 @@ class Row {
   void set(const float* x, int64_t vocab, bool borrowed, bool with_sum) {
     vocab_ = vocab;
     const int64_t whole = borrowed ? vocab / kTile * kTile : padded(vocab);
-    parts_[0] = {x, whole, 0};
-    parts_[1] = {nullptr, 0, whole};
+    tiles_.resize(padded(vocab) / kTile);
+    for (int64_t t = 0; t < whole / kTile; ++t) tiles_[t] = x + t * kTile;
     if (whole < vocab) {
       rest_.assign(kTile, -kInf);
       std::copy(x + whole, x + vocab, rest_.begin());
-      parts_[1] = {rest_.data(), kTile, whole};
+      tiles_.back() = rest_.data();
     }
-    maxima_.resize(padded(vocab) / kTile);
-    sound_ = true;
+    maxima_.resize(tiles_.size());
+    sums_.clear();
     sum_ = ExpSum();
-    each_part([&](const Part& p) {
-      sound_ &= passes().tile_maxima(p.x, p.n, maxima_.data() + p.first / kTile,
-                                     with_sum ? &sum_ : nullptr);
-    });
+    measure(with_sum ? &sum_ : nullptr);
     top_ = *std::max_element(maxima_.begin(), maxima_.end());
+  }
+
+  void measure(ExpSum* sum) {
+    sound_ = true;
+    each_part([&](const Part& p) {
+      sound_ &= passes().tile_maxima(p.x, p.n, maxima_.data() + p.first / kTile, sum);
+    });
   }
 
   // The k-th largest maximum of a tile: k tokens at least are not below it.
@@ -236,12 +324,14 @@ class Row {
   }
 
   int64_t vocab_ = 0;
-  Part parts_[2] = {};
+  std::vector<const float*> tiles_;
   float top_ = 0, temperature_ = 0, top_value_ = 0;
   bool sound_ = false;
   ExpSum sum_;
   Cut cut_ = {-kInf, kLastId};
-  std::vector<float> copy_, masked_, rest_, maxima_, order_;
+  std::vector<float> copy_, masked_, rest_, edited_, maxima_, order_;
+  std::vector<double> sums_, products_;  // of a tile's Moments; a sum of 0 is not known yet
+  std::vector<int64_t> stale_;           // tiles with changed logits
   std::vector<int32_t> ids_;
   std::vector<Candidate> candidates_;
 };

@@ -171,6 +171,67 @@ static int64_t sum_of_masses(const float* x, int64_t n, int64_t first, const Cho
   return total;
 }
 
+// Sums of exp(d) and exp(d) d, times kExpScale, lane by lane.
+struct MomentSums {
+  F s[kGroup] = {}, u[kGroup] = {};
+
+  RK_INLINE void add(const F (&d)[kGroup], const F (&e)[kGroup]) {
+    RK_EACH s[k] = s[k] + e[k];
+    RK_EACH u[k] = fma(e[k], d[k], u[k]);
+  }
+
+  RK_INLINE void add_to(double* sum, double* product) const {
+    *sum += sum_lanes((s[0] + s[1]) + (s[2] + s[3])) * (1.0 / double(kExpScale));
+    *product += sum_lanes((u[0] + u[1]) + (u[2] + u[3])) * (1.0 / double(kExpScale));
+  }
+};
+
+// Moments of a tile whose largest value is `top`.
+static void tile_moments(const float* x, float top, double* s, double* u) {
+  MomentSums sums;
+  for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
+    F d[kGroup], e[kGroup];
+    load(x + i, d);
+    RK_EACH d[k] = max(splat(kExpZero), d[k] - splat(top));
+    scaled_exp(d, e);
+    sums.add(d, e);
+  }
+  *s = *u = 0;
+  sums.add_to(s, u);
+}
+
+// Adds the moments of the kept tokens; x has n tokens from `first` on. Tiles that hold none, or
+// none with a weight, are not read.
+static void kept_moments(const float* x, int64_t n, const float* maxima, int64_t first,
+                         const Choice& c, double* s, double* u) {
+  const float lowest = c.least_weight(kNegligible);
+  const F temperature = splat(c.temperature), top = splat(c.top), bound = splat(c.cut.value);
+  const I last = I{} + c.cut.id;
+  I lanes;
+  for (int lane = 0; lane < kLanes; ++lane) lanes[lane] = lane;
+  for (int64_t at = 0; at < n; at += kTile) {
+    if (maxima[at / kTile] < lowest) continue;
+    MomentSums sums;
+    for (int64_t i = at; i < at + kTile; i += kGroup * kLanes) {
+      F d[kGroup], e[kGroup];
+      I live[kGroup];
+      load(x + i, d);
+      RK_EACH live[k] = d[k] >= splat(lowest);
+      if (!any((live[0] | live[1]) | (live[2] | live[3]))) continue;
+      RK_EACH d[k] = d[k] / temperature;
+      RK_EACH {
+        const I ids = lanes + int32_t(first + i + k * kLanes);
+        live[k] = (d[k] > bound) | ((d[k] == bound) & (ids <= last));
+      }
+      RK_EACH d[k] = max(splat(kExpZero), d[k] - top);
+      scaled_exp(d, e);
+      RK_EACH e[k] = F(U(e[k]) & U(live[k]));
+      sums.add(d, e);
+    }
+    sums.add_to(s, u);
+  }
+}
+
 // ---- noise of 4 * kLanes tokens at a time
 
 typedef uint64_t W __attribute__((vector_size(sizeof(U))));
@@ -307,5 +368,6 @@ static void choose(const float* x, int64_t n, const float* maxima, int64_t first
 }
 
 static RowPasses row_passes() {
-  return {widen_bf16, widen_fp16, tile_maxima, collect, sum_of_masses, choose};
+  return {widen_bf16,    widen_fp16,   tile_maxima,  collect,
+          sum_of_masses, tile_moments, kept_moments, choose};
 }

@@ -101,5 +101,7 @@ STABLE_TORCH_LIBRARY_IMPL(reasonkern, CPU, m) {
   using Ops = reasonkern::VerifyOperators<reasonkern::cpu::CpuBackend>;
   m.impl("sample", TORCH_BOX(&Ops::sample));
   m.impl("verify_tree", TORCH_BOX(&Ops::verify_tree));
+  m.impl("sample_controlled", TORCH_BOX(&Ops::sample_controlled));
+  m.impl("verify_controlled", TORCH_BOX(&Ops::verify_controlled));
   m.impl("compact_kv_", TORCH_BOX(&Ops::compact_kv_));
 }

@@ -1,7 +1,7 @@
 // One request on the CPU: its sample, or its walk down the tree.
 #pragma once
 
-#include "cpu_row.h"
+#include "cpu_control.h"
 #include "rejection.h"
 
 namespace reasonkern {
@@ -22,13 +22,38 @@ inline void apply_mask(Row& row, const LogitRows& rows, int64_t b, int64_t node)
   }
 }
 
+// Before mask and control.
+inline void write_raw_statistics(const StatisticsParams& s, Row& row, int64_t out) {
+  if (s.entropy_raw == nullptr) return;
+  Moments m;
+  s.entropy_raw[out] = row.moments(m) ? float(m.entropy()) : -kInf;
+}
+
+// After the choice. A bad row has no law.
+inline void write_law_statistics(const StatisticsParams& s, Row& row, const Outcome& chosen,
+                                 const Slot& slot, int64_t out) {
+  if (s.entropy_raw == nullptr) return;
+  Moments m;
+  const bool law = !chosen.bad && row.moments(m);
+  s.logprob[out] = law ? float(m.log_probability(row.logit(chosen.token))) : -kInf;
+  s.entropy[out] = law ? float(row.kept_entropy()) : -kInf;
+  s.confidence[out] = law ? float(row.confidence(m, kConfidenceTokens)) : -kInf;
+  s.max_prob[out] = law ? float(1 / m.s) : -kInf;
+  s.trigger[out] = slot.triggers(s.entropy[out]);
+}
+
 template <class E>
 void sample_request(const SampleParams& p, Row& row, int64_t b) {
+  const Slot slot(p.control, b);
   row.load(row_pointer<E>(p.rows, b, 0), p.rows.vocab, false);
+  write_raw_statistics(p.statistics, row, b);
   apply_mask(row, p.rows, b, 0);
+  slot.control(row, p.requests.temperature[b]);
   const NoiseKey key(p.requests.seed[b], p.requests.position[b], kTarget);
-  p.token[b] = row.filter(filters_of(p.requests, b)) ? row.choose(key, nullptr, 0, {-kInf, -1})
-                                                     : row.fallback();
+  const bool sound = row.filter(filters_of(p.requests, b));
+  const Outcome chosen{sound ? row.choose(key, nullptr, 0, {-kInf, -1}) : row.fallback(), !sound};
+  p.token[b] = chosen.token;
+  write_law_statistics(p.statistics, row, chosen, slot, b);
 }
 
 struct Children {
@@ -75,8 +100,9 @@ inline int64_t choose_by_rejection(const VerifyParams& p, const Row& row, const 
   return row.choose(key, law.ids, law.patched ? p.entry : 0, best);
 }
 
-inline Outcome choose_token(const VerifyParams& p, Row& row, const Place& at) {
+inline Outcome choose_token(const VerifyParams& p, Row& row, const Slot& slot, const Place& at) {
   apply_mask(row, p.rows, at.b, at.node);
+  slot.control(row, p.requests.temperature[at.b]);
   if (!row.filter(filters_of(p.requests, at.b))) return {row.fallback(), true};
   if (p.q_ids != nullptr && p.requests.temperature[at.b] != 0) {
     return {choose_by_rejection(p, row, at), false};
@@ -108,6 +134,11 @@ inline void clear_outputs(const VerifyParams& p, int64_t b, int first) {
   std::fill_n(p.lse + row, rows, -kInf);
   std::fill_n(p.topk_ids + row * p.topk, rows * p.topk, int64_t{-1});
   std::fill_n(p.topk_logits + row * p.topk, rows * p.topk, -kInf);
+  for (float* x : {p.statistics.logprob, p.statistics.entropy, p.statistics.entropy_raw,
+                   p.statistics.confidence, p.statistics.max_prob}) {
+    if (x != nullptr) std::fill_n(x + row, rows, -kInf);
+  }
+  if (p.statistics.trigger != nullptr) std::fill_n(p.statistics.trigger + row, rows, false);
   if (first == 0) p.path[row] = 0;
 }
 
@@ -117,14 +148,20 @@ void verify_request(const VerifyParams& p, Row& row, int64_t b) {
   const int64_t limit = p.max_length != nullptr ? p.max_length[b] : p.depth + 1;
   int32_t status = 0;
   int length = 0;
+  Slot slot(p.control, b);
   Place at{b, 0, 0};
   while (active && length < limit && at.node >= 0 && at.depth <= p.depth) {
     row.load(row_pointer<E>(p.rows, b, at.node), p.rows.vocab, true);
     const int64_t out = b * (p.depth + 1) + at.depth;
     row.statistics(p.topk, p.topk_ids + out * p.topk, p.topk_logits + out * p.topk, p.lse + out);
-    const Outcome outcome = choose_token(p, row, at);
+    write_raw_statistics(p.statistics, row, out);
+    const Outcome outcome = choose_token(p, row, slot, at);
     if (outcome.bad) status |= kBadRow;
     if (outcome.token < 0) break;
+    write_law_statistics(p.statistics, row, outcome, slot, out);
+    const bool known = p.statistics.entropy != nullptr;
+    slot.commit(outcome.token, known ? p.statistics.entropy[out] : -kInf,
+                known ? p.statistics.confidence[out] : -kInf);
     p.out_tokens[out] = outcome.token;
     p.path[out] = at.node;
     ++length;

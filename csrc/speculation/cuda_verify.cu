@@ -1,43 +1,12 @@
 // CUDA operators of verification: one launch per call.
 #include <numeric>
 
-#include "../common/stream.h"
+#include "team_launch.cuh"
 #include "verify_kernels.cuh"
-#include "verify_launch.h"
 #include "verify_operators.h"
 
 namespace reasonkern {
 namespace {
-
-template <class E>
-struct Element {
-  using type = E;
-};
-
-template <class Body>
-void dispatch_element(ElementType type, const Body& body) {
-  switch (type) {
-    case ElementType::kFloat32:
-      return body(Element<float>());
-    case ElementType::kBFloat16:
-      return body(Element<bf16>());
-    case ElementType::kFloat16:
-      return body(Element<fp16>());
-    case ElementType::kFloat64:
-      return body(Element<double>());
-  }
-}
-
-template <class Params>
-void launch_teams(void (*kernel)(Params), const Params& p, int32_t device) {
-  const LaunchScope scope(device);
-  const int arch = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                   device_attribute(cudaDevAttrComputeCapabilityMinor, device);
-  const int units = device_attribute(cudaDevAttrMultiProcessorCount, device);
-  const unsigned blocks = team_blocks(p.rows.batch, units, arch);
-  const unsigned grid = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20) * blocks;
-  launch(kernel, grid, kTeamThreads, blocks, sizeof(TeamShared), scope.stream, p);
-}
 
 template <class Word>
 void launch_compact(const CompactParams& p, int32_t device) {
@@ -51,13 +20,15 @@ void launch_compact(const CompactParams& p, int32_t device) {
 struct CudaBackend {
   static void sample(ElementType type, const SampleParams& p, int32_t device) {
     dispatch_element(type, [&](auto element) {
-      launch_teams(sample_kernel<typename decltype(element)::type>, p, device);
+      using E = typename decltype(element)::type;
+      launch_teams(sample_kernel<E>, sizeof(TeamShared), p, device);
     });
   }
 
   static void verify(ElementType type, const VerifyParams& p, int32_t device) {
     dispatch_element(type, [&](auto element) {
-      launch_teams(verify_kernel<typename decltype(element)::type>, p, device);
+      using E = typename decltype(element)::type;
+      launch_teams(verify_kernel<E>, sizeof(TeamShared), p, device);
     });
   }
 

@@ -125,8 +125,9 @@ struct TeamRow {
     for (int k = 0; k < 4; ++k) x[k] = allowed >> k & 1 ? x[k] : -kInf;
   }
 
-  __device__ bool allows(int64_t v) const {
-    return mask == nullptr || (unsigned(mask[v / 32]) >> (v % 32) & 1) != 0;
+  __device__ float at(int64_t v) const {
+    const bool allowed = mask == nullptr || (unsigned(mask[v / 32]) >> (v % 32) & 1) != 0;
+    return allowed ? to_float(logits[v]) : -kInf;
   }
 
   // body(v, x) for this thread's share of the tokens; several loads are under way at a time.

@@ -24,8 +24,13 @@ struct JoinTop {
   }
 };
 
-template <class E>
-__device__ RowTop find_top(Team& team, const TeamRow<E>& row, float& thread_top) {
+// Largest logits of this thread's share.
+struct ThreadTops {
+  float raw, value;
+};
+
+template <class Row>
+__device__ RowTop find_top(Team& team, const Row& row, ThreadTops& tops) {
   const RowTop zero{-kInf, -kInf, -1, 0};
   RowTop top = zero;
   row.each(team, [&](int v, float (&x)[4]) {
@@ -47,7 +52,7 @@ __device__ RowTop find_top(Team& team, const TeamRow<E>& row, float& thread_top)
       }
     }
   });
-  thread_top = top.raw;
+  tops = {top.raw, top.value};
   return team.reduce(top, zero, JoinTop());
 }
 
@@ -80,8 +85,8 @@ struct AddWeights {
 
 // The largest order at or above which the tokens kept by `cut` weigh `limit` or more, three bits at
 // a time. ByMass: a token weighs its mass, else 1.
-template <bool ByMass, class E>
-__device__ Cut search_cut(Team& team, const TeamRow<E>& row, float temperature, float top, Cut cut,
+template <bool ByMass, class Row>
+__device__ Cut search_cut(Team& team, const Row& row, float temperature, float top, Cut cut,
                           double limit) {
   int64_t low = 0;
   for (int shift = 51; shift >= 0; shift -= 3) {
@@ -111,9 +116,8 @@ __device__ Cut search_cut(Team& team, const TeamRow<E>& row, float temperature, 
   return cut_of(low);
 }
 
-template <class E>
-__device__ int64_t kept_mass(Team& team, const TeamRow<E>& row, float temperature, float top,
-                             Cut cut) {
+template <class Row>
+__device__ int64_t kept_mass(Team& team, const Row& row, float temperature, float top, Cut cut) {
   int64_t sum = 0;
   row.each(team, [&](int v, float (&x)[4]) {
     row.apply_mask(v, x);
@@ -126,8 +130,8 @@ __device__ int64_t kept_mass(Team& team, const TeamRow<E>& row, float temperatur
   return team.reduce(sum, int64_t{0}, Sum());
 }
 
-template <class E>
-__device__ Cut filter_cut(Team& team, const TeamRow<E>& row, const RequestParams& r, int64_t b,
+template <class Row>
+__device__ Cut filter_cut(Team& team, const Row& row, const RequestParams& r, int64_t b,
                           float top) {
   const float temperature = r.temperature[b], top_p = r.top_p[b];
   Cut cut{-kInf, kLastId};
@@ -143,6 +147,13 @@ __device__ Cut filter_cut(Team& team, const TeamRow<E>& row, const RequestParams
 }
 
 // ---- a draw
+
+struct Nothing {
+  __device__ void raw(int, const float (&)[4]) {}
+  __device__ void allowed(int, const float (&)[4]) {}
+  __device__ void kept(float, float, Cut) {}
+  __device__ void swept() {}
+};
 
 struct Draw {
   float temperature, top;
@@ -168,9 +179,11 @@ __device__ __forceinline__ void offer(const Team& team, const Draw& d, float log
 }
 
 // The largest value plus noise. Tokens whose bound is below a value already seen are passed over:
-// nothing that could win is. `likely` is the token of the largest logit.
-template <class E>
-__device__ int draw(Team& team, const TeamRow<E>& row, const Draw& d, float top_logit, int likely) {
+// nothing that could win is. `likely` is the token of the largest logit. `also` sees every token,
+// as it came and as it is drawn from.
+template <class Row, class Also>
+__device__ int draw(Team& team, const Row& row, const Draw& d, float top_logit, int likely,
+                    Also& also) {
   Best best{-kInf, -1};
   offer(team, d, top_logit, noise_word(d.seed, d.position, d.stream, uint32_t(likely)), likely,
         best);
@@ -184,7 +197,9 @@ __device__ int draw(Team& team, const TeamRow<E>& row, const Draw& d, float top_
   row.each(team, [&](int v, float (&x)[4]) {
     // What rounding can add to a perturbed value, to its bounds, and to z times 1/T.
     const float bar = best.score - 2e-3f - 1e-6f * fabsf(best.score);
+    also.raw(v, x);
     row.apply_mask(v, x);
+    also.allowed(v, x);
     const float largest = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
     if (largest * inverse + kMaxNoise < bar) return;
     const PhiloxWords words = noise_block(d.seed, d.position, d.stream, uint32_t(v / 4));
@@ -195,6 +210,7 @@ __device__ int draw(Team& team, const TeamRow<E>& row, const Draw& d, float top_
       }
     }
   });
+  also.swept();
   return team.reduce(best, Best{-kInf, -1}, TakeBest()).id;
 }
 

@@ -27,15 +27,16 @@ __device__ inline float block_bound(TeamShared& s, float thread_top, int k) {
   return s.bound;
 }
 
-// This block's k largest logits of its share of the row, one pass each: where ties overflow the
-// candidates.
-template <class E>
-__device__ void block_top_slowly(Team& team, const TeamRow<E>& row, int k) {
+// This block's k largest logits of its share of the row, of the allowed ones or of all, one pass
+// each: where ties overflow the candidates.
+template <bool Allowed, class Row>
+__device__ void block_top_slowly(Team& team, const Row& row, int k) {
   TeamShared& s = *team.shared();
   Best last{kInf, -1};
   for (int place = 0; place < k; ++place) {
     Best best{-kInf, -1};
-    row.each(team, [&](int v, const float (&x)[4]) {
+    row.each(team, [&](int v, float (&x)[4]) {
+      if (Allowed) row.apply_mask(v, x);
       for (int j = 0; j < 4; ++j) {
         if (comes_before(last.score, last.id, x[j], v + j)) best.offer(x[j], v + j);
       }
@@ -62,6 +63,42 @@ __device__ inline void block_top_of_candidates(TeamShared& s, int k) {
   }
 }
 
+// Keeps logits at or above the bound.
+__device__ __forceinline__ void add_candidates(TeamShared& s, float bound, int v,
+                                               const float (&x)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (x[j] >= bound && x[j] > -kInf) {
+      const int slot = atomicAdd(&s.count, 1);
+      if (slot < kCandidates) s.value[slot] = x[j], s.id[slot] = v + j;
+    }
+  }
+}
+
+// This block's k largest in order, from the candidates if they are all there.
+template <bool Allowed, class Row>
+__device__ void block_top(Team& team, const Row& row, int k) {
+  __syncthreads();
+  if (team.shared()->count > kCandidates) {
+    block_top_slowly<Allowed>(team, row, k);
+  } else {
+    block_top_of_candidates(*team.shared(), k);
+  }
+}
+
+// The tops of all blocks, in this one; behind a barrier of the team.
+__device__ inline int gather_tops(Team& team, int k) {
+  TeamShared& s = *team.shared();
+  const int count = int(cluster_size()) * k;
+  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
+    const TeamShared* from = cluster_map(team.shared(), unsigned(i / k));
+    s.value[i] = from->top_value[i % k];
+    s.id[i] = from->top_id[i % k];
+  }
+  __syncthreads();
+  return count;
+}
+
 // Writes ids, logits and lse of a sound row; `top` is its largest logit.
 template <class E>
 __device__ void write_statistics(Team& team, const TeamRow<E>& row, float thread_top, float top,
@@ -71,31 +108,15 @@ __device__ void write_statistics(Team& team, const TeamRow<E>& row, float thread
   double sum = 0;
   row.each(team, [&](int v, const float (&x)[4]) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      sum += double(noise::exp_of(noise::add(x[j], -top)));
-      if (x[j] >= bound && x[j] > -kInf) {
-        const int slot = atomicAdd(&s.count, 1);
-        if (slot < kCandidates) s.value[slot] = x[j], s.id[slot] = v + j;
-      }
-    }
+    for (int j = 0; j < 4; ++j) sum += double(noise::exp_of(noise::add(x[j], -top)));
+    add_candidates(s, bound, v, x);
   });
-  __syncthreads();
-  if (s.count > kCandidates) {
-    block_top_slowly(team, row, k);
-  } else {
-    block_top_of_candidates(s, k);
-  }
+  block_top<false>(team, row, k);
   sum = team.reduce(sum, 0.0, Sum());  // its barrier shows every block the others' tops
   if (cluster_rank() == 0) {
-    const int blocks = int(cluster_size());
-    for (int i = int(threadIdx.x); i < blocks * k; i += int(blockDim.x)) {
-      const TeamShared* from = cluster_map(team.shared(), unsigned(i / k));
-      s.value[i] = from->top_value[i % k];
-      s.id[i] = from->top_id[i % k];
-    }
-    __syncthreads();
-    for (int i = int(threadIdx.x); i < blocks * k; i += int(blockDim.x)) {
-      const int place = s.id[i] < 0 ? k : place_of(s.value, s.id, blocks * k, i);
+    const int count = gather_tops(team, k);
+    for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
+      const int place = s.id[i] < 0 ? k : place_of(s.value, s.id, count, i);
       if (place < k) ids[place] = s.id[i], logits[place] = s.value[i];
     }
     if (threadIdx.x == 0) *lse = float(double(top) + log(sum));

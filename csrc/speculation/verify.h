@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "../modulation/modulation.h"
+
 namespace reasonkern {
 
 enum class ElementType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
@@ -31,10 +33,30 @@ struct RequestParams {
   const int64_t *seed, *position;
 };
 
+// Statistics of the rows that emitted a token, -inf in bad ones; all null where nobody asks.
+struct StatisticsParams {
+  float *logprob, *confidence, *max_prob;  // of the law after mask and control at temperature 1
+  float* entropy;                          // of the law that the token is drawn from
+  float* entropy_raw;                      // of the row as it came, at temperature 1
+  bool* trigger;                           // `entropy` stands out of the request's window
+};
+
+constexpr int kConfidenceTokens = 20;  // the most likely ones, which `confidence` averages over
+
+// What controls the rows; all null: nothing does. Windows are those of modulation::CommitParams.
+struct ControlParams {
+  modulation::State state;
+  const int64_t* slot;  // (B)
+  const float *confidence_ring, *entropy_ring;
+  const double* confidence_sum;
+};
+
 struct SampleParams {
   LogitRows rows;
   RequestParams requests;
   int64_t* token;  // (B)
+  ControlParams control;
+  StatisticsParams statistics;  // (B)
 };
 
 struct VerifyParams {
@@ -55,6 +77,8 @@ struct VerifyParams {
   int64_t* topk_ids;                    // (B, D + 1, topk)
   float *topk_logits, *lse;             // (B, D + 1, topk), (B, D + 1)
   int32_t* status;                      // (B)
+  ControlParams control;
+  StatisticsParams statistics;  // (B, D + 1)
 };
 
 struct CompactParams {

@@ -19,15 +19,19 @@ __device__ __forceinline__ bool is_usable(const VerifyParams& p, int64_t b, int6
 
 // ---- a row's token
 
-template <class E>
-__device__ Outcome draw_token(Team& team, const TeamRow<E>& row, const RequestParams& r, int64_t b,
-                              const RowTop& top, uint64_t position) {
-  const float temperature = r.temperature[b];
-  if (temperature == 0) return {top.id, false};
-  const float value = noise::divide(top.value, temperature);
-  const Cut cut = filter_cut(team, row, r, b, value);
-  const Draw d{temperature, value, cut, uint64_t(r.seed[b]), position, kTarget, 0};
-  return {draw(team, row, d, top.value, top.id), false};
+// A row is bad when z/T of its top, or a logit, is not finite.
+__device__ __forceinline__ bool is_bad(const RowTop& top, float temperature) {
+  const float value = temperature == 0 ? top.value : noise::divide(top.value, temperature);
+  return (top.bad & 1) != 0 || !(fabsf(value) < kInf);
+}
+
+// A draw from the filtered row with the target's noise.
+template <class Row>
+__device__ Draw target_draw(Team& team, const Row& row, const RequestParams& r, int64_t b,
+                            const RowTop& top, uint64_t position) {
+  const float temperature = r.temperature[b], value = noise::divide(top.value, temperature);
+  return {temperature, value, filter_cut(team, row, r, b, value), uint64_t(r.seed[b]), position,
+          kTarget,     0};
 }
 
 // Every thread of a block needs the outcome; one works it out. -1: no child was accepted.
@@ -44,49 +48,44 @@ __device__ inline int64_t test_children(const VerifyParams& p, const Place& at, 
   return -1;
 }
 
-template <class E>
-__device__ Outcome reject_or_draw(const VerifyParams& p, Team& team, const TeamRow<E>& row,
-                                  const RowTop& top, const Place& at) {
-  const RequestParams& r = p.requests;
+// The accepted child's token, or -1 and a draw from the residual law.
+template <class Row>
+__device__ int64_t accept_or_reject(const VerifyParams& p, Team& team, const Row& row, Draw& d,
+                                    const Place& at) {
   TeamShared& s = *team.shared();
-  const float temperature = r.temperature[at.b];
-  const float value = noise::divide(top.value, temperature);
-  const Cut cut = filter_cut(team, row, r, at.b, value);
-  const int64_t total = kept_mass(team, row, temperature, value, cut);
+  const int64_t total = kept_mass(team, row, d.temperature, d.top, d.cut);
   const int64_t entry = (at.b * p.rows.nodes + at.node) * p.entry;
   if (threadIdx.x == 0) {
     Rejection law{p.q_ids + entry, p.entry, s.s, s.r, 0, 0, 0, false, false};
     for (int i = 0; i < p.entry; ++i) {
       const int64_t v = s.skip[i] = law.ids[i];
-      const bool inside = v >= 0 && v < row.vocab && row.allows(v);
-      const float x = inside ? noise::divide(to_float(row.logits[v]), temperature) : -kInf;
-      s.mass[i] = inside && cut.keeps(x, int(v)) ? mass_of(x, value) : 0;
+      const bool inside = v >= 0 && v < row.vocab;
+      const float x = inside ? noise::divide(row.at(v), d.temperature) : -kInf;
+      s.mass[i] = inside && d.cut.keeps(x, int(v)) ? mass_of(x, d.top) : 0;
     }
     law.start(p.q_logprob + entry, s.mass, total);
     s.accepted = test_children(p, at, law);
     s.patched = law.patched;
-    for (int i = 0; law.patched && i < p.entry; ++i) s.log_weight[i] = law.log_weight(i, value);
+    for (int i = 0; law.patched && i < p.entry; ++i) s.log_weight[i] = law.log_weight(i, d.top);
   }
   __syncthreads();
-  const int64_t accepted = s.accepted;
-  const Draw d{temperature,
-               value,
-               cut,
-               uint64_t(r.seed[at.b]),
-               uint64_t(r.position[at.b]),
-               stream_word(kResidual, at.depth),
-               s.patched ? p.entry : 0};
-  if (accepted >= 0) return {accepted, false};
-  return {draw(team, row, d, top.value, top.id), false};
-}
-
-// A row is bad when z/T of its top, or a logit, is not finite.
-__device__ __forceinline__ bool is_bad(const RowTop& top, float temperature) {
-  const float value = temperature == 0 ? top.value : noise::divide(top.value, temperature);
-  return (top.bad & 1) != 0 || !(fabsf(value) < kInf);
+  d.position = uint64_t(p.requests.position[at.b]);
+  d.stream = stream_word(kResidual, at.depth);
+  d.skip_count = s.patched ? p.entry : 0;
+  return s.accepted;
 }
 
 // ---- kernels
+
+template <class Row, class Also>
+__device__ Outcome sample_token(Team& team, const Row& row, const RequestParams& r, int64_t b,
+                                const RowTop& top, Also& also) {
+  if (is_bad(top, r.temperature[b])) return {top.id, true};
+  if (r.temperature[b] == 0) return {top.id, false};
+  const Draw d = target_draw(team, row, r, b, top, uint64_t(r.position[b]));
+  also.kept(d.temperature, d.top, d.cut);
+  return {draw(team, row, d, top.value, top.id, also), false};
+}
 
 template <class E>
 __global__ void __launch_bounds__(kTeamThreads, 1) sample_kernel(SampleParams p) {
@@ -94,12 +93,10 @@ __global__ void __launch_bounds__(kTeamThreads, 1) sample_kernel(SampleParams p)
   const int64_t teams = gridDim.x / cluster_size();
   for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += teams) {
     const TeamRow<E> row(p.rows, b, 0);
-    float unused;
+    ThreadTops unused;
     const RowTop top = find_top(team, row, unused);
-    const Outcome outcome =
-        is_bad(top, p.requests.temperature[b])
-            ? Outcome{top.id, true}
-            : draw_token(team, row, p.requests, b, top, uint64_t(p.requests.position[b]));
+    Nothing nothing;
+    const Outcome outcome = sample_token(team, row, p.requests, b, top, nothing);
     if (team.leads()) p.token[b] = outcome.token;
   }
   cluster_sync();  // no block exits while another may read its shared memory
@@ -141,36 +138,58 @@ __device__ inline void clear_outputs(const VerifyParams& p, int64_t b, int first
   }
 }
 
-template <class E>
-__device__ Outcome choose_token(const VerifyParams& p, Team& team, const TeamRow<E>& row,
-                                const RowTop& top, const Place& at) {
-  const float temperature = p.requests.temperature[at.b];
-  if (is_bad(top, temperature)) return {top.id, true};
-  if (p.q_ids != nullptr && temperature != 0) return reject_or_draw(p, team, row, top, at);
-  return draw_token(team, row, p.requests, at.b, top,
-                    uint64_t(p.requests.position[at.b]) + uint64_t(at.depth));
+template <class Row, class Also>
+__device__ Outcome choose_token(const VerifyParams& p, Team& team, const Row& row,
+                                const RowTop& top, const Place& at, Also& also) {
+  const RequestParams& r = p.requests;
+  if (is_bad(top, r.temperature[at.b])) return {top.id, true};
+  if (r.temperature[at.b] == 0) return {top.id, false};
+  Draw d = target_draw(team, row, r, at.b, top, uint64_t(r.position[at.b]) + uint64_t(at.depth));
+  also.kept(d.temperature, d.top, d.cut);
+  const int64_t accepted = p.q_ids == nullptr ? -1 : accept_or_reject(p, team, row, d, at);
+  if (accepted >= 0) return {accepted, false};
+  return {draw(team, row, d, top.value, top.id, also), false};
 }
 
+// How a walk treats its rows: as they are. ControlledVisit is the other way.
 template <class E>
+struct PlainVisit {
+  __device__ PlainVisit(const VerifyParams&, int64_t) {}
+
+  __device__ Outcome choose(const VerifyParams& p, Team& team, const Place& at, RowTop& top,
+                            ThreadTops& tops) {
+    const TeamRow<E> row(p.rows, at.b, at.node);
+    top = find_top(team, row, tops);
+    Nothing nothing;
+    return choose_token(p, team, row, top, at, nothing);
+  }
+
+  __device__ void emitted(const VerifyParams&, Team&, const Place&, const Outcome&) {}
+  __device__ static void clear(const VerifyParams&, int64_t, int) {}
+};
+
+template <class E, class Visit>
 __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
   const bool active = p.valid[b * p.rows.nodes], first_block = cluster_rank() == 0;
   const int64_t limit = p.max_length != nullptr ? p.max_length[b] : p.depth + 1;
   int32_t status = 0;
   int length = 0;
+  Visit visit(p, b);
   Place at{b, 0, 0};
   while (active && length < limit && at.node >= 0 && at.depth <= p.depth) {
-    const TeamRow<E> row(p.rows, b, at.node);
-    float thread_top;
-    const RowTop top = find_top(team, row, thread_top);
-    const Outcome outcome = choose_token(p, team, row, top, at);
+    RowTop top;
+    ThreadTops tops;
+    const Outcome outcome = visit.choose(p, team, at, top, tops);
     if (outcome.bad) status |= kBadRow;
     if (outcome.token < 0) break;
     const int64_t out = b * (p.depth + 1) + at.depth;
     if (first_block) clear_outputs(p, b, at.depth, at.depth + 1);
     __syncthreads();
     if (team.leads()) p.out_tokens[out] = outcome.token, p.path[out] = at.node;
+    visit.emitted(p, team, at, outcome);
     if ((top.bad & 2) == 0 && top.raw > -kInf) {
-      write_statistics(team, row, thread_top, top.raw, p.topk, p.topk_ids + out * p.topk,
+      const TeamRow<E> row(p.rows, b, at.node);
+      write_statistics(team, row, tops.raw, top.raw, p.topk, p.topk_ids + out * p.topk,
                        p.topk_logits + out * p.topk, p.lse + out);
     }
     ++length;
@@ -182,6 +201,7 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
   }
   if (active && p.max_length != nullptr && length >= limit) status |= kCapped;
   if (first_block) clear_outputs(p, b, length, p.depth + 1);
+  if (first_block) Visit::clear(p, b, length);
   if (team.leads()) p.length[b] = length, p.status[b] = status;
 }
 
@@ -190,7 +210,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1) verify_kernel(VerifyParams p)
   Team team(dynamic_shared<TeamShared>());
   const int64_t teams = gridDim.x / cluster_size();
   for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += teams) {
-    verify_request<E>(p, team, b);
+    verify_request<E, PlainVisit<E>>(p, team, b);
   }
   cluster_sync();  // no block exits while another may read its shared memory
 }

@@ -9,7 +9,7 @@
 #include <optional>
 #include <tuple>
 
-#include "../common/checks.h"
+#include "../modulation/operators.h"
 #include "verify.h"
 
 namespace reasonkern {
@@ -122,56 +122,148 @@ inline VerifyOutputs allocate_outputs(VerifyParams& p, const Tensor& logits) {
   return out;
 }
 
+// Statistics of a row each, beside the logits; the trigger is bool.
+using StatisticsOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+inline StatisticsOutputs allocate_statistics(StatisticsParams& s, const Tensor& logits,
+                                             IntHeaderOnlyArrayRef sizes) {
+  const auto numbers = [&](float*& to) {
+    Tensor t = empty_beside(logits, sizes, ScalarType::Float);
+    to = t.mutable_data_ptr<float>();
+    return t;
+  };
+  Tensor logprob = numbers(s.logprob), entropy = numbers(s.entropy), raw = numbers(s.entropy_raw);
+  Tensor confidence = numbers(s.confidence), max_prob = numbers(s.max_prob);
+  Tensor trigger = empty_beside(logits, sizes, ScalarType::Bool);
+  s.trigger = trigger.mutable_data_ptr<bool>();
+  return {logprob, entropy, raw, confidence, max_prob, trigger};
+}
+
+inline void read_law(VerifyParams& p, const Inputs& in, const MaybeTensor& q_ids,
+                     const MaybeTensor& q_logprob) {
+  STD_TORCH_CHECK(q_ids.has_value() == q_logprob.has_value(),
+                  "q_ids, q_logprob: expected both or neither");
+  if (!q_ids.has_value()) return;
+  STD_TORCH_CHECK(q_ids->dim() == 3, "q_ids: expected shape (B, N, K), got ",
+                  shape_text(q_ids->sizes()));
+  const int64_t shape[] = {p.rows.batch, p.rows.nodes, q_ids->size(2)};
+  STD_TORCH_CHECK(shape[2] > 0 && shape[2] <= kMaxEntry, "q_ids: expected 1 to ", kMaxEntry,
+                  " tokens, got ", shape[2]);
+  p.q_ids = in.read<int64_t>(q_ids, "q_ids", ScalarType::Long, {shape, 3});
+  p.q_logprob = in.read<float>(q_logprob, "q_logprob", ScalarType::Float, {shape, 3});
+  p.entry = int(shape[2]);
+}
+
+inline VerifyParams make_verify(const Tensor& logits, const Tensor& tokens, const Tensor& valid,
+                                const MaybeTensor& q_ids, const MaybeTensor& q_logprob,
+                                const Tensor& child_ptr, const Tensor& child_index,
+                                const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
+                                const Tensor& min_p, const Tensor& seed, const Tensor& position,
+                                const MaybeTensor& eos, const MaybeTensor& max_length,
+                                const MaybeTensor& node_mask, const MaybeTensor& num_nodes,
+                                int64_t depth, int64_t max_children, int64_t topk) {
+  VerifyParams p{};
+  p.rows = make_logit_rows(logits, node_mask, 3);
+  const int64_t nodes = p.rows.nodes, links[] = {nodes + 1, nodes - 1};
+  STD_TORCH_CHECK(nodes > 0, "logits: expected one row per node, got none");
+  STD_TORCH_CHECK(depth >= 0 && depth < nodes, "depth: expected 0 to nodes - 1, got ", depth);
+  STD_TORCH_CHECK(topk > 0 && topk <= kMaxTopK, "topk: expected 1 to ", kMaxTopK, ", got ", topk);
+  STD_TORCH_CHECK(max_children >= 0 && max_children < nodes,
+                  "max_children: expected 0 to nodes - 1, got ", max_children);
+  const Inputs in(logits);
+  const IntHeaderOnlyArrayRef batch{logits.sizes().data(), 1}, grid{logits.sizes().data(), 2};
+  p.requests = in.requests(temperature, top_k, top_p, min_p, seed, position);
+  p.tokens = in.read<int64_t>(tokens, "tokens", ScalarType::Long, grid);
+  p.valid = in.read<bool>(valid, "valid", ScalarType::Bool, grid);
+  p.child_ptr = in.read<int32_t>(child_ptr, "child_ptr", ScalarType::Int, {links, 1});
+  p.child_index = in.read<int32_t>(child_index, "child_index", ScalarType::Int, {links + 1, 1});
+  p.max_length = in.read<int64_t>(max_length, "max_length", ScalarType::Long, batch);
+  p.num_nodes = in.read<int64_t>(num_nodes, "num_nodes", ScalarType::Long, batch);
+  p.depth = int(depth);
+  p.topk = int(topk);
+  if (eos.has_value()) {
+    p.eos = in.read<int64_t>(eos, "eos", ScalarType::Long, {eos->sizes().data(), 1});
+    p.eos_count = int(eos->numel());
+  }
+  read_law(p, in, q_ids, q_logprob);
+  return p;
+}
+
+inline Tensor make_sample(SampleParams& p, const Tensor& logits, const MaybeTensor& mask,
+                          const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
+                          const Tensor& min_p, const Tensor& seed, const Tensor& position) {
+  p.rows = make_logit_rows(logits, mask, 2);
+  p.requests = Inputs(logits).requests(temperature, top_k, top_p, min_p, seed, position);
+  Tensor token = empty_beside(logits, {&p.rows.batch, 1}, ScalarType::Long);
+  p.token = token.mutable_data_ptr<int64_t>();
+  return token;
+}
+
+// `state`: the tensors of layout.Storage, in its order; none: no control.
+inline void read_control(ControlParams& c, const Tensor& logits, const MaybeTensor& slot,
+                         const std::vector<Tensor>& state) {
+  STD_TORCH_CHECK(state.size() == (slot.has_value() ? 9 : 0),
+                  "state: expected nine tensors with a slot and none without, got ", state.size());
+  if (!slot.has_value()) return;
+  using namespace modulation;
+  c.state = describe_state(logits, state[0], state[1], state[2], state[3], state[4], state[5]);
+  const Inputs in(logits);
+  const int64_t slots = c.state.slots, batch[] = {logits.size(0)};
+  const int64_t confidence[] = {slots, kMaxConfidence}, entropy[] = {slots, kMaxEntropy};
+  c.slot = in.read<int64_t>(*slot, "slot", ScalarType::Long, batch);
+  c.confidence_ring =
+      in.read<float>(state[6], "confidence_ring", ScalarType::Float, {confidence, 2});
+  c.entropy_ring = in.read<float>(state[7], "entropy_ring", ScalarType::Float, {entropy, 2});
+  c.confidence_sum = in.read<double>(state[8], "confidence_sum", ScalarType::Double, {&slots, 1});
+}
+
+// The operators that begin with the arguments of `make_verify`.
+template <class Backend, class MakeVerify>
+struct Verification;
+
+template <class Backend, class... Args>
+struct Verification<Backend, VerifyParams(const Tensor&, Args...)> {
+  static VerifyOutputs verify_tree(const Tensor& logits, Args... args) {
+    VerifyParams p = make_verify(logits, args...);
+    VerifyOutputs out = allocate_outputs(p, logits);
+    if (p.rows.batch > 0) Backend::verify(element_type(logits), p, logits.get_device_index());
+    return out;
+  }
+
+  static auto verify_controlled(const Tensor& logits, Args... args, const MaybeTensor& slot,
+                                const std::vector<Tensor>& state, bool stats) {
+    VerifyParams p = make_verify(logits, args...);
+    read_control(p.control, logits, slot, state);
+    VerifyOutputs out = allocate_outputs(p, logits);
+    const int64_t rows[] = {p.rows.batch, stats ? p.depth + 1 : 0};
+    StatisticsOutputs statistics = allocate_statistics(p.statistics, logits, {rows, 2});
+    if (!stats) p.statistics = {};
+    if (p.rows.batch > 0) Backend::verify(element_type(logits), p, logits.get_device_index());
+    return std::tuple_cat(out, statistics);
+  }
+};
+
 template <class Backend>
-struct VerifyOperators {
+struct VerifyOperators : Verification<Backend, decltype(make_verify)> {
   static Tensor sample(const Tensor& logits, const MaybeTensor& mask, const Tensor& temperature,
                        const Tensor& top_k, const Tensor& top_p, const Tensor& min_p,
                        const Tensor& seed, const Tensor& position) {
     SampleParams p{};
-    p.rows = make_logit_rows(logits, mask, 2);
-    p.requests = Inputs(logits).requests(temperature, top_k, top_p, min_p, seed, position);
-    Tensor token = empty_beside(logits, {&p.rows.batch, 1}, ScalarType::Long);
-    p.token = token.mutable_data_ptr<int64_t>();
+    Tensor token = make_sample(p, logits, mask, temperature, top_k, top_p, min_p, seed, position);
     if (p.rows.batch > 0) Backend::sample(element_type(logits), p, logits.get_device_index());
     return token;
   }
 
-  static VerifyOutputs verify_tree(const Tensor& logits, const Tensor& tokens, const Tensor& valid,
-                                   const MaybeTensor& q_ids, const MaybeTensor& q_logprob,
-                                   const Tensor& child_ptr, const Tensor& child_index,
-                                   const Tensor& temperature, const Tensor& top_k,
-                                   const Tensor& top_p, const Tensor& min_p, const Tensor& seed,
-                                   const Tensor& position, const MaybeTensor& eos,
-                                   const MaybeTensor& max_length, const MaybeTensor& node_mask,
-                                   const MaybeTensor& num_nodes, int64_t depth,
-                                   int64_t max_children, int64_t topk) {
-    VerifyParams p{};
-    p.rows = make_logit_rows(logits, node_mask, 3);
-    const int64_t nodes = p.rows.nodes, links[] = {nodes + 1, nodes - 1};
-    STD_TORCH_CHECK(nodes > 0, "logits: expected one row per node, got none");
-    STD_TORCH_CHECK(depth >= 0 && depth < nodes, "depth: expected 0 to nodes - 1, got ", depth);
-    STD_TORCH_CHECK(topk > 0 && topk <= kMaxTopK, "topk: expected 1 to ", kMaxTopK, ", got ", topk);
-    STD_TORCH_CHECK(max_children >= 0 && max_children < nodes,
-                    "max_children: expected 0 to nodes - 1, got ", max_children);
-    const Inputs in(logits);
-    const IntHeaderOnlyArrayRef batch{logits.sizes().data(), 1}, grid{logits.sizes().data(), 2};
-    p.requests = in.requests(temperature, top_k, top_p, min_p, seed, position);
-    p.tokens = in.read<int64_t>(tokens, "tokens", ScalarType::Long, grid);
-    p.valid = in.read<bool>(valid, "valid", ScalarType::Bool, grid);
-    p.child_ptr = in.read<int32_t>(child_ptr, "child_ptr", ScalarType::Int, {links, 1});
-    p.child_index = in.read<int32_t>(child_index, "child_index", ScalarType::Int, {links + 1, 1});
-    p.max_length = in.read<int64_t>(max_length, "max_length", ScalarType::Long, batch);
-    p.num_nodes = in.read<int64_t>(num_nodes, "num_nodes", ScalarType::Long, batch);
-    p.depth = int(depth);
-    p.topk = int(topk);
-    if (eos.has_value()) {
-      p.eos = in.read<int64_t>(eos, "eos", ScalarType::Long, {eos->sizes().data(), 1});
-      p.eos_count = int(eos->numel());
-    }
-    read_law(p, in, q_ids, q_logprob);
-    VerifyOutputs out = allocate_outputs(p, logits);
-    if (p.rows.batch > 0) Backend::verify(element_type(logits), p, logits.get_device_index());
-    return out;
+  static auto sample_controlled(const Tensor& logits, const MaybeTensor& mask,
+                                const Tensor& temperature, const Tensor& top_k, const Tensor& top_p,
+                                const Tensor& min_p, const Tensor& seed, const Tensor& position,
+                                const MaybeTensor& slot, const std::vector<Tensor>& state) {
+    SampleParams p{};
+    Tensor token = make_sample(p, logits, mask, temperature, top_k, top_p, min_p, seed, position);
+    read_control(p.control, logits, slot, state);
+    StatisticsOutputs statistics = allocate_statistics(p.statistics, logits, {&p.rows.batch, 1});
+    if (p.rows.batch > 0) Backend::sample(element_type(logits), p, logits.get_device_index());
+    return std::tuple_cat(std::make_tuple(token), statistics);
   }
 
   static void compact_kv_(const Tensor& key, const Tensor& value, const Tensor& lengths,
@@ -184,21 +276,6 @@ struct VerifyOperators {
   }
 
  private:
-  static void read_law(VerifyParams& p, const Inputs& in, const MaybeTensor& q_ids,
-                       const MaybeTensor& q_logprob) {
-    STD_TORCH_CHECK(q_ids.has_value() == q_logprob.has_value(),
-                    "q_ids, q_logprob: expected both or neither");
-    if (!q_ids.has_value()) return;
-    STD_TORCH_CHECK(q_ids->dim() == 3, "q_ids: expected shape (B, N, K), got ",
-                    shape_text(q_ids->sizes()));
-    const int64_t shape[] = {p.rows.batch, p.rows.nodes, q_ids->size(2)};
-    STD_TORCH_CHECK(shape[2] > 0 && shape[2] <= kMaxEntry, "q_ids: expected 1 to ", kMaxEntry,
-                    " tokens, got ", shape[2]);
-    p.q_ids = in.read<int64_t>(q_ids, "q_ids", ScalarType::Long, {shape, 3});
-    p.q_logprob = in.read<float>(q_logprob, "q_logprob", ScalarType::Float, {shape, 3});
-    p.entry = int(shape[2]);
-  }
-
   static CompactParams make_compact(const Tensor& cache, const Tensor& lengths, const Tensor& path,
                                     const Tensor& accepted, const Tensor& start,
                                     const MaybeTensor& block_table) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from .context import Config, Context, DemoError, prepare
+from .control import control_reflection
 from .cost import measure_loss
 from .report import DEVIATION_LIMIT, summary, table, write_json, write_plots
 from .solve import solve_problems
@@ -13,7 +14,7 @@ from .train import fine_tune, learn_policy
 
 __all__ = ["Config", "DemoError", "TraceError", "run"]
 
-STAGES = (fine_tune, learn_policy, solve_problems, measure_loss)
+STAGES = (fine_tune, learn_policy, solve_problems, control_reflection, measure_loss)
 INTERRUPTED = 130
 
 

@@ -60,6 +60,8 @@ def draw_all(results: Results, out: Path) -> list[Path]:
         written.append(_save(_policy(results["policy"]), out / "stage2_policy.png"))
     if results.get("solve", {}).get("outcomes"):
         written.append(_save(_solve(results["solve"]), out / "stage3_speculation.png"))
+    if results.get("control", {}).get("runs"):
+        written.append(_save(_control(results["control"]), out / "stage4_control.png"))
     if "cost" in results:
         written.append(_save(_cost(results["cost"]), out / "loss_cost.png"))
     return written
@@ -167,6 +169,48 @@ def _solve(solved: Results) -> Figure:
     right.set_xticks(list(places), labels)
     right.legend(fontsize="small")
     return figure
+
+
+def _control(controlled: Results) -> Figure:
+    runs, width = controlled["runs"], controlled["bin"]
+    amplitude, period = controlled["amplitude"], controlled["period"]
+    title = (
+        f"Stage 4: {runs[0]['texts']} texts per setting; CyclicReflex with amplitude "
+        f"{amplitude:g}, period {period}; budget of {controlled['budget']} thinking tokens"
+    )
+    figure, (left, middle, right) = _figure(1, 3, title)
+    for run in runs[:2]:
+        places = [width * (index + 0.5) for index in range(len(run["tokens_at"]))]
+        pairs = zip(run["reflections_at"], run["tokens_at"], strict=True)
+        left.plot(places, [100 * a / b for a, b in pairs], lw=1.6, label=run["name"])
+        right.plot(places, run["entropy_at"], lw=1.6, label=run["name"])
+    wave = left.twinx()
+    span = range(width * max(len(run["tokens_at"]) for run in runs[:2]) + 1)
+    heights = [amplitude * (abs((4 * t / period - 1) % 4 - 2) - 1) for t in span]
+    wave.plot(span, heights, color="0.6", lw=1, ls="--")
+    wave.set(ylabel="wave, logits (dashed)")
+    left.set(title="Reflection tokens", ylabel="% of tokens", xlabel="position in the text")
+    right.set(title="Entropy of the model", ylabel="nats per token", xlabel="position in the text")
+    _lengths(middle, runs)
+    for panel in (left, right):
+        panel.set_ylim(0, 1.25 * panel.dataLim.y1)  # room for the legend
+        panel.legend(fontsize="small", loc="upper right")
+    return figure
+
+
+def _lengths(panel: Axes, runs: list[Results]) -> None:
+    places = range(len(runs))
+    panel.bar(places, [run["tokens"] for run in runs], width=0.6, color="0.8", label="all")
+    thinking = [run["thinking"] for run in runs]
+    panel.bar(places, thinking, width=0.6, color="C0", label="thinking")
+    for place, run in zip(places, runs, strict=True):
+        panel.annotate(
+            f"{run['correct']} correct", (place, run["tokens"]), ha="center", va="bottom"
+        )
+    panel.set_xticks(list(places), [run["name"].replace(" ", "\n") for run in runs])
+    panel.set(title="Length and accuracy", ylabel="tokens per text")
+    panel.margins(y=0.15)
+    panel.legend(fontsize="small", loc="lower right")
 
 
 def _cost(cost: Results) -> Figure:

@@ -94,6 +94,7 @@ def table(results: Results) -> str:
         *_data_rows(results["data"]),
         *_training_rows(results, figures),
         *_solve_rows(results.get("solve")),
+        *_control_rows(results.get("control")),
         *_cost_rows(results.get("cost")),
         *_deviation_rows(figures["deviation"]),
         ("total time", f"{results['seconds']:.0f} s"),
@@ -150,6 +151,19 @@ def _solve_rows(solved: Results | None) -> list[tuple[str, str]]:
         rows.append((f"stage 3, {name}", text))
     texts = f"{solved['equal']} of {solved['texts']} texts equal with and without speculation"
     return [*rows, ("", f"{texts}, {solved['correct']} correct")]
+
+
+def _control_rows(controlled: Results | None) -> list[tuple[str, str]]:
+    runs = [] if controlled is None else controlled["runs"]
+    return [
+        (
+            f"stage 4, {run['name']}",
+            f"{run['tokens']:.0f} tokens, {run['thinking']:.0f} thinking, "
+            f"{run['reflections']:.1f} reflections per text, {run['entropy']:.2f} nats/token, "
+            f"{run['correct']} of {run['texts']} correct",
+        )
+        for run in runs
+    ]
 
 
 def _cost_rows(cost: Results | None) -> list[tuple[str, str]]:

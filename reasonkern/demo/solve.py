@@ -32,7 +32,7 @@ class Problem:
 
 def solve_problems(context: Context) -> None:
     """Trajectories of a problem one after another, which share the table; then all at once."""
-    problems = _problems(context)
+    problems = problems_of(context)
     model = Decoding(context.model.eval())
     solving = _Solving(context, model)
     results: dict[str, Any] = {"temperature": TEMPERATURE, "problems": len(problems)}
@@ -75,7 +75,7 @@ class _Solving:
             ).texts  # fmt: skip
         self.texts += len(seeds)
         self.equal += sum(a == b for a, b in zip(*found.values(), strict=True))
-        self.correct += sum(self._is_correct(problem, text) for text in found["plain"])
+        self.correct += sum(is_correct(self._context, problem, text) for text in found["plain"])
 
     def tokens_per_step(self, turns: int) -> float:
         """With speculation, of the first so many trajectories."""
@@ -96,16 +96,8 @@ class _Solving:
         seconds = sum(sum(s.seconds.values()) for s in chosen)
         return tokens / max(1, steps), tokens / seconds if seconds else 0.0
 
-    def _is_correct(self, problem: Problem, text: list[int]) -> bool:
-        if problem.statement is None:
-            return False
-        try:
-            return arithmetic.verify(problem.statement, self._context.tokenizer.decode(text))
-        except UnicodeDecodeError:  # bytes of a model that has learnt little
-            return False
 
-
-def _problems(context: Context) -> list[Problem]:
+def problems_of(context: Context) -> list[Problem]:
     """New ones where they are generated; those of the user's traces otherwise."""
     config, tokenizer = context.config, context.tokenizer
     room = max(1, config.window // 2)  # the other half is for the answer
@@ -115,3 +107,13 @@ def _problems(context: Context) -> list[Problem]:
         return [Problem([BOS, *tokenizer.encode(p)][-room:], p) for p in prompts]
     found = {s.problem: s.ids[: s.prompt_length] for s in context.sequences}
     return [Problem(ids[-room:]) for ids in list(found.values())[: config.problems]]
+
+
+def is_correct(context: Context, problem: Problem, text: list[int]) -> bool:
+    """Whether the text holds the answer; False where that cannot be checked."""
+    if problem.statement is None:
+        return False
+    try:
+        return arithmetic.verify(problem.statement, context.tokenizer.decode(text))
+    except UnicodeDecodeError:  # bytes of a model that has learnt little
+        return False

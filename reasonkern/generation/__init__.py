@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _checks
+from ..modulation import ModulationState
 from ..speculation import DraftTree, NgramTable, request_seeds
 from . import prompts as _prompts
 from .cache import SlotCache
@@ -51,7 +52,7 @@ def generate(
     table: NgramTable | None = None,
     tree: DraftTree | str = "auto",
     drafter: Drafter | None = None,
-    control: Any = None,
+    control: tuple[ModulationState, Tensor] | None = None,
     seed: int | Tensor = 0,
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
@@ -80,7 +81,9 @@ def generate(
             with the most expected tokens per second, 1 being plain decoding.
         drafter: a function that proposes in the table's place, see `Drafter`. With neither table
             nor drafter this is plain seeded decoding. None = no drafter.
-        control: (state, slot) of `reasonkern.modulation`. None = no control.
+        control: a `ModulationState` and the (requests,) int64 slots of the requests in it, -1 = no
+            control; each was put there with its prompt, and has seen its text afterwards (with it,
+            what a stop cut off). Drafts and tables do not change what it does. None = no control.
         seed: of the run, see `request_seeds`, or (requests,) int64 seeds of the requests.
         top_k: as in `sample`. None = off.
         top_p: as in `sample`. None = off.
@@ -104,8 +107,6 @@ def generate(
     for name, value in sizes.items():
         if not isinstance(value, int) or value < 1:
             _checks.fail(name, "an integer >= 1", repr(value))
-    if control is not None:
-        raise NotImplementedError("control: reasonkern.modulation is not joined to the loop yet")
     _check_prompts(prompts, model.vocab_size)
     shape = _check_drafts(model, table, tree, drafter, scope)
     every = [list(prompt) for prompt in prompts for _ in range(num_trajectories)]
@@ -123,8 +124,9 @@ def generate(
     with torch.no_grad():
         Run(
             model, list(requests), sampling, table=table,
-            scope=_scopes(scope, table, every, device), tree=shape, drafter=drafter, eos=eos,
-            stop=stop, emit=emit, statistics=statistics,
+            scope=_scopes(scope, table, every, device), tree=shape, drafter=drafter,
+            control=_control(control, len(every), device), eos=eos, stop=stop, emit=emit,
+            statistics=statistics,
         ).run()  # fmt: skip
     return Generated([r.text[r.prompt :] for r in requests], statistics)
 
@@ -169,6 +171,25 @@ def _check_drafts(
         expected = f"the model's device, {model.device} (table.to(…) moves it)"
         _checks.fail("table", expected, table.device)
     return None if isinstance(tree, str) else tree
+
+
+def _control(
+    control: object, requests: int, device: torch.device
+) -> tuple[ModulationState, Tensor] | None:
+    if control is None:
+        return None
+    if not isinstance(control, tuple) or len(control) != 2:
+        _checks.fail("control", "a pair (ModulationState, slot)", type(control).__name__)
+    state, slot = control
+    if not isinstance(state, ModulationState):
+        _checks.fail("control[0]", "a ModulationState", type(state).__name__)
+    _checks.check_tensor("control[1]", slot)
+    _checks.check_shape("control[1]", slot, (requests,), "(requests,)")
+    _checks.check_dtype("control[1]", slot, torch.int64)
+    if {state.device, slot.device} != {device}:
+        expected = f"on the model's device, {device} (state.to(…) moves it)"
+        _checks.fail("control", expected, f"{state.device} and {slot.device}")
+    return state, slot.contiguous()
 
 
 def _scopes(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ..modulation import ModulationState, commit_
 from ..speculation import Draft, DraftTree, NgramTable, Verified, verify_tree
 from ..speculation.inputs import per_request
 from . import prompts as _prompts
@@ -94,12 +95,14 @@ class Run:
         scope: Tensor,
         tree: DraftTree | None,
         drafter: Drafter | None,
+        control: tuple[ModulationState, Tensor] | None,
         eos: Sequence[int],
         stop: Stop | None,
         emit: Emit | None,
         statistics: Statistics,
     ) -> None:
         self.model, self.requests, self.sampling = model, requests, sampling
+        self.control = control
         self.table, self.scope, self.drafter = table, scope, drafter
         self.eos = torch.tensor(eos, dtype=torch.int64, device=model.device) if eos else None
         self._eos_ids, self.stop, self.emit = frozenset(eos), stop, emit
@@ -149,6 +152,12 @@ class Run:
             paths = [row[-tree.depth - 1 :][: row[0]] for row in rows]
             moved = any(node != j for path in paths for j, node in enumerate(path))
             self.cache.commit(out.path, out.length, moved)
+            if self.control is not None:
+                state, slot = self.control
+                commit_(
+                    state, slot, out.tokens, out.length, entropy=out.entropy,
+                    confidence=out.confidence,
+                )  # fmt: skip
             self._learn(tree, now, out)
         self.statistics.sizes[tree.nodes] += 1
         if self.drafter is None:
@@ -200,14 +209,16 @@ class Run:
             return self.model(tree_pass(draft.tokens, tree, self.cache, longest))
 
     def _verify(self, logits: Tensor, draft: Draft, tree: DraftTree, now: _Now) -> Verified:
-        """The place of `control`: the one call in which logits become tokens."""
+        """The one call in which logits become tokens; it reads the control and writes nothing."""
         s = self.sampling
+        watched = self.control is not None and self.control[0].watches_statistics
         with self.clock.phase("verify"):
             return verify_tree(
                 logits, draft, tree, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
                 min_p=s.min_p, seed=s.seed, position=now.position, max_length=now.left,
                 mode="target-only" if self.drafter is not None else "shared", eos=self.eos,
-                topk=1 if self.table is None else self.table.topk,
+                topk=1 if self.table is None else self.table.topk, control=self.control,
+                stats=watched,
             )  # fmt: skip
 
     def _learn(self, tree: DraftTree, now: _Now, out: Verified) -> None:
@@ -256,6 +267,8 @@ class Run:
         self.cache.take(rows)
         self.sampling = self.sampling.take(rows)
         self.scope = self.scope[rows]
+        if self.control is not None:
+            self.control = self.control[0], self.control[1][rows]
 
     # ---- tree="auto"
 

@@ -1,1 +1,1 @@
-"""Drop-ins for trainers; each module imports its trainer, this package imports none of them."""
+"""Drop-ins for trainers and engines; each module imports its own, this package none of them."""

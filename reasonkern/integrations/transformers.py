@@ -26,15 +26,17 @@ from torch import Tensor
 from .. import _checks, generation
 from ..generation import Drafter, Statistics
 from ..generation.loop import Emit, Stop
+from ..modulation import ModulationState
 from ..speculation import DraftTree, NgramTable
 from ._peer import import_peer
 from ._transformers_model import causal_model
+from ._transformers_processor import ModulationLogitsProcessor
 from ._transformers_stop import Criteria, StopStrings
 
 TESTED = "5.24"
 _transformers = import_peer("transformers", TESTED)
 
-__all__ = ["Generation", "custom_generate", "generate"]
+__all__ = ["Generation", "ModulationLogitsProcessor", "custom_generate", "generate"]
 
 
 class Generation(NamedTuple):
@@ -58,7 +60,7 @@ def generate(
     table: NgramTable | None = None,
     tree: DraftTree | str = "auto",
     drafter: Drafter | None = None,
-    control: Any = None,
+    control: tuple[ModulationState, Tensor] | None = None,
     seed: int | Tensor = 0,
     top_k: int | Tensor | None = None,
     top_p: float | Tensor | None = None,
@@ -89,7 +91,8 @@ def generate(
             on this machine, measured once per model and batch size, plain decoding included.
         drafter: a function that proposes in the table's place, see `generation.Drafter`. None = no
             drafter.
-        control: (state, slot) of `reasonkern.modulation`. None = no control.
+        control: a `ModulationState` and the (R,) int64 slots of the requests in it, as in
+            `generation.generate`. None = no control.
         seed: of the run; the requests' seeds are hashed from it (`request_seeds`); or (R,) seeds.
         top_k: as in `sample`, a number or one per request. None = off.
         top_p: as in `sample`. None = off.
@@ -144,7 +147,7 @@ def custom_generate(
     table: NgramTable | None = None,
     tree: DraftTree | str = "auto",
     drafter: Drafter | None = None,
-    control: Any = None,
+    control: tuple[ModulationState, Tensor] | None = None,
     seed: int | Tensor = 0,
     scope: int | Tensor | None = None,
     statistics: Statistics | None = None,

@@ -14,19 +14,15 @@ from .conflict import conflict_token_weights, entropy_filter
 from .inputs import (
     RowContext,
     Scaling,
-    as_objective,
     canonical_logits,
-    canonical_loss_scale,
     canonical_mask,
     canonical_scaling,
-    canonical_segments,
-    check_objective,
-    check_rows,
-    row_context,
+    loss_inputs,
 )
 from .linear import linear_policy_loss, linear_token_stats
 from .metrics import PolicyMetrics, loss_metrics
-from .objective import KL, Importance, Objective
+from .objective import Objective
+from .objective_fields import KL, Importance
 from .outputs import PolicyLossOutput, TokenStats
 from .parallel import Parallel, VocabShard, vocab_shard
 from .selection import covariance_mask, high_entropy_mask
@@ -183,24 +179,21 @@ def policy_loss(
             advantage for a sequence-level objective; on CPU also targets out of range, nonfinite
             weights or advantages in active rows (on CUDA such rows are counted instead).
     """
-    objective = as_objective(objective)
     logits, shard = vocab_shard(logits, parallel)
     rows, y = canonical_logits(logits, targets, least=1 if shard is None else 0)
-    packed = logits.ndim == 2
-    sequences = canonical_segments(segments, y, packed, parallel)
-    scaling = canonical_scaling(rows, temperature, softcap, sequences)
-    context = row_context(
-        objective, rows, sequences, old_logprob, advantage, weight, ref_logprob, rollout_logprob,
-        entropy_weight,
+    vocab = rows.shape[-1] if shard is None else shard.vocab
+    o, context, scaling, loss_scale = loss_inputs(
+        objective, rows, y, vocab,
+        packed=logits.ndim == 2, segments=segments, temperature=temperature, softcap=softcap,
+        loss_scale=loss_scale, parallel=parallel, old_logprob=old_logprob, advantage=advantage,
+        weight=weight, ref_logprob=ref_logprob, rollout_logprob=rollout_logprob,
+        entropy_weight=entropy_weight,
     )  # fmt: skip
-    check_objective(objective, context, packed)
     if inplace_grad and any(
         n > 1 and not s for n, s in zip(rows.shape, rows.stride(), strict=True)
     ):
         _checks.fail("logits", "rows that do not share memory for inplace_grad", rows.stride())
-    check_rows(context, y, rows.shape[-1] if shard is None else shard.vocab)
-    loss_scale = canonical_loss_scale(loss_scale, context)
-    out = _run(objective, rows, y, context, scaling, loss_scale, inplace_grad, shard)
+    out = _run(o, rows, y, context, scaling, loss_scale, inplace_grad, shard)
     shape = targets.shape
     return PolicyLossOutput(
         out.row_loss.sum(),

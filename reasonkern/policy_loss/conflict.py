@@ -88,8 +88,8 @@ def conflict_token_weights(
 
 def _check_inputs(tokens: Tensor, advantage: Tensor, group: Tensor, mask: Tensor) -> None:
     given = {"tokens": tokens, "advantage": advantage, "group": group, "mask": mask}
+    check_tensor("tokens", tokens)
     for name, x in given.items():
-        check_tensor(name, x)
         _checks.check_device(name, x, tokens, "tokens")
     for name in ("tokens", "group"):
         _checks.check_dtype(name, given[name], torch.int64, torch.int32)
@@ -176,8 +176,8 @@ def entropy_filter(
         >>> rk.entropy_filter(torch.tensor([1.0, 1.0]), entropy, torch.ones(2, 2))
         tensor([0.9700, 0.0000])
     """
+    check_tensor("entropy", entropy)
     for name, x in (("advantage", advantage), ("entropy", entropy), ("mask", mask)):
-        check_tensor(name, x)
         _checks.check_device(name, x, entropy, "entropy")
     if entropy.ndim != 2:
         _checks.fail("entropy", "shape (B, T)", tuple(entropy.shape))
@@ -196,6 +196,7 @@ def check_filter(max_entropy: float, coef: float, initial_entropy: float | Tenso
     _checks.check_number("max_entropy", max_entropy, 0)
     _checks.check_number("coef", coef)
     if isinstance(initial_entropy, Tensor):
+        check_tensor("initial_entropy", initial_entropy)
         if initial_entropy.ndim:
             shape = tuple(initial_entropy.shape)
             _checks.fail("initial_entropy", "a number or a 0-dim tensor", f"shape {shape}")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _checks
 from .._checks import check_tensor as check_tensor
-from .objective import Importance, Objective
+from .objective import Objective
+from .objective_fields import Importance
 from .parallel import Parallel
 from .reference import accumulator_dtype, active_rows
 from .sequence import Segments
@@ -32,7 +34,7 @@ class RowContext:
     """The rows of a batch: every tensor is (B, T), or (1, N) for packed tokens; None = not given.
 
     This is the ``ctx`` of a user-defined objective. ``sequence_sum(x)`` sums over each sequence and
-    gives the sum back to each of its rows; `parallel` is what was given to the loss.
+    gives the sum back to each of its rows; ``parallel`` is what was given to the loss.
     """
 
     old_logprob: Tensor | None
@@ -217,7 +219,7 @@ def as_objective(objective: Objective | Callable[..., Tensor]) -> Objective:
 def canonical_loss_scale(loss_scale: Tensor | None, context: RowContext) -> Tensor | None:
     if loss_scale is None:
         return None
-    check_tensor("loss_scale", loss_scale)
+    _checks.check_device("loss_scale", loss_scale, context.weight, "logits")
     if loss_scale.ndim:
         _checks.fail("loss_scale", "a 0-dim tensor", f"shape {tuple(loss_scale.shape)}")
     return loss_scale.detach().to(context.weight)
@@ -238,6 +240,9 @@ def row_context(
     def optional(name: str, x: Tensor | None) -> Tensor | None:
         return None if x is None else row_tensor(name, x, logits)
 
+    check_tensor("weight", weight)
+    if weight.dtype == torch.bool:
+        _checks.fail("weight", "mask x normaliser, from token_weights", "a bool tensor")
     spread = row_tensor(
         "advantage", advantage, logits, per_sequence=True, segments=segments,
         sequence_first=o.level == "sequence",
@@ -253,6 +258,39 @@ def row_context(
         advantage_per_sequence=advantage.numel() in (1, segments.count(spread)),
         importance=optional("importance", importance),
     )
+
+
+class LossInputs(NamedTuple):
+    """What both forms of the loss compute from, whatever their logits are made of."""
+
+    objective: Objective
+    context: RowContext
+    scaling: Scaling
+    loss_scale: Tensor | None
+
+
+def loss_inputs(
+    objective: Objective | Callable[..., Tensor],
+    logits: Tensor,
+    targets: Tensor,
+    vocab: int,
+    *,
+    packed: bool,
+    segments: Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    loss_scale: Tensor | None,
+    parallel: Parallel | None,
+    **rows: Any,
+) -> LossInputs:
+    """Everything but the logits, (B, T, V) or rows like them, checked; `rows` as `row_context`."""
+    o = as_objective(objective)
+    sequences = canonical_segments(segments, targets, packed, parallel)
+    scaling = canonical_scaling(logits, temperature, softcap, sequences)
+    context = row_context(o, logits, sequences, **rows)
+    check_objective(o, context, packed)
+    check_rows(context, targets, vocab)
+    return LossInputs(o, context, scaling, canonical_loss_scale(loss_scale, context))
 
 
 def check_objective(o: Objective, context: RowContext, packed: bool) -> None:

@@ -14,15 +14,10 @@ from . import linear_op, parallel_linear, paths
 from .chunks import Needs, Plan
 from .inputs import (
     LOGITS_DTYPES,
-    as_objective,
-    canonical_loss_scale,
     canonical_mask,
     canonical_scaling,
-    canonical_segments,
-    check_objective,
-    check_rows,
     check_tensor,
-    row_context,
+    loss_inputs,
 )
 from .metrics import loss_metrics
 from .objective import Objective
@@ -186,35 +181,33 @@ def linear_policy_loss(
         >>> head.grad[:, 0]  # p - 1[v = target]
         tensor([ 0.2500,  0.2500, -0.7500,  0.2500])
     """
-    objective = as_objective(objective)
     head = canonical_head(hidden, "lm_head_weight", lm_head_weight, targets, bias, parallel)
     shard = parallel_linear.head_shard(lm_head_weight, parallel)
     given: dict[str, Any] = {
-        "old_logprob": old_logprob, "advantage": advantage, "weight": weight,
-        "ref_logprob": ref_logprob, "rollout_logprob": rollout_logprob,
-        "entropy_weight": entropy_weight,
+        "segments": segments, "temperature": temperature, "old_logprob": old_logprob,
+        "advantage": advantage, "weight": weight, "ref_logprob": ref_logprob,
+        "rollout_logprob": rollout_logprob, "entropy_weight": entropy_weight,
     }  # fmt: skip
-    for name, x in {**given, "segments": segments, "temperature": temperature}.items():
+    for name, x in given.items():
         if isinstance(x, Tensor):
             _checks.check_device(name, x, hidden, "hidden")
-    sequences = canonical_segments(segments, head.targets, hidden.ndim == 2, parallel)
-    scaling = canonical_scaling(head.rows, temperature, softcap, sequences)
-    context = row_context(objective, head.rows, sequences, **given)
-    check_objective(objective, context, hidden.ndim == 2)
-    check_rows(context, head.targets, lm_head_weight.shape[0] if shard is None else shard.vocab)
-    loss_scale = canonical_loss_scale(loss_scale, context)
+    vocab = lm_head_weight.shape[0] if shard is None else shard.vocab
+    o, context, scaling, loss_scale = loss_inputs(
+        objective, head.rows, head.targets, vocab,
+        packed=hidden.ndim == 2, softcap=softcap, loss_scale=loss_scale, parallel=parallel, **given,
+    )  # fmt: skip
     plan = head.plan(chunk_rows, compact, num_active, context.active)
     needs = head.needs()
-    if shard is None and paths.is_fused(objective, plan.dtype, any(needs), context, loss_scale):
-        args = paths.fused_args(objective, head.targets, context, scaling, loss_scale)
+    if shard is None and paths.is_fused(o, plan.dtype, any(needs), context, loss_scale):
+        args = paths.fused_args(o, head.targets, context, scaling, loss_scale)
         out = linear_op.OPS.linear_policy_loss(*head.operands, *args, *plan, *needs)
         loss, token_loss, logprob, entropy = out[:4]
-        rest: tuple[Any, ...] = (None, *paths.fused_choices(objective, args))
+        rest: tuple[Any, ...] = (None, *paths.fused_choices(o, args))
     else:
         logprob, entropy = parallel_linear.linear_token_stats(
             head.operands, head.targets, context.active, scaling, plan, shard, parallel
         )[:2]
-        mapped = paths.loss_of_statistics(objective, logprob, entropy, context)
+        mapped = paths.loss_of_statistics(o, logprob, entropy, context)
         row_loss, token_loss, logprob, entropy = mapped[:4]
         loss, rest = row_loss.sum(), mapped[4:]
     metrics = loss_metrics(context, logprob, entropy, *rest)
@@ -247,10 +240,9 @@ class LinearHead:
     ) -> Plan:
         """Checks and packs what says how the rows are cut."""
         for name, number in (("chunk_rows", chunk_rows), ("num_active", num_active)):
-            least = 1 if name == "chunk_rows" else 0
-            ok = number is None or (isinstance(number, int) and number >= least)
-            if not ok or isinstance(number, bool):
-                _checks.fail(name, f"an integer >= {least} or None", repr(number))
+            if number is not None:
+                least = 1 if name == "chunk_rows" else 0
+                _checks.check_integer(name, number, least, or_none=" or None")
         if num_active is not None:
             if not compact:
                 _checks.fail("num_active", "None without compact=True", num_active)
@@ -287,15 +279,15 @@ def canonical_head(
     _checks.check_dtype("hidden", hidden, *LOGITS_DTYPES)
     if hidden.ndim not in (2, 3) or hidden.shape[-1] == 0:
         _checks.fail("hidden", "shape (N, D) or (B, T, D), D >= 1", tuple(hidden.shape))
-    dtype = autocast_dtype(hidden)
     operands: list[tuple[str, Any]] = [(weight_name, weight)]
     if bias is not None:
-        check_tensor("bias", bias)
         operands.append(("bias", bias))
     for name, x in [("hidden", hidden), *operands]:
         if hasattr(x, "full_tensor"):
             _checks.fail(name, "a plain tensor (inside the forward of its module)", "a DTensor")
         _checks.check_device(name, x, hidden, "hidden")
+    dtype = autocast_dtype(hidden)
+    for name, x in operands:
         if autocast_dtype(x) != dtype:
             _checks.fail(name, f"the dtype of hidden, {hidden.dtype}", x.dtype)
     least = 1 if getattr(parallel, "vocab_group", None) is None else 0  # a rank may have none

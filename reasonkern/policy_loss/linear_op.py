@@ -7,11 +7,13 @@ the number of chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import _load
 from .chunks import HeadChunks, Needs, Plan, Selection
 from .op import (
     GRAD_ARGS,
@@ -39,7 +41,6 @@ SCHEMAS = {
 }
 ROWS = 8  # leading LOSS_ARGS with one element per row
 
-_lib = torch.library.Library("reasonkern", "FRAGMENT")
 OPS = torch.ops.reasonkern
 
 
@@ -231,21 +232,29 @@ def to_inputs(
     ]
 
 
+AUTOGRAD = {
+    "linear_token_stats": _load.Autograd(_stats_vjp, _save_stats),
+    "linear_policy_loss": _load.Autograd(_loss_vjp, _save_gradients),
+}
+
+
 # ---- registrations
 
-_IMPLEMENTATIONS = {
-    "linear_token_stats": (_linear_token_stats, _fake_linear_token_stats),
-    "linear_token_stats_backward": (_linear_token_stats_backward, _fake_backward),
-    "linear_policy_loss": (_linear_policy_loss, _fake_linear_policy_loss),
+IMPLEMENTATION: dict[str, Callable[..., Any]] = {
+    "linear_token_stats": _linear_token_stats,
+    "linear_token_stats_backward": _linear_token_stats_backward,
+    "linear_policy_loss": _linear_policy_loss,
+}
+FAKE: dict[str, Callable[..., Any]] = {
+    "linear_token_stats": _fake_linear_token_stats,
+    "linear_token_stats_backward": _fake_backward,
+    "linear_policy_loss": _fake_linear_policy_loss,
 }
 for _name, _schema in SCHEMAS.items():
-    _lib.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    _lib.impl(_name, _IMPLEMENTATIONS[_name][0], "CompositeExplicitAutograd")
-    torch.library.register_fake(f"reasonkern::{_name}", _IMPLEMENTATIONS[_name][1], lib=_lib)
-
-torch.library.register_autograd(
-    "reasonkern::linear_token_stats", _stats_vjp, setup_context=_save_stats, lib=_lib
-)
-torch.library.register_autograd(
-    "reasonkern::linear_policy_loss", _loss_vjp, setup_context=_save_gradients, lib=_lib
-)
+    _load.define_composite(
+        _name,
+        _schema,
+        implementation=IMPLEMENTATION[_name],
+        fake=FAKE[_name],
+        autograd=AUTOGRAD.get(_name),
+    )

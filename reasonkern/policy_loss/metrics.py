@@ -161,16 +161,11 @@ def loss_metrics(
     objective: Objective,
     values: list[float],
     hyper: Tensor | None,
+    log_ratio: Tensor | None = None,
 ) -> PolicyMetrics:
-    """Metrics of one call, of the last seven fields of its `paths.PathOutput`."""
+    """Metrics of one call, of the fields of its `paths.PathOutput` after the losses."""
     with torch.no_grad():
         logprob, entropy = logprob.detach(), entropy.detach()
-        log_ratio = None  # of the token
-        if objective.name == "gspo" and context.old_logprob is not None and finite is not None:
-            used = (context.weight != 0) & finite
-            total = context.sequence_sum(torch.where(used, logprob - context.old_logprob, 0.0))
-            mean = total / context.sequence_sum(used).clamp_min(1)
-            log_ratio = mean.to(logprob.dtype).contiguous()
         kind = objective.kind if objective.level == "token" else CLIP
         flat = torch.ops.reasonkern.policy_metrics(
             logprob, entropy, context.old_logprob, context.advantage, context.weight,

@@ -10,7 +10,7 @@ from torch import Tensor
 from .reference import CLIP, DPPO_KL, DPPO_TV, DRO, GPPO, SAPO
 
 if TYPE_CHECKING:
-    from .objective import Objective
+    from .objective_fields import ObjectiveFields
 
 REQUIRED = ("low", "high", "entropy_coef", "log_ratio_penalty")
 OPTIONAL = ("ratio_min", "ratio_max", "dual_clip", "ratio_cap", "log_ratio_clamp", "opsm")
@@ -22,7 +22,7 @@ def check(ok: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"objective {name}: expected {expected}, got {got}")
 
 
-def validate(o: Objective) -> None:
+def validate(o: ObjectiveFields) -> None:
     """Refuses values that have no meaning; tensors are taken as they are (no synchronisation)."""
     for name in (*OPTIONAL, *REQUIRED):
         x = getattr(o, name)
@@ -43,7 +43,7 @@ def validate(o: Objective) -> None:
     _validate_terms(o)
 
 
-def _validate_kind(o: Objective) -> None:
+def _validate_kind(o: ObjectiveFields) -> None:
     clips = o.kind in (CLIP, GPPO) and (o.level == "token" or o.name == "gspo")
     check(o.dual_clip is None or clips, "dual_clip", f"None for {o.name}", o.dual_clip)
     check(
@@ -61,7 +61,7 @@ def _validate_kind(o: Objective) -> None:
         check(ok, "vespo", "finite k, lambda > 0", o.vespo_shape)
 
 
-def _validate_terms(o: Objective) -> None:
+def _validate_terms(o: ObjectiveFields) -> None:
     kind = type(o.selection).__name__
     check(o.selection is None or isinstance(o.selection, Tensor), "selection", "a tensor", kind)
     check(o.rule is None or o.level == "token", "rule", "None unless level is token", o.level)

@@ -51,12 +51,6 @@ SCHEMAS = {
     "-> Tensor",
 }
 
-_lib = torch.library.Library("reasonkern", "FRAGMENT")
-_cuda = torch.library.Library("reasonkern_cuda", "FRAGMENT")
-for _name, _schema in SCHEMAS.items():
-    _lib.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    _cuda.define(_name + _schema)
-
 
 # ---- reference: the in-place operators are their functional twins plus a copy
 
@@ -240,45 +234,32 @@ def _objective_map_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor |
     return (grad * dlogp, grad * dentropy, *(None,) * 11)
 
 
+AUTOGRAD = {
+    "token_stats": _load.Autograd(_token_stats_vjp, _save_stats),
+    "policy_loss": _load.Autograd(_policy_loss_vjp, _save_grad),
+    "objective_map": _load.Autograd(_objective_map_vjp, _save_slopes),
+}
+
+
 # ---- registrations
 
-
-def _cuda_entry(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        backend = _load.choose_cuda_backend(name, args[0].device)
-        if backend == "triton" and args[0].dtype == torch.float64:
-            backend = "reference"  # the Triton kernels accumulate in float32
-        return _load.implementation(name, backend)(*args)
-
-    return call
+TRITON = {name: _load.lazy(f"{__package__}.triton_kernels", name) for name in SCHEMAS}
+# float64 sums over O(N) rows; a build with nvcc has a kernel.
+TRITON["policy_metrics"] = REFERENCE["policy_metrics"]
 
 
-def _triton(name: str) -> Callable[..., Any]:
-    if name == "policy_metrics":
-        return REFERENCE[name]  # float64 sums over O(N) rows; a build with nvcc has a kernel
-    return _load.lazy(f"{__package__}.triton_kernels", name)
+def _triton_serves(x: Tensor, *args: Any) -> bool:
+    return x.dtype != torch.float64  # the Triton kernels accumulate in float32
 
 
-for _name in SCHEMAS:
-    _lib.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
-    _lib.impl(_name, _cuda_entry(_name), "CUDA")
-    torch.library.register_fake(f"reasonkern::{_name}", FAKE[_name], lib=_lib)
-    _load.register_op(
+for _name, _schema in SCHEMAS.items():
+    _load.define_op(
         _name,
-        {
-            "reference": REFERENCE[_name],
-            "cpu": getattr(torch.ops.reasonkern, _name),
-            "cuda": getattr(torch.ops.reasonkern_cuda, _name),
-            "triton": _triton(_name),
-        },
+        _schema,
+        reference=REFERENCE[_name],
+        fake=FAKE[_name],
+        cuda=True,
+        triton=TRITON[_name],
+        triton_serves=_triton_serves,
+        autograd=AUTOGRAD.get(_name),
     )
-
-torch.library.register_autograd(
-    "reasonkern::token_stats", _token_stats_vjp, setup_context=_save_stats, lib=_lib
-)
-torch.library.register_autograd(
-    "reasonkern::policy_loss", _policy_loss_vjp, setup_context=_save_grad, lib=_lib
-)
-torch.library.register_autograd(
-    "reasonkern::objective_map", _objective_map_vjp, setup_context=_save_slopes, lib=_lib
-)

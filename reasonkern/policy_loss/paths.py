@@ -14,7 +14,8 @@ from torch import Tensor
 from . import op, parallel_rows
 from .adaptive import adapt
 from .inputs import RowContext, Scaling
-from .objective import KL, KL_KINDS, Importance, Objective
+from .objective import Objective
+from .objective_fields import KL, KL_KINDS, Importance
 from .parallel import VocabShard
 from .reference import Hyper, RowLoss, Term, combine, kl_term, objective_rows, unpack_hyper
 from .sequence import importance_weights, opsm_keeps, sequence_term
@@ -93,6 +94,7 @@ class PathOutput(NamedTuple):
     objective: Objective  # with what its rule chose for this batch
     values: list[float]  # its numbers, as the operators take them
     hyper: Tensor | None
+    log_ratio: Tensor | None = None  # what was clipped, where it is not the token's
 
 
 def needs_grad(logits: Tensor) -> bool:
@@ -204,16 +206,17 @@ def loss_of_statistics(
             weight = torch.where(finite, context.weight, 0.0)
             factor = _selection(o, lp.detach(), old, weight, context, h)
         return _local_rows(o, logprob, entropy, context, factor, values, hyper)
+    log_ratio = None
     if o.level == "custom":
         row_loss, token_loss, finite = _custom_rows(o, lp, ent, finite, context, h)
     else:
         with torch.no_grad():
-            rows = _mapped_rows(o, lp, ent, finite, context, h)
+            rows, log_ratio = _mapped_rows(o, lp, ent, finite, context, h)
         # Value from the map, gradient by its analytic derivatives.
         slope = rows.dlogp * (lp - lp.detach()) + rows.dentropy * (ent - ent.detach())
         row_loss, token_loss, finite = rows.row_loss + slope, rows.token_loss, finite & rows.finite
     rest = token_loss.detach(), logprob.detach(), entropy.detach()
-    return PathOutput(row_loss, *rest, finite, None, o, values, hyper)
+    return PathOutput(row_loss, *rest, finite, None, o, values, hyper, log_ratio)
 
 
 def _is_plain(o: Objective, context: RowContext) -> bool:
@@ -242,7 +245,8 @@ def _local_rows(
 
 def _mapped_rows(
     o: Objective, lp: Tensor, ent: Tensor, finite: Tensor, context: RowContext, h: Hyper
-) -> RowLoss:
+) -> tuple[RowLoss, Tensor | None]:
+    """The map's rows, and the log-ratio of `PathOutput`."""
     weight = torch.where(finite, context.weight, 0.0)
     entropy_weight = context.entropy_weight
     if entropy_weight is not None:
@@ -250,19 +254,18 @@ def _mapped_rows(
     old = lp if context.old_logprob is None else context.old_logprob
     factor = _selection(o, lp, old, weight, context, h)
     if o.level == "token":  # with a penalty, which the operator does not know
-        return objective_rows(
+        rows = objective_rows(
             o.kind, *_kl(o), lp, ent, context.old_logprob, context.advantage, weight,
             entropy_weight, factor, context.ref_logprob, h, o.log_ratio_penalty,
         )  # fmt: skip
+        return rows, None
     policy_weight = weight if factor is None else weight * factor
     term = sequence_term(
         o, lp, old, context.advantage, policy_weight, weight != 0, context.segments, h
     )
     value = term.value if factor is None else factor * term.value
-    return combine(
-        _add_kl(o, Term(value, term.dlogp), lp, old, weight, context, h), lp, ent, weight,
-        entropy_weight, h,
-    )  # fmt: skip
+    term_and_kl = _add_kl(o, Term(value, term.dlogp), lp, old, weight, context, h)
+    return combine(term_and_kl, lp, ent, weight, entropy_weight, h), term.log_ratio
 
 
 def _custom_rows(

@@ -338,8 +338,10 @@ def objective_rows(
     """
     old = logp if old_logprob is None else old_logprob
     term = token_term(kind, logp, old, advantage, h)
-    if kind != DRO:  # A = 0 gives 0 whatever the ratio; DRO's quadratic term does not carry A
-        term = Term(*(torch.where(advantage == 0, 0.0, t) for t in term))
+    if kind != DRO:  # its quadratic term does not carry A
+        # A = 0 gives 0 whatever the ratio, as long as there is one.
+        none = torch.where(old.isnan(), old, 0.0)
+        term = Term(*(torch.where(advantage == 0, none, t) for t in term))
     if isinstance(penalty, Tensor) or penalty != 0:
         d = logp - old
         term = Term(term.value + penalty * d.abs(), term.dlogp + penalty * d.sign())

@@ -137,9 +137,15 @@ def covariance_mask(
     if candidates is not None:
         check_tensor("candidates", candidates)
         _checks.check_dtype("candidates", candidates, torch.bool)
+        _checks.check_device("candidates", candidates, logprob, "logprob")
         _checks.check_shape("candidates", candidates, logprob.shape, "logprob.shape")
     for name, x in (("logprob", logprob), ("advantage", advantage)):
         _checks.check_finite(name, x, trained)
+    if isinstance(seed, Tensor):
+        _checks.check_dtype("seed", seed, torch.int64)
+        _checks.check_shape("seed", seed, (), "0-dim")
+    else:
+        _checks.check_seed("seed", seed)
     groups = as_groups(data_group)
     with torch.no_grad():
         cov, count = covariance(logprob, advantage, trained, groups)

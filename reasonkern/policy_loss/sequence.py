@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .objective import Importance, Objective
+from .objective import Objective
+from .objective_fields import Importance
 from .parallel import Parallel, group_total
-from .reference import Hyper, Term, clamped_exp, clip_term
+from .reference import Hyper, clamped_exp, clip_term
 
 LOG_W_MIN, LOG_W_MAX = math.log(1e-8), 20.0  # VESPO's limits on ln w
 
@@ -106,6 +108,14 @@ def opsm_keeps(
     return torch.where(mean.isnan(), torch.nan, keeps)
 
 
+class SequenceTerm(NamedTuple):
+    """Loss of each row's sequence, and the derivative of the *weighted* policy loss by logp."""
+
+    value: Tensor
+    dlogp: Tensor
+    log_ratio: Tensor | None  # what the objective clips, where it is the mean of the sequence
+
+
 def sequence_term(
     objective: Objective,
     logp: Tensor,
@@ -115,11 +125,8 @@ def sequence_term(
     active: Tensor,
     segments: Segments,
     h: Hyper,
-) -> Term:
-    """Loss of each row's sequence, and the derivative of the *weighted* policy loss by logp.
-
-    ``policy_weight`` is weight * selection * importance. L and the means run over active rows.
-    """
+) -> SequenceTerm:
+    """``policy_weight`` is weight * selection * importance; the means run over active rows."""
     log_r = torch.where(active, logp - old, 0.0).double()
     length = segments.sum(active).clamp_min(1)
     a = advantage.double()
@@ -129,21 +136,27 @@ def sequence_term(
         lam = torch.where(a < 0, _like(a, lam_neg), _like(a, lam_pos))
         log_w = segments.sum(log_r).clamp(LOG_W_MIN, LOG_W_MAX)
         factor = a * torch.exp(lam + k * log_w - lam * torch.exp(log_w))
-        return Term((-factor * logp).to(logp.dtype), (-policy_weight * factor).to(logp.dtype))
+        value, dlogp = -factor * logp, -policy_weight * factor
+        return SequenceTerm(value.to(logp.dtype), dlogp.to(logp.dtype), None)
+    log_ratio = None
     if objective.name == "gspo":
-        s, slope = clamped_exp(segments.sum(log_r) / length, h.log_ratio_clamp)
-        value, ds = clip_term(s, slope, a, h)
+        mean = segments.sum(log_r) / length
+        log_ratio = mean.to(logp.dtype).contiguous()
+        ratio, slope = clamped_exp(mean, h.log_ratio_clamp)
+        value, ds = clip_term(ratio, slope, a, h)
         moved = active
     else:
         at_most = torch.clamp_max(log_r, _log(h.ratio_max))
         at_least = torch.clamp_min(log_r, _log(h.ratio_min))
         clipped = torch.where(a > 0, at_most, at_least)
         moved = active & (clipped == log_r)
-        mean, _ = clamped_exp(segments.sum(torch.where(active, clipped, 0.0)) / length, math.inf)
-        value = ds = -mean * a
-    value, ds = torch.where(a == 0, 0.0, value), torch.where(active & (a != 0), ds, 0.0)
+        ratio = torch.exp(segments.sum(torch.where(active, clipped, 0.0)) / length)
+        value = ds = -ratio * a
+    # A = 0 gives 0 whatever the ratio, as long as there is one.
+    value = torch.where((a == 0) & ~ratio.isnan(), 0.0, value)
+    ds = torch.where(active & (a != 0), ds, 0.0)
     dlogp = torch.where(moved, segments.sum(policy_weight * ds) / length, 0.0)
-    return Term(value.to(logp.dtype), dlogp.to(logp.dtype))
+    return SequenceTerm(value.to(logp.dtype), dlogp.to(logp.dtype), log_ratio)
 
 
 def _like(x: Tensor, number: float | Tensor) -> Tensor:

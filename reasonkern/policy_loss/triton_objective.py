@@ -28,7 +28,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 class Hyper(NamedTuple):
-    """Field order is the order of HYPER in objective.py."""
+    """Field order is the order of HYPER in objective_fields.py."""
 
     ratio_min: float
     ratio_max: float
@@ -251,12 +251,13 @@ def kl_term(kl_kind, unbiased, logp, ref_logprob, old_logprob, log_ratio_clamp):
 
 @triton.jit
 def objective_row(kind, kl_kind, kl_unbiased, logp, entropy, row, h):
-    # A = 0 gives 0 whatever the ratio; DRO's quadratic term does not carry A.
+    # A = 0 gives 0 whatever the ratio, as long as there is one; DRO's quadratic term has no A.
+    none = tl.where(row.old_logprob == row.old_logprob, 0.0, row.old_logprob)
     term = token_term(kind, logp, row.old_logprob, row.advantage, h)
     counts = (row.advantage != 0) | (kind == DRO)
     # Also where A = 0: an importance that is not finite leaves its row out.
-    value = row.importance * tl.where(counts, term.value, 0.0)
-    slope = row.importance * tl.where(counts, term.dlogp, 0.0)
+    value = row.importance * tl.where(counts, term.value, none)
+    slope = row.importance * tl.where(counts, term.dlogp, none)
     if kl_kind != NO_KL:
         k = kl_term(kl_kind, kl_unbiased, logp, row.ref_logprob, row.old_logprob, h.log_ratio_clamp)
         value += h.kl_coef * k.value

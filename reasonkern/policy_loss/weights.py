@@ -71,12 +71,12 @@ def token_weights(
     _checks.check_mask("mask", mask)
     if mask.ndim not in (1, 2):
         _checks.fail("mask", "shape (B, T) or (N,)", tuple(mask.shape))
-    if not isinstance(data_parallel_size, int) or data_parallel_size < 1:
-        _checks.fail("data_parallel_size", "an integer >= 1", data_parallel_size)
+    _checks.check_integer("data_parallel_size", data_parallel_size, 1)
     if max_length is not None:
         _checks.check_number("max_length", max_length, 0, exclusive=True)
     for name, value in (("num_tokens", num_tokens), ("num_sequences", num_sequences)):
         if isinstance(value, Tensor):
+            _checks.check_device(name, value, mask, "mask")
             if value.ndim:
                 _checks.fail(name, "a number or a 0-dim tensor", f"shape {tuple(value.shape)}")
         elif value is not None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._checks import check_tensor
 from ..shaping import op as op
-from ..shaping.groups import check_tensor
 
 
 def elliptical_select(features: Tensor, k: int, lam: float = 0.01) -> Tensor:
@@ -46,8 +46,7 @@ def elliptical_select(features: Tensor, k: int, lam: float = 0.01) -> Tensor:
     if features.ndim not in (2, 3) or not features.is_floating_point():
         expected = "floating point of shape (N, d) or (P, N, d)"
         _checks.fail("features", expected, f"{tuple(features.shape)}, {features.dtype}")
-    if not isinstance(k, int) or not 0 <= k <= features.shape[-2]:
-        _checks.fail("k", f"an integer in [0, {features.shape[-2]}]", k)
+    _checks.check_integer("k", k, 0, features.shape[-2])
     _checks.check_number("lam", lam, 0.0, exclusive=True)
     x = features.detach()
     x = x if x.dtype == torch.float64 else x.float()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..shaping.groups import check_tensor
+from .._checks import check_tensor
 
 
 def pass_at_k(n: int | Tensor, c: int | Tensor, k: int) -> Tensor:
@@ -35,11 +35,19 @@ def pass_at_k(n: int | Tensor, c: int | Tensor, k: int) -> Tensor:
         >>> pass_at_k(4, torch.tensor([0, 1, 2, 3]), 2)
         tensor([0.0000, 0.5000, 0.8333, 1.0000], dtype=torch.float64)
     """
-    if not isinstance(k, int) or k < 1:
-        _checks.fail("k", "an integer >= 1", k)
-    at = next((x.device for x in (n, c) if isinstance(x, Tensor)), None)
+    _checks.check_integer("k", k, 1)
+    for name, x in (("n", n), ("c", c)):
+        if not isinstance(x, Tensor):
+            _checks.check_integer(name, x, 0)
+    if isinstance(n, Tensor) and isinstance(c, Tensor):
+        _checks.check_device("c", c, n, "n")
+    at = next((check_tensor("n", x).device for x in (n, c) if isinstance(x, Tensor)), None)
     total, right = (torch.as_tensor(x, dtype=torch.float64, device=at) for x in (n, c))
-    total, right = torch.broadcast_tensors(total, right)
+    try:
+        total, right = torch.broadcast_tensors(total, right)
+    except RuntimeError:
+        expected = f"a shape that broadcasts with that of n, {tuple(total.shape)}"
+        _checks.fail("c", expected, tuple(right.shape))
     invalid = (right < 0) | (right > total) | (k > total)
     if total.device.type == "cpu" and not torch.compiler.is_compiling() and invalid.any():
         where = int(invalid.flatten().nonzero()[0])
@@ -129,7 +137,8 @@ def length_statistics(length: Tensor, correct: Tensor) -> LengthStatistics:
         ValueError: wrong shape or dtype.
     """
     _checks.check_dtype("correct", check_tensor("correct", correct), torch.bool)
-    _checks.check_shape("length", check_tensor("length", length), correct.shape, "correct.shape")
+    _checks.check_shape("length", length, correct.shape, "correct.shape")
+    _checks.check_device("length", length, correct, "correct")
     x = length.double().flatten()
     right = correct.flatten()
 
@@ -210,6 +219,5 @@ def tail_answers(answer_ids: Tensor, last: int = 10) -> Tensor:
     _checks.check_dtype("answer_ids", check_tensor("answer_ids", answer_ids), torch.int64)
     if answer_ids.ndim != 3:
         _checks.fail("answer_ids", "shape (B, chains, steps)", tuple(answer_ids.shape))
-    if not isinstance(last, int) or last < 1:
-        _checks.fail("last", "an integer >= 1", last)
+    _checks.check_integer("last", last, 1)
     return answer_ids[:, :, -last:].flip(2).transpose(1, 2).flatten(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .. import _checks
-from ..shaping.groups import check_tensor
+from .._checks import check_tensor
 
 
 def greedy_cluster(
@@ -48,13 +48,16 @@ def greedy_cluster(
         >>> greedy_cluster([[1, 0, 0], [0.9, 1, 0], [0.2, 0.4, 1]])
         [[0, 1], [2]]
     """
+    if isinstance(scores, Tensor) and _checks.check_values("scores", scores).ndim != 2:
+        _checks.fail("scores", "a square matrix", tuple(scores.shape))
     rows = scores.tolist() if isinstance(scores, Tensor) else [list(row) for row in scores]
     if any(not isinstance(row, list) or len(row) != len(rows) for row in rows):
         _checks.fail("scores", "a square matrix", f"{len(rows)} rows")
     _checks.check_number("tau", tau)
     for name, limit in (("max_clusters", max_clusters), ("max_members", max_members)):
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
-            _checks.fail(name, "an integer >= 1 or None", limit)
+        if limit is not None:
+            _checks.check_integer(name, limit, 1, or_none=" or None")
+    _checks.check_seed("seed", seed)
     draw = random.Random(seed)
     clusters: list[list[int]] = []
     for i, row in enumerate(rows):
@@ -91,8 +94,8 @@ def finish_plan(
         ValueError: an empty cluster or a number below 1.
     """
     for name, limit in (("per_cluster", per_cluster), ("singletons", singletons)):
-        if not isinstance(limit, int) or limit < 1:
-            _checks.fail(name, "an integer >= 1", limit)
+        _checks.check_integer(name, limit, 1)
+    _checks.check_seed("seed", seed)
     if not all(len(cluster) for cluster in clusters):
         _checks.fail("clusters", "clusters with members", "an empty one")
     if not clusters:
@@ -131,8 +134,10 @@ def focal_bce(
         >>> focal_bce(torch.tensor([0.0, 4.0]), torch.tensor([1, 1]))
         tensor([1.7329e-01, 5.8716e-06])
     """
-    check_tensor("logit", logit)
-    _checks.check_shape("target", check_tensor("target", target), logit.shape, "logit.shape")
+    if not check_tensor("logit", logit).is_floating_point():
+        _checks.fail("logit", "floating point", logit.dtype)
+    _checks.check_shape("target", target, logit.shape, "logit.shape")
+    _checks.check_device("target", target, logit, "logit")
     _checks.check_number("gamma", gamma, 0.0)
     if alpha is not None:
         _checks.check_number("alpha", alpha, 0.0)

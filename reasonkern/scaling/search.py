@@ -45,8 +45,8 @@ class AStarFrontier:
     """
 
     def __init__(self, budget: int | None = None) -> None:
-        if budget is not None and (not isinstance(budget, int) or budget < 1):
-            _checks.fail("budget", "an integer >= 1 or None", budget)
+        if budget is not None:
+            _checks.check_integer("budget", budget, 1, or_none=" or None")
         self._left = budget
         self._heap: list[tuple[float, int, Node]] = []
         self._pushed = 0
@@ -77,8 +77,7 @@ class AStarFrontier:
 
     def pop(self, count: int = 1) -> list[Node]:
         """Removes and returns the best ``count`` nodes, or all if there are fewer."""
-        if not isinstance(count, int) or count < 1:
-            _checks.fail("count", "an integer >= 1", count)
+        _checks.check_integer("count", count, 1)
         taken = min(count, len(self._heap))
         return [heapq.heappop(self._heap)[2] for _ in range(taken)]
 

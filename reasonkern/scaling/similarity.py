@@ -70,6 +70,7 @@ def route_peers(
     k = max(n - 1, 0) if top_k == -1 else top_k
     others = [[j for j in range(n) if j != i] for i in range(n)]
     if strategy == "random":
+        _checks.check_seed("seed", seed)
         draw = random.Random(seed)
         return [draw.sample(peers, k) for peers in others]
     if k == 0:
@@ -103,8 +104,7 @@ def select_diverse(texts: Sequence[str], k: int) -> list[int]:
         ValueError: k out of range.
         ImportError: rapidfuzz is not installed.
     """
-    if not isinstance(k, int) or not 0 <= k <= len(texts):
-        _checks.fail("k", f"an integer in [0, {len(texts)}]", k)
+    _checks.check_integer("k", k, 0, len(texts))
     if k == 0:
         return []
     if len(texts) == 1:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..shaping.groups import check_tensor
+from .._checks import check_tensor
 
 TIES = ("earliest", "latest", "none")
 
@@ -229,8 +229,8 @@ def cons_at_k(answer_ids: Tensor, reference: Tensor, k: int) -> Tensor:
     _check_ids(answer_ids)
     _checks.check_dtype("reference", check_tensor("reference", reference), torch.int64)
     _checks.check_shape("reference", reference, answer_ids.shape[:1], "(B,)")
-    if not isinstance(k, int) or not 1 <= k <= answer_ids.shape[1]:
-        _checks.fail("k", f"an integer in [1, {answer_ids.shape[1]}]", k)
+    _checks.check_device("reference", reference, answer_ids, "answer_ids")
+    _checks.check_integer("k", k, 1, answer_ids.shape[1])
     winner = vote_ids(answer_ids[:, :k])
     return (winner == reference) & (winner >= 0)
 

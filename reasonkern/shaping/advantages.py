@@ -75,12 +75,17 @@ def group_advantages(
             _checks.fail("length", "a tensor for baseline='length-weighted'", None)
         check_vector("length", length, reward, "reward")
     centred = _minus_baseline(wide(reward), groups, baseline, length)
-    out = centred / (_sigma(centred, wide(reward), groups, scale) + eps)
+    out = over_sigma(centred, _sigma(centred, wide(reward), groups, scale) + eps)
     if scale == "none":
         out = centred
     if scale == "std" or baseline in ("group-mean", "leave-one-out", "length-weighted"):
         out = torch.where(groups.size() > 1, out, 0.0)
     return narrow(out, reward)
+
+
+def over_sigma(centred: Tensor, sigma: Tensor) -> Tensor:
+    """The quotient; 0 for 0 / 0, which an eps of 0 leaves in groups of equal rewards."""
+    return torch.where(centred == 0, 0.0, centred / sigma)
 
 
 def _minus_baseline(r: Tensor, groups: Groups, baseline: str, length: Tensor | None) -> Tensor:
@@ -184,7 +189,7 @@ class ReplaySample(NamedTuple):
 def prioritised_sample(
     advantage: Tensor, k: int, *, alpha: float = 1.0, seed: int = 0
 ) -> ReplaySample:
-    """Draws k samples without replacement, p ∝ |A|^alpha over those with A ≠ 0.
+    """Draws k samples without replacement, p ∝ abs(A)^alpha over those with A ≠ 0.
 
     The selective sample buffer of Skywork R1V2 (arXiv 2504.16656), whose text says "weighted by the
     absolute advantage" and no more: the exponent is ours. Equivalent in law to
@@ -202,10 +207,10 @@ def prioritised_sample(
     Raises:
         ValueError: wrong shape, k outside [0, N], or a negative alpha.
     """
-    check_vector("advantage", advantage)
+    _checks.check_values("advantage", check_vector("advantage", advantage))
     _checks.check_number("alpha", alpha, 0.0)
-    if not isinstance(k, int) or not 0 <= k <= len(advantage):
-        _checks.fail("k", f"an integer in [0, {len(advantage)}]", k)
+    _checks.check_integer("k", k, 0, len(advantage))
+    _checks.check_seed("seed", seed)
     generator = torch.Generator(advantage.device).manual_seed(seed)
     noise = torch.empty_like(advantage, dtype=torch.float64).exponential_(generator=generator)
     # The k smallest of E_i / w_i, E exponential, are a weighted sample without replacement.

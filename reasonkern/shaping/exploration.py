@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .groups import Groups, check_tensor, narrow
+from .._checks import check_tensor
+from .groups import Groups, narrow
 
 MODES = ("leave-one-out", "leverage")
 # The Gram matrix is off by 1e-16 of its trace, the bonus then by 1e-16 tr K / λ of its value.
@@ -68,8 +69,8 @@ def elliptical_bonus(
     _checks.check_number("lam", lam, 0.0, exclusive=True)
     _checks.check_choice("mode", mode, MODES)
     for name, bound in (("max_groups", max_groups), ("max_group_size", max_group_size)):
-        if bound is not None and (not isinstance(bound, int) or bound < 1):
-            _checks.fail(name, "an integer >= 1", bound)
+        if bound is not None:
+            _checks.check_integer(name, bound, 1)
     groups = Groups(group, features, "features")
     if not len(features):
         return narrow(features.new_zeros(0), features)
@@ -80,19 +81,19 @@ def elliptical_bonus(
     if project is not None:
         phi = phi @ sparse_projection(phi.shape[1], project, seed, phi.device)
     shape = (
-        _bound("max_groups", max_groups, groups.exists().sum()),
-        _bound("max_group_size", max_group_size, groups.size().max()),
+        _bound("max_groups", max_groups, groups.exists().sum(), len(phi)),
+        _bound("max_group_size", max_group_size, groups.size().max(), len(phi)),
     )
     out = _by_group(phi, groups, shape, lam, mode, lam_relative)
     return narrow(out, features)
 
 
-def _bound(name: str, given: int | None, needed: Tensor) -> int:
+def _bound(name: str, given: int | None, needed: Tensor, sequences: int) -> int:
     if given is None:
         return int(needed)
     if needed.device.type == "cpu" and given < int(needed):
         _checks.fail(name, f"at least {int(needed)}, which group has", given)
-    return given
+    return min(given, sequences)  # there are no more groups, and no larger ones
 
 
 def _by_group(
@@ -134,10 +135,10 @@ def _by_group(
 
 def sparse_projection(width: int, project: int, seed: int, device: torch.device) -> Tensor:
     """(width, project) of a very sparse random projection (Li, Hastie, Church 2006), float64."""
-    if not isinstance(project, int) or project < 1:
-        _checks.fail("project", "an integer >= 1", project)
+    _checks.check_integer("project", project, 1)
+    _checks.check_seed("seed", seed)
     generator = torch.Generator(device).manual_seed(seed)
-    sparsity = math.sqrt(width)
+    sparsity = math.sqrt(max(width, 1))
     uniform = torch.rand((width, project), generator=generator, device=device, dtype=torch.float64)
     sign = torch.sign(uniform - 0.5 / sparsity).neg()  # +1 with probability 1 / (2 sparsity)
     value = torch.where(uniform < 1 / sparsity, sign, 0.0)

@@ -6,13 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-
-
-def check_tensor(name: str, x: object) -> Tensor:
-    """A tensor, whatever its shape."""
-    if not isinstance(x, Tensor):
-        _checks.fail(name, "a tensor", type(x).__name__)
-    return x
+from .._checks import check_tensor
 
 
 def check_vector(name: str, x: object, like: Tensor | None = None, like_name: str = "") -> Tensor:

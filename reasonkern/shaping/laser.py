@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .groups import Groups, check_flags, check_tensor, wide
+from .._checks import check_tensor
+from .groups import Groups, check_flags, wide
 from .rewards import check_lengths
 
 MODES = ("reward", "penalty", "hybrid")
@@ -172,9 +173,9 @@ def adaptive_length_targets(
     """
     check_lengths(length, correct)
     for name, value in (("lower", lower), ("step", step), ("rollouts", rollouts)):
-        if not isinstance(value, int) or value < 1:
-            _checks.fail(name, "an integer >= 1", value)
-    if not isinstance(upper, int) or upper < lower:
+        _checks.check_integer(name, value, 1)
+    _checks.check_integer("upper", upper)
+    if upper < lower:
         _checks.fail("upper", f"an integer >= lower = {lower}", upper)
     level = accuracy_level(correct, group)
     count = -(-(upper - lower) // step) + 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .advantages import over_sigma
 from .groups import Groups, check_vector, narrow, wide
 
 NORMALISE = ("none", "per-component")
@@ -90,7 +91,7 @@ def _part(name: str, r: Tensor, gate: Tensor | None, groups: Groups | None, eps:
         r = torch.where(gate != 0, r * gate, 0.0)
     if groups is None:
         return r
-    scaled = (r - groups.mean(r)) / (groups.std(r) + eps)
+    scaled = over_sigma(r - groups.mean(r), groups.std(r) + eps)
     return torch.where(groups.size() > 1, scaled, 0.0)
 
 

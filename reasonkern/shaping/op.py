@@ -25,8 +25,6 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "gae": reference.gae,
     "elliptical_select": reference.elliptical_select,
 }
-# float64 rows of gae go to the reference: its Triton kernel computes in float32.
-TRITON_FLOAT64 = {"elliptical_select"}
 
 
 def _fake_gae(reward: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -40,28 +38,20 @@ def _fake_select(features: Tensor, k: int, lam: float) -> Tensor:
 FAKE: dict[str, Callable[..., Any]] = {"gae": _fake_gae, "elliptical_select": _fake_select}
 
 
-def _cuda_entry(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        backend = _load.choose_cuda_backend(name, args[0].device)
-        if args[0].dtype == torch.float64 and name not in TRITON_FLOAT64:
-            backend = "reference"
-        return _load.implementation(name, backend)(*args)
-
-    return call
+# ---- registrations
 
 
-_lib = torch.library.Library("reasonkern", "FRAGMENT")
+def _gae_in_triton(reward: Tensor, *args: Any) -> bool:
+    return reward.dtype != torch.float64  # the kernel computes in float32
+
+
 for _name, _schema in SCHEMAS.items():
-    _lib.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    _lib.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
-    _lib.impl(_name, _cuda_entry(_name), "CUDA")
-    _lib.impl(_name, torch.library.fallthrough_kernel, "Autograd")
-    torch.library.register_fake(f"reasonkern::{_name}", FAKE[_name], lib=_lib)
-    _load.register_op(
+    _load.define_op(
         _name,
-        {
-            "reference": REFERENCE[_name],
-            "cpu": getattr(torch.ops.reasonkern, _name),
-            "triton": _load.lazy(f"{__package__}.triton_kernels", _name),
-        },
+        _schema,
+        reference=REFERENCE[_name],
+        fake=FAKE[_name],
+        cuda=False,
+        triton=_load.lazy(f"{__package__}.triton_kernels", _name),
+        triton_serves=_gae_in_triton if _name == "gae" else None,
     )

@@ -281,6 +281,7 @@ def composed_all_correct(
     used = torch.ones_like(correct) if valid is None else valid
     _checks.check_dtype("valid", used, torch.bool)
     _checks.check_shape("valid", used, correct.shape, "correct.shape")
+    _checks.check_device("valid", used, correct, "correct")
     if mode == "all":
         return (used.any(1) & (correct | ~used).all(1)).float()
     from_end = used.flip(1).long().cumsum(1).flip(1)
@@ -322,7 +323,7 @@ def zero_sum_rewards(detected: Tensor, harmful: Tensor | None = None) -> tuple[T
     """The adversarial game of SPC (arXiv 2504.19162): a sneaky generator against a step critic.
 
     The generator plants an error, the critic says whether the step is wrong. Who wins gets 1 and
-    the other -1. Train both with `reinforce` or any other objective.
+    the other -1. Train both with `reasonkern.Objective.reinforce` or any other objective.
 
     Args:
         detected: (N,) bool, the critic called the planted step wrong.

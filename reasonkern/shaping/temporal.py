@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .groups import check_flags, check_tensor
+from .._checks import check_tensor
+from .groups import check_flags
 
 BOOTSTRAPS = ("zero", "last", "given")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -206,8 +207,7 @@ def tppo_masks(
     _check_beside("finished", finished, mask, mask.shape[:1])
     if truncated is not None:
         check_flags("truncated", truncated, finished, "finished")
-    if not isinstance(drop_tail, int) or drop_tail < 0:
-        _checks.fail("drop_tail", "an integer >= 0", drop_tail)
+    _checks.check_integer("drop_tail", drop_tail, 0)
     cut = ~finished if truncated is None else truncated
     from_end = mask.flip(1).cumsum(1).flip(1)  # 1 for the last token of the row
     tail = cut[:, None] & (from_end <= drop_tail)

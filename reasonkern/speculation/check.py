@@ -36,17 +36,17 @@ def check_verifier(
     """Tests whether a speculative verifier, anybody's, emits the target model's law.
 
     A toy target (the next token's law depends on the last token and the depth, some tokens are
-    impossible) and a toy drafter (another law, on half of the vocabulary) make `draws` independent
-    steps. Children are drawn without replacement by Gumbel-Top-K, in the order of their ranks.
-    G-tests then compare three kinds of laws with the target's: "marginal", of the first token;
-    "joint", of the first three, where the target itself continues shorter steps; and "length > j",
-    of token j given the one before it, over the steps that emitted it. A law is broken when its
-    p-value is below 1e-6.
+    impossible) and a toy drafter (another law, on half of the vocabulary) make ``draws``
+    independent steps. Children are drawn without replacement by Gumbel-Top-K, in the order of their
+    ranks. G-tests then compare three kinds of laws with the target's: "marginal", of the first
+    token; "joint", of the first three, where the target itself continues shorter steps; and
+    "length > j", of token j given the one before it, over the steps that emitted it. A law is
+    broken when its p-value is below 1e-6.
 
-    With ``exact``, the law is enumerated instead: `fn` is run once for every outcome of every
-    random choice and the laws must agree to a total variation of 1e-12. `fn` then takes its
+    With ``exact``, the law is enumerated instead: ``fn`` is run once for every outcome of every
+    random choice and the laws must agree to a total variation of 1e-12. ``fn`` then takes its
     randomness from the harness: ``draws.target(prefix)`` and ``draws.draft(prefix)`` are lists of
-    probabilities after the tokens `prefix`, ``draws.children(prefix)`` the tokens drawn there, in
+    probabilities after the tokens ``prefix``, ``draws.children(prefix)`` the tokens drawn there, in
     draw order (empty at the last depth); ``coins.below(x)`` is true with probability x,
     ``coins.choice(weights)`` an index with probabilities in proportion to the weights.
 
@@ -68,7 +68,7 @@ def check_verifier(
         `LawReport`: true when every law holds; printing it shows them all.
 
     Raises:
-        ValueError: a parameter out of range; `fn` returned a wrong shape, length or token.
+        ValueError: a parameter out of range; ``fn`` returned a wrong shape, length or token.
 
     Example:
         >>> import reasonkern as rk
@@ -82,6 +82,7 @@ def check_verifier(
     _check_size("vocab", vocab, 2, 6 if exact else 4096)
     _check_size("children", children, 1, min(3 if exact else 64, vocab))
     _check_size("depth", depth, 1, 3 if exact else 8)
+    _checks.check_seed("seed", seed)
     toy = Toy(vocab, children, depth, seed)
     if exact:
         return exact_report(fn, toy)

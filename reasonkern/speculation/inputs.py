@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._checks import check_tensor
 from .draft import Draft
 from .tree import DraftTree
 
@@ -17,6 +18,7 @@ LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_ENTRY = 64  # tokens of a draft law
 MAX_EOS = 64
 INTEGERS = (torch.int64, torch.int32)
+CONTIGUOUS = torch.contiguous_format
 
 
 class _Range(NamedTuple):
@@ -45,8 +47,8 @@ _RANGES = {
 
 def as_int64(name: str, value: object) -> int:
     """An integer in [-2^63, 2^64) as the int64 with the same bits."""
-    if not isinstance(value, int) or isinstance(value, bool) or not -(1 << 63) <= value < 1 << 64:
-        _checks.fail(name, "an integer in [-2^63, 2^64)", repr(value))
+    _checks.check_seed(name, value)
+    assert isinstance(value, int)
     return value - (1 << 64) if value >> 63 == 1 else value
 
 
@@ -72,6 +74,8 @@ def per_request(
     rule = _RANGES.get(name)
     if rule is not None and not rule.holds_number(x):
         _checks.fail(name, rule.expected, x)
+    if dtype == torch.float32:  # what is larger means "off", and float32 cannot hold it
+        x = max(-_checks.LARGEST, min(float(x), _checks.LARGEST))
     return torch.full((batch,), x, dtype=dtype, device=device)
 
 
@@ -101,11 +105,6 @@ def row_parameters(
     )
 
 
-def check_tensor(name: str, x: object) -> None:
-    if not isinstance(x, Tensor):
-        _checks.fail(name, "a tensor", type(x).__name__)
-
-
 def check_logits(logits: Tensor, ndim: int, shape: str) -> None:
     check_tensor("logits", logits)
     _checks.check_dtype("logits", logits, *LOGITS_DTYPES)
@@ -117,20 +116,23 @@ def check_logits(logits: Tensor, ndim: int, shape: str) -> None:
         _checks.fail("logits", "the last dimension contiguous", f"strides {logits.stride()}")
 
 
-def check_mask(name: str, mask: Tensor | None, logits: Tensor) -> None:
+def check_mask(name: str, mask: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The bitmask with a contiguous last dimension."""
     if mask is None:
-        return
-    check_tensor(name, mask)
+        return None
     _checks.check_dtype(name, mask, torch.int32)
     _checks.check_device(name, mask, logits, "logits")
     words = (logits.shape[-1] + 31) // 32
     _checks.check_shape(name, mask, (*logits.shape[:-1], words), "(…, ceil(V / 32))")
+    return mask if words == 1 or mask.stride(-1) == 1 else mask.clone(memory_format=CONTIGUOUS)
 
 
 def check_draft(draft: Draft, tree: DraftTree, logits: Tensor, rejection: bool) -> list[Tensor]:
     """tokens, valid and, for rejection, the law of each node's children; all contiguous."""
     if not isinstance(tree, DraftTree):
         _checks.fail("tree", "a DraftTree", type(tree).__name__)
+    if not isinstance(draft, Draft):
+        _checks.fail("draft", "a Draft", type(draft).__name__)
     shape = logits.shape[:2]
     if shape[1] != tree.nodes:
         _checks.fail("logits", f"one row per node, (B, {tree.nodes}, V)", tuple(logits.shape))
@@ -144,7 +146,7 @@ def check_draft(draft: Draft, tree: DraftTree, logits: Tensor, rejection: bool) 
         return [draft.tokens.contiguous(), draft.valid.contiguous()]
     if draft.q_ids is None or draft.q_logprob is None:
         _checks.fail("draft", 'q_ids and q_logprob with mode="rejection"', None)
-    q_ids, q_logprob = draft.q_ids, draft.q_logprob
+    q_ids, q_logprob = check_tensor("draft.q_ids", draft.q_ids), draft.q_logprob
     if q_ids.ndim != 3 or not 0 < q_ids.shape[-1] <= MAX_ENTRY:
         _checks.fail("draft.q_ids", f"shape (B, N, K), K <= {MAX_ENTRY}", tuple(q_ids.shape))
     for name, x in (("draft.q_ids", q_ids), ("draft.q_logprob", q_logprob)):
@@ -173,8 +175,8 @@ def step_limits(
         _checks.check_device("eos", eos, logits, "logits")
         ids = eos.reshape(-1).to(torch.int64).contiguous()
     elif eos is not None:
-        given = [eos] if isinstance(eos, int) else list(eos)
-        ids = torch.tensor(given, dtype=torch.int64, device=device)
+        given = eos if isinstance(eos, (list, tuple)) else [eos]
+        ids = torch.tensor([as_int64("eos", x) for x in given], dtype=torch.int64, device=device)
     if ids is not None and ids.numel() > MAX_EOS:
         _checks.fail("eos", f"at most {MAX_EOS} ids", ids.numel())
     cap = used = None
@@ -200,6 +202,10 @@ def check_caches(
     _checks.check_device("value", value, key, "key")
     _checks.check_dtype("value", value, key.dtype)
     _checks.check_shape("value", value, (*key.shape[:3], value.shape[3]), "that of key up to D")
+    for name, x in (("key", key), ("value", value)):
+        lead = zip(x.shape[:3], x.stride()[:3], strict=True)
+        if x.numel() and (any(n > 1 and step < x.shape[3] for n, step in lead)):
+            _checks.fail(name, "rows that do not overlap", f"strides {x.stride()}")
     if lengths.ndim != 1:
         _checks.fail("lengths", "shape (B,)", tuple(lengths.shape))
     batch = lengths.shape[0]

@@ -37,13 +37,6 @@ CUDA_STEPS = {
     "table_merge_": f"{_UPDATE_ARGS}, Tensor items, Tensor pairs, Tensor totals) -> ()",
 }
 
-_lib = torch.library.Library("reasonkern", "FRAGMENT")
-_cuda = torch.library.Library("reasonkern_cuda", "FRAGMENT")
-for _name, _schema in SCHEMAS.items():
-    _lib.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
-for _name, _schema in (SCHEMAS | CUDA_STEPS).items():
-    _cuda.define(_name + _schema)
-
 
 def _fake_draft(context: Tensor, *args: Any) -> tuple[Tensor, ...]:
     slots, parents, kind = args[1], args[7], args[-3]
@@ -74,24 +67,15 @@ def _update_cuda(*args: Any) -> None:
     table_sorted.update(steps.table_keys, steps.table_merge_, *args)
 
 
-def _cuda_entry(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        return _load.implementation(name, _load.choose_cuda_backend(name, args[0].device))(*args)
-
-    return call
-
-
-_cuda.impl("table_update_", _update_cuda, "CUDA")
-for _name in SCHEMAS:
-    _lib.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
-    _lib.impl(_name, _cuda_entry(_name), "CUDA")
-    torch.library.register_fake(f"reasonkern::{_name}", FAKE[_name], lib=_lib)
-    _load.register_op(
+for _name, _schema in SCHEMAS.items():
+    _load.define_op(
         _name,
-        {
-            "reference": REFERENCE[_name],
-            "cpu": getattr(torch.ops.reasonkern, _name),
-            "cuda": getattr(torch.ops.reasonkern_cuda, _name),
-            "triton": _load.lazy(f"{__package__}.triton_table", _name),
-        },
+        _schema,
+        reference=REFERENCE[_name],
+        fake=FAKE[_name],
+        cuda=True,
+        triton=_load.lazy(f"{__package__}.triton_table", _name),
     )
+for _name, _schema in CUDA_STEPS.items():
+    _load.CUDA_LIBRARY.define(_name + _schema)
+_load.CUDA_LIBRARY.impl("table_update_", _update_cuda, "CUDA")

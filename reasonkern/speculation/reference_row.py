@@ -16,6 +16,7 @@ from . import noise
 INF = float("inf")
 MASS_BITS = 40  # fixed point: the most likely token has mass 2^40
 TINY = 2.0**-126  # the smallest normal number in fp32
+CONFIDENCE_TOKENS = 20  # the most likely ones, which a row's confidence averages over
 
 
 class Filters(NamedTuple):
@@ -50,12 +51,16 @@ def unpack_mask(mask: Tensor | None, vocab: int) -> Tensor | None:
     return bits.flatten(-2)[..., :vocab].bool()
 
 
+def allowed(logits: Tensor, mask: Tensor | None) -> Tensor:
+    """Logits of any float dtype in float32, -inf where the mask forbids them."""
+    x = logits.to(torch.float32)
+    bits = unpack_mask(mask, x.shape[-1])
+    return x if bits is None else torch.where(bits, x, -INF)
+
+
 def scores(logits: Tensor, mask: Tensor | None, filters: Filters) -> Scores:
     """Mask, temperature, top-k, top-p, min-p, in this order. logits (R, V) of any float dtype."""
-    x = logits.to(torch.float32)
-    allowed = unpack_mask(mask, x.shape[-1])
-    if allowed is not None:
-        x = torch.where(allowed, x, -INF)
+    x = allowed(logits, mask)
     greedy = (filters.temperature == 0).unsqueeze(-1)
     value = x / torch.where(greedy, 1.0, filters.temperature.unsqueeze(-1))
     top = value.amax(-1, keepdim=True)  # NaN when the row has one
@@ -133,3 +138,31 @@ def statistics(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     ordered = torch.nn.functional.pad(ordered, pad, value=-INF)
     ids = torch.where(ordered == -INF, -1, torch.nn.functional.pad(ids, pad, value=-1))
     return ids, ordered, torch.logsumexp(x.double(), -1).to(torch.float32)
+
+
+class Law(NamedTuple):
+    """Statistics of the rows that tokens are drawn from, (R,) float32; -inf in bad rows."""
+
+    logprob: Tensor
+    entropy: Tensor
+    confidence: Tensor
+    max_prob: Tensor
+
+
+def entropy_of(value: Tensor) -> Tensor:
+    """(R,) float64 entropies of softmax(value); -inf where that has NaN or +inf, or is all -inf."""
+    logp = value.double().log_softmax(-1)
+    entropy = (logp.exp() * torch.where(logp == -INF, 0, logp).abs()).sum(-1)
+    return torch.where(entropy.isnan(), -INF, entropy)
+
+
+def law_statistics(logits: Tensor, s: Scores, filters: Filters, token: Tensor) -> Law:
+    """`logits` (R, V) after mask and control, `s` its scores, `token` what was drawn."""
+    logp = logits.to(torch.float32).double().log_softmax(-1)
+    top = logp.topk(min(CONFIDENCE_TOKENS, logp.shape[-1]), -1).values
+    finite = top > -INF
+    confidence = torch.where(finite, top, 0).abs().sum(-1) / finite.sum(-1)
+    entropy = torch.where(filters.temperature == 0, 0, entropy_of(s.value))
+    chosen = logp.gather(-1, token.clamp_min(0).unsqueeze(-1)).squeeze(-1)
+    out = (chosen, entropy, confidence, logp.amax(-1).exp())
+    return Law(*(torch.where(s.bad, -INF, x).to(torch.float32) for x in out))

@@ -16,6 +16,7 @@ import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from .. import _checks
 from .table import NgramTable
 from .tree import DraftTree
 
@@ -191,3 +192,22 @@ def _learn(table: NgramTable, lessons: list[tuple[_Row, Ids, Law]]) -> None:
         torch.from_numpy(contexts), torch.from_numpy(ids), torch.from_numpy(logprobs),
         scope=torch.from_numpy(scopes),
     )  # fmt: skip
+
+
+def token_traces(sequences: Sequence[Any]) -> list[TokenTrace]:
+    """Traces as they are, sequences of ids as traces of one group; the empty ones left out."""
+    traces = [
+        s if isinstance(s, TokenTrace) else TokenTrace(_token_ids(i, s))
+        for i, s in enumerate(sequences)
+    ]
+    traces = [trace for trace in traces if len(trace.tokens)]
+    if not traces:
+        _checks.fail("source", "at least one sequence of token ids", "none")
+    return traces
+
+
+def _token_ids(index: int, sequence: Any) -> Ids:
+    ids = np.asarray(sequence)
+    if ids.ndim != 1 or (ids.size and (ids.dtype.kind not in "iu" or int(ids.min()) < 0)):
+        _checks.fail(f"source[{index}]", "a sequence of token ids", repr(sequence))
+    return ids.astype(np.int64)

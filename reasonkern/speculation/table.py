@@ -112,8 +112,8 @@ class NgramTable:
                 order whose window holds a -1 is skipped; a row that ends in -1 is padding.
             topk_ids: (M, k) integers, k at most K; -1 = empty.
             topk_logits: (M, k) logits of the raw model output (before temperature, penalties and
-                masks), or log-probabilities where `lse` is None. A one-hot row (id, 0.0) records a
-                token of which the logits are not known.
+                masks), or log-probabilities where ``lse`` is None. A one-hot row (id, 0.0) records
+                a token of which the logits are not known.
             lse: (M,) log-sum-exp of the whole row of logits.
             scope: the scope of each row, (M,) or one number; None = 0. Contexts of one scope are
                 never found from another: an engine gives each distinct prompt its own.
@@ -328,23 +328,19 @@ class NgramTable:
         return self
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings and tensors (the live ones, as of a module), for `torch.save`."""
+        """Settings and tensors (the live ones, as of a module), for ``torch.save``."""
         return {"settings": self._settings(), **self._state._asdict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes the contents of a table of the same settings; drafts are the same to the bit.
 
         Raises:
-            ValueError: other settings, or a tensor that is missing or of another shape or dtype.
+            ValueError: other settings; a tensor that is missing, of another shape or dtype, or (if
+                it comes from the CPU) with contents that no table has.
         """
         if state.get("settings") != self._settings():
             _checks.fail("state", f"settings {self._settings()}", state.get("settings"))
-        for name, tensor in self._state._asdict().items():
-            given = state.get(name)
-            if not isinstance(given, Tensor):
-                _checks.fail(f"state[{name!r}]", "a tensor", type(given).__name__)
-            _checks.check_dtype(f"state[{name!r}]", given, tensor.dtype)
-            _checks.check_shape(f"state[{name!r}]", given, tensor.shape, "of this table")
+        inputs.check_state(self, state, self._state)
         for name, tensor in self._state._asdict().items():
             tensor.copy_(state[name])
 

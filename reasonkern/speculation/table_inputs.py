@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from .draft import Draft
-from .table_reference import TOTAL_LIMIT, row_values
+from .table_reference import ID_BITS, TOTAL_LIMIT, Storage, row_values
 from .tree import DraftTree
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ class DraftInputs(NamedTuple):
 
 
 def _integers(name: str, tensor: Tensor, table: NgramTable) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        _checks.fail(name, "a tensor", type(tensor).__name__)
     _checks.check_dtype(name, tensor, *INTEGERS)
     if tensor.device != table.device:
         _checks.fail(name, f"the table's device, {table.device}", tensor.device)
@@ -53,8 +52,6 @@ def _integers(name: str, tensor: Tensor, table: NgramTable) -> Tensor:
 
 
 def _floats(name: str, tensor: Tensor, table: NgramTable) -> Tensor:
-    if not isinstance(tensor, Tensor):
-        _checks.fail(name, "a tensor", type(tensor).__name__)
     _checks.check_dtype(name, tensor, *FLOATS)
     if tensor.device != table.device:
         _checks.fail(name, f"the table's device, {table.device}", tensor.device)
@@ -99,6 +96,24 @@ def check_known(table: NgramTable, context: Tensor, scope: Tensor | None) -> Non
     _checks.check_range("context", context, -1, table.vocab_size)
     if scope is not None:
         _checks.check_range("scope", scope, 0, table.max_scopes)
+
+
+def check_state(table: NgramTable, state: Mapping[str, Any], own: Storage) -> None:
+    """The tensors of a saved table; contents that no table has would become drafted ids."""
+    for name, tensor in own._asdict().items():
+        given = _checks.check_values(f"state[{name!r}]", state.get(name))
+        _checks.check_dtype(f"state[{name!r}]", given, tensor.dtype)
+        _checks.check_shape(f"state[{name!r}]", state[name], tensor.shape, "of this table")
+    ids, extra = state["slots"].long(), state["extra"]
+    if table.storage == "packed":
+        ids = ids & (1 << ID_BITS) - 1
+        if extra.numel():
+            ids = ids | extra.long() << ID_BITS
+    else:
+        _checks.check_range("state['extra']", extra, 0, TOTAL_LIMIT * table.max_count + 1)
+    _checks.check_range("state['slots']", ids, 0, table.vocab_size)
+    _checks.check_range("state['counts']", state["counts"], 0, table.max_count + 1)
+    _checks.check_range("state['clock']", state["clock"], 0, _checks.INT64)
 
 
 # ---- drafting

@@ -62,6 +62,8 @@ class DraftTree:
     """
 
     def __init__(self, parents: Sequence[int] | Tensor) -> None:
+        if isinstance(parents, Tensor) and _checks.check_values("parents", parents).ndim != 1:
+            _checks.fail("parents", "shape (nodes,)", tuple(parents.shape))
         given = parents.tolist() if isinstance(parents, Tensor) else list(parents)
         self._parents = _checked_parents(given)
         self._tensors: dict[torch.device, TreeTensors] = {}
@@ -71,7 +73,7 @@ class DraftTree:
 
     @classmethod
     def default(cls, nodes: int = 80) -> DraftTree:
-        """The most likely `nodes` nodes under fixed rates by rank, typical of reasoning traces.
+        """The most likely ``nodes`` nodes under fixed rates by rank, typical of reasoning traces.
 
         Nodes are ordered by their likelihood, so ``default(m)`` is the prefix of ``default(n)``.
         `reasonkern.tune_tree` fits a tree to your own traces instead.
@@ -82,15 +84,22 @@ class DraftTree:
     def grow(
         cls, nodes: int, *, rates: Sequence[float] = RANK_RATES, depth: int | None = None
     ) -> DraftTree:
-        """The `nodes` most likely nodes, most likely first.
+        """The ``nodes`` most likely nodes, most likely first.
 
         Args:
             nodes: number of nodes, the root included.
             rates: rates[r] is the chance that the child of rank r is accepted, given that its
                 parent was; beyond the last one they halve.
             depth: largest depth; None = no limit.
+
+        Raises:
+            ValueError: a number out of its range.
         """
         _check_nodes(nodes)
+        if depth is not None:
+            _checks.check_integer("depth", depth, 1, or_none=" or None")
+        if not rates or not all(0 < rate <= 1 for rate in rates):
+            _checks.fail("rates", "numbers in (0, 1]", rates)
         parents, depths = [-1], [0]
         # (-likelihood, parent, rank): the next child of a parent; ties go to the older parent.
         queue = [(-_rank_rate(rates, 0), 0, 0)]
@@ -169,7 +178,7 @@ class DraftTree:
         return self._tensors[device]
 
     def prefix(self, nodes: int) -> DraftTree:
-        """The tree of the first `nodes` nodes, 1 to N."""
+        """The tree of the first ``nodes`` nodes, 1 to N."""
         if not isinstance(nodes, int) or not 1 <= nodes <= self.nodes:
             _checks.fail("nodes", f"an integer in [1, {self.nodes}]", nodes)
         return DraftTree(self._parents[:nodes])
@@ -187,7 +196,7 @@ class DraftTree:
         Args:
             length: (B,) integers: tokens in the KV cache before the root, which is its position.
         """
-        if length.ndim != 1:
+        if _checks.check_tensor("length", length).ndim != 1:
             _checks.fail("length", "shape (batch,)", tuple(length.shape))
         return length[:, None] + self.tensors(length.device).depths
 

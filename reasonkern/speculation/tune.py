@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .. import _checks
-from .replay import TokenTrace, replay
 from .tree import DraftTree
 
 BIG_NODES, BIG_DEPTH = 625, 20
@@ -30,14 +28,14 @@ def tune_tree(
     vocab_size: int | None = None,
     orders: Sequence[int] = (4, 3, 2),
 ) -> DraftTree:
-    """Cuts a big tree down to the `nodes` nodes that are accepted most often.
+    """Cuts a big tree down to the ``nodes`` nodes that are accepted most often.
 
     The result is ordered by acceptance, so its first n nodes are the tuned tree of n nodes. A node
     counts at least as much as its later siblings and its children, which keeps every prefix a
     tree; ties go to the smaller depth, then to the lower index of the big tree.
 
     Args:
-        source: (N,) acceptance counts by node of `tree` (how often ``Verified.path`` visited each,
+        source: (N,) acceptances by node of ``tree`` (how often ``Verified.path`` visited each,
             over all steps), or recorded sequences of token ids, which are replayed through a table
             (see ``python -m reasonkern tune``): a list of sequences of integers.
         nodes: nodes of the result, the root included.
@@ -49,8 +47,8 @@ def tune_tree(
         `DraftTree`.
 
     Raises:
-        ValueError: counts that are negative, not finite or not one per node of `tree`; more nodes
-            than `tree` has; no sequences.
+        ValueError: counts that are negative, not finite or not one per node of ``tree``; more nodes
+            than ``tree`` has; no sequences.
 
     Example:
         >>> import torch, reasonkern as rk
@@ -59,12 +57,20 @@ def tune_tree(
         [-1, 0, 1, 0]
     """
     tree = big_tree() if tree is None else tree
+    if not isinstance(tree, DraftTree):
+        _checks.fail("tree", "a DraftTree or None", type(tree).__name__)
     if not isinstance(nodes, int) or not 1 <= nodes <= tree.nodes:
         _checks.fail("nodes", f"an integer in [1, {tree.nodes}], the nodes of the tree", nodes)
+    if vocab_size is not None:
+        _checks.check_integer("vocab_size", vocab_size, 1, or_none=" or None")
+    if isinstance(source, Tensor):
+        _checks.check_values("source", source)
     if isinstance(source, Tensor) or (len(source) and isinstance(source[0], int | float)):
         counts = torch.as_tensor(source, dtype=torch.float64).cpu()
     else:
-        traces = _token_traces(source)
+        from .replay import replay, token_traces  # numpy
+
+        traces = token_traces(source)
         vocab = vocab_size or 1 + max(int(trace.tokens.max()) for trace in traces)
         replayed = replay(traces, tree, vocab_size=vocab, orders=orders)
         counts = torch.from_numpy(replayed.accepted).double()
@@ -72,17 +78,6 @@ def tune_tree(
     if not bool(((counts >= 0) & counts.isfinite()).all()):
         _checks.fail("source", "finite counts >= 0", counts.tolist())
     return _most_accepted(counts.tolist(), tree, nodes)
-
-
-def _token_traces(sequences: Sequence[Any]) -> list[TokenTrace]:
-    traces = [
-        s if isinstance(s, TokenTrace) else TokenTrace(np.asarray(s, dtype=np.int64))
-        for s in sequences
-    ]
-    traces = [trace for trace in traces if len(trace.tokens)]
-    if not traces:
-        _checks.fail("source", "at least one sequence of token ids", "none")
-    return traces
 
 
 def _most_accepted(counts: list[float], tree: DraftTree, nodes: int) -> DraftTree:

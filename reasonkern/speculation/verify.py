@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntFlag
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from .. import _checks
+from .._checks import check_tensor
 from . import noise
 from . import verify_op as _verify_op  # noqa: F401  (defines the operators)
 from .draft import Draft
@@ -20,11 +21,13 @@ from .inputs import (
     check_logits,
     check_mask,
     check_slots,
-    check_tensor,
     row_parameters,
     step_limits,
 )
 from .tree import DraftTree
+
+if TYPE_CHECKING:
+    from ..modulation.state import ModulationState
 
 MODES = ("shared", "target-only", "greedy", "rejection")
 MAX_TOPK = 64
@@ -59,6 +62,19 @@ class Verified(NamedTuple):
     """(B, D + 1) float32 log-sum-exp of the raw row; -inf = empty."""
     status: Tensor
     """(B,) int32 bits, see `Status`."""
+    logprob: Tensor | None = None
+    """(B, D + 1) float32, with ``stats=True`` alone, as all that follow: see `reasonkern.Sampled`.
+    -inf = empty, or of a bad row."""
+    entropy: Tensor | None = None
+    """(B, D + 1) float32."""
+    entropy_raw: Tensor | None = None
+    """(B, D + 1) float32."""
+    confidence: Tensor | None = None
+    """(B, D + 1) float32."""
+    max_prob: Tensor | None = None
+    """(B, D + 1) float32."""
+    trigger: Tensor | None = None
+    """(B, D + 1) bool; False = empty."""
 
 
 def request_seeds(
@@ -66,14 +82,14 @@ def request_seeds(
 ) -> Tensor:
     """Independent 64-bit seeds for the requests of a run, a Philox hash of (seed, index).
 
-    Neighbouring seeds would be no worse, but a run seeded `seed + 1` would share all but one
+    Neighbouring seeds would be no worse, but a run seeded ``seed + 1`` would share all but one
     request's noise with this one; hashed seeds share none. Two requests with the same seed get the
     same noise at the same position.
 
     Args:
         seed: any integer below 2^64, or a 0-dim int64 tensor read as uint64.
         batch: number of seeds B.
-        device: of the result; None = that of `seed`, or the CPU.
+        device: of the result; None = that of ``seed``, or the CPU.
 
     Returns:
         (B,) int64, to be read as uint64.
@@ -86,8 +102,7 @@ def request_seeds(
         >>> rk.request_seeds(0, 3).tolist()[:2] == rk.request_seeds(0, 2).tolist()
         True
     """
-    if not isinstance(batch, int) or batch < 0:
-        _checks.fail("batch", "an integer >= 0", repr(batch))
+    _checks.check_integer("batch", batch, 0)
     if isinstance(seed, Tensor):
         _checks.check_dtype("seed", seed, torch.int64)
         _checks.check_shape("seed", seed, (), "0-dim")
@@ -154,7 +169,7 @@ def sample(
     """
     check_logits(logits, 2, "(B, V)")
     rows = row_parameters(logits, temperature, top_k, top_p, min_p, seed, position)
-    check_mask("mask", mask, logits)
+    mask = check_mask("mask", mask, logits)
     with torch.no_grad():
         return cast(Tensor, torch.ops.reasonkern.sample(logits, mask, *rows))
 
@@ -176,6 +191,8 @@ def verify_tree(
     topk: int = 12,
     node_mask: Tensor | None = None,
     num_nodes: int | Tensor | None = None,
+    control: tuple[ModulationState, Tensor] | None = None,
+    stats: bool = False,
 ) -> Verified:
     """Walks the draft tree, emits 1 to D + 1 tokens per request, without loss.
 
@@ -196,7 +213,7 @@ def verify_tree(
         logits: (B, N, V): row i is the model's output after node i. float32, bfloat16, float16 or
             float64 (read as float32), the last dimension contiguous. Only the rows on the path are
             read.
-        draft: a `Draft` for `tree`. A request whose root is not valid is padding: length 0.
+        draft: a `Draft` for ``tree``. A request whose root is not valid is padding: length 0.
         tree: the `DraftTree` of N nodes.
         temperature: as in `sample`; requests with temperature 0 are greedy in every mode.
         top_k: as in `sample`. None = off.
@@ -214,6 +231,12 @@ def verify_tree(
             every token.
         num_nodes: nodes in use, a number or (B,): those from there on are not entered. Parents and
             lower-ranked siblings come first, so any number in [1, N] leaves a tree. None = N.
+        control: a `ModulationState` and the (B,) int64 slots of the requests (-1 = none): a visited
+            row is controlled as `sample_controlled` does it, after the tokens on its path.
+            ``topk_logits`` and ``lse`` are those of the raw row. The state is read, not written;
+            `reasonkern.commit_` writes it. None = no control.
+        stats: also describe the rows on the path; needed where a request has a `DeepConf` or an
+            `EntropyTrigger`, whose windows move along the path.
 
     Returns:
         `Verified`. A row with NaN, +inf or nothing finite (after the mask) emits the arg-max of its
@@ -236,19 +259,36 @@ def verify_tree(
     _checks.check_choice("mode", mode, MODES)
     if mode == "greedy" and (isinstance(temperature, Tensor) or temperature != 0):
         _checks.fail("temperature", 'the number 0 with mode="greedy"', temperature)
-    if not isinstance(topk, int) or not 1 <= topk <= MAX_TOPK:
-        _checks.fail("topk", f"an integer in [1, {MAX_TOPK}]", repr(topk))
+    _checks.check_integer("topk", topk, 1, MAX_TOPK)
     drafted = check_draft(draft, tree, logits, mode == "rejection")
     rows = row_parameters(logits, temperature, top_k, top_p, min_p, seed, position)
-    check_mask("node_mask", node_mask, logits)
+    node_mask = check_mask("node_mask", node_mask, logits)
     limits = step_limits(logits, tree, eos, max_length, num_nodes)
     shape = tree.tensors(logits.device)
+    args = (
+        logits, *drafted, *(None,) * (4 - len(drafted)), shape.child_ptr, shape.child_index,
+        *rows, limits[0], limits[1], node_mask, limits[2], tree.depth, tree.max_children, topk,
+    )  # fmt: skip
     with torch.no_grad():
-        out = torch.ops.reasonkern.verify_tree(
-            logits, *drafted, *(None,) * (4 - len(drafted)), shape.child_ptr, shape.child_index,
-            *rows, limits[0], limits[1], node_mask, limits[2], tree.depth, tree.max_children, topk,
-        )  # fmt: skip
-    return Verified(*out)
+        if control is None and not stats:
+            return Verified(*torch.ops.reasonkern.verify_tree(*args))
+        slot, state = _control_arguments(control, logits, stats)
+        out = torch.ops.reasonkern.verify_controlled(*args, slot, state, stats)
+    return Verified(*out) if stats else Verified(*out[:7])
+
+
+def _control_arguments(
+    control: object, logits: Tensor, stats: bool
+) -> tuple[Tensor | None, list[Tensor]]:
+    from ..modulation.sampler import check_statistics, control_arguments  # imports this package
+
+    if control is None:
+        return None, []
+    if not isinstance(control, tuple) or len(control) != 2:
+        _checks.fail("control", "a pair (ModulationState, slot)", type(control).__name__)
+    arguments = control_arguments(*control, logits)
+    check_statistics(control[0], stats)
+    return arguments
 
 
 def compact_kv_(
@@ -273,7 +313,7 @@ def compact_kv_(
     Args:
         key: (B, H, S, D), or (blocks, block_size, H, D) with a block table; any strides whose rows
             do not overlap.
-        value: laid out like `key`; its D may differ.
+        value: laid out like ``key``; its D may differ.
         lengths: (B,) int64 committed tokens in the cache, the root's slot excluded.
         path: (B, P) int64, `Verified.path`.
         accepted: (B,) int64, `Verified.length`; 0 moves nothing.

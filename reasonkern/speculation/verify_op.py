@@ -25,12 +25,6 @@ SCHEMAS = {
     "Tensor accepted, Tensor start, Tensor? block_table) -> ()",
 }
 
-_lib = torch.library.Library("reasonkern", "FRAGMENT")
-_cuda = torch.library.Library("reasonkern_cuda", "FRAGMENT")
-for _name, _schema in SCHEMAS.items():
-    _lib.define(_name + _schema, tags=(torch.Tag.needs_fixed_stride_order,))
-    _cuda.define(_name + _schema)
-
 REFERENCE: dict[str, Callable[..., Any]] = {
     "sample": reference_verify.sample,
     "verify_tree": reference_verify.verify_tree,
@@ -63,31 +57,29 @@ FAKE: dict[str, Callable[..., Any]] = {
 # ---- registrations
 
 
-def _cuda_entry(name: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        backend = _load.choose_cuda_backend(name, args[0].device)
-        rejection = name == "verify_tree" and args[3] is not None
-        if backend == "triton" and (args[0].dtype == torch.float64 or rejection):
-            backend = "reference"
-        return _load.implementation(name, backend)(*args)
-
-    return call
+def _sample_in_triton(logits: Tensor, *args: Any) -> bool:
+    return logits.dtype != torch.float64
 
 
-TRITON = ("sample", "verify_tree")  # the latter by equality
+def _verify_in_triton(
+    logits: Tensor, tokens: Tensor, valid: Tensor, q_ids: Tensor | None, *args: Any
+) -> bool:
+    return logits.dtype != torch.float64 and q_ids is None  # by equality
 
-for _name in SCHEMAS:
-    _lib.impl(_name, REFERENCE[_name], "CompositeExplicitAutograd")
-    _lib.impl(_name, _cuda_entry(_name), "CUDA")
-    torch.library.register_fake(f"reasonkern::{_name}", FAKE[_name], lib=_lib)
-    _load.register_op(
+
+TRITON_SERVES: dict[str, Callable[..., bool]] = {
+    "sample": _sample_in_triton,
+    "verify_tree": _verify_in_triton,
+}
+TRITON = {name: _load.lazy(f"{__package__}.triton_verify", name) for name in TRITON_SERVES}
+
+for _name, _schema in SCHEMAS.items():
+    _load.define_op(
         _name,
-        {
-            "reference": REFERENCE[_name],
-            "cpu": getattr(torch.ops.reasonkern, _name),
-            "cuda": getattr(torch.ops.reasonkern_cuda, _name),
-            "triton": _load.lazy(f"{__package__}.triton_verify", _name)
-            if _name in TRITON
-            else None,
-        },
+        _schema,
+        reference=REFERENCE[_name],
+        fake=FAKE[_name],
+        cuda=True,
+        triton=TRITON.get(_name),
+        triton_serves=TRITON_SERVES.get(_name),
     )

@@ -1,32 +1,26 @@
 """The operators of policy_loss on CPU tensors, computed by the CUDA kernels in the simulator.
 
 Arguments and results are those of the operators (reasonkern/policy_loss/op.py). How the kernels are
-launched is in `settings`; no choice may change a result except `slices` and `group`, which on a GPU
+launched is in `Settings`; no choice may change a result except `slices` and `group`, which on a GPU
 depend on the vocabulary and the dtype only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cache
-from pathlib import Path
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cuda_sim.build import load
+from cuda_sim import launch
 from torch import Tensor
 
-ORDERS = ("forward", "reverse", "random")
 STATS = ("logprob", "entropy", "lse", "collision", "varentropy", "max_prob", "is_top1", "row_max")
 SAVED = ("logprob", "entropy", "collision", "max_prob", "row_max")
 LOSSES = ("row_loss", "token_loss", "logprob", "entropy")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(launch.Settings):
     """slices: pieces of a row and blocks of a cluster; group: threads per slice; groups: slices a
     whole-row block takes at a time; blocks: rows under way; resident: fused loss in clusters."""
 
@@ -35,33 +29,15 @@ class Settings:
     groups: int = 1
     blocks: int = 3
     resident: bool = True
-    order: str = "forward"
-    seed: int = 0
 
 
-settings = Settings()
-
-
-@contextmanager
-def using(**changes: Any) -> Iterator[None]:
-    """Launches differently inside the `with` block."""
-    global settings
-    before, settings = settings, replace(settings, **changes)
-    try:
-        yield
-    finally:
-        settings = before
-
-
-@cache
-def module() -> ModuleType:
-    return load([Path(__file__).with_name("policy_loss_sim.cpp")], "policy_loss_sim")
+KERNELS = launch.Kernels("policy_loss_sim", Settings())
+using, module = KERNELS.using, KERNELS.module
 
 
 def _run(op: str, logits: Tensor, grad: Tensor | None, args: dict[str, Any]) -> None:
-    launch = asdict(settings) | {"order": ORDERS.index(settings.order)}
-    if logits.dtype == torch.float64:  # as on a GPU: float64 has no cluster kernel
-        launch["resident"] = False
+    # As on a GPU: float64 has no cluster kernel.
+    changes = {"resident": False} if logits.dtype == torch.float64 else {}
     target = logits if grad is None else grad
     fields = {
         "logits": logits,
@@ -76,22 +52,12 @@ def _run(op: str, logits: Tensor, grad: Tensor | None, args: dict[str, Any]) -> 
         **args,
     }
     if fields["rows"]:
-        _start(op, logits.dtype, launch, fields, args)
+        _start(op, logits.dtype, fields, **changes)
 
 
-def _start(
-    op: str,
-    dtype: torch.dtype,
-    launch: dict[str, Any],
-    fields: dict[str, Any],
-    rows: dict[str, Any],
-) -> None:
-    for name, value in rows.items():
-        if isinstance(value, Tensor):
-            assert value.is_contiguous(), f"{name}: row tensors are contiguous at operator level"
-    pointers = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items()}
-    given = {k: v for k, v in pointers.items() if v is not None}
-    module().run(op, str(dtype).removeprefix("torch."), launch, given)
+def _start(op: str, dtype: torch.dtype, fields: dict[str, Any], **changes: Any) -> None:
+    given = launch.pointers(fields, strided=("logits", "grad"))
+    module().run(op, str(dtype).removeprefix("torch."), KERNELS.launch(**changes), given)
 
 
 def _rows(logits: Tensor, names: tuple[str, ...]) -> dict[str, Tensor]:
@@ -165,8 +131,7 @@ def policy_metrics(logprob: Tensor, *values: Any) -> Tensor:
     args = {"logprob": logprob, **dict(zip(names, values, strict=True))}
     args["hyper_rows"] = 0 if args["hyper"] is None else args["hyper"].shape[1]
     args["out"] = logprob.new_empty(36, dtype=torch.float64)
-    launch = asdict(replace(settings, blocks=1)) | {"order": ORDERS.index(settings.order)}
-    _start("policy_metrics", logprob.dtype, launch, args | {"rows": logprob.numel()}, args)
+    _start("policy_metrics", logprob.dtype, args | {"rows": logprob.numel()}, blocks=1)
     return args["out"]
 
 
@@ -178,8 +143,7 @@ def objective_map(logprob: Tensor, *values: Any) -> tuple[Tensor, ...]:
     out = {name: torch.empty_like(logprob) for name in ("row_loss", "token_loss", "dlogp")}
     out["dentropy"] = torch.empty_like(logprob)
     out["finite"] = torch.empty_like(logprob, dtype=torch.bool)
-    launch = asdict(settings) | {"order": ORDERS.index(settings.order)}
-    _start("objective_map", logprob.dtype, launch, args | out | {"rows": logprob.numel()}, args)
+    _start("objective_map", logprob.dtype, args | out | {"rows": logprob.numel()})
     return tuple(out.values())
 
 

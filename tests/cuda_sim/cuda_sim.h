@@ -81,6 +81,11 @@ struct Block {
   std::vector<Fiber> fibers;
 };
 
+struct Letter {  // sent to a mailbox and not there yet
+  void* to;
+  std::vector<unsigned char> bytes;
+};
+
 enum class Order { forward, reverse, random };
 constexpr std::size_t kStack = 1 << 17;  // takes memory only as far as it is used
 
@@ -93,6 +98,7 @@ struct Machine {
   std::unique_ptr<char[]> stacks{};
   std::vector<Block> blocks{};  // of the running cluster
   Barrier barrier{};
+  std::map<const void*, std::vector<Letter>> letters{};  // by mailbox
   Fiber scheduler{}, *running = nullptr;
   std::exception_ptr error{};
 };
@@ -216,6 +222,10 @@ inline void run_cluster(unsigned id) {
   for (const Block& block : machine.blocks) {
     if (block.live > 0) report_deadlock();
   }
+  for (const auto& [box, letters] : machine.letters) {
+    if (!letters.empty()) fail("send: nobody waited for it");
+  }
+  machine.letters.clear();
 }
 
 // Runs kernel(args...) over the grid; `cluster` blocks along x form a cluster (1: none).
@@ -275,18 +285,6 @@ inline void* cluster_map(const void* p, unsigned rank) {
     if (block.live < machine.threads) fail("cluster_map: threads of the block have exited");
   }
   return block.shared.get() + offset;
-}
-
-inline void copy_async16(void* shared, const void* global) {
-  void* to = cluster_map(aligned(shared, 16, "copy_async"), cluster_rank());
-  self().copies.back().emplace_back(to, aligned(global, 16, "copy_async"));
-}
-inline void copy_commit() { self().copies.emplace_back(); }
-inline void copy_wait(unsigned pending) {  // as late as the hardware may: nothing lands before
-  auto& groups = self().copies;
-  for (; groups.size() > pending + 1; groups.erase(groups.begin())) {
-    for (const auto& [to, from] : groups.front()) std::memcpy(to, from, 16);
-  }
 }
 
 // A warp collective: each lane of `mask` brings a value and, when all have come, reads what it
@@ -361,6 +359,7 @@ CUDA_SIM_FOLD(__reduce_max_sync, T, value, std::max(r, read(l)))
 CUDA_SIM_ATOMIC(atomicAdd, old + v[0])
 CUDA_SIM_ATOMIC(atomicMax, std::max(old, v[0]))
 CUDA_SIM_ATOMIC(atomicMin, std::min(old, v[0]))
+CUDA_SIM_ATOMIC(atomicOr, old | v[0])
 CUDA_SIM_ATOMIC(atomicExch, v[0])
 CUDA_SIM_ATOMIC(atomicCAS, old == v[0] ? v[1] : old)
 
@@ -397,3 +396,5 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
   const unsigned bits = __float_as_uint(x), half = 0x7fff + (bits >> 16 & 1);
   return static_cast<__nv_bfloat16>(std::isnan(x) ? 0x7fff : (bits + half) >> 16);
 }
+
+#include "cuda_sim_async.h"

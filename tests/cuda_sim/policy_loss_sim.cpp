@@ -218,8 +218,11 @@ py::dict describe(const LaunchConfig& c) {
 
 PYBIND11_MODULE(policy_loss_sim, m) {
   m.def("run", &run);
-  m.def("stats_config", [](std::int64_t vocab, std::int64_t element_bytes) {
-    return describe(stats_config(vocab, element_bytes));
+  m.def("stats_config", [](std::int64_t rows, std::int64_t vocab, std::int64_t element_bytes) {
+    return describe(stats_config(rows, vocab, element_bytes, {90, 132, 0}));
+  });
+  m.def("rowwise_config", [](std::int64_t rows, std::int64_t vocab, std::int64_t element_bytes) {
+    return describe(rowwise_config(rows, vocab, element_bytes, {90, 132, 0}));
   });
   m.def("loss_config", [](std::int64_t vocab, std::int64_t element_bytes, bool needs_grad, int arch,
                           std::size_t shared_per_block) {

@@ -4,6 +4,7 @@
 
 #include <map>
 
+#include "common/mailbox.cuh"
 #include "common/reduce.cuh"
 #include "cuda_sim.h"
 
@@ -171,6 +172,30 @@ __global__ void copies(const void* in, void* out, int n) {
   for (int i = 0; i < 8; ++i) static_cast<float*>(out)[threadIdx.x * 8 + i] = tile[i];
 }
 
+// Blocks send each other their numbers, in each of three turns, over two mailboxes used in turn;
+// thread t of a block writes what came from block t. n: 1 reads without waiting, 2 waits for more
+// than comes, 3 does not wait for the last turn.
+struct alignas(16) Number {
+  float value, padding[3];
+};
+__global__ void mail(const void*, void* out, int n) {
+  auto* numbers = dynamic_shared<Number>();
+  auto* boxes = dynamic_shared<Mailbox>(2 * 8 * sizeof(Number));
+  const unsigned size = cluster_size(), t = threadIdx.x;
+  if (t < 2) open_mailbox(boxes + t);
+  cluster_sync();
+  for (unsigned turn = 0; turn < 3; ++turn) {
+    Number* from = numbers + turn % 2 * 8;
+    Mailbox* box = boxes + turn % 2;
+    if (t == 0) expect_bytes(box, (size + (n == 2)) * sizeof(Number));
+    const Number mine{static_cast<float>(blockIdx.x * 10 + turn), {}};
+    if (t < size) send(from + cluster_rank(), box, t, mine);
+    if (n != 1 && !(n == 3 && turn == 2)) wait_for_turn(box, turn / 2);
+    static_cast<float*>(out)[turn * gridDim.x * blockDim.x + global_thread()] = from[t % 8].value;
+  }
+  cluster_sync();
+}
+
 // x: a positive float per thread; the results of each function lie n apart.
 __global__ void functions(const void* in, void* out, int n) {
   const unsigned t = global_thread();
@@ -215,6 +240,7 @@ const std::map<std::string, Kernel> kernels = {
     {"last_writer", last_writer},
     {"tiles", tiles},
     {"copies", copies},
+    {"mail", mail},
     {"functions", functions},
     {"round_bf16", round_trip<bf16>},
     {"round_fp16", round_trip<fp16>},

@@ -1,58 +1,35 @@
 """The operators of the n-gram table on CPU tensors, computed by the CUDA kernels in the simulator.
 
-Arguments and results are those of the operators (reasonkern/speculation/op_table.py). `settings`
+Arguments and results are those of the operators (reasonkern/speculation/op_table.py). `Settings`
 says how kernels are launched, which may not change a result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cache
-from pathlib import Path
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cuda_sim.build import load
+from cuda_sim import launch
 from torch import Tensor
 
 from reasonkern.speculation import table_sorted
 
-ORDERS = ("forward", "reverse", "random")
 STATE = ("keys", "slots", "extra", "counts", "ages", "clock", "epochs", "counters")
 DRAFT = ("keys", "slots", "extra", "counts", "epochs", "counters", "orders")
 TREE = ("parents", "ranks", "depths", "child_ptr", "child_index", "level_ptr", "level_nodes")
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Blocks of the grid, threads of a block, the order in which threads run."""
+class Settings(launch.Settings):
+    """Blocks of the grid, threads of a block."""
 
     blocks: int = 3
     threads: int = 64
-    order: str = "forward"
-    seed: int = 0
 
 
-settings = Settings()
-
-
-@contextmanager
-def using(**changes: Any) -> Iterator[None]:
-    """Launches differently inside the `with` block."""
-    global settings
-    before, settings = settings, replace(settings, **changes)
-    try:
-        yield
-    finally:
-        settings = before
-
-
-@cache
-def module() -> ModuleType:
-    return load([Path(__file__).with_name("table_sim.cpp")], "table_sim")
+KERNELS = launch.Kernels("table_sim", Settings())
+using, module = KERNELS.using, KERNELS.module
 
 
 def _run(op: str, fields: dict[str, Any]) -> None:
@@ -62,12 +39,7 @@ def _run(op: str, fields: dict[str, Any]) -> None:
     fields["sets"], fields["scopes"] = len(fields["keys"]), len(fields["epochs"])
     fields["topk"] = fields["slots"].shape[1]
     fields["context_stride"] = fields["context"].stride(0)
-    for name, value in fields.items():
-        if isinstance(value, Tensor) and name != "context":
-            assert value.is_contiguous(), name
-    launch = asdict(settings) | {"order": ORDERS.index(settings.order)}
-    pointers = {k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items()}
-    module().run(op, launch, {k: v for k, v in pointers.items() if v is not None})
+    module().run(op, KERNELS.launch(), launch.pointers(fields, strided=("context",)))
 
 
 def table_draft(context: Tensor, *values: Any) -> tuple[Tensor, ...]:

@@ -1,70 +1,37 @@
 """The operators of verification on CPU tensors, computed by the CUDA kernels in the simulator.
 
 Arguments and results are those of the operators (reasonkern/speculation/verify_op.py). How the
-kernels are launched is in `settings`; no choice may change a result but the last bits of `lse`,
+kernels are launched is in `Settings`; no choice may change a result but the last bits of `lse`,
 which depend on the number of threads that share a row.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from functools import cache
-from pathlib import Path
-from types import ModuleType
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cuda_sim.build import load
+from cuda_sim import launch
 from torch import Tensor
 
-ORDERS = ("forward", "reverse", "random")
+from reasonkern.modulation.layout import Storage
+
 REQUESTS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(launch.Settings):
     """teams: requests under way; blocks: of a team; threads: of a block."""
 
     teams: int = 3
     blocks: int = 2
     threads: int = 32
-    order: str = "forward"
-    seed: int = 0
 
 
-settings = Settings()
-
-
-@contextmanager
-def using(**changes: Any) -> Iterator[None]:
-    """Launches differently inside the `with` block."""
-    global settings
-    before, settings = settings, replace(settings, **changes)
-    try:
-        yield
-    finally:
-        settings = before
-
-
-@cache
-def module() -> ModuleType:
-    return load([Path(__file__).with_name("verify_sim.cpp")], "verify_sim")
-
-
-def _launch() -> dict[str, int]:
-    return asdict(settings) | {"order": ORDERS.index(settings.order)}
-
-
-def _pointers(fields: dict[str, Any]) -> dict[str, Any]:
-    for name, value in fields.items():
-        if isinstance(value, Tensor) and name not in ("logits", "mask", "cache"):
-            assert value.is_contiguous(), name
-    return {
-        k: v.data_ptr() if isinstance(v, Tensor) else v for k, v in fields.items() if v is not None
-    }
+KERNELS = launch.Kernels("verify_sim", Settings())
+using, module = KERNELS.using, KERNELS.module
+STRIDED = ("logits", "mask", "cache")
 
 
 def _rows(logits: Tensor, mask: Tensor | None) -> dict[str, Any]:
@@ -80,7 +47,25 @@ def _rows(logits: Tensor, mask: Tensor | None) -> dict[str, Any]:
 
 def _run(op: str, logits: Tensor, fields: dict[str, Any]) -> None:
     dtype = str(logits.dtype).removeprefix("torch.")
-    module().run(op, dtype, _launch(), _pointers(fields))
+    module().run(op, dtype, KERNELS.launch(), launch.pointers(fields, STRIDED))
+
+
+STATISTICS = ("logprob", "entropy", "entropy_raw", "row_confidence", "max_prob")
+
+
+def _control(slot: Tensor | None, state: list[Tensor]) -> dict[str, Any]:
+    if slot is None:
+        return {}
+    names = {"entropy": "entropy_ring"}
+    tensors = {names.get(k, k): t for k, t in zip(Storage._fields, state, strict=True)}
+    sizes = {"count": len(state[3]) - 1, "entries": len(state[4]), "slots": len(state[0])}
+    return tensors | sizes | {"slot": slot}
+
+
+def _statistics(*shape: int) -> dict[str, Tensor]:
+    return {n: torch.empty(shape) for n in STATISTICS} | {
+        "trigger": torch.empty(shape, dtype=torch.bool)
+    }
 
 
 def sample(logits: Tensor, mask: Tensor | None, *requests: Tensor) -> Tensor:
@@ -90,9 +75,24 @@ def sample(logits: Tensor, mask: Tensor | None, *requests: Tensor) -> Tensor:
     return token
 
 
+def sample_controlled(logits: Tensor, mask: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    *requests, slot, state = rest
+    token, told = torch.empty(logits.shape[0], dtype=torch.int64), _statistics(logits.shape[0])
+    fields = _rows(logits, mask) | dict(zip(REQUESTS, requests, strict=True)) | {"token": token}
+    _run("sample", logits, fields | told | _control(slot, state))
+    return token, *told.values()
+
+
+def verify_controlled(*args: Any) -> tuple[Tensor, ...]:
+    *plain, slot, state, stats = args
+    depth = plain[-3]
+    told = _statistics(len(plain[0]), depth + 1 if stats else 0)
+    return *verify_tree(*plain, **_control(slot, state), **(told if stats else {})), *told.values()
+
+
 def verify_tree(
     logits: Tensor, tokens: Tensor, valid: Tensor, q_ids: Tensor | None, q_logprob: Tensor | None,
-    child_ptr: Tensor, child_index: Tensor, *rest: Any,
+    child_ptr: Tensor, child_index: Tensor, *rest: Any, **more: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *requests, eos, max_length, node_mask, num_nodes, depth, _, topk = rest
     rows = (logits.shape[0], depth + 1)
@@ -112,7 +112,7 @@ def verify_tree(
         "child_index": child_index, "eos": eos, "eos_count": 0 if eos is None else len(eos),
         "max_length": max_length, "num_nodes": num_nodes, "depth": depth, "topk": topk,
     }  # fmt: skip
-    _run("verify", logits, fields)
+    _run("verify", logits, fields | more)
     return tuple(out.values())
 
 
@@ -134,5 +134,5 @@ def compact_kv_(
             "max_blocks": 0 if block_table is None else block_table.shape[1],
             "block_size": cache_.shape[slot],
         }  # fmt: skip
-        launch = _launch() | {"blocks": 1}
-        module().compact(min(word, 8), launch, _pointers(fields))
+        given = launch.pointers(fields, STRIDED)
+        module().compact(min(word, 8), KERNELS.launch(blocks=1), given)

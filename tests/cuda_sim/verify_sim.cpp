@@ -2,7 +2,7 @@
 // Pointers come as integers in dicts whose keys are the fields of verify.h; a missing key is null.
 #include "cuda_sim.h"
 #include "fields.h"
-#include "speculation/verify_kernels.cuh"
+#include "speculation/controlled_kernels.cuh"
 #include "speculation/verify_launch.h"
 
 namespace py = pybind11;
@@ -36,6 +36,36 @@ RequestParams requests_of(const Fields& f) {
   return r;
 }
 
+ControlParams control_of(const Fields& f) {
+  ControlParams c{};
+  f.point(c.slot, "slot");
+  if (c.slot == nullptr) return c;
+  f.point(c.state.spec, "spec");
+  f.point(c.state.numbers, "numbers");
+  f.point(c.state.progress, "progress");
+  f.point(c.state.sets.offsets, "set_offsets");
+  f.point(c.state.sets.ids, "set_ids");
+  f.point(c.state.sets.member, "set_member");
+  f.point(c.confidence_ring, "confidence");
+  f.point(c.entropy_ring, "entropy_ring");
+  f.point(c.confidence_sum, "confidence_sum");
+  c.state.sets.count = f.number<int32_t>("count");
+  c.state.sets.entries = f.number<int64_t>("entries");
+  c.state.slots = f.number<int64_t>("slots");
+  return c;
+}
+
+StatisticsParams statistics_of(const Fields& f) {
+  StatisticsParams s{};
+  f.point(s.logprob, "logprob");
+  f.point(s.entropy, "entropy");
+  f.point(s.entropy_raw, "entropy_raw");
+  f.point(s.confidence, "row_confidence");
+  f.point(s.max_prob, "max_prob");
+  f.point(s.trigger, "trigger");
+  return s;
+}
+
 struct Launch {
   unsigned teams, blocks, threads;  // blocks: of a team
   int order;
@@ -57,8 +87,11 @@ struct Launch {
 
 template <class E>
 void sample(const Launch& l, const Fields& f) {
-  SampleParams p{rows_of(f), requests_of(f), nullptr};
+  SampleParams p{rows_of(f), requests_of(f), nullptr, control_of(f), statistics_of(f)};
   f.point(p.token, "token");
+  if (p.statistics.entropy != nullptr) {
+    return l.start(sample_controlled_kernel<E>, sizeof(ControlShared), p);
+  }
   l.start(sample_kernel<E>, sizeof(TeamShared), p);
 }
 
@@ -87,6 +120,11 @@ void verify(const Launch& l, const Fields& f) {
   f.point(p.topk_logits, "topk_logits");
   f.point(p.lse, "lse");
   f.point(p.status, "status");
+  p.control = control_of(f);
+  p.statistics = statistics_of(f);
+  if (p.statistics.entropy != nullptr || p.control.slot != nullptr) {
+    return l.start(verify_controlled_kernel<E>, sizeof(ControlShared), p);
+  }
   l.start(verify_kernel<E>, sizeof(TeamShared), p);
 }
 

@@ -1,0 +1,35 @@
+"""Benchmarks of modulation: rows under control, the sampler, and both on a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks import modulation_gpu as gpu
+from benchmarks import modulation_rows as rows
+from benchmarks import modulation_sampler as sampler
+from benchmarks.case import Case, Family, Provider, Truth
+
+PARTS = (rows, sampler, gpu)
+PROVIDERS: dict[str, Provider] = {}
+for _part in PARTS:
+    for _name, _provider in _part.PROVIDERS.items():
+        _known = PROVIDERS.get(_name, Provider(_name, {}, _provider.checked))
+        PROVIDERS[_name] = Provider(_name, {**_known.build, **_provider.build}, _known.checked)
+
+
+def _part_of(case: Case) -> Any:
+    return next(part for part in PARTS if case.op in {c.op for c in part.CASES})
+
+
+def inputs(case: Case, seed: int) -> Any:
+    return _part_of(case).inputs(case, seed)
+
+
+def truth(case: Case, given: Any) -> Truth:
+    answer: Truth = _part_of(case).truth(case, given)
+    return answer
+
+
+FAMILY = Family(
+    "modulation", tuple(case for part in PARTS for case in part.CASES), PROVIDERS, inputs, truth
+)

@@ -1,0 +1,78 @@
+// A row of logits under a control, by one thread. `Row` is how its logits are read and written: in
+// place, or beside a row that must stay as it is. It has
+//
+//   typedef … Value;             float, or double for float64 logits
+//   Value get(int64_t id);       what was set, else the logit
+//   void set(int64_t id, Value); at most twice per id
+//   Value largest();             of the finite values, -inf where there are none
+#pragma once
+
+#include "control.h"
+
+namespace reasonkern {
+namespace modulation {
+
+// Whether something finite is left without the banned set. Ids that the row writes to anyway are
+// looked at first, then all: mostly the first one answers, and a cache line of its own costs.
+template <class Row>
+RK_HOST_DEVICE bool survives_ban(Row& row, const RowControl& c, const Sets& sets, int64_t vocab) {
+  for (int part = 0; part < kAdders; ++part) {
+    const int32_t set = c.sets[part];
+    for (int32_t k = set < 0 ? 0 : sets.offsets[set]; set >= 0 && k < sets.offsets[set + 1]; ++k) {
+      const int64_t id = sets.ids[k];
+      if (id < vocab && !(sets.member[k] >> c.ban & 1) && is_finite(row.get(id))) return true;
+    }
+  }
+  int32_t k = sets.offsets[c.ban];
+  for (int64_t id = 0; id < vocab; ++id) {
+    if (k < sets.offsets[c.ban + 1] && sets.ids[k] == id) {
+      ++k;
+    } else if (is_finite(row.get(id))) {
+      return true;
+    }
+  }
+  return false;
+}
+
+template <class Row>
+RK_HOST_DEVICE void apply_sets(Row& row, const RowControl& c, const Sets& sets, int64_t vocab) {
+  int64_t done = 0;
+  if (c.ban >= 0 && survives_ban(row, c, sets, vocab)) {
+    for (int32_t k = sets.offsets[c.ban]; k < sets.offsets[c.ban + 1]; ++k) {
+      const int64_t id = sets.ids[k];
+      if (id < vocab) row.set(id, banned(row.get(id)));
+    }
+    done = int64_t(1) << c.ban;
+  }
+  for (int part = 0; part < kAdders; ++part) {
+    if (c.sets[part] < 0 || (done >> c.sets[part] & 1)) continue;
+    for (int32_t k = sets.offsets[c.sets[part]]; k < sets.offsets[c.sets[part] + 1]; ++k) {
+      const int64_t id = sets.ids[k], member = sets.member[k];
+      if (id < vocab && !(member & done)) row.set(id, with_added(row.get(id), added_to(c, member)));
+    }
+    done |= int64_t(1) << c.sets[part];
+  }
+}
+
+// The forced id, or -1.
+template <class Row>
+RK_HOST_DEVICE int64_t apply_control(Row& row, const RowControl& c, const Sets& sets, int64_t vocab,
+                                     float temperature, bool dense) {
+  typedef typename Row::Value T;
+  if (c.force >= 0 && c.force < vocab && can_force(row.get(c.force))) {
+    row.set(c.force, T(kForced));
+    return c.force;
+  }
+  apply_sets(row, c, sets, vocab);
+  if (c.end >= 0 && c.end < vocab && c.wait < vocab && can_wait(row.get(c.wait))) {
+    row.set(c.wait, merged(row.get(c.wait), row.get(c.end), temperature));
+    row.set(c.end, T(-kInfinity));
+  }
+  if (dense && c.soft >= 0 && c.soft < vocab) {
+    row.set(c.soft, raised(row.get(c.soft), row.largest(), c.weight, c.margin));
+  }
+  return -1;
+}
+
+}  // namespace modulation
+}  // namespace reasonkern

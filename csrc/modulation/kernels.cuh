@@ -1,0 +1,197 @@
+// The kernels of logit control: a block per row. What a row needs of its slot is brought into
+// shared memory at once, since reading it column by column would be a chain of waits; one thread
+// folds the drafts and decides; all threads write the sets.
+#pragma once
+
+#include "../common/reduce.cuh"
+#include "commit.h"
+#include "control.h"
+
+namespace reasonkern {
+namespace modulation {
+
+constexpr unsigned kMaxRowThreads = 512, kCommitThreads = 32;
+
+struct SlotShared {
+  int64_t spec[kSpecWidth], progress[kProgressWidth];
+  double numbers[kNumbersWidth];
+  int32_t offsets[kMaxSets + 1];
+};
+
+struct RowShared {
+  SlotShared slot;
+  RowControl control;
+  bool forced;
+  double top[kMaxRowThreads / 32];  // of each warp
+};
+
+// Threads of a row: a warp, more of them where that shortens the way through sets or logits.
+inline unsigned row_threads(int64_t entries, bool dense) {
+  unsigned threads = dense ? kMaxRowThreads : 32;
+  while (threads < kMaxRowThreads && threads < entries) threads *= 2;
+  return threads;
+}
+
+// The state of one slot, number 0, in shared memory. All threads of the block call it.
+__device__ inline State take_slot(const State& s, int64_t slot, SlotShared& to) {
+  const int64_t *spec = s.spec_of(slot), *progress = s.progress + slot * kProgressWidth;
+  const double* numbers = s.numbers_of(slot);
+  const int first = int(threadIdx.x), step = int(blockDim.x);
+#pragma unroll 8
+  for (int i = first; i < kSpecWidth; i += step) to.spec[i] = spec[i];
+  for (int i = first; i < kNumbersWidth; i += step) to.numbers[i] = numbers[i];
+  for (int i = first; i < kProgressWidth; i += step) to.progress[i] = progress[i];
+  for (int i = first; i <= s.sets.count; i += step) to.offsets[i] = s.sets.offsets[i];
+  __syncthreads();
+  State one{to.spec, to.numbers, to.progress, s.sets, 1};
+  one.sets.offsets = to.offsets;
+  return one;
+}
+
+template <class E>
+struct Line {  // a row of logits
+  typedef acc_t<E> Value;
+  E* logits;
+  int64_t vocab;
+
+  __device__ Value get(int64_t id) const { return to_acc(logits[id]); }
+  __device__ void set(int64_t id, Value z) const { logits[id] = from_acc<E>(z); }
+};
+
+// Whether something finite is left without the set; a warp asks, mostly once.
+template <class E>
+__device__ bool survives_ban(const Line<E>& line, const Sets& sets, int32_t ban) {
+  constexpr int kEach = 8;
+  for (int64_t first = threadIdx.x; first - threadIdx.x < line.vocab; first += 32 * kEach) {
+    bool left = false;
+#pragma unroll
+    for (int k = 0; k < kEach; ++k) {
+      const int64_t id = first + 32 * k;
+      left |= id < line.vocab && is_finite(line.get(id)) && !holds(sets, ban, id);
+    }
+    if (__any_sync(kFullMask, left)) return true;
+  }
+  return false;
+}
+
+// By the first warp: the row's control, a ban that does not apply taken out, and the force applied.
+template <class E>
+__device__ void decide(const RowsParams& one, const Line<E>& line, RowShared& s) {
+  if (threadIdx.x == 0) {
+    const unsigned row = blockIdx.x, nodes = unsigned(one.nodes);
+    const Progress progress = one.parents == nullptr ? fold_chain(one, 0, row)
+                                                     : fold_tree(one, 0, row / nodes, row % nodes);
+    s.control = control_of(one.state.spec, one.state.numbers, progress);
+    const int64_t id = s.control.force;
+    s.forced = id >= 0 && id < line.vocab && can_force(line.get(id));
+    if (s.forced) line.set(id, typename Line<E>::Value(kForced));
+  }
+  __syncwarp();
+  const int32_t ban = s.control.ban;
+  if (s.forced || ban < 0) return;
+  if (!survives_ban(line, one.state.sets, ban) && threadIdx.x == 0) s.control.ban = -1;
+}
+
+// Every entry is written by one thread, in the first of its sets. NaN keeps its bits.
+template <class E>
+__device__ void write_sets(const Line<E>& line, const RowControl& c, const Sets& sets) {
+  typedef typename Line<E>::Value T;
+  if (c.ban >= 0) {
+    const int32_t last = sets.offsets[c.ban + 1];
+    for (int32_t k = sets.offsets[c.ban] + int32_t(threadIdx.x); k < last; k += int(blockDim.x)) {
+      const int64_t id = sets.ids[k];
+      if (id < line.vocab && line.get(id) == line.get(id)) line.set(id, T(-kInfinity));
+    }
+  }
+  const int64_t bans = c.ban >= 0 ? int64_t(1) << c.ban : 0;
+#pragma unroll
+  for (int part = 0; part < kAdders; ++part) {
+    if (c.sets[part] < 0) continue;
+    const int64_t done = bans | sets_before(c, part);
+    const int32_t last = sets.offsets[c.sets[part] + 1];
+    for (int32_t k = sets.offsets[c.sets[part]] + int32_t(threadIdx.x); k < last;
+         k += int(blockDim.x)) {
+      const int64_t id = sets.ids[k], member = sets.member[k];
+      if (id >= line.vocab || (member & done)) continue;
+      const T z = line.get(id);
+      if (z == z) line.set(id, with_added(z, added_to(c, member)));
+    }
+  }
+}
+
+template <class E>
+__device__ void move_to_wait(const Line<E>& line, const RowControl& c, float temperature) {
+  typedef typename Line<E>::Value T;
+  if (c.end < 0 || c.end >= line.vocab || c.wait >= line.vocab) return;
+  const T wait = line.get(c.wait);
+  if (!can_wait(wait)) return;
+  line.set(c.wait, merged(wait, line.get(c.end), temperature));
+  line.set(c.end, T(-kInfinity));
+}
+
+// The largest finite logit, for the first thread.
+template <class E>
+__device__ typename Line<E>::Value largest(const Line<E>& line, double* tops) {
+  typedef typename Line<E>::Value T;
+  T top = -T(kInfinity);
+#pragma unroll 8
+  for (int64_t id = threadIdx.x; id < line.vocab; id += blockDim.x) {
+    const T z = line.get(id);
+    top = z > top && z < T(kInfinity) ? z : top;
+  }
+  top = warp_reduce(top, [](T a, T b) { return a > b ? a : b; });
+  if (threadIdx.x % 32 == 0) tops[threadIdx.x / 32] = top;
+  __syncthreads();
+  for (unsigned w = 0; threadIdx.x == 0 && w < blockDim.x / 32; ++w) {
+    top = T(tops[w]) > top ? T(tops[w]) : top;
+  }
+  return top;
+}
+
+template <class E>
+__global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams p) {
+  RowShared& s = *dynamic_shared<RowShared>();
+  const unsigned row = blockIdx.x;
+  const int64_t slot = p.slot[p.parents == nullptr ? row : row / unsigned(p.nodes)];
+  if (slot < 0 || slot >= p.state.slots) return;
+  RowsParams one = p;
+  one.state = take_slot(p.state, slot, s.slot);
+  if (!one.state.controls(0)) return;
+  const Line<E> line{static_cast<E*>(p.logits) + int64_t(row) * p.stride, p.vocab};
+  if (threadIdx.x < 32) decide(one, line, s);
+  __syncthreads();
+  if (s.forced) return;
+  const RowControl& c = s.control;
+  write_sets(line, c, one.state.sets);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    move_to_wait(line, c, p.temperature == nullptr ? 1.0f : p.temperature[row]);
+  }
+  if (!p.dense || c.soft < 0 || c.soft >= p.vocab) return;
+  __syncthreads();
+  const auto top = largest(line, s.top);
+  if (threadIdx.x == 0) line.set(c.soft, raised(line.get(c.soft), top, c.weight, c.margin));
+}
+
+// A warp per row of tokens; one thread folds them.
+__global__ void __launch_bounds__(kCommitThreads, 1) commit_kernel(CommitParams p) {
+  SlotShared& s = *dynamic_shared<SlotShared>();
+  const unsigned b = blockIdx.x;
+  const int64_t slot = p.slot[b];
+  if (slot < 0 || slot >= p.state.slots) return;
+  CommitParams one = p;
+  one.state = take_slot(p.state, slot, s);
+  one.progress = s.progress;
+  one.confidence_ring += slot * kMaxConfidence;
+  one.entropy_ring += slot * kMaxEntropy;
+  one.confidence_sum += slot;
+  if (!one.state.controls(0)) return;
+  if (threadIdx.x == 0) commit_row(one, b, 0);
+  __syncthreads();
+  if (threadIdx.x < kProgressWidth) {
+    p.progress[slot * kProgressWidth + threadIdx.x] = s.progress[threadIdx.x];
+  }
+}
+
+}  // namespace modulation
+}  // namespace reasonkern

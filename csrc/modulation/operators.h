@@ -1,0 +1,137 @@
+// The operators over tensors: checks, plain params structs. A backend supplies the launches; its
+// file registers `Operators<Backend>`:
+//
+//   static void modulate(ScalarType, const RowsParams&, int32_t device);
+//   static void commit(const CommitParams&, int32_t device);
+#pragma once
+
+#include <optional>
+
+#include "../common/checks.h"
+#include "modulation.h"
+
+namespace reasonkern {
+namespace modulation {
+
+using MaybeTensor = std::optional<Tensor>;
+
+template <class T>
+T* data(const Tensor& t) {
+  return t.numel() == 0 ? nullptr : static_cast<T*>(t.data_ptr());
+}
+
+template <class T>
+const T* maybe_data(const MaybeTensor& t, const char* name, ScalarType dtype,
+                    IntHeaderOnlyArrayRef sizes, const Tensor& reference) {
+  if (!t.has_value()) return nullptr;
+  check_tensor(*t, name, dtype, sizes, reference);
+  return data<const T>(*t);
+}
+
+inline State describe_state(const Tensor& reference, const Tensor& spec, const Tensor& numbers,
+                            const Tensor& progress, const Tensor& set_offsets,
+                            const Tensor& set_ids, const Tensor& set_member) {
+  STD_TORCH_CHECK(spec.dim() == 2 && spec.size(0) > 0, "spec: expected slots");
+  const int64_t slots = spec.size(0), entries = set_ids.numel(), bounds = set_offsets.numel();
+  STD_TORCH_CHECK(bounds >= 2 && bounds <= kMaxSets + 1, "set_offsets: expected 1 to ", kMaxSets,
+                  " sets, got ", bounds - 1);
+  check_tensor(spec, "spec", ScalarType::Long, {slots, kSpecWidth}, reference);
+  check_tensor(numbers, "numbers", ScalarType::Double, {slots, kNumbersWidth}, reference);
+  check_tensor(progress, "progress", ScalarType::Long, {slots, kProgressWidth}, reference);
+  check_tensor(set_offsets, "set_offsets", ScalarType::Int, {bounds}, reference);
+  check_tensor(set_ids, "set_ids", ScalarType::Int, {entries}, reference);
+  check_tensor(set_member, "set_member", ScalarType::Long, {entries}, reference);
+  const Sets sets{data<int32_t>(set_offsets), data<int32_t>(set_ids), data<int64_t>(set_member),
+                  int32_t(bounds - 1), entries};
+  return {data<int64_t>(spec), data<double>(numbers), data<int64_t>(progress), sets, slots};
+}
+
+inline void describe_logits(RowsParams& p, const Tensor& logits) {
+  STD_TORCH_CHECK(logits.dim() == 2, "logits: expected shape (R, V), got ",
+                  shape_text(logits.sizes()));
+  STD_TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1,
+                  "logits: expected a contiguous last dimension, got strides ",
+                  shape_text(logits.strides()));
+  check_rows_apart(logits, "logits");
+  p.logits = logits.data_ptr();
+  p.rows = logits.size(0);
+  p.vocab = logits.size(1);
+  p.stride = logits.stride(0);
+}
+
+inline void describe_rows(RowsParams& p, const Tensor& logits, const Tensor& slot,
+                          const MaybeTensor& local_pos, const MaybeTensor& draft_tokens,
+                          const MaybeTensor& parents) {
+  p.nodes = 1;
+  if (parents.has_value()) {
+    p.nodes = parents->numel();
+    STD_TORCH_CHECK(p.nodes > 0 && p.nodes <= kMaxNodes && p.rows % p.nodes == 0,
+                    "parents: expected 1 to ", kMaxNodes, " nodes that divide the ", p.rows,
+                    " rows, got ", p.nodes);
+    STD_TORCH_CHECK(!local_pos.has_value() && draft_tokens.has_value(),
+                    "parents: expected draft_tokens and no local_pos beside it");
+    p.parents = maybe_data<int32_t>(parents, "parents", ScalarType::Int, {p.nodes}, logits);
+  }
+  const int64_t batch = p.rows / p.nodes, grid[] = {batch, p.nodes};
+  STD_TORCH_CHECK(!local_pos.has_value() || draft_tokens.has_value(),
+                  "local_pos: expected draft_tokens beside it");
+  check_tensor(slot, "slot", ScalarType::Long, {batch}, logits);
+  p.slot = data<int64_t>(slot);
+  p.local_pos = maybe_data<int64_t>(local_pos, "local_pos", ScalarType::Long, {p.rows}, logits);
+  p.draft_tokens = maybe_data<int64_t>(draft_tokens, "draft_tokens", ScalarType::Long,
+                                       {grid, parents.has_value() ? 2u : 1u}, logits);
+}
+
+template <class Backend>
+struct Operators {
+  static void modulate_logits_(const Tensor& logits, const Tensor& slot,
+                               const MaybeTensor& local_pos, const MaybeTensor& draft_tokens,
+                               const MaybeTensor& parents, const MaybeTensor& temperature,
+                               const Tensor& spec, const Tensor& numbers, const Tensor& progress,
+                               const Tensor& set_offsets, const Tensor& set_ids,
+                               const Tensor& set_member, bool dense) {
+    RowsParams p{};
+    p.state = describe_state(logits, spec, numbers, progress, set_offsets, set_ids, set_member);
+    describe_logits(p, logits);
+    describe_rows(p, logits, slot, local_pos, draft_tokens, parents);
+    p.temperature =
+        maybe_data<float>(temperature, "temperature", ScalarType::Float, {p.rows}, logits);
+    p.dense = dense;
+    if (p.rows > 0) Backend::modulate(logits.scalar_type(), p, logits.get_device_index());
+  }
+
+  static void commit_(const Tensor& slot, const Tensor& tokens, const Tensor& length,
+                      const MaybeTensor& entropy, const MaybeTensor& confidence, const Tensor& spec,
+                      const Tensor& numbers, const Tensor& progress, const Tensor& set_offsets,
+                      const Tensor& set_ids, const Tensor& set_member,
+                      const Tensor& confidence_ring, const Tensor& entropy_ring,
+                      const Tensor& confidence_sum) {
+    CommitParams p{};
+    p.state = describe_state(slot, spec, numbers, progress, set_offsets, set_ids, set_member);
+    STD_TORCH_CHECK(tokens.dim() == 2, "tokens: expected shape (B, D + 1), got ",
+                    shape_text(tokens.sizes()));
+    p.batch = tokens.size(0);
+    p.steps = tokens.size(1);
+    const int64_t slots = p.state.slots, shape[] = {p.batch, p.steps};
+    check_tensor(slot, "slot", ScalarType::Long, {p.batch}, slot);
+    check_tensor(tokens, "tokens", ScalarType::Long, {shape, 2}, slot);
+    check_tensor(length, "length", ScalarType::Long, {p.batch}, slot);
+    check_tensor(confidence_ring, "confidence_ring", ScalarType::Float, {slots, kMaxConfidence},
+                 slot);
+    check_tensor(entropy_ring, "entropy_ring", ScalarType::Float, {slots, kMaxEntropy}, slot);
+    check_tensor(confidence_sum, "confidence_sum", ScalarType::Double, {slots}, slot);
+    p.progress = data<int64_t>(progress);
+    p.slot = data<int64_t>(slot);
+    p.tokens = data<int64_t>(tokens);
+    p.length = data<int64_t>(length);
+    p.entropy = maybe_data<float>(entropy, "entropy", ScalarType::Float, {shape, 2}, slot);
+    p.confidence = maybe_data<float>(confidence, "confidence", ScalarType::Float, {shape, 2}, slot);
+    p.confidence_ring = data<float>(confidence_ring);
+    p.entropy_ring = data<float>(entropy_ring);
+    p.confidence_sum = data<double>(confidence_sum);
+    if (p.batch > 0) Backend::commit(p, slot.get_device_index());
+  }
+};
+
+}  // namespace modulation
+}  // namespace reasonkern

@@ -1,0 +1,32 @@
+// CUDA operators of the sampler under control: one launch per call.
+#include "controlled_kernels.cuh"
+#include "team_launch.cuh"
+#include "verify_operators.h"
+
+namespace reasonkern {
+namespace {
+
+struct ControlledBackend {
+  static void sample(ElementType type, const SampleParams& p, int32_t device) {
+    dispatch_element(type, [&](auto element) {
+      using E = typename decltype(element)::type;
+      launch_teams(sample_controlled_kernel<E>, sizeof(ControlShared), p, device);
+    });
+  }
+
+  static void verify(ElementType type, const VerifyParams& p, int32_t device) {
+    dispatch_element(type, [&](auto element) {
+      using E = typename decltype(element)::type;
+      launch_teams(verify_controlled_kernel<E>, sizeof(ControlShared), p, device);
+    });
+  }
+};
+
+}  // namespace
+}  // namespace reasonkern
+
+STABLE_TORCH_LIBRARY_IMPL(reasonkern_cuda, CUDA, m) {
+  using Ops = reasonkern::VerifyOperators<reasonkern::ControlledBackend>;
+  m.impl("sample_controlled", TORCH_BOX(&Ops::sample_controlled));
+  m.impl("verify_controlled", TORCH_BOX(&Ops::verify_controlled));
+}

@@ -1,0 +1,41 @@
+// Launching the kernels of teams: the element type, the grid.
+#pragma once
+
+#include "../common/stream.h"
+#include "team.cuh"
+#include "verify_launch.h"
+
+namespace reasonkern {
+
+template <class E>
+struct Element {
+  using type = E;
+};
+
+template <class Body>
+void dispatch_element(ElementType type, const Body& body) {
+  switch (type) {
+    case ElementType::kFloat32:
+      return body(Element<float>());
+    case ElementType::kBFloat16:
+      return body(Element<bf16>());
+    case ElementType::kFloat16:
+      return body(Element<fp16>());
+    case ElementType::kFloat64:
+      return body(Element<double>());
+  }
+}
+
+template <class Params>
+void launch_teams(void (*kernel)(Params), std::size_t shared_bytes, const Params& p,
+                  int32_t device) {
+  const LaunchScope scope(device);
+  const int arch = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+                   device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+  const int units = device_attribute(cudaDevAttrMultiProcessorCount, device);
+  const unsigned blocks = team_blocks(p.rows.batch, units, arch);
+  const unsigned grid = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20) * blocks;
+  launch(kernel, grid, kTeamThreads, blocks, shared_bytes, scope.stream, p);
+}
+
+}  // namespace reasonkern

@@ -1,0 +1,104 @@
+"""Sphinx: the API reference from the docstrings, and the pages that Git hosts show, at their links.
+
+The source folder is the repository, so that the pages' relative links are the site's. `make docs`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import reasonkern as rk  # noqa: E402
+
+project = "reasonkern"
+release = rk.__version__
+author = "The reasonkern developers"
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "myst_parser"]
+html_theme = "furo"
+html_title = f"reasonkern {release}"
+
+root_doc = "README"
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "reasonkern/*/*.md"]
+PAGES += ["benchmarks/results/README.md", "docs/*.md"]
+include_patterns = [*PAGES, "docs/api/*.rst"]
+exclude_patterns = [".git", ".venv*", "build", "dist", "docs/_build", "**/__pycache__", ".*_cache"]
+
+# In the docstrings `Name` is an object of the library: one that does not exist fails the build.
+default_role = "py:obj"
+nitpicky = True
+# Types of torch and of inner modules, in signatures.
+nitpick_ignore_regex = [("py:class", r"(?!reasonkern\.).*|reasonkern\.\w+\.\w+\.\w+")]
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_mock_imports = ["trl", "verl", "transformers", "datasets"]
+napoleon_use_rtype = False
+myst_heading_anchors = 4
+suppress_warnings = ["myst.header"]  # CHANGELOG's headings repeat
+
+SPACES: tuple[tuple[str, ModuleType], ...] = (
+    ("reasonkern", rk), ("reasonkern.shaping", rk.shaping), ("reasonkern.scaling", rk.scaling),
+)  # fmt: skip
+
+
+def room(thing: Any) -> str:
+    """The family whose folder defines a public object."""
+    parts: list[str] = thing.__module__.split(".")
+    return parts[1] if len(parts) > 2 else "environment"
+
+
+def directive(name: str, thing: Any) -> str:
+    if isinstance(thing, type):
+        return f".. autoclass:: {name}\n   :members:\n   :show-inheritance:\n"
+    return f".. auto{'function' if callable(thing) else 'data'}:: {name}\n"
+
+
+def families() -> dict[str, str]:
+    """Text of each family's page: every public name once, where it is defined."""
+    pages: dict[str, str] = {}
+    for space, module in SPACES:
+        for name in module.__all__:
+            thing = getattr(module, name)
+            if isinstance(thing, ModuleType):
+                continue
+            family = room(thing) if hasattr(thing, "__module__") else space.split(".")[1]
+            if space != "reasonkern" and family != space.split(".")[1]:
+                continue  # also under its own family's name
+            head = f"{family}\n{'=' * len(family)}\n\n.. currentmodule:: {space}\n"
+            page = pages.setdefault(family, head)
+            pages[family] = f"{page}\n{directive(name, thing)}"
+    return pages
+
+
+def write_pages(app: Any, config: Any) -> None:
+    folder = ROOT / "docs" / "api"
+    folder.mkdir(exist_ok=True)
+    pages = families()
+    for old in folder.glob("*.rst"):
+        if old.stem not in pages:
+            old.unlink()
+    for family, text in pages.items():
+        path = folder / f"{family}.rst"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+
+
+def add_contents(app: Any, docname: str, source: list[str]) -> None:
+    """The start page's table of contents, which Git hosts would show as code."""
+    if docname != root_doc:
+        return
+    readmes = sorted(p.relative_to(ROOT).with_suffix("") for p in ROOT.glob("reasonkern/*/*.md"))
+    api = [f"docs/api/{family}" for family in families()]
+    rest = ["CONTRIBUTING", "CHANGELOG", "docs/papers", "benchmarks/results/README"]
+    for caption, pages in (("API", api), ("Families", readmes), ("Project", rest)):
+        entries = "\n".join(str(page) for page in pages)
+        source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```\n"
+
+
+def setup(app: Any) -> None:
+    app.connect("config-inited", write_pages)
+    app.connect("source-read", add_contents)

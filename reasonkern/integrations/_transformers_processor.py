@@ -1,0 +1,105 @@
+"""A transformers `LogitsProcessor` that controls reflection and thinking, for `model.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from ..modulation import Modulation, ModulationState, TokenSets, commit_, modulate_logits_
+from ._peer import import_peer
+from ._request import check_windows
+
+TESTED = "5.24"
+LogitsProcessor: type = import_peer("transformers", TESTED).LogitsProcessor
+
+
+class ModulationLogitsProcessor(LogitsProcessor):
+    """Applies a `Modulation` to each sequence of one ``generate`` call.
+
+    ::
+
+        control = ModulationLogitsProcessor(spec, sets)
+        model.generate(**inputs, logits_processor=[control])
+
+    It runs after penalties and before temperature, where transformers calls a user's processors,
+    and leaves ``output_logits`` as they were. What was generated is found from ``input_ids``: the
+    tokens after the ones already folded, or everything anew where a sequence is no longer the one
+    it was (beam search, rejected candidates of assisted decoding).
+
+    Args:
+        spec: a `Modulation` for all sequences, or one for each; None leaves a sequence alone.
+        sets: the `TokenSets` that they name.
+        temperature: the one given to ``generate``, which `MinThink` needs; 0 for greedy decoding.
+            None = no `MinThink`.
+        prompt_length: tokens before the first generated one. None = those of the first call.
+
+    Raises:
+        ValueError: a spec with `DeepConf` or `EntropyTrigger`, which need `sample_controlled`; in a
+            call: another number of sequences than of specs, a second ``generate`` with the same
+            processor, or a spec that `ModulationState` refuses.
+    """
+
+    # A continuous batch reorders rows without saying which request they are.
+    supports_continuous_batching = False
+
+    def __init__(
+        self,
+        spec: Modulation | Sequence[Modulation | None],
+        sets: TokenSets,
+        *,
+        temperature: float | None = None,
+        prompt_length: int | None = None,
+    ) -> None:
+        if temperature is not None:
+            _checks.check_number("temperature", temperature, 0.0)
+        for one in [spec] if isinstance(spec, Modulation) else spec:
+            if one is not None:
+                check_windows(one)
+        self.spec, self.sets = spec, sets
+        self.temperature, self.prompt_length = temperature, prompt_length
+        self.state: ModulationState | None = None
+        self.folded = torch.empty(0, 0, dtype=torch.int64)  # (B, T): what the state stands for
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """(B, T) and (B, V) → the modulated (B, V), a new tensor."""
+        state = self._advance(input_ids)
+        slot = torch.arange(len(scores), device=scores.device)
+        temperature = None
+        if self.temperature is not None:
+            temperature = torch.full(slot.shape, self.temperature, device=scores.device)
+        out = scores.clone()
+        modulate_logits_(out, state, slot, temperature=temperature, allow_dense=True)
+        return out
+
+    def _advance(self, ids: Tensor) -> ModulationState:
+        """The state after the tokens of `ids`."""
+        if self.prompt_length is None:
+            self.prompt_length = ids.shape[1]
+        if ids.shape[1] < self.prompt_length:
+            expected = (
+                f"at least the prompt's {self.prompt_length} tokens: a processor per generate"
+            )
+            _checks.fail("input_ids", expected, ids.shape[1])
+        known = self.folded.shape[1]
+        if self.state is None or not torch.equal(ids[:, :known], self.folded):
+            self.state = self._fold(ids)
+        elif ids.shape[1] > known:
+            new = ids[:, known:]
+            slot = torch.arange(len(ids), device=ids.device)
+            commit_(self.state, slot, new.contiguous(), torch.full_like(slot, new.shape[1]))
+        self.folded = ids
+        return self.state
+
+    def _fold(self, ids: Tensor) -> ModulationState:
+        """A new state, from the prompt on."""
+        specs = [self.spec] * len(ids) if isinstance(self.spec, Modulation) else list(self.spec)
+        if len(specs) != len(ids):
+            _checks.fail("spec", f"one Modulation, or {len(ids)} for the sequences", len(specs))
+        state = ModulationState(len(ids), self.sets, device=ids.device)
+        for slot, (spec, tokens) in enumerate(zip(specs, ids.cpu(), strict=True)):
+            if spec is not None:
+                state.add(slot, spec, *tokens.tensor_split((self.prompt_length,)))
+        return state

@@ -1,0 +1,58 @@
+"""Operators of the state: schema, fake and registrations. Inference only, in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from .. import _load
+from . import reference
+
+# `Storage` of layout.py without the windows.
+READ_STATE = (
+    "Tensor spec, Tensor numbers, Tensor progress, Tensor set_offsets, Tensor set_ids, "
+    "Tensor set_member"
+)
+SCHEMAS = {
+    "modulate_logits_": "(Tensor(a!) logits, Tensor slot, Tensor? local_pos, "
+    f"Tensor? draft_tokens, Tensor? parents, Tensor? temperature, {READ_STATE}, bool dense) -> ()",
+    "commit_": "(Tensor slot, Tensor tokens, Tensor length, Tensor? entropy, Tensor? confidence, "
+    f"{READ_STATE.replace('Tensor progress', 'Tensor(a!) progress')}, "
+    "Tensor(b!) confidence_ring, Tensor(c!) entropy_ring, Tensor(d!) confidence_sum) -> ()",
+}
+
+REFERENCE: dict[str, Callable[..., Any]] = {
+    "modulate_logits_": reference.modulate_logits_,
+    "commit_": reference.commit_,
+}
+
+
+SPEC = {"modulate_logits_": 6, "commit_": 5}  # place of that argument
+
+
+def _fake(name: str) -> Callable[..., None]:
+    def check(*args: Any) -> None:
+        if args[0].device != args[SPEC[name]].device:
+            raise RuntimeError(f"{name}: expected all tensors on one device")
+
+    return check
+
+
+def has_cpu_kernels() -> bool:
+    """Whether CPU tensors are served by the C++ operators, which check their arguments."""
+    try:
+        _load.implementation("modulate_logits_", "cpu")
+    except RuntimeError:
+        return False
+    return True
+
+
+for _name, _schema in SCHEMAS.items():
+    _load.define_op(
+        _name,
+        _schema,
+        reference=REFERENCE[_name],
+        fake=_fake(_name),
+        cuda=True,
+        triton=_load.lazy(f"{__package__}.triton_modulation", _name),
+    )

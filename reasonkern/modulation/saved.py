@@ -1,0 +1,72 @@
+"""What the tensors of a saved state may hold: anything else would become an address."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from . import layout as at
+
+ID_LIMIT = 1 << 31
+# Column of a length, the part it belongs to, its smallest and largest value; -1 without the part.
+LENGTHS = (
+    (at.WINDOWS, at.CYCLIC, 0, at.MAX_WINDOWS),
+    (at.POINTS, at.SCHEDULE, 1, at.MAX_POINTS),
+    (at.END_LENGTH, at.BUDGET, 1, at.MAX_END),
+    (at.WAIT_LENGTH, at.MIN_THINK, 0, at.MAX_WAIT),
+    (at.CONFIDENCE_WINDOW, at.DEEPCONF, 1, at.MAX_CONFIDENCE),
+    (at.ENTROPY_WINDOW, at.TRIGGER, 1, at.MAX_ENTROPY),
+)
+PROGRESS = {at.PHASE: at.CLOSED + 1, at.WAIT_AT: at.MAX_WAIT + 1}
+COUNTS = (at.T, at.SPENT, at.SWITCH, at.IGNORE, at.CONFIDENCE_PUSHED, at.ENTROPY_PUSHED)
+SETS = (at.CYCLIC, at.TIP, at.CONSTANT, at.SCHEDULE)  # parts in the order of ADDED_SETS
+
+
+def check_saved(state: Mapping[str, Any], own: at.Storage) -> None:
+    """ValueError for a tensor that no state over the same sets has; reads them on the host."""
+    for name, tensor in own._asdict().items():
+        given = _checks.check_values(f"state[{name!r}]", state.get(name))
+        _checks.check_dtype(f"state[{name!r}]", given, tensor.dtype)
+        _checks.check_shape(f"state[{name!r}]", given, tensor.shape, "of this state")
+        if name.startswith("set_") and not torch.equal(given.cpu(), tensor.cpu()):
+            _checks.fail(f"state[{name!r}]", "that of this state's sets", given.tolist())
+    _check_spec(state["spec"].cpu(), len(own.set_offsets) - 1)
+    progress = state["progress"].cpu()
+    for column, end in PROGRESS.items():
+        _checks.check_range("state['progress']", progress[:, column], 0, end)
+    for column in COUNTS:
+        _checks.check_range("state['progress']", progress[:, column], 0, _checks.INT64)
+    _checks.check_range("state['progress']", progress[:, at.PHRASE], at.DONE, at.MAX_END + 1)
+
+
+def _check_spec(spec: Tensor, sets: int) -> None:
+    parts = spec[:, at.PARTS]
+    _checks.check_range("state['spec']", parts, 0, 2 * at.TRIGGER)
+    for column, part, low, high in LENGTHS:
+        given, used = spec[:, column], (parts & part) != 0
+        _checks.check_range("state['spec']", given, -1, high + 1)
+        _checks.check_range("state['spec']", given, low, high + 1, where=used)
+    inside = torch.arange(at.MAX_END) < spec[:, at.END_LENGTH, None]
+    failure = spec[:, at.FAILURE : at.WAIT]
+    _checks.check_range("state['spec']", failure, 0, at.MAX_END, where=inside)
+    columns = [(at.ADDED_SETS + k, part) for k, part in enumerate(SETS)]
+    for column, part in [*columns, (at.BAN_SET, at.BAN)]:
+        _checks.check_range("state['spec']", spec[:, column], 0, sets, where=(parts & part) != 0)
+    ids = torch.cat((spec[:, [at.THINK_START, at.THINK_END, at.EOS]], _phrases(spec)), 1)
+    _checks.check_range("state['spec']", ids, -1, ID_LIMIT)
+    above = torch.where((parts != 0)[:, None], ids[:, 1:] - spec[:, at.MAX_ID, None], 0)
+    _checks.check_range("state['spec']", above, -ID_LIMIT - 1, 1)
+
+
+def _phrases(spec: Tensor) -> Tensor:
+    """The ids of both phrases; -1 beyond their lengths."""
+    phrases = []
+    for begin, length in ((at.END, at.END_LENGTH), (at.WAIT, at.WAIT_LENGTH)):
+        width = at.MAX_END if begin == at.END else at.MAX_WAIT
+        used = torch.arange(width) < spec[:, length, None]
+        phrases.append(torch.where(used, spec[:, begin : begin + width], -1))
+    return torch.cat(phrases, 1)

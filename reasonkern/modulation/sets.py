@@ -1,0 +1,179 @@
+"""`TokenSets`: named sets of token ids, shared by all requests of a state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .layout import MAX_SETS
+from .spec import checked_id
+
+VARIANTS = ("exact", "space", "all")
+
+
+class TokenSets(Mapping[str, tuple[int, ...]]):
+    """Named sets of token ids: a mapping from names to ascending ids.
+
+    Built by `from_ids` or `from_tokenizer`.
+    """
+
+    def __init__(self, sets: Mapping[str, Iterable[int]]) -> None:
+        if not isinstance(sets, Mapping):
+            _checks.fail("sets", "a mapping from names to token ids", type(sets).__name__)
+        if not 1 <= len(sets) <= MAX_SETS:
+            _checks.fail("sets", f"1 to {MAX_SETS} of them", len(sets))
+        self._sets = {name: _checked_set(name, ids) for name, ids in sets.items()}
+
+    @classmethod
+    def from_ids(cls, sets: Mapping[str, Iterable[int]]) -> TokenSets:
+        """Sets of ids; an id that is given twice is in the set once.
+
+        Args:
+            sets: ids by name, at most 32 sets, none of them empty.
+
+        Raises:
+            ValueError: no set, an empty one, or something that is not a token id.
+
+        Example:
+            >>> import reasonkern as rk
+            >>> rk.TokenSets.from_ids({"reflect": [14190, 3983, 14190]})["reflect"]
+            (3983, 14190)
+        """
+        return cls(sets)
+
+    @classmethod
+    def from_tokenizer(
+        cls,
+        tokenizer: Any,
+        sets: Mapping[str, Sequence[str]],
+        *,
+        variants: str = "exact",
+        exclude: Sequence[str] = (),
+    ) -> TokenSets:
+        """Sets of the vocabulary's pieces that are, or contain, given strings.
+
+        A string that is several tokens is refused: a bias on some of its pieces is a bias on other
+        words, and the id that look-ups give for unknown pieces is a bias on whatever has that id.
+
+        Args:
+            tokenizer: has ``get_vocab()``, from pieces to ids: a tokenizer of transformers or of
+                tokenizers.
+            sets: strings by name.
+            variants: ``"exact"``: the piece that is the string, without a space before it, as
+                CyclicReflex publishes its set; ``"space"``: also the piece with a space before it;
+                ``"all"``: every piece that contains the string, whatever its case, as NoWait's
+                keywords are expanded.
+            exclude: words; pieces that contain one of them, whatever their case, stay out of the
+                sets (ohio, button, … of NoWait's keywords oh, but).
+
+        Raises:
+            ValueError: a string without a piece; all such strings are named.
+        """
+        _checks.check_choice("variants", variants, VARIANTS)
+        if not hasattr(tokenizer, "get_vocab"):
+            _checks.fail("tokenizer", "an object with get_vocab()", type(tokenizer).__name__)
+        vocab = _by_text(tokenizer.get_vocab())
+        unwanted = [word.lower() for word in exclude]
+        found: dict[str, set[int]] = {name: set() for name in sets}
+        missing = []
+        for name, strings in sets.items():
+            for string in strings:
+                texts = _matches(vocab, string, variants)
+                texts = [t for t in texts if not any(w in t.lower() for w in unwanted)]
+                found[name].update(i for text in texts for i in vocab[text])
+                if not texts:
+                    missing.append(f"{name}: {string!r}")
+        if missing:
+            _checks.fail("sets", "strings that are one token each", ", ".join(missing))
+        return cls(found)
+
+    def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """Offsets, ids and memberships as in ``layout.Storage``."""
+        offsets: list[int] = [0]
+        ids: list[int] = []
+        bits: dict[int, int] = {}
+        for s, own in enumerate(self._sets.values()):
+            ids += own
+            offsets.append(len(ids))
+            bits |= {i: bits.get(i, 0) | 1 << s for i in own}
+        member = [bits[i] for i in ids]
+        return (
+            torch.tensor(offsets, dtype=torch.int32, device=device),
+            torch.tensor(ids, dtype=torch.int32, device=device),
+            torch.tensor(member, dtype=torch.int64, device=device),
+        )
+
+    def index(self, name: str) -> int:
+        """The number of a set.
+
+        Raises:
+            ValueError: there is no such set.
+        """
+        _checks.check_choice("set", name, self._sets)
+        return list(self._sets).index(name)
+
+    @property
+    def max_id(self) -> int:
+        """The largest id of all sets."""
+        return max(own[-1] for own in self._sets.values())
+
+    def __getitem__(self, name: str) -> tuple[int, ...]:
+        """The ids of a set, ascending."""
+        return self._sets[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names in order of their numbers."""
+        return iter(self._sets)
+
+    def __len__(self) -> int:
+        """Number of sets."""
+        return len(self._sets)
+
+    def __repr__(self) -> str:
+        """Names and sizes."""
+        sizes = ", ".join(f"{name}: {len(ids)} ids" for name, ids in self._sets.items())
+        return f"TokenSets({sizes})"
+
+
+def _checked_set(name: object, ids: Iterable[int]) -> tuple[int, ...]:
+    if not isinstance(name, str):
+        _checks.fail("sets", "names that are strings", repr(name))
+    if isinstance(ids, str):
+        _checks.fail(f"sets[{name!r}]", "token ids; strings go to from_tokenizer", repr(ids))
+    checked = {checked_id(f"sets[{name!r}]", i) for i in ids}
+    if not checked:
+        _checks.fail(f"sets[{name!r}]", "at least one id", 0)
+    return tuple(sorted(checked))
+
+
+def _matches(vocab: Mapping[str, list[int]], string: str, variants: str) -> list[str]:
+    if not string.strip():
+        _checks.fail("sets", "strings with more than spaces", repr(string))
+    if variants == "all":
+        return [text for text in vocab if string.lower() in text.lower()]
+    wanted = [string] if variants == "exact" else [string, " " + string]
+    return [text for text in wanted if text in vocab]
+
+
+# Byte-level vocabularies write bytes as printable characters: those that are one already stand for
+# themselves, the others follow from U+0100 on; a space is U+0120.
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [b for b in range(256) if b not in set(_PRINTABLE)]
+_BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
+
+
+def _by_text(vocab: Mapping[str, int]) -> dict[str, list[int]]:
+    """Ids by the text of their piece, its leading space included."""
+    byte_level = any(piece.startswith("\u0120") for piece in vocab)
+    out: dict[str, list[int]] = {}
+    for piece, token in vocab.items():
+        if byte_level and all(c in _BYTES for c in piece):
+            text = bytes(_BYTES[c] for c in piece).decode("utf-8", errors="replace")
+        else:
+            text = piece.replace("\u2581", " ")
+        out.setdefault(text, []).append(int(token))
+    return out

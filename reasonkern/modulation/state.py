@@ -1,0 +1,365 @@
+"""`ModulationState`: the specs and the progress of the requests in flight, on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from . import layout as at
+from . import op as _op
+from .layout import Storage
+from .saved import check_saved
+from .sets import TokenSets
+from .spec import Modulation
+
+BITS = {
+    "cyclic": at.CYCLIC,
+    "tip": at.TIP,
+    "constant": at.CONSTANT,
+    "schedule": at.SCHEDULE,
+    "ban": at.BAN,
+    "budget": at.BUDGET,
+    "min_think": at.MIN_THINK,
+    "deepconf": at.DEEPCONF,
+    "entropy_trigger": at.TRIGGER,
+}
+
+
+class ModulationState:
+    """Slots for requests, each with its `Modulation` and what its tokens have made of it.
+
+    Tensors only, of sizes that never change, so that steps with it can be captured in a CUDA graph:
+    `modulate_logits_`, `sample_controlled` and `verify_tree` read it, `commit_` advances it.
+
+    Args:
+        max_requests: number of slots.
+        sets: the `TokenSets` that specs name, shared by all slots.
+        device: where its tensors live.
+
+    Raises:
+        ValueError: an argument of another type or out of its range.
+
+    Example:
+        >>> import torch, reasonkern as rk
+        >>> sets = rk.TokenSets.from_ids({"reflect": [2, 5]})
+        >>> state = rk.ModulationState(4, sets)
+        >>> state.add(0, rk.Modulation(constant=rk.Constant(-3.0)), prompt_tokens=[1, 7])
+        >>> rk.modulate_logits_(torch.zeros(1, 6), state, torch.tensor([0]))
+        tensor([[ 0.,  0., -3.,  0.,  0., -3.]])
+    """
+
+    def __init__(
+        self, max_requests: int, sets: TokenSets, device: torch.device | str = "cpu"
+    ) -> None:
+        if not isinstance(max_requests, int) or not 1 <= max_requests < 1 << 31:
+            _checks.fail("max_requests", "a positive integer", repr(max_requests))
+        if not isinstance(sets, TokenSets):
+            _checks.fail("sets", "a TokenSets", type(sets).__name__)
+        self.max_requests, self.sets = max_requests, sets
+        self.tensors = _allocate(max_requests, sets, torch.device(device))
+        self._parts, self._ids = [0] * max_requests, [-1] * max_requests
+        self._refresh()
+
+    # ---- requests
+
+    def add(
+        self,
+        slot: int,
+        spec: Modulation,
+        prompt_tokens: Sequence[int] | Tensor,
+        generated_tokens: Sequence[int] | Tensor = (),
+    ) -> None:
+        """Puts a request into a free slot.
+
+        With ``generated_tokens`` a request that was taken out goes on where it was: all but the
+        windows of `DeepConf` and `EntropyTrigger`, which begin anew, follows from its tokens.
+
+        Args:
+            slot: a free one.
+            spec: what to do to its logits.
+            prompt_tokens: ids; only the markers of thinking are looked for.
+            generated_tokens: ids generated so far.
+
+        Raises:
+            ValueError: the slot is not free, a set has no such name, parts and sets contradict each
+                other, or something is no token id.
+        """
+        self._check_slot(slot, used=False)
+        if not isinstance(spec, Modulation):
+            _checks.fail("spec", "a Modulation", type(spec).__name__)
+        prompt = _as_ids("prompt_tokens", prompt_tokens)
+        generated = _as_ids("generated_tokens", generated_tokens)
+        row, numbers = _pack(spec, self.sets)
+        for tensor, values in (
+            (self.tensors.spec, row),
+            (self.tensors.numbers, numbers),
+            (self.tensors.progress, _start(spec, prompt)),
+        ):
+            tensor[slot].copy_(torch.tensor(values, dtype=tensor.dtype))
+        self.tensors.confidence_sum[slot] = 0
+        self._parts[slot], self._ids[slot] = row[at.PARTS], row[at.MAX_ID]
+        self._refresh()
+        if len(generated):
+            self._fold(slot, generated)
+
+    def _fold(self, slot: int, generated: Tensor) -> None:
+        device = self.device
+        tokens = generated.to(device).unsqueeze(0)
+        length = torch.tensor([tokens.shape[1]], device=device)
+        where = torch.tensor([slot], device=device)
+        torch.ops.reasonkern.commit_(
+            where, tokens, length, None, None, *self.read_state, *self.windows
+        )
+
+    def remove(self, slot: int) -> None:
+        """Frees a slot.
+
+        Raises:
+            ValueError: it is free already.
+        """
+        self._check_slot(slot, used=True)
+        self.tensors.spec[slot, at.PARTS] = 0
+        self._parts[slot], self._ids[slot] = 0, -1
+        self._refresh()
+
+    def _check_slot(self, slot: object, used: bool) -> None:
+        if not isinstance(slot, int) or not 0 <= slot < self.max_requests:
+            _checks.fail("slot", f"an integer in [0, {self.max_requests})", repr(slot))
+        if bool(self._parts[slot]) != used:
+            _checks.fail("slot", f"a slot {'in use' if used else 'that is free'}", slot)
+
+    # ---- what the fronts ask
+
+    def _refresh(self) -> None:
+        """Sums up the slots on the host: fronts ask without a synchronisation."""
+        self._uses = 0
+        for parts in self._parts:
+            self._uses |= parts
+        self.max_id = max(self.sets.max_id, *self._ids)
+        self.needs_heat, self.needs_dense = self.uses(at.MIN_THINK), self.uses(at.SOFT)
+        self.kernel_checks = self.device.type == "cpu" and _op.has_cpu_kernels()
+        self.read_state: tuple[Tensor, ...] = tuple(self.tensors[:6])
+        self.windows: tuple[Tensor, ...] = tuple(self.tensors[6:])
+
+    def uses(self, part: int) -> bool:
+        """Whether a slot has a part, given as a bit of ``layout``."""
+        return bool(self._uses & part)
+
+    @property
+    def watches_statistics(self) -> bool:
+        """Whether a request has a `DeepConf` or an `EntropyTrigger`, which `commit_` feeds."""
+        return self.uses(at.DEEPCONF | at.TRIGGER)
+
+    @property
+    def stopped(self) -> Tensor:
+        """(max_requests,) bool: requests that `DeepConf` has stopped."""
+        progress = self.tensors.progress
+        return (progress[:, at.STOPPED] != 0) & (self.tensors.spec[:, at.PARTS] != 0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.tensors.spec.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors; constant."""
+        return sum(t.numel() * t.element_size() for t in self.tensors)
+
+    # ---- moving and saving
+
+    def to(self, device: torch.device | str) -> ModulationState:
+        """Moves the state to a device; returns it."""
+        self.tensors = Storage(*(t.to(device) for t in self.tensors))
+        self._refresh()
+        return self
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings and tensors (the live ones, as of a module), for ``torch.save``."""
+        return {"settings": self._settings(), **self.tensors._asdict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes the requests of a state with the same number of slots and the same sets.
+
+        Raises:
+            ValueError: other settings; a tensor that is missing, of another shape or dtype, or
+                with contents that no state has.
+        """
+        if state.get("settings") != self._settings():
+            _checks.fail("state", f"settings {self._settings()}", state.get("settings"))
+        check_saved(state, self.tensors)
+        for name, tensor in self.tensors._asdict().items():
+            tensor.copy_(state[name])
+        spec = self.tensors.spec.cpu()
+        self._parts = spec[:, at.PARTS].tolist()
+        self._ids = torch.where(spec[:, at.PARTS] != 0, spec[:, at.MAX_ID], -1).tolist()
+        self._refresh()
+
+    def _settings(self) -> dict[str, Any]:
+        return {"max_requests": self.max_requests, "sets": dict(self.sets)}
+
+    def __repr__(self) -> str:
+        """Slots, sets and place."""
+        used = sum(parts != 0 for parts in self._parts)
+        return (
+            f"ModulationState({used} of {self.max_requests} slots in use, {self.sets}, "
+            f"device='{self.device}')"
+        )
+
+
+def _allocate(slots: int, sets: TokenSets, device: torch.device) -> Storage:
+    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    return Storage(
+        zeros(slots, at.SPEC_WIDTH, dtype=torch.int64),
+        zeros(slots, at.NUMBERS_WIDTH, dtype=torch.float64),
+        zeros(slots, at.PROGRESS_WIDTH, dtype=torch.int64),
+        *sets.tensors(device),
+        confidence=zeros(slots, at.MAX_CONFIDENCE, dtype=torch.float32),
+        entropy=zeros(slots, at.MAX_ENTROPY, dtype=torch.float32),
+        confidence_sum=zeros(slots, dtype=torch.float64),
+    )
+
+
+def _as_ids(name: str, tokens: Sequence[int] | Tensor) -> Tensor:
+    """1-dim int64 on the CPU."""
+    ids = tokens
+    if not isinstance(ids, Tensor):
+        try:
+            ids = torch.tensor(ids) if len(ids) else torch.empty(0, dtype=torch.int64)
+        except (RuntimeError, TypeError, ValueError):
+            _checks.fail(name, "a sequence of token ids", repr(tokens))
+    _checks.check_values(name, ids)
+    _checks.check_dtype(name, ids, torch.int64, torch.int32)
+    if ids.ndim != 1:
+        _checks.fail(name, "one dimension", tuple(ids.shape))
+    ids = ids.to("cpu", torch.int64).contiguous()
+    _checks.check_range(name, ids, 0, 1 << 31)
+    return ids
+
+
+def _largest_id(spec: Modulation) -> int:
+    ids = [-1 if spec.think_end is None else spec.think_end]
+    if spec.budget is not None:
+        ids += spec.budget.end
+    if spec.min_think is not None:
+        ids += spec.min_think.wait
+    if spec.deepconf is not None and spec.deepconf.eos is not None:
+        ids.append(spec.deepconf.eos)
+    return max(ids)
+
+
+def _start(spec: Modulation, prompt: Tensor) -> list[int]:
+    """Progress after the prompt."""
+    row = [0] * at.PROGRESS_WIDTH
+    row[at.IGNORE] = 0 if spec.min_think is None else spec.min_think.ignore
+    row[at.PHASE] = at.THINKING
+    if spec.think_start is None:
+        return row
+    after = 0 if spec.think_end is None else _after_last(prompt, spec.think_end)
+    opened = (prompt[after:] == spec.think_start).nonzero()
+    if len(opened):
+        row[at.SPENT] = len(prompt) - after - int(opened[0]) - 1
+    else:
+        row[at.PHASE] = at.BEFORE
+    return row
+
+
+def _after_last(prompt: Tensor, token: int) -> int:
+    found = (prompt == token).nonzero()
+    return int(found[-1]) + 1 if len(found) else 0
+
+
+# ---- rows of spec and numbers
+
+
+def _pack(spec: Modulation, sets: TokenSets) -> tuple[list[int], list[float]]:
+    _check_with_sets(spec, sets)
+    row, numbers = [-1] * at.SPEC_WIDTH, [0.0] * at.NUMBERS_WIDTH
+    row[at.PARTS] = at.ACTIVE + sum(BITS[name] for name in spec.parts)
+    row[at.MAX_ID] = _largest_id(spec)
+    row[at.THINK_START] = -1 if spec.think_start is None else spec.think_start
+    row[at.THINK_END] = -1 if spec.think_end is None else spec.think_end
+    _pack_added(spec, sets, row, numbers)
+    _pack_budget(spec, row, numbers)
+    if spec.min_think is not None:
+        row[at.MIN_TOKENS], row[at.WAIT_LENGTH] = spec.min_think.tokens, len(spec.min_think.wait)
+        _put(row, at.WAIT, spec.min_think.wait)
+    if (deepconf := spec.deepconf) is not None:
+        row[at.CONFIDENCE_WINDOW] = deepconf.window
+        row[at.EOS] = -1 if deepconf.eos is None else deepconf.eos
+        numbers[at.CONFIDENCE_THRESHOLD] = deepconf.threshold
+    if (trigger := spec.entropy_trigger) is not None:
+        row[at.ENTROPY_WINDOW] = trigger.window
+        _put(numbers, at.ENTROPY_FACTOR, (trigger.k, trigger.floor, trigger.min_std, trigger.first))
+    return row, numbers
+
+
+def _check_with_sets(spec: Modulation, sets: TokenSets) -> None:
+    for name, part in spec.parts.items():
+        if hasattr(part, "set"):
+            _checks.check_choice(f"{name}.set", part.set, sets)
+    if spec.ban is None:
+        return
+    banned = sets[spec.ban.set]
+    if spec.min_think is not None and spec.min_think.wait[0] in banned:
+        _checks.fail("min_think.wait", "a first id that ban leaves", spec.min_think.wait[0])
+    if spec.budget is not None and spec.budget.soft is not None:
+        for token in spec.budget.end:
+            if token in banned:
+                _checks.fail("budget.end", "ids that ban leaves, to be raised by soft", token)
+
+
+def _pack_added(spec: Modulation, sets: TokenSets, row: list[int], numbers: list[float]) -> None:
+    for k, part in enumerate((spec.cyclic, spec.tip, spec.constant, spec.schedule)):
+        if part is not None:
+            row[at.ADDED_SETS + k] = sets.index(part.set)
+    if (cyclic := spec.cyclic) is not None:
+        windows = [bound for pair in cyclic.windows or () for bound in pair]
+        row[at.WINDOWS] = len(windows) // 2
+        _put(row, at.WINDOW, windows)
+        # A fraction of 1 that rounding may leave is as good as 0.
+        _put(numbers, at.AMPLITUDE, (cyclic.amplitude, cyclic.period, cyclic.shift % 1.0))
+    if spec.tip is not None:
+        row[at.TIP_SPAN], numbers[at.ALPHA] = spec.tip.beta, spec.tip.alpha
+    if spec.constant is not None:
+        numbers[at.BIAS] = spec.constant.bias
+    if (schedule := spec.schedule) is not None:
+        row[at.POINTS] = len(schedule.points)
+        _put(row, at.POINT_T, [t for t, _ in schedule.points])
+        _put(numbers, at.POINT_VALUE, [value for _, value in schedule.points])
+    if spec.ban is not None:
+        row[at.BAN_SET] = sets.index(spec.ban.set)
+
+
+def _pack_budget(spec: Modulation, row: list[int], numbers: list[float]) -> None:
+    if (budget := spec.budget) is None:
+        return
+    start = budget.tokens if budget.soft is None else budget.soft.start * budget.tokens
+    row[at.BUDGET_TOKENS], row[at.END_LENGTH] = budget.tokens, len(budget.end)
+    row[at.TRACK_FROM] = -int(-start // 1)  # rounded up
+    _put(row, at.END, budget.end)
+    _put(row, at.FAILURE, failure(budget.end))
+    if budget.soft is not None:
+        row[at.PARTS] += at.SOFT
+        _put(numbers, at.SOFT_FROM, (start, budget.soft.margin))
+
+
+def failure(phrase: Sequence[int]) -> list[int]:
+    """[q]: the longest proper beginning of ``phrase[: q + 1]`` that is also its end."""
+    out = [0]
+    for token in phrase[1:]:
+        q = out[-1]
+        while q and phrase[q] != token:
+            q = out[q - 1]
+        out.append(q + (phrase[q] == token))
+    return out
+
+
+def _put(row: list[Any], column: int, values: Sequence[Any]) -> None:
+    row[column : column + len(values)] = values

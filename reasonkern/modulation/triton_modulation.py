@@ -1,0 +1,184 @@
+"""Triton kernels of `modulate_logits_` and `commit_`, and their launchers (op.py).
+
+A program takes several rows, an element of its tensors each. Nothing is contracted, so that the
+results are those of ``reference.py``.
+
+Launched on CPU tensors only under the interpreter: TRITON_INTERPRET=1 before triton is imported.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .._triton import kernel
+from . import layout as at
+from .triton_control import (
+    DEEPCONF,
+    Rows,
+    apply_force,
+    control_of,
+    move_to_wait,
+    raise_end,
+    write_sets,
+)
+from .triton_fold import (
+    NUMBERS_WIDTH,
+    PARTS,
+    PROGRESS_WIDTH,
+    SPEC_WIDTH,
+    STOPPED,
+    Sets,
+    find_slots,
+    fold,
+    fold_chain,
+    fold_tree,
+    load_progress,
+    store_progress,
+)
+
+TRIGGER = tl.constexpr(at.TRIGGER)
+CONFIDENCE_WINDOW, ENTROPY_WINDOW = (
+    tl.constexpr(k) for k in (at.CONFIDENCE_WINDOW, at.ENTROPY_WINDOW)
+)
+CONFIDENCE_THRESHOLD = tl.constexpr(at.CONFIDENCE_THRESHOLD)
+CONFIDENCE_PUSHED, ENTROPY_PUSHED = (
+    tl.constexpr(k) for k in (at.CONFIDENCE_PUSHED, at.ENTROPY_PUSHED)
+)
+MAX_CONFIDENCE, MAX_ENTROPY = tl.constexpr(at.MAX_CONFIDENCE), tl.constexpr(at.MAX_ENTROPY)
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def config(dense):
+    """(rows of a program, entries of a row at a time): whole rows are read by more programs."""
+    return (4, 128) if dense else (16, 32)
+
+
+@kernel
+def modulate_kernel(
+    logits, slot_ptr, local_pos, draft_tokens, parents, temperature, spec, numbers, progress,
+    set_offsets, set_ids, set_member, num_rows: tl.int32, vocab: tl.int32, stride: tl.int64,
+    slots: tl.int32, nodes: tl.int32, DENSE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    request = row if parents is None else row // nodes
+    slot = tl.load(slot_ptr + request, mask=inside, other=-1)
+    on, slot = find_slots(slot, spec, slots)
+    sets = Sets(set_offsets, set_ids, set_member)
+    spec += slot * SPEC_WIDTH
+    p = load_progress(progress + slot * PROGRESS_WIDTH)
+    if parents is not None:
+        node = (row % nodes).to(tl.int32)
+        p = fold_tree(spec, sets, p, node, on, parents, draft_tokens + request * nodes)
+    elif local_pos is not None:
+        drafts = tl.load(local_pos + row, mask=on, other=0)
+        p = fold_chain(spec, sets, p, row, drafts, draft_tokens)
+    c = control_of(spec, numbers + slot * NUMBERS_WIDTH, p)
+    rows = Rows(logits + row * stride, set_offsets, set_ids, set_member, vocab, on)
+    forced = apply_force(rows, c.force)
+    on = on & (forced == 0)
+    rows = Rows(logits + row * stride, set_offsets, set_ids, set_member, vocab, on)
+    write_sets(rows, c, BLOCK)
+    tl.debug_barrier()
+    heat = tl.full((ROWS,), 1.0, tl.float32)
+    if temperature is not None:
+        heat = tl.load(temperature + row, mask=inside, other=1.0)
+    move_to_wait(rows, c, heat)
+    if DENSE:
+        tl.debug_barrier()
+        raise_end(rows, c, 4 * BLOCK)
+
+
+@kernel
+def commit_kernel(
+    slot_ptr, tokens, length_ptr, entropy, confidence, spec, numbers, progress, set_offsets,
+    set_ids, set_member, confidence_ring, entropy_ring, confidence_sum, batch: tl.int32,
+    steps: tl.int32, slots: tl.int32, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    on, slot = find_slots(tl.load(slot_ptr + row, mask=row < batch, other=-1), spec, slots)
+    length = tl.minimum(tl.load(length_ptr + row, mask=on, other=0), steps)
+    sets = Sets(set_offsets, set_ids, set_member)
+    spec += slot * SPEC_WIDTH
+    numbers += slot * NUMBERS_WIDTH
+    progress += slot * PROGRESS_WIDTH
+    confidence_ring += slot * MAX_CONFIDENCE
+    entropy_ring += slot * MAX_ENTROPY
+    p = load_progress(progress)
+    parts = tl.load(spec + PARTS)
+    watched = tl.load(progress + CONFIDENCE_PUSHED)
+    total = tl.load(confidence_sum + slot)
+    seen = tl.load(progress + ENTROPY_PUSHED)
+    stopped = p.stopped
+    alive = on
+    for j in tl.range(0, tl.max(length)):
+        alive = alive & (j < length)
+        token = tl.load(tokens + row * steps + j, mask=alive, other=-1)
+        alive = alive & (token >= 0)
+        p = fold(spec, sets, p, token, alive)
+        if confidence is not None:
+            value = tl.load(confidence + row * steps + j, mask=alive, other=float("inf"))
+            pushed = alive & ((parts & DEEPCONF) != 0) & (value - value == 0)
+            window = tl.maximum(tl.load(spec + CONFIDENCE_WINDOW), 1)
+            place = confidence_ring + watched % window
+            old = tl.load(place, mask=pushed & (watched >= window), other=0.0)
+            tl.debug_barrier()
+            tl.store(place, value, mask=pushed)
+            total = tl.where(pushed, total + (value.to(tl.float64) - old.to(tl.float64)), total)
+            watched += pushed.to(tl.int64)
+            low = total < tl.load(numbers + CONFIDENCE_THRESHOLD) * window.to(tl.float64)
+            stopped = tl.where(pushed & (watched >= window) & low, 1, stopped)
+        if entropy is not None:
+            value = tl.load(entropy + row * steps + j, mask=alive, other=float("inf"))
+            pushed = alive & ((parts & TRIGGER) != 0) & (value - value == 0)
+            window = tl.maximum(tl.load(spec + ENTROPY_WINDOW), 1)
+            tl.store(entropy_ring + seen % window, value, mask=pushed)
+            seen += pushed.to(tl.int64)
+        tl.debug_barrier()  # a value may come back at the next step
+    store_progress(progress, p, on)
+    tl.store(progress + STOPPED, stopped, mask=on)
+    tl.store(progress + CONFIDENCE_PUSHED, watched, mask=on)
+    tl.store(progress + ENTROPY_PUSHED, seen, mask=on)
+    tl.store(confidence_sum + slot, total, mask=on)
+
+
+# ---- launchers
+
+
+def check_runnable(name, device):
+    if device.type == "cpu" and isinstance(modulate_kernel, triton.JITFunction):
+        raise RuntimeError(
+            f"{name}: the Triton backend got a CPU tensor; it needs a GPU, or TRITON_INTERPRET=1 "
+            "in the environment before triton is imported"
+        )
+
+
+def modulate_logits_(
+    logits, slot, local_pos, draft_tokens, parents, temperature, spec, numbers, progress,
+    set_offsets, set_ids, set_member, dense,
+):  # fmt: skip
+    check_runnable("modulate_logits_", logits.device)
+    rows, block = config(dense)
+    if logits.shape[0]:
+        with torch.cuda.device_of(logits):
+            modulate_kernel[(triton.cdiv(logits.shape[0], rows),)](
+                logits, slot, local_pos, draft_tokens, parents, temperature, spec, numbers,
+                progress, set_offsets, set_ids, set_member, *logits.shape, logits.stride(0),
+                len(spec), 1 if parents is None else len(parents), DENSE=dense, ROWS=rows,
+                BLOCK=block, **OPTIONS,
+            )  # fmt: skip
+
+
+def commit_(
+    slot, tokens, length, entropy, confidence, spec, numbers, progress, set_offsets, set_ids,
+    set_member, confidence_ring, entropy_ring, confidence_sum,
+):  # fmt: skip
+    check_runnable("commit_", slot.device)
+    rows, _ = config(dense=False)
+    if tokens.shape[0]:
+        with torch.cuda.device_of(tokens):
+            commit_kernel[(triton.cdiv(tokens.shape[0], rows),)](
+                slot, tokens, length, entropy, confidence, spec, numbers, progress, set_offsets,
+                set_ids, set_member, confidence_ring, entropy_ring, confidence_sum,
+                *tokens.shape, len(spec), ROWS=rows, **OPTIONS,
+            )  # fmt: skip

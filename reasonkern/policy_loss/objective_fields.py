@@ -1,0 +1,156 @@
+"""The fields of an `Objective`: what they may be, and how the operators take them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .adaptive import Rule
+from .objective_checks import check, validate
+from .reference import CISPO, CLIP
+
+Number = float | Tensor
+KL_KINDS = {"k1": 1, "k2": 2, "k3": 3}
+
+# The order of `values` and `hyper` in the operators, and of struct Hyper in objective.h.
+HYPER = (
+    "ratio_min",
+    "ratio_max",
+    "dual_clip",
+    "ratio_cap",
+    "low",
+    "high",
+    "kl_coef",
+    "entropy_coef",
+    "log_ratio_clamp",
+)
+
+
+class KL(NamedTuple):
+    """KL term ``coef * k(d)`` with d = ref - logp: k1 = -d, k2 = d^2/2, k3 = e^d - d - 1."""
+
+    estimator: Literal["k1", "k2", "k3"]
+    coef: Number
+    unbiased: bool = False
+
+
+class Importance(NamedTuple):
+    """Detached trainer/inference correction w = exp(old_logprob - rollout_logprob).
+
+    ``truncate`` clamps w to [lo, hi] (TIS); ``mask`` zeroes tokens with w outside (IcePop, MIS).
+    ``level="sequence"`` uses the product over the sequence, or its geometric mean.
+    """
+
+    level: Literal["token", "sequence"]
+    mode: Literal["truncate", "mask"]
+    lo: Number | None
+    hi: Number | None
+    geometric_mean: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class ObjectiveFields:
+    """See `Objective`, which adds the named constructors."""
+
+    name: str
+    level: Literal["token", "sequence", "custom"] = "token"
+    kind: int = CLIP
+    ratio_min: Number | None = None
+    ratio_max: Number | None = None
+    dual_clip: Number | None = None
+    ratio_cap: Number | None = None
+    low: Number = 0.0
+    high: Number = 0.0
+    vespo_shape: tuple[Number, Number, Number, Number] | None = None
+    function: Callable[..., Tensor] | None = None
+    kl: KL | tuple[Any, ...] | None = None
+    entropy_coef: Number = 0.0
+    importance: Importance | tuple[Any, ...] | None = None
+    opsm: Number | None = None
+    log_ratio_clamp: Number | None = 20.0
+    selection: Tensor | None = None
+    log_ratio_penalty: Number = 0.0
+    rule: Rule | None = None
+
+    def __post_init__(self) -> None:
+        """Normalises the tuples and refuses values that have no meaning."""
+        for name, kind in (("kl", KL), ("importance", Importance)):
+            given = getattr(self, name)
+            if given is None:
+                continue
+            required = len(kind._fields) - len(kind._field_defaults)
+            fits = isinstance(given, (tuple, list)) and required <= len(given) <= len(kind._fields)
+            check(fits, name, "a tuple (" + ", ".join(kind._fields) + ")", given)
+            object.__setattr__(self, name, kind(*given))
+        validate(self)
+
+    @property
+    def leaves_out_ratio(self) -> bool:
+        """Whether both bounds of a detached ratio are 1, as in REINFORCE: it clips nothing."""
+        bounds = (self.ratio_min, self.ratio_max)
+        return self.kind == CISPO and all(isinstance(x, (int, float)) and x == 1 for x in bounds)
+
+    @property
+    def passes(self) -> int:
+        """Reads of the logits for loss and gradient: 1 for token-local objectives, else 2."""
+        local = self.level == "token" and self.rule is None and self.opsm is None
+        return 1 if local and not self.is_penalised else 2
+
+    @property
+    def is_penalised(self) -> bool:
+        """Whether a multiple of the log-ratio's size is added, which the operators do not know."""
+        return isinstance(self.log_ratio_penalty, Tensor) or self.log_ratio_penalty != 0
+
+    # ---- what the operators take
+
+    def numbers(self) -> tuple[Number, ...]:
+        """The fields in the order of the kernels' record; None as the number it stands for."""
+        kl_coef: Number = self.kl[1] if self.kl is not None else 0.0
+        return (
+            0.0 if self.ratio_min is None else self.ratio_min,
+            math.inf if self.ratio_max is None else self.ratio_max,
+            math.inf if self.dual_clip is None else self.dual_clip,
+            math.inf if self.ratio_cap is None else self.ratio_cap,
+            self.low,
+            self.high,
+            kl_coef,
+            self.entropy_coef,
+            math.inf if self.log_ratio_clamp is None else self.log_ratio_clamp,
+        )
+
+    def pack(self, rows: Tensor) -> tuple[list[float], Tensor | None]:
+        """``(values, hyper)`` for rows like ``rows`` (B, T), of its dtype and device.
+
+        ``hyper`` is None when all numbers are floats, else (9, 1), or (9, B*T) with per-row fields.
+        """
+        numbers = self.numbers()
+        if not any(isinstance(x, Tensor) for x in numbers):
+            return [float(x) for x in numbers], None
+        per_row = any(isinstance(x, Tensor) and x.ndim > 0 for x in numbers)
+        shape = rows.shape if per_row else torch.Size(())
+        fields = [
+            _row_field(name, x, rows, shape) if isinstance(x, Tensor) else rows.new_full(shape, x)
+            for name, x in zip(HYPER, numbers, strict=True)
+        ]
+        return [0.0] * len(HYPER), torch.stack(fields).reshape(len(HYPER), -1)
+
+    def selection_rows(self, rows: Tensor) -> Tensor | None:
+        """The selection for rows like ``rows`` (B, T), contiguous."""
+        if self.selection is None:
+            return None
+        return _row_field("selection", self.selection.detach(), rows, rows.shape).contiguous()
+
+
+def _row_field(name: str, x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
+    x = x.to(device=rows.device, dtype=rows.dtype)
+    if x.shape == rows.shape[1:] and rows.shape[0] == 1:
+        x = x.unsqueeze(0)  # packed (N,) tokens are rows of shape (1, N)
+    if x.ndim and x.shape != rows.shape:
+        expected = f"a float, a 0-dim tensor or one value per row {tuple(rows.shape)}"
+        check(False, name, expected, f"shape {tuple(x.shape)}")
+    return x.expand(shape)

@@ -1,0 +1,167 @@
+"""The decoding loop under control: the text of control alone, whatever drafts, token for token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_generation import MODEL, NEW, PROMPTS, VOCAB, T, taught
+from torch import Tensor
+
+import reasonkern as rk
+from reasonkern.generation import chain_proposal, generate
+
+BANNED = range(10, 20)
+SETS = rk.TokenSets.from_ids({"reflect": [3, 4, 5], "banned": BANNED})
+END = 2
+SPECS = (
+    rk.Modulation(cyclic=rk.Cyclic(6.0, 8), tip=rk.TIP(2.0, 3, "banned")),
+    rk.Modulation(
+        budget=rk.Budget(9, [7, 7, 8, END], rk.SoftBudget(0.4)), ban=rk.Ban("banned"), think_end=END
+    ),
+    rk.Modulation(
+        min_think=rk.MinThink(12, 2, [6, 21]), schedule=rk.Schedule([(0, 3.0), (30, -3.0)]),
+        think_end=END,
+    ),
+    None,
+)  # fmt: skip
+
+
+def control(specs: Any, trajectories: int = 1) -> tuple[rk.ModulationState, Tensor]:
+    """Slots in another order than the requests; -1 where a request has no spec."""
+    count = len(PROMPTS) * trajectories
+    state, slots = rk.ModulationState(count + 1, SETS), []
+    for request in range(count):
+        spec = specs[request % len(specs)]
+        slots.append(-1 if spec is None else count - request)
+        if spec is not None:
+            state.add(slots[-1], spec, PROMPTS[request // trajectories])
+    return state, torch.tensor(slots)
+
+
+def whole_text(
+    spec: Any, prompt: list[int], new: int, seed: Tensor, temperature: float
+) -> list[int]:
+    """One pass over the whole text, a state that has seen it, and `sample`, for every token."""
+    text = list(prompt)
+    for _ in range(new):
+        with torch.no_grad():
+            logits = MODEL.model(torch.tensor([text]))[:, -1]
+        if spec is not None:
+            state, slot = rk.ModulationState(1, SETS), torch.zeros(1, dtype=torch.int64)
+            state.add(0, spec, prompt, text[len(prompt) :])
+            rk.modulate_logits_(logits, state, slot, temperature=temperature, allow_dense=True)
+        at = len(text)
+        text.append(int(rk.sample(logits, temperature=temperature, seed=seed, position=at)))
+    return text[len(prompt) :]
+
+
+@pytest.mark.parametrize("temperature", [0.0, T])
+def test_the_text_is_that_of_controlled_rows(temperature: float) -> None:
+    texts = generate(
+        MODEL, PROMPTS, max_new_tokens=30, seed=5, temperature=temperature, control=control(SPECS)
+    ).texts
+    for prompt, text, spec, seed in zip(PROMPTS, texts, SPECS, rk.request_seeds(5, 4), strict=True):
+        assert text == whole_text(spec, prompt, 30, seed[None], temperature)
+    plain = generate(MODEL, PROMPTS, max_new_tokens=30, seed=5, temperature=temperature).texts
+    assert [a == b for a, b in zip(texts, plain, strict=True)] == [False, False, False, True]
+    assert texts[1][9:13] == [7, 7, 8, END]
+
+
+@pytest.mark.parametrize("trajectories", [1, 4])
+@pytest.mark.parametrize("temperature", [0.0, T])
+@pytest.mark.parametrize("tree", [rk.DraftTree.default(16), rk.DraftTree.chain(5), "auto"], ids=str)
+def test_speculation_gives_the_text_of_control_alone(
+    trajectories: int, temperature: float, tree: Any
+) -> None:
+    """Requests end at different times; the state has then seen exactly their texts."""
+    options: dict[str, Any] = {
+        "max_new_tokens": NEW, "num_trajectories": trajectories, "seed": 7,
+        "temperature": temperature, "eos": (39, 30),
+    }  # fmt: skip
+    expected_state, slot = control(SPECS, trajectories)
+    expected = generate(MODEL, PROMPTS, control=(expected_state, slot), **options)
+    table = taught(4, temperature=temperature)
+    state, slot = control(SPECS, trajectories)
+    found = generate(MODEL, PROMPTS, control=(state, slot), table=table, tree=tree, **options)
+    assert found.texts == expected.texts
+    assert tree == "auto" or found.statistics.mean_accepted > 1.1
+    assert torch.equal(state.tensors.progress, expected_state.tensors.progress)
+
+
+def test_any_drafter_gives_the_text_of_control_alone() -> None:
+    expected = generate(
+        MODEL, PROMPTS, max_new_tokens=NEW, seed=7, temperature=T, control=control(SPECS)
+    ).texts
+
+    def drafter(indices: list[int], texts: list[list[int]]) -> list[Any]:
+        """The right next tokens, then a wrong one."""
+        drafts = []
+        for index, text in zip(indices, texts, strict=True):
+            t = len(text) - len(PROMPTS[index])
+            drafts.append(chain_proposal([*expected[index][t : t + 2], 1]))
+        return drafts
+
+    found = generate(
+        MODEL, PROMPTS, max_new_tokens=NEW, seed=7, temperature=T, control=control(SPECS),
+        drafter=drafter,
+    )  # fmt: skip
+    assert found.texts == expected and found.statistics.mean_accepted > 2
+
+
+def test_windows_follow_the_accepted_rows() -> None:
+    """DeepConf stops at the same token, and its end of text comes after it."""
+    spec = rk.Modulation(deepconf=rk.DeepConf(threshold=4.5, window=8, eos=39))
+    options: dict[str, Any] = {"max_new_tokens": NEW, "seed": 3, "temperature": T, "eos": (39,)}
+    expected_state, slot = control([spec])
+    expected = generate(MODEL, PROMPTS, control=(expected_state, slot), **options).texts
+    plain = generate(MODEL, PROMPTS, **options).texts
+    state, slot = control([spec])
+    found = generate(
+        MODEL, PROMPTS, control=(state, slot), table=taught(4), tree=rk.DraftTree.default(16),
+        **options,
+    )  # fmt: skip
+    assert found.texts == expected != plain
+    assert state.stopped.tolist() == expected_state.stopped.tolist() and state.stopped.any()
+
+
+def test_the_table_learns_nothing_of_control() -> None:
+    """Bans of tokens that the text does not hold change every row of logits and no token of it."""
+    options: dict[str, Any] = {"max_new_tokens": NEW, "seed": 7, "temperature": T}
+    plain = rk.NgramTable(1 << 14, vocab_size=VOCAB)
+    texts = generate(MODEL, PROMPTS, table=plain, tree=rk.DraftTree.default(8), **options).texts
+    unused = sorted(set(range(VOCAB)).difference(*texts))
+    assert len(unused) > 2
+    state = rk.ModulationState(4, rk.TokenSets.from_ids({"unused": unused}))
+    for slot, prompt in enumerate(PROMPTS):
+        state.add(slot, rk.Modulation(ban=rk.Ban("unused")), prompt)
+    table = rk.NgramTable(1 << 14, vocab_size=VOCAB)
+    found = generate(
+        MODEL, PROMPTS, table=table, tree=rk.DraftTree.default(8), control=(state, torch.arange(4)),
+        **options,
+    ).texts  # fmt: skip
+    assert found == texts
+    ours, theirs = table.state_dict(), plain.state_dict()
+    for name, value in ours.items():
+        if isinstance(value, Tensor):
+            assert torch.equal(value, theirs[name]), name
+
+
+ERRORS: dict[str, tuple[Any, str]] = {
+    "no pair": (3, r"control: expected a pair \(ModulationState, slot\), got int"),
+    "no state": ((1, torch.zeros(4)), r"control\[0\]: expected a ModulationState"),
+    "slots": ((control(SPECS)[0], torch.zeros(3)), r"control\[1\]: expected shape \(requests,\)"),
+    "dtype": ((control(SPECS)[0], torch.zeros(4)), r"control\[1\]: expected dtype torch.int64"),
+    "device": (
+        (control(SPECS)[0], torch.zeros(4, dtype=torch.int64, device="meta")),
+        "control: expected on the model's device, cpu",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(case: str) -> None:
+    given, message = ERRORS[case]
+    with pytest.raises(ValueError, match=message):
+        generate(MODEL, PROMPTS, temperature=T, max_new_tokens=2, control=given)

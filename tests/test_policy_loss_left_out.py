@@ -1,0 +1,129 @@
+"""Rows that a nonfinite value or weight 0 takes out: of the loss, its gradient, the metrics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from policy_loss_literal import (
+    batch,
+    gradient,
+    make_batch,
+)
+from test_policy_loss_sequence import SEQUENCE_LOSSES, padded_and_packed
+from torch import Tensor
+from torch.testing import assert_close
+
+from reasonkern import Objective, policy_loss
+
+
+def _nan_at(rows: Tensor) -> Tensor:
+    changed = rows.clone()
+    changed[0, 2] = float("nan")
+    return changed
+
+
+@pytest.mark.parametrize("name", SEQUENCE_LOSSES)
+def test_a_nonfinite_row_does_not_count_in_its_sequence(name: str) -> None:
+    """Bad logits in one row: L and the means run over the others."""
+    objective, _ = SEQUENCE_LOSSES[name]
+    b = make_batch()
+    without = b.weight.clone()
+    without[0, 2] = 0
+    expected = policy_loss(y := b.leaf(), b.targets, objective=objective, **b.given(weight=without))
+    bad = b.logits.clone()
+    bad[0, 2, 5] = float("nan")
+    x = bad.requires_grad_()
+    out = policy_loss(x, b.targets, objective=objective, **b.given())
+    assert_close(out.loss, expected.loss, rtol=1e-13, atol=0)
+    assert_close(gradient(out.loss, x), gradient(expected.loss, y), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("objective", "name", "rows"),
+    [
+        (Objective.ppo(), "old_logprob", 1),
+        (Objective.gspo(), "old_logprob", 5),
+        (Objective.gmpo(), "old_logprob", 5),
+        (Objective.vespo(), "old_logprob", 5),
+        (Objective.ppo(kl=("k3", 0.1)), "ref_logprob", 1),
+        (Objective.ppo(importance=("token", "truncate", None, 2.0)), "rollout_logprob", 1),
+        (Objective.ppo(importance=("token", "mask", 0.5, 2.0)), "rollout_logprob", 1),
+        (Objective.ppo(importance=("sequence", "truncate", None, 2.0)), "rollout_logprob", 5),
+        (Objective.ppo(importance=("sequence", "mask", 0.1, 9.0)), "rollout_logprob", 5),
+        (Objective.ppo(opsm=0.1), "rollout_logprob", 5),
+        (Objective.gspo(opsm=0.1), "rollout_logprob", 5),
+    ],
+    ids=lambda x: x.name if isinstance(x, Objective) else str(x),
+)
+def test_rows_without_a_needed_logprob_are_counted(
+    objective: Objective, name: str, rows: int
+) -> None:
+    """NaN takes out its row, or its sequence where a sum over it is needed; never another one."""
+    b = make_batch()
+    names = ("ref_logprob", "rollout_logprob")
+    x, y = b.leaf(), b.leaf()
+    changed = {name: _nan_at(getattr(b, name))}
+    out = policy_loss(x, b.targets, objective=objective, **b.given(*names) | changed)
+    values = out.metrics.compute()
+    assert values["rows_nonfinite"] == rows and values["rows_active"] == 8 - rows
+    without = b.weight.clone()
+    without[(0, 2) if rows == 1 else 0] = 0
+    expected = policy_loss(y, b.targets, objective=objective, **b.given(*names, weight=without))
+    assert_close(out.loss, expected.loss, rtol=1e-12, atol=1e-15)
+    assert_close(gradient(out.loss, x), gradient(expected.loss, y), rtol=1e-12, atol=1e-15)
+    for key, value in expected.metrics.compute().items():
+        if not key.startswith("rows"):
+            assert_close(values[key], value)
+
+
+@pytest.mark.parametrize(
+    ("objective", "rows"),
+    [
+        (Objective.ppo(entropy_coef=0.1), 1),
+        (Objective.kl_cov(entropy_coef=0.1), 1),
+        (Objective.gspo(entropy_coef=0.1), 5),
+        (Objective.gmpo(entropy_coef=0.1), 5),
+        (Objective.vespo(entropy_coef=0.1), 5),
+    ],
+    ids=lambda x: x.name if isinstance(x, Objective) else str(x),
+)
+def test_zero_advantage_does_not_hide_a_nan_ratio(objective: Objective, rows: int) -> None:
+    """Its row leaves the entropy term too, as the metrics count it."""
+    b = make_batch()
+    advantage = b.advantage.clone()
+    advantage[0] = 0
+    given = b.given(advantage=advantage, old_logprob=_nan_at(b.old_logprob))
+    x = b.leaf()
+    out = policy_loss(x, b.targets, objective=objective, **given)
+    grad = gradient(out.loss, x)
+    dropped = torch.zeros_like(b.mask)
+    dropped[(0, 2) if rows == 1 else 0] = True
+    assert not grad[dropped].any() and grad[b.mask & ~dropped].any(-1).all()
+    assert out.metrics.compute()["rows_active"] == 8 - rows
+
+
+def test_own_importance_leaves_out_nonfinite_rows() -> None:
+    """On-policy sequence importance sums this pass's log-probabilities over the finite rows."""
+    b = make_batch()
+    o = Objective.gpg(importance=("sequence", "truncate", None, None))
+    without = b.weight.clone()
+    without[0, 2] = 0
+    given = b.given("rollout_logprob", old_logprob=None)
+    expected = policy_loss(b.logits, b.targets, objective=o, **given | {"weight": without})
+    bad = b.logits.clone()
+    bad[0, 2, b.targets[0, 2]] = -float("inf")
+    out = policy_loss(bad, b.targets, objective=o, **given)
+    assert_close(out.loss, expected.loss, rtol=1e-12, atol=0)
+
+
+@padded_and_packed
+@pytest.mark.parametrize("name", SEQUENCE_LOSSES)
+def test_all_masked_sequences(name: str, form: str) -> None:
+    b = batch(form)
+    x = b.leaf()
+    out = policy_loss(
+        x, b.targets, objective=SEQUENCE_LOSSES[name][0],
+        **b.given("ref_logprob", weight=torch.zeros(b.targets.shape)),
+    )  # fmt: skip
+    assert out.loss == 0 and not gradient(out.loss, x).any()
+    assert all(torch.isfinite(v) for v in out.metrics.compute().values())
