@@ -2,7 +2,8 @@
 
 Two models: "demo" as `python -m reasonkern demo` fine-tunes it (60 steps, a vocabulary of 32,768),
 and "learnt", the same model with the columns of its tokenizer's pieces alone, which ten times the
-steps in a tenth of the time teach to write traces like those it was trained on.
+steps teach to write traces like those it was trained on. Times are gated on "demo" alone: a pass of
+"learnt" takes about as long as the loop's own Python.
 """
 
 from __future__ import annotations
@@ -228,15 +229,17 @@ def cases_of(label: str) -> tuple[Case, ...]:
         Gate("accepted", 1.25, "prompt-lookup", needs="transformers"),
         Gate("accepted", 1.0, "arctic", needs="arctic-inference"),
     )
-    faster = (
-        Gate("time", 1.0, "plain"),
-        Gate("time", 1.0, "prompt-lookup", needs="transformers"),
-        Gate("time", 1.0, "arctic", needs="arctic-inference"),
-    )
+    faster: tuple[Gate, ...] = ()
+    if label == "demo":
+        faster = (
+            Gate("time", 1.0, "plain"),
+            Gate("time", 1.0, "prompt-lookup", needs="transformers"),
+            Gate("time", 1.0, "arctic", needs="arctic-inference"),
+        )
     return (
         case_of("accepted", label, 1, 4, 4, *accepted, providers=("reasonkern", *PEERS)),
         case_of("generate", label, 1, 4, 2, *faster, providers=("reasonkern", "plain", *PEERS)),
-        case_of("generate", label, 16, 16, 1, faster[0], providers=("reasonkern", "plain")),
+        case_of("generate", label, 16, 16, 1, *faster[:1], providers=("reasonkern", "plain")),
         case_of("accepted", label, 1, 16, 2),
         case_of("flips", label, 4, 4, 4, providers=("tree",), dtype="bfloat16"),
         case_of("flips", label, 4, 4, 4, providers=("tree",)),
@@ -252,6 +255,6 @@ PROVIDERS = (
     Provider("arctic", dict.fromkeys(OPS, arctic)),
 )
 FAMILY = Family(
-    "generation", cases_of("learnt") + cases_of("demo"), {p.name: p for p in PROVIDERS}, inputs,
+    "generation", cases_of("demo") + cases_of("learnt"), {p.name: p for p in PROVIDERS}, inputs,
     truth,
 )  # fmt: skip

@@ -10,8 +10,11 @@ import pytest
 import torch
 
 from benchmarks import __main__ as cli
-from benchmarks import check, engine, memory, policy_loss, report, shaping, timing
+from benchmarks import check, engine, generation, memory, policy_loss, report, shaping, timing
 from benchmarks.case import Case, Family, Gate, Provider, Runner, Skip, Tolerance, Truth
+from reasonkern.demo import arithmetic
+from reasonkern.demo.model import seeded
+from reasonkern.demo.tokenizer import FIRST_PIECE, Tokenizer
 
 FAST = engine.Effort(seconds=0.0, least_pairs=3, most_pairs=3, memory=False)
 
@@ -377,3 +380,36 @@ def test_picture_names_its_source(record, tmp_path):
     assert all(part in caption for part in ("a/b.json", "A CPU", "abc", "2026-01-02"))
     with pytest.raises(ValueError, match="no measured case"):
         plot.draw({"machine": machine, "cases": []}, target, "a/b.json")
+
+
+# ---- generation
+
+
+def test_a_gate_on_tokens_per_step():
+    rows = {"name": "right", "accepted": 3.0}, {"name": "copy", "accepted": 2.0}
+    gates = Gate("accepted", 1.25, "copy"), Gate("accepted", 2.0, "copy")
+    record = with_rows(*rows, gates=gates)
+    assert [g["value"] for g in record["gates"]] == [1.5, 1.5]
+    assert [g["status"] for g in record["gates"]] == ["pass", "fail"]
+    assert "3.00 tokens per step" in report.table(
+        with_rows({**rows[0], "seconds": QUANTILES, "ratio": QUANTILES, "pairs": 1, "bandwidth": 1})
+    )
+
+
+QUANTILES = {"p20": 1.0, "median": 1.0, "p80": 1.0}
+
+
+@pytest.mark.parametrize("op", ["accepted", "generate", "flips"])
+def test_the_cases_of_generation_run(op, monkeypatch):
+    """On an untrained model: every provider's texts are those of plain decoding."""
+    made = arithmetic.generate(2, samples=2)
+    learnt = Tokenizer.learn(trace.prompt + trace.text for trace in made)
+    model = seeded(FIRST_PIECE + len(learnt.pieces), 96, 32, 1, 0).eval()
+    monkeypatch.setattr(generation, "trained", lambda label: (model, learnt))
+    case = next(c for c in generation.FAMILY.cases if c.op == op)
+    case = dataclasses.replace(case, shape=(*case.shape[:2], 1), pairs=1)
+    record = engine.run_case(generation.FAMILY, case, FAST)
+    rows = {row["name"]: row for row in record["providers"]}
+    assert {row["status"] for row in rows.values()} <= {"ok", "skipped"}
+    subject = record["providers"][0]
+    assert subject["tokens"] > 0 if op == "flips" else subject["accepted"] >= 1

@@ -399,23 +399,26 @@ def choices(seconds: dict[int, float], accepted: float, steps: int = 400) -> lis
 
 def test_the_best_tree_follows_times_and_acceptance():
     free = dict.fromkeys(SIZES, 1.0)
-    assert set(choices(free, 0.7)) == {80}
+    assert choices(free, 0.7).count(80) > 390
     linear = {size: 1.0 + size for size in SIZES}
     assert choices(linear, 0.05).count(1) > 380
     mild = {size: 1.0 + 0.02 * size for size in SIZES}
     good, bad = choices(mild, 0.9), choices(mild, 0.02)
-    assert min(good[50:]) > 1
+    assert good[50:].count(1) < 5
     assert bad[100:].count(1) > 250 and 8 in bad[200:]  # tried again now and then
 
 
-def test_auto_times_each_size_once_per_batch_size():
-    model = make_model()
+def test_auto_times_each_size_once_per_batch_size(monkeypatch):
+    model, trials = make_model(), []
+    right = loop.Run._trials
+    monkeypatch.setattr(loop.Run, "_trials", lambda self: trials.append(1) or right(self))
     generate(model, PROMPTS, temperature=T, max_new_tokens=20, table=table_of())
     assert {size for _, size in model.seconds} == set(SIZES)
     assert set(dict(model.seconds)) >= {(4, size) for size in SIZES}
-    before = dict(model.seconds)
+    batches = {batch for batch, _ in model.seconds}
     generate(model, PROMPTS, temperature=T, max_new_tokens=20, table=table_of())
-    assert {key: model.seconds[key] for key in before} == before
+    assert {batch for batch, _ in model.seconds} == batches
+    assert len(trials) == len(batches)
 
 
 # ---- statistics and errors

@@ -21,10 +21,11 @@ from .cache import SlotCache
 from .drafts import Drafter, plant
 from .passes import Model, tree_pass
 from .statistics import Clock, Statistics
-from .trees import SIZES, BestTree, FixedTree
+from .trees import SIZES, BestTree, FixedTree, batch_size
 
 PLAIN = DraftTree.chain(1)
 TOGETHER = 8  # plain steps whose rows the table learns in one call
+FOLLOW = 0.1  # weight of a step's time in what is known of its size
 TRIALS = 3  # the fastest counts: what others do on the machine only ever adds
 
 Stop = Callable[[int, list[int]], bool]
@@ -142,6 +143,7 @@ class Run:
             tree = PLAIN
         elif self.drafter is None:
             tree = self.trees.next(len(active))
+        begin = time.perf_counter()
         with self.clock.phase("draft"):
             now = self._now()
             if self.drafter is not None:
@@ -152,6 +154,7 @@ class Run:
         with self.clock.phase("verify"):  # the one wait for the device
             parts = (out.length[:, None], out.tokens, out.path)
             rows = torch.cat(parts, 1).tolist()
+        self._note((batch_size(len(active)), tree.nodes), time.perf_counter() - begin)
         with self.clock.phase("update"):
             paths = [row[-tree.depth - 1 :][: row[0]] for row in rows]
             moved = any(node != j for path in paths for j, node in enumerate(path))
@@ -276,8 +279,16 @@ class Run:
 
     # ---- tree="auto"
 
+    def _note(self, key: tuple[int, int], seconds: float) -> None:
+        """Corrects a time by that of a real step: texts grow, and machines have other work."""
+        known = self.model.seconds.get(key)
+        if known is not None:
+            old = seconds if known == math.inf else known
+            # A step that took far longer was interrupted.
+            self.model.seconds[key] = old + FOLLOW * (min(seconds, 2 * old) - old)
+
     def _seconds(self, tree: DraftTree, batch: int) -> float:
-        """Time of a step without its update; measured for all sizes when one is asked for.
+        """Time of a step without its update; measured for all sizes when one is first asked for.
 
         A size that takes longer than its tree could ever make up for, and those above, count as
         infinitely slow: where rows cost what they cost alone, the trials would be most of the run.

@@ -14,8 +14,16 @@ if TYPE_CHECKING:
 SIZES = (1, 8, 16, 32, 80)  # nodes per request; 1 is plain decoding
 PRIOR = 4.0  # steps of a request that the rates of typical traces count as, at first
 MEMORY = 0.98  # weight of what is known of a node after each step that uses it
-PROBE = 128  # every so many steps the next larger size is tried: tables learn, texts change
+PROBE = 64  # every so many steps a neighbouring size is tried: tables learn, texts grow
 TURN = 4  # steps with one choice
+
+
+def batch_size(requests: int) -> int:
+    """What times are known for: the power of 4 that holds so many requests."""
+    size = 1
+    while size < requests:
+        size *= 4
+    return size
 
 
 class FixedTree:
@@ -35,8 +43,8 @@ class FixedTree:
 class BestTree:
     """The prefix of the default tree that emits most tokens per second.
 
-    Its expected tokens come from how often each node was visited when it was in use; its time is
-    measured once per batch size (rounded up to a power of 4) by `measure`.
+    Its expected tokens come from how often each node was visited when it was in use, its time from
+    `measure`, by batch size.
     """
 
     def __init__(self, measure: Callable[[DraftTree, int], float]) -> None:
@@ -51,15 +59,14 @@ class BestTree:
     def next(self, requests: int) -> DraftTree:
         """The tree of the next step, for so many requests that are not finished."""
         if self._count % TURN == 0:
-            batch = 1
-            while batch < requests:
-                batch *= 4
+            batch = batch_size(requests)
             expected = (self._visits / self._steps).cumsum()
             speeds = [expected[len(t) - 1] / self._measure(t, batch) for t in self._trees]
             self._best = speeds.index(max(speeds))
         self._count += 1
-        best = self._best + (self._count % PROBE == 0)
-        return self._trees[min(best, len(SIZES) - 1)]
+        probes, rest = divmod(self._count, PROBE)
+        best = self._best if rest else self._best + (1 if probes % 2 else -1)
+        return self._trees[min(max(best, 0), len(SIZES) - 1)]
 
     def observe(self, tree: DraftTree, paths: Sequence[Sequence[int]]) -> None:
         """Takes in the nodes that a step visited, by request."""
