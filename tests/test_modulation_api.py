@@ -198,6 +198,8 @@ FOREIGN = [
     ("spec", at.ENTROPY_WINDOW, 0),  # divided by
     ("spec", at.PARTS, -1),
     ("spec", at.FAILURE, 1000),
+    ("spec", at.FAILURE, 1),  # followed without end
+    ("numbers", at.PERIOD, 0.0),  # likewise
     ("progress", at.PHRASE, at.MAX_END + 1),
     ("progress", at.CONFIDENCE_PUSHED, -5),
     ("set_offsets", 1, 99),
@@ -208,7 +210,7 @@ FOREIGN = [
 def test_states_that_no_state_has(name, column, value):
     spec = rk.Modulation(
         ban=rk.Ban(), budget=rk.Budget(3, [7, END]), entropy_trigger=rk.EntropyTrigger(),
-        think_end=END,
+        cyclic=rk.Cyclic(1.0, 9), think_end=END,
     )  # fmt: skip
     state = state_of(spec)
     state.load_state_dict(state.state_dict())

@@ -1,4 +1,4 @@
-"""What the tensors of a saved state may hold: anything else would become an address."""
+"""What a saved state may hold: anything else becomes an address, or a loop without end."""
 
 from __future__ import annotations
 
@@ -34,7 +34,11 @@ def check_saved(state: Mapping[str, Any], own: at.Storage) -> None:
         _checks.check_shape(f"state[{name!r}]", given, tensor.shape, "of this state")
         if name.startswith("set_") and not torch.equal(given.cpu(), tensor.cpu()):
             _checks.fail(f"state[{name!r}]", "that of this state's sets", given.tolist())
-    _check_spec(state["spec"].cpu(), len(own.set_offsets) - 1)
+    spec = state["spec"].cpu()
+    _check_spec(spec, len(own.set_offsets) - 1)
+    period = state["numbers"].cpu()[:, at.PERIOD]
+    if not (period > 0)[(spec[:, at.PARTS] & at.CYCLIC) != 0].all():
+        _checks.fail("state['numbers']", "periods above 0", period.tolist())
     progress = state["progress"].cpu()
     for column, end in PROGRESS.items():
         _checks.check_range("state['progress']", progress[:, column], 0, end)
@@ -50,9 +54,11 @@ def _check_spec(spec: Tensor, sets: int) -> None:
         given, used = spec[:, column], (parts & part) != 0
         _checks.check_range("state['spec']", given, -1, high + 1)
         _checks.check_range("state['spec']", given, low, high + 1, where=used)
-    inside = torch.arange(at.MAX_END) < spec[:, at.END_LENGTH, None]
+    place = torch.arange(at.MAX_END)
+    inside = place < spec[:, at.END_LENGTH, None]
     failure = spec[:, at.FAILURE : at.WAIT]
     _checks.check_range("state['spec']", failure, 0, at.MAX_END, where=inside)
+    _checks.check_range("state['spec']", failure - place, -at.MAX_END, 1, where=inside)
     columns = [(at.ADDED_SETS + k, part) for k, part in enumerate(SETS)]
     for column, part in [*columns, (at.BAN_SET, at.BAN)]:
         _checks.check_range("state['spec']", spec[:, column], 0, sets, where=(parts & part) != 0)
