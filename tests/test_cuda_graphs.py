@@ -106,12 +106,15 @@ def sample(p: Place) -> tuple[Tensor, ...]:
     return (rk.sample(p.buffers["logits"][:, 0], **p.take(*FILTERS)),)
 
 
-def verify_tree(p: Place) -> tuple[Tensor, ...]:
+def verified(p: Place, **more: Any) -> rk.Verified:
     valid = torch.ones_like(p.buffers["drafted"], dtype=torch.bool)
     draft = rk.Draft(p.buffers["drafted"], valid)
-    limits = p.take("max_length", "eos")
-    out = rk.verify_tree(p.buffers["logits"], draft, TREE, topk=4, **p.take(*FILTERS), **limits)
-    return given(*out)
+    named = p.take(*FILTERS, "max_length", "eos")
+    return rk.verify_tree(p.buffers["logits"], draft, TREE, topk=4, **named, **more)
+
+
+def verify_tree(p: Place) -> tuple[Tensor, ...]:
+    return given(*verified(p))
 
 
 def step(p: Place, mode: str) -> tuple[Tensor, ...]:
@@ -149,12 +152,23 @@ def modulated(p: Place) -> tuple[Tensor, ...]:
     return (rows, first, *p.state.tensors)
 
 
+def controlled(p: Place) -> tuple[Tensor, ...]:
+    """A row and a walk sampled under control, and the walk's commit."""
+    slot = p.buffers["slot"]
+    row = rk.sample_controlled(p.buffers["logits"][:, 0], p.state, slot, **p.take(*FILTERS))
+    out = verified(p, control=(p.state, slot), stats=True)
+    rk.commit_(
+        p.state, slot, out.tokens, out.length, entropy=out.entropy, confidence=out.confidence
+    )
+    return (*row, *given(*out), *p.state.tensors)
+
+
 def token_stats(p: Place) -> tuple[Tensor, ...]:
     logits, targets = p.buffers["logits"], p.buffers["targets"]
     return rk.token_stats(logits, targets, temperature=0.7, softcap=20.0)
 
 
-CALLS = (sample, verify_tree, shared_step, rejection_step, modulated, token_stats)
+CALLS = (sample, verify_tree, shared_step, rejection_step, modulated, controlled, token_stats)
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
