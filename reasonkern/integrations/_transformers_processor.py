@@ -67,11 +67,10 @@ class ModulationLogitsProcessor(LogitsProcessor):
         """(B, T) and (B, V) → the modulated (B, V), a new tensor."""
         state = self._advance(input_ids)
         slot = torch.arange(len(scores), device=scores.device)
-        temperature = None
-        if self.temperature is not None:
-            temperature = torch.full(slot.shape, self.temperature, device=scores.device)
-        out = scores.clone()
-        modulate_logits_(out, state, slot, temperature=temperature, allow_dense=True)
+        out: Tensor = scores.clone()
+        modulate_logits_(
+            out, state, slot, temperature=self.temperature, allow_dense=state.needs_dense
+        )
         return out
 
     def _advance(self, ids: Tensor) -> ModulationState:

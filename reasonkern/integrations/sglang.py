@@ -70,7 +70,9 @@ class ModulationLogitProcessor(_Base):
         heat = [1.0 if s < 0 else _temperature(r) for r, s in zip(requests, slots, strict=True)]
         slot = torch.tensor(slots, device=logits.device)
         temperature = torch.tensor(heat, device=logits.device)
-        modulate_logits_(logits, rows.state, slot, temperature=temperature, allow_dense=True)
+        modulate_logits_(
+            logits, rows.state, slot, temperature=temperature, allow_dense=rows.state.needs_dense
+        )
         return logits
 
 

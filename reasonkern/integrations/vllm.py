@@ -124,7 +124,7 @@ class ModulationLogitsProcessor(_Base):
         modulate_logits_(
             logits, self.state, slot, local_pos=ctx.expanded_local_pos.long(),
             draft_tokens=ctx.input_ids.long(), temperature=self.temperature[slot],
-            allow_dense=True,
+            allow_dense=self.state.needs_dense,
         )  # fmt: skip
         return logits
 
