@@ -84,7 +84,7 @@ class Epilogue {
       return -kInf;
     }
     if (!is_swept_) {
-      row.each(team, [&](int v, float (&x)[4]) {
+      row.template each<2>(team, [&](int v, float (&x)[4]) {
         raw(v, x);
         row.apply_mask(v, x);
         allowed(v, x);

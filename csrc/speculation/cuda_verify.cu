@@ -19,14 +19,14 @@ void launch_compact(const CompactParams& p, int32_t device) {
 
 struct CudaBackend {
   static void sample(const SampleParams& p, int32_t device) {
-    dispatch_element(p.rows.type, [&](auto element) {
+    dispatch_row(p.rows.type, [&](auto element) {
       using E = typename decltype(element)::type;
       launch_teams(sample_kernel<E>, sizeof(TeamShared), p, device);
     });
   }
 
   static void verify(const VerifyParams& p, int32_t device) {
-    dispatch_element(p.rows.type, [&](auto element) {
+    dispatch_row(p.rows.type, [&](auto element) {
       using E = typename decltype(element)::type;
       launch_teams(verify_kernel<E>, sizeof(TeamShared), p, device);
     });

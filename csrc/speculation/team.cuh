@@ -15,7 +15,7 @@ constexpr int kCandidates = 1024;
 
 // Shared memory of a block. Nothing is static: the simulator keeps several blocks alive at once.
 struct TeamShared {
-  unsigned char parts[2][kMaxWarps][kPartBytes];
+  alignas(16) unsigned char parts[2][kMaxWarps][kPartBytes];
   double s[kMaxEntry], r[kMaxEntry];  // rejection state
   int64_t skip[kMaxEntry], mass[kMaxEntry];
   float log_weight[kMaxEntry];
@@ -47,7 +47,7 @@ class Team {
     auto* parts = shared_->parts[turn_];
     turn_ ^= 1;
     value = warp_reduce(value, op);
-    if (threadIdx.x % 32 == 0) std::memcpy(parts[threadIdx.x / 32], &value, sizeof(T));
+    if (threadIdx.x % 32 == 0) std::memcpy(aligned(parts[threadIdx.x / 32]), &value, sizeof(T));
     cluster_sync();
     const int warps = int(blockDim.x / 32), lane = int(threadIdx.x % 32);
     T total = zero;
@@ -55,7 +55,8 @@ class Team {
       T part = zero;
       const int i = first + lane;
       if (i < warps * int(cluster_size())) {
-        std::memcpy(&part, *cluster_map(parts + i % warps, unsigned(i / warps)), sizeof(T));
+        const void* from = *cluster_map(parts + i % warps, unsigned(i / warps));
+        std::memcpy(&part, aligned(from), sizeof(T));
       }
       total = op(total, warp_reduce(part, op));
     }
@@ -63,6 +64,12 @@ class Team {
   }
 
  private:
+  // Of a part, which is then copied by words.
+  template <class Void>
+  __device__ static Void* aligned(Void* part) {
+    return static_cast<Void*>(__builtin_assume_aligned(part, 16));
+  }
+
   TeamShared* shared_;
   int turn_;
 };
@@ -92,8 +99,6 @@ __device__ __forceinline__ float to_float(E x) {
   return to_acc(x);
 }
 
-constexpr int kAhead = 4;  // quads whose loads are under way at a time
-
 // A row's logits as floats.
 template <class E>
 struct Elements {
@@ -107,6 +112,7 @@ struct Elements {
   __device__ float at(int64_t v) const { return to_float(data[v]); }
 
   // x[i]: logits from v + i * step on, -inf beyond the vocabulary. All loads come before a use.
+  template <int kAhead>
   __device__ void load(int v, int step, int vocab, float (&x)[kAhead][4]) const {
     Quad<E> quad[kAhead];
 #pragma unroll
@@ -158,6 +164,7 @@ struct Elements<AnyElement> {
     return x;
   }
 
+  template <int kAhead>
   __device__ void load(int v, int step, int vocab, float (&x)[kAhead][4]) const {
     visit([&](const auto& elements) { elements.load(v, step, vocab, x); });
   }
@@ -187,8 +194,8 @@ struct TeamRow {
     return allowed ? logits.at(v) : -kInf;
   }
 
-  // body(v, x) for this thread's share of the tokens.
-  template <class Body>
+  // body(v, x) for this thread's share of the tokens; kAhead loads are under way at a time.
+  template <int kAhead = 4, class Body>
   __device__ void each(const Team& team, const Body& body) const {
     const Elements<E> from = logits;
     const int step = 4 * team.threads();

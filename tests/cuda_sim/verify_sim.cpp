@@ -166,10 +166,8 @@ void run(const std::string& op, const py::dict& launch, const py::dict& args) {
       return run_rows<float>(op, l, f);
     case ElementType::kBFloat16:
       return run_rows<bf16>(op, l, f);
-    case ElementType::kFloat16:
-      return run_rows<fp16>(op, l, f);
-    case ElementType::kFloat64:
-      return run_rows<double>(op, l, f);
+    default:
+      return run_rows<AnyElement>(op, l, f);
   }
 }
 
