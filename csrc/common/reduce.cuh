@@ -41,7 +41,8 @@ __device__ __forceinline__ T shuffle_from(T value, int lane) {
 template <class T, class Op>
 __device__ __forceinline__ T warp_reduce(T value, Op op) {
   const unsigned lane = threadIdx.x % 32;
-#pragma unroll
+  constexpr int kUnroll = sizeof(T) > 32 ? 1 : 5;
+#pragma unroll kUnroll
   for (int offset = 1; offset < 32; offset *= 2) {
     const T other = shuffle_xor(value, offset);
     const bool upper = (lane & offset) != 0;

@@ -84,7 +84,7 @@ class Epilogue {
       return -kInf;
     }
     if (!is_swept_) {
-      row.each(team, [&](int v, float (&x)[4]) {
+      row.template each<2>(team, [&](int v, float (&x)[4]) {
         raw(v, x);
         row.apply_mask(v, x);
         allowed(v, x);
@@ -147,9 +147,8 @@ class Epilogue {
   bool is_swept_ = false;
 };
 
-template <class E>
-__device__ RowTop find_controlled_top(Team& team, ControlledRow<E>& row, const TeamSlot& slot,
-                                      float temperature, ThreadTops& tops) {
+__device__ inline RowTop find_controlled_top(Team& team, ControlledRow& row, const TeamSlot& slot,
+                                             float temperature, ThreadTops& tops) {
   RowTop top;
   bool bans = true;
 #pragma unroll 1
@@ -162,8 +161,7 @@ __device__ RowTop find_controlled_top(Team& team, ControlledRow<E>& row, const T
   return top;
 }
 
-template <class E>
-__global__ void __launch_bounds__(kTeamThreads, 1) sample_controlled_kernel(SampleParams p) {
+static __global__ void __launch_bounds__(kTeamThreads, 1) sample_controlled_kernel(SampleParams p) {
   ControlShared& shared = *dynamic_shared<ControlShared>();
   Team team(&shared);
   const int64_t teams = gridDim.x / cluster_size();
@@ -171,7 +169,7 @@ __global__ void __launch_bounds__(kTeamThreads, 1) sample_controlled_kernel(Samp
     const TeamSlot slot(p.control, b);
     slot.load(shared, false);
     const float temperature = p.requests.temperature[b];
-    ControlledRow<E> row(p.rows, b, 0, p.control.state.sets, shared);
+    ControlledRow row(p.rows, b, 0, p.control.state.sets, shared);
     ThreadTops tops;
     const RowTop top = find_controlled_top(team, row, slot, temperature, tops);
     Epilogue epilogue(team, top, tops, p.statistics);
@@ -186,7 +184,6 @@ __global__ void __launch_bounds__(kTeamThreads, 1) sample_controlled_kernel(Samp
 }
 
 // A walk's rows after control. Every block of the team commits what is emitted to its own copy.
-template <class E>
 class ControlledVisit {
  public:
   __device__ ControlledVisit(const VerifyParams& p, int64_t b)
@@ -196,7 +193,7 @@ class ControlledVisit {
 
   __device__ Outcome choose(const VerifyParams& p, Team& team, const Place& at, RowTop& top,
                             ThreadTops& tops) {
-    ControlledRow<E> row(p.rows, at.b, at.node, p.control.state.sets, shared_);
+    ControlledRow row(p.rows, at.b, at.node, p.control.state.sets, shared_);
     top = find_controlled_top(team, row, slot_, p.requests.temperature[at.b], tops);
     Epilogue epilogue(team, top, tops, p.statistics);
     const Outcome outcome = choose_token(p, team, row, top, at, epilogue);
@@ -231,12 +228,11 @@ class ControlledVisit {
   float entropy_ = -kInf;
 };
 
-template <class E>
-__global__ void __launch_bounds__(kTeamThreads, 1) verify_controlled_kernel(VerifyParams p) {
+static __global__ void __launch_bounds__(kTeamThreads, 1) verify_controlled_kernel(VerifyParams p) {
   Team team(dynamic_shared<ControlShared>());
   const int64_t teams = gridDim.x / cluster_size();
   for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += teams) {
-    verify_request<E, ControlledVisit<E>>(p, team, b);
+    verify_request<AnyElement, ControlledVisit>(p, team, b);
   }
   cluster_sync();  // no block exits while another may read its shared memory
 }

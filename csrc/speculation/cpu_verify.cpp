@@ -47,16 +47,16 @@ int64_t slot_offset(const CompactParams& p, int64_t b, int64_t slot) {
 }
 
 struct CpuBackend {
-  static void sample(ElementType type, const SampleParams& p, int32_t) {
-    dispatch_element(type, [&](auto element) {
+  static void sample(const SampleParams& p, int32_t) {
+    dispatch_element(p.rows.type, [&](auto element) {
       typedef typename decltype(element)::type E;
       for_each_request(p.rows.batch, [&](Row& row, int64_t b) { sample_request<E>(p, row, b); });
     });
   }
 
-  static void verify(ElementType type, const VerifyParams& p, int32_t) {
+  static void verify(const VerifyParams& p, int32_t) {
     check_tree(p);
-    dispatch_element(type, [&](auto element) {
+    dispatch_element(p.rows.type, [&](auto element) {
       typedef typename decltype(element)::type E;
       for_each_request(p.rows.batch, [&](Row& row, int64_t b) { verify_request<E>(p, row, b); });
     });

@@ -7,18 +7,12 @@ namespace reasonkern {
 namespace {
 
 struct ControlledBackend {
-  static void sample(ElementType type, const SampleParams& p, int32_t device) {
-    dispatch_element(type, [&](auto element) {
-      using E = typename decltype(element)::type;
-      launch_teams(sample_controlled_kernel<E>, sizeof(ControlShared), p, device);
-    });
+  static void sample(const SampleParams& p, int32_t device) {
+    launch_teams(sample_controlled_kernel, sizeof(ControlShared), p, device);
   }
 
-  static void verify(ElementType type, const VerifyParams& p, int32_t device) {
-    dispatch_element(type, [&](auto element) {
-      using E = typename decltype(element)::type;
-      launch_teams(verify_controlled_kernel<E>, sizeof(ControlShared), p, device);
-    });
+  static void verify(const VerifyParams& p, int32_t device) {
+    launch_teams(verify_controlled_kernel, sizeof(ControlShared), p, device);
   }
 };
 

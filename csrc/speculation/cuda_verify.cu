@@ -18,15 +18,15 @@ void launch_compact(const CompactParams& p, int32_t device) {
 }
 
 struct CudaBackend {
-  static void sample(ElementType type, const SampleParams& p, int32_t device) {
-    dispatch_element(type, [&](auto element) {
+  static void sample(const SampleParams& p, int32_t device) {
+    dispatch_row(p.rows.type, [&](auto element) {
       using E = typename decltype(element)::type;
       launch_teams(sample_kernel<E>, sizeof(TeamShared), p, device);
     });
   }
 
-  static void verify(ElementType type, const VerifyParams& p, int32_t device) {
-    dispatch_element(type, [&](auto element) {
+  static void verify(const VerifyParams& p, int32_t device) {
+    dispatch_row(p.rows.type, [&](auto element) {
       using E = typename decltype(element)::type;
       launch_teams(verify_kernel<E>, sizeof(TeamShared), p, device);
     });

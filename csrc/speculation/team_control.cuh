@@ -87,24 +87,24 @@ struct TeamSlot {
 };
 
 // TeamRow whose allowed logits are those after control.
-template <class E>
-struct ControlledRow : TeamRow<E> {
+struct ControlledRow : TeamRow<AnyElement> {
   const modulation::Sets& sets;
   ControlShared& shared;
 
   __device__ ControlledRow(const LogitRows& rows, int64_t b, int64_t node,
                            const modulation::Sets& sets, ControlShared& shared)
-      : TeamRow<E>(rows, b, node), sets(sets), shared(shared) {}
+      : TeamRow(rows, b, node), sets(sets), shared(shared) {}
 
   __device__ void apply_mask(int v, float (&x)[4]) const {
-    TeamRow<E>::apply_mask(v, x);
+    TeamRow::apply_mask(v, x);
     if (!may_change(v)) return;
-#pragma unroll 1
-    for (int k = 0; k < 4; ++k) x[k] = changed(v + k, x[k]);
+    const Quad<float> after = changed(v, Quad<float>{{x[0], x[1], x[2], x[3]}});
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x[k] = after.lane[k];
   }
 
   __device__ float at(int64_t v) const {
-    const float x = TeamRow<E>::at(v);
+    const float x = TeamRow::at(v);
     return may_change(v) ? changed(v, x) : x;
   }
 
@@ -142,7 +142,7 @@ struct ControlledRow : TeamRow<E> {
   }
 
   __device__ void mark(int64_t v) {
-    if (v < 0 || v >= this->vocab) return;
+    if (v < 0 || v >= vocab) return;
     const int64_t group = v >> shared.map_shift;
     atomicOr(&shared.map[group / 32], 1u << (group % 32));
   }
@@ -171,19 +171,25 @@ struct ControlledRow : TeamRow<E> {
     modulation::RowControl& c = s.control;
     c = modulation::control_of(own.spec, own.numbers, modulation::load_progress(own, 0));
     s.map_shift = 2;
-    while (this->vocab > 32 * kMapWords << s.map_shift) ++s.map_shift;
-    const int64_t vocab = this->vocab;
-    s.forced = c.force >= 0 && c.force < vocab && modulation::can_force(TeamRow<E>::at(c.force));
+    while (vocab > 32 * kMapWords << s.map_shift) ++s.map_shift;
+    s.forced = c.force >= 0 && c.force < vocab && modulation::can_force(TeamRow::at(c.force));
     s.soft_value = -kInf;
     if (!bans) c.ban = -1;
     const bool minimum = c.end >= 0 && c.end < vocab && c.wait < vocab;
-    const float wait = minimum ? by_sets(c.wait, TeamRow<E>::at(c.wait)) : 0.0f;
+    const float wait = minimum ? by_sets(c.wait, TeamRow::at(c.wait)) : 0.0f;
     if (minimum && modulation::can_wait(wait)) {
-      s.wait_value = modulation::merged(wait, by_sets(c.end, TeamRow<E>::at(c.end)), temperature);
+      s.wait_value = modulation::merged(wait, by_sets(c.end, TeamRow::at(c.end)), temperature);
     } else {
       c.end = c.wait = -1;
     }
     if (c.soft >= vocab) c.soft = -1;
+  }
+
+  // By value: the logits of a sweep stay in registers.
+  RK_DEVICE_CALL Quad<float> changed(int v, Quad<float> x) const {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x.lane[k] = changed(int64_t(v + k), x.lane[k]);
+    return x;
   }
 
   RK_DEVICE_CALL float changed(int64_t v, float x) const {

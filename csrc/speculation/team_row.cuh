@@ -84,10 +84,10 @@ struct AddWeights {
 };
 
 // The largest order at or above which the tokens kept by `cut` weigh `limit` or more, three bits at
-// a time. ByMass: a token weighs its mass, else 1.
-template <bool ByMass, class Row>
+// a time. by_mass: a token weighs its mass, else 1.
+template <class Row>
 __device__ Cut search_cut(Team& team, const Row& row, float temperature, float top, Cut cut,
-                          double limit) {
+                          bool by_mass, double limit) {
   int64_t low = 0;
   for (int shift = 51; shift >= 0; shift -= 3) {
     Weights sum{};
@@ -97,12 +97,12 @@ __device__ Cut search_cut(Team& team, const Row& row, float temperature, float t
       for (int k = 0; k < 4; ++k) {
         const float value = noise::divide(x[k], temperature);
         if (v + k >= row.vocab || !cut.keeps(value, v + k)) continue;
-        const int64_t above = order_of(value, v + k) - low;
-        const int64_t weight = ByMass ? mass_of(value, top) : 1;
+        const int64_t steps = (order_of(value, v + k) - low) >> shift;
+        if (steps < 1) continue;
+        const int digit = steps < 7 ? int(steps) : 7;
+        const int64_t weight = by_mass ? mass_of(value, top) : 1;
 #pragma unroll
-        for (int j = 0; j < 7; ++j) {
-          if (above >= int64_t(j + 1) << shift) sum.w[j] += weight;
-        }
+        for (int j = 0; j < 7; ++j) sum.w[j] += digit > j ? weight : 0;
       }
     });
     sum = team.reduce(sum, Weights{}, AddWeights());
@@ -135,13 +135,15 @@ __device__ Cut filter_cut(Team& team, const Row& row, const RequestParams& r, in
                           float top) {
   const float temperature = r.temperature[b], top_p = r.top_p[b];
   Cut cut{-kInf, kLastId};
-  if (filters_by_rank(r.top_k[b], row.vocab)) {
-    cut = search_cut<false>(team, row, temperature, top, cut, double(r.top_k[b]));
-  }
-  if (!(top_p >= 1)) {
-    const double limit = double(top_p) * double(kept_mass(team, row, temperature, top, cut));
-    // A limit below one unit, or NaN, keeps the first token alone.
-    cut = search_cut<true>(team, row, temperature, top, cut, limit >= 1 ? limit : 1.0);
+#pragma unroll 1  // one copy of the search
+  for (const bool by_mass : {false, true}) {
+    if (by_mass ? top_p >= 1 : !filters_by_rank(r.top_k[b], row.vocab)) continue;
+    double limit = double(r.top_k[b]);
+    if (by_mass) {
+      limit = double(top_p) * double(kept_mass(team, row, temperature, top, cut));
+      if (!(limit >= 1)) limit = 1;  // below one unit, or NaN: the first token alone
+    }
+    cut = search_cut(team, row, temperature, top, cut, by_mass, limit);
   }
   return tighter(cut, min_p_cut(r.min_p[b], top));
 }
@@ -178,6 +180,13 @@ __device__ __forceinline__ void offer(const Team& team, const Draw& d, float log
   best.offer(noise::add(value, noise::gumbel_of(word)), token);
 }
 
+// x[k] without an index at run time, which would move x to memory.
+template <class T>
+__device__ __forceinline__ T lane_of(const T (&x)[4], int k) {
+  const T low = k & 1 ? x[1] : x[0], high = k & 1 ? x[3] : x[2];
+  return k & 2 ? high : low;
+}
+
 // The largest value plus noise. Tokens whose bound is below a value already seen are passed over:
 // nothing that could win is. `likely` is the token of the largest logit. `also` sees every token,
 // as it came and as it is drawn from.
@@ -203,11 +212,15 @@ __device__ int draw(Team& team, const Row& row, const Draw& d, float top_logit, 
     const float largest = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
     if (largest * inverse + kMaxNoise < bar) return;
     const PhiloxWords words = noise_block(d.seed, d.position, d.stream, uint32_t(v / 4));
+    unsigned likely_lanes = 0;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      if (!(fmaf(x[k], inverse, noise_bound(words.w[k])) < bar)) {
-        offer(team, d, x[k], words.w[k], v + k, best);
-      }
+      if (!(fmaf(x[k], inverse, noise_bound(words.w[k])) < bar)) likely_lanes |= 1u << k;
+    }
+#pragma unroll 1  // rarely entered: one copy
+    for (; likely_lanes != 0; likely_lanes &= likely_lanes - 1) {
+      const int k = __ffs(int(likely_lanes)) - 1;
+      offer(team, d, lane_of(x, k), lane_of(words.w, k), v + k, best);
     }
   });
   also.swept();

@@ -35,7 +35,7 @@ __device__ void block_top_slowly(Team& team, const Row& row, int k) {
   Best last{kInf, -1};
   for (int place = 0; place < k; ++place) {
     Best best{-kInf, -1};
-    row.each(team, [&](int v, float (&x)[4]) {
+    row.template each<1>(team, [&](int v, float (&x)[4]) {
       if (Allowed) row.apply_mask(v, x);
       for (int j = 0; j < 4; ++j) {
         if (comes_before(last.score, last.id, x[j], v + j)) best.offer(x[j], v + j);

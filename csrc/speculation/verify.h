@@ -16,9 +16,10 @@ constexpr int kMaxEntry = 64;  // tokens of a draft law
 constexpr int kMaxTopK = 64;   // raw logits returned per row
 constexpr int kMaxEos = 64;
 
-// Logits (B, N, V), element type given beside the struct; sampling has N = 1.
+// Logits (B, N, V); sampling has N = 1.
 struct LogitRows {
   const void* data;
+  ElementType type;
   int64_t batch, nodes, vocab;
   int64_t stride_b, stride_n;  // in elements
   const int32_t* mask;         // (B, N, ceil(V / 32)) or null: every token is allowed

@@ -1,8 +1,8 @@
 // The operators of verification over tensors: checks, plain params structs, outputs. A backend
 // supplies the launches; its file registers `VerifyOperators<Backend>`:
 //
-//   static void sample(ElementType, const SampleParams&, int32_t device);
-//   static void verify(ElementType, const VerifyParams&, int32_t device);
+//   static void sample(const SampleParams&, int32_t device);
+//   static void verify(const VerifyParams&, int32_t device);
 //   static void compact(const CompactParams&, int32_t device);
 #pragma once
 
@@ -75,6 +75,7 @@ inline LogitRows make_logit_rows(const Tensor& logits, const MaybeTensor& mask, 
                   shape_text(logits.strides()));
   LogitRows rows{};
   rows.data = logits.const_data_ptr();
+  rows.type = element_type(logits);
   rows.batch = logits.size(0);
   rows.nodes = dims == 3 ? logits.size(1) : 1;
   rows.vocab = vocab;
@@ -226,7 +227,7 @@ struct Verification<Backend, VerifyParams(const Tensor&, Args...)> {
   static VerifyOutputs verify_tree(const Tensor& logits, Args... args) {
     VerifyParams p = make_verify(logits, args...);
     VerifyOutputs out = allocate_outputs(p, logits);
-    if (p.rows.batch > 0) Backend::verify(element_type(logits), p, logits.get_device_index());
+    if (p.rows.batch > 0) Backend::verify(p, logits.get_device_index());
     return out;
   }
 
@@ -238,7 +239,7 @@ struct Verification<Backend, VerifyParams(const Tensor&, Args...)> {
     const int64_t rows[] = {p.rows.batch, stats ? p.depth + 1 : 0};
     StatisticsOutputs statistics = allocate_statistics(p.statistics, logits, {rows, 2});
     if (!stats) p.statistics = {};
-    if (p.rows.batch > 0) Backend::verify(element_type(logits), p, logits.get_device_index());
+    if (p.rows.batch > 0) Backend::verify(p, logits.get_device_index());
     return std::tuple_cat(out, statistics);
   }
 };
@@ -250,7 +251,7 @@ struct VerifyOperators : Verification<Backend, decltype(make_verify)> {
                        const Tensor& seed, const Tensor& position) {
     SampleParams p{};
     Tensor token = make_sample(p, logits, mask, temperature, top_k, top_p, min_p, seed, position);
-    if (p.rows.batch > 0) Backend::sample(element_type(logits), p, logits.get_device_index());
+    if (p.rows.batch > 0) Backend::sample(p, logits.get_device_index());
     return token;
   }
 
@@ -262,7 +263,7 @@ struct VerifyOperators : Verification<Backend, decltype(make_verify)> {
     Tensor token = make_sample(p, logits, mask, temperature, top_k, top_p, min_p, seed, position);
     read_control(p.control, logits, slot, state);
     StatisticsOutputs statistics = allocate_statistics(p.statistics, logits, {&p.rows.batch, 1});
-    if (p.rows.batch > 0) Backend::sample(element_type(logits), p, logits.get_device_index());
+    if (p.rows.batch > 0) Backend::sample(p, logits.get_device_index());
     return std::tuple_cat(std::make_tuple(token), statistics);
   }
 

@@ -31,13 +31,15 @@ class Settings(launch.Settings):
 
 KERNELS = launch.Kernels("verify_sim", Settings())
 using, module = KERNELS.using, KERNELS.module
+ELEMENTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # ElementType
 STRIDED = ("logits", "mask", "cache")
 
 
 def _rows(logits: Tensor, mask: Tensor | None) -> dict[str, Any]:
     deep = logits.ndim == 3
     return {
-        "logits": logits, "mask": mask, "batch": logits.shape[0],
+        "logits": logits, "type": ELEMENTS.index(logits.dtype), "mask": mask,
+        "batch": logits.shape[0],
         "nodes": logits.shape[1] if deep else 1, "vocab": logits.shape[-1],
         "stride_b": logits.stride(0), "stride_n": logits.stride(1) if deep else 0,
         "mask_stride_b": 0 if mask is None else mask.stride(0),
@@ -46,8 +48,7 @@ def _rows(logits: Tensor, mask: Tensor | None) -> dict[str, Any]:
 
 
 def _run(op: str, logits: Tensor, fields: dict[str, Any]) -> None:
-    dtype = str(logits.dtype).removeprefix("torch.")
-    module().run(op, dtype, KERNELS.launch(), launch.pointers(fields, STRIDED))
+    module().run(op, KERNELS.launch(), launch.pointers(fields, STRIDED))
 
 
 STATISTICS = ("logprob", "entropy", "entropy_raw", "row_confidence", "max_prob")

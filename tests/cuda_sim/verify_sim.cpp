@@ -14,6 +14,7 @@ namespace {
 LogitRows rows_of(const Fields& f) {
   LogitRows r{};
   f.point(r.data, "logits");
+  r.type = static_cast<ElementType>(f.number<int>("type"));
   f.point(r.mask, "mask");
   r.batch = f.number<int64_t>("batch");
   r.nodes = f.number<int64_t>("nodes");
@@ -90,7 +91,7 @@ void sample(const Launch& l, const Fields& f) {
   SampleParams p{rows_of(f), requests_of(f), nullptr, control_of(f), statistics_of(f)};
   f.point(p.token, "token");
   if (p.statistics.entropy != nullptr) {
-    return l.start(sample_controlled_kernel<E>, sizeof(ControlShared), p);
+    return l.start(sample_controlled_kernel, sizeof(ControlShared), p);
   }
   l.start(sample_kernel<E>, sizeof(TeamShared), p);
 }
@@ -123,7 +124,7 @@ void verify(const Launch& l, const Fields& f) {
   p.control = control_of(f);
   p.statistics = statistics_of(f);
   if (p.statistics.entropy != nullptr || p.control.slot != nullptr) {
-    return l.start(verify_controlled_kernel<E>, sizeof(ControlShared), p);
+    return l.start(verify_controlled_kernel, sizeof(ControlShared), p);
   }
   l.start(verify_kernel<E>, sizeof(TeamShared), p);
 }
@@ -157,15 +158,17 @@ void run_rows(const std::string& op, const Launch& l, const Fields& f) {
   throw std::invalid_argument("op: got " + op);
 }
 
-void run(const std::string& op, const std::string& dtype, const py::dict& launch,
-         const py::dict& args) {
+void run(const std::string& op, const py::dict& launch, const py::dict& args) {
   const Launch l{Fields{launch}};
   const Fields f{args};
-  if (dtype == "float32") return run_rows<float>(op, l, f);
-  if (dtype == "bfloat16") return run_rows<bf16>(op, l, f);
-  if (dtype == "float16") return run_rows<fp16>(op, l, f);
-  if (dtype == "float64") return run_rows<double>(op, l, f);
-  throw std::invalid_argument("dtype: got " + dtype);
+  switch (rows_of(f).type) {
+    case ElementType::kFloat32:
+      return run_rows<float>(op, l, f);
+    case ElementType::kBFloat16:
+      return run_rows<bf16>(op, l, f);
+    default:
+      return run_rows<AnyElement>(op, l, f);
+  }
 }
 
 void run_compact(int word, const py::dict& launch, const py::dict& args) {
