@@ -87,6 +87,13 @@ def test_strings_of_several_tokens_are_named():
         )
 
 
+def test_one_string_is_not_a_set_of_its_letters():
+    with pytest.raises(ValueError, match=r"sets\['a'\]: expected a sequence of strings, got 'wa"):
+        rk.TokenSets.from_tokenizer(BYTE_LEVEL, {"a": "wait"})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="sets: expected a mapping from names to strings"):
+        rk.TokenSets.from_tokenizer(BYTE_LEVEL, ["wait"])  # type: ignore[arg-type]
+
+
 @pytest.mark.peers
 def test_the_published_set_of_a_real_tokenizer():
     """`convert_tokens_to_ids`, the published look-up, on a byte-level tokenizer trained here."""
@@ -346,6 +353,8 @@ SPECS: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.Budget(-1, [3]), "tokens: expected an integer >= 0, got -1"),
     (lambda: rk.Budget(True, [3]), "tokens: expected an integer >= 0, got True"),
     (lambda: rk.Budget(5, []), "end: expected 1 to 64 ids, got 0"),
+    (lambda: rk.Budget(5, 7), "end: expected a sequence of token ids, got 7"),
+    (lambda: rk.TokenSets.from_ids({"a": 5}), r"sets\['a'\]: expected a sequence of token ids"),
     (lambda: rk.Budget(5, [-2]), r"end: expected token ids in \[0, 2147483648\), got -2"),
     (lambda: rk.Budget(5, [1], soft=0.5), "soft: expected None or a SoftBudget, got 0.5"),
     (lambda: rk.Budget(0, [1], rk.SoftBudget()), "soft: expected None with a budget of 0"),

@@ -71,16 +71,21 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
                 sets (ohio, button, … of NoWait's keywords oh, but).
 
         Raises:
-            ValueError: a string without a piece; all such strings are named.
+            ValueError: a string without a piece (all such strings are named), or one string in
+                place of a sequence.
         """
         _checks.check_choice("variants", variants, VARIANTS)
         if not hasattr(tokenizer, "get_vocab"):
             _checks.fail("tokenizer", "an object with get_vocab()", type(tokenizer).__name__)
+        if not isinstance(sets, Mapping):
+            _checks.fail("sets", "a mapping from names to strings", type(sets).__name__)
         vocab = _by_text(tokenizer.get_vocab())
         unwanted = [word.lower() for word in exclude]
         found: dict[str, set[int]] = {name: set() for name in sets}
         missing = []
         for name, strings in sets.items():
+            if isinstance(strings, str):  # its letters would be taken for words
+                _checks.fail(f"sets[{name!r}]", "a sequence of strings", repr(strings))
             for string in strings:
                 texts = _matches(vocab, string, variants)
                 texts = [t for t in texts if not any(w in t.lower() for w in unwanted)]
@@ -144,6 +149,8 @@ def _checked_set(name: object, ids: Iterable[int]) -> tuple[int, ...]:
         _checks.fail("sets", "names that are strings", repr(name))
     if isinstance(ids, str):
         _checks.fail(f"sets[{name!r}]", "token ids; strings go to from_tokenizer", repr(ids))
+    if not isinstance(ids, Iterable):
+        _checks.fail(f"sets[{name!r}]", "a sequence of token ids", repr(ids))
     checked = {checked_id(f"sets[{name!r}]", i) for i in ids}
     if not checked:
         _checks.fail(f"sets[{name!r}]", "at least one id", 0)
