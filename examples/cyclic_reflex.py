@@ -170,17 +170,23 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, list[Problem], rk.Token
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="a folder, or a name in the local cache")
-    parser.add_argument("--prompt", default="What is 17 * 23? Think step by step.")
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--model", help="a folder, or a name in the local cache; None = a small one, trained here"
+    )
+    question = "What is 17 * 23? Think step by step."
+    parser.add_argument("--prompt", default=question, help="for --model")
     parser.add_argument("--amplitude", type=float, default=4.0, help="of the wave, in logits")
     parser.add_argument("--period", type=float, default=60.0, help="of the wave, in tokens")
     parser.add_argument("--budget", type=int, default=80, help="thinking tokens")
     parser.add_argument("--tokens", type=int, default=240, help="new tokens at most")
     parser.add_argument("--samples", type=int, default=4, help="texts per problem")
-    parser.add_argument("--problems", type=int, default=8)
+    parser.add_argument("--problems", type=int, default=8, help="for the small model")
     parser.add_argument("--steps", type=int, default=150, help="of training the small model")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling")
     return parser.parse_args(argv)
 
 

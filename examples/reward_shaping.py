@@ -93,8 +93,10 @@ def table(traces: Sequence[Trace], stages: dict[str, Tensor]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0, or 2 for a file that cannot be used."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("traces", nargs="?", help="JSONL file, plain or gzip")
-    parser.add_argument("--max-entropy", type=float, default=math.log(2), help="default: ln 2")
+    parser.add_argument("traces", nargs="?", help="JSONL file, plain or gzip (default: generated)")
+    parser.add_argument(
+        "--max-entropy", type=float, default=math.log(2), help="nats (default: ln 2)"
+    )
     options = parser.parse_args(arguments)
     path = options.traces
     try:

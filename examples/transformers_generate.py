@@ -49,18 +49,24 @@ def report(name: str, found: Generation) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> tuple[Generation, Generation]:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     add = parser.add_argument
     add("folder", type=Path, help="a causal model and its tokenizer")
-    add("--prompt", default="How many positive divisors does 360 have? Think step by step.")
-    add("--trajectories", type=int, default=4)
-    add("--max-new-tokens", type=int, default=512)
-    add("--temperature", type=float, default=0.6)
-    add("--top-p", type=float, default=0.95)
-    add("--seed", type=int, default=0)
-    add("--dtype", choices=list(DTYPES), default="float32")
-    add("--device", default="cpu")
+    question = "How many positive divisors does 360 have? Think step by step."
+    add("--prompt", default=question, help="put into the tokenizer's chat template, if any")
+    add("--trajectories", type=int, default=4, help="answers to it")
+    add("--max-new-tokens", type=int, default=512, help="of each answer")
+    add("--temperature", type=float, default=0.6, help="0 = greedy")
+    add("--top-p", type=float, default=0.95, help="probability kept")
+    add("--seed", type=int, default=0, help="of the run")
+    add("--dtype", choices=list(DTYPES), default="float32", help="of the weights")
+    add("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args(arguments)
+    if not (options.folder / "config.json").is_file():
+        parser.error(f"{options.folder}: expected a folder with config.json, weights and tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(options.folder)
     model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=DTYPES[options.dtype])
     model = model.to(options.device).eval()

@@ -104,10 +104,12 @@ def plot(history: list[dict[str, Any]], objective: str, folder: Path) -> Path:
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--objective", default="grpo", help="a TRL loss type or an Objective's name"
+        "--objective",
+        default="grpo",
+        help="a TRL loss type or an Objective's name (default: %(default)s)",
     )
-    parser.add_argument("--steps", type=int, default=250)
-    parser.add_argument("--out", type=Path, help="folder for the plot")
+    parser.add_argument("--steps", type=int, default=250, help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="folder for the plot (default: no plot)")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(

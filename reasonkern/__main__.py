@@ -137,7 +137,10 @@ def _add_tune(add: AddParser) -> None:
 
 
 def _orders(text: str) -> tuple[int, ...]:
-    orders = tuple(int(part) for part in text.split(","))
+    try:
+        orders = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers like 4,3,2, got {text}") from None
     if list(orders) != sorted(set(orders), reverse=True) or not 1 <= orders[-1] <= orders[0] <= 8:
         raise argparse.ArgumentTypeError(f"expected descending integers in [1, 8], got {text}")
     if len(orders) > 4:

@@ -361,6 +361,10 @@ ERRORS = {
         "table: expected vocab_size >= 48, the columns of the model's logits, got 47",
     ),
     "strings without tokenizer": ({"stop_strings": "a"}, "tokenizer: expected the model's"),
+    "one criterion": (
+        {"stopping_criteria": lambda ids, scores: True},
+        "stopping_criteria: expected a sequence of criteria, got function",
+    ),
     "no strings": ({"stop_strings": []}, "stop_strings: expected strings that are not empty"),
 }  # fmt: skip
 
@@ -462,6 +466,13 @@ def test_a_model_that_ignores_the_mask(ours, make):
     model.model.forward = lambda *args, **rest: forward(*args, **(rest | {"attention_mask": None}))
     message = "model: expected the same logits for a branch of a tree|does not take a tree's mask"
     with pytest.raises(ValueError, match=message):
+        ours.generate(model, IDS, temperature=0, max_new_tokens=2)
+
+
+def test_dropout_is_named_where_a_model_is_refused_for_it(ours, make, transformers):
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).train()
+    with pytest.raises(ValueError, match=r"in training mode \(model.eval\(\) switches dropout off"):
         ours.generate(model, IDS, temperature=0, max_new_tokens=2)
 
 

@@ -96,6 +96,8 @@ def test_a_set_is_a_sequence_of_strings(strings):
         rk.TokenSets.from_tokenizer(BYTE_LEVEL, {"reflect": strings})
     with pytest.raises(ValueError, match="exclude: expected a sequence of strings, got "):
         rk.TokenSets.from_tokenizer(BYTE_LEVEL, {"reflect": ["wait"]}, exclude=strings)
+    with pytest.raises(ValueError, match="sets: expected a mapping from names to strings"):
+        rk.TokenSets.from_tokenizer(BYTE_LEVEL, ["wait"])  # type: ignore[arg-type]
 
 
 @pytest.mark.peers
@@ -359,6 +361,8 @@ SPECS: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.Budget(-1, [3]), "tokens: expected an integer >= 0, got -1"),
     (lambda: rk.Budget(True, [3]), "tokens: expected an integer >= 0, got True"),
     (lambda: rk.Budget(5, []), "end: expected 1 to 64 ids, got 0"),
+    (lambda: rk.Budget(5, 7), "end: expected a sequence of token ids, got 7"),
+    (lambda: rk.TokenSets.from_ids({"a": 5}), r"sets\['a'\]: expected a sequence of token ids"),
     (lambda: rk.Budget(5, [-2]), r"end: expected token ids in \[0, 2147483648\), got -2"),
     (lambda: rk.Budget(5, [1], soft=0.5), "soft: expected None or a SoftBudget, got 0.5"),
     (lambda: rk.Budget(0, [1], rk.SoftBudget()), "soft: expected None with a budget of 0"),

@@ -77,13 +77,18 @@ PADDED: list[tuple[dict[str, Any], str]] = [
     *(
         (
             {name: 1 + F[:, 1:]},
-            f"{name}: expected shape one value per token = (4, 6), got (4, 5)",
+            f"{name}: expected shape one value per token{of_sequences} = (4, 6), got (4, 5)",
         )
-        for name in (*ROWS, "advantage", "temperature")
+        for names, of_sequences in (
+            (ROWS, ""),
+            (("advantage", "temperature"), " (or one per sequence, (4,))"),
+        )
+        for name in names
     ),
     (
         {"advantage": torch.ones(B + 1)},
-        "advantage: expected shape one value per token = (4, 6), got (5,)",
+        "advantage: expected shape one value per token (or one per sequence, (4,)) = (4, 6), "
+        "got (5,)",
     ),
     ({"loss_scale": F}, "loss_scale: expected a 0-dim tensor, got shape (4, 6)"),
     ({"temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),
@@ -266,12 +271,16 @@ OBJECTIVES: list[tuple[str, dict[str, Any], str]] = [
     ("gmpo", {"dual_clip": 3.0}, "dual_clip: expected None for gmpo, got 3.0"),
     ("ppo", {"kl": ("k4", 0.1)}, "kl: expected estimator k1, k2 or k3, got k4"),
     ("ppo", {"kl": ("k3", NAN)}, "kl: expected a finite coefficient, got nan"),
-    ("ppo", {"kl": ("k3",)}, "kl: expected a tuple (estimator, coef, unbiased), got ('k3',)"),
-    ("ppo", {"kl": 0.1}, "kl: expected a tuple (estimator, coef, unbiased), got 0.1"),
+    (
+        "ppo",
+        {"kl": ("k3",)},
+        "kl: expected KL(estimator, coef, unbiased) or such a tuple, got ('k3',)",
+    ),
+    ("ppo", {"kl": 0.1}, "kl: expected KL(estimator, coef, unbiased) or such a tuple, got 0.1"),
     (
         "ppo",
         {"importance": ("token", "mask")},
-        "importance: expected a tuple (level, mode, lo, hi, geometric_mean), "
+        "importance: expected Importance(level, mode, lo, hi, geometric_mean) or such a tuple, "
         "got ('token', 'mask')",
     ),
     (

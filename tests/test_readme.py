@@ -240,8 +240,9 @@ class Tokenizer:
     def convert_tokens_to_ids(self, piece: str) -> int:
         return self.pieces.index(piece)
 
-    def encode(self, text: str) -> list[int]:
-        return [self.pieces.index(piece) for piece in re.findall(r"\n|\S+", text)]
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        beginning = [0] if add_special_tokens else []  # which must not get into a phrase
+        return beginning + [self.pieces.index(piece) for piece in re.findall(r"\n|\S+", text)]
 
 
 def test_control() -> None:

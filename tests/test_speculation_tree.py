@@ -94,6 +94,9 @@ def test_a_file_without_a_tree_is_named(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ValueError, match=r"tree\.json: expected a JSON object"):
         DraftTree.load(path)
+    path.write_bytes(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"tree\.json: expected a JSON object"):
+        DraftTree.load(path)
 
 
 @pytest.mark.parametrize(

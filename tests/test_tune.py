@@ -181,8 +181,9 @@ def test_a_bad_line_is_named(tmp_path: Path, capsys: Any, line: Any, message: st
     ("arguments", "message"),
     [
         (["--nodes", "700"], "--nodes: expected 1 to 625, got 700"),
+        (["--png", "tree.gif"], "--png: expected a name that ends in .png, got tree.gif"),
         (["--tokenizer", "nowhere"], "--tokenizer nowhere: expected bytes, mistral-common or a"),
-        (["-o", "{tmp}/no/tree.json"], "No such file"),
+        (["-o", "{tmp}/no/tree.json"], "tree.json: there is no folder"),
     ],
 )
 def test_bad_options(tmp_path: Path, capsys: Any, arguments: list[str], message: str) -> None:

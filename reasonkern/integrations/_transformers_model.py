@@ -139,5 +139,7 @@ def _tried(found: CausalModel) -> int:
     # A model that ignores the mask or the positions is off by as much as its logits differ.
     if not worst <= (0.05 if found.model.dtype in (torch.bfloat16, torch.float16) else 1e-3):
         expected_of = "the same logits for a branch of a tree as for a row of tokens"
-        _checks.fail("model", expected_of, f"{name}, which is off by {worst:.1%}")
+        dropout = " in training mode (model.eval() switches dropout off)"
+        given_as = name + (dropout if found.model.training else "")
+        _checks.fail("model", expected_of, f"{given_as}, which is off by {worst:.1%}")
     return straight.shape[-1]

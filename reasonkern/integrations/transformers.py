@@ -2,7 +2,8 @@
 
 One call changes::
 
-    table = rk.NgramTable(vocab_size=model.config.vocab_size)  # keep it: it learns from every call
+    # Keep the table: it learns from every call.
+    table = rk.NgramTable(vocab_size=model.config.vocab_size, device=model.device)
     out = generate(model, input_ids, temperature=0.6, max_new_tokens=2048, table=table)
 
 or, with transformers' own preparation of prompts, options and stopping criteria::
@@ -246,6 +247,8 @@ def _stop(
     tokenizer: Any, criteria: Sequence[Callable[..., Any]],
 ) -> Stop | None:  # fmt: skip
     checks: list[Stop] = []
+    if not isinstance(criteria, Sequence):
+        _checks.fail("stopping_criteria", "a sequence of criteria", type(criteria).__name__)
     if strings is not None:
         lengths = [len(prompt) for prompt in prompts for _ in range(trajectories)]
         checks.append(StopStrings(strings, tokenizer, lengths, found.vocab_size))

@@ -77,6 +77,8 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
         _checks.check_choice("variants", variants, VARIANTS)
         if not hasattr(tokenizer, "get_vocab"):
             _checks.fail("tokenizer", "an object with get_vocab()", type(tokenizer).__name__)
+        if not isinstance(sets, Mapping):
+            _checks.fail("sets", "a mapping from names to strings", type(sets).__name__)
         vocab = _by_text(tokenizer.get_vocab())
         unwanted = [word.lower() for word in _checked_strings("exclude", exclude)]
         found: dict[str, set[int]] = {name: set() for name in sets}
@@ -145,6 +147,8 @@ def _checked_set(name: object, ids: Iterable[int]) -> tuple[int, ...]:
         _checks.fail("sets", "names that are strings", repr(name))
     if isinstance(ids, str):
         _checks.fail(f"sets[{name!r}]", "token ids; strings go to from_tokenizer", repr(ids))
+    if not isinstance(ids, Iterable):
+        _checks.fail(f"sets[{name!r}]", "a sequence of token ids", repr(ids))
     checked = {checked_id(f"sets[{name!r}]", i) for i in ids}
     if not checked:
         _checks.fail(f"sets[{name!r}]", "at least one id", 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -322,7 +322,8 @@ class Modulation:
         entropy_trigger: an `EntropyTrigger`.
         think_start: id that begins the thinking phase. None = it begins with the first generated
             token.
-        think_end: id that ends it. None = it never ends.
+        think_end: id that ends it. None = it never ends (many tokenizers give None, or the id of
+            the unknown token, for a marker that they do not have).
 
     Raises:
         ValueError: an argument of another type, or parts that contradict each other.
@@ -424,6 +425,8 @@ def checked_id(name: str, value: object) -> int:
 
 
 def _checked_ids(name: str, ids: Sequence[int], most: int) -> tuple[int, ...]:
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        _checks.fail(name, "a sequence of token ids", repr(ids))
     checked = tuple(checked_id(name, x) for x in ids)
     if not 1 <= len(checked) <= most:
         _checks.fail(name, f"1 to {most} ids", len(checked))

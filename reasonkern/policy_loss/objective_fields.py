@@ -85,7 +85,8 @@ class ObjectiveFields:
                 continue
             required = len(kind._fields) - len(kind._field_defaults)
             fits = isinstance(given, (tuple, list)) and required <= len(given) <= len(kind._fields)
-            check(fits, name, "a tuple (" + ", ".join(kind._fields) + ")", given)
+            expected = f"{kind.__name__}({', '.join(kind._fields)}) or such a tuple"
+            check(fits, name, expected, given)
             object.__setattr__(self, name, kind(*given))
         validate(self)
 

@@ -39,6 +39,8 @@ def pass_at_k(n: int | Tensor, c: int | Tensor, k: int) -> Tensor:
     for name, x in (("n", n), ("c", c)):
         if not isinstance(x, Tensor):
             _checks.check_integer(name, x, 0)
+        elif x.dtype.is_floating_point:
+            _checks.fail(name, "an integer or a tensor of integers", x.dtype)
     if isinstance(n, Tensor) and isinstance(c, Tensor):
         _checks.check_device("c", c, n, "n")
     at = next((check_tensor("n", x).device for x in (n, c) if isinstance(x, Tensor)), None)

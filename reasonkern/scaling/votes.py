@@ -50,7 +50,8 @@ def vote(
         `Vote`.
 
     Raises:
-        ValueError: an unknown tie rule, or weights of another length, negative or not finite.
+        ValueError: an unknown tie rule, weights of another length, negative or not finite, or an
+            answer that is a tensor or not hashable.
 
     Example:
         >>> from reasonkern.scaling import vote
@@ -65,6 +66,10 @@ def vote(
     votes: dict[Any, float] = {}
     for i, (answer, weight) in enumerate(zip(answers, weights, strict=True)):
         _checks.check_number(f"weights[{i}]", weight, 0.0)
+        if isinstance(answer, Tensor) or not isinstance(answer, Hashable):
+            # Tensors are hashed by identity: no two would agree.
+            expected = "a string, a number or the like (a tensor of ids goes to vote_ids)"
+            _checks.fail(f"answers[{i}]", expected, type(answer).__name__)
         if answer is not None:
             votes[answer] = votes.get(answer, 0.0) + weight
     total = sum(votes.values())

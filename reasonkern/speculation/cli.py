@@ -55,6 +55,11 @@ def run(config: TuneConfig) -> int:
         raise TuneError(f"--nodes: expected 1 to 625, got {config.nodes}")
     if config.png is not None and importlib.util.find_spec("matplotlib") is None:
         raise TuneError("--png needs matplotlib (pip install 'reasonkern[demo]')")
+    if config.png is not None and config.png.suffix.lower() != ".png":
+        raise TuneError(f"--png: expected a name that ends in .png, got {config.png}")
+    for option, path in (("--out", config.out), ("--png", config.png)):  # before a long replay
+        if path is not None and not path.parent.is_dir():
+            raise TuneError(f"{option} {path}: there is no folder {path.parent}")
     tokenizer = load_tokenizer(config.tokenizer)
     traces = read_traces(config.traces, tokenizer)
     vocab = _vocabulary(traces, tokenizer)

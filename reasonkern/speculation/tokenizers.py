@@ -36,7 +36,8 @@ def load_tokenizer(name: str) -> Tokenizer:
         return _tekken(files[-1])
     path = Path(name)
     if not path.is_file():
-        raise TokenizerError(f"--tokenizer {name}: expected bytes, mistral-common or a file")
+        expected = "bytes, mistral-common or a file (the tokenizer.json in a model's folder)"
+        raise TokenizerError(f"--tokenizer {name}: expected {expected}")
     return _tekken(path) if path.name.startswith("tekken") else _tokenizers(path)
 
 

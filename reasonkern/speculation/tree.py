@@ -122,9 +122,8 @@ class DraftTree:
     @classmethod
     def load(cls, path: str | Path) -> DraftTree:
         """Reads what `save` wrote; ValueError names the file when it holds no tree."""
-        text = Path(path).read_text()
         try:
-            parents = json.loads(text)["parents"]
+            parents = json.loads(Path(path).read_text(encoding="utf-8"))["parents"]
             return cls([_integer(p) for p in parents])
         except (KeyError, TypeError, ValueError) as error:
             message = f'{path}: expected a JSON object {{"parents": [-1, 0, …]}} ({error})'
