@@ -131,7 +131,8 @@ def verify(vocab: int, dtype: torch.dtype, mode: str, device: str) -> Outputs:
                    out.length)  # fmt: skip
     state = table.state_dict()
     named = {"drafted": drafted.tokens, "keys": state["keys"], "slots": state["slots"]}
-    return {**named, **out._asdict(), "cache": cache}
+    given = {name: x for name, x in out._asdict().items() if x is not None}
+    return {**named, **given, "cache": cache}
 
 
 CONTROLS = (
@@ -194,7 +195,8 @@ def checks(
                     )
         for kind in (*OBJECTIVES, "custom"):
             yield f"linear {kind}", lambda on, kind=kind: linear(kind, on)
-        yield "conflict", conflict
+        if backend == "triton":  # CUDA C++ has no such kernel
+            yield "conflict", conflict
     elif family == "shaping" and backend == "triton":  # CUDA C++ has no such kernels
         yield from (("gae", gae), ("elliptical_select", elliptical_select))
     elif family == "speculation":
