@@ -275,6 +275,14 @@ def test_metrics_with_and_without_reference_do_not_merge() -> None:
         metrics(b) + metrics(b, ref_logprob=None)
     with pytest.raises(TypeError):
         metrics(b) + 1
+    with pytest.raises(TypeError):
+        1 + metrics(b)
+
+
+def test_metrics_of_micro_batches_add_up_by_sum() -> None:
+    first, second = metrics(make_batch()), metrics(make_batch())
+    added = (first + second).compute()
+    assert_close(sum([first, second]).compute(), added, rtol=0, atol=0)  # type: ignore[union-attr]
 
 
 RANK = """

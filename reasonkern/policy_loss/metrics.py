@@ -90,6 +90,10 @@ class PolicyMetrics:
             self.parallel,
         )
 
+    def __radd__(self, other: int) -> PolicyMetrics:
+        """0, which ``sum(metrics)`` starts from, adds nothing."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
     def all_reduce(self, group: Any = None) -> PolicyMetrics:
         """Merges the ranks of a process group in rank order, so every rank gets the same bits.
 
