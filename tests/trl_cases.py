@@ -81,3 +81,16 @@ def assert_same_gradients(mine: dict[str, Tensor], theirs: dict[str, Tensor]) ->
     for name, expected in theirs.items():
         difference = (mine[name] - expected).abs().max().item()
         assert difference <= 2e-6 * largest, f"{name}: {difference} of {largest}"
+
+
+def assert_as_accurate(
+    mine: dict[str, Tensor], theirs: dict[str, Tensor], truth: dict[str, Tensor]
+) -> None:
+    """At most twice the error of theirs against the same in float64, plus 2 ulp of the largest."""
+    assert mine.keys() == theirs.keys() == truth.keys()
+    largest = max(g.abs().max().item() for g in truth.values())
+    assert largest > 1e-2
+    off_by = lambda g, name: (g[name].double() - truth[name]).abs().max().item()  # noqa: E731
+    for name in truth:
+        allowed = 2 * off_by(theirs, name) + 4 * torch.finfo(torch.float32).eps * largest
+        assert off_by(mine, name) <= allowed, f"{name}: {off_by(mine, name)} of {allowed}"
