@@ -137,12 +137,13 @@ def row_tensor(
         x = _spread(name, x, shape, segments)
     if batch == 1 and x.shape == (tokens,):
         x = x.unsqueeze(0)
-    meaning = "one value per token"
-    if per_sequence and batch == 1 and (segments is None or segments.cu_seqlens is None):
-        meaning += " (for one per sequence, packed logits need segments=cu_seqlens)"
-    elif per_sequence:
-        meaning += f" (or one per sequence, {(batch,)})"
-    _checks.check_shape(name, x, shape, meaning)
+    if x.shape != shape:
+        meaning = "one value per token"
+        if per_sequence and batch == 1 and (segments is None or segments.cu_seqlens is None):
+            meaning += " (for one per sequence, packed logits need segments=cu_seqlens)"
+        elif per_sequence:
+            meaning += f" (or one per sequence, {(batch,)})"
+        _checks.check_shape(name, x, shape, meaning)
     return x.detach().to(accumulator_dtype(logits.dtype)).contiguous()
 
 
