@@ -63,7 +63,7 @@ def test_no_launch_changes_a_bit(launch):
 def test_sanitised():
     from cuda_sim.build import run_sanitized
 
-    arguments = ["-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", __file__]
+    arguments = ["-m", "pytest", "-n", "0", "-x", "-v", "-p", "no:cacheprovider", __file__]
     done = run_sanitized([*arguments, "-k", "no_launch_changes"])
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "passed" in done.stdout
+    assert "passed" in done.stdout and "failed" not in done.stdout
