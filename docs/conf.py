@@ -93,7 +93,8 @@ def add_contents(app: Any, docname: str, source: list[str]) -> None:
         return
     readmes = sorted(p.relative_to(ROOT).with_suffix("") for p in ROOT.glob("reasonkern/*/*.md"))
     api = [f"docs/api/{family}" for family in families()]
-    rest = ["CONTRIBUTING", "CHANGELOG", "docs/papers", "benchmarks/results/README"]
+    rest = ["CONTRIBUTING", "CHANGELOG", "docs/papers", "docs/test-all"]
+    rest += ["benchmarks/results/README"]
     for caption, pages in (("API", api), ("Families", readmes), ("Project", rest)):
         entries = "\n".join(str(page) for page in pages)
         source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```\n"
