@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,12 @@ from reasonkern import _load
 
 BATCH, VOCAB, ORDERS = 5, 300, (3, 2)
 TREE = random_tree(9, 4)
+ROOT = Path(__file__).parents[1]
+LAUNCHERS = sorted(
+    path
+    for pattern in ("csrc/*/cuda*.cu", "csrc/*/*operators.h", "reasonkern/*/triton_*.py")
+    for path in ROOT.glob(pattern)
+)
 
 
 def values(seed: int) -> dict[str, Tensor]:
@@ -220,3 +227,11 @@ def test_a_captured_call_gives_what_the_cpu_gives(call, backend, monkeypatch):
         for got, expected in zip(results, call(here), strict=True):
             slack = 2e-5 if expected.is_floating_point() else 0
             torch.testing.assert_close(got, expected, rtol=slack, atol=slack)
+
+
+@pytest.mark.parametrize("path", LAUNCHERS, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_no_launcher_waits_for_the_host(path: Path) -> None:
+    """Nothing in the launchers copies to the host or synchronises."""
+    text = path.read_text()
+    for word in ("Synchronize", "synchronize", "cudaMemcpy", "item(", ".cpu(", "tolist("):
+        assert word not in text

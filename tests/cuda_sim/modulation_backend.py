@@ -6,13 +6,18 @@ in `settings`; no choice may change a result.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cuda_sim import launch
 from torch import Tensor
 
-STATE = ("spec", "numbers", "progress", "set_offsets", "set_ids", "set_member")
+from reasonkern.modulation.layout import Storage
+
+# Fields of `Storage`, whose windows share names with what is pushed into them.
+WINDOWS = ("confidence_ring", "entropy_ring", "confidence_sum")
+STATE = (*Storage._fields[: -len(WINDOWS)], *WINDOWS)
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,9 @@ def _launch(threads: int) -> dict[str, Any]:
     return KERNELS.launch(threads=KERNELS.settings.threads or threads)
 
 
-def _state(tensors: tuple[Tensor, ...]) -> dict[str, Any]:
-    fields: dict[str, Any] = dict(zip(STATE, tensors, strict=True))
+def state_fields(tensors: Sequence[Tensor]) -> dict[str, Any]:
+    """The tensors of a `Storage`, with or without the windows, and their sizes."""
+    fields: dict[str, Any] = dict(zip(STATE, tensors, strict=False))
     fields["slots"], fields["entries"] = len(fields["spec"]), len(fields["set_ids"])
     return fields | {"count": len(fields["set_offsets"]) - 1}
 
@@ -41,7 +47,7 @@ def modulate_logits_(
     parents: Tensor | None, temperature: Tensor | None, *rest: Any,
 ) -> None:  # fmt: skip
     *tensors, dense = rest
-    fields = _state(tuple(tensors)) | {
+    fields = state_fields(tensors) | {
         "logits": logits, "rows": logits.shape[0], "vocab": logits.shape[1],
         "stride": logits.stride(0), "slot": slot, "local_pos": local_pos,
         "draft_tokens": draft_tokens, "parents": parents,
@@ -59,11 +65,9 @@ def commit_(
     slot: Tensor, tokens: Tensor, length: Tensor, entropy: Tensor | None,
     confidence: Tensor | None, *rest: Tensor,
 ) -> None:  # fmt: skip
-    fields = _state(rest[: len(STATE)]) | {
+    fields = state_fields(rest) | {
         "slot": slot, "tokens": tokens, "length": length, "batch": tokens.shape[0],
         "steps": tokens.shape[1], "entropy": entropy, "confidence": confidence,
     }  # fmt: skip
-    names = ("confidence_ring", "entropy_ring", "confidence_sum")
-    fields |= dict(zip(names, rest[len(STATE) :], strict=True))
     if fields["batch"]:
         module().commit(_launch(32), launch.pointers(fields))

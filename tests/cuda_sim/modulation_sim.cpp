@@ -2,29 +2,16 @@
 // Pointers come as integers in dicts whose keys are the fields of modulation.h; a missing key is
 // null.
 #include "cuda_sim.h"
-#include "fields.h"
 #include "modulation/kernels.cuh"
+#include "state_fields.h"
 
 namespace py = pybind11;
 using namespace reasonkern;
 using namespace reasonkern::modulation;
 using cuda_sim::Fields;
+using cuda_sim::state_of;
 
 namespace {
-
-State state_of(const Fields& f) {
-  State s{};
-  f.point(s.spec, "spec");
-  f.point(s.numbers, "numbers");
-  f.point(s.progress, "progress");
-  f.point(s.sets.offsets, "set_offsets");
-  f.point(s.sets.ids, "set_ids");
-  f.point(s.sets.member, "set_member");
-  s.sets.count = f.number<int32_t>("count");
-  s.sets.entries = f.number<int64_t>("entries");
-  s.slots = f.number<int64_t>("slots");
-  return s;
-}
 
 template <class Params>
 void start(void (*kernel)(Params), int64_t blocks, unsigned threads, std::size_t shared_bytes,
@@ -70,9 +57,7 @@ void commit(const py::dict& launch, const py::dict& args) {
   p.steps = f.number<int64_t>("steps");
   f.point(p.entropy, "entropy");
   f.point(p.confidence, "confidence");
-  f.point(p.confidence_ring, "confidence_ring");
-  f.point(p.entropy_ring, "entropy_ring");
-  f.point(p.confidence_sum, "confidence_sum");
+  cuda_sim::point_windows(f, p);
   start(commit_kernel, p.batch, kCommitThreads, sizeof(SlotShared), l, p);
 }
 

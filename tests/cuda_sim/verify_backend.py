@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from cuda_sim import launch
+from cuda_sim.modulation_backend import state_fields
 from torch import Tensor
-
-from reasonkern.modulation.layout import Storage
 
 REQUESTS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
 
@@ -57,10 +56,7 @@ STATISTICS = ("logprob", "entropy", "entropy_raw", "row_confidence", "max_prob")
 def _control(slot: Tensor | None, state: list[Tensor]) -> dict[str, Any]:
     if slot is None:
         return {}
-    names = {"entropy": "entropy_ring"}
-    tensors = {names.get(k, k): t for k, t in zip(Storage._fields, state, strict=True)}
-    sizes = {"count": len(state[3]) - 1, "entries": len(state[4]), "slots": len(state[0])}
-    return tensors | sizes | {"slot": slot}
+    return state_fields(state) | {"slot": slot}
 
 
 def _statistics(*shape: int) -> dict[str, Tensor]:

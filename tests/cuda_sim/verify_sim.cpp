@@ -1,9 +1,9 @@
 // The kernels of verification in the simulator, started by tests/cuda_sim/verify_backend.py.
 // Pointers come as integers in dicts whose keys are the fields of verify.h; a missing key is null.
 #include "cuda_sim.h"
-#include "fields.h"
 #include "speculation/controlled_kernels.cuh"
 #include "speculation/verify_launch.h"
+#include "state_fields.h"
 
 namespace py = pybind11;
 using namespace reasonkern;
@@ -41,18 +41,8 @@ ControlParams control_of(const Fields& f) {
   ControlParams c{};
   f.point(c.slot, "slot");
   if (c.slot == nullptr) return c;
-  f.point(c.state.spec, "spec");
-  f.point(c.state.numbers, "numbers");
-  f.point(c.state.progress, "progress");
-  f.point(c.state.sets.offsets, "set_offsets");
-  f.point(c.state.sets.ids, "set_ids");
-  f.point(c.state.sets.member, "set_member");
-  f.point(c.confidence_ring, "confidence");
-  f.point(c.entropy_ring, "entropy_ring");
-  f.point(c.confidence_sum, "confidence_sum");
-  c.state.sets.count = f.number<int32_t>("count");
-  c.state.sets.entries = f.number<int64_t>("entries");
-  c.state.slots = f.number<int64_t>("slots");
+  c.state = cuda_sim::state_of(f);
+  cuda_sim::point_windows(f, c);
   return c;
 }
 
