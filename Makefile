@@ -20,8 +20,9 @@ demo: .venv/.ready
 test: lint
 	$(PYTEST) -m "not slow and not peers" $(ARGS)
 
+# With "=": after a space pytest takes a file that is there for what to collect.
 test-all: lint .venv/.peers
-	$(PYTEST) --summary docs/test-all.md $(ARGS)
+	$(PYTEST) --summary=docs/test-all.md $(ARGS)
 
 # Fuzzing, threads, processes, pickles, what may be absent; then the CPU library under sanitizers.
 # STRESS_EXAMPLES=10000   calls per family

@@ -1,4 +1,4 @@
-"""A dated summary of a test run as Markdown: pytest --summary FILE (make test-all writes docs/)."""
+"""A dated summary of a test run as Markdown: pytest --summary=FILE (make test-all writes docs/)."""
 
 from __future__ import annotations
 
