@@ -223,3 +223,64 @@ def depths(parents: Sequence[int]) -> list[int]:
     for parent in parents[1:]:
         out.append(out[parent] + 1)
     return out
+
+
+def state_of(*specs: rk.Modulation, slots: int = 4) -> rk.ModulationState:
+    state = make_state(slots)
+    for slot, spec in enumerate(specs):
+        state.add(slot, spec, [])
+    return state
+
+
+class Vocabulary:
+    """What `from_tokenizer` asks of a tokenizer."""
+
+    def __init__(self, *pieces: str) -> None:
+        self.pieces = pieces
+
+    def get_vocab(self) -> dict[str, int]:
+        return {piece: 100 + i for i, piece in enumerate(self.pieces)}
+
+
+BYTE_LEVEL = Vocabulary(
+    "wait", "Ġwait", "Wait", "ĠWait", "ait", "ĠKuwait", "WAITING", "ĠcafÃ©", "Ġ"
+)
+SENTENCES = Vocabulary("▁wait", "wait", "Wait", "▁café", "▁Kuwait", "<0x0A>")
+
+
+# ---- operators of a backend
+
+
+def modulate(
+    backend, logits: Tensor, state: rk.ModulationState, slot: Tensor, *rows, temperature=None,
+    dense: bool = True,
+) -> Tensor:  # fmt: skip
+    """The operator of a backend on a copy."""
+    rows = rows or (None, None, None)
+    out = logits.to(backend.device, copy=True)
+    args = [backend.to(x) for x in (slot, *rows, temperature, *state.read_state)]
+    backend("modulate_logits_", out, *args, dense)
+    return out.cpu()
+
+
+def commit(backend, state: rk.ModulationState, slot, tokens, length, *statistics) -> None:
+    statistics = statistics or (None, None)
+    moved = [backend.to(x) for x in (*state.read_state, *state.windows)]
+    rows = [backend.to(x) for x in (slot, tokens, length, *statistics)]
+    backend("commit_", *rows, *moved)
+    for ours, theirs in zip(state.tensors, moved, strict=True):
+        ours.copy_(theirs)
+
+
+def one(spec: rk.Modulation, prompt=(), generated=()) -> rk.ModulationState:
+    state = make_state(1)
+    state.add(0, spec, prompt, generated)
+    return state
+
+
+def row_of(backend, spec, z, generated=(), prompt=(), temperature=1.0, dense=True) -> Tensor:
+    """One modulated row."""
+    z = torch.as_tensor(z).unsqueeze(0)
+    heat = torch.tensor([temperature], dtype=torch.float32)
+    state = one(spec, prompt, generated)
+    return modulate(backend, z, state, torch.tensor([0]), temperature=heat, dense=dense).squeeze(0)

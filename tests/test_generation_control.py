@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_generation import MODEL, NEW, PROMPTS, VOCAB, T, taught
+from generation_cases import MODEL, NEW, PROMPTS, VOCAB, T, taught
 from torch import Tensor
 
 import reasonkern as rk

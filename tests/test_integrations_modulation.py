@@ -1,4 +1,4 @@
-"""Control in engines: transformers for real, vLLM and SGLang against their recorded interfaces.
+"""Control in vLLM and SGLang, against their recorded interfaces.
 
 The records are those of vLLM 0.33 (Model Runner V2) and SGLang 0.5: names, arguments and what their
 engines promise. Where a package is found, the same tests run over its own class, too; its code is
@@ -29,36 +29,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from engine_control_cases import END, SETS, SPECS, THINK, WAIT, V, expected_row
 from tolerance import randn
 from torch import Tensor
 
 import reasonkern as rk
 from reasonkern.integrations import _request
-
-V, THINK, END, WAIT = 32, 1, 2, 3
-SETS = rk.TokenSets.from_ids({"reflect": [5, 6, 7], "switch": [6, 9]})
-SPECS = (
-    rk.Modulation(cyclic=rk.Cyclic(5.0, 12), think_end=END),
-    rk.Modulation(
-        tip=rk.TIP(3.0, 4, set="switch"), budget=rk.Budget(5, [4, END], rk.SoftBudget(0.5)),
-        think_start=THINK, think_end=END,
-    ),
-    rk.Modulation(ban=rk.Ban(), min_think=rk.MinThink(6, 1, [WAIT, 8]), think_end=END),
-    rk.Modulation(schedule=rk.Schedule([(0, 1.0), (20, -4.0)]), constant=rk.Constant(0.5)),
-)  # fmt: skip
-
-
-def expected_row(
-    row: Tensor, spec: rk.Modulation | None, prompt: list[int], generated: list[int], t: float
-) -> Tensor:
-    """The row under a state that has seen these tokens and nothing else."""
-    out = row.clone().unsqueeze(0)
-    if spec is not None:
-        state = rk.ModulationState(1, SETS)
-        state.add(0, spec, prompt, generated)
-        slot = torch.zeros(1, dtype=torch.int64)
-        rk.modulate_logits_(out, state, slot, temperature=t, allow_dense=True)
-    return out[0]
 
 
 def some_tokens(rng: Random, count: int) -> list[int]:
@@ -485,123 +461,3 @@ def test_sglang_sends_classes(source: str) -> None:
         one = Request([THINK], SPECS[3], 0.6)
         out = found()(torch.zeros(1, V), [one.parameters])
         assert torch.equal(out[0], expected_row(torch.zeros(V), SPECS[3], [THINK], [], 0.6))
-
-
-# ---- transformers
-
-
-@pytest.fixture(scope="module")
-def model() -> Any:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128,
-        initializer_range=0.5, eos_token_id=None, bos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).double().eval()
-
-
-def processor(*args: Any, **named: Any) -> Any:
-    from reasonkern.integrations.transformers import ModulationLogitsProcessor
-
-    return ModulationLogitsProcessor(*args, **named)
-
-
-PROMPTS = torch.tensor([[0, 0, 11, THINK], [12, 13, 14, THINK], [15, END, THINK, 16]])
-KEEP = {
-    "attention_mask": (PROMPTS > 0).long(),
-    "max_new_tokens": 40,
-    "return_dict_in_generate": True,
-}
-
-
-@pytest.mark.peers
-def test_transformers_equals_a_literal_cyclic_reflex(model: Any) -> None:
-    """Greedy: the wave added to five ids, until the end of thinking."""
-    prompt = PROMPTS[1:2]
-    spec = rk.Modulation(cyclic=rk.Cyclic(6.0, 16), think_end=END)
-    out = model.generate(
-        prompt, logits_processor=[processor(spec, SETS)], max_new_tokens=60, do_sample=False
-    )
-    ids, plain = prompt, []
-    for t in range(60):
-        with torch.no_grad():
-            z = model(ids).logits[0, -1].float()
-        plain.append(int(z.argmax()))
-        if END not in ids[0, 4:]:
-            u = (t % 16) / 16
-            delta = 24 * u if u <= 0.25 else 12 - 24 * u if u <= 0.75 else 24 * u - 24
-            z[[5, 6, 7]] += delta
-        ids = torch.cat((ids, z.argmax().view(1, 1)), 1)
-    assert out.tolist() == ids.tolist()
-    assert plain != ids[0, 4:].tolist()
-
-
-@pytest.mark.peers
-@pytest.mark.parametrize("strategy", ["greedy", "sample", "beam", "assisted"])
-def test_transformers_strategies_equal_a_processor_without_memory(
-    model: Any, strategy: str
-) -> None:
-    """One that folds every history anew."""
-    import transformers
-
-    specs = [SPECS[0], SPECS[1], SPECS[2]]
-    settings: dict[str, Any] = {"do_sample": strategy == "sample"}
-    prompt, keep = PROMPTS, KEEP
-    if strategy == "beam":
-        settings["num_beams"] = 2
-        specs = [s for s in specs for _ in range(2)]
-    if strategy == "assisted":
-        prompt, specs = PROMPTS[1:2], [SPECS[1]]
-        keep = KEEP | {"attention_mask": KEEP["attention_mask"][1:2]}
-        settings["prompt_lookup_num_tokens"] = 3
-    temperature = 0.8 if strategy == "sample" else 0.0
-    if strategy == "sample":
-        settings["temperature"] = temperature
-
-    class Anew(transformers.LogitsProcessor):  # type: ignore[misc]
-        calls = 0
-
-        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-            self.calls += 1
-            rows = [
-                expected_row(row, spec, tokens[:4], tokens[4:], temperature)
-                for row, spec, tokens in zip(scores, specs, ids.tolist(), strict=True)
-            ]
-            return torch.stack(rows)
-
-    found = []
-    for control in (processor(specs, SETS, temperature=temperature), Anew()):
-        torch.manual_seed(5)
-        found.append(model.generate(prompt, logits_processor=[control], **keep, **settings))
-    assert found[0].sequences.tolist() == found[1].sequences.tolist()
-    plain = model.generate(prompt, **keep, **settings)
-    assert plain.sequences.tolist() != found[0].sequences.tolist()
-    if strategy in ("greedy", "sample"):
-        second = found[0].sequences[1, 4:].tolist()
-        assert [4, END] in [second[t : t + 2] for t in range(5, 9)]  # the budget's phrase
-
-
-@pytest.mark.peers
-def test_transformers_keeps_raw_logits_and_refuses_a_second_use(model: Any) -> None:
-    spec = rk.Modulation(ban=rk.Ban())
-    control = processor(spec, SETS)
-    out = model.generate(
-        PROMPTS, logits_processor=[control], output_logits=True, output_scores=True,
-        do_sample=False, **KEEP,
-    )  # fmt: skip
-    raw, scores = torch.stack(out.logits), torch.stack(out.scores)
-    assert raw[..., [5, 6, 7]].isfinite().all() and (scores[..., [5, 6, 7]] == -torch.inf).all()
-    assert not {5, 6, 7} & set(out.sequences[:, 4:].flatten().tolist())
-    with pytest.raises(ValueError, match="input_ids: expected at least the prompt's 4 tokens"):
-        model.generate(PROMPTS[:, 1:], logits_processor=[control], max_new_tokens=2)
-    for other in (PROMPTS.flip(1), PROMPTS[:2], torch.cat((PROMPTS, PROMPTS), 1)[:, 1:]):
-        with pytest.raises(ValueError, match="input_ids: expected the prompts of the first call"):
-            model.generate(other, logits_processor=[control], max_new_tokens=2)
-    with pytest.raises(ValueError, match="spec: expected one Modulation, or 3 .*got 2"):
-        model.generate(PROMPTS, logits_processor=[processor([spec, None], SETS)], max_new_tokens=2)
-    with pytest.raises(ValueError, match=r"modulation\.deepconf: expected None"):
-        processor(rk.Modulation(deepconf=rk.DeepConf(1.0)), SETS)
-    with pytest.raises(ValueError, match="temperature: expected a number or"):
-        model.generate(PROMPTS, logits_processor=[processor(SPECS[2], SETS)], max_new_tokens=2)

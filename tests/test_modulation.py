@@ -1,29 +1,28 @@
-"""`modulate_logits_` and `commit_`: rows against the literal loop, the wave, edges, the fold."""
+"""`modulate_logits_` and `commit_`: rows against the literal loop, the wave, edges."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_backend
 from contract import bits
 from modulation_cases import (
     END,
     SETS,
     START,
     VOCAB,
-    Loop,
+    commit,
     make_state,
+    modulate,
+    one,
     random_prompt,
-    random_requests,
     random_spec,
+    row_of,
 )
 from modulation_literal import Literal
-from torch import Tensor
 
 import reasonkern as rk
 from reasonkern.modulation import layout as at
@@ -31,41 +30,6 @@ from reasonkern.modulation import reference
 
 INF, NAN = float("inf"), float("nan")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def modulate(
-    backend, logits: Tensor, state: rk.ModulationState, slot: Tensor, *rows, temperature=None,
-    dense: bool = True,
-) -> Tensor:  # fmt: skip
-    """The operator of a backend on a copy."""
-    rows = rows or (None, None, None)
-    out = logits.to(backend.device, copy=True)
-    args = [backend.to(x) for x in (slot, *rows, temperature, *state.read_state)]
-    backend("modulate_logits_", out, *args, dense)
-    return out.cpu()
-
-
-def commit(backend, state: rk.ModulationState, slot, tokens, length, *statistics) -> None:
-    statistics = statistics or (None, None)
-    moved = [backend.to(x) for x in (*state.read_state, *state.windows)]
-    rows = [backend.to(x) for x in (slot, tokens, length, *statistics)]
-    backend("commit_", *rows, *moved)
-    for ours, theirs in zip(state.tensors, moved, strict=True):
-        ours.copy_(theirs)
-
-
-def one(spec: rk.Modulation, prompt=(), generated=()) -> rk.ModulationState:
-    state = make_state(1)
-    state.add(0, spec, prompt, generated)
-    return state
-
-
-def row_of(backend, spec, z, generated=(), prompt=(), temperature=1.0, dense=True) -> Tensor:
-    """One modulated row."""
-    z = torch.as_tensor(z).unsqueeze(0)
-    heat = torch.tensor([temperature], dtype=torch.float32)
-    state = one(spec, prompt, generated)
-    return modulate(backend, z, state, torch.tensor([0]), temperature=heat, dense=dense).squeeze(0)
 
 
 # ---- rows
@@ -411,108 +375,3 @@ def test_a_soft_budget_ramps_and_stays_below_the_top(backend, dtype):
     assert torch.equal(row_of(backend, spec, z, [1] * 9), z)
     z[7] = -INF
     assert torch.equal(row_of(backend, spec, z, [1] * 9), z)
-
-
-# ---- the fold: speculative = sequential
-
-SHAPES = ([-1, 0, 1, 2], [-1, 0, 0, 1, 1, 2, 4], [-1, 0, 1, 2, 3, 4, 5], [-1], [-1, 0, 0, 0])
-
-
-def check_fold(backend, traces: int, limit: int, seed: int) -> Loop:
-    """Drafted text is the sequential one, and the reference's."""
-    requests = random_requests(traces, seed)
-    sequential = Loop(backend, requests, seed, limit)
-    sequential.run()
-    drafted = Loop(backend, requests, seed, limit)
-    drafted.run(SHAPES, preempt=0.1)
-    assert drafted.text == sequential.text
-    order = drafted.slot
-    progress = [x.state.tensors.progress for x in (drafted, sequential)]
-    assert torch.equal(progress[0][order], progress[1])
-    assert drafted.accepted > 0.1 * drafted.drafts / 5
-    if backend.name != "reference":
-        expected = Loop(make_backend("reference"), requests, seed, limit)
-        expected.run(SHAPES)
-        assert expected.text == sequential.text
-        assert torch.equal(expected.state.tensors.progress, progress[1])
-    return sequential
-
-
-@pytest.fixture
-def tall_programs(backend, monkeypatch):
-    """Interpreted, a program takes as long for a row as for many."""
-    if backend.name == "triton" and backend.slow:
-        from reasonkern.modulation import triton_modulation
-
-        monkeypatch.setattr(triton_modulation, "config", lambda dense: (512, 32))
-
-
-def test_drafted_text_is_the_sequential_one(backend, tall_programs):
-    loop = check_fold(backend, 64, 20, 11)
-    progress = loop.state.tensors.progress
-    assert (progress[:, at.PHRASE] == at.DONE).sum() > 5
-    assert (progress[:, at.PHASE] == at.CLOSED).sum() > 10
-    for (spec, prompt), text, row in zip(loop.requests, loop.text, progress.tolist(), strict=True):
-        literal = Literal(spec, SETS, prompt, text)
-        phase, spent = literal.phases()[-1]
-        assert (row[at.T], row[at.SPENT]) == (len(text), spent)
-        assert row[at.PHASE] == ("before", "thinking", "closed").index(phase)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
-def test_drafted_text_is_the_sequential_one_of_many_traces(backend, seed):
-    if backend.slow:
-        pytest.skip("64 traces are run above")
-    check_fold(backend, 500, 40, 100 + seed)
-
-
-def test_backends_agree_on_rows_and_progress(backend):
-    """The same bits as the reference, statistics pushed into the windows included."""
-    count, steps = (8, 6) if backend.slow else (64, 20)
-    states = []
-    for op in (reference.commit_, None):
-        state = make_state(count)
-        for slot, (spec, prompt) in enumerate(random_requests(count, 7, windows=True)):
-            state.add(slot, spec, prompt)
-        g = torch.Generator().manual_seed(0)
-        for _ in range(steps):
-            slot = torch.randperm(count, generator=g)
-            tokens = torch.randint(-1, VOCAB, (count, 4), generator=g)
-            length = torch.randint(0, 5, (count,), generator=g)
-            entropy, confidence = torch.rand(2, count, 4, generator=g).unbind(0)
-            entropy[torch.rand(count, 4, generator=g) < 0.1] = NAN
-            rows = (slot, tokens, length, entropy.contiguous(), confidence.contiguous())
-            if op is None:
-                commit(backend, state, *rows)
-            else:
-                op(*rows, *state.read_state, *state.windows)
-        states.append(state)
-    for name, ours in states[1].tensors._asdict().items():
-        assert torch.equal(bits(ours), bits(getattr(states[0].tensors, name))), name
-    assert states[0].stopped.any() and not states[0].stopped.all()
-
-
-FORCES = {
-    "budget": (rk.Modulation(budget=rk.Budget(2, [9, END]), think_end=END), [8, 8, 9, END]),
-    "wait": (rk.Modulation(min_think=rk.MinThink(0, 1, [7, 9, 11]), think_end=END), [8, 7, 9, 11]),
-    "stop": (rk.Modulation(), [8, 8, 6, 6]),
-}
-
-
-@pytest.mark.parametrize("force", FORCES)
-def test_forced_rows_say_nothing_to_the_windows(backend, force):
-    """Their law is that of one token; a confidence of 3e4 would outweigh a window of 2,048 rows."""
-    spec, tokens = FORCES[force]
-    deepconf = rk.DeepConf(6.0 if force == "stop" else 1.0, 2, eos=6)
-    state = one(replace(spec, deepconf=deepconf, entropy_trigger=rk.EntropyTrigger(4)))
-    confidence, entropy = torch.tensor([[5.0, 5.5, 3e4, 3e4]]), torch.tensor([[1.0, 2.0, 0.0, 0.0]])
-    length = torch.tensor([4])
-    commit(backend, state, torch.tensor([0]), torch.tensor([tokens]), length, entropy, confidence)
-    progress = state.tensors.progress[0]
-    assert (
-        progress[at.T] == 4 and progress[at.CONFIDENCE_PUSHED] == progress[at.ENTROPY_PUSHED] == 2
-    )
-    assert state.tensors.confidence_sum.tolist() == [10.5]
-    assert state.tensors.entropy[0, :4].tolist() == [1.0, 2.0, 0.0, 0.0]
-    assert bool(state.stopped[0]) == (force == "stop")

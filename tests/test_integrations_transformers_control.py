@@ -1,0 +1,129 @@
+"""`ModulationLogitsProcessor` in transformers' own generate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engine_control_cases import END, SETS, SPECS, THINK, V, expected_row
+from torch import Tensor
+
+import reasonkern as rk
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=128,
+        initializer_range=0.5, eos_token_id=None, bos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).double().eval()
+
+
+def processor(*args: Any, **named: Any) -> Any:
+    from reasonkern.integrations.transformers import ModulationLogitsProcessor
+
+    return ModulationLogitsProcessor(*args, **named)
+
+
+PROMPTS = torch.tensor([[0, 0, 11, THINK], [12, 13, 14, THINK], [15, END, THINK, 16]])
+KEEP = {
+    "attention_mask": (PROMPTS > 0).long(),
+    "max_new_tokens": 40,
+    "return_dict_in_generate": True,
+}
+
+
+@pytest.mark.peers
+def test_transformers_equals_a_literal_cyclic_reflex(model: Any) -> None:
+    """Greedy: the wave added to five ids, until the end of thinking."""
+    prompt = PROMPTS[1:2]
+    spec = rk.Modulation(cyclic=rk.Cyclic(6.0, 16), think_end=END)
+    out = model.generate(
+        prompt, logits_processor=[processor(spec, SETS)], max_new_tokens=60, do_sample=False
+    )
+    ids, plain = prompt, []
+    for t in range(60):
+        with torch.no_grad():
+            z = model(ids).logits[0, -1].float()
+        plain.append(int(z.argmax()))
+        if END not in ids[0, 4:]:
+            u = (t % 16) / 16
+            delta = 24 * u if u <= 0.25 else 12 - 24 * u if u <= 0.75 else 24 * u - 24
+            z[[5, 6, 7]] += delta
+        ids = torch.cat((ids, z.argmax().view(1, 1)), 1)
+    assert out.tolist() == ids.tolist()
+    assert plain != ids[0, 4:].tolist()
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("strategy", ["greedy", "sample", "beam", "assisted"])
+def test_transformers_strategies_equal_a_processor_without_memory(
+    model: Any, strategy: str
+) -> None:
+    """One that folds every history anew."""
+    import transformers
+
+    specs = [SPECS[0], SPECS[1], SPECS[2]]
+    settings: dict[str, Any] = {"do_sample": strategy == "sample"}
+    prompt, keep = PROMPTS, KEEP
+    if strategy == "beam":
+        settings["num_beams"] = 2
+        specs = [s for s in specs for _ in range(2)]
+    if strategy == "assisted":
+        prompt, specs = PROMPTS[1:2], [SPECS[1]]
+        keep = KEEP | {"attention_mask": KEEP["attention_mask"][1:2]}
+        settings["prompt_lookup_num_tokens"] = 3
+    temperature = 0.8 if strategy == "sample" else 0.0
+    if strategy == "sample":
+        settings["temperature"] = temperature
+
+    class Anew(transformers.LogitsProcessor):  # type: ignore[misc]
+        calls = 0
+
+        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
+            self.calls += 1
+            rows = [
+                expected_row(row, spec, tokens[:4], tokens[4:], temperature)
+                for row, spec, tokens in zip(scores, specs, ids.tolist(), strict=True)
+            ]
+            return torch.stack(rows)
+
+    found = []
+    for control in (processor(specs, SETS, temperature=temperature), Anew()):
+        torch.manual_seed(5)
+        found.append(model.generate(prompt, logits_processor=[control], **keep, **settings))
+    assert found[0].sequences.tolist() == found[1].sequences.tolist()
+    plain = model.generate(prompt, **keep, **settings)
+    assert plain.sequences.tolist() != found[0].sequences.tolist()
+    if strategy in ("greedy", "sample"):
+        second = found[0].sequences[1, 4:].tolist()
+        assert [4, END] in [second[t : t + 2] for t in range(5, 9)]  # the budget's phrase
+
+
+@pytest.mark.peers
+def test_transformers_keeps_raw_logits_and_refuses_a_second_use(model: Any) -> None:
+    spec = rk.Modulation(ban=rk.Ban())
+    control = processor(spec, SETS)
+    out = model.generate(
+        PROMPTS, logits_processor=[control], output_logits=True, output_scores=True,
+        do_sample=False, **KEEP,
+    )  # fmt: skip
+    raw, scores = torch.stack(out.logits), torch.stack(out.scores)
+    assert raw[..., [5, 6, 7]].isfinite().all() and (scores[..., [5, 6, 7]] == -torch.inf).all()
+    assert not {5, 6, 7} & set(out.sequences[:, 4:].flatten().tolist())
+    with pytest.raises(ValueError, match="input_ids: expected at least the prompt's 4 tokens"):
+        model.generate(PROMPTS[:, 1:], logits_processor=[control], max_new_tokens=2)
+    for other in (PROMPTS.flip(1), PROMPTS[:2], torch.cat((PROMPTS, PROMPTS), 1)[:, 1:]):
+        with pytest.raises(ValueError, match="input_ids: expected the prompts of the first call"):
+            model.generate(other, logits_processor=[control], max_new_tokens=2)
+    with pytest.raises(ValueError, match="spec: expected one Modulation, or 3 .*got 2"):
+        model.generate(PROMPTS, logits_processor=[processor([spec, None], SETS)], max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"modulation\.deepconf: expected None"):
+        processor(rk.Modulation(deepconf=rk.DeepConf(1.0)), SETS)
+    with pytest.raises(ValueError, match="temperature: expected a number or"):
+        model.generate(PROMPTS, logits_processor=[processor(SPECS[2], SETS)], max_new_tokens=2)
