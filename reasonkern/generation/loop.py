@@ -108,6 +108,8 @@ class Run:
         self.eos = torch.tensor(eos, dtype=torch.int64, device=model.device) if eos else None
         self._eos_ids, self.stop, self.emit = frozenset(eos), stop, emit
         self.statistics, self.clock = statistics, Clock(statistics, model.device)
+        if table is None:
+            tree = PLAIN  # nothing fills another one
         trees = BestTree(self._seconds) if tree is None else FixedTree(tree)
         self.trees: BestTree | FixedTree = trees
         self.cache = SlotCache(0, model.device)
@@ -139,9 +141,7 @@ class Run:
 
     def _step(self) -> None:
         active = [r for r in self.requests if not r.done]
-        if self.table is None and self.drafter is None:
-            tree = PLAIN
-        elif self.drafter is None:
+        if self.drafter is None:
             tree = self.trees.next(len(active))
         begin = time.perf_counter()
         with self.clock.phase("draft"):
