@@ -39,6 +39,7 @@ def read(
     padded = [[*prompt, *(0,) * (total + 1 - len(prompt))] for prompt in found]
     tokens = torch.tensor(padded, device=device)[:, :total]
     ends = torch.tensor(lengths, device=device)
+    scope = scope[torch.tensor(first, device=device)]
     chunk = CHUNK
     if table is not None:
         chunk = max(1, min(CHUNK, LOGITS // (len(found) * model.vocab_size)))
@@ -46,7 +47,7 @@ def read(
         part = tokens[:, begin : begin + chunk]
         logits = model(prompt_pass(part, cache, begin, table is not None))
         if table is not None:
-            _learn(table, tokens, ends, begin, logits, scope[torch.tensor(first, device=device)])
+            _learn(table, tokens, ends, begin, logits, scope)
         # What was written behind the end of a shorter prompt is not kept.
         cache.lengths = torch.minimum(ends, cache.lengths + part.shape[1])
     cache.take(torch.tensor(rows, device=device))
