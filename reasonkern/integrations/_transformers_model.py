@@ -49,14 +49,13 @@ class CausalModel:
         """By kind of layer where a model has several, as its own preparation would give it."""
         window = getattr(self.config, "sliding_window", None)
         kinds = set(getattr(self.config, "layer_types", None) or ())
-        full = self._additive(given.seen)
         if window is None or kinds == {"full_attention"}:
-            return full
+            return self._additive(given.seen)
         age = given.positions[:, :, None] - given.slot_positions[:, None]
         sliding = self._additive(given.seen & (age < window))
         if not kinds:
             return sliding
-        return {"full_attention": full, "sliding_attention": sliding}
+        return {"full_attention": self._additive(given.seen), "sliding_attention": sliding}
 
     def _additive(self, seen: Tensor) -> Tensor:
         """(B, 1, N, S): what SDPA takes, or what eager attention adds."""
