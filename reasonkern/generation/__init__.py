@@ -183,7 +183,6 @@ def _control(
     state, slot = control
     if not isinstance(state, ModulationState):
         _checks.fail("control[0]", "a ModulationState", type(state).__name__)
-    _checks.check_tensor("control[1]", slot)
     _checks.check_shape("control[1]", slot, (requests,), "(requests,)")
     _checks.check_dtype("control[1]", slot, torch.int64)
     if {state.device, slot.device} != {device}:

@@ -218,7 +218,6 @@ def _prompts(found: Any, input_ids: Tensor, mask: Tensor | None) -> list[list[in
     rows: list[list[int]] = input_ids.tolist()
     if mask is None:
         return rows
-    _checks.check_tensor("attention_mask", mask)
     _checks.check_shape("attention_mask", mask, input_ids.shape, "that of input_ids")
     used = (mask != 0).tolist()
     for index, row in enumerate(used):
