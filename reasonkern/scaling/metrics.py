@@ -39,11 +39,11 @@ def pass_at_k(n: int | Tensor, c: int | Tensor, k: int) -> Tensor:
     for name, x in (("n", n), ("c", c)):
         if not isinstance(x, Tensor):
             _checks.check_integer(name, x, 0)
-        elif x.dtype.is_floating_point:
+        elif check_tensor(name, x).dtype.is_floating_point:
             _checks.fail(name, "an integer or a tensor of integers", x.dtype)
     if isinstance(n, Tensor) and isinstance(c, Tensor):
         _checks.check_device("c", c, n, "n")
-    at = next((check_tensor("n", x).device for x in (n, c) if isinstance(x, Tensor)), None)
+    at = next((x.device for x in (n, c) if isinstance(x, Tensor)), None)
     total, right = (torch.as_tensor(x, dtype=torch.float64, device=at) for x in (n, c))
     try:
         total, right = torch.broadcast_tensors(total, right)
