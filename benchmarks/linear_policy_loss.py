@@ -210,10 +210,7 @@ def add_outer(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 PROVIDERS = (
     Provider("reasonkern", {OP: ours.linear_policy_loss_runner}),
-    *(
-        Provider(f"ours-{name}", {OP: ours.on_gpu(name, ours.linear_policy_loss_runner)})
-        for name in ("cuda", "triton")
-    ),
+    *ours.gpu_providers({OP: ours.linear_policy_loss_runner}).values(),
     Provider("calls-of-1k", {OP: ours.linear_in_calls_of_1k_runner}),
     Provider("gemms", {OP: eager.gemms_runner}, checked=False),
     *(

@@ -16,7 +16,7 @@ from torch import Tensor
 import reasonkern as rk
 from benchmarks import timing
 from benchmarks.case import DTYPES, Case, Gate, Provider, Runner, Tolerance, Truth
-from benchmarks.peers.ours import on_gpu
+from benchmarks.peers.ours import gpu_providers
 from reasonkern import _load
 
 LAUNCHES, NODES, BATCH, VOCAB, SMALL = 64, 8, 64, 151_936, 32_000
@@ -191,12 +191,7 @@ CONTROLS = ("control_rows", "control_tree")
 OPS = (*CONTROLS, "commit")
 OURS = dict.fromkeys(CONTROLS, launched(modulate)) | {"commit": launched(commit)}
 PROVIDERS = {
-    **{
-        f"ours-{backend}": Provider(
-            f"ours-{backend}", {op: on_gpu(backend, build) for op, build in OURS.items()}
-        )
-        for backend in ("cuda", "triton")
-    },
+    **gpu_providers(OURS),
     "launch": Provider("launch", dict.fromkeys(OPS, launched(nothing)), checked=False),
     "index_add_": Provider(
         "index_add_", dict.fromkeys(CONTROLS, launched(index_add)), checked=False

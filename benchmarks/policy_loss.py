@@ -296,10 +296,7 @@ def _gradient_terms(
 OURS = {"token_stats": ours.token_stats_runner, "policy_loss": ours.policy_loss_runner}
 PROVIDERS = (
     Provider("reasonkern", OURS),
-    *(
-        Provider(f"ours-{backend}", {op: ours.on_gpu(backend, b) for op, b in OURS.items()})
-        for backend in ("cuda", "triton")
-    ),
+    *ours.gpu_providers(OURS).values(),
     Provider(
         "copy",
         {"token_stats": eager.copy_runner, "policy_loss": eager.copy_runner},

@@ -336,12 +336,7 @@ CASES = CPU_CASES + CUDA_CASES
 OURS = {"table_draft": ours_draft, "table_update": ours_update, "table_step": ours_both}
 PROVIDERS = {
     "reasonkern": Provider("reasonkern", OURS),
-    **{
-        f"ours-{backend}": Provider(
-            f"ours-{backend}", {op: ours.on_gpu(backend, build) for op, build in OURS.items()}
-        )
-        for backend in ("cuda", "triton")
-    },
+    **ours.gpu_providers(OURS),
     "arctic": Provider("arctic", {"table_step": arctic}, checked=False),
     "prompt-lookup": Provider("prompt-lookup", {"table_step": prompt_lookup}, checked=False),
 }

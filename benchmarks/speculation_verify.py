@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 import reasonkern as rk
 from benchmarks.case import DTYPES, Case, Gate, Provider, Runner, Tolerance, Truth
-from benchmarks.peers.ours import on_gpu
+from benchmarks.peers.ours import gpu_providers
 from reasonkern import _load
 
 VOCAB, TEMPERATURE, DEPTH = 151_936, 0.6, 3
@@ -255,12 +255,7 @@ OURS = {"verify_row": ours, "verify_step": ours, "sample": ours_sample}
 ON_GPU = ("verify_step", "sample")
 PROVIDERS = {
     "reasonkern": Provider("reasonkern", OURS),
-    **{
-        f"ours-{backend}": Provider(
-            f"ours-{backend}", {op: on_gpu(backend, OURS[op]) for op in ON_GPU}
-        )
-        for backend in ("cuda", "triton")
-    },
+    **gpu_providers({op: OURS[op] for op in ON_GPU}),
     "softmax": Provider("softmax", {"verify_row": softmax, "verify_step": softmax}, checked=False),
     "sample": Provider("sample", {"verify_step": sampling}, checked=False),
     "eager": Provider("eager", dict.fromkeys(ON_GPU, eager), checked=False),

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 
-from benchmarks.case import Case, Runner, Skip
+from benchmarks.case import Case, Provider, Runner, Skip
 from benchmarks.peers import Terms, loss_and_gradient, loss_and_head_gradients, statistics
 
 if TYPE_CHECKING:
@@ -138,6 +138,16 @@ def on_gpu(backend: str, build: Build) -> Build:
         return inner
 
     return build_forced
+
+
+def gpu_providers(build: Mapping[str, Build]) -> dict[str, Provider]:
+    """By name: the ops on each GPU backend."""
+    return {
+        f"ours-{backend}": Provider(
+            f"ours-{backend}", {op: on_gpu(backend, one) for op, one in build.items()}
+        )
+        for backend in ("cuda", "triton")
+    }
 
 
 @contextlib.contextmanager
