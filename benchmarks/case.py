@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -132,6 +132,16 @@ class Provider:
     """False for ceilings and yardsticks that compute something else (a copy)."""
     passes: int | None = None
     """Own memory passes where they differ from the case's (a copy reads once and writes once)."""
+
+
+def merged(*parts: Mapping[str, Provider]) -> dict[str, Provider]:
+    """The providers of several modules; those of one name become one, with the ops of all."""
+    found: dict[str, Provider] = {}
+    for part in parts:
+        for name, provider in part.items():
+            known = found.get(name, provider)
+            found[name] = replace(known, build={**known.build, **provider.build})
+    return found
 
 
 @dataclass(frozen=True)

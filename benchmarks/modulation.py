@@ -7,14 +7,10 @@ from typing import Any
 from benchmarks import modulation_gpu as gpu
 from benchmarks import modulation_rows as rows
 from benchmarks import modulation_sampler as sampler
-from benchmarks.case import Case, Family, Provider, Truth
+from benchmarks.case import Case, Family, Truth, merged
 
 PARTS = (rows, sampler, gpu)
-PROVIDERS: dict[str, Provider] = {}
-for _part in PARTS:
-    for _name, _provider in _part.PROVIDERS.items():
-        _known = PROVIDERS.get(_name, Provider(_name, {}, _provider.checked))
-        PROVIDERS[_name] = Provider(_name, {**_known.build, **_provider.build}, _known.checked)
+PROVIDERS = merged(*(part.PROVIDERS for part in PARTS))
 
 
 def _part_of(case: Case) -> Any:

@@ -6,16 +6,9 @@ from typing import Any
 
 from benchmarks import speculation_table as table
 from benchmarks import speculation_verify as verify
-from benchmarks.case import Case, Family, Provider, Truth
+from benchmarks.case import Case, Family, Truth, merged
 
-
-def _ours(name: str) -> Provider:
-    """One provider of the ops of both parts."""
-    return Provider(name, {**table.PROVIDERS[name].build, **verify.PROVIDERS[name].build})
-
-
-SHARED = table.PROVIDERS.keys() & verify.PROVIDERS.keys()
-PROVIDERS = table.PROVIDERS | verify.PROVIDERS | {name: _ours(name) for name in sorted(SHARED)}
+PROVIDERS = merged(table.PROVIDERS, verify.PROVIDERS)
 
 
 def _part(case: Case) -> Any:
