@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from io import StringIO
@@ -72,20 +73,13 @@ def inputs(case: Case, seed: int) -> Work:
     """New problems of the kind the model was trained on."""
     model, tokenizer = trained(case.label)
     if case.dtype != "float32":
-        model = _copy(model).to(DTYPES[case.dtype])
+        model = deepcopy(model).to(DTYPES[case.dtype])
     batch, trajectories, problems = case.shape[:3]
     made = arithmetic.generate(problems, samples=2, seed=1000 + seed)
     prompts = [[BOS, *tokenizer.encode(p)] for p in dict.fromkeys(t.prompt for t in made)]
     work = Work(Decoding(model), prompts, batch, trajectories)
     work.texts = solve(work)[0]
     return work
-
-
-def _copy(model: Transformer) -> Transformer:
-    shape = len(model.head), len(model.positions.weight), model.head.shape[1], len(model.blocks)
-    twin = Transformer(*shape)
-    twin.load_state_dict(model.state_dict())
-    return twin.eval()
 
 
 def solve(
