@@ -81,6 +81,7 @@ def control_reflection(context: Context) -> None:
         f"budget {BUDGET}": rk.Modulation(budget=budget, think_end=markers.end),
         "both": rk.Modulation(cyclic=cyclic, budget=budget, think_end=markers.end),
     }
+    problems = problems_of(context)
     runs: list[dict[str, Any]] = []
     context.results["control"] = {
         "amplitude": AMPLITUDE, "period": PERIOD, "budget": BUDGET, "bin": BIN, "runs": runs,
@@ -90,12 +91,14 @@ def control_reflection(context: Context) -> None:
         for name, spec in settings.items():
             if len(runs) > 1 and context.out_of_time("control"):  # two of them compare
                 break
-            runs.append(asdict(_run(context, name, spec, markers)))
+            runs.append(asdict(_run(context, problems, name, spec, markers)))
             update(f"{name}: {runs[-1]['reflections']:.1f} reflection tokens per text")
 
 
-def _run(context: Context, name: str, spec: rk.Modulation | None, markers: Markers) -> Controlled:
-    problems = problems_of(context)
+def _run(
+    context: Context, problems: list[Problem], name: str, spec: rk.Modulation | None,
+    markers: Markers,
+) -> Controlled:  # fmt: skip
     model = Decoding(context.model)
     prompts = [problem.ids for problem in problems]
     texts = generation.generate(
