@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ..speculation.inputs import LOGITS_DTYPES
+from ..speculation.tree import MAX_NODES
 from . import layout as at
 from .state import ModulationState
 
 _modulate = torch.ops.reasonkern.modulate_logits_.default
 _commit = torch.ops.reasonkern.commit_.default
-LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def modulate_logits_(
@@ -173,8 +174,8 @@ def _tree(
         _checks.fail("local_pos", "0 beside parents, which say it", local_pos)
     _checks.check_tensor("parents", parents)
     _checks.check_dtype("parents", parents, torch.int32, torch.int64)
-    if parents.ndim != 1 or not 1 <= len(parents) <= 4096:
-        _checks.fail("parents", "shape (N,) with 1 to 4096 nodes", tuple(parents.shape))
+    if parents.ndim != 1 or not 1 <= len(parents) <= MAX_NODES:
+        _checks.fail("parents", f"shape (N,) with 1 to {MAX_NODES} nodes", tuple(parents.shape))
     if rows % len(parents):
         _checks.fail("logits", f"B·N rows with N = {len(parents)}", rows)
     batch = rows // len(parents)

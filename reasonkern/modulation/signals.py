@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-
-INTEGERS = (torch.int64, torch.int32)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from ..speculation.inputs import INTEGERS, LOGITS_DTYPES
 
 
 def entropy_forks(entropy: Tensor, mask: Tensor, n: int) -> Tensor:
@@ -47,7 +45,7 @@ def entropy_forks(entropy: Tensor, mask: Tensor, n: int) -> Tensor:
     _checks.check_tensor("mask", mask)
     if entropy.ndim != 2:
         _checks.fail("entropy", "shape (B, T)", tuple(entropy.shape))
-    _checks.check_dtype("entropy", entropy, *FLOATS)
+    _checks.check_dtype("entropy", entropy, *LOGITS_DTYPES)
     _checks.check_shape("mask", mask, entropy.shape, "entropy.shape")
     _checks.check_dtype("mask", mask, torch.bool)
     _checks.check_device("mask", mask, entropy, "entropy")
@@ -102,7 +100,7 @@ def completion_probe(
     _checks.check_tensor("slot", slot)
     if logits.ndim != 2:
         _checks.fail("logits", "shape (R, V)", tuple(logits.shape))
-    _checks.check_dtype("logits", logits, *FLOATS)
+    _checks.check_dtype("logits", logits, *LOGITS_DTYPES)
     _checks.check_shape("slot", slot, logits.shape[:1], "(R,)")
     _checks.check_dtype("slot", slot, *INTEGERS)
     _checks.check_device("slot", slot, logits, "logits")
