@@ -372,8 +372,7 @@ def _check_numbers(temperature: float, lam: float, steps: int, lr: float) -> Non
     _checks.check_number("lam", lam, 0.0)
     if lam > 1:
         _checks.fail("lam", "a number in [0, 1]", lam)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        _checks.fail("steps", "an integer >= 1", repr(steps))
+    _checks.check_integer("steps", steps, 1)
 
 
 def _reward_rows(reward: float | Tensor, hidden: Tensor) -> Tensor:

@@ -266,7 +266,7 @@ class DeepConf:
     def __post_init__(self) -> None:
         """Refuses values that have no meaning."""
         _checks.check_number("threshold", self.threshold)
-        _check_between("window", self.window, 1, at.MAX_CONFIDENCE)
+        _checks.check_integer("window", self.window, 1, at.MAX_CONFIDENCE)
         _check_id("eos", self.eos)
 
 
@@ -297,7 +297,7 @@ class EntropyTrigger:
 
     def __post_init__(self) -> None:
         """Refuses values that have no meaning."""
-        _check_between("window", self.window, 2, at.MAX_ENTROPY)
+        _checks.check_integer("window", self.window, 2, at.MAX_ENTROPY)
         for name in ("k", "floor", "min_std", "first"):
             _checks.check_number(name, getattr(self, name), 0)
 
@@ -395,11 +395,6 @@ def _is_whole(value: object) -> bool:
 def _check_count(name: str, value: object) -> None:
     if not _is_whole(value) or not 0 <= value < 1 << 62:  # type: ignore[operator]
         _checks.fail(name, "an integer >= 0", repr(value))
-
-
-def _check_between(name: str, value: object, low: int, high: int) -> None:
-    if not _is_whole(value) or not low <= value <= high:  # type: ignore[operator]
-        _checks.fail(name, f"an integer in [{low}, {high}]", repr(value))
 
 
 def _check_set(name: object) -> None:
