@@ -14,10 +14,11 @@ MAX_CONFIDENCE, MAX_ENTROPY = 2048, 64  # values of a window
 # Bits of PARTS. A slot without ACTIVE is free: its rows are left alone, its tokens not counted.
 ACTIVE, CYCLIC, TIP, CONSTANT, SCHEDULE, BAN = 1, 2, 4, 8, 16, 32
 BUDGET, SOFT, MIN_THINK, DEEPCONF, TRIGGER = 64, 128, 256, 512, 1024
+ADDERS = (CYCLIC, TIP, CONSTANT, SCHEDULE)  # parts in the order of ADDED_SETS
 
 # spec (S, SPEC_WIDTH) int64: what was asked for. An absent id is -1.
 PARTS, THINK_START, THINK_END = 0, 1, 2
-ADDED_SETS = 3  # four of them: cyclic, TIP, constant, schedule
+ADDED_SETS = 3  # one of each of ADDERS
 BAN_SET = 7
 TIP_SPAN, BUDGET_TOKENS, TRACK_FROM, END_LENGTH, MIN_TOKENS, WAIT_LENGTH = 8, 9, 10, 11, 12, 13
 WINDOWS, POINTS, EOS, CONFIDENCE_WINDOW, ENTROPY_WINDOW = 14, 15, 16, 17, 18

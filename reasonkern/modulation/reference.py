@@ -25,7 +25,6 @@ from .reference_fold import (
 
 INF = float("inf")
 FORCED = 3e4  # above 2e4, finite in float16
-ADDERS = (at.CYCLIC, at.TIP, at.CONSTANT, at.SCHEDULE)
 
 
 class Control(NamedTuple):
@@ -55,7 +54,7 @@ def wave(amplitude: Tensor, period: Tensor, shift: Tensor, t: Tensor) -> Tensor:
 def control_of(spec: Tensor, numbers: Tensor, p: Progress) -> Control:
     thinking = p.phase == at.THINKING
     added = _added(spec, numbers, p) * thinking.unsqueeze(-1)
-    sets = spec[:, at.ADDED_SETS : at.ADDED_SETS + len(ADDERS)]
+    sets = spec[:, at.ADDED_SETS : at.ADDED_SETS + len(at.ADDERS)]
     minimum = must_think(spec, p)
     ramps = (p.spent >= spec[:, at.TRACK_FROM]) & (p.spent < spec[:, at.BUDGET_TOKENS])
     ramps &= thinking & has(spec, at.SOFT) & (p.phrase != at.DONE)
@@ -100,7 +99,7 @@ def _added(spec: Tensor, numbers: Tensor, p: Progress) -> Tensor:
         numbers[:, at.BIAS],
         _scheduled(spec, numbers, t),
     )
-    rows = [torch.where(has(spec, k), x, 0.0) for k, x in zip(ADDERS, parts, strict=True)]
+    rows = [torch.where(has(spec, k), x, 0.0) for k, x in zip(at.ADDERS, parts, strict=True)]
     return torch.stack(rows, -1)
 
 
@@ -157,7 +156,7 @@ def _apply_sets(logits: Tensor, c: Control, sets: Sets, where: Tensor, real: tor
         return (bit != 0) & (index >= 0).unsqueeze(-1)
 
     total = torch.zeros(len(logits), len(ids), dtype=torch.float64, device=logits.device)
-    for k in range(len(ADDERS)):
+    for k in range(len(at.ADDERS)):
         total = torch.where(of(c.sets[:, k]), total + c.added[:, k, None], total)
     banned = of(torch.where(_survives_ban(logits, ids, of(c.ban)), c.ban, -1))
     old = logits[:, ids]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import _checks
 from . import layout as at
+from .spec import ID_LIMIT
 
-ID_LIMIT = 1 << 31
 # Column of a length, the part it belongs to, its smallest and largest value; -1 without the part.
 LENGTHS = (
     (at.WINDOWS, at.CYCLIC, 0, at.MAX_WINDOWS),
@@ -23,7 +23,6 @@ LENGTHS = (
 )
 PROGRESS = {at.PHASE: at.CLOSED + 1, at.WAIT_AT: at.MAX_WAIT + 1}
 COUNTS = (at.T, at.SPENT, at.SWITCH, at.IGNORE, at.CONFIDENCE_PUSHED, at.ENTROPY_PUSHED)
-SETS = (at.CYCLIC, at.TIP, at.CONSTANT, at.SCHEDULE)  # parts in the order of ADDED_SETS
 
 
 def check_saved(state: Mapping[str, Any], own: at.Storage) -> None:
@@ -59,7 +58,7 @@ def _check_spec(spec: Tensor, sets: int) -> None:
     failure = spec[:, at.FAILURE : at.WAIT]
     _checks.check_range("state['spec']", failure, 0, at.MAX_END, where=inside)
     _checks.check_range("state['spec']", failure - place, -at.MAX_END, 1, where=inside)
-    columns = [(at.ADDED_SETS + k, part) for k, part in enumerate(SETS)]
+    columns = [(at.ADDED_SETS + k, part) for k, part in enumerate(at.ADDERS)]
     for column, part in [*columns, (at.BAN_SET, at.BAN)]:
         _checks.check_range("state['spec']", spec[:, column], 0, sets, where=(parts & part) != 0)
     ids = torch.cat((spec[:, [at.THINK_START, at.THINK_END, at.EOS]], _phrases(spec)), 1)
@@ -71,8 +70,10 @@ def _check_spec(spec: Tensor, sets: int) -> None:
 def _phrases(spec: Tensor) -> Tensor:
     """The ids of both phrases; -1 beyond their lengths."""
     phrases = []
-    for begin, length in ((at.END, at.END_LENGTH), (at.WAIT, at.WAIT_LENGTH)):
-        width = at.MAX_END if begin == at.END else at.MAX_WAIT
+    for begin, length, width in (
+        (at.END, at.END_LENGTH, at.MAX_END),
+        (at.WAIT, at.WAIT_LENGTH, at.MAX_WAIT),
+    ):
         used = torch.arange(width) < spec[:, length, None]
         phrases.append(torch.where(used, spec[:, begin : begin + width], -1))
     return torch.cat(phrases, 1)

@@ -14,7 +14,7 @@ from . import op as _op
 from .layout import Storage
 from .saved import check_saved
 from .sets import TokenSets
-from .spec import Modulation
+from .spec import ID_LIMIT, Modulation
 
 BITS = {
     "cyclic": at.CYCLIC,
@@ -239,7 +239,7 @@ def _as_ids(name: str, tokens: Sequence[int] | Tensor) -> Tensor:
     if ids.ndim != 1:
         _checks.fail(name, "one dimension", tuple(ids.shape))
     ids = ids.to("cpu", torch.int64).contiguous()
-    _checks.check_range(name, ids, 0, 1 << 31)
+    _checks.check_range(name, ids, 0, ID_LIMIT)
     return ids
 
 
