@@ -9,7 +9,6 @@ from torch import Tensor
 
 from .. import _checks
 from ..speculation.inputs import check_logits, check_mask, row_parameters
-from . import layout as at
 from . import sampler_op as _sampler_op  # noqa: F401  (defines the operators)
 from .state import ModulationState
 
@@ -125,5 +124,5 @@ def control_arguments(
 
 def check_statistics(state: ModulationState, stats: bool) -> None:
     """Windows cannot be followed along a path whose rows nobody describes."""
-    if not stats and state.uses(at.DEEPCONF | at.TRIGGER):
+    if not stats and state.watches_statistics:
         _checks.fail("stats", "True for requests with a DeepConf or an EntropyTrigger", stats)
