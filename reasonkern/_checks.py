@@ -7,7 +7,7 @@ values would break the graph, so they do nothing then.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NoReturn
 
 import torch
@@ -64,6 +64,14 @@ def check_device(name: str, tensor: Tensor, other: Tensor, other_name: str) -> N
     check_tensor(name, tensor)
     if tensor.device != other.device:
         fail(name, f"the device of {other_name}, {other.device}", tensor.device)
+
+
+def check_saved(state: Mapping[str, object], own: Mapping[str, Tensor], owner: str) -> None:
+    """A saved state has the tensors of its owner, in shape and dtype."""
+    for name, tensor in own.items():
+        given = check_values(f"state[{name!r}]", state.get(name))
+        check_dtype(f"state[{name!r}]", given, tensor.dtype)
+        check_shape(f"state[{name!r}]", given, tensor.shape, f"of this {owner}")
 
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:

@@ -27,12 +27,10 @@ COUNTS = (at.T, at.SPENT, at.SWITCH, at.IGNORE, at.CONFIDENCE_PUSHED, at.ENTROPY
 
 def check_saved(state: Mapping[str, Any], own: at.Storage) -> None:
     """ValueError for a tensor that no state over the same sets has; reads them on the host."""
-    for name, tensor in own._asdict().items():
-        given = _checks.check_values(f"state[{name!r}]", state.get(name))
-        _checks.check_dtype(f"state[{name!r}]", given, tensor.dtype)
-        _checks.check_shape(f"state[{name!r}]", given, tensor.shape, "of this state")
-        if name.startswith("set_") and not torch.equal(given.cpu(), tensor.cpu()):
-            _checks.fail(f"state[{name!r}]", "that of this state's sets", given.tolist())
+    _checks.check_saved(state, own._asdict(), "state")
+    for name in ("set_offsets", "set_ids", "set_member"):
+        if not torch.equal(state[name].cpu(), getattr(own, name).cpu()):
+            _checks.fail(f"state[{name!r}]", "that of this state's sets", state[name].tolist())
     spec = state["spec"].cpu()
     _check_spec(spec, len(own.set_offsets) - 1)
     period = state["numbers"].cpu()[:, at.PERIOD]

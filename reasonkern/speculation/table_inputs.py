@@ -100,10 +100,7 @@ def check_known(table: NgramTable, context: Tensor, scope: Tensor | None) -> Non
 
 def check_state(table: NgramTable, state: Mapping[str, Any], own: Storage) -> None:
     """The tensors of a saved table; contents that no table has would become drafted ids."""
-    for name, tensor in own._asdict().items():
-        given = _checks.check_values(f"state[{name!r}]", state.get(name))
-        _checks.check_dtype(f"state[{name!r}]", given, tensor.dtype)
-        _checks.check_shape(f"state[{name!r}]", state[name], tensor.shape, "of this table")
+    _checks.check_saved(state, own._asdict(), "table")
     ids, extra = state["slots"].long(), state["extra"]
     if table.storage == "packed":
         ids = ids & (1 << ID_BITS) - 1
