@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
@@ -13,3 +14,12 @@ def kernel(fn: Callable[..., Any]) -> Any:
     parameters = inspect.signature(fn).parameters.values()
     names = [p.name for p in parameters if p.annotation is not tl.constexpr]
     return triton.jit(fn, do_not_specialize=names)
+
+
+def check_launchable(name: str, device: torch.device, function: object) -> None:
+    """RuntimeError where a kernel is compiled and its tensors are the CPU's."""
+    if device.type == "cpu" and isinstance(function, triton.JITFunction):
+        raise RuntimeError(
+            f"{name}: the Triton backend got a CPU tensor; it needs a GPU, or TRITON_INTERPRET=1 "
+            "in the environment before triton is imported"
+        )

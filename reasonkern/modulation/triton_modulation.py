@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import kernel
+from .._triton import check_launchable, kernel
 from . import layout as at
 from .triton_control import (
     DEEPCONF,
@@ -154,19 +154,11 @@ def commit_kernel(
 # ---- launchers
 
 
-def check_runnable(name, device):
-    if device.type == "cpu" and isinstance(modulate_kernel, triton.JITFunction):
-        raise RuntimeError(
-            f"{name}: the Triton backend got a CPU tensor; it needs a GPU, or TRITON_INTERPRET=1 "
-            "in the environment before triton is imported"
-        )
-
-
 def modulate_logits_(
     logits, slot, local_pos, draft_tokens, parents, temperature, spec, numbers, progress,
     set_offsets, set_ids, set_member, dense,
 ):  # fmt: skip
-    check_runnable("modulate_logits_", logits.device)
+    check_launchable("modulate_logits_", logits.device, modulate_kernel)
     rows, block = config(dense)
     if logits.shape[0]:
         with torch.cuda.device_of(logits):
@@ -182,7 +174,7 @@ def commit_(
     slot, tokens, length, entropy, confidence, spec, numbers, progress, set_offsets, set_ids,
     set_member, confidence_ring, entropy_ring, confidence_sum,
 ):  # fmt: skip
-    check_runnable("commit_", slot.device)
+    check_launchable("commit_", slot.device, commit_kernel)
     rows, _ = config(dense=False)
     if tokens.shape[0]:
         with torch.cuda.device_of(tokens):

@@ -1,10 +1,9 @@
 """Triton kernel of GTPO's conflict tokens; the launcher takes the operator's arguments (op.py)."""
 
 import torch
-import triton
 import triton.language as tl
 
-from .._triton import kernel
+from .._triton import check_launchable, kernel
 
 BLOCK = 256
 
@@ -46,11 +45,7 @@ def conflict_kernel(
 
 
 def conflict_runs(tokens, mask, sign, members, spans):
-    if tokens.device.type == "cpu" and isinstance(conflict_kernel, triton.JITFunction):
-        raise RuntimeError(
-            "conflict_runs: the Triton backend got a CPU tensor; it needs a GPU, or "
-            "TRITON_INTERPRET=1 in the environment before triton is imported"
-        )
+    check_launchable("conflict_runs", tokens.device, conflict_kernel)
     rows, width = tokens.shape
     runs = tokens.new_empty(rows, 2)
     if rows:

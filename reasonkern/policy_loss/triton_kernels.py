@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import kernel
+from .._triton import check_launchable, kernel
 from .triton_conflict import conflict_kernel, conflict_runs  # noqa: F401  (of an operator)
 from .triton_objective import Hyper, RowInputs, grad_row, is_finite, objective_row
 from .triton_rows import (
@@ -277,11 +277,7 @@ def check_runnable(name, x):
             f"{name}: the Triton backend takes float32, bfloat16 or float16, got {x.dtype}; "
             "the reference backend takes it"
         )
-    if x.device.type == "cpu" and isinstance(loss_kernel, triton.JITFunction):
-        raise RuntimeError(
-            f"{name}: the Triton backend got a CPU tensor; it needs a GPU, or TRITON_INTERPRET=1 "
-            "in the environment before triton is imported"
-        )
+    check_launchable(name, x.device, loss_kernel)
 
 
 def launch(function, x, *args, **flags):

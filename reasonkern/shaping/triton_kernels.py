@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import kernel
+from .._triton import check_launchable, kernel
 
 SELECT_BLOCK, SELECT_OPTIONS = 1024, {"num_warps": 4}
 
@@ -149,11 +149,7 @@ def check_runnable(name, x, dtypes):
             f"{name}: the Triton backend takes {' or '.join(map(str, dtypes))}, got {x.dtype}; "
             "the reference backend takes it"
         )
-    if x.device.type == "cpu" and isinstance(gae_kernel, triton.JITFunction):
-        raise RuntimeError(
-            f"{name}: the Triton backend got a CPU tensor; it needs a GPU, or TRITON_INTERPRET=1 "
-            "in the environment before triton is imported"
-        )
+    check_launchable(name, x.device, gae_kernel)
 
 
 def gae(

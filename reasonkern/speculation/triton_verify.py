@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import kernel
+from .._triton import check_launchable, kernel
 from .triton_rows import INF, Request, Row, choose, find_top, write_statistics
 
 EOS, BAD_ROW, CAPPED = (tl.constexpr(bit) for bit in (1, 2, 4))
@@ -104,11 +104,7 @@ OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
 def check_runnable(name, logits):
     if logits.dtype == torch.float64:
         raise NotImplementedError(f"{name}: the Triton backend takes float32, bfloat16 or float16")
-    if logits.device.type == "cpu" and isinstance(sample_kernel, triton.JITFunction):
-        raise RuntimeError(
-            f"{name}: the Triton backend got a CPU tensor; it needs a GPU, or TRITON_INTERPRET=1 "
-            "in the environment before triton is imported"
-        )
+    check_launchable(name, logits.device, sample_kernel)
 
 
 def strides(x, dims):
