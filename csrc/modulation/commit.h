@@ -8,8 +8,6 @@
 namespace reasonkern {
 namespace modulation {
 
-RK_HOST_DEVICE bool is_number(float x) { return x - x == 0; }
-
 // The running mean of DeepConf; once it is below the threshold the request stays stopped.
 RK_HOST_DEVICE void push_confidence(const CommitParams& c, int64_t slot, float value) {
   const int64_t* spec = c.state.spec_of(slot);
@@ -54,10 +52,10 @@ RK_HOST_DEVICE void store_progress(const CommitParams& c, int64_t slot, const Pr
 
 RK_HOST_DEVICE void push_statistics(const CommitParams& c, int64_t slot, int64_t at) {
   const int64_t parts = c.state.spec_of(slot)[kParts];
-  if ((parts & kDeepConf) && c.confidence != nullptr && is_number(c.confidence[at])) {
+  if ((parts & kDeepConf) && c.confidence != nullptr && is_finite(c.confidence[at])) {
     push_confidence(c, slot, c.confidence[at]);
   }
-  if ((parts & kTrigger) && c.entropy != nullptr && is_number(c.entropy[at])) {
+  if ((parts & kTrigger) && c.entropy != nullptr && is_finite(c.entropy[at])) {
     push_entropy(c, slot, c.entropy[at]);
   }
 }
