@@ -22,7 +22,8 @@ RK_HOST_DEVICE Progress load_progress(const State& s, int64_t slot) {
   return {p[kT], p[kSpent], p[kSwitch], p[kPhase], p[kPhrase], p[kWaitAt], p[kIgnore], p[kStopped]};
 }
 
-RK_HOST_DEVICE bool holds(const Sets& sets, int64_t set, int64_t token) {
+// The entry of a token in a set, or -1.
+RK_HOST_DEVICE int32_t entry_of(const Sets& sets, int64_t set, int64_t token) {
   int32_t low = sets.offsets[set], high = sets.offsets[set + 1];
   while (low < high) {
     const int32_t middle = low + (high - low) / 2;
@@ -32,7 +33,11 @@ RK_HOST_DEVICE bool holds(const Sets& sets, int64_t set, int64_t token) {
       high = middle;
     }
   }
-  return low < sets.offsets[set + 1] && sets.ids[low] == token;
+  return low < sets.offsets[set + 1] && sets.ids[low] == token ? low : -1;
+}
+
+RK_HOST_DEVICE bool holds(const Sets& sets, int64_t set, int64_t token) {
+  return entry_of(sets, set, token) >= 0;
 }
 
 RK_HOST_DEVICE bool must_think(const int64_t* spec, const Progress& p) {

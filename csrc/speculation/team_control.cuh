@@ -218,17 +218,8 @@ struct ControlledRow : TeamRow<AnyElement> {
 
   __device__ int64_t find(int32_t set, int64_t v) const {
     if (set < 0) return 0;
-    int32_t low = sets.offsets[set], high = sets.offsets[set + 1];
-    const int32_t end = high;
-    while (low < high) {
-      const int32_t middle = low + (high - low) / 2;
-      if (sets.ids[middle] < v) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low < end && sets.ids[low] == v ? sets.member[low] : 0;
+    const int32_t entry = modulation::entry_of(sets, set, v);
+    return entry < 0 ? 0 : sets.member[entry];
   }
 };
 
