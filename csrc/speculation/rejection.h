@@ -7,10 +7,8 @@
 namespace reasonkern {
 
 #if defined(__CUDA_ARCH__)
-RK_HOST_DEVICE double mul_rn(double a, double b) { return __dmul_rn(a, b); }
 RK_HOST_DEVICE double add_rn(double a, double b) { return __dadd_rn(a, b); }
 #else
-RK_HOST_DEVICE double mul_rn(double a, double b) { return a * b; }
 RK_HOST_DEVICE double add_rn(double a, double b) { return a + b; }
 #endif
 
@@ -60,7 +58,7 @@ struct Rejection {
     int slot = 0;
     while (slot < entry && ids[slot] != token) ++slot;
     if (slot == entry || !(s[slot] > 0)) return false;
-    if (mul_rn(coin, s[slot]) < r[slot]) return true;
+    if (product(coin, s[slot]) < r[slot]) return true;
     reject(slot);
     return false;
   }
@@ -73,7 +71,7 @@ struct Rejection {
   RK_HOST_DEVICE void reject(int slot) {
     double mass = 0;
     for (int i = 0; i < entry; ++i) mass = add_rn(mass, left(i));
-    mass = add_rn(mass, mul_rn(tail, tail_mass));
+    mass = add_rn(mass, product(tail, tail_mass));
     if (!(mass > 0)) {  // by rounding only, where p = q and a coin is next to 1: sample p
       patched = live = false;
       return;
@@ -89,7 +87,7 @@ struct Rejection {
 
   // Log-weight of slot i on the scale of z/T, where the tail keeps its own; -inf: no mass.
   RK_HOST_DEVICE float log_weight(int i, float top) const {
-    const double ratio = mul_rn(r[i], mul_rn(total, 0x1p-40) / tail);
+    const double ratio = product(r[i], product(total, 0x1p-40) / tail);
     return ratio >= double(kTiny) ? noise::add(top, -noise::minus_log(float(ratio))) : -kInf;
   }
 };
