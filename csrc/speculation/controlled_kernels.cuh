@@ -205,7 +205,7 @@ class ControlledVisit {
     return outcome;
   }
 
-  __device__ void emitted(const VerifyParams&, Team&, const Place&, const Outcome& chosen) {
+  __device__ void emitted(const Outcome& chosen) {
     __syncthreads();
     if (threadIdx.x != 0 || slot_.slot < 0) return;
     slot_.commit(shared_, chosen.token, entropy_, shared_.confidence);

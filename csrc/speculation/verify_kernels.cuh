@@ -164,7 +164,7 @@ struct PlainVisit {
     return choose_token(p, team, row, top, at, nothing);
   }
 
-  __device__ void emitted(const VerifyParams&, Team&, const Place&, const Outcome&) {}
+  __device__ void emitted(const Outcome&) {}
   __device__ static void clear(const VerifyParams&, int64_t, int) {}
 };
 
@@ -186,7 +186,7 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
     if (first_block) clear_outputs(p, b, at.depth, at.depth + 1);
     __syncthreads();
     if (team.leads()) p.out_tokens[out] = outcome.token, p.path[out] = at.node;
-    visit.emitted(p, team, at, outcome);
+    visit.emitted(outcome);
     if ((top.bad & 2) == 0 && top.raw > -kInf) {
       const TeamRow<E> row(p.rows, b, at.node);
       write_statistics(team, row, tops.raw, top.raw, p.topk, p.topk_ids + out * p.topk,
