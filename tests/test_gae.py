@@ -234,7 +234,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"mask": torch.ones(2, 3)}, "mask: expected dtype torch.bool"),
     ({"mask": torch.ones(3, 2, dtype=torch.bool)}, "mask: expected shape"),
     ({"gamma": 1.5}, r"gamma: expected a number in \[0, 1\], got 1.5"),
-    ({"lam": -0.1}, "lam: expected a finite number >= 0"),
+    ({"lam": -0.1}, r"lam: expected a number in \[0, 1\], got -0.1"),
     ({"lam": torch.tensor([0.5, 1.5])}, r"lam: expected values in \[0, 1\], got 1.5 at \(1,\)"),
     ({"lam": torch.tensor([0.5, torch.nan])}, r"lam: .* got nan"),
     ({"lam_value": torch.ones(3)}, "lam_value: expected shape"),

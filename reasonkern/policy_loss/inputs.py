@@ -109,9 +109,9 @@ def canonical_scaling(
         _checks.check_number("temperature", temperature, 0, exclusive=True)
         return Scaling(None, float(temperature), cap)
     rows = row_tensor("temperature", temperature, logits, per_sequence=True, segments=segments)
-    if _checks_values(rows):
-        ok = (rows > 0) & torch.isfinite(rows)
-        _check_values("temperature", rows, ok, "finite positive values")
+    if _checks.reads_values(rows):
+        right = (rows > 0) & torch.isfinite(rows)
+        _checks.check_all("temperature", rows, right, "finite positive values")
     return Scaling(rows, 1.0, cap)
 
 
@@ -171,7 +171,7 @@ def canonical_segments(
     _checks.check_device("segments", cu_seqlens, targets, "targets")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         _checks.fail("segments", "cu_seqlens of shape (S + 1,), S >= 1", tuple(cu_seqlens.shape))
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.reads_values(targets):
         ends = cu_seqlens[0].item(), cu_seqlens[-1].item()
         if ends != (0, targets.shape[-1]) or (cu_seqlens.diff() < 0).any():
             expected = f"non-decreasing offsets from 0 to {targets.shape[-1]}"
@@ -179,32 +179,15 @@ def canonical_segments(
     return Segments.of(targets, cu_seqlens, parallel)
 
 
-def _checks_values(x: Tensor) -> bool:
-    """CPU only, like `_checks.check_range`: elsewhere it would synchronise."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_finite(name: str, x: Tensor, where: Tensor | None = None) -> None:
-    ok = torch.isfinite(x)
-    if not ok.all():
-        _check_values(name, x, ok if where is None else ok | ~where, "finite values")
-
-
-def _check_values(name: str, x: Tensor, ok: Tensor, expected: str) -> None:
-    if not ok.all():
-        index = tuple((~ok).nonzero()[0].tolist())
-        _checks.fail(name, expected, f"{x[index].item()} at {index}")
-
-
 def check_rows(context: RowContext, targets: Tensor, vocab: int) -> None:
     """Values that would otherwise only be counted as nonfinite: refused on CPU."""
-    if not _checks_values(targets):
+    if not _checks.reads_values(targets):
         return
     active = context.active
-    _check_finite("weight", context.weight)
+    _checks.check_finite("weight", context.weight, expected="finite values")
     if context.entropy_weight is not None:
-        _check_finite("entropy_weight", context.entropy_weight)
-    _check_finite("advantage", context.advantage, active)
+        _checks.check_finite("entropy_weight", context.entropy_weight, expected="finite values")
+    _checks.check_finite("advantage", context.advantage, active, "finite values")
     _checks.check_range("targets", targets, 0, vocab, where=active)
 
 

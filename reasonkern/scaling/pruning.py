@@ -140,9 +140,7 @@ def focal_bce(
     _checks.check_device("target", target, logit, "logit")
     _checks.check_number("gamma", gamma, 0.0)
     if alpha is not None:
-        _checks.check_number("alpha", alpha, 0.0)
-        if alpha > 1:
-            _checks.fail("alpha", "a number in [0, 1]", alpha)
+        _checks.check_number("alpha", alpha, 0, 1)
     signed = torch.where(target != 0, logit, -logit)
     loss = -torch.exp(gamma * logsigmoid(-signed)) * logsigmoid(signed)
     if alpha is not None:

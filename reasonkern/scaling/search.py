@@ -58,9 +58,7 @@ class AStarFrontier:
         if len(rewards) != len(states):
             _checks.fail("rewards", f"{len(states)} numbers, one per state", len(rewards))
         for i, reward in enumerate(rewards):
-            _checks.check_number(f"rewards[{i}]", reward, 0.0)
-            if reward > 1:
-                _checks.fail(f"rewards[{i}]", "a number in [0, 1]", reward)
+            _checks.check_number(f"rewards[{i}]", reward, 0, 1)
         admitted = len(states) if self._left is None else min(len(states), self._left)
         for state, reward in zip(states[:admitted], rewards[:admitted], strict=True):
             node = self._node(state, float(reward), parent)

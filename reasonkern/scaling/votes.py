@@ -122,9 +122,7 @@ def temperature_vote(
     if len(temperature) != len(answers):
         _checks.fail("temperature", f"{len(answers)} numbers, one per answer", len(temperature))
     for name, share in (("intra", intra), ("cross", cross)):
-        _checks.check_number(name, share, 0.0, exclusive=True)
-        if share > 1:
-            _checks.fail(name, "a number in (0, 1]", share)
+        _checks.check_number(name, share, 0, 1, exclusive=True)
     samples: dict[float, list[Hashable]] = {t: [] for t in sorted(set(temperature))}
     for answer, t in zip(answers, temperature, strict=True):
         samples[t].append(answer)
@@ -277,9 +275,7 @@ def flexible_verification(votes: Tensor, agreement: float = 1.0) -> Verification
     _checks.check_dtype("votes", check_tensor("votes", votes), torch.bool)
     if votes.ndim != 2 or votes.shape[1] == 0:
         _checks.fail("votes", "shape (B, k), k >= 1", tuple(votes.shape))
-    _checks.check_number("agreement", agreement, 0.5, exclusive=True)
-    if agreement > 1:
-        _checks.fail("agreement", "a number in (1/2, 1]", agreement)
+    _checks.check_number("agreement", agreement, 0.5, 1, exclusive=True)
     k = votes.shape[1]
     needed = math.ceil(agreement * k - 1e-9)  # 0.7 * 10 is a little more than 7
     yes = votes.long().cumsum(1)

@@ -75,9 +75,9 @@ def group_advantages(
             _checks.fail("length", "a tensor for baseline='length-weighted'", None)
         check_vector("length", length, reward, "reward")
     centred = _minus_baseline(wide(reward), groups, baseline, length)
-    out = over_sigma(centred, _sigma(centred, wide(reward), groups, scale) + eps)
-    if scale == "none":
-        out = centred
+    out = centred
+    if scale != "none":
+        out = over_sigma(centred, _sigma(centred, wide(reward), groups, scale) + eps)
     if scale == "std" or baseline in ("group-mean", "leave-one-out", "length-weighted"):
         out = torch.where(groups.size() > 1, out, 0.0)
     return narrow(out, reward)
@@ -238,9 +238,7 @@ def anchor_update_(ema_params: Sequence[Tensor], params: Sequence[Tensor], decay
         ValueError: lists of different length, a shape or device that differs, an anchor in half
             precision, or a decay outside [0, 1].
     """
-    _checks.check_number("decay", decay, 0.0)
-    if decay > 1:
-        _checks.fail("decay", "a number in [0, 1]", decay)
+    _checks.check_number("decay", decay, 0, 1)
     ema, new = list(ema_params), list(params)
     if len(ema) != len(new):
         _checks.fail("params", f"{len(ema)} tensors, as ema_params has", len(new))

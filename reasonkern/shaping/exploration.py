@@ -75,9 +75,7 @@ def elliptical_bonus(
     if not len(features):
         return narrow(features.new_zeros(0), features)
     phi = features.detach().double()
-    if phi.device.type == "cpu" and not phi.isfinite().all():
-        index = tuple((~phi.isfinite()).nonzero()[0].tolist())
-        _checks.fail("features", "finite numbers", f"{phi[index].item()} at {index}")
+    _checks.check_finite("features", phi, expected="finite numbers")
     if project is not None:
         phi = phi @ sparse_projection(phi.shape[1], project, seed, phi.device)
     shape = (

@@ -84,9 +84,7 @@ def grpo_lambda(
     """
     check_lengths(length, correct)
     _checks.check_number("alpha", alpha, 0.0)
-    _checks.check_number("top_fraction", top_fraction, 0.0)
-    if top_fraction > 1:
-        _checks.fail("top_fraction", "a number in [0, 1]", top_fraction)
+    _checks.check_number("top_fraction", top_fraction, 0, 1)
     groups = Groups(group, correct, "correct")
     exists = groups.exists()
     accuracy = groups.reduce(correct, "sum") / (groups.offsets.diff().clamp_min(1))

@@ -67,7 +67,7 @@ def gae(
         tensor([[0.1250, 0.2500, 0.5000]])
     """
     _check_rows(reward, value, mask)
-    _check_unit("gamma", gamma)
+    _checks.check_number("gamma", gamma, 0, 1)
     _check_end(reward, bootstrap, bootstrap_value, truncated)
     dtype = torch.float64 if reward.dtype == torch.float64 else torch.float32
     number, row_lam = _lambda("lam", lam, reward, dtype)
@@ -120,25 +120,16 @@ def _check_beside(name: str, x: Tensor, first: Tensor, shape: torch.Size) -> Non
     _checks.check_device(name, x, first, "the first argument")
 
 
-def _check_unit(name: str, x: float) -> None:
-    _checks.check_number(name, x, 0.0)
-    if not torch.compiler.is_compiling() and x > 1:
-        _checks.fail(name, "a number in [0, 1]", repr(x))
-
-
 def _lambda(
     name: str, lam: float | Tensor, reward: Tensor, dtype: torch.dtype
 ) -> tuple[float, Tensor | None]:
     """(number, tensor): the operator takes the tensor if there is one."""
     if not isinstance(lam, Tensor):
-        _check_unit(name, lam)
+        _checks.check_number(name, lam, 0, 1)
         return float(lam), None
     _check_beside(name, lam, reward, reward.shape[:1])
-    if lam.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = ~((lam >= 0) & (lam <= 1))
-        if outside.any():
-            row = int(outside.nonzero()[0])
-            _checks.fail(name, "values in [0, 1]", f"{lam[row].item()} at ({row},)")
+    if _checks.reads_values(lam):
+        _checks.check_all(name, lam, (lam >= 0) & (lam <= 1), "values in [0, 1]")
     return 0.0, lam.detach().to(dtype).contiguous()
 
 
