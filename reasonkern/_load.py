@@ -170,6 +170,11 @@ def lazy(module: str, name: str) -> Implementation:
     return call
 
 
+def below_float64(x: torch.Tensor, *args: Any) -> bool:
+    """`triton_serves` of kernels that compute in float32."""
+    return x.dtype != torch.float64
+
+
 def _missing(name: str, backend: str) -> str:
     """Why an op cannot run on a backend; "" when it can."""
     if _ops[name].get(backend) is None:

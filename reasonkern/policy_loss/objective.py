@@ -15,8 +15,8 @@ from torch import Tensor
 from .adaptive import BalancedBounds, CovarianceSelection, EntropyFilter, HighEntropySelection
 from .bapo import Range
 from .conflict import LN_2
-from .objective_fields import Number, ObjectiveFields
-from .reference import CISPO, DPPO_KL, DPPO_TV, DRO, GPPO, SAPO
+from .objective_fields import ObjectiveFields
+from .reference import CISPO, DPPO_KL, DPPO_TV, DRO, GPPO, SAPO, Number
 
 E_MINUS_0_4, E_PLUS_0_4 = math.exp(-0.4), math.exp(0.4)
 

@@ -22,7 +22,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --------------------------------------------------------------------------- row statistics
+# ---- row statistics
 
 
 class Shifted(NamedTuple):
@@ -105,7 +105,7 @@ def token_stats(
     return logprob, entropy, lse, collision, varentropy, max_prob, is_top1, row_max
 
 
-# --------------------------------------------------------------------------- row gradient
+# ---- row gradient
 
 
 def row_gradient(
@@ -164,7 +164,7 @@ def token_stats_backward(
     return torch.where(kept.unsqueeze(-1), grad, 0.0).to(logits.dtype).contiguous()
 
 
-# --------------------------------------------------------------------------- objective map
+# ---- objective map
 
 
 class Hyper(NamedTuple):
@@ -281,6 +281,10 @@ def kl_term(kl_kind: int, unbiased: bool, logp: Tensor, ref: Tensor, old: Tensor
     return Term(r * k.value, r * (slope * k.value + k.dlogp))
 
 
+def active_rows(weight: Tensor, entropy_weight: Tensor | None) -> Tensor:
+    return weight != 0 if entropy_weight is None else (weight != 0) | (entropy_weight != 0)
+
+
 class RowLoss(NamedTuple):
     """Per-row loss and its derivatives, each (B, T); all zero where ``finite`` is False."""
 
@@ -306,9 +310,7 @@ def combine(
     dentropy = -h.entropy_coef * (weight if entropy_weight is None else entropy_weight)
     row_loss = weight * term.value + dentropy * entropy
     parts = (row_loss, term.value, term.dlogp, dentropy)
-    active = weight != 0
-    if entropy_weight is not None:
-        active = active | (entropy_weight != 0)
+    active = active_rows(weight, entropy_weight)
     finite = torch.isfinite(logp)
     for part in parts:
         finite = finite & torch.isfinite(part)
@@ -353,11 +355,7 @@ def objective_rows(
     return combine(Term(term.value, weight * term.dlogp), logp, entropy, weight, entropy_weight, h)
 
 
-# --------------------------------------------------------------------------- fused loss
-
-
-def active_rows(weight: Tensor, entropy_weight: Tensor | None) -> Tensor:
-    return weight != 0 if entropy_weight is None else (weight != 0) | (entropy_weight != 0)
+# ---- fused loss
 
 
 def policy_loss(
