@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import parallel_ranks
 import pytest
 import torch
 from contract import run_contract
@@ -155,9 +154,7 @@ dist.destroy_process_group()
 def test_replicas_stay_identical(tmp_path: Path) -> None:
     here = Path(__file__).parent
     script = RANK.format(tests=str(here), root=str(here.parent))
-    command = [sys.executable, "-c", script]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    parallel_ranks.run_script(script, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = NgramTable(64, vocab_size=50, orders=(3, 2, 1), topk=4, max_scopes=4)
     for step in range(5):
