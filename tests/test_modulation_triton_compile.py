@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from triton_programs import compiled, output_of, resources
+from triton_programs import assert_unspilled, compiled, output_of, resources
 
 pytest.importorskip("triton", reason="the Triton backend needs triton, which is Linux only")
 
@@ -73,7 +73,10 @@ def report(request):
 
 def test_no_kernel_spills(report):
     for row in report:
-        assert 0 < row["REG"] <= 255
-        # A word of describe_kernel stays on the stack, at 64 registers as at 80.
-        stack = 8 if row["kernel"] == "describe_kernel" else 0
-        assert row["LOCAL"] == 0 and row["STACK"] <= stack, row
+        if row["kernel"] == "describe_kernel":
+            # ptxas keeps one word on the stack, written once a row and read twice, to stay at 64
+            # registers: with maxnreg=96 it takes 80 and no stack, but then one program of 512
+            # threads fits a multiprocessor instead of two.
+            assert row["STACK"] <= 8 and row["REG"] <= 64
+            row = row | {"STACK": 0}
+        assert_unspilled(row)
