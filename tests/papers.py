@@ -193,7 +193,7 @@ PAPERS = (
     Paper(45, "Demystifying agentic RL", "Demystifying Reinforcement Learning in Agentic Reasoning",
           ("Objective.dapo", "shaping.overlong_penalty", "token_weights"),
           (REWARDS + "demystifying_agentic_rl", FORMULA,
-           LOSS + "metrics.py::test_weights_are_a_literal_loop"),
+           LOSS + "weights.py::test_weights_are_a_literal_loop"),
           "tool tokens are masked"),
 )  # fmt: skip
 

@@ -15,7 +15,7 @@ from speculation_table_cases import entries, generator, random_batch, random_req
 from torch import Tensor
 
 from reasonkern import DraftTree, NgramTable
-from reasonkern.speculation import table_reference as reference
+from reasonkern.speculation import reference_table as reference
 
 CHAIN = DraftTree.chain(2)
 

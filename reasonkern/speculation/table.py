@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from . import op_table as _op  # noqa: F401  (registers the operators)
 from . import table_inputs as inputs
+from . import table_op as _op  # noqa: F401  (registers the operators)
 from .draft import Draft
-from .table_reference import (
+from .reference_table import (
     COUNTERS,
     EVICTIONS,
     HITS,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from .draft import Draft
-from .table_reference import ID_BITS, TOTAL_LIMIT, Storage, row_values
+from .reference_table import ID_BITS, TOTAL_LIMIT, Storage, row_values
 from .tree import DraftTree
 
 if TYPE_CHECKING:
