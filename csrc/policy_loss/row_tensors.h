@@ -2,15 +2,12 @@
 // numbers.
 #pragma once
 
-#include <optional>
 #include <vector>
 
 #include "../common/checks.h"
 #include "policy_loss.h"
 
 namespace reasonkern {
-
-using MaybeTensor = std::optional<Tensor>;
 
 inline LogitsType logits_type(const Tensor& logits, const char* name) {
   switch (logits.scalar_type()) {
@@ -62,9 +59,7 @@ inline ScalarType acc_dtype(const Tensor& logits) {
 inline void check_logits(const Tensor& logits, const char* name) {
   STD_TORCH_CHECK(logits.dim() == 3, name, ": expected shape (B, T, V), got ",
                   shape_text(logits.sizes()));
-  STD_TORCH_CHECK(logits.size(2) <= 1 || logits.stride(2) == 1, name,
-                  ": expected a contiguous last dimension, got strides ",
-                  shape_text(logits.strides()));
+  check_last_contiguous(logits, name);
 }
 
 // `grad` is null, the logits themselves, or a new tensor.

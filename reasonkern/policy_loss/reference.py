@@ -203,7 +203,7 @@ def clamped_exp(log_ratio: Tensor, limit: Number) -> tuple[Tensor, Tensor]:
     return torch.exp(clamped), inside.to(log_ratio.dtype)
 
 
-def dual_clip(term: Term, r: Tensor, a: Tensor, h: Hyper) -> Term:
+def dual_clipped(term: Term, r: Tensor, a: Tensor, h: Hyper) -> Term:
     """Negative advantages: the loss stops growing, and its gradient is 0, beyond r = dual_clip."""
     bound = -h.dual_clip * a
     hit = (a < 0) & (r > h.dual_clip) & (bound < term.value)
@@ -215,7 +215,7 @@ def clip_term(r: Tensor, slope: Tensor, a: Tensor, h: Hyper) -> Term:
     clipped = -clip_ratio(r, h) * a
     taken = unclipped >= clipped  # a tie is unclipped
     dlogp = torch.where(taken & (r <= h.ratio_cap), -slope * r * a, 0.0)
-    return dual_clip(Term(torch.where(taken, unclipped, clipped), dlogp), r, a, h)
+    return dual_clipped(Term(torch.where(taken, unclipped, clipped), dlogp), r, a, h)
 
 
 def gppo_term(r: Tensor, slope: Tensor, a: Tensor, h: Hyper) -> Term:
@@ -223,7 +223,7 @@ def gppo_term(r: Tensor, slope: Tensor, a: Tensor, h: Hyper) -> Term:
     kept = torch.where(below, -h.low * h.ratio_min * a, -h.high * h.ratio_max * a)
     clipped = below | above
     value = torch.where(clipped, kept, -r * a)
-    return dual_clip(Term(value, torch.where(clipped, kept, -slope * r * a)), r, a, h)
+    return dual_clipped(Term(value, torch.where(clipped, kept, -slope * r * a)), r, a, h)
 
 
 def sapo_term(r: Tensor, slope: Tensor, a: Tensor, h: Hyper) -> Term:
