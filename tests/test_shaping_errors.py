@@ -14,6 +14,7 @@ from reasonkern import shaping as sh
 X, GROUP = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
 BITS, ROWS = torch.zeros(3, dtype=torch.bool), torch.zeros(3, 2)
 FEATURES = torch.zeros(3, 4)
+NAN = torch.tensor([1.0, torch.nan, 0.5])
 IDS = torch.zeros(3, 2, dtype=torch.int64)
 
 WRONG: list[tuple[Callable[[], Any], str]] = [
@@ -63,6 +64,17 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sc.greedy_cluster(ROWS[..., None]), "scores: expected a square matrix"),
     (lambda: sc.greedy_cluster(FEATURES.to("meta")), "scores: expected a tensor with values"),
     (lambda: sc.pass_at_k(X.long(), X[:2].long(), 1), "c: expected a shape that broadcasts"),
+    # values that would otherwise vanish in a comparison
+    (lambda: sh.prioritised_sample(NAN, 1), r"advantage: expected finite .* got nan at \(1,\)"),
+    (lambda: sh.entropy_filter(X, NAN[:, None], X[:, None] + 1), r"entropy: .* nan at \(1, 0\)"),
+    (lambda: sh.entropy_reshape(X, NAN, GROUP), r"entropy_mean: expected finite .* at \(1,\)"),
+    (lambda: sh.dynamic_sampling_mask(NAN, GROUP), r"reward: expected finite .* at \(1,\)"),
+    (lambda: sh.pass_at_k_reward(NAN, GROUP), r"reward: expected finite .* at \(1,\)"),
+    (lambda: sh.laser(NAN, BITS, target=1), r"length: expected finite numbers, got nan at \(1,\)"),
+    (lambda: sc.vote_ids(IDS, ROWS - 1), r"weights: expected finite numbers >= 0, got -1"),
+    (lambda: sc.vote_ids(IDS, ROWS / 0), "weights: expected finite numbers >= 0"),
+    (lambda: sc.difficulty_grade(NAN[None]), r"scores: expected finite .* got nan at \(0, 1\)"),
+    (lambda: sc.focal_bce(X, X + 0.5), "target: expected bool or 0/1 values"),
     # choices
     (lambda: sh.group_advantages(X, GROUP, baseline="median"), "baseline: expected 'group-mean'"),
     (lambda: sh.group_advantages(X, GROUP, scale="max"), "scale: expected 'std'"),

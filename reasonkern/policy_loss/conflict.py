@@ -168,7 +168,8 @@ def entropy_filter(
         (B,) shaped advantages, of the dtype of ``advantage``.
 
     Raises:
-        ValueError: wrong shape or number.
+        ValueError: wrong shape or number; on CPU also an entropy of a trained token that is not
+            finite (on CUDA its completion is NaN).
 
     Example:
         >>> import torch, reasonkern as rk
@@ -186,6 +187,7 @@ def entropy_filter(
     _checks.check_mask("mask", mask)
     check_filter(max_entropy, coef, initial_entropy)
     trained = mask != 0
+    _checks.check_finite("entropy", entropy, trained)
     total = torch.where(trained, entropy.double(), 0.0).sum(1)
     mean = total / trained.sum(1).clamp_min(1)
     return shape_advantage(advantage, mean, max_entropy, coef, initial_entropy)
@@ -212,7 +214,7 @@ def shape_advantage(
     initial_entropy: float | Tensor | None,
 ) -> Tensor:
     """The filter for advantages and mean entropies of one shape."""
-    kept = mean_entropy <= max_entropy
+    kept = ~(mean_entropy > max_entropy)  # NaN is no reason to drop: it shows in the result
     if initial_entropy is not None:
         kept = kept | (torch.as_tensor(initial_entropy, device=kept.device) > LN_2)
     shaped = advantage.double() - coef * mean_entropy

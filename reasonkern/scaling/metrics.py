@@ -88,7 +88,8 @@ def difficulty_grade(
         `Difficulty`.
 
     Raises:
-        ValueError: wrong shape, no repeats, or thresholds that do not descend.
+        ValueError: wrong shape, no repeats, or thresholds that do not descend; on CPU also a score
+            that is negative or not finite.
 
     Example:
         >>> import torch
@@ -101,6 +102,8 @@ def difficulty_grade(
     if list(thresholds) != sorted(set(thresholds), reverse=True):
         _checks.fail("thresholds", "descending numbers", thresholds)
     x = scores.double()
+    if _checks.reads_values(x):
+        _checks.check_all("scores", x, (x >= 0) & x.isfinite(), "finite numbers >= 0")
     mean, std = x.mean(1), x.std(1, correction=0)
     variation = torch.where(std > 0, std / torch.where(mean > 0, mean, 1.0), 0.0)
     grade = torch.zeros_like(mean, dtype=torch.int64)

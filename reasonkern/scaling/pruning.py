@@ -126,7 +126,7 @@ def focal_bce(
         Loss per element, shape and dtype of ``logit``.
 
     Raises:
-        ValueError: wrong shape or a number out of range.
+        ValueError: wrong shape or a number out of range; on CPU also a target other than 0 and 1.
 
     Example:
         >>> import torch
@@ -138,6 +138,7 @@ def focal_bce(
         _checks.fail("logit", "floating point", logit.dtype)
     _checks.check_shape("target", target, logit.shape, "logit.shape")
     _checks.check_device("target", target, logit, "logit")
+    _checks.check_mask("target", target)
     _checks.check_number("gamma", gamma, 0.0)
     if alpha is not None:
         _checks.check_number("alpha", alpha, 0, 1)

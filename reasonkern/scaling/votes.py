@@ -189,7 +189,8 @@ def vote_ids(answer_ids: Tensor, weights: Tensor | None = None) -> Tensor:
         (B,) int64, the winning id, -1 where nobody voted.
 
     Raises:
-        ValueError: wrong shape, dtype or device.
+        ValueError: wrong shape, dtype or device; on CPU also a weight that is negative or not
+            finite.
 
     Example:
         >>> import torch
@@ -204,6 +205,9 @@ def vote_ids(answer_ids: Tensor, weights: Tensor | None = None) -> Tensor:
     if weights is not None:
         _checks.check_shape("weights", weights, answer_ids.shape, "answer_ids.shape")
         _checks.check_device("weights", weights, answer_ids, "answer_ids")
+        if _checks.reads_values(weights):
+            right = (weights >= 0) & weights.isfinite()
+            _checks.check_all("weights", weights, right, "finite numbers >= 0")
     one = torch.ones_like(answer_ids, dtype=torch.float64)
     cast = torch.where(answer_ids >= 0, one if weights is None else weights.double(), 0.0)
     same = answer_ids.unsqueeze(2) == answer_ids.unsqueeze(1)  # (B, N, N)

@@ -13,6 +13,7 @@ def check_lengths(length: Tensor, correct: Tensor) -> None:
     """Lengths (N,) beside (N,) bool outcomes."""
     check_flags("correct", correct)
     check_vector("length", length, correct, "correct")
+    _checks.check_finite("length", length, expected="finite numbers")
 
 
 def overlong_penalty(
@@ -300,7 +301,7 @@ def pass_at_k_reward(reward: Tensor, group: Tensor) -> Tensor:
         (N,) float32; all 0 in a group of one and where the best is not alone.
 
     Raises:
-        ValueError: wrong shape or dtype.
+        ValueError: wrong shape or dtype; on CPU also a reward that is not finite.
 
     Example:
         >>> import torch
@@ -310,6 +311,7 @@ def pass_at_k_reward(reward: Tensor, group: Tensor) -> Tensor:
     """
     check_vector("reward", reward)
     groups = Groups(group, reward, "reward")
+    _checks.check_finite("reward", reward, expected="finite numbers")
     r = wide(reward)
     best = r == groups.max(r)
     chosen = best & (groups.count_before(best) == 0)
