@@ -96,5 +96,13 @@ extern "C" __attribute__((visibility("default"))) const char* reasonkern_cpu_cap
 }
 
 STABLE_TORCH_LIBRARY_IMPL(reasonkern, CPU, m) {
-  reasonkern::implement<reasonkern::cpu::CpuBackend>(m);
+  typedef reasonkern::Operators<reasonkern::cpu::CpuBackend> Ops;
+  m.impl("token_stats", TORCH_BOX(&Ops::token_stats));
+  m.impl("token_stats_backward", TORCH_BOX(&Ops::token_stats_backward));
+  m.impl("token_stats_backward_", TORCH_BOX(&Ops::token_stats_backward_));
+  m.impl("policy_loss", TORCH_BOX(&Ops::policy_loss));
+  m.impl("policy_loss_", TORCH_BOX(&Ops::policy_loss_));
+  m.impl("scale_rows_", TORCH_BOX(&Ops::scale_rows_));
+  m.impl("policy_metrics", TORCH_BOX(&Ops::policy_metrics));
+  m.impl("objective_map", TORCH_BOX(&Ops::objective_map));
 }

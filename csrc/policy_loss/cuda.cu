@@ -97,5 +97,13 @@ struct CudaBackend {
 }  // namespace reasonkern
 
 STABLE_TORCH_LIBRARY_IMPL(reasonkern_cuda, CUDA, m) {
-  reasonkern::implement<reasonkern::CudaBackend>(m);
+  using Ops = reasonkern::Operators<reasonkern::CudaBackend>;
+  m.impl("token_stats", TORCH_BOX(&Ops::token_stats));
+  m.impl("token_stats_backward", TORCH_BOX(&Ops::token_stats_backward));
+  m.impl("token_stats_backward_", TORCH_BOX(&Ops::token_stats_backward_));
+  m.impl("policy_loss", TORCH_BOX(&Ops::policy_loss));
+  m.impl("policy_loss_", TORCH_BOX(&Ops::policy_loss_));
+  m.impl("scale_rows_", TORCH_BOX(&Ops::scale_rows_));
+  m.impl("policy_metrics", TORCH_BOX(&Ops::policy_metrics));
+  m.impl("objective_map", TORCH_BOX(&Ops::objective_map));
 }

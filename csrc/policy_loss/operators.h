@@ -1,5 +1,5 @@
 // The operators of the family over tensors: params structs filled, outputs made. A backend
-// supplies the launches and calls `implement<Backend>`:
+// supplies the launches; its file registers `Operators<Backend>`:
 //
 //   template <class T> static void token_stats(LogitsType, const StatsParams<T>&, int32_t device);
 //   ... token_stats_backward(LogitsType, const GradParams<T>&, device)
@@ -246,19 +246,5 @@ class Operators {
     return out;
   }
 };
-
-// Enters a backend's operators in a torch::stable library.
-template <class Backend, class Library>
-void implement(Library& m) {
-  using Ops = Operators<Backend>;
-  m.impl("token_stats", TORCH_BOX(&Ops::token_stats));
-  m.impl("token_stats_backward", TORCH_BOX(&Ops::token_stats_backward));
-  m.impl("token_stats_backward_", TORCH_BOX(&Ops::token_stats_backward_));
-  m.impl("policy_loss", TORCH_BOX(&Ops::policy_loss));
-  m.impl("policy_loss_", TORCH_BOX(&Ops::policy_loss_));
-  m.impl("scale_rows_", TORCH_BOX(&Ops::scale_rows_));
-  m.impl("policy_metrics", TORCH_BOX(&Ops::policy_metrics));
-  m.impl("objective_map", TORCH_BOX(&Ops::objective_map));
-}
 
 }  // namespace reasonkern
