@@ -443,3 +443,12 @@ def test_real_traces_load_and_round_trip():
     for trace in real:
         assert learnt.decode(learnt.encode(trace.text)) == trace.text
     assert all(sequence.advantage for sequence in windows.encode(real, learnt))
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "x"])
+def test_a_budget_that_is_none(minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--minutes", minutes])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"finite number > 0, got {minutes}" in error or "invalid float value: 'x'" in error

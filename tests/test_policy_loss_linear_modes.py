@@ -100,7 +100,7 @@ LOSS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"objective": Objective.gspo(), "advantage": F},
-        "advantage: expected one value per sequence for objective gspo, got (4, 6)",
+        "advantage: expected one value per sequence, (4,), for objective gspo, got shape (4, 6)",
     ),
     ({"loss_scale": F}, "loss_scale: expected a 0-dim tensor, got shape (4, 6)"),
     ({"temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),

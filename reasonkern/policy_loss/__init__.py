@@ -75,8 +75,8 @@ def token_stats(
         targets: (N,) or (B, T) token ids in [0, V).
         temperature: a number > 0, or a tensor of one per row or one per sequence (B,).
         softcap: z = cap * tanh(x / cap) before the temperature; None = off.
-        mask: bool, shaped like ``targets``; rows where it is False are not read: their statistics
-            are 0, their gradient is 0, and any target is allowed. None = all rows.
+        mask: bool or 0/1 numbers, shaped like ``targets``; rows where it is 0 are not read: their
+            statistics and gradient are 0, and any target is allowed. None = all rows.
         parallel: with a ``vocab_group`` the logits are this rank's columns, and the statistics,
             the same on every rank, those of the whole rows, after one all-gather of 32 bytes per
             row; a DTensor sharded on its last dimension needs no `Parallel`. None = whole rows.

@@ -137,6 +137,12 @@ def length_statistics(length: Tensor, correct: Tensor) -> LengthStatistics:
 
     Raises:
         ValueError: wrong shape or dtype.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.scaling import length_statistics
+        >>> length_statistics(torch.tensor([2, 4, 9]), torch.tensor([True, True, False])).mean_wrong
+        tensor(9., dtype=torch.float64)
     """
     _checks.check_dtype("correct", check_tensor("correct", correct), torch.bool)
     _checks.check_shape("length", length, correct.shape, "correct.shape")
@@ -217,6 +223,12 @@ def tail_answers(answer_ids: Tensor, last: int = 10) -> Tensor:
 
     Raises:
         ValueError: wrong shape or dtype, or ``last`` below 1.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.scaling import tail_answers
+        >>> tail_answers(torch.tensor([[[1, 2, 3], [4, 5, 6]]]), last=2)
+        tensor([[3, 6, 2, 5]])
     """
     _checks.check_dtype("answer_ids", check_tensor("answer_ids", answer_ids), torch.int64)
     if answer_ids.ndim != 3:

@@ -94,6 +94,13 @@ def laser_d(
 
     Raises:
         ValueError: wrong shape or dtype, or not three targets.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import laser_d
+        >>> length, correct = torch.tensor([10, 90, 90]), torch.tensor([True, True, True])
+        >>> laser_d(length, correct, torch.tensor([0, 0, 0]), targets=(50, 100, 200))
+        tensor([1.5000, 1.0000, 1.0000])
     """
     check_lengths(length, correct)
     target = _spread_targets(targets, accuracy_level(correct, group))
@@ -128,6 +135,13 @@ def laser_de(
 
     Raises:
         ValueError: wrong shape or dtype, or not three targets.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import laser_de
+        >>> length, correct = torch.tensor([90, 300]), torch.tensor([True, False])
+        >>> laser_de(length, correct, torch.tensor([0, 0]), targets=(50, 100, 200))
+        tensor([1.5000, 0.0000])
     """
     check_lengths(length, correct)
     target = _spread_targets(targets, accuracy_level(correct, group))
@@ -170,6 +184,14 @@ def adaptive_length_targets(
 
     Raises:
         ValueError: wrong shape or dtype, or a number out of range.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import adaptive_length_targets
+        >>> length, correct = torch.tensor([40, 60, 150]), torch.tensor([True, True, False])
+        >>> group = torch.tensor([0, 0, 1])
+        >>> adaptive_length_targets(length, correct, group, lower=50, upper=200, step=50)
+        tensor([ 50, 200, 200])
     """
     check_lengths(length, correct)
     for name, value in (("lower", lower), ("step", step), ("rollouts", rollouts)):
@@ -202,8 +224,12 @@ def _spread_targets(targets: Sequence[float] | Tensor, level: Tensor) -> Tensor:
     if isinstance(targets, Tensor):
         _checks.check_shape("targets", check_tensor("targets", targets), (3,), "(3,)")
         return wide(targets)[level]
+    three = "three numbers, for high, medium and low accuracy"
+    _checks.check_list("targets", targets, three)
     if len(targets) != 3:
-        _checks.fail("targets", "three, for high, medium and low accuracy", targets)
+        _checks.fail("targets", three, targets)
+    for i, target in enumerate(targets):
+        _checks.check_number(f"targets[{i}]", target)
     high, medium, low = (float(t) for t in targets)
     rest = torch.where(level == 1, medium, low)
     return torch.where(level == 0, high, wide(rest))

@@ -81,6 +81,13 @@ def grpo_lambda(
 
     Raises:
         ValueError: wrong shape or dtype, or a number out of range.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import grpo_lambda
+        >>> length, correct = torch.tensor([10, 10, 90]), torch.tensor([True, True, False])
+        >>> grpo_lambda(length, correct, torch.tensor([0, 0, 1]), alpha=0.6)
+        tensor([0.7000, 0.7000, 0.0000])
     """
     check_lengths(length, correct)
     _checks.check_number("alpha", alpha, 0.0)
@@ -149,6 +156,13 @@ def concise_gated(length: Tensor, correct: Tensor, group: Tensor, *, limit: int)
 
     Raises:
         ValueError: wrong shape or dtype, or a limit that is not positive.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import concise_gated
+        >>> length, correct = torch.tensor([25, 25, 50]), torch.tensor([True, True, False])
+        >>> concise_gated(length, correct, torch.tensor([0, 1, 1]), limit=100)
+        tensor([1.7500, 1.0000, 0.0000])
     """
     check_lengths(length, correct)
     _checks.check_number("limit", limit, 0, exclusive=True)
@@ -192,6 +206,13 @@ def adactrl(
 
     Raises:
         ValueError: wrong shape or dtype, a tag other than -1, 0, 1 (on CPU), or no number.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import adactrl
+        >>> length, correct = torch.tensor([50, 100]), torch.tensor([True, False])
+        >>> adactrl(length, correct, torch.tensor([0, 0]), tag=torch.tensor([0, 1]))
+        tensor([ 1.2500, -0.5000])
     """
     check_lengths(length, correct)
     check_vector("tag", tag, correct, "correct")
@@ -236,6 +257,12 @@ def format_length_surrogate(
 
     Raises:
         ValueError: wrong shape or dtype, or a number out of range.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import format_length_surrogate
+        >>> format_length_surrogate(torch.tensor([1536, 3072]), torch.tensor([True, True]))
+        tensor([2., 0.])
     """
     check_flags("answer_format", answer_format)
     check_vector("length", length, answer_format, "answer_format")
