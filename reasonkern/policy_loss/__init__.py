@@ -178,6 +178,18 @@ def policy_loss(
         ValueError: wrong shape, dtype or device, a missing input of the objective, a per-token
             advantage for a sequence-level objective; on CPU also targets out of range, nonfinite
             weights or advantages in active rows (on CUDA such rows are counted instead).
+
+    Example:
+        >>> import torch, reasonkern as rk
+        >>> logits, mask = torch.zeros(1, 2, 4, requires_grad=True), torch.tensor([[1, 0]])
+        >>> out = rk.policy_loss(
+        ...     logits, torch.tensor([[3, 0]]), advantage=torch.ones(1),
+        ...     weight=rk.token_weights(mask), objective=rk.Objective.dapo(),
+        ... )
+        >>> out.loss.backward()
+        >>> logits.grad  # p - 1[v = target], 0 for the token of weight 0
+        tensor([[[ 0.2500,  0.2500,  0.2500, -0.7500],
+                 [ 0.0000,  0.0000,  0.0000,  0.0000]]])
     """
     logits, shard = vocab_shard(logits, parallel)
     rows, y = canonical_logits(logits, targets, least=1 if shard is None else 0)

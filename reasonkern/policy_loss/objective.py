@@ -31,11 +31,13 @@ class Objective(ObjectiveFields):
 
     Every constructor also takes the added terms as keywords:
 
-    * ``kl=("k1" | "k2" | "k3", coef, unbiased=False)``: KL to ``ref_logprob``; unbiased multiplies
-      the estimator by the ratio and differentiates through both.
+    * ``kl=("k1" | "k2" | "k3", coef, unbiased=False)``: `KL` to ``ref_logprob``, coef times -d,
+      d^2 / 2 or e^d - d - 1 with d = ref_logprob - logp; unbiased multiplies the estimator by the
+      ratio and differentiates through both.
     * ``entropy_coef``: subtracts ``entropy_coef * sum(entropy_weight * entropy)``.
     * ``importance=("token" | "sequence", "truncate" | "mask", lo, hi, geometric_mean=False)``:
-      weight exp(old_logprob - rollout_logprob) on the policy term (TIS, IcePop, MIS).
+      `Importance`, the weight exp(old_logprob - rollout_logprob) on the policy term, clamped to
+      [lo, hi] (TIS) or 0 outside (IcePop by token, MIS by sequence).
     * ``opsm``: drops sequences with A < 0 and mean(rollout_logprob - logp) > opsm (DeepSeek-V3.2,
       arXiv 2512.02556).
     * ``log_ratio_clamp`` (20): the log-ratio is clamped to +-this before exp; the gradient through
