@@ -95,6 +95,7 @@ def _minutes(text: str) -> float:
 
 _minutes.__name__ = "float"  # what argparse calls it
 
+
 def _demo(args: argparse.Namespace) -> int:
     from . import demo
 

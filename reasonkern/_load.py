@@ -53,8 +53,8 @@ _library_reasons = {backend: _load_library(stem) for backend, (stem, _, _) in _L
 if _library_reasons["cpu"] and os.environ.get("REASONKERN_NO_EXT") != "1":
     # Above all in a checkout, which hides the package that was installed from it.
     warnings.warn(
-        f"reasonkern in {Path(__file__).parent}: {_library_reasons['cpu']}, so CPU tensors take the "
-        "slow definitions in torch; an installed reasonkern is found from outside the checkout",
+        f"reasonkern in {Path(__file__).parent}: {_library_reasons['cpu']}, so CPU tensors take "
+        "the slow definitions in torch; an installed reasonkern is found outside the checkout",
         RuntimeWarning,
         stacklevel=2,
     )

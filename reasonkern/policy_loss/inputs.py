@@ -92,7 +92,8 @@ def canonical_mask(
     _checks.check_shape("mask", mask, shape, "targets.shape")
     _checks.check_device("mask", mask, targets, device_of)
     _checks.check_mask("mask", mask)
-    return (mask != 0).reshape(targets.shape).contiguous()
+    kept = mask if mask.dtype == torch.bool else mask != 0
+    return kept.reshape(targets.shape).contiguous()
 
 
 def canonical_scaling(

@@ -142,7 +142,7 @@ def linear_policy_loss(
         weight: shaped like ``targets``: mask x normaliser, from `token_weights`. Rows whose weight
             and entropy weight are 0 take no part, whatever their hidden states and target.
         objective: an `Objective`, or a torch function ``(logprob, entropy, ctx) -> token_loss``.
-        ref_logprob: reference policy, for ``Objective(kl=…)``.
+        ref_logprob: reference policy's log-probabilities, for an objective with ``kl``.
         rollout_logprob: inference engine's log-probabilities, for ``importance`` and ``opsm``.
         segments: ``cu_seqlens`` (S + 1,) of packed tokens, for sequence-level terms.
         temperature: number > 0, or a tensor of one per row or per sequence. No gradient.

@@ -317,7 +317,9 @@ class Objective(ObjectiveFields):
         ones: then divide the weights by rho. See `reasonkern.high_entropy_mask`.
         """
         rule = HighEntropySelection(rho)
-        return cls(name="high_entropy", ratio_min=ratio_min, ratio_max=ratio_max, rule=rule, **terms)
+        return cls(
+            name="high_entropy", ratio_min=ratio_min, ratio_max=ratio_max, rule=rule, **terms
+        )
 
     @classmethod
     def gtpo(

@@ -77,7 +77,7 @@ def gae(
     rows = [x.detach().to(dtype) for x in (reward, value)]
     out: tuple[Tensor, Tensor] = torch.ops.reasonkern.gae(
         *(x if x.stride(1) == 1 else x.contiguous() for x in rows),
-        None if mask is None else (mask != 0).contiguous(),
+        None if mask is None else (mask if mask.dtype == torch.bool else mask != 0).contiguous(),
         row_lam,
         row_lam_value,
         None if bootstrap_value is None else bootstrap_value.detach().to(dtype).contiguous(),
