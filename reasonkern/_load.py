@@ -236,7 +236,17 @@ def _gpu_note(name: str, backend: str, architecture: str | None) -> str:
 
 
 def info() -> dict[str, Any]:
-    """The environment and, for every op and backend, whether it exists, what it serves, and why."""
+    """The environment and, for every op and backend, whether it exists, what it serves, and why.
+
+    Returns:
+        ``environment``: versions and devices by name, None for what is absent. ``ops``: for each op
+        a list with a dict per backend: ``backend``, ``exists``, ``serves`` (devices), ``why``.
+
+    Example:
+        >>> import reasonkern as rk
+        >>> [row["backend"] for row in rk.info()["ops"]["token_stats"]]
+        ['reference', 'cpu', 'cuda', 'triton']
+    """
     environment = _environment()
     has_gpu = environment["gpu"] is not None
     architecture = _architecture(torch.cuda.current_device()) if has_gpu else None

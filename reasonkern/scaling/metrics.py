@@ -123,8 +123,9 @@ class LengthStatistics(NamedTuple):
 
 
 def length_statistics(length: Tensor, correct: Tensor) -> LengthStatistics:
-    """What reasoning costs: tokens over all, correct and wrong answers ("When reasoning meets …").
+    """What reasoning costs: tokens over all, correct and wrong answers.
 
+    The test-time compute of "When Reasoning Meets Compression" (arXiv 2504.02010).
     Equivalent to ``length.mean(), length.std(), length[correct].mean(), length[~correct].mean()``,
     without the synchronisation of the last two.
 
@@ -174,6 +175,11 @@ def markov_improvement(correct: Tensor, *, prior: float = 0.0) -> Improvement:
 
     A step improves as long as p_IC > p_CI, however weak the model: the chain's stationary accuracy
     is then above 1/2, and a vote over the tail of several chains finds the answer (`tail_answers`).
+    Equivalent to, for ``prior=0``, with c = ``correct``::
+
+        p_improve = (~c[:, :-1] & c[:, 1:]).sum() / (~c[:, :-1]).sum()
+        p_degrade = (c[:, :-1] & ~c[:, 1:]).sum() / c[:, :-1].sum()
+        stationary = p_improve / (p_improve + p_degrade)
 
     Args:
         correct: (chains, steps) bool, whether each iteration's answer is right.

@@ -79,7 +79,9 @@ def greedy_cluster(
 def finish_plan(
     clusters: Sequence[Sequence[int]], per_cluster: int, singletons: int, *, seed: int = 0
 ) -> list[int]:
-    """Which traces to finish: some of the largest cluster, or of all when none agree (DeepPrune).
+    """Which traces to finish: some of the largest cluster, or of all when none agree.
+
+    The second step of DeepPrune (arXiv 2510.08483).
 
     Args:
         clusters: from `greedy_cluster`.

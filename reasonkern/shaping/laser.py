@@ -79,7 +79,8 @@ def laser_d(
     """LASER with a target by difficulty: LASER-D (arXiv 2505.15612).
 
     The accuracy of a group makes it high (>= 2/3), medium (>= 1/3) or low, and each level has its
-    own target, searched for by `adaptive_length_targets`.
+    own target, searched for by `adaptive_length_targets`. Equivalent to, for one group of the first
+    level: ``laser(length, correct, target=targets[0])``.
 
     Args:
         length: (N,) tokens of each answer.
@@ -120,6 +121,8 @@ def laser_de(
     """LASER-D that also pays for exploring: LASER-DE (arXiv 2505.15612).
 
     A wrong answer longer than its target gets ``wrong + bonus``, unless it only repeats itself.
+    Equivalent to ``torch.where(~correct & (length > target) & ~repetitive, wrong + bonus, d)``,
+    with d of `laser_d` and the target of each group's level.
 
     Args:
         length: (N,) tokens of each answer.
@@ -164,6 +167,7 @@ def adaptive_length_targets(
 ) -> Tensor:
     """The target search of LASER-D: per level the shortest length that keeps one correct answer.
 
+    The automatic adaptation of arXiv 2505.15612, with the numbers of its released code.
     Among ``lower, lower + step, …, upper`` the smallest ℓ with ⌊cover(ℓ) n⌋ >= 1: cover is the
     share of a level's correct answers (on a monitoring set) that are no longer than ℓ, and n the
     correct answers that a group of the level has at least: ⌊2/3 rollouts⌋ for high, ⌊1/3 rollouts⌋

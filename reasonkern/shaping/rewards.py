@@ -144,6 +144,7 @@ def concise_gated(length: Tensor, correct: Tensor, group: Tensor, *, limit: int)
 
     Where all of a group are correct (L-GRPO) the reward is ``1 + max(0, 1 - L / limit)``, else the
     plain accuracy. The gate is the paper's; its exact scale of the length term is not known to us.
+    Equivalent to, for one group: ``correct + correct.all() * (1 - length / limit).clamp(min=0)``.
 
     Args:
         length: (N,) tokens of each answer.
@@ -284,6 +285,8 @@ def composed_all_correct(
 ) -> Tensor:
     """Several problems in one prompt: all or nothing, or the last one only (R-Horizon, 2510.08189).
 
+    Equivalent to, for "all": ``(valid.any(1) & (correct | ~valid).all(1)).float()``.
+
     Args:
         correct: (N, k) bool, the sub-answers of each response.
         valid: (N, k) bool, for responses with fewer problems than k; None = all.
@@ -320,6 +323,8 @@ def pass_at_k_reward(reward: Tensor, group: Tensor) -> Tensor:
 
     The pass@k advantage of verl's ``grpo_passk``: the first sample with the largest reward gets
     max - second max, which is what the maximum over the group would lose without it; the others 0.
+    Equivalent to, for one group: ``first, second = reward.topk(2).values``, and first - second at
+    ``reward.argmax()``.
 
     Args:
         reward: (N,), one per sequence.
@@ -351,6 +356,7 @@ def zero_sum_rewards(detected: Tensor, harmful: Tensor | None = None) -> tuple[T
 
     The generator plants an error, the critic says whether the step is wrong. Who wins gets 1 and
     the other -1. Train both with `reasonkern.Objective.reinforce` or any other objective.
+    Equivalent to, where all rounds count: ``critic = 2.0 * detected - 1; generator = -critic``.
 
     Args:
         detected: (N,) bool, the critic called the planted step wrong.
