@@ -84,6 +84,12 @@ def check_saved(state: Mapping[str, object], own: Mapping[str, Tensor], owner: s
         check_shape(f"state[{name!r}]", given, tensor.shape, f"of this {owner}")
 
 
+def check_list(name: str, value: object, of: str) -> None:
+    """Several things in order; not a text, which would be taken apart into its letters."""
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__"):
+        fail(name, f"a list of {of}", repr(value) if value is None else type(value).__name__)
+
+
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """The value is one of a few."""
     if value not in choices:

@@ -260,3 +260,12 @@ def test_ctrl_c_leaves_the_results_so_far(tmp_path):
     assert not results["complete"] and results["sft"]["loss"] and "policy" not in results
     if "plots skipped" not in printed:
         assert (tmp_path / "stage1_fine_tuning.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf", "x"])
+def test_a_budget_that_is_none(minutes: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["demo", "--minutes", minutes])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert f"finite number > 0, got {minutes}" in error or "invalid float value: 'x'" in error

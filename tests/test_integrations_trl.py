@@ -372,9 +372,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"beta": 0.1, "importance_sampling_level": "sequence"}, "use_bias_correction_kl: expected F"),
     ({"objective": "gppo", "loss_type": "cispo"}, r"args\.loss_type: expected grpo, bnpo"),
     ({"objective": "gppo", "epsilon": 0.1}, r"args\.epsilon: expected 0\.2: the objective has its"),
-    ({"objective": "gpo"}, "objective: expected the name of a constructor .*'gpo'"),
-    ({"objective": "custom"}, "objective: expected the name of a constructor .*'custom'"),
-    ({"objective": 3}, "objective: expected a name, an Objective or None, got int"),
+    ({"loss_type": "gpo"}, r"args\.loss_type: expected 'grpo' or .*, got 'gpo'"),
+    ({"objective": "gpo"}, "objective: expected one of grpo, .*, luspo, .*, gtpo, got 'gpo'"),
+    ({"objective": "custom"}, "objective: expected one of .*, gtpo, got 'custom'"),
+    ({"objective": 3}, r"objective: expected a name, an Objective \(.*\) or None, got int"),
     ({"objective": Objective.ppo(kl=("k1", 0.1))}, r"objective\.kl: expected to come from"),
     ({"objective": Objective.ppo(entropy_coef=0.1)}, r"objective\.entropy_coef: expected to come"),
 ]

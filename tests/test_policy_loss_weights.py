@@ -132,10 +132,13 @@ WEIGHT_ERRORS: list[tuple[Any, dict[str, Any], str]] = [
         {"mode": "constant", "segments": torch.tensor([0, 3])},
         "max_length: expected L_max for packed tokens in mode constant, got None",
     ),
-    (
-        MASK,
-        {"mode": "constant", "segments": torch.tensor([0, 3])},
-        r"segments: expected None for padded \(B, T\) tokens, got cu_seqlens",
+    *(
+        (
+            MASK,
+            {"mode": mode, "segments": torch.tensor([0, 3])},
+            r"segments: expected None for padded \(B, T\) tokens, got cu_seqlens",
+        )
+        for mode in ("constant", "token-mean")
     ),
     (
         MASK[0],

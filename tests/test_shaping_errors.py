@@ -151,6 +151,25 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sh.mix_rewards({"a": X}, {"a": 1}, schedule={"b": 1}), "schedule: expected some of"),
     (lambda: sh.mix_rewards({"a": X, "b": ROWS}, {"a": 1, "b": 1}), r"b: expected shape \(N,\)"),
     (lambda: sh.mix_rewards({"a": X}, {"a": 1}, normalise="per-component"), "group: expected a te"),
+    (lambda: sh.mix_rewards([X], [1]), "components: expected a mapping from names, got list"),
+    (lambda: sh.mix_rewards({"a": X}, {"a": "1"}), r"weights\['a'\]: expected a finite .* '1'"),
+    (lambda: sh.mix_rewards({"a": X}, {"a": 1}, schedule={"a": X}), r"schedule\['a'\]: expected"),
+    # lists: a text is none
+    (lambda: sh.laser_d(X, BITS, GROUP, targets=7), "targets: expected a list of three .* got int"),
+    (lambda: sh.laser_d(X, BITS, GROUP, targets="abc"), "targets: expected a list .* got str"),
+    (lambda: sh.laser_de(X, BITS, GROUP, targets=("1", 2, 3)), r"targets\[0\]: expected a finite"),
+    (lambda: sc.vote("7127"), "answers: expected a list of answers, one per sample, got str"),
+    (lambda: sc.vote(None), "answers: expected a list of answers, one per sample, got None"),
+    (lambda: sc.vote(["7"], 1.0), "weights: expected a list of numbers, one per answer, got float"),
+    (lambda: sc.temperature_vote("77", [1, 1]), "answers: expected a list"),
+    (lambda: sc.temperature_vote(["7"], 1.0), "temperature: expected a list"),
+    (lambda: sc.AStarFrontier().push("ab", [1, 1]), "states: expected a list of states, got str"),
+    (lambda: sc.AStarFrontier().push(["a"], 0.5), "rewards: expected a list of numbers"),
+    (lambda: sc.greedy_cluster(0.5), "scores: expected a list of rows of numbers, got float"),
+    (lambda: sc.finish_plan(3, 1, 1), "clusters: expected a list of clusters, got int"),
+    (lambda: sc.select_diverse("abc", 2), "texts: expected a list of strings, got str"),
+    (lambda: sc.route_peers("abc", 1), "summaries: expected a list of strings, got str"),
+    (lambda: sc.focal_bce(X, X + 2), r"target: expected bool or 0/1 values, got 2.0 at \(0,\)"),
 ]  # fmt: skip
 
 

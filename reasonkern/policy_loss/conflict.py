@@ -23,7 +23,9 @@ def conflict_token_weights(
     combine: str = "product",
     per_conflict_norm: bool = False,
 ) -> Tensor:
-    """Factors per token that keep completions from pushing a shared start or end both ways (GTPO).
+    """Factors per token that keep completions from pushing a shared start or end both ways.
+
+    The conflict-aware correction of GTPO (arXiv 2508.03772).
 
     A token conflicts when the same id at the same position occurs in a completion of its group with
     A > 0 and in one with A < 0. Only the unbroken run of conflicts from the first trained token
@@ -151,9 +153,11 @@ def entropy_filter(
 ) -> Tensor:
     """GTPO's advantage shaping: ``A - coef <H>``, and 0 for completions with <H> > max_entropy.
 
-    <H> is the mean entropy over the trained tokens of a completion, 0 for none. The paper drops no
-    completion while the model it started from has a mean entropy above ln 2: pass that as
-    ``initial_entropy``. The released code has no such branch and compares with 0.7.
+    <H> is the mean entropy over the trained tokens of a completion, 0 for none. The paper (arXiv
+    2508.03772) drops no completion while the model it started from has a mean entropy above ln 2:
+    pass that as ``initial_entropy``. The released code has no such branch and compares with 0.7.
+    Equivalent to, with ``h = (entropy * mask).sum(1) / mask.sum(1)``:
+    ``torch.where(h <= max_entropy, advantage - coef * h, 0)``.
 
     Args:
         advantage: (B,).

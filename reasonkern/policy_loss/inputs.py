@@ -85,14 +85,15 @@ def canonical_logits(logits: Tensor, targets: Tensor, least: int = 1) -> tuple[T
 def canonical_mask(
     mask: Tensor | None, targets: Tensor, shape: torch.Size, device_of: str = "logits"
 ) -> Tensor | None:
-    """`mask`, of the `shape` of the caller's targets, in the shape of the canonical ones."""
+    """`mask`, of the `shape` of the caller's targets, as bools in that of the canonical ones."""
     if mask is None:
         return None
     check_tensor("mask", mask)
-    _checks.check_dtype("mask", mask, torch.bool)
     _checks.check_shape("mask", mask, shape, "targets.shape")
     _checks.check_device("mask", mask, targets, device_of)
-    return mask.reshape(targets.shape).contiguous()
+    _checks.check_mask("mask", mask)
+    kept = mask if mask.dtype == torch.bool else mask != 0
+    return kept.reshape(targets.shape).contiguous()
 
 
 def canonical_scaling(
@@ -138,12 +139,13 @@ def row_tensor(
     if batch == 1 and x.shape == (tokens,):
         x = x.unsqueeze(0)
     if x.shape != shape:
-        meaning = "one value per token"
+        # Packed tokens, of shape (N,) to their owner, are rows of shape (1, N) here.
+        expected = f"one value per token, {(tokens,) if batch == 1 else (batch, tokens)}"
         if per_sequence and batch == 1 and (segments is None or segments.cu_seqlens is None):
-            meaning += " (for one per sequence, packed logits need segments=cu_seqlens)"
+            expected += " (for one per sequence, packed logits need segments=cu_seqlens)"
         elif per_sequence:
-            meaning += f" (or one per sequence, {(batch,)})"
-        _checks.check_shape(name, x, shape, meaning)
+            expected += f", or one per sequence, {(batch,)}"
+        _checks.fail(name, expected, f"shape {tuple(x.shape)}")
     return x.detach().to(accumulator_dtype(logits.dtype)).contiguous()
 
 
@@ -151,7 +153,9 @@ def _spread(name: str, x: Tensor, shape: torch.Size, segments: Segments | None) 
     if x.ndim == 0:
         return x.expand(shape)
     if segments is not None and segments.cu_seqlens is not None and segments.ids is not None:
-        _checks.check_shape(name, x, (segments.cu_seqlens.numel() - 1,), "one value per segment")
+        count = segments.cu_seqlens.numel() - 1
+        if x.shape != (count,):
+            _checks.fail(name, f"one value per segment, {(count,)}", f"shape {tuple(x.shape)}")
         return x[segments.ids]
     if x.shape in ((shape[0],), (shape[0], 1)):
         return x.reshape(-1, 1).expand(shape)
@@ -195,7 +199,8 @@ def as_objective(objective: Objective | Callable[..., Tensor]) -> Objective:
     if isinstance(objective, Objective):
         return objective
     if not callable(objective):
-        _checks.fail("objective", "an Objective or a function", repr(objective))
+        expected = "an Objective, such as Objective.dapo(), or a function"
+        _checks.fail("objective", expected, repr(objective))
     if getattr(objective, "__self__", None) is Objective:
         name = f"Objective.{getattr(objective, '__name__', '…')}"
         _checks.fail("objective", f"an Objective, {name}()", f"its constructor, {name}")
@@ -292,8 +297,9 @@ def check_objective(o: Objective, context: RowContext, packed: bool) -> None:
     if by_sequence and packed and context.segments.cu_seqlens is None:
         _checks.fail("segments", f"cu_seqlens for packed tokens with objective {o.name}", None)
     if o.level == "sequence" and not context.advantage_per_sequence:
-        shape = tuple(context.advantage.shape)
-        _checks.fail("advantage", f"one value per sequence for objective {o.name}", shape)
+        of = f"({context.segments.count(context.advantage)},), for objective {o.name}"
+        got = f"shape {tuple(context.advantage.shape)}"
+        _checks.fail("advantage", f"one value per sequence, {of}", got)
 
 
 def _sequence_importance(o: Objective) -> bool:

@@ -33,7 +33,8 @@ class AStarFrontier:
         budget: nodes that may be pushed in all; None = no limit.
 
     Raises:
-        ValueError: a budget below 1, or (push) rewards outside [0, 1] or of another number.
+        ValueError: a budget below 1, or (push) no lists, rewards outside [0, 1] or of another
+            number than the states.
 
     Example:
         >>> from reasonkern.scaling import AStarFrontier
@@ -55,6 +56,8 @@ class AStarFrontier:
         self, states: Sequence[Any], rewards: Sequence[float], parent: Node | None = None
     ) -> int:
         """Adds continuations of a node, or roots; returns how many of them the budget admitted."""
+        _checks.check_list("states", states, "states")
+        _checks.check_list("rewards", rewards, "numbers, one per state")
         if len(rewards) != len(states):
             _checks.fail("rewards", f"{len(states)} numbers, one per state", len(rewards))
         for i, reward in enumerate(rewards):

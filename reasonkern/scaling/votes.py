@@ -50,8 +50,8 @@ def vote(
         `Vote`.
 
     Raises:
-        ValueError: an unknown tie rule, weights of another length, negative or not finite, or an
-            answer that is a tensor or not hashable.
+        ValueError: no list, an unknown tie rule, weights of another length, negative or not finite,
+            or an answer that is a tensor or not hashable.
 
     Example:
         >>> from reasonkern.scaling import vote
@@ -59,8 +59,10 @@ def vote(
         '7'
     """
     _checks.check_choice("tie", tie, TIES)
+    _checks.check_list("answers", answers, "answers, one per sample")
     if weights is None:
         weights = [1.0] * len(answers)
+    _checks.check_list("weights", weights, "numbers, one per answer")
     if len(weights) != len(answers):
         _checks.fail("weights", f"{len(answers)} numbers, one per answer", len(weights))
     votes: dict[Any, float] = {}
@@ -117,8 +119,15 @@ def temperature_vote(
         `TemperatureVote`.
 
     Raises:
-        ValueError: lists of different length or a share outside (0, 1].
+        ValueError: no lists, lists of different length or a share outside (0, 1].
+
+    Example:
+        >>> from reasonkern.scaling import temperature_vote
+        >>> temperature_vote(["7", "7", "7", "9"], [0.6, 0.6, 1.0, 1.0]).answer
+        '7'
     """
+    _checks.check_list("answers", answers, "answers, one per sample")
+    _checks.check_list("temperature", temperature, "numbers, one per answer")
     if len(temperature) != len(answers):
         _checks.fail("temperature", f"{len(answers)} numbers, one per answer", len(temperature))
     for name, share in (("intra", intra), ("cross", cross)):
@@ -232,6 +241,12 @@ def cons_at_k(answer_ids: Tensor, reference: Tensor, k: int) -> Tensor:
 
     Raises:
         ValueError: wrong shape, dtype or device, or k outside [1, N].
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.scaling import cons_at_k
+        >>> cons_at_k(torch.tensor([[3, 5, 5], [0, 1, 2]]), torch.tensor([5, 2]), k=3)
+        tensor([ True, False])
     """
     _check_ids(answer_ids)
     _checks.check_dtype("reference", check_tensor("reference", reference), torch.int64)
@@ -275,6 +290,12 @@ def flexible_verification(votes: Tensor, agreement: float = 1.0) -> Verification
 
     Raises:
         ValueError: wrong shape or dtype, no votes, or a share out of range.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.scaling import flexible_verification
+        >>> flexible_verification(torch.tensor([[True, True], [True, False]])).escalate
+        tensor([False,  True])
     """
     _checks.check_dtype("votes", check_tensor("votes", votes), torch.bool)
     if votes.ndim != 2 or votes.shape[1] == 0:

@@ -210,6 +210,12 @@ def prioritised_sample(
     Raises:
         ValueError: wrong shape, k outside [0, N], or a negative alpha; on CPU also an advantage
             that is not finite.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import prioritised_sample
+        >>> prioritised_sample(torch.tensor([0.0, 1.5, 0.0, -0.5]), k=3).valid
+        tensor([ True,  True, False])
     """
     _checks.check_values("advantage", check_vector("advantage", advantage))
     _checks.check_number("alpha", alpha, 0.0)
@@ -242,6 +248,12 @@ def anchor_update_(ema_params: Sequence[Tensor], params: Sequence[Tensor], decay
     Raises:
         ValueError: lists of different length, a shape or device that differs, an anchor in half
             precision, or a decay outside [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import anchor_update_
+        >>> anchor, policy = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        >>> anchor_update_(anchor.parameters(), policy.parameters(), decay=0.99)
     """
     _checks.check_number("decay", decay, 0, 1)
     ema, new = list(ema_params), list(params)
