@@ -367,7 +367,7 @@ ERRORS = {
     ),
     "no strings": ({"stop_strings": []}, "stop_strings: expected strings that are not empty"),
     "numbers for strings": ({"stop_strings": 3}, "stop_strings: expected strings .*, got 3"),
-    "no criterion": ({"stopping_criteria": [3]}, "stopping_criteria: expected criteria that can be"),
+    "no criterion": ({"stopping_criteria": [3]}, "stopping_criteria: expected criteria that"),
     "what a tokenizer returns": (
         {"ids": {"input_ids": IDS}}, r"input_ids: expected a tensor \(of .*, got dict",
     ),

@@ -238,14 +238,14 @@ def _inferred_mask(config: Any, input_ids: Tensor) -> Tensor:
     pad = config.pad_token_id
     if pad is None or pad in (config.bos_token_id, *_as_list(config.eos_token_id)):
         return torch.ones_like(input_ids)
-    return input_ids != pad
+    return input_ids.ne(pad)
 
 
 def _as_list(ids: Any) -> list[int]:
     if ids is None or isinstance(ids, int):
         return [] if ids is None else [ids]
     if isinstance(ids, Tensor):
-        return ids.reshape(-1).tolist()  # type: ignore[no-any-return]
+        ids = ids.reshape(-1).tolist()
     if isinstance(ids, str) or not isinstance(ids, Iterable):
         _checks.fail("eos", "an id or several", repr(ids))
     return list(ids)
