@@ -376,7 +376,7 @@ ERRORS = {
     ),
     "eos by name": ({"eos": "<eos>"}, "eos: expected an id or several, got '<eos>'"),
     "eos of another model": ({"eos": [VOCAB]}, r"eos: expected ids in \[0, 48\), .* got 48"),
-    "padding by name": ({"pad": "<pad>"}, "pad: expected an integer .* or None, got '<pad>'"),
+    "padding by name": ({"pad": "<pad>"}, "pad: expected an id or None, got '<pad>'"),
     "streamer": ({"streamer": print}, "streamer: expected an object with put and end, got builtin"),
     "a forgotten mask": (
         {"ids": (IDS * MASK).flip(1)}, r"attention_mask\[1\]: expected padding on the left alone",

@@ -262,6 +262,14 @@ def test_control() -> None:
     assert raised[7] == 0  # thinking is over
 
 
+def test_control_on_the_familys_page() -> None:
+    """It runs as it is written, from import to the last commit."""
+    (code,) = blocks("reasonkern/modulation/README.md")
+    here: dict[str, Any] = {}
+    exec(code, here)
+    assert here["token"].shape == (1,) and 0 <= here["token"].item() < 151936
+
+
 # ---- transformers
 
 

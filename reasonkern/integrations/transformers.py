@@ -262,7 +262,8 @@ def _eos(eos: int | Sequence[int], vocab_size: int) -> list[int]:
 
 
 def _pad(model: Any, pad: int | None, eos: Sequence[int]) -> int:
-    _checks.check_integer("pad", 0 if pad is None else pad, or_none=" or None")
+    if not (pad is None or isinstance(pad, int)):
+        _checks.fail("pad", "an id or None", repr(pad))
     for choice in (pad, model.generation_config.pad_token_id, *eos[:1]):
         if choice is not None:
             return int(choice)
@@ -324,7 +325,10 @@ def _sampling(processors: Any, config: Any) -> dict[str, Any]:
     for processor in processors:
         name = next((n for n in WARPERS if type(processor) is getattr(_transformers, n)), None)
         if name is None:
-            expected = f"none but {', '.join(WARPERS)} (repetition_penalty=1.0 and the like)"
+            expected = (
+                f"none but {', '.join(WARPERS)} (control= takes a Modulation; "
+                "repetition_penalty=1.0 leaves a model's own penalty out)"
+            )
             _checks.fail("logits_processor", expected, type(processor).__name__)
         if config.do_sample:
             options[WARPERS[name]] = getattr(processor, WARPERS[name])
