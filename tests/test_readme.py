@@ -262,15 +262,6 @@ def test_control() -> None:
     assert raised[7] == 0  # thinking is over
 
 
-def test_control_on_the_familys_page() -> None:
-    """It runs as it is written, from import to the last commit."""
-    here: dict[str, Any] = {}
-    for code in blocks("reasonkern/modulation/README.md"):
-        exec(code, here)
-    assert 0 <= here["out"].token.item() < 151936
-    assert here["stopped"].tolist() == here["uncertain"].tolist() == [False]
-
-
 # ---- transformers
 
 
