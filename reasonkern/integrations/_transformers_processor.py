@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,11 +17,11 @@ TESTED = "5.24"
 LogitsProcessor: type = import_peer("transformers", TESTED).LogitsProcessor
 
 
-def _checked_specs(specs: object) -> Sequence[Modulation | None]:
+def _checked_specs(specs: Any) -> Sequence[Modulation | None]:
     listed = isinstance(specs, Sequence) and not isinstance(specs, str)
     if not listed or not all(one is None or isinstance(one, Modulation) for one in specs):
         _checks.fail("spec", "a Modulation, or a sequence of them and of None", repr(specs))
-    return specs
+    return cast(Sequence[Modulation | None], specs)
 
 
 class ModulationLogitsProcessor(LogitsProcessor):
