@@ -122,7 +122,8 @@ def _add_tune(add: AddParser) -> None:
         "--tokenizer",
         default="bytes",
         metavar="NAME",
-        help="bytes, mistral-common, or a tokenizer.json or tekken*.json (default: %(default)s)",
+        help="bytes, mistral-common, a tokenizer.json or the folder of one, or a tekken*.json "
+        "(default: %(default)s)",
     )
     tune.add_argument(
         "--nodes",
@@ -144,7 +145,9 @@ def _add_tune(add: AddParser) -> None:
         metavar="tree.json",
         help="where to write the tree (default: only shown)",
     )
-    tune.add_argument("--png", type=Path, metavar="FILE", help="draws the tree and the results")
+    tune.add_argument(
+        "--png", type=Path, metavar="FILE", help="draws the tree and the results; needs matplotlib"
+    )
 
 
 def _orders(text: str) -> tuple[int, ...]:

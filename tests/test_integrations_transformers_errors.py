@@ -33,6 +33,21 @@ ERRORS = {
         "stopping_criteria: expected a sequence of criteria, got function",
     ),
     "no strings": ({"stop_strings": []}, "stop_strings: expected strings that are not empty"),
+    "numbers for strings": ({"stop_strings": 3}, "stop_strings: expected strings .*, got 3"),
+    "no criterion": ({"stopping_criteria": [3]}, "stopping_criteria: expected criteria that"),
+    "what a tokenizer returns": (
+        {"ids": {"input_ids": IDS}}, r"input_ids: expected a tensor \(of .*, got dict",
+    ),
+    "no number of trajectories": (
+        {"num_trajectories": "four"}, "num_trajectories: expected an integer >= 1, got 'four'",
+    ),
+    "eos by name": ({"eos": "<eos>"}, "eos: expected an id or several, got '<eos>'"),
+    "eos of another model": ({"eos": [VOCAB]}, r"eos: expected ids in \[0, 48\), .* got 48"),
+    "padding by name": ({"pad": "<pad>"}, "pad: expected an id or None, got '<pad>'"),
+    "streamer": ({"streamer": print}, "streamer: expected an object with put and end, got builtin"),
+    "a forgotten mask": (
+        {"ids": (IDS * MASK).flip(1)}, r"attention_mask\[1\]: expected padding on the left alone",
+    ),
 }  # fmt: skip
 
 
@@ -42,6 +57,20 @@ def test_errors(ours, make, case):
     given = {"ids": IDS, "temperature": T, "max_new_tokens": 4} | changes
     with pytest.raises(ValueError, match=message):
         ours.generate(make(), given.pop("ids"), **given)
+
+
+@pytest.mark.parametrize("eos, padded", [((), True), ((0, 5), False)])
+def test_a_forgotten_mask_is_that_of_the_padding_id(ours, make, monkeypatch, eos, padded):
+    """As transformers infers it; an id that ends texts, too, may be one of the prompt."""
+    model, ids = make(), IDS * MASK
+    monkeypatch.setattr(model.generation_config, "eos_token_id", eos or None)
+    options = {"temperature": T, "max_new_tokens": 8, "eos": ()}
+    found = ours.generate(model, ids, **options).sequences
+    mask = MASK if padded else torch.ones_like(MASK)
+    given = ours.generate(model, ids, attention_mask=mask, **options).sequences
+    assert torch.equal(found, given)
+    other = ours.generate(model, ids, attention_mask=torch.ones_like(MASK), **options).sequences
+    assert torch.equal(found, other) != padded
 
 
 def test_another_models_tokenizer(ours, make, tokenizer):
