@@ -48,8 +48,6 @@ def plant(
         vocab_size: ids are below it.
         device: of the result.
     """
-    if len(proposals) != len(roots):
-        _checks.fail("drafter", f"{len(roots)} proposals, one per request", len(proposals))
     place: dict[tuple[int, int], int] = {}  # (parent, rank) -> node
     parents = [-1]
     rows: list[dict[int, int]] = []  # node -> token
