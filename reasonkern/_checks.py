@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import NoReturn
 
 import torch
@@ -132,6 +133,15 @@ def check_integer(
         return
     bounds = f">= {minimum}" if maximum == INT64 else f"in [{minimum}, {maximum}]"
     fail(name, f"an integer {bounds}{or_none}", repr(value))
+
+
+def check_ids(name: str, value: object, high: int, origin: str = "") -> None:
+    """A sequence of integers in [0, high), NumPy's among them; `origin` says what high is."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        fail(name, "a sequence of token ids", type(value).__name__)
+    for token in value:
+        if not isinstance(token, Integral) or not 0 <= token < high:
+            fail(name, f"ids in [0, {high}){origin}", repr(token))
 
 
 def check_seed(name: str, value: object) -> None:

@@ -1,12 +1,17 @@
 """Argument checks: one message form, and silence while torch.compile traces."""
 
+import importlib
+import inspect
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
+import reasonkern as rk
 from reasonkern import _checks
 
+STRESS = Path(__file__).parent / "stress"
 X = torch.zeros(2, 3)
 
 
@@ -134,3 +139,23 @@ def test_checks_do_not_break_a_graph():
         assert torch.equal(compiled(x, targets, weight, 0.5), front(x, targets, weight, 0.5))
     with pytest.raises(ValueError, match="weight: expected shape"):
         front(x, targets, weight[1:], 0.5)
+
+
+def test_everything_public_that_checks_is_fuzzed(monkeypatch):
+    """Functions have a strategy, classes that refuse something are made by one (`make stress`)."""
+    monkeypatch.syspath_prepend(STRESS)
+    paths = sorted(STRESS.glob("calls_*.py"))
+    fuzzed = {name for path in paths for name in importlib.import_module(path.stem).CALLS}
+    source = "\n".join(path.read_text() for path in paths)
+    for space in (rk, rk.generation, rk.shaping, rk.scaling):
+        public = {name: getattr(space, name) for name in space.__all__}
+        functions = {name for name, thing in public.items() if inspect.isfunction(thing)}
+        assert functions - {"info"} <= fuzzed, "info alone takes no arguments"
+        classes = {name: thing for name, thing in public.items() if inspect.isclass(thing)}
+        refusing = {
+            name
+            for name, thing in classes.items()
+            if any("Raises:" in (x.__doc__ or "") for x in (thing, *vars(thing).values()))
+        }
+        made = set(re.findall(r"\b(?:rk|shaping|scaling)\.(\w+)[.(]", source))
+        assert refusing - {"Parallel"} <= made, "Parallel takes process groups: parallel_checks.py"

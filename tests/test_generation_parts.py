@@ -112,9 +112,10 @@ def test_proposals_are_planted_by_rank():
 
 @pytest.mark.parametrize("proposal, message", [
     (([VOCAB], [-1]), r"ids in \[0, 40\), got 40"), (([1], [0]), r"parents\[0\] in \[-1, 0\)"),
-    (([1, 2], [-1]), "as many parents as tokens"),
     (None, r"a pair \(tokens, parents\) for each request, got None"),
     ([1, 2, 3], r"a pair \(tokens, parents\) for each request, got \[1, 2, 3\]"),
+    (([1, 2], [-1]), "as many parents as tokens"), (([1.0], [-1]), r"ids in .*, got 1.0"),
+    ((torch.ones(1), [-1]), "a sequence of token ids, got Tensor"), (([1], [-0.5]), "got -0.5"),
 ])  # fmt: skip
 def test_bad_proposals(proposal, message):
     with pytest.raises(ValueError, match=message):
@@ -208,7 +209,11 @@ def test_a_model_without_finite_logits():
 
 ERRORS = {
     "no prompts": ({"prompts": []}, "prompts: expected at least one"),
+    "one prompt": ({"prompts": [1, 2]}, "prompt 0: expected a sequence of token ids, got int"),
+    "tensor": ({"prompts": torch.ones(1, 2)}, "prompts: expected a sequence .*, got Tensor"),
+    "text": ({"prompts": "two"}, "prompts: expected a sequence of prompts, got str"),
     "empty prompt": ({"prompts": [[1], []]}, "prompt 1: expected at least one token"),
+    "no ids": ({"prompts": [[1.0]]}, r"prompt 0: expected ids in \[0, 40\).* got 1.0"),
     "foreign id": ({"prompts": [[1, 40]]}, r"prompt 0: expected ids in \[0, 40\)"),
     "negative id": ({"prompts": [[-1]]}, r"prompt 0: expected ids in \[0, 40\).* got -1"),
     "no tokens": ({"max_new_tokens": 0}, "max_new_tokens: expected an integer >= 1"),
@@ -224,7 +229,14 @@ ERRORS = {
     "tree alone": ({"tree": rk.DraftTree.chain(3)}, "tree: expected a table to fill it from"),
     "scope alone": ({"scope": 1}, "scope: expected a table"),
     "scopes": ({"table": table_of(), "scope": torch.arange(3)}, r"scope: expected .*\(4,\)"),
+    "half a scope": ({"table": table_of(), "scope": 0.5}, "scope: expected an integer or a tensor"),
+    "no such scope": (
+        {"table": table_of(max_scopes=2), "scope": torch.arange(4)},
+        r"scope: expected values in \[0, 2\), got 2 at",
+    ),
     "seeds": ({"seed": torch.arange(3)}, "seed: expected shape"),
+    "no seeds": ({"seed": torch.arange(4, device="meta")}, "seed: expected a tensor with values"),
+    "eos": ({"eos": 2}, "eos: expected a sequence of token ids, got int"),
 }  # fmt: skip
 
 

@@ -266,8 +266,9 @@ def test_outputs_are_detached_and_shaped_like_targets() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.int32, torch.bool])
 def test_row_inputs_of_other_dtypes_are_converted(dtype: torch.dtype) -> None:
+    """Weights of floats alone: integers are a mask that was not divided by anything."""
     b = make_batch(torch.float32)
-    weight = b.mask.to(torch.uint8 if dtype == torch.bool else dtype)
+    weight = b.mask.to(dtype if dtype.is_floating_point else torch.float16)
     other = {"advantage": b.advantage.sign().to(dtype), "weight": weight}
     same = {name: x.float() for name, x in other.items()}
     out, grad = run(b, Objective.ppo(), **other)

@@ -69,9 +69,14 @@ PADDED: list[tuple[dict[str, Any], str]] = [
     ({"targets": F}, NOT_LONG),
     ({"targets": IDS.to("meta")}, "targets: expected the device of logits, cpu, got meta"),
     *(({name: 1.0}, f"{name}: expected a tensor, got float") for name in ROWS),
-    (
-        {"weight": F == 0},
-        "weight: expected mask x normaliser, from token_weights, got a bool tensor",
+    *(
+        (
+            {name: F.to(dtype)},
+            f"{name}: expected mask x normaliser in floats, from token_weights, got a tensor of "
+            f"{dtype}",
+        )
+        for name in ("weight", "entropy_weight")
+        for dtype in (torch.bool, torch.uint8, torch.int64)
     ),
     *(
         ({name: F.to("meta")}, f"{name}: expected the device of logits, cpu, got meta")

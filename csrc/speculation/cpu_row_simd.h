@@ -84,18 +84,26 @@ RK_INLINE float sum_lanes(F x) {
   return lanes[0];
 }
 
+// Numbers that are added in fp32, 16 to a lane: small ones beside the top all err the same way.
+constexpr int64_t kInFloat = 16 * kGroup * kLanes;
+static_assert(kTile % kInFloat == 0, "whole parts");
+
 // sum exp(x - top) of a tile, times kExpScale. Meanwhile the next tile comes from memory.
 RK_INLINE double tile_sum(const float* x, float top) {
-  F sum[kGroup] = {};
-  for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
-    F v[kGroup], e[kGroup];
-    RK_EACH __builtin_prefetch(x + i + k * kLanes + kTile);
-    load(x + i, v);
-    RK_EACH v[k] = max(splat(kExpZero), v[k] - splat(top));
-    scaled_exp(v, e);
-    RK_EACH sum[k] = sum[k] + e[k];
+  double total = 0;
+  for (int64_t at = 0; at < kTile; at += kInFloat) {
+    F sum[kGroup] = {};
+    for (int64_t i = at; i < at + kInFloat; i += kGroup * kLanes) {
+      F v[kGroup], e[kGroup];
+      RK_EACH __builtin_prefetch(x + i + k * kLanes + kTile);
+      load(x + i, v);
+      RK_EACH v[k] = max(splat(kExpZero), v[k] - splat(top));
+      scaled_exp(v, e);
+      RK_EACH sum[k] = sum[k] + e[k];
+    }
+    total += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
-  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return total;
 }
 
 // The same at most kCoarse wrong: exp as the float whose bits are linear in the exponent

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..modulation import ModulationState
-from ..speculation import DraftTree, NgramTable, request_seeds
+from ..speculation import DraftTree, NgramTable, request_seeds, table_inputs
 from . import prompts as _prompts
 from .cache import SlotCache
 from .drafts import Drafter, Proposal, chain_proposal
@@ -103,11 +103,10 @@ def generate(
             of its range.
         RuntimeError: the model's logits have no finite value.
     """
-    sizes = {"max_new_tokens": max_new_tokens, "num_trajectories": num_trajectories}
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            _checks.fail(name, "an integer >= 1", repr(value))
+    _checks.check_integer("max_new_tokens", max_new_tokens, 1)
+    _checks.check_integer("num_trajectories", num_trajectories, 1)
     _check_prompts(prompts, model.vocab_size)
+    _checks.check_ids("eos", eos, 1 << 31)  # of the model or not: an id that never comes is legal
     shape = _check_drafts(model, table, tree, drafter, scope)
     every = [list(prompt) for prompt in prompts for _ in range(num_trajectories)]
     if temperature is None:  # other options are off with None
@@ -116,7 +115,7 @@ def generate(
     device = model.device
     sampling = Sampling.of(
         len(every), device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        seed=seeds.to(device),
+        seed=_checks.check_values("seed", seeds).to(device),
     )  # fmt: skip
     requests = [
         Request(index, text, len(text), len(text) + max_new_tokens, len(text) - 1)
@@ -134,17 +133,15 @@ def generate(
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        _checks.fail("prompts", "a sequence of prompts", type(prompts).__name__)
     if not prompts:
         _checks.fail("prompts", "at least one prompt", "none")
+    origin = ", the model's vocabulary (another tokenizer's ids?)"
     for index, prompt in enumerate(prompts):
-        if not len(prompt):
+        _checks.check_ids(f"prompt {index}", prompt, vocab_size, origin)
+        if not prompt:
             _checks.fail(f"prompt {index}", "at least one token", "none")
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= vocab_size:
-            expected = (
-                f"ids in [0, {vocab_size}), the model's vocabulary (another tokenizer's ids?)"
-            )
-            _checks.fail(f"prompt {index}", expected, low if low < 0 else high)
 
 
 def _check_drafts(
@@ -203,7 +200,7 @@ def _scopes(
         return torch.zeros(len(prompts), dtype=torch.int64, device=device)
     if scope is None:
         return torch.tensor(_prompts.scopes_of(prompts, table), device=device)
-    rows = torch.as_tensor(scope, device=device, dtype=torch.int64)
-    if rows.ndim and tuple(rows.shape) != (len(prompts),):
-        _checks.fail("scope", f"a number or shape ({len(prompts)},)", tuple(rows.shape))
-    return rows.expand(len(prompts)).contiguous()
+    rows = table_inputs.scopes(table, scope, len(prompts))
+    assert rows is not None
+    _checks.check_range("scope", rows, 0, table.max_scopes)
+    return rows

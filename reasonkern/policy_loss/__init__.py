@@ -151,15 +151,16 @@ def policy_loss(
             ``targets``; None = on-policy, r = 1 with gradient.
         advantage: shaped like ``targets``, or one per sequence: (B,) for padded rows, one per
             segment for packed ones.
-        weight: shaped like ``targets``: mask x normaliser, from `token_weights`. Rows whose weight
-            and entropy weight are 0 are not read; any target is allowed there.
+        weight: shaped like ``targets``, floats: mask x normaliser, from `token_weights`; a mask by
+            itself (bool or integers) is refused. Rows whose weight and entropy weight are 0 are not
+            read; any target is allowed there.
         objective: an `Objective`, or a torch function ``(logprob, entropy, ctx) -> token_loss``.
         ref_logprob: reference policy's log-probabilities, for an objective with ``kl``.
         rollout_logprob: inference engine's log-probabilities, for ``importance`` and ``opsm``.
         segments: ``cu_seqlens`` (S + 1,) of packed tokens, for sequence-level terms.
         temperature: number > 0, or a tensor of one per row or per sequence. No gradient.
         softcap: z = cap * tanh(x / cap) before the temperature; None = off.
-        entropy_weight: per-row weight of the entropy bonus; None = ``weight``.
+        entropy_weight: per-row weight of the entropy bonus, floats; None = ``weight``.
         inplace_grad: write the gradient over the logits: no second (N, V) buffer. The logits must
             not be used afterwards; autograd raises where another op saved them.
         loss_scale: 0-dim tensor folded into the gradient before it is rounded to the logits' dtype

@@ -89,16 +89,15 @@ def conflict_token_weights(
 
 
 def _check_inputs(tokens: Tensor, advantage: Tensor, group: Tensor, mask: Tensor) -> None:
-    given = {"tokens": tokens, "advantage": advantage, "group": group, "mask": mask}
     check_tensor("tokens", tokens)
-    for name, x in given.items():
+    for name, x in (("advantage", advantage), ("group", group), ("mask", mask)):
         _checks.check_device(name, x, tokens, "tokens")
-    for name in ("tokens", "group"):
-        _checks.check_dtype(name, given[name], torch.int64, torch.int32)
+    for name, x in (("tokens", tokens), ("group", group)):
+        _checks.check_dtype(name, x, torch.int64, torch.int32)
     if tokens.ndim != 2:
         _checks.fail("tokens", "shape (B, T)", tuple(tokens.shape))
-    for name in ("advantage", "group"):
-        _checks.check_shape(name, given[name], tokens.shape[:1], "(B,)")
+    for name, x in (("advantage", advantage), ("group", group)):
+        _checks.check_shape(name, x, tokens.shape[:1], "(B,)")
     _checks.check_shape("mask", mask, tokens.shape, "tokens.shape")
     _checks.check_mask("mask", mask)
     _checks.check_finite("advantage", advantage, torch.ones_like(group, dtype=torch.bool))
@@ -182,7 +181,7 @@ def entropy_filter(
         tensor([0.9700, 0.0000])
     """
     check_tensor("entropy", entropy)
-    for name, x in (("advantage", advantage), ("entropy", entropy), ("mask", mask)):
+    for name, x in (("advantage", advantage), ("mask", mask)):
         _checks.check_device(name, x, entropy, "entropy")
     if entropy.ndim != 2:
         _checks.fail("entropy", "shape (B, T)", tuple(entropy.shape))

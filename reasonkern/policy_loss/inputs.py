@@ -231,9 +231,11 @@ def row_context(
     def optional(name: str, x: Tensor | None) -> Tensor | None:
         return None if x is None else row_tensor(name, x, logits)
 
-    check_tensor("weight", weight)
-    if weight.dtype == torch.bool:
-        _checks.fail("weight", "mask x normaliser, from token_weights", "a bool tensor")
+    for name, x in (("weight", weight), ("entropy_weight", entropy_weight)):
+        if x is not None and not check_tensor(name, x).is_floating_point():
+            # A mask by itself, which would sum the tokens of the batch.
+            expected = "mask x normaliser in floats, from token_weights"
+            _checks.fail(name, expected, f"a tensor of {x.dtype}")
     spread = row_tensor(
         "advantage", advantage, logits, per_sequence=True, segments=segments,
         sequence_first=o.level == "sequence",
