@@ -20,7 +20,7 @@ REST = 4  # turns at least between two such trials
 MARGIN = 0.98  # drafting has to beat plain decoding by what the estimates are off
 DRAFTS = 128  # of a request's drafts what is known of acceptance remembers about so many
 PRIOR = 4.0  # drafts that the rates of typical traces count as, at first
-PLAIN_STEPS = 8  # a plain step out of so many is drafted for, to see what drafts would do
+OFTEN = 8  # one step of so many at least fills the whole tree, to see what drafts would do
 
 
 class Text(Protocol):
@@ -90,7 +90,7 @@ class BestTree:
         self._timings = timings
         self._batch = self._best = self._size = self._left = 0
         self._rest = REST
-        self._since = PLAIN_STEPS  # steps since the whole tree was filled
+        self._since = OFTEN  # steps since the whole tree was filled
 
     def next(self, requests: int) -> Choice:
         """What the next step drafts, for a batch of so many requests."""
@@ -102,7 +102,7 @@ class BestTree:
         self._left -= 1
         tree = self._trees[self._size]
         self._since += 1
-        if self._since < (PLAIN_STEPS if tree.nodes == 1 else min(batch, PLAIN_STEPS)):
+        if self._since < min(OFTEN, batch if tree.nodes > 1 else 4 * batch):
             return Choice(tree, tree, False)
         self._since = 0
         return Choice(tree, self._whole, True)
