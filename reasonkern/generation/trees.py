@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Sequence
+from math import inf
 from statistics import median_low
 from typing import NamedTuple, Protocol
 
@@ -12,9 +13,9 @@ from ..speculation import DraftTree
 from ..speculation.tree import RANK_RATES
 
 SIZES = (1, 2, 4, 8, 16, 32, 80)  # nodes per request; 1 is plain decoding
-TURN = 4  # steps with the best size but for the first one, which may try another
-RECENT = 5  # steps whose median is the time of a size
-SURE = 3  # a size of fewer steps is judged by those below it: a step may have been interrupted
+TURN = 4  # steps of one size, of which the fastest counts: the first ones find cold caches
+RECENT = 3  # turns whose median is the time of a size
+SURE = 2  # a size of fewer turns is judged by those below it: a turn may have been interrupted
 SHARE = 0.01  # of the time may be lost on trying other sizes again: texts grow, loads change
 REST = 4  # turns at least between two such trials
 MARGIN = 0.98  # drafting has to beat plain decoding by what the estimates are off
@@ -45,8 +46,10 @@ class Timing:
     """What is known of the time of steps of one size."""
 
     def __init__(self) -> None:
-        self.recent: deque[float] = deque(maxlen=RECENT)  # seconds of the last ones
-        self.spare = 0.0  # seconds that may be lost on trying it again
+        self.recent: deque[float] = deque(maxlen=RECENT)
+        """Seconds of the fastest step of the last turns."""
+        self.spare = 0.0
+        """Seconds that may be lost on trying it again."""
 
 
 Timings = dict[tuple[int, int], Timing]
@@ -88,17 +91,16 @@ class BestTree:
         self._trees = [self._whole.prefix(size) for size in SIZES]
         self._hindsight = Hindsight(self._whole)
         self._timings = timings
-        self._batch = self._best = self._size = self._left = 0
-        self._rest = REST
+        self._batch = self._size = self._left = 0
+        self._fastest, self._rest = inf, REST
         self._since = OFTEN  # steps since the whole tree was filled
 
     def next(self, requests: int) -> Choice:
         """What the next step drafts, for a batch of so many requests."""
         batch = batch_size(requests)
-        self._size = self._best
         if not self._left or batch != self._batch:
-            self._batch, self._left = batch, TURN
-            self._best, self._size = self._choose(batch)
+            self._batch, self._left, self._fastest = batch, TURN, inf
+            self._size = self._choose(batch)
         self._left -= 1
         tree = self._trees[self._size]
         self._since += 1
@@ -114,17 +116,19 @@ class BestTree:
     def took(self, seconds: float) -> None:
         """Takes in the time of the step."""
         key = self._batch, SIZES[self._size]
-        self._timings.setdefault(key, Timing()).recent.append(seconds)
+        self._fastest = min(self._fastest, seconds)
+        if not self._left:
+            self._timings.setdefault(key, Timing()).recent.append(self._fastest)
         for size in SIZES:
             if (timing := self._timings.get((self._batch, size))) is not None:
                 timing.spare += SHARE / len(SIZES) * seconds
 
-    def _choose(self, batch: int) -> tuple[int, int]:
-        """The best size and the next step's, as indices."""
+    def _choose(self, batch: int) -> int:
+        """Index of the size."""
         recent = [self._timings.get((batch, size), Timing()).recent for size in SIZES]
         times = [median_low(x) for x in itertools.takewhile(len, recent)]
         if not times:
-            return 0, 0
+            return 0
         tokens = self._hindsight.expected()
         speeds = [n / t for n, t in zip(tokens, times, strict=False)]
         speeds[1:] = [MARGIN * speed for speed in speeds[1:]]
@@ -135,9 +139,10 @@ class BestTree:
             if len(recent[size]) < SURE
         }
         if hopes and max(hopes) > speeds[best]:
-            return best, hopes[max(hopes)]
-        losses = [t * (1 - speed / speeds[best]) for t, speed in zip(times, speeds, strict=True)]
-        return best, self._trial(best, losses)
+            return hopes[max(hopes)]
+        pairs = zip(times, speeds, strict=True)
+        losses = [TURN * time * (1 - speed / speeds[best]) for time, speed in pairs]
+        return self._trial(best, losses)
 
     def _trial(self, best: int, losses: list[float]) -> int:
         """The best size or, where the time for it has come together, another one."""
