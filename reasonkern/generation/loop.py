@@ -188,9 +188,9 @@ class Run:
         return draft, tree, every
 
     def _watch(self, drafted: list[list[int]]) -> None:
-        pairs = zip(self.requests, drafted, strict=True)
-        active = [(request, tokens) for request, tokens in pairs if not request.done]
-        self.trees.drafted(*zip(*active, strict=True))
+        active = [row for row, request in enumerate(self.requests) if not request.done]
+        requests = [self.requests[row] for row in active]
+        self.trees.drafted(requests, [drafted[row] for row in active])
 
     def _draft(self, tree: DraftTree, now: _Now) -> Draft:
         if tree.nodes == 1 or self.table is None:
