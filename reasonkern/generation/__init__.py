@@ -76,9 +76,9 @@ def generate(
         temperature: as in `sample`, a number or one per request; 0 = greedy.
         max_new_tokens: at most so many per request, at least 1.
         table: learns from all logits on the way and drafts. None = no table.
-        tree: the `DraftTree` to fill from the table, or "auto": steps of 1, 8, 16, 32 and 80 nodes
-            are timed once per model and batch size (in powers of 4), and every step takes the size
-            with the most expected tokens per second, 1 being plain decoding.
+        tree: the `DraftTree` to fill from the table, or "auto": of 1, 2, 4, 8, 16, 32 or 80 nodes
+            the number with the most expected tokens per second, by the times of the steps so far
+            with the same model and batch size (in powers of 2); 1 is plain decoding.
         drafter: a function that proposes in the table's place, see `Drafter`. With neither table
             nor drafter this is plain seeded decoding. None = no drafter.
         control: a `ModulationState` and the (requests,) int64 slots of the requests in it, -1 = no
@@ -99,8 +99,8 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, an id the model has no row for, a table of a smaller vocabulary
-            or on another device, a tree without a table, both a table and a drafter, an option out
-            of its range.
+            or on another device, a tree without a table, both a table and a drafter, a slot of
+            `control` that is free or given twice, an option out of its range.
         RuntimeError: the model's logits have no finite value.
     """
     _checks.check_integer("max_new_tokens", max_new_tokens, 1)
@@ -188,6 +188,14 @@ def _control(
     if {state.device, slot.device} != {device}:
         expected = f"on the model's device, {device} (state.to(…) moves it)"
         _checks.fail("control", expected, f"{state.device} and {slot.device}")
+    free, taken = set(state.free), set()
+    for index, one in enumerate(slot.tolist()):
+        if not -1 <= one < state.max_requests or one in free:
+            got = f"{one}, which is free" if one in free else one
+            _checks.fail(f"control[1][{index}]", "-1 or a slot in use", got)
+        if one in taken:
+            _checks.fail(f"control[1][{index}]", "a slot of its own", f"{one}, given before")
+        taken |= {one} - {-1}
     return state, slot.contiguous()
 
 

@@ -35,7 +35,8 @@ class ModulationLogitsProcessor(LogitsProcessor):
     It runs after penalties and before temperature, where transformers calls a user's processors,
     and leaves ``output_logits`` as they were. What was generated is found from ``input_ids``: the
     tokens after the ones already folded, or everything anew where a sequence is no longer the one
-    it was (beam search, rejected candidates of assisted decoding).
+    it was (beam search, rejected candidates of assisted decoding). To notice that, a call compares
+    all ids: like folding anew, it takes time in proportion to the length.
 
     Args:
         spec: a `Modulation` for all sequences, or one for each; None leaves a sequence alone.

@@ -90,7 +90,7 @@ def generate(
         table: learns from the logits of prompts and steps, and drafts. Keep it between calls: the
             trajectories of a prompt share what they taught it. None = no table.
         tree: the `DraftTree` that is filled, or "auto": the size that gives most tokens per second
-            on this machine, measured once per model and batch size, plain decoding included.
+            on this machine, by the times of the steps so far, plain decoding included.
         drafter: a function that proposes in the table's place, see `generation.Drafter`. None = no
             drafter.
         control: a `ModulationState` and the (R,) int64 slots of the requests in it, as in
@@ -122,6 +122,7 @@ def generate(
             are not the model's; padding that is not on the left; a table of a smaller vocabulary;
             something on another device; an option of another type or out of its range.
     """
+    _checks.check_integer("num_trajectories", num_trajectories, 1)
     found = causal_model(model)
     prompts = _prompts(found, input_ids, attention_mask)
     _checks.check_integer("num_trajectories", num_trajectories, 1)

@@ -154,6 +154,11 @@ class ModulationState:
         return self.uses(at.DEEPCONF | at.TRIGGER)
 
     @property
+    def free(self) -> list[int]:
+        """Slots without a request, which `add` takes."""
+        return [slot for slot, parts in enumerate(self._parts) if not parts]
+
+    @property
     def stopped(self) -> Tensor:
         """(max_requests,) bool: requests that `DeepConf` has stopped."""
         progress = self.tensors.progress
