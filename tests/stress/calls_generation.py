@@ -22,7 +22,7 @@ class Mean:
     vocab_size, device = VOCAB, torch.device("cpu")
 
     def __init__(self) -> None:
-        self.seconds: dict[tuple[int, int], float] = {}
+        self.timings: dict[tuple[int, int], float] = {}
 
     def __call__(self, given: Pass) -> Tensor:
         own = EMBEDDING[given.tokens]
