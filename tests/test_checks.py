@@ -46,6 +46,22 @@ X = torch.zeros(2, 3)
             "coef: expected a finite number, got 1e+300",
         ),
         (
+            lambda: _checks.check_number("share", 0.0, 0, 1, exclusive=True),
+            "share: expected a number in (0, 1], got 0.0",
+        ),
+        (
+            lambda: _checks.check_number("gamma", 1.5, 0, 1),
+            "gamma: expected a number in [0, 1], got 1.5",
+        ),
+        (
+            lambda: _checks.expanded("advantage", X[:1, :2], X, "ratio"),
+            "advantage: expected a shape that broadcasts to (2, 3), got (1, 2)",
+        ),
+        (
+            lambda: _checks.check_finite("features", X / 0, expected="finite numbers"),
+            "features: expected finite numbers, got nan at (0, 0)",
+        ),
+        (
             lambda: _checks.check_number("count", 1 << 64, 0),
             f"count: expected a finite number >= 0, got {1 << 64}",
         ),
@@ -94,6 +110,9 @@ def test_checks_accept_what_is_right():
     _checks.check_device("x", X, X, "x")
     _checks.check_choice("kl", "k1", ("k1",))
     _checks.check_number("x", 0, 0)
+    _checks.check_number("x", 1.0, 0, 1, exclusive=True)
+    assert _checks.expanded("x", X[:1], X, "y").shape == X.shape
+    _checks.check_finite("x", X / 0, where=torch.zeros_like(X, dtype=torch.bool))
     _checks.check_seed("seed", -(1 << 63))
     _checks.check_seed("seed", (1 << 64) - 1)
     _checks.check_range("t", torch.tensor([-100, 4]), 0, 5, where=torch.tensor([False, True]))

@@ -113,6 +113,8 @@ def test_proposals_are_planted_by_rank():
 @pytest.mark.parametrize("proposal, message", [
     (([VOCAB], [-1]), r"ids in \[0, 40\), got 40"), (([1], [0]), r"parents\[0\] in \[-1, 0\)"),
     (([1, 2], [-1]), "as many parents as tokens"),
+    (None, r"a pair \(tokens, parents\) for each request, got None"),
+    ([1, 2, 3], r"a pair \(tokens, parents\) for each request, got \[1, 2, 3\]"),
 ])  # fmt: skip
 def test_bad_proposals(proposal, message):
     with pytest.raises(ValueError, match=message):
@@ -215,8 +217,10 @@ ERRORS = {
     "small table": ({"table": table_of(vocab_size=39)}, "table: expected vocab_size >= 40"),
     "no table": ({"table": {}}, "table: expected an NgramTable, got dict"),
     "both": ({"drafter": len, "table": table_of()}, "drafter: expected None with a table"),
-    "tree": ({"tree": 80}, 'tree: expected a DraftTree or "auto", got int'),
-    "tree name": ({"tree": "best"}, "tree: expected 'auto', got 'best'"),
+    "tree": ({"tree": 80}, r'tree: expected a DraftTree \(.*\) or "auto", got 80'),
+    "tree file": ({"tree": "tree.json"}, r"tree: expected .*DraftTree.load reads one.*'tree.json'"),
+    "no temperature": ({"temperature": None}, "temperature: expected a number .*, got None"),
+    "no function": ({"drafter": 3}, "drafter: expected a function of requests and texts, got 3"),
     "tree alone": ({"tree": rk.DraftTree.chain(3)}, "tree: expected a table to fill it from"),
     "scope alone": ({"scope": 1}, "scope: expected a table"),
     "scopes": ({"table": table_of(), "scope": torch.arange(3)}, r"scope: expected .*\(4,\)"),

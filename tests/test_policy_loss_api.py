@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import reasonkern as rk
-from reasonkern import Objective, policy_loss, token_stats
+from reasonkern import Objective, linear_token_stats, policy_loss, token_stats
 
 B = len(LENGTHS)
 FORMS = ("padded", "packed")
@@ -134,6 +134,14 @@ def test_token_stats_of_one_segment_per_row_needs_no_segments() -> None:
     t = torch.linspace(0.5, 2, 5)
     assert_close(token_stats(x, y, temperature=t).logprob, stats(x, y, t)[0])
     assert token_stats(x, y).is_top1.shape == (5,)
+
+
+def test_a_mask_of_statistics_may_be_numbers() -> None:
+    x, head, y = torch.randn(5, 4), torch.randn(V, 4), torch.arange(5)
+    mask = torch.tensor([1, 0, 1, 1, 0])
+    assert_close(token_stats(x @ head.T, y, mask=mask), token_stats(x @ head.T, y, mask=mask > 0))
+    linear = (linear_token_stats(x, head, y, mask=m) for m in (mask.float(), mask > 0))
+    assert_close(next(linear), next(linear))
 
 
 def test_softcap() -> None:

@@ -88,7 +88,7 @@ def generate(
         top_k: as in `sample`. None = off.
         top_p: as in `sample`. None = off.
         min_p: as in `sample`. None = off.
-        eos: ids that end a request.
+        eos: ids that end a request, at most 64.
         stop: stop(request, text) after every token, text with the prompt; True ends the request
             with this token. None = never.
         emit: emit(request, tokens) after every step of a request. None = nobody listens.
@@ -110,6 +110,8 @@ def generate(
     _check_prompts(prompts, model.vocab_size)
     shape = _check_drafts(model, table, tree, drafter, scope)
     every = [list(prompt) for prompt in prompts for _ in range(num_trajectories)]
+    if temperature is None:  # other options are off with None
+        _checks.fail("temperature", "a number or one per request, 0 = greedy", None)
     seeds = seed if isinstance(seed, Tensor) and seed.ndim else request_seeds(seed, len(every))
     device = model.device
     sampling = Sampling.of(
@@ -150,12 +152,13 @@ def _check_drafts(
     scope: int | Tensor | None,
 ) -> DraftTree | None:  # fmt: skip
     """The tree; None = "auto"."""
-    if isinstance(tree, str):
-        _checks.check_choice("tree", tree, ("auto",))
-    elif not isinstance(tree, DraftTree):
-        _checks.fail("tree", 'a DraftTree or "auto"', type(tree).__name__)
+    if not isinstance(tree, DraftTree):
+        if tree != "auto":
+            _checks.fail("tree", 'a DraftTree (DraftTree.load reads one) or "auto"', repr(tree))
     elif table is None:
         _checks.fail("tree", 'a table to fill it from, or "auto"', "no table")
+    if not (drafter is None or callable(drafter)):
+        _checks.fail("drafter", "a function of requests and texts", repr(drafter))
     if table is None:
         if scope is not None:
             _checks.fail("scope", "a table that it is of", "no table")

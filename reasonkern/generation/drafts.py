@@ -37,6 +37,12 @@ def _tree(parents: tuple[int, ...]) -> DraftTree:
     return DraftTree(parents)
 
 
+def _checked_pair(proposal: object) -> Proposal:
+    if not isinstance(proposal, (tuple, list)) or len(proposal) != 2:
+        _checks.fail("drafter", "a pair (tokens, parents) for each request", repr(proposal))
+    return proposal[0], proposal[1]
+
+
 def plant(
     proposals: Sequence[Proposal], roots: Sequence[int], vocab_size: int, device: torch.device
 ) -> tuple[Draft, DraftTree]:
@@ -53,7 +59,7 @@ def plant(
     place: dict[tuple[int, int], int] = {}  # (parent, rank) -> node
     parents = [-1]
     rows: list[dict[int, int]] = []  # node -> token
-    for tokens, above in proposals:
+    for tokens, above in map(_checked_pair, proposals):
         _check_proposal(tokens, above, vocab_size)
         nodes, ranks, row = [0], {0: 0}, {}
         for token, parent in zip(tokens, above, strict=True):

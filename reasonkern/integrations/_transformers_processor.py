@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +15,13 @@ from ._request import check_windows
 
 TESTED = "5.24"
 LogitsProcessor: type = import_peer("transformers", TESTED).LogitsProcessor
+
+
+def _checked_specs(specs: Any) -> Sequence[Modulation | None]:
+    listed = isinstance(specs, Sequence) and not isinstance(specs, str)
+    if not listed or not all(one is None or isinstance(one, Modulation) for one in specs):
+        _checks.fail("spec", "a Modulation, or a sequence of them and of None", repr(specs))
+    return cast(Sequence[Modulation | None], specs)
 
 
 class ModulationLogitsProcessor(LogitsProcessor):
@@ -37,9 +45,9 @@ class ModulationLogitsProcessor(LogitsProcessor):
         prompt_length: tokens before the first generated one. None = those of the first call.
 
     Raises:
-        ValueError: a spec with `DeepConf` or `EntropyTrigger`, which need `sample_controlled`; in a
-            call: another number of sequences than of specs, a second ``generate`` with the same
-            processor, or a spec that `ModulationState` refuses.
+        ValueError: another type; a spec with `DeepConf` or `EntropyTrigger`, which need
+            `sample_controlled`; in a call: another number of sequences than of specs, a second
+            ``generate`` with the same processor, or a spec that `ModulationState` refuses.
     """
 
     # A continuous batch reorders rows without saying which request they are.
@@ -55,7 +63,9 @@ class ModulationLogitsProcessor(LogitsProcessor):
     ) -> None:
         if temperature is not None:
             _checks.check_number("temperature", temperature, 0.0)
-        for one in [spec] if isinstance(spec, Modulation) else spec:
+        if prompt_length is not None:
+            _checks.check_integer("prompt_length", prompt_length, 0, or_none=" or None")
+        for one in [spec] if isinstance(spec, Modulation) else _checked_specs(spec):
             if one is not None:
                 check_windows(one)
         self.spec, self.sets = spec, sets

@@ -57,8 +57,7 @@ class ModulationState:
     def __init__(
         self, max_requests: int, sets: TokenSets, device: torch.device | str = "cpu"
     ) -> None:
-        if not isinstance(max_requests, int) or not 1 <= max_requests < 1 << 31:
-            _checks.fail("max_requests", "a positive integer", repr(max_requests))
+        _checks.check_integer("max_requests", max_requests, 1, (1 << 31) - 1)
         if not isinstance(sets, TokenSets):
             _checks.fail("sets", "a TokenSets", type(sets).__name__)
         self.max_requests, self.sets = max_requests, sets
@@ -191,6 +190,8 @@ class ModulationState:
             ValueError: other settings; a tensor that is missing, of another shape or dtype, or
                 with contents that no state has.
         """
+        if not isinstance(state, Mapping):
+            _checks.fail("state", "a mapping, as state_dict returns it", type(state).__name__)
         if state.get("settings") != self._settings():
             _checks.fail("state", f"settings {self._settings()}", state.get("settings"))
         check_saved(state, self.tensors)

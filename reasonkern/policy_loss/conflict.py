@@ -23,7 +23,9 @@ def conflict_token_weights(
     combine: str = "product",
     per_conflict_norm: bool = False,
 ) -> Tensor:
-    """Factors per token that keep completions from pushing a shared start or end both ways (GTPO).
+    """Factors per token that keep completions from pushing a shared start or end both ways.
+
+    The conflict-aware correction of GTPO (arXiv 2508.03772).
 
     A token conflicts when the same id at the same position occurs in a completion of its group with
     A > 0 and in one with A < 0. Only the unbroken run of conflicts from the first trained token
@@ -151,9 +153,11 @@ def entropy_filter(
 ) -> Tensor:
     """GTPO's advantage shaping: ``A - coef <H>``, and 0 for completions with <H> > max_entropy.
 
-    <H> is the mean entropy over the trained tokens of a completion, 0 for none. The paper drops no
-    completion while the model it started from has a mean entropy above ln 2: pass that as
-    ``initial_entropy``. The released code has no such branch and compares with 0.7.
+    <H> is the mean entropy over the trained tokens of a completion, 0 for none. The paper (arXiv
+    2508.03772) drops no completion while the model it started from has a mean entropy above ln 2:
+    pass that as ``initial_entropy``. The released code has no such branch and compares with 0.7.
+    Equivalent to, with ``h = (entropy * mask).sum(1) / mask.sum(1)``:
+    ``torch.where(h <= max_entropy, advantage - coef * h, 0)``.
 
     Args:
         advantage: (B,).
@@ -168,7 +172,8 @@ def entropy_filter(
         (B,) shaped advantages, of the dtype of ``advantage``.
 
     Raises:
-        ValueError: wrong shape or number.
+        ValueError: wrong shape or number; on CPU also an entropy of a trained token that is not
+            finite (on CUDA its completion is NaN).
 
     Example:
         >>> import torch, reasonkern as rk
@@ -186,6 +191,7 @@ def entropy_filter(
     _checks.check_mask("mask", mask)
     check_filter(max_entropy, coef, initial_entropy)
     trained = mask != 0
+    _checks.check_finite("entropy", entropy, trained)
     total = torch.where(trained, entropy.double(), 0.0).sum(1)
     mean = total / trained.sum(1).clamp_min(1)
     return shape_advantage(advantage, mean, max_entropy, coef, initial_entropy)
@@ -212,7 +218,7 @@ def shape_advantage(
     initial_entropy: float | Tensor | None,
 ) -> Tensor:
     """The filter for advantages and mean entropies of one shape."""
-    kept = mean_entropy <= max_entropy
+    kept = ~(mean_entropy > max_entropy)  # NaN is no reason to drop: it shows in the result
     if initial_entropy is not None:
         kept = kept | (torch.as_tensor(initial_entropy, device=kept.device) > LN_2)
     shaped = advantage.double() - coef * mean_entropy
