@@ -271,7 +271,8 @@ class EntropyTrigger:
 
     A row triggers when its entropy exceeds ``max(floor, mean + k * max(std, min_std))`` over the
     last ``window`` accepted rows (std unbiased; forced rows left out), or ``first`` before there
-    are that many.
+    are that many. The entropy is that of the law the token is drawn from, after temperature and
+    filters: that of a greedy row is 0, and it never triggers.
 
     Args:
         window: rows, 2 to 64.

@@ -33,7 +33,9 @@ class ModulationState:
     """Slots for requests, each with its `Modulation` and what its tokens have made of it.
 
     Tensors only, of sizes that never change, so that steps with it can be captured in a CUDA graph:
-    `modulate_logits_`, `sample_controlled` and `verify_tree` read it, `commit_` advances it.
+    `modulate_logits_`, `sample_controlled` and `verify_tree` read it, `commit_` advances it. A slot
+    that no request was added to, or whose request was removed, is free: on every device its rows
+    are left as they are and its tokens are not counted, as those of padding.
 
     Args:
         max_requests: number of slots.
