@@ -114,7 +114,7 @@ def check_ids(name: str, value: object, high: int, origin: str = "") -> None:
     if isinstance(value, str) or not isinstance(value, Sequence):
         fail(name, "a sequence of token ids", type(value).__name__)
     for token in value:
-        if not isinstance(token, Integral) or not 0 <= token < high:
+        if not isinstance(token, Integral) or not 0 <= int(token) < high:
             fail(name, f"ids in [0, {high}){origin}", repr(token))
 
 
