@@ -54,7 +54,7 @@ def environment(level: str) -> dict[str, str]:
         **os.environ,
         # The C++ library too: the sanitizer looks for its __cxa_throw when it starts.
         "LD_PRELOAD": f"{library('libasan.so')} {library('libstdc++.so')}",
-        # Leaks are the interpreter's and torch's, at exit; torch refuses sizes beyond memory.
+        # Leaks are the interpreter's and torch's; a size beyond memory is torch's to refuse.
         "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1",
         "OMP_WAIT_POLICY": "passive",
         "UBSAN_OPTIONS": "print_stacktrace=1",
