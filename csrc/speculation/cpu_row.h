@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <functional>
 #include <vector>
 
 #include "cpu_passes.h"
@@ -70,8 +69,8 @@ class Row {
     *lse = -kInf;
     if (!sound_ || top_ == -kInf) return;
     gather(largest_tile(k));
-    if (int64_t(candidates_.size()) > kMaxTopK) {
-      auto last = candidates_.begin() + std::min<size_t>(k, candidates_.size());
+    if (int64_t(candidates_.size()) > kMaxTopK) {  // at least k
+      const auto last = candidates_.begin() + k;
       std::nth_element(candidates_.begin(), last - 1, candidates_.end(), before);
       candidates_.erase(last, candidates_.end());
     }

@@ -2,6 +2,7 @@
 // rules of common/simd.h: no include guard, no system headers, no template of another header.
 
 #include "noise_simd.h"
+
 RK_INLINE bool any(I mask) {
 #if RK_SIMD == 4
   return _mm512_movepi32_mask(__m512i(mask)) != 0;
@@ -21,16 +22,32 @@ RK_INLINE void keep(F& x) {
 #endif
 }
 
-// Lanes where a or b is NaN.
-RK_INLINE I unordered(F a, F b) {
+// Whether a NaN was among the vectors it saw.
+struct NanWatch {
 #if RK_SIMD == 4
-  return I(_mm512_movm_epi32(_mm512_cmp_ps_mask(a, b, _CMP_UNORD_Q)));
-#elif RK_SIMD == 3
-  return I(_mm256_cmp_ps(a, b, _CMP_UNORD_Q));
+  __mmask16 without[2] = {kAll, kAll};  // two chains: one would wait for its own compares
+
+  RK_INLINE void see(const F (&v)[kGroup]) {
+    for (int k = 0; k < 2; ++k) {
+      without[k] = _mm512_mask_cmp_ps_mask(without[k], v[2 * k], v[2 * k + 1], _CMP_ORD_Q);
+    }
+  }
+  RK_INLINE bool saw() const { return (without[0] & without[1]) != kAll; }
 #else
-  return (a != a) | (b != b);
+  I with = {};
+
+  RK_INLINE void see(const F (&v)[kGroup]) {
+    for (int k = 0; k < kGroup; k += 2) {
+#if RK_SIMD == 3
+      with |= I(_mm256_cmp_ps(v[k], v[k + 1], _CMP_UNORD_Q));
+#else
+      with |= (v[k] != v[k]) | (v[k + 1] != v[k + 1]);
 #endif
-}
+    }
+  }
+  RK_INLINE bool saw() const { return any(with); }
+#endif
+};
 
 RK_INLINE uint32_t bits_of(I mask) {
 #if RK_SIMD == 4
@@ -104,49 +121,54 @@ RK_INLINE float tile_maximum(const float* x, I& bad) {
   return max_lane(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
-// sum exp(x - from) of a tile, times kExpScale, and its largest value `top`, at most from + 20; NaN
-// where x has one, or +inf. Meanwhile the next tile comes from memory.
+// sum exp(x - from) of a tile, times kExpScale, for top <= from, and its largest value `top`. NaN
+// where x has one.
 RK_INLINE double tile_sum(const float* x, float from, float& top) {
-  F sum[kGroup] = {}, tops[kGroup];
+  constexpr int64_t kBlock = 16 * kGroup * kLanes;  // few enough for sums in single precision
+  F tops[kGroup];
   RK_EACH tops[k] = splat(-kInf);
-  for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
-    F v[kGroup];
-    RK_EACH __builtin_prefetch(x + i + k * kLanes + kTile);
-    load(x + i, v);
-    RK_EACH keep(v[k]);
-    RK_EACH tops[k] = max(v[k], tops[k]);
-    RK_EACH v[k] = max(splat(kExpZero), v[k] - splat(from));
-    add_scaled_exp(v, sum);
+  double total = 0;
+  for (int64_t block = 0; block < kTile; block += kBlock) {
+    F sum[kGroup] = {};
+    for (int64_t i = block; i < block + kBlock; i += kGroup * kLanes) {
+      F v[kGroup];
+      load(x + i, v);
+      RK_EACH keep(v[k]);
+      RK_EACH tops[k] = max(v[k], tops[k]);
+      RK_EACH v[k] = max(splat(kExpZero), v[k] - splat(from));
+      add_scaled_exp(v, sum);
+    }
+    total += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
   top = max_lane(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
-  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return total;
 }
 
 // The same at most kCoarse wrong, for top <= from and |from| < kCoarseFrom: exp as the float whose
 // bits are linear in the exponent (Schraudolph, Neural Computation 11, 1999), in half of the
-// instructions. No sum shows a NaN, hence `bad`.
-constexpr float kCoarse = 0.035f, kCoarseFrom = 0x1p16f;
+// instructions. NaN where x has one.
+constexpr float kCoarse = 0.035f, kCoarseFrom = 0x1p15f;
 
-RK_INLINE double coarse_tile_sum(const float* x, float from, float& top, I& bad) {
+RK_INLINE double coarse_tile_sum(const float* x, float from, float& top) {
   constexpr float kSlope = 12102203.2f;                     // 2^23 / ln 2
   constexpr float kAtZero = (127 + 32) * 0x1p23f - 366393;  // 2^32, less what centres the error
   const F slope = splat(kSlope), at_zero = splat(kAtZero - from * kSlope);
   F sum[kGroup] = {}, tops[kGroup];
+  NanWatch nan;
   RK_EACH tops[k] = splat(-kInf);
   for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
     F v[kGroup];
     I bits[kGroup];
-    RK_EACH __builtin_prefetch(x + i + k * kLanes + kTile);
     load(x + i, v);
     RK_EACH keep(v[k]);
     RK_EACH tops[k] = max(v[k], tops[k]);
-    bad |= unordered(v[0], v[1]) | unordered(v[2], v[3]);
+    nan.see(v);
     RK_EACH bits[k] = __builtin_convertvector(fma(v[k], slope, at_zero), I);
-    RK_EACH bits[k] = bits[k] > 0 ? bits[k] : I{};
+    RK_EACH bits[k] = bits[k] > 0 ? bits[k] : I{};  // what is too small converts to negative ones
     RK_EACH sum[k] = fma(F(bits[k]), splat(1.0f), sum[k]);  // adders have more to do than these
   }
   top = max_lane(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
-  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  return nan.saw() ? __builtin_nan("") : sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
 // The largest value of each tile; false when one is NaN or +inf. With `sum`, also sum exp(x - top),
@@ -164,16 +186,14 @@ static bool tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) {
       continue;
     }
     const float from = sum->top;
-    double part = coarse ? coarse_tile_sum(x + at, from, top, bad) : tile_sum(x + at, from, top);
-    const bool right = coarse ? part <= little && top <= from : part == part && top <= from + 20;
-    if (!right) {
+    double part = coarse ? coarse_tile_sum(x + at, from, top) : tile_sum(x + at, from, top);
+    if (!(top <= from && part <= (coarse ? little : part))) {  // NaN is not <= itself
       top = tile_maximum(x + at, bad);
       if (!(top > -kInf)) continue;
       if (top > from) sum->raise(top);
       part = tile_sum(x + at, sum->top, top);
     }
     sum->value += part * (1.0 / double(kExpScale));
-    if (top > sum->top) sum->raise(top);
     coarse = part <= little && __builtin_fabsf(sum->top) < kCoarseFrom;
   }
   return !any(bad);
