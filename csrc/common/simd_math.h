@@ -38,6 +38,19 @@ RK_INLINE F scaled_power_of_two(U steps) {  // only the lowest bits of `steps` c
   return F(entry + (steps << kExpShift));
 }
 
+// p where exp(r) = 1 + p r.
+RK_INLINE void exp_series(const F (&r)[kGroup], F (&p)[kGroup]) {
+#if RK_SIMD == 0
+  RK_EACH p[k] = fma(splat(0.00138145406f), r[k], splat(0.00836874545f));
+  RK_EACH p[k] = fma(p[k], r[k], splat(0.041668389f));
+  RK_EACH p[k] = fma(p[k], r[k], splat(0.166665211f));
+  RK_EACH p[k] = fma(p[k], r[k], splat(0.49999994f));
+#else
+  RK_EACH p[k] = fma(splat(kExp3), r[k], splat(kExp2));
+#endif
+  RK_EACH p[k] = fma(p[k], r[k], splat(1.0f));
+}
+
 // kExpScale exp(d) for d in [kExpZero, 20], at most 1.2 ulp wrong; exact at 0 and at kExpZero; NaN
 // stays NaN.
 RK_INLINE void scaled_exp(const F (&d)[kGroup], F (&e)[kGroup]) {
@@ -48,18 +61,27 @@ RK_INLINE void scaled_exp(const F (&d)[kGroup], F (&e)[kGroup]) {
   RK_EACH n[k] = power[k] - shift;
   RK_EACH r[k] = fma(n[k], splat(-0.693359375f), d[k]);  // nine bits: n times it is exact
   RK_EACH r[k] = fma(n[k], splat(2.12194440e-4f), r[k]);
-#if RK_SIMD == 0
-  RK_EACH p[k] = fma(splat(0.00138145406f), r[k], splat(0.00836874545f));
-  RK_EACH p[k] = fma(p[k], r[k], splat(0.041668389f));
-  RK_EACH p[k] = fma(p[k], r[k], splat(0.166665211f));
-  RK_EACH p[k] = fma(p[k], r[k], splat(0.49999994f));
-#else
-  RK_EACH p[k] = fma(splat(kExp3), r[k], splat(kExp2));
-#endif
-  RK_EACH p[k] = fma(p[k], r[k], splat(1.0f));
+  exp_series(r, p);
   RK_EACH power[k] = scaled_power_of_two(U(power[k]));
   RK_EACH p[k] = p[k] * r[k];
   RK_EACH e[k] = fma(power[k], p[k], power[k]);
+}
+
+// Adds kExpScale exp(d), at most 3 + |d| / 30 ulp wrong, to sums: two instructions less.
+RK_INLINE void add_scaled_exp(const F (&d)[kGroup], F (&sum)[kGroup]) {
+  const F shift = splat(12582912.0f / kExpSteps);
+  F power[kGroup], n[kGroup], r[kGroup], p[kGroup];
+  RK_EACH power[k] = fma(d[k], splat(1.44269504f), shift);
+  RK_EACH n[k] = power[k] - shift;
+#if RK_SIMD == 0
+  RK_EACH r[k] = fma(n[k], splat(-0.693359375f), d[k]);
+  RK_EACH r[k] = fma(n[k], splat(2.12194440e-4f), r[k]);
+#else
+  RK_EACH r[k] = fma(n[k], splat(-0.693147182f), d[k]);
+#endif
+  exp_series(r, p);
+  RK_EACH p[k] = fma(p[k], r[k], splat(1.0f));
+  RK_EACH sum[k] = fma(scaled_power_of_two(U(power[k])), p[k], sum[k]);
 }
 
 // At most 1.2 ulp wrong: an odd polynomial below 1, 1 - 2 / (1 + exp(2|x|)) above.

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <functional>
 #include <vector>
 
 #include "cpu_passes.h"
@@ -70,11 +69,16 @@ class Row {
     *lse = -kInf;
     if (!sound_ || top_ == -kInf) return;
     gather(largest_tile(k));
-    const auto count = std::min<size_t>(k, candidates_.size());
-    std::partial_sort(candidates_.begin(), candidates_.begin() + count, candidates_.end(), before);
-    for (size_t i = 0; i < count && candidates_[i].value > -kInf; ++i) {
-      ids[i] = candidates_[i].id;
-      logits[i] = candidates_[i].value;
+    if (int64_t(candidates_.size()) > kMaxTopK) {  // at least k
+      const auto last = candidates_.begin() + k;
+      std::nth_element(candidates_.begin(), last - 1, candidates_.end(), before);
+      candidates_.erase(last, candidates_.end());
+    }
+    rank_candidates();
+    for (size_t i = 0; i < candidates_.size(); ++i) {
+      if (ranks_[i] >= k || candidates_[i].value == -kInf) continue;
+      ids[ranks_[i]] = candidates_[i].id;
+      logits[ranks_[i]] = candidates_[i].value;
     }
     *lse = float(double(top_) + std::log(sum_.value));
   }
@@ -259,12 +263,45 @@ class Row {
     });
   }
 
-  // The k-th largest maximum of a tile: k tokens at least are not below it.
+  // A bound that just k maxima of tiles reach, more where they are equal: k tokens at least are
+  // not below it. By bisection, whose loop over the tiles has no branch to mispredict.
   float largest_tile(int64_t k) {
-    if (k > int64_t(maxima_.size())) return -kInf;
-    order_ = maxima_;
-    std::nth_element(order_.begin(), order_.begin() + (k - 1), order_.end(), std::greater<float>());
-    return order_[k - 1];
+    const auto count = int32_t(maxima_.size());
+    if (k > count) return -kInf;
+    order_.resize(count);
+    for (int32_t t = 0; t < count; ++t) order_[t] = ordered_bits(maxima_[t]);
+    int64_t low = *std::min_element(order_.begin(), order_.end());
+    int64_t high = int64_t(ordered_bits(top_)) + 1;  // reached by less than k
+    for (int32_t reached = count; reached != k && high - low > 1;) {
+      const auto middle = int32_t((low + high) >> 1);
+      int32_t above = 0;
+      for (int32_t t = 0; t < count; ++t) above += order_[t] >= middle;
+      if (above < k) {
+        high = middle;
+      } else {
+        low = middle;
+        reached = above;
+      }
+    }
+    return noise::float_of(uint32_t(low < 0 ? low ^ 0x7fffffff : low));
+  }
+
+  // The bits of a float as an integer of the same order.
+  static int32_t ordered_bits(float x) {
+    const auto bits = int32_t(noise::word_of(x));
+    return bits < 0 ? bits ^ 0x7fffffff : bits;
+  }
+
+  // Of few candidates: how many come before each. No branch depends on them.
+  void rank_candidates() {
+    ranks_.assign(candidates_.size(), 0);
+    for (size_t i = 1; i < candidates_.size(); ++i) {
+      for (size_t j = 0; j < i; ++j) {
+        const bool ahead = before(candidates_[j], candidates_[i]);
+        ranks_[i] += ahead;
+        ranks_[j] += !ahead;
+      }
+    }
   }
 
   // Candidates with logits from `least` up, their values the logits.
@@ -329,10 +366,10 @@ class Row {
   bool sound_ = false;
   ExpSum sum_;
   Cut cut_ = {-kInf, kLastId};
-  std::vector<float> copy_, masked_, rest_, edited_, maxima_, order_;
+  std::vector<float> copy_, masked_, rest_, edited_, maxima_;
   std::vector<double> sums_, products_;  // of a tile's Moments; a sum of 0 is not known yet
   std::vector<int64_t> stale_;           // tiles with changed logits
-  std::vector<int32_t> ids_;
+  std::vector<int32_t> ids_, order_, ranks_;
   std::vector<Candidate> candidates_;
 };
 

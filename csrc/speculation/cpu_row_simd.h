@@ -15,6 +15,40 @@ RK_INLINE bool any(I mask) {
 #endif
 }
 
+// Holds a loaded vector in its register: GCC would load it anew for every use.
+RK_INLINE void keep(F& x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#endif
+}
+
+// Whether a NaN was among the vectors it saw.
+struct NanWatch {
+#if RK_SIMD == 4
+  __mmask16 without[2] = {kAll, kAll};  // two chains: one would wait for its own compares
+
+  RK_INLINE void see(const F (&v)[kGroup]) {
+    for (int k = 0; k < 2; ++k) {
+      without[k] = _mm512_mask_cmp_ps_mask(without[k], v[2 * k], v[2 * k + 1], _CMP_ORD_Q);
+    }
+  }
+  RK_INLINE bool saw() const { return (without[0] & without[1]) != kAll; }
+#else
+  I with = {};
+
+  RK_INLINE void see(const F (&v)[kGroup]) {
+    for (int k = 0; k < kGroup; k += 2) {
+#if RK_SIMD == 3
+      with |= I(_mm256_cmp_ps(v[k], v[k + 1], _CMP_UNORD_Q));
+#else
+      with |= (v[k] != v[k]) | (v[k + 1] != v[k + 1]);
+#endif
+    }
+  }
+  RK_INLINE bool saw() const { return any(with); }
+#endif
+};
+
 RK_INLINE uint32_t bits_of(I mask) {
 #if RK_SIMD == 4
   return _mm512_movepi32_mask(__m512i(mask));
@@ -27,15 +61,27 @@ RK_INLINE uint32_t bits_of(I mask) {
 #endif
 }
 
+// Lanes in four columns: what is left of a reduction costs no loop.
+typedef float Quad __attribute__((vector_size(16)));
+
 RK_INLINE float max_lane(F x) {
-  float lanes[kLanes];
-  store_one(lanes, x);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) {
-      lanes[lane] = lanes[lane + width] > lanes[lane] ? lanes[lane + width] : lanes[lane];
-    }
+  Quad rows[kLanes / 4];
+  __builtin_memcpy(rows, &x, sizeof x);
+  for (int width = kLanes / 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) rows[i] = rows[i + width] > rows[i] ? rows[i + width] : rows[i];
   }
-  return lanes[0];
+  const float a = rows[0][0] > rows[0][1] ? rows[0][0] : rows[0][1];
+  const float b = rows[0][2] > rows[0][3] ? rows[0][2] : rows[0][3];
+  return a > b ? a : b;
+}
+
+RK_INLINE float sum_lanes(F x) {
+  Quad rows[kLanes / 4];
+  __builtin_memcpy(rows, &x, sizeof x);
+  for (int width = kLanes / 8; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) rows[i] += rows[i + width];
+  }
+  return (rows[0][0] + rows[0][1]) + (rows[0][2] + rows[0][3]);
 }
 
 // 16-bit logits as floats, in order, unlike load().
@@ -75,69 +121,80 @@ RK_INLINE float tile_maximum(const float* x, I& bad) {
   return max_lane(max(max(top[0], top[1]), max(top[2], top[3])));
 }
 
-RK_INLINE float sum_lanes(F x) {
-  float lanes[kLanes];
-  store_one(lanes, x);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  }
-  return lanes[0];
-}
-
-// Numbers that are added in fp32, 16 to a lane: small ones beside the top all err the same way.
-constexpr int64_t kInFloat = 16 * kGroup * kLanes;
-static_assert(kTile % kInFloat == 0, "whole parts");
-
-// sum exp(x - top) of a tile, times kExpScale. Meanwhile the next tile comes from memory.
-RK_INLINE double tile_sum(const float* x, float top) {
+// sum exp(x - from) of a tile, times kExpScale, for top <= from, and its largest value `top`. NaN
+// where x has one.
+RK_INLINE double tile_sum(const float* x, float from, float& top) {
+  constexpr int64_t kBlock = 16 * kGroup * kLanes;  // few enough for sums in single precision
+  F tops[kGroup];
+  RK_EACH tops[k] = splat(-kInf);
   double total = 0;
-  for (int64_t at = 0; at < kTile; at += kInFloat) {
+  for (int64_t block = 0; block < kTile; block += kBlock) {
     F sum[kGroup] = {};
-    for (int64_t i = at; i < at + kInFloat; i += kGroup * kLanes) {
-      F v[kGroup], e[kGroup];
-      RK_EACH __builtin_prefetch(x + i + k * kLanes + kTile);
+    for (int64_t i = block; i < block + kBlock; i += kGroup * kLanes) {
+      F v[kGroup];
       load(x + i, v);
-      RK_EACH v[k] = max(splat(kExpZero), v[k] - splat(top));
-      scaled_exp(v, e);
-      RK_EACH sum[k] = sum[k] + e[k];
+      RK_EACH keep(v[k]);
+      RK_EACH tops[k] = max(v[k], tops[k]);
+      RK_EACH v[k] = max(splat(kExpZero), v[k] - splat(from));
+      add_scaled_exp(v, sum);
     }
     total += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
+  top = max_lane(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
   return total;
 }
 
-// The same at most kCoarse wrong: exp as the float whose bits are linear in the exponent
-// (Schraudolph, Neural Computation 11, 1999), in a third of the instructions.
-constexpr float kCoarse = 0.031f;
+// The same at most kCoarse wrong, for top <= from and |from| < kCoarseFrom: exp as the float whose
+// bits are linear in the exponent (Schraudolph, Neural Computation 11, 1999), in half of the
+// instructions. NaN where x has one.
+constexpr float kCoarse = 0.035f, kCoarseFrom = 0x1p15f;
 
-RK_INLINE double coarse_tile_sum(const float* x, float top) {
+RK_INLINE double coarse_tile_sum(const float* x, float from, float& top) {
   constexpr float kSlope = 12102203.2f;                     // 2^23 / ln 2
   constexpr float kAtZero = (127 + 32) * 0x1p23f - 366393;  // 2^32, less what centres the error
-  F sum[kGroup] = {};
+  const F slope = splat(kSlope), at_zero = splat(kAtZero - from * kSlope);
+  F sum[kGroup] = {}, tops[kGroup];
+  NanWatch nan;
+  RK_EACH tops[k] = splat(-kInf);
   for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
     F v[kGroup];
-    RK_EACH __builtin_prefetch(x + i + k * kLanes + kTile);
+    I bits[kGroup];
     load(x + i, v);
-    RK_EACH v[k] = max(fma(v[k] - splat(top), splat(kSlope), splat(kAtZero)), F{});
-    RK_EACH sum[k] = sum[k] + F(__builtin_convertvector(v[k], I));
+    RK_EACH keep(v[k]);
+    RK_EACH tops[k] = max(v[k], tops[k]);
+    nan.see(v);
+    RK_EACH bits[k] = __builtin_convertvector(fma(v[k], slope, at_zero), I);
+    RK_EACH bits[k] = bits[k] > 0 ? bits[k] : I{};  // what is too small converts to negative ones
+    RK_EACH sum[k] = fma(F(bits[k]), splat(1.0f), sum[k]);  // adders have more to do than these
   }
-  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
+  top = max_lane(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
+  return nan.saw() ? __builtin_nan("") : sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
 }
 
-// The largest value of each tile; false when one is NaN or +inf. With `sum`, also sum exp(x - top)
-// while the tile is at hand, relative to the largest value so far.
+// The largest value of each tile; false when one is NaN or +inf. With `sum`, also sum exp(x - top),
+// in the same sweep: relative to the largest value so far, and coarsely after a tile that weighed
+// little. A tile for which that was wrong is swept again while it is at hand.
 static bool tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) {
+  // Coarse sums of all tiles that weigh so little make a sum above 1 less than 2^-23 wrong.
+  const double little = double(kExpScale) * (0x1p-23 / double(kCoarse)) * double(kTile) / double(n);
+  bool coarse = false;
   I bad = {};
-  // So far below the top, coarse sums of n tokens are less than 2^-23 wrong.
-  const float far = __builtin_logf(float(n) * (kCoarse * 0x1p23f));
-  for (int64_t at = 0, tile = 0; at < n; at += kTile, ++tile) {
-    const float top = maxima[tile] = tile_maximum(x + at, bad);
-    if (sum == nullptr) continue;
-    if (top > sum->top) sum->raise(top);
-    if (!(top > -kInf)) continue;
-    const bool is_far = top < sum->top - far;
-    const double part = is_far ? coarse_tile_sum(x + at, sum->top) : tile_sum(x + at, sum->top);
+  for (int64_t at = 0; at < n; at += kTile) {
+    float& top = maxima[at / kTile];
+    if (sum == nullptr) {
+      top = tile_maximum(x + at, bad);
+      continue;
+    }
+    const float from = sum->top;
+    double part = coarse ? coarse_tile_sum(x + at, from, top) : tile_sum(x + at, from, top);
+    if (!(top <= from && part <= (coarse ? little : part))) {  // NaN is not <= itself
+      top = tile_maximum(x + at, bad);
+      if (!(top > -kInf)) continue;
+      if (top > from) sum->raise(top);
+      part = tile_sum(x + at, sum->top, top);
+    }
     sum->value += part * (1.0 / double(kExpScale));
+    coarse = part <= little && __builtin_fabsf(sum->top) < kCoarseFrom;
   }
   return !any(bad);
 }
@@ -146,20 +203,15 @@ static bool tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) {
 static int64_t collect(const float* x, int64_t n, const float* maxima, float least, int32_t* ids) {
   const F bound = splat(least);
   int64_t count = 0;
-  for (int64_t i = 0; i < n; i += kGroup * kLanes) {
-    if (maxima[i / kTile] < least) {
-      i += kTile - kGroup * kLanes;  // never within a tile: the bound is fixed
-      continue;
-    }
-    F v[kGroup];
-    load(x + i, v);
-    I hit[kGroup];
-    RK_EACH hit[k] = v[k] >= bound;
-    if (!any((hit[0] | hit[1]) | (hit[2] | hit[3]))) continue;
-    RK_EACH {
-      for (uint32_t bits = bits_of(hit[k]); bits != 0; bits &= bits - 1) {
-        ids[count++] = int32_t(i + k * kLanes + __builtin_ctz(bits));
-      }
+  for (int64_t at = 0; at < n; at += kTile) {
+    if (maxima[at / kTile] < least) continue;
+    for (int64_t i = at; i < at + kTile; i += kGroup * kLanes) {
+      F v[kGroup];
+      load(x + i, v);
+      if (!any(max(max(v[0], v[1]), max(v[2], v[3])) >= bound)) continue;
+      uint64_t bits = 0;
+      RK_EACH bits |= uint64_t(bits_of(v[k] >= bound)) << (k * kLanes);
+      for (; bits != 0; bits &= bits - 1) ids[count++] = int32_t(i + __builtin_ctzll(bits));
     }
   }
   return count;

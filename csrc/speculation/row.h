@@ -14,7 +14,7 @@ constexpr int kMassBits = 40;          // the most likely token has mass 2^40
 
 // Tokens are ordered by value descending, then by id ascending; -1 is behind every id.
 RK_HOST_DEVICE bool comes_before(float value, int id, float other, int other_id) {
-  return value > other || (value == other && uint32_t(id) < uint32_t(other_id));
+  return (value > other) | ((value == other) & (uint32_t(id) < uint32_t(other_id)));  // no branch
 }
 
 // exp(value - top) in fixed point, rounded down; 0 more than 27.7 below the top.

@@ -72,6 +72,7 @@ class DraftTree:
         cpu = torch.device("cpu")
         self._tensors[cpu] = _tree_tensors(self._parents)
         self._depth = int(self._tensors[cpu].depths.max())
+        self._max_children = int(self._tensors[cpu].ranks.max()) + 1 if self.nodes > 1 else 0
 
     @classmethod
     def default(cls, nodes: int = 80) -> DraftTree:
@@ -184,7 +185,7 @@ class DraftTree:
     @property
     def max_children(self) -> int:
         """Largest number of children of one node."""
-        return int(self.ranks.max()) + 1 if self.nodes > 1 else 0
+        return self._max_children
 
     def tensors(self, device: torch.device | str = "cpu") -> TreeTensors:
         """The tree's arrays on a device; copied there once."""
