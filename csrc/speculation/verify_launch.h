@@ -1,17 +1,41 @@
-// Launch decisions of the verification kernels: pure functions of the batch and the device. Plain
-// C++.
+// Launch decisions of the verification kernels: pure functions of sizes and the device. Plain C++.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+
+#include "../common/host_device.h"
 
 namespace reasonkern {
 
-// Blocks that share a request: enough to occupy the device at a small batch, one at a large one,
-// where a row per block reads memory as fast as a row per cluster and needs no cluster barriers.
-inline unsigned team_blocks(int64_t batch, int multiprocessors, int arch) {
+constexpr int kTeamBlocks = 8;                    // of a cluster, at most: the largest portable one
+constexpr std::size_t kSharedBytes = 227 * 1024;  // of a multiprocessor, and of a block at most
+
+// Tokens of a row that each of the blocks takes: words of the mask, hence whole vectors.
+RK_HOST_DEVICE int64_t slice_tokens(int64_t vocab, unsigned blocks) {
+  return (vocab + 32 * blocks - 1) / (32 * blocks) * 32;
+}
+
+struct TeamShape {
+  unsigned blocks;     // that share a request
+  bool staged;         // slices are copied to shared memory
+  std::size_t shared;  // bytes of a block
+};
+
+// Enough blocks to occupy the device, and to have a slice leave room for other teams beside it.
+// `scratch`: what a block needs besides its slice; `inside`: blocks that the registers of a
+// multiprocessor leave room for. Below sm_90 there are neither clusters nor copies in bulk.
+inline TeamShape team_shape(int64_t batch, int64_t vocab, int element_bytes, std::size_t scratch,
+                            int inside, int multiprocessors, int arch) {
+  if (arch < 90) return {1, false, scratch};
   unsigned blocks = 1;
-  while (arch >= 90 && blocks < 8 && batch * blocks * 2 <= 2 * multiprocessors) blocks *= 2;
-  return blocks;
+  const auto shared = [&] { return scratch + slice_tokens(vocab, blocks) * element_bytes; };
+  while (blocks < kTeamBlocks && (batch * blocks * 2 <= inside * multiprocessors ||
+                                  shared() + 1024 > kSharedBytes / inside)) {
+    blocks *= 2;
+  }
+  const bool fits = shared() <= kSharedBytes;
+  return {blocks, fits, fits ? shared() : scratch};
 }
 
 // The widest word that divides a head's bytes and the strides and addresses in bytes.
