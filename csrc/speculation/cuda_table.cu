@@ -7,7 +7,7 @@
 namespace reasonkern {
 namespace {
 
-constexpr int kDraftThreads = 256, kKeyThreads = 128, kMergeThreads = 128, kFewThreads = 256;
+constexpr int kKeyThreads = 128, kMergeThreads = 128, kFewThreads = 256;
 
 unsigned blocks(int64_t work, int64_t per_block) {
   const int64_t wanted = (work + per_block - 1) / per_block;
