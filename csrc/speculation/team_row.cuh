@@ -121,6 +121,9 @@ __device__ __forceinline__ Weights reduce_lanes(Weights x, unsigned n, AddWeight
   return x;
 }
 
+// Certainly without mass: 27.7 below the top it is rounded to 0.
+__device__ __forceinline__ bool has_no_mass(float value, float top) { return value - top < -29.0f; }
+
 // The largest order at or above which the tokens kept by `cut` weigh `limit` or more, three bits at
 // a time. by_mass: a token weighs its mass, else 1.
 template <class Row>
@@ -131,6 +134,9 @@ __device__ Cut search_cut(Team& team, const Row& row, float temperature, float t
     Weights sum{};
     row.template each<1>([&](int v, float (&x)[4]) {
       row.apply_mask(v, x);
+      const float largest = noise::divide(top_of(x), temperature);
+      if ((order_of(largest, 0) - low) >> shift < 1) return;
+      if (by_mass && has_no_mass(largest, top)) return;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float value = noise::divide(x[k], temperature);
@@ -159,6 +165,7 @@ __device__ int64_t kept_mass(Team& team, const Row& row, float temperature, floa
   int64_t sum = 0;
   row.template each<1>([&](int v, float (&x)[4]) {
     row.apply_mask(v, x);
+    if (has_no_mass(noise::divide(top_of(x), temperature), top)) return;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const float value = noise::divide(x[k], temperature);
