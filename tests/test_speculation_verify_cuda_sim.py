@@ -46,8 +46,8 @@ def test_launch_shapes_change_nothing(simulated, blocks, threads, order):
 def test_where_a_slice_lies_changes_nothing(simulated, filters, vocab, dtype):
     """In shared memory or not; rows of 299 tokens are copied where they happen to be aligned."""
     step = random_step(4, batch=6, vocab=vocab, filters=filters, dtype=dtype)
-    for staged in (True, False):
-        with simulated.using(staged=staged, blocks=4, threads=64):
+    for stages in (0, 1, 2):
+        with simulated.using(stages=stages, blocks=4, threads=64):
             same(simulated, step)
 
 
@@ -81,9 +81,10 @@ def test_launch_decisions(simulated):
     assert [blocks(b)[0] for b in (1, 8, 32, 33, 64, 132, 256)] == [8, 8, 8, 8, 4, 4, 4]
     assert [blocks(256, vocab)[0] for vocab in (32_000, 128_256, 262_144)] == [1, 4, 8]
     assert [blocks(b, inside=1)[0] for b in (1, 8, 32, 256)] == [8, 8, 4, 2]
-    assert blocks(256) == (4, True, 14_000 + 37_984 * 2)
-    assert blocks(1, 1 << 21, 4) == (8, False, 14_000)  # a slice of a MiB
-    assert blocks(1, arch=80) == (1, False, 14_000)  # no clusters there
+    assert blocks(256) == (4, 1, 14_000 + 37_984 * 2)
+    assert blocks(32) == (8, 2, 14_000 + 2 * 38_016)
+    assert blocks(1, 1 << 21, 4) == (8, 0, 14_000)  # a slice of a MiB
+    assert blocks(1, arch=80) == (1, 0, 14_000)  # no clusters there
     assert [word(256, 64), word(24, 16), word(6, 2), word(3, 1)] == [16, 8, 2, 1]
 
 

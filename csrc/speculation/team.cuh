@@ -41,7 +41,7 @@ struct TeamShared {
   alignas(16) unsigned char inbox[2][kTeamBlocks][kPartBytes];  // from the team's blocks
   TopPair top[kMaxTopK / 2];                                    // this block's largest, in order
   TopPair tops[kTeamBlocks][kMaxTopK / 2];                      // those of all blocks
-  Mailbox arrived[2], tops_arrived, fetched;
+  Mailbox arrived[2], tops_arrived, fetched[2];
   Request request;
   double s[kMaxEntry], r[kMaxEntry];  // rejection state
   int64_t skip[kMaxEntry], mass[kMaxEntry];
@@ -79,7 +79,7 @@ __device__ __forceinline__ T reduce_lanes(T value, unsigned n, Op op) {
 struct Slice {
   int first, last;
   const char* data;
-  unsigned bytes;
+  unsigned bytes, room;  // of this slice, of any
   bool staged;
 
   __device__ Slice(const LogitRows& rows, int64_t b, int64_t node) {
@@ -88,8 +88,8 @@ struct Slice {
     first = min(int(cluster_rank()) * share, vocab), last = min(first + share, vocab);
     data = static_cast<const char*>(rows.data) +
            (b * rows.stride_b + node * rows.stride_n + first) * size;
-    bytes = unsigned(last - first) * unsigned(size);
-    staged = rows.staged && bytes > 0 && bytes % 16 == 0 &&
+    bytes = unsigned(last - first) * unsigned(size), room = unsigned(share) * unsigned(size);
+    staged = rows.stages > 0 && bytes > 0 && bytes % 16 == 0 &&
              reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
   }
 };
@@ -99,9 +99,9 @@ class Team {
   // `stage`: where the slice of a row lies in the block's shared memory.
   __device__ Team(TeamShared* shared, unsigned stage) : shared_(shared), stage_(stage) {
     if (threadIdx.x == 0) {
-      for (Mailbox* box : {shared->arrived, shared->arrived + 1}) open_mailbox(box);
+      for (int i = 0; i < 2; ++i)
+        open_mailbox(shared->arrived + i), open_mailbox(shared->fetched + i);
       open_mailbox(&shared->tops_arrived);
-      open_mailbox(&shared->fetched);
       fence_for_bulk();
     }
     cluster_arrive();  // waited for where a mailbox is first looked into
@@ -110,6 +110,7 @@ class Team {
   // Before a thread exits: another block may still send to this one.
   __device__ void leave() {
     meet();
+    drain();
     cluster_sync();
   }
 
@@ -189,23 +190,33 @@ class Team {
     return int(2 * pairs * size);
   }
 
-  // Starts the copy of this block's slice of a row. The block has read the slice before it, and a
-  // barrier lies between.
+  // Starts the copy of this block's slice of a row, which is the next one to be read, unless it was
+  // guessed. The block has read the slice before it, and a barrier lies between.
   __device__ void fetch(const LogitRows& rows, int64_t b, int64_t node) {
+    if (guess_ == int(node)) {
+      slot_ ^= 1, guess_ = -1;
+    } else {
+      copy(Slice(rows, b, node), slot_);
+    }
+  }
+
+  // Where there is room for a second slice: starts the copy of a row that may be the next one. A
+  // guess that was wrong has long come by then.
+  __device__ void guess(const LogitRows& rows, int64_t b, int64_t node) {
+    if (rows.stages < 2) return;
+    drain();
+    if (node <= 0) return;
     const Slice slice(rows, b, node);
-    if (!slice.staged) return;
-    ++fetches_;
-    if (threadIdx.x != 0) return;
-    expect_bytes(&shared_->fetched, slice.bytes);
-    copy_bulk(staged(), slice.data, slice.bytes, &shared_->fetched);
+    if (slice.staged) guess_ = int(node);
+    copy(slice, slot_ ^ 1);
   }
 
   // Where the slice is; waits for the copy.
   __device__ const void* await(const Slice& slice) {
     if (!slice.staged) return slice.data;
     meet();
-    wait_for_turn(&shared_->fetched, fetches_ - 1);
-    return staged();
+    wait_for_turn(shared_->fetched + slot_, turn_of(slot_) - 1);
+    return staged(slot_, slice);
   }
 
  private:
@@ -215,7 +226,27 @@ class Team {
     return static_cast<Void*>(__builtin_assume_aligned(part, 16));
   }
 
-  __device__ unsigned char* staged() const { return dynamic_shared<unsigned char>(stage_); }
+  __device__ void copy(const Slice& slice, unsigned slot) {
+    if (!slice.staged) return;
+    fetches_ += 1u << 16 * slot;
+    if (threadIdx.x != 0) return;
+    expect_bytes(shared_->fetched + slot, slice.bytes);
+    copy_bulk(staged(slot, slice), slice.data, slice.bytes, shared_->fetched + slot);
+  }
+
+  // The copy of a wrong guess.
+  __device__ void drain() {
+    if (guess_ >= 0 && threadIdx.x == 0) {
+      wait_for_turn(shared_->fetched + (slot_ ^ 1), turn_of(slot_ ^ 1) - 1);
+    }
+    guess_ = -1;
+  }
+
+  __device__ unsigned turn_of(unsigned slot) const { return fetches_ >> 16 * slot & 0xffff; }
+
+  __device__ unsigned char* staged(unsigned slot, const Slice& slice) const {
+    return dynamic_shared<unsigned char>(stage_ + slot * slice.room);
+  }
 
   __device__ void meet() {
     if (!met_) cluster_wait();
@@ -223,7 +254,9 @@ class Team {
   }
 
   TeamShared* shared_;
-  unsigned stage_, block_turn_ = 0, turn_ = 0, tops_turn_ = 0, fetches_ = 0;
+  unsigned stage_, block_turn_ = 0, turn_ = 0, tops_turn_ = 0;
+  unsigned slot_ = 0, fetches_ = 0;  // of slices; copies into either slot, 16 bits each
+  int guess_ = -1;                   // node of the copy in the other slot
   bool met_ = false;
 };
 

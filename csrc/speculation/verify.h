@@ -28,7 +28,7 @@ struct LogitRows {
   int64_t stride_b, stride_n;  // in elements
   const int32_t* mask;         // (B, N, ceil(V / 32)) or null: every token is allowed
   int64_t mask_stride_b, mask_stride_n;
-  bool staged;  // on CUDA: the launch has room for slices of rows in shared memory
+  int stages;  // on CUDA: slices of rows that the launch has room for in a block's shared memory
 };
 
 // Each (B).

@@ -11,8 +11,8 @@ namespace reasonkern {
 
 // A walk's place: the request, the node whose row is read, its depth.
 struct Place {
-  int64_t b, node;
-  int depth;
+  int64_t b;
+  int node, depth;
 };
 
 __device__ __forceinline__ bool is_usable(const VerifyParams& p, int64_t b, int64_t node) {
@@ -117,37 +117,39 @@ __global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) sample_kerne
 }
 
 // The children of a node, one to a lane and in each warp, read while the node's row is on its way.
-class Children {
- public:
+struct Children {
+  int32_t child, token;  // token: -1 where there is no child that may be entered
+
+  __device__ Children(const VerifyParams& p, const Place& at, int first) {
+    const int32_t c = first + int32_t(threadIdx.x % 32);
+    child = c < p.child_ptr[at.node + 1] ? p.child_index[c] : 0;
+    const bool usable = child > 0 && is_usable(p, at.b, child);
+    const int64_t drafted = usable ? p.tokens[at.b * p.rows.nodes + child] : -1;
+    token = drafted >= 0 && drafted < p.rows.vocab ? int32_t(drafted) : -1;
+  }
+
   __device__ Children(const VerifyParams& p, const Place& at)
-      : p_(p), b_(at.b), next_(p.child_ptr[at.node]), last_(p.child_ptr[at.node + 1]) {
-    load();
-  }
+      : Children(p, at, p.child_ptr[at.node]) {}
 
-  // The one that holds the token, -1 when there is none.
-  __device__ int find(int64_t token) {
-    while (true) {
-      const unsigned hits = __ballot_sync(kFullMask, token_ == int32_t(token));
-      if (hits != 0) return __shfl_sync(kFullMask, child_, __ffs(int(hits)) - 1);
-      if (next_ >= last_) return -1;
-      load();
-    }
-  }
+  // The likeliest one; 0 if it may not be entered.
+  __device__ int first() const { return __shfl_sync(kFullMask, token >= 0 ? child : 0, 0); }
 
- private:
-  __device__ void load() {
-    const int32_t c = next_ + int32_t(threadIdx.x % 32);
-    child_ = c < last_ ? p_.child_index[c] : 0;
-    const bool usable = child_ > 0 && is_usable(p_, b_, child_);
-    const int64_t token = usable ? p_.tokens[b_ * p_.rows.nodes + child_] : -1;
-    token_ = token >= 0 && token < p_.rows.vocab ? int32_t(token) : -1;
-    next_ += 32;
+  // The one among these that holds a token, -1 when there is none.
+  __device__ int find(int64_t emitted) const {
+    const unsigned hits = __ballot_sync(kFullMask, token == int32_t(emitted));
+    return hits != 0 ? __shfl_sync(kFullMask, child, __ffs(int(hits)) - 1) : -1;
   }
-
-  const VerifyParams& p_;
-  const int64_t b_;
-  int32_t next_, last_, child_, token_;
 };
+
+// `few`: the first of them.
+__device__ inline int find_child(const VerifyParams& p, const Place& at, const Children& few,
+                                 int64_t token) {
+  int found = few.find(token);
+  for (int32_t c = p.child_ptr[at.node] + 32; found < 0 && c < p.child_ptr[at.node + 1]; c += 32) {
+    found = Children(p, at, c).find(token);
+  }
+  return found;
+}
 
 __device__ __forceinline__ bool is_eos(const VerifyParams& p, int64_t token) {
   const int lane = int(threadIdx.x % 32);
@@ -204,7 +206,8 @@ struct PlainVisit {
 template <class Visit>
 __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
   const bool active = p.valid[b * p.rows.nodes], first_block = cluster_rank() == 0;
-  const int64_t limit = p.max_length != nullptr ? p.max_length[b] : p.depth + 1;
+  const int64_t allowed = p.max_length != nullptr ? p.max_length[b] : p.depth + 1;
+  const int limit = int(allowed < p.depth + 1 ? allowed : p.depth + 1);
   const Request& request = team.begin(p.requests, b);
   int32_t status = 0;
   int length = 0;
@@ -214,13 +217,14 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
   Visit visit(p, request, b);
   while (at.node >= 0) {
     Children children(p, at);
+    team.guess(p.rows, b, children.first());
     const Visited row = visit.choose(team, at);
     const int64_t token = row.outcome.token, out = b * (p.depth + 1) + at.depth;
     if (row.outcome.bad) status |= kBadRow;
     if (token < 0) break;
     ++length;
-    const int node = int(at.node);
-    at = {b, length < limit && at.depth < p.depth ? children.find(token) : -1, at.depth + 1};
+    const int node = at.node;
+    at = {b, length < limit ? find_child(p, at, children, token) : -1, at.depth + 1};
     if (is_eos(p, token)) status |= kEos, at.node = -1;
     if (at.node >= 0) team.fetch(p.rows, b, at.node);  // the next row is on its way meanwhile
     if (team.leads()) p.out_tokens[out] = token, p.path[out] = node;
@@ -229,7 +233,7 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
     write_statistics(team, row.found, p.topk, p.topk_ids + out * p.topk,
                      p.topk_logits + out * p.topk, p.lse + out);
   }
-  if (active && p.max_length != nullptr && length >= limit) status |= kCapped;
+  if (active && p.max_length != nullptr && length >= p.max_length[b]) status |= kCapped;
   if (team.leads()) p.length[b] = length, p.status[b] = status;
 }
 

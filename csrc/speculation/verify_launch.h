@@ -18,7 +18,7 @@ RK_HOST_DEVICE int64_t slice_tokens(int64_t vocab, unsigned blocks) {
 
 struct TeamShape {
   unsigned blocks;     // that share a request
-  bool staged;         // slices are copied to shared memory
+  int stages;          // slices that fit into a block's shared memory: 2 to guess the next one
   std::size_t shared;  // bytes of a block
 };
 
@@ -27,15 +27,20 @@ struct TeamShape {
 // multiprocessor leave room for. Below sm_90 there are neither clusters nor copies in bulk.
 inline TeamShape team_shape(int64_t batch, int64_t vocab, int element_bytes, std::size_t scratch,
                             int inside, int multiprocessors, int arch) {
-  if (arch < 90) return {1, false, scratch};
+  if (arch < 90) return {1, 0, scratch};
   unsigned blocks = 1;
-  const auto shared = [&] { return scratch + slice_tokens(vocab, blocks) * element_bytes; };
+  const auto shared = [&](int stages) {
+    return scratch + stages * slice_tokens(vocab, blocks) * element_bytes;
+  };
   while (blocks < kTeamBlocks && (batch * blocks * 2 <= inside * multiprocessors ||
-                                  shared() + 1024 > kSharedBytes / inside)) {
+                                  shared(1) + 1024 > kSharedBytes / inside)) {
     blocks *= 2;
   }
-  const bool fits = shared() <= kSharedBytes;
-  return {blocks, fits, fits ? shared() : scratch};
+  // A wrong guess costs bandwidth, which a device that is not full has left.
+  const bool guesses =
+      batch * blocks <= inside * multiprocessors && shared(2) + 1024 <= kSharedBytes / inside;
+  const int stages = guesses ? 2 : shared(1) <= kSharedBytes ? 1 : 0;
+  return {blocks, stages, shared(stages)};
 }
 
 // The widest word that divides a head's bytes and the strides and addresses in bytes.

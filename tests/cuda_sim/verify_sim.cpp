@@ -59,15 +59,14 @@ StatisticsParams statistics_of(const Fields& f) {
 
 struct Launch {
   unsigned teams, blocks, threads;  // blocks: of a team
-  bool staged;
-  int order;
+  int stages, order;
   uint64_t seed;
 
   explicit Launch(const Fields& f)
       : teams(f.number<unsigned>("teams")),
         blocks(f.number<unsigned>("blocks")),
         threads(f.number<unsigned>("threads")),
-        staged(f.number<bool>("staged")),
+        stages(f.number<int>("stages")),
         order(f.number<int>("order")),
         seed(f.number<uint64_t>("seed")) {}
 
@@ -81,8 +80,8 @@ struct Launch {
   template <class Shared, class Params>
   void start_teams(void (*kernel)(Params), Params p) const {
     const int64_t slice = slice_tokens(p.rows.vocab, blocks) * element_bytes(p.rows.type);
-    p.rows.staged = staged;
-    start(kernel, stage_offset<Shared>() + (staged ? std::size_t(slice) : 0), p);
+    p.rows.stages = stages;
+    start(kernel, stage_offset<Shared>() + std::size_t(stages * slice), p);
   }
 };
 
@@ -189,7 +188,7 @@ PYBIND11_MODULE(verify_sim, m) {
   m.def("team_shape", [](int64_t batch, int64_t vocab, int bytes, std::size_t scratch, int inside,
                          int units, int arch) {
     const TeamShape shape = team_shape(batch, vocab, bytes, scratch, inside, units, arch);
-    return std::make_tuple(shape.blocks, shape.staged, shape.shared);
+    return std::make_tuple(shape.blocks, shape.stages, shape.shared);
   });
   m.def("word_bytes", &word_bytes);
 }
