@@ -11,6 +11,7 @@ from speculation_table_cases import random_batch, random_requests, run_draft, ru
 from speculation_table_cases import state_tensors as tensors
 
 from reasonkern import DraftTree, NgramTable, _load
+from reasonkern.speculation import op_table
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -59,6 +60,12 @@ def test_no_launch_changes_a_bit(launch):
             assert_same_bits(*drafts)
     for name, tensor in tensors(expected).items():
         assert torch.equal(tensors(got)[name], tensor), name
+
+
+def test_both_sides_agree_on_few():
+    from cuda_sim import table_backend
+
+    assert table_backend.module().few_items == op_table.FEW_ITEMS
 
 
 @pytest.mark.slow

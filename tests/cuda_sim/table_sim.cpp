@@ -103,4 +103,7 @@ void run(const std::string& op, const py::dict& launch, const py::dict& args) {
 
 }  // namespace
 
-PYBIND11_MODULE(table_sim, m) { m.def("run", &run); }
+PYBIND11_MODULE(table_sim, m) {
+  m.def("run", &run);
+  m.attr("few_items") = int(kFewItems);
+}
