@@ -11,6 +11,7 @@ from speculation_table_cases import random_batch, random_requests, run_draft, ru
 from speculation_table_cases import state_tensors as tensors
 
 from reasonkern import DraftTree, NgramTable, _load
+from reasonkern.speculation import table_op
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -18,6 +19,8 @@ LAUNCHES = [
     {"blocks": 1, "threads": 32, "order": "forward"},
     {"blocks": 5, "threads": 128, "order": "reverse"},
     {"blocks": 2, "threads": 96, "order": "random", "seed": 3},
+    {"blocks": 3, "threads": 64, "order": "random", "few": False},
+    {"blocks": 5, "threads": 32, "order": "reverse", "few": False},
 ]
 
 
@@ -36,14 +39,14 @@ def table(storage="packed"):
     return NgramTable(24, vocab_size=50, storage=storage, **options)
 
 
-@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda x: x["order"])
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda x: "-".join(map(str, x.values())))
 def test_no_launch_changes_a_bit(launch):
     from cuda_sim import table_backend
 
     got, expected = table(), table()
     with table_backend.using(**launch):
-        for call in range(2):  # runs of one key longer than a warp, sets of many keys
-            batch = random_batch(call, rows=50, window=4, tokens=2, scopes=1)
+        for tokens in (2, 1):  # sets of many keys; keys of more rows than a warp has room to sum
+            batch = random_batch(tokens, rows=50, window=4, tokens=tokens, scopes=1)
             run_update(reference, expected, batch)
             run_update(simulated, got, batch)
         for name, tensor in tensors(expected).items():
@@ -57,6 +60,12 @@ def test_no_launch_changes_a_bit(launch):
             assert_same_bits(*drafts)
     for name, tensor in tensors(expected).items():
         assert torch.equal(tensors(got)[name], tensor), name
+
+
+def test_both_sides_agree_on_few():
+    from cuda_sim import table_backend
+
+    assert table_backend.module().few_items == table_op.FEW_ITEMS
 
 
 @pytest.mark.slow

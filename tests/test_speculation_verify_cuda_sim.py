@@ -37,7 +37,18 @@ def same(simulated, step):
 @pytest.mark.parametrize(("blocks", "threads"), [(1, 32), (1, 64), (2, 32), (4, 64), (8, 32)])
 def test_launch_shapes_change_nothing(simulated, blocks, threads, order):
     with simulated.using(blocks=blocks, threads=threads, order=order, seed=5, teams=2):
-        same(simulated, random_step(1, batch=5, vocab=300, rejection=blocks != 2))
+        same(simulated, random_step(1, batch=5, vocab=304, rejection=blocks != 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("vocab", [304, 299])
+@pytest.mark.parametrize("filters", ["off", "mixed"])
+def test_where_a_slice_lies_changes_nothing(simulated, filters, vocab, dtype):
+    """In shared memory or not; rows of 299 tokens are copied where they happen to be aligned."""
+    step = random_step(4, batch=6, vocab=vocab, filters=filters, dtype=dtype)
+    for stages in (0, 1, 2):
+        with simulated.using(stages=stages, blocks=4, threads=64):
+            same(simulated, step)
 
 
 @pytest.mark.parametrize("vocab", [1200, 2600])
@@ -62,9 +73,18 @@ def test_the_last_tie_of_top_k_and_top_p(simulated):
 
 
 def test_launch_decisions(simulated):
-    blocks, word = simulated.module().team_blocks, simulated.module().word_bytes
-    assert [blocks(b, 132, 90) for b in (1, 8, 32, 33, 64, 132, 256)] == [8, 8, 8, 8, 4, 2, 1]
-    assert blocks(1, 108, 80) == 1  # no clusters there
+    shape, word = simulated.module().team_shape, simulated.module().word_bytes
+
+    def blocks(batch, vocab=151_936, size=2, arch=90, inside=2):
+        return shape(batch, vocab, size, 14_000, inside, 132, arch)
+
+    assert [blocks(b)[0] for b in (1, 8, 32, 33, 64, 132, 256)] == [8, 8, 8, 8, 4, 4, 4]
+    assert [blocks(256, vocab)[0] for vocab in (32_000, 128_256, 262_144)] == [1, 4, 8]
+    assert [blocks(b, inside=1)[0] for b in (1, 8, 32, 256)] == [8, 8, 4, 2]
+    assert blocks(256) == (4, 1, 14_000 + 37_984 * 2)
+    assert blocks(32) == (8, 2, 14_000 + 2 * 38_016)
+    assert blocks(1, 1 << 21, 4) == (8, 0, 14_000)  # a slice of a MiB
+    assert blocks(1, arch=80) == (1, 0, 14_000)  # no clusters there
     assert [word(256, 64), word(24, 16), word(6, 2), word(3, 1)] == [16, 8, 2, 1]
 
 
@@ -73,8 +93,9 @@ import sys; sys.path.insert(0, "tests")
 from speculation_cases import random_step, rows, random_logits
 from cuda_sim import verify_backend as sim
 for rejection in (False, True):
-    step = random_step(2, batch=5, nodes=5, vocab=150, rejection=rejection)
-    sim.verify_tree(*step.args())
+    for vocab in (150, 160):
+        step = random_step(2, batch=5, nodes=5, vocab=vocab, rejection=rejection)
+        sim.verify_tree(*step.args())
 sim.sample(random_logits((3, 77), 1), None, *rows(3, 77, 1).args())
 print("clean")
 """

@@ -80,7 +80,8 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, unsi
 #endif
 }
 
-// Orders the calling thread's stores to shared memory before later bulk copies over them.
+// Orders the calling thread's stores to shared memory, mailboxes included, before later bulk copies
+// over or through them.
 __device__ __forceinline__ void fence_for_bulk() {
 #if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -49,7 +49,7 @@ class Epilogue {
         is_asked_(to.entropy != nullptr),
         shared_(*team.shared()),
         top_(top),
-        bound_(is_asked_ ? block_bound(shared_, tops.value, kConfidenceTokens) : 0.0f) {}
+        bound_(is_asked_ ? bound_of(tops.allowed) : 0.0f) {}
 
   __device__ void raw(int, const float (&x)[4]) {
     if (is_asked_) add(sums_.raw, x, top_.raw);
@@ -84,14 +84,14 @@ class Epilogue {
       return -kInf;
     }
     if (!is_swept_) {
-      row.template each<2>(team, [&](int v, float (&x)[4]) {
+      row.template each<2>([&](int v, float (&x)[4]) {
         raw(v, x);
         row.apply_mask(v, x);
         allowed(v, x);
       });
     }
-    block_top<true>(team, row, kConfidenceTokens);
-    sums_ = team.reduce(sums_, LawSums{}, AddLawSums());
+    rank_candidates<true>(team, row, kConfidenceTokens);
+    sums_ = team.reduce(sums_, AddLawSums());
     const bool law = !chosen.bad;
     const double log_sum = log(sums_.law.s);
     find_confidence(team, log_sum, confidence);
@@ -106,11 +106,18 @@ class Epilogue {
       to_.confidence[out] = *confidence;
       to_.max_prob[out] = law ? float(1 / sums_.law.s) : -kInf;
     }
-    cluster_sync();  // the tops were read and may change
     return entropy;
   }
 
  private:
+  __device__ float bound_of(float thread_top) {
+    __syncthreads();  // the candidates before are ranked, `group_top` is read
+    start_candidates(shared_, thread_top);
+    clear_tops(shared_, kConfidenceTokens);
+    __syncthreads();
+    return candidate_bound(shared_, kConfidenceTokens);
+  }
+
   __device__ static void add(MomentSum& sum, const float (&x)[4], float top) {
     float d[4];
 #pragma unroll
@@ -121,18 +128,20 @@ class Epilogue {
   // By every block, in the same order: a walk's copies of the windows must not differ.
   __device__ void find_confidence(Team& team, double log_sum, float* confidence) {
     TeamShared& s = shared_;
-    const int count = gather_tops(team, kConfidenceTokens);
-    for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
-      const int place = s.id[i] < 0 ? count : place_of(s.value, s.id, count, i);
-      if (place < kConfidenceTokens) s.thread_top[place] = s.value[i];
+    const int count = team.share_tops(kConfidenceTokens, true);
+    for (int i = int(threadIdx.x); i < kConfidenceTokens; i += int(blockDim.x)) {
+      s.group_top[i] = -kInf;
     }
+    __syncthreads();
+    merge_tops(s, kConfidenceTokens, count,
+               [&](int place, float value, int) { s.group_top[place] = value; });
     __syncthreads();
     if (threadIdx.x != 0) return;
     int finite = 0;
-    for (int i = 0; i < count; ++i) finite += s.id[i] >= 0;
-    finite = finite < kConfidenceTokens ? finite : kConfidenceTokens;
     double sum = 0;
-    for (int i = 0; i < finite; ++i) sum += double(s.thread_top[i]) - double(top_.value) - log_sum;
+    for (; finite < kConfidenceTokens && s.group_top[finite] > -kInf; ++finite) {
+      sum += double(s.group_top[finite]) - double(top_.value) - log_sum;
+    }
     *confidence = float((0 - sum) / double(finite));
   }
 
@@ -161,80 +170,101 @@ __device__ inline RowTop find_controlled_top(Team& team, ControlledRow& row, con
   return top;
 }
 
-static __global__ void __launch_bounds__(kTeamThreads, 1) sample_controlled_kernel(SampleParams p) {
+static __global__ void __launch_bounds__(kTeamThreads, blocks_inside<AnyElement>())
+    sample_controlled_kernel(SampleParams p) {
   ControlShared& shared = *dynamic_shared<ControlShared>();
-  Team team(&shared);
+  Team team(&shared, stage_offset<ControlShared>());
   const int64_t teams = gridDim.x / cluster_size();
   for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += teams) {
+    team.fetch(p.rows, b, 0);
+    const Request& request = team.begin(p.requests, b);
     const TeamSlot slot(p.control, b);
     slot.load(shared, false);
-    const float temperature = p.requests.temperature[b];
-    ControlledRow row(p.rows, b, 0, p.control.state.sets, shared);
+    ControlledRow row(team, p.rows, b, 0, p.control.state.sets, shared);
     ThreadTops tops;
-    const RowTop top = find_controlled_top(team, row, slot, temperature, tops);
+    const RowTop top = find_controlled_top(team, row, slot, request.temperature, tops);
     Epilogue epilogue(team, top, tops, p.statistics);
-    const Outcome outcome = sample_token(team, row, p.requests, b, top, epilogue);
+    const Best share = sample_share(team, row, request, top, epilogue);
+    const Best best = team.reduce(share, TakeBest());
+    const Outcome outcome = outcome_of(top, best, request.temperature);
     const float entropy = epilogue.finish(team, row, outcome, b, &shared.confidence);
     if (team.leads()) {
       p.token[b] = outcome.token;
       p.statistics.trigger[b] = slot.triggers(shared, entropy);
     }
+    __syncthreads();  // the row is read
   }
-  cluster_sync();  // no block exits while another may read its shared memory
+  team.leave();
 }
 
 // A walk's rows after control. Every block of the team commits what is emitted to its own copy.
 class ControlledVisit {
  public:
-  __device__ ControlledVisit(const VerifyParams& p, int64_t b)
-      : shared_(*dynamic_shared<ControlShared>()), slot_(p.control, b) {
+  __device__ ControlledVisit(const VerifyParams& p, const Request& request, int64_t b)
+      : p_(p), request_(request), shared_(*dynamic_shared<ControlShared>()), slot_(p.control, b) {
     slot_.load(shared_, true);
+    if (cluster_rank() == 0) clear(b);
   }
 
-  __device__ Outcome choose(const VerifyParams& p, Team& team, const Place& at, RowTop& top,
-                            ThreadTops& tops) {
-    ControlledRow row(p.rows, at.b, at.node, p.control.state.sets, shared_);
-    top = find_controlled_top(team, row, slot_, p.requests.temperature[at.b], tops);
-    Epilogue epilogue(team, top, tops, p.statistics);
-    const Outcome outcome = choose_token(p, team, row, top, at, epilogue);
-    const int64_t out = at.b * (p.depth + 1) + at.depth;
+  __device__ Visited choose(Team& team, const Place& at) {
+    ControlledRow row(team, p_.rows, at.b, at.node, p_.control.state.sets, shared_);
+    ThreadTops tops;
+    const RowTop top = find_controlled_top(team, row, slot_, request_.temperature, tops);
+    Epilogue epilogue(team, top, tops, p_.statistics);
+    const Choice choice = choose_share(p_, team, row, request_, top, at, epilogue);
+    const Best best = team.reduce(choice.best, TakeBest());
+    const Outcome outcome = outcome_of(top, best, request_.temperature, choice.accepted);
+    const int64_t out = at.b * (p_.depth + 1) + at.depth;
     entropy_ = epilogue.finish(team, row, outcome, out, &shared_.confidence);
-    if (team.leads() && p.statistics.trigger != nullptr) {
-      p.statistics.trigger[out] = slot_.triggers(shared_, entropy_);
+    if (team.leads() && p_.statistics.entropy != nullptr) {
+      if (outcome.token < 0) p_.statistics.entropy_raw[out] = -kInf;  // a row that emits nothing
+      p_.statistics.trigger[out] = slot_.triggers(shared_, entropy_);
     }
-    return outcome;
+    return {outcome, describe(team, row, top, tops.raw)};
   }
 
-  __device__ void emitted(const Outcome& chosen) {
-    __syncthreads();
+  __device__ void emitted(int64_t token) {
     if (threadIdx.x != 0 || slot_.slot < 0) return;
-    slot_.commit(shared_, chosen.token, entropy_, shared_.confidence);
+    slot_.commit(shared_, token, entropy_, shared_.confidence);
   }
 
-  // Statistics of the rows from `first` on.
-  __device__ static void clear(const VerifyParams& p, int64_t b, int first) {
-    const StatisticsParams& s = p.statistics;
+ private:
+  // The raw statistics, in a sweep of their own: `epilogue` used the candidates.
+  __device__ Found describe(Team& team, const ControlledRow& row, const RowTop& top,
+                            float thread_top) {
+    __syncthreads();  // the statistics before are read
+    start_candidates(shared_, thread_top);
+    __syncthreads();
+    RawStatistics raw(team, top.raw, p_.topk);
+    raw.finish(team, row);
+    return join(team, top, {-kInf, -1}, raw.sum(), raw.top());
+  }
+
+  __device__ void clear(int64_t b) {
+    const StatisticsParams& s = p_.statistics;
     if (s.entropy == nullptr) return;
-    const int64_t row = b * (p.depth + 1);
-    for (int64_t i = row + first + threadIdx.x; i <= row + p.depth; i += blockDim.x) {
+    const int64_t first = b * (p_.depth + 1);
+    for (int64_t i = first + threadIdx.x; i <= first + p_.depth; i += blockDim.x) {
       s.logprob[i] = s.entropy[i] = s.entropy_raw[i] = s.confidence[i] = s.max_prob[i] = -kInf;
       s.trigger[i] = false;
     }
   }
 
- private:
+  const VerifyParams& p_;
+  const Request& request_;
   ControlShared& shared_;
   const TeamSlot slot_;
   float entropy_ = -kInf;
 };
 
-static __global__ void __launch_bounds__(kTeamThreads, 1) verify_controlled_kernel(VerifyParams p) {
-  Team team(dynamic_shared<ControlShared>());
+static __global__ void __launch_bounds__(kTeamThreads, blocks_inside<AnyElement>())
+    verify_controlled_kernel(VerifyParams p) {
+  Team team(dynamic_shared<ControlShared>(), stage_offset<ControlShared>());
   const int64_t teams = gridDim.x / cluster_size();
   for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += teams) {
-    verify_request<AnyElement, ControlledVisit>(p, team, b);
+    verify_request<ControlledVisit>(p, team, b);
   }
-  cluster_sync();  // no block exits while another may read its shared memory
+  team.leave();
 }
 
 }  // namespace reasonkern

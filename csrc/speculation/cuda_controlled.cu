@@ -8,11 +8,11 @@ namespace {
 
 struct ControlledBackend {
   static void sample(const SampleParams& p, int32_t device) {
-    launch_teams(sample_controlled_kernel, sizeof(ControlShared), p, device);
+    launch_teams<ControlShared, AnyElement>(sample_controlled_kernel, p, device);
   }
 
   static void verify(const VerifyParams& p, int32_t device) {
-    launch_teams(verify_controlled_kernel, sizeof(ControlShared), p, device);
+    launch_teams<ControlShared, AnyElement>(verify_controlled_kernel, p, device);
   }
 };
 

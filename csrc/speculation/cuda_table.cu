@@ -1,13 +1,13 @@
-// CUDA operators of the table. Merging is two launches with a sort between them, which
-// reasonkern/speculation/table_sorted.py does.
+// CUDA operators of the table. Merging is two launches; between them, where the items are many, is
+// a sort, which reasonkern/speculation/table_sorted.py does.
 #include "../common/stream.h"
-#include "table.cuh"
+#include "table_merge.cuh"
 #include "table_operators.h"
 
 namespace reasonkern {
 namespace {
 
-constexpr int kDraftThreads = 256, kKeyThreads = 128, kMergeThreads = 128;
+constexpr int kKeyThreads = 128, kMergeThreads = 128, kFewThreads = 256;
 
 unsigned blocks(int64_t work, int64_t per_block) {
   const int64_t wanted = (work + per_block - 1) / per_block;
@@ -21,6 +21,11 @@ struct CudaTable {
            draft_shared_bytes(p.nodes), scope.stream, p);
   }
 };
+
+void launch_keys(const MergeParams& m, cudaStream_t stream) {
+  const int64_t rows = kKeyThreads / kRowLanes;
+  launch(table_keys_kernel, dim3(blocks(m.update.rows, rows)), dim3(kKeyThreads), 1, 0, stream, m);
+}
 
 std::tuple<Tensor, Tensor> table_keys(Tensor context, Tensor keys, Tensor slots, Tensor extra,
                                       Tensor counts, Tensor ages, Tensor clock, Tensor epochs,
@@ -38,9 +43,36 @@ std::tuple<Tensor, Tensor> table_keys(Tensor context, Tensor keys, Tensor slots,
   m.keys = data<uint64_t>(items);
   m.values = data<int32_t>(values);
   const LaunchScope launch_scope(context.get_device_index());
-  launch(table_keys_kernel, dim3(blocks(m.update.rows, kKeyThreads)), dim3(kKeyThreads), 1, 0,
-         launch_scope.stream, m);
+  launch_keys(m, launch_scope.stream);
   return {items, values};
+}
+
+void table_merge_few_(Tensor context, Tensor keys, Tensor slots, Tensor extra, Tensor counts,
+                      Tensor ages, Tensor clock, Tensor epochs, Tensor counters,
+                      std::vector<int64_t> orders, int64_t max_count, int64_t vocab_size,
+                      Tensor ids, Tensor logits, MaybeTensor lse, MaybeTensor scope, bool strict) {
+  const Table table = describe_table(context, keys, slots, extra, counts, epochs, counters, orders);
+  MergeParams m{};
+  m.update = describe_update(table, context, ages, clock, max_count, vocab_size, ids, logits, lse,
+                             scope, strict);
+  m.items = context.size(0) * table.num_orders;
+  STD_TORCH_CHECK(m.items <= kFewItems, "context: expected few rows, got ", context.size(0));
+  const auto room = [&](int64_t size, ScalarType dtype) {
+    return torch::stable::new_empty(context, {size}, dtype);
+  };
+  const int64_t candidates = m.items * m.update.width;
+  const Tensor items = room(m.items, ScalarType::Long);
+  const Tensor values = room(ids.numel(), ScalarType::Int);
+  const Tensor sum_ids = room(2 * candidates, ScalarType::Int);
+  const Tensor sums = room(2 * candidates, ScalarType::Long);
+  m.keys = data<uint64_t>(items);
+  m.values = data<int32_t>(values);
+  m.sum_ids = data<int32_t>(sum_ids);
+  m.sums = data<int64_t>(sums);
+  const LaunchScope launch_scope(context.get_device_index());
+  launch_keys(m, launch_scope.stream);
+  launch(table_few_kernel, dim3(blocks(m.items, kFewThreads / 32)), dim3(kFewThreads), 1,
+         few_shared_bytes(m.items, kFewThreads), launch_scope.stream, m);
 }
 
 void table_merge_(Tensor context, Tensor keys, Tensor slots, Tensor extra, Tensor counts,
@@ -73,5 +105,6 @@ STABLE_TORCH_LIBRARY_IMPL(reasonkern_cuda, CUDA, m) {
   using reasonkern::CudaTable;
   m.impl("table_draft", TORCH_BOX(&reasonkern::TableOperators<CudaTable>::table_draft));
   m.impl("table_keys", TORCH_BOX(&reasonkern::table_keys));
+  m.impl("table_merge_few_", TORCH_BOX(&reasonkern::table_merge_few_));
   m.impl("table_merge_", TORCH_BOX(&reasonkern::table_merge_));
 }

@@ -21,14 +21,14 @@ struct CudaBackend {
   static void sample(const SampleParams& p, int32_t device) {
     dispatch_row(p.rows.type, [&](auto element) {
       using E = typename decltype(element)::type;
-      launch_teams(sample_kernel<E>, sizeof(TeamShared), p, device);
+      launch_teams<TeamShared, E>(sample_kernel<E>, p, device);
     });
   }
 
   static void verify(const VerifyParams& p, int32_t device) {
     dispatch_row(p.rows.type, [&](auto element) {
       using E = typename decltype(element)::type;
-      launch_teams(verify_kernel<E>, sizeof(TeamShared), p, device);
+      launch_teams<TeamShared, E>(verify_kernel<E>, p, device);
     });
   }
 

@@ -1,66 +1,222 @@
-// A team: the blocks of a cluster that work on one request. Reductions over the team give every
-// thread the same bits.
+// A team: the blocks of a cluster that work on one request, a slice of each row to a block. They
+// meet by sending each other what they found: a cluster barrier would wait for every store under
+// way. Reductions over the team give every thread the same bits.
 #pragma once
 
+#include "../common/mailbox.cuh"
 #include "../common/reduce.cuh"
 #include "row.h"
+#include "verify_launch.h"
 
 namespace reasonkern {
 
-constexpr int kTeamThreads = 256;  // of a block, at most
-constexpr int kTeamBlocks = 8;     // of a cluster, at most: the largest portable one
+constexpr int kTeamThreads = 256;  // of a block, at most; a power of two
 constexpr int kMaxWarps = kTeamThreads / 32;
+constexpr int kBlocksInside = 2;     // of a multiprocessor, of kernels that know the element type
 constexpr unsigned kPartBytes = 64;  // the largest value that is reduced
-constexpr int kCandidates = 1024;
+constexpr int kCandidates = 512;
+constexpr int kGroups = 64;  // of threads, whose largest logits bound the k-th largest
 
-// Shared memory of a block. Nothing is static: the simulator keeps several blocks alive at once.
+// Two logits of a sorted list; id -1 and -inf behind the last.
+struct alignas(16) TopPair {
+  float value[2];
+  int id[2];
+};
+
+// What a request's rows are drawn with.
+struct Request {
+  float temperature, top_p, min_p;
+  int64_t top_k;
+  uint64_t seed, position;
+
+  __device__ bool filters(int vocab) const {
+    return !(top_p >= 1) || min_p > 0 || filters_by_rank(top_k, vocab);
+  }
+};
+
+// Shared memory of a block; behind it lies the slice of the row. Nothing is static: the simulator
+// keeps several blocks alive at once.
 struct TeamShared {
-  alignas(16) unsigned char parts[2][kMaxWarps][kPartBytes];
+  alignas(16) unsigned char parts[2][kMaxWarps][kPartBytes];    // of the block's warps
+  alignas(16) unsigned char inbox[2][kTeamBlocks][kPartBytes];  // from the team's blocks
+  TopPair top[kMaxTopK / 2];                                    // this block's largest, in order
+  TopPair tops[kTeamBlocks][kMaxTopK / 2];                      // those of all blocks
+  Mailbox arrived[2], tops_arrived, fetched[2];
+  Request request;
   double s[kMaxEntry], r[kMaxEntry];  // rejection state
   int64_t skip[kMaxEntry], mass[kMaxEntry];
   float log_weight[kMaxEntry];
-  float thread_top[kTeamThreads];
   int64_t accepted;  // child that passed the coins, or -1
   bool patched;
-  float bound;
+  float group_top[kGroups];
   int count;
   float value[kCandidates];  // candidates of the top-k statistics
   int id[kCandidates];
-  float top_value[kMaxTopK];  // this block's largest, in order
-  int top_id[kMaxTopK];
+};
+
+// Where a slice lies behind them: bulk copies start at 16-byte addresses.
+template <class Shared>
+constexpr unsigned stage_offset() {
+  return unsigned(sizeof(Shared) + 15) / 16 * 16;
+}
+
+// op over the values of lanes 0 ... n - 1, which the lanes above repeat; n is a power of two up to
+// 8. Every lane gets the same bits, as from warp_reduce.
+template <class T, class Op>
+__device__ __forceinline__ T reduce_lanes(T value, unsigned n, Op op) {
+  const unsigned lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (unsigned offset = 1; offset < n; offset *= 2) {
+    const T other = shuffle_xor(value, int(offset));
+    const bool upper = (lane & offset) != 0;
+    value = op(upper ? other : value, upper ? value : other);
+  }
+  return value;
+}
+
+// A block's share of a row: tokens [first, last), which are copied to shared memory if the launch
+// has room for them and 16-byte words hold them exactly.
+struct Slice {
+  int first, last;
+  const char* data;
+  unsigned bytes, room;  // of this slice, of any
+  bool staged;
+
+  __device__ Slice(const LogitRows& rows, int64_t b, int64_t node) {
+    const int share = int(slice_tokens(rows.vocab, cluster_size())), vocab = int(rows.vocab);
+    const int size = element_bytes(rows.type);
+    first = min(int(cluster_rank()) * share, vocab), last = min(first + share, vocab);
+    data = static_cast<const char*>(rows.data) +
+           (b * rows.stride_b + node * rows.stride_n + first) * size;
+    bytes = unsigned(last - first) * unsigned(size), room = unsigned(share) * unsigned(size);
+    staged = rows.stages > 0 && bytes > 0 && bytes % 16 == 0 &&
+             reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
+  }
 };
 
 class Team {
  public:
-  __device__ explicit Team(TeamShared* shared) : shared_(shared), turn_(0) {}
+  // `stage`: where the slice of a row lies in the block's shared memory.
+  __device__ Team(TeamShared* shared, unsigned stage) : shared_(shared), stage_(stage) {
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < 2; ++i)
+        open_mailbox(shared->arrived + i), open_mailbox(shared->fetched + i);
+      open_mailbox(&shared->tops_arrived);
+      fence_for_bulk();
+    }
+    cluster_arrive();  // waited for where a mailbox is first looked into
+  }
+
+  // Before a thread exits: another block may still send to this one.
+  __device__ void leave() {
+    meet();
+    drain();
+    cluster_sync();
+  }
 
   __device__ TeamShared* shared() const { return shared_; }
   __device__ bool leads() const { return cluster_rank() == 0 && threadIdx.x == 0; }
-  __device__ int threads() const { return int(cluster_size() * blockDim.x); }
-  __device__ int rank() const { return int(cluster_rank() * blockDim.x + threadIdx.x); }
 
-  // op over the team's values by a fixed tree. Two sets of parts in turn: a set is written again
-  // only behind the barrier of the other one, when everybody has read it.
+  // What a request needs, to shared memory: registers are short. Readers are behind a barrier.
+  __device__ const Request& begin(const RequestParams& r, int64_t b) {
+    __syncthreads();  // the request before is done
+    if (threadIdx.x == 0) {
+      shared_->request = {r.temperature[b], r.top_p[b],          r.min_p[b],
+                          r.top_k[b],       uint64_t(r.seed[b]), uint64_t(r.position[b])};
+    }
+    return shared_->request;
+  }
+
+  // op over the values of a block by a fixed tree; a barrier of the block. Two sets of parts in
+  // turn: a set is written again only behind the barrier of the other one, when all have read it.
   template <class T, class Op>
-  __device__ T reduce(T value, T zero, Op op) {
+  __device__ T reduce_block(T value, Op op) {
     static_assert(sizeof(T) <= kPartBytes, "TeamShared::parts");
-    auto* parts = shared_->parts[turn_];
-    turn_ ^= 1;
+    auto* parts = shared_->parts[block_turn_++ % 2];
     value = warp_reduce(value, op);
     if (threadIdx.x % 32 == 0) std::memcpy(aligned(parts[threadIdx.x / 32]), &value, sizeof(T));
-    cluster_sync();
-    const int warps = int(blockDim.x / 32), lane = int(threadIdx.x % 32);
-    T total = zero;
-    for (int first = 0; first < warps * int(cluster_size()); first += 32) {
-      T part = zero;
-      const int i = first + lane;
-      if (i < warps * int(cluster_size())) {
-        const void* from = *cluster_map(parts + i % warps, unsigned(i / warps));
-        std::memcpy(&part, aligned(from), sizeof(T));
-      }
-      total = op(total, warp_reduce(part, op));
+    __syncthreads();
+    const unsigned warps = blockDim.x / 32;
+    std::memcpy(&value, aligned(parts[threadIdx.x % 32 % warps]), sizeof(T));
+    return reduce_lanes(value, warps, op);
+  }
+
+  // The block's value to all blocks; lane i gets that of block i % cluster_size(). A barrier of the
+  // block lies between two calls. Two inboxes in turn: who sends to one again has heard from all
+  // blocks in the other one, so all have read it.
+  template <class T>
+  __device__ T exchange(const T& mine) {
+    static_assert(sizeof(T) <= kPartBytes, "TeamShared::inbox");
+    const unsigned size = cluster_size(), turn = turn_;
+    if (size == 1) return mine;
+    meet();
+    ++turn_;
+    struct alignas(16) Part {
+      T value;
+    } part{mine};
+    auto* inbox = shared_->inbox[turn % 2];
+    Mailbox* box = shared_->arrived + turn % 2;
+    if (threadIdx.x < size) {
+      send(reinterpret_cast<Part*>(inbox[cluster_rank()]), box, threadIdx.x, part);
     }
-    return total;
+    if (threadIdx.x == 0) expect_bytes(box, size * unsigned(sizeof(Part)));
+    wait_for_turn(box, turn / 2);
+    std::memcpy(&part, aligned(inbox[threadIdx.x % size]), sizeof(Part));
+    return part.value;
+  }
+
+  template <class T, class Op>
+  __device__ T reduce(T value, Op op) {
+    return reduce_lanes(exchange(reduce_block(value, op)), cluster_size(), op);
+  }
+
+  // This block's list to the first block, or to all; returns how many logits are in the lists that
+  // came here. A call of `exchange` lies between two calls, and a barrier behind the list's writes.
+  __device__ int share_tops(int k, bool with_all) {
+    TeamShared& s = *shared_;
+    const unsigned size = cluster_size(), pairs = unsigned(k + 1) / 2;
+    const bool receives = with_all || cluster_rank() == 0;
+    if (size == 1) {
+      for (unsigned i = threadIdx.x; i < pairs; i += blockDim.x) s.tops[0][i] = s.top[i];
+      __syncthreads();
+      return int(2 * pairs);
+    }
+    for (unsigned i = threadIdx.x; i < pairs * (with_all ? size : 1); i += blockDim.x) {
+      send(&s.tops[cluster_rank()][i % pairs], &s.tops_arrived, i / pairs, s.top[i % pairs]);
+    }
+    if (!receives) return 0;
+    if (threadIdx.x == 0) expect_bytes(&s.tops_arrived, size * pairs * unsigned(sizeof(TopPair)));
+    wait_for_turn(&s.tops_arrived, tops_turn_++);
+    return int(2 * pairs * size);
+  }
+
+  // Starts the copy of this block's slice of a row, which is the next one to be read, unless it was
+  // guessed. The block has read the slice before it, and a barrier lies between.
+  __device__ void fetch(const LogitRows& rows, int64_t b, int64_t node) {
+    if (guess_ == int(node)) {
+      slot_ ^= 1, guess_ = -1;
+    } else {
+      copy(Slice(rows, b, node), slot_);
+    }
+  }
+
+  // Where there is room for a second slice: starts the copy of a row that may be the next one. A
+  // guess that was wrong has long come by then.
+  __device__ void guess(const LogitRows& rows, int64_t b, int64_t node) {
+    if (rows.stages < 2) return;
+    drain();
+    if (node <= 0) return;
+    const Slice slice(rows, b, node);
+    if (slice.staged) guess_ = int(node);
+    copy(slice, slot_ ^ 1);
+  }
+
+  // Where the slice is; waits for the copy.
+  __device__ const void* await(const Slice& slice) {
+    if (!slice.staged) return slice.data;
+    meet();
+    wait_for_turn(shared_->fetched + slot_, turn_of(slot_) - 1);
+    return staged(slot_, slice);
   }
 
  private:
@@ -70,8 +226,38 @@ class Team {
     return static_cast<Void*>(__builtin_assume_aligned(part, 16));
   }
 
+  __device__ void copy(const Slice& slice, unsigned slot) {
+    if (!slice.staged) return;
+    fetches_ += 1u << 16 * slot;
+    if (threadIdx.x != 0) return;
+    expect_bytes(shared_->fetched + slot, slice.bytes);
+    copy_bulk(staged(slot, slice), slice.data, slice.bytes, shared_->fetched + slot);
+  }
+
+  // The copy of a wrong guess.
+  __device__ void drain() {
+    if (guess_ >= 0 && threadIdx.x == 0) {
+      wait_for_turn(shared_->fetched + (slot_ ^ 1), turn_of(slot_ ^ 1) - 1);
+    }
+    guess_ = -1;
+  }
+
+  __device__ unsigned turn_of(unsigned slot) const { return fetches_ >> 16 * slot & 0xffff; }
+
+  __device__ unsigned char* staged(unsigned slot, const Slice& slice) const {
+    return dynamic_shared<unsigned char>(stage_ + slot * slice.room);
+  }
+
+  __device__ void meet() {
+    if (!met_) cluster_wait();
+    met_ = true;
+  }
+
   TeamShared* shared_;
-  int turn_;
+  unsigned stage_, block_turn_ = 0, turn_ = 0, tops_turn_ = 0;
+  unsigned slot_ = 0, fetches_ = 0;  // of slices; copies into either slot, 16 bits each
+  int guess_ = -1;                   // node of the copy in the other slot
+  bool met_ = false;
 };
 
 struct Sum {
@@ -83,130 +269,6 @@ struct TakeBest {
   __device__ Best operator()(Best a, const Best& b) const {
     a.offer(b.score, b.id);
     return a;
-  }
-};
-
-// ---- a row, four tokens at a time
-
-template <class E>
-struct alignas(sizeof(E) < 4 ? 4 * sizeof(E) : 16) Quad {
-  E lane[4];
-};
-
-__device__ __forceinline__ float to_float(double x) { return float(x); }
-template <class E>
-__device__ __forceinline__ float to_float(E x) {
-  return to_acc(x);
-}
-
-// A row's logits as floats.
-template <class E>
-struct Elements {
-  const E* data;
-  bool aligned;
-
-  __device__ Elements(const LogitRows& rows, int64_t offset)
-      : data(static_cast<const E*>(rows.data) + offset),
-        aligned(reinterpret_cast<std::uintptr_t>(data) % sizeof(Quad<E>) == 0) {}
-
-  __device__ float at(int64_t v) const { return to_float(data[v]); }
-
-  // x[i]: logits from v + i * step on, -inf beyond the vocabulary. All loads come before a use.
-  template <int kAhead>
-  __device__ void load(int v, int step, int vocab, float (&x)[kAhead][4]) const {
-    Quad<E> quad[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i, v += step) {
-      if (aligned && v + 4 <= vocab) {
-        quad[i] = *reinterpret_cast<const Quad<E>*>(data + v);
-      } else {
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          quad[i].lane[k] = v + k < vocab ? data[v + k] : from_acc<E>(-kInf);
-        }
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) x[i][k] = to_float(quad[i].lane[k]);
-    }
-  }
-};
-
-// Any element type, told apart where logits are loaded: one kernel instead of four.
-struct AnyElement;
-
-template <>
-struct Elements<AnyElement> {
-  const LogitRows& rows;
-  int64_t offset;
-
-  __device__ Elements(const LogitRows& rows, int64_t offset) : rows(rows), offset(offset) {}
-
-  template <class Body>
-  __device__ void visit(const Body& body) const {
-    switch (rows.type) {
-      case ElementType::kFloat32:
-        return body(Elements<float>(rows, offset));
-      case ElementType::kBFloat16:
-        return body(Elements<bf16>(rows, offset));
-      case ElementType::kFloat16:
-        return body(Elements<fp16>(rows, offset));
-      case ElementType::kFloat64:
-        return body(Elements<double>(rows, offset));
-    }
-  }
-
-  RK_DEVICE_CALL float at(int64_t v) const {
-    float x = 0;
-    visit([&](const auto& elements) { x = elements.at(v); });
-    return x;
-  }
-
-  template <int kAhead>
-  __device__ void load(int v, int step, int vocab, float (&x)[kAhead][4]) const {
-    visit([&](const auto& elements) { elements.load(v, step, vocab, x); });
-  }
-};
-
-template <class E>
-struct TeamRow {
-  Elements<E> logits;
-  const int32_t* mask;  // of this row, or null
-  int vocab;
-
-  __device__ TeamRow(const LogitRows& rows, int64_t b, int64_t node)
-      : logits(rows, b * rows.stride_b + node * rows.stride_n),
-        mask(rows.mask == nullptr ? nullptr
-                                  : rows.mask + b * rows.mask_stride_b + node * rows.mask_stride_n),
-        vocab(int(rows.vocab)) {}
-
-  __device__ void apply_mask(int v, float (&x)[4]) const {
-    if (mask == nullptr || v >= vocab) return;
-    const unsigned allowed = unsigned(mask[v / 32]) >> (v % 32);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) x[k] = allowed >> k & 1 ? x[k] : -kInf;
-  }
-
-  __device__ float at(int64_t v) const {
-    const bool allowed = mask == nullptr || (unsigned(mask[v / 32]) >> (v % 32) & 1) != 0;
-    return allowed ? logits.at(v) : -kInf;
-  }
-
-  // body(v, x) for this thread's share of the tokens; kAhead loads are under way at a time.
-  template <int kAhead = 4, class Body>
-  __device__ void each(const Team& team, const Body& body) const {
-    const Elements<E> from = logits;
-    const int step = 4 * team.threads();
-    for (int v = 4 * team.rank(); v < vocab; v += kAhead * step) {
-      float x[kAhead][4];
-      from.load(v, step, vocab, x);
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (v + i * step < vocab) body(v + i * step, x[i]);
-      }
-    }
   }
 };
 

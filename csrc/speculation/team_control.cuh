@@ -4,7 +4,7 @@
 
 #include "../modulation/commit.h"
 #include "../modulation/control.h"
-#include "team.cuh"
+#include "team_logits.cuh"
 
 namespace reasonkern {
 
@@ -91,16 +91,17 @@ struct ControlledRow : TeamRow<AnyElement> {
   const modulation::Sets& sets;
   ControlShared& shared;
 
-  __device__ ControlledRow(const LogitRows& rows, int64_t b, int64_t node,
+  __device__ ControlledRow(Team& team, const LogitRows& rows, int64_t b, int64_t node,
                            const modulation::Sets& sets, ControlShared& shared)
-      : TeamRow(rows, b, node), sets(sets), shared(shared) {}
+      : TeamRow(team, rows, b, node), sets(sets), shared(shared) {}
 
-  __device__ void apply_mask(int v, float (&x)[4]) const {
-    TeamRow::apply_mask(v, x);
-    if (!may_change(v)) return;
-    const Quad<float> after = changed(v, Quad<float>{{x[0], x[1], x[2], x[3]}});
+  __device__ bool apply_mask(int v, float (&x)[4]) const {
+    const bool masked = TeamRow::apply_mask(v, x);
+    if (!may_change(v)) return masked;
+    const Four after = changed(v, Four{{x[0], x[1], x[2], x[3]}});
 #pragma unroll
     for (int k = 0; k < 4; ++k) x[k] = after.lane[k];
+    return true;
   }
 
   __device__ float at(int64_t v) const {
@@ -185,8 +186,12 @@ struct ControlledRow : TeamRow<AnyElement> {
     if (c.soft >= vocab) c.soft = -1;
   }
 
+  struct Four {
+    float lane[4];
+  };
+
   // By value: the logits of a sweep stay in registers.
-  RK_DEVICE_CALL Quad<float> changed(int v, Quad<float> x) const {
+  RK_DEVICE_CALL Four changed(int v, Four x) const {
 #pragma unroll
     for (int k = 0; k < 4; ++k) x.lane[k] = changed(int64_t(v + k), x.lane[k]);
     return x;

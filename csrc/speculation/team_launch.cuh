@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../common/stream.h"
-#include "team.cuh"
+#include "team_logits.cuh"
 #include "verify_launch.h"
 
 namespace reasonkern {
@@ -25,16 +25,18 @@ void dispatch_row(ElementType type, const Body& body) {
   }
 }
 
-template <class Params>
-void launch_teams(void (*kernel)(Params), std::size_t shared_bytes, const Params& p,
-                  int32_t device) {
+// E: the type of the rows that the kernel was compiled for.
+template <class Shared, class E, class Params>
+void launch_teams(void (*kernel)(Params), Params p, int32_t device) {
   const LaunchScope scope(device);
   const int arch = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
                    device_attribute(cudaDevAttrComputeCapabilityMinor, device);
   const int units = device_attribute(cudaDevAttrMultiProcessorCount, device);
-  const unsigned blocks = team_blocks(p.rows.batch, units, arch);
-  const unsigned grid = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20) * blocks;
-  launch(kernel, grid, kTeamThreads, blocks, shared_bytes, scope.stream, p);
+  const TeamShape shape = team_shape(p.rows.batch, p.rows.vocab, element_bytes(p.rows.type),
+                                     stage_offset<Shared>(), blocks_inside<E>(), units, arch);
+  p.rows.stages = shape.stages;
+  const unsigned teams = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20);
+  launch(kernel, teams * shape.blocks, kTeamThreads, shape.blocks, shape.shared, scope.stream, p);
 }
 
 }  // namespace reasonkern

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "rejection.h"
-#include "team.cuh"
+#include "team_candidates.cuh"
+#include "team_logits.cuh"
 
 namespace reasonkern {
 
@@ -24,36 +25,61 @@ struct JoinTop {
   }
 };
 
-// Largest logits of this thread's share.
+// Largest logits of this thread's share, NaN if one is.
 struct ThreadTops {
-  float raw, value;
+  float raw, allowed;
 };
 
+// The lowest token of the quad at v whose allowed logit is `value`.
 template <class Row>
-__device__ RowTop find_top(Team& team, const Row& row, ThreadTops& tops) {
-  const RowTop zero{-kInf, -kInf, -1, 0};
-  RowTop top = zero;
-  row.each(team, [&](int v, float (&x)[4]) {
+__device__ int find_in_quad(const Row& row, int v, float value) {
+  float x[4];
+  row.read(v, x);
+  row.apply_mask(v, x);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (!(x[k] < kInf)) {
-        top.bad |= 2;
-      } else {
-        top.raw = fmaxf(top.raw, x[k]);
-      }
-    }
+  for (int k = 3; k >= 0; --k) v = x[k] == value ? v / 4 * 4 + k : v;
+  return v;
+}
+
+// Where a logit is NaN or +inf: the largest finite ones.
+template <class Row>
+__device__ RowTop finite_top(Team& team, const Row& row, int bad) {
+  RowTop top{-kInf, -kInf, -1, bad};
+  row.template each<1>([&](int v, float (&x)[4]) {
     row.apply_mask(v, x);
-#pragma unroll
     for (int k = 0; k < 4; ++k) {
-      if (!(x[k] < kInf)) {
-        top.bad |= 1;
-      } else if (x[k] > top.value) {
-        top.value = x[k], top.id = v + k;
-      }
+      if (x[k] < kInf && x[k] > top.value) top.value = x[k], top.id = v + k;
     }
   });
-  tops = {top.raw, top.value};
-  return team.reduce(top, zero, JoinTop());
+  return team.reduce_block(top, JoinTop());
+}
+
+// The block's part of a RowTop, for every thread. Also starts the block's candidates, with `raw`
+// tops, see team_statistics.cuh.
+template <class Row>
+__device__ RowTop find_block_top(Team& team, const Row& row, ThreadTops& tops) {
+  float raw = -kInf, allowed = -kInf, value = -kInf;
+  int quad = -1;
+  row.each([&](int v, float (&x)[4]) {
+    float top = top_of(x);
+    raw = max_nan(raw, top);
+    if (row.apply_mask(v, x)) top = top_of(x);
+    allowed = max_nan(allowed, top);
+    if (top > value) value = top, quad = v;
+  });
+  tops = {raw, allowed};
+  RowTop top{raw, -kInf, -1, int(!(allowed < kInf)) | int(!(raw < kInf)) << 1};
+  if (quad >= 0 && value < kInf) top.value = value, top.id = find_in_quad(row, quad, value);
+  start_candidates(*team.shared(), raw);
+  top = team.reduce_block(top, JoinTop());
+  return (top.bad & 1) != 0 ? finite_top(team, row, top.bad) : top;
+}
+
+// Of the row, for every thread of the team.
+template <class Row>
+__device__ RowTop find_top(Team& team, const Row& row, ThreadTops& tops) {
+  const RowTop top = find_block_top(team, row, tops);
+  return reduce_lanes(team.exchange(top), cluster_size(), JoinTop());
 }
 
 // ---- filters: the cut is searched for by weight
@@ -83,6 +109,21 @@ struct AddWeights {
   }
 };
 
+// One by one: less to keep in registers at a time.
+__device__ __forceinline__ Weights warp_reduce(Weights x, AddWeights) {
+#pragma unroll
+  for (int64_t& w : x.w) w = warp_reduce(w, Sum());
+  return x;
+}
+__device__ __forceinline__ Weights reduce_lanes(Weights x, unsigned n, AddWeights) {
+#pragma unroll
+  for (int64_t& w : x.w) w = reduce_lanes(w, n, Sum());
+  return x;
+}
+
+// Certainly without mass: 27.7 below the top it is rounded to 0.
+__device__ __forceinline__ bool has_no_mass(float value, float top) { return value - top < -29.0f; }
+
 // The largest order at or above which the tokens kept by `cut` weigh `limit` or more, three bits at
 // a time. by_mass: a token weighs its mass, else 1.
 template <class Row>
@@ -91,8 +132,11 @@ __device__ Cut search_cut(Team& team, const Row& row, float temperature, float t
   int64_t low = 0;
   for (int shift = 51; shift >= 0; shift -= 3) {
     Weights sum{};
-    row.each(team, [&](int v, float (&x)[4]) {
+    row.template each<1>([&](int v, float (&x)[4]) {
       row.apply_mask(v, x);
+      const float largest = noise::divide(top_of(x), temperature);
+      if ((order_of(largest, 0) - low) >> shift < 1) return;
+      if (by_mass && has_no_mass(largest, top)) return;
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float value = noise::divide(x[k], temperature);
@@ -105,7 +149,7 @@ __device__ Cut search_cut(Team& team, const Row& row, float temperature, float t
         for (int j = 0; j < 7; ++j) sum.w[j] += digit > j ? weight : 0;
       }
     });
-    sum = team.reduce(sum, Weights{}, AddWeights());
+    sum = team.reduce(sum, AddWeights());
     int digit = 0;
 #pragma unroll
     for (int j = 0; j < 7; ++j) {
@@ -119,33 +163,32 @@ __device__ Cut search_cut(Team& team, const Row& row, float temperature, float t
 template <class Row>
 __device__ int64_t kept_mass(Team& team, const Row& row, float temperature, float top, Cut cut) {
   int64_t sum = 0;
-  row.each(team, [&](int v, float (&x)[4]) {
+  row.template each<1>([&](int v, float (&x)[4]) {
     row.apply_mask(v, x);
+    if (has_no_mass(noise::divide(top_of(x), temperature), top)) return;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       const float value = noise::divide(x[k], temperature);
       if (cut.keeps(value, v + k)) sum += mass_of(value, top);
     }
   });
-  return team.reduce(sum, int64_t{0}, Sum());
+  return team.reduce(sum, Sum());
 }
 
 template <class Row>
-__device__ Cut filter_cut(Team& team, const Row& row, const RequestParams& r, int64_t b,
-                          float top) {
-  const float temperature = r.temperature[b], top_p = r.top_p[b];
+__device__ Cut filter_cut(Team& team, const Row& row, const Request& r, float top) {
   Cut cut{-kInf, kLastId};
 #pragma unroll 1  // one copy of the search
   for (const bool by_mass : {false, true}) {
-    if (by_mass ? top_p >= 1 : !filters_by_rank(r.top_k[b], row.vocab)) continue;
-    double limit = double(r.top_k[b]);
+    if (by_mass ? r.top_p >= 1 : !filters_by_rank(r.top_k, row.vocab)) continue;
+    double limit = double(r.top_k);
     if (by_mass) {
-      limit = double(top_p) * double(kept_mass(team, row, temperature, top, cut));
+      limit = double(r.top_p) * double(kept_mass(team, row, r.temperature, top, cut));
       if (!(limit >= 1)) limit = 1;  // below one unit, or NaN: the first token alone
     }
-    cut = search_cut(team, row, temperature, top, cut, by_mass, limit);
+    cut = search_cut(team, row, r.temperature, top, cut, by_mass, limit);
   }
-  return tighter(cut, min_p_cut(r.min_p[b], top));
+  return tighter(cut, min_p_cut(r.min_p, top));
 }
 
 // ---- a draw
@@ -187,12 +230,12 @@ __device__ __forceinline__ T lane_of(const T (&x)[4], int k) {
   return k & 2 ? high : low;
 }
 
-// The largest value plus noise. Tokens whose bound is below a value already seen are passed over:
-// nothing that could win is. `likely` is the token of the largest logit. `also` sees every token,
-// as it came and as it is drawn from.
+// The largest value plus noise of this thread's share. Tokens whose bound is below a value already
+// seen are passed over: nothing that could win is. `likely` is the token of the largest logit, of
+// the row or of the slice. `also` sees every token, as it came and as it is drawn from.
 template <class Row, class Also>
-__device__ int draw(Team& team, const Row& row, const Draw& d, float top_logit, int likely,
-                    Also& also) {
+__device__ Best draw(Team& team, const Row& row, const Draw& d, float top_logit, int likely,
+                     Also& also) {
   Best best{-kInf, -1};
   offer(team, d, top_logit, noise_word(d.seed, d.position, d.stream, uint32_t(likely)), likely,
         best);
@@ -203,14 +246,13 @@ __device__ int draw(Team& team, const Row& row, const Draw& d, float top_logit, 
     best.offer(noise::add(team.shared()->log_weight[i], g), int(token));
   }
   const float inverse = 1.0f / d.temperature;
-  row.each(team, [&](int v, float (&x)[4]) {
+  row.template each<2>([&](int v, float (&x)[4]) {
     // What rounding can add to a perturbed value, to its bounds, and to z times 1/T.
     const float bar = best.score - 2e-3f - 1e-6f * fabsf(best.score);
     also.raw(v, x);
     row.apply_mask(v, x);
     also.allowed(v, x);
-    const float largest = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
-    if (largest * inverse + kMaxNoise < bar) return;
+    if (top_of(x) * inverse + kMaxNoise < bar) return;
     const PhiloxWords words = noise_block(d.seed, d.position, d.stream, uint32_t(v / 4));
     unsigned likely_lanes = 0;
 #pragma unroll
@@ -224,7 +266,56 @@ __device__ int draw(Team& team, const Row& row, const Draw& d, float top_logit, 
     }
   });
   also.swept();
-  return team.reduce(best, Best{-kInf, -1}, TakeBest()).id;
+  return best;
+}
+
+// A row is bad when z/T of its top, or a logit, is not finite.
+__device__ __forceinline__ bool is_bad(const RowTop& top, float temperature) {
+  const float value = temperature == 0 ? top.value : noise::divide(top.value, temperature);
+  return (top.bad & 1) != 0 || !(fabsf(value) < kInf);
+}
+
+// A draw from the filtered row with the target's noise.
+template <class Row>
+__device__ Draw target_draw(Team& team, const Row& row, const Request& r, const RowTop& top,
+                            uint64_t position) {
+  const float value = noise::divide(top.value, r.temperature);
+  return {r.temperature, value, filter_cut(team, row, r, value), r.seed, position, kTarget, 0};
+}
+
+// ---- what the blocks of a team tell each other of a row, once
+
+struct Found {
+  RowTop top;
+  Best best;
+  double sum;  // of exp(x - sum_top) over the raw logits: one block's
+  float sum_top;
+};
+
+struct BestSum {
+  Best best;
+  double sum;
+  __device__ BestSum operator()(const BestSum& a, const BestSum& b) const {
+    return {TakeBest()(a.best, b.best), a.sum + b.sum};
+  }
+};
+
+// `top` is the block's or the row's; the sum stays that of the block whose lane it is.
+__device__ inline Found join(Team& team, const RowTop& top, const Best& best, double sum,
+                             float sum_top) {
+  const BestSum block = team.reduce_block(BestSum{best, sum}, BestSum());
+  Found found = team.exchange(Found{top, block.best, block.sum, sum_top});
+  found.top = reduce_lanes(found.top, cluster_size(), JoinTop());
+  found.best = reduce_lanes(found.best, cluster_size(), TakeBest());
+  return found;
+}
+
+// accepted: the child that passed the coins, or -1.
+__device__ __forceinline__ Outcome outcome_of(const RowTop& top, const Best& best,
+                                              float temperature, int accepted = -1) {
+  if (is_bad(top, temperature)) return {top.id, true};
+  if (accepted >= 0) return {accepted, false};
+  return {temperature == 0 ? top.id : best.id, false};
 }
 
 }  // namespace reasonkern

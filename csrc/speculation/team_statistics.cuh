@@ -1,127 +1,125 @@
-// The raw statistics of a row: its k largest logits and its log-sum-exp.
+// The raw statistics of a row: its k largest logits and its log-sum-exp. A block collects its
+// candidates for the k largest while it sweeps its slice, and ranks them against each other.
 #pragma once
 
-#include "team.cuh"
+#include "team_row.cuh"
 
 namespace reasonkern {
 
-// How many of n candidates come before candidate i.
-__device__ __forceinline__ int place_of(const float* value, const int* id, int n, int i) {
-  int place = 0;
-  for (int j = 0; j < n; ++j) place += comes_before(value[j], id[j], value[i], id[i]);
-  return place;
-}
-
-// The k-th largest of the threads' largest logits: the block has k logits at least from there up.
-__device__ inline float block_bound(TeamShared& s, float thread_top, int k) {
-  if (threadIdx.x == 0) s.bound = -kInf, s.count = 0;
-  s.thread_top[threadIdx.x] = thread_top;
-  __syncthreads();
-  int place = 0;
-  for (int j = 0; j < int(blockDim.x); ++j) {
-    place +=
-        s.thread_top[j] > thread_top || (s.thread_top[j] == thread_top && j < int(threadIdx.x));
-  }
-  if (place == k - 1) s.bound = thread_top;
-  __syncthreads();
-  return s.bound;
-}
-
-// This block's k largest logits of its share of the row, of the allowed ones or of all, one pass
-// each: where ties overflow the candidates.
+// This block's k largest logits of its slice, of the allowed ones or of all, one pass each: where
+// ties overflow the candidates.
 template <bool Allowed, class Row>
-__device__ void block_top_slowly(Team& team, const Row& row, int k) {
-  TeamShared& s = *team.shared();
+__device__ void rank_slowly(Team& team, const Row& row, int k) {
   Best last{kInf, -1};
   for (int place = 0; place < k; ++place) {
     Best best{-kInf, -1};
-    row.template each<1>(team, [&](int v, float (&x)[4]) {
+    row.template each<1>([&](int v, float (&x)[4]) {
       if (Allowed) row.apply_mask(v, x);
       for (int j = 0; j < 4; ++j) {
         if (comes_before(last.score, last.id, x[j], v + j)) best.offer(x[j], v + j);
       }
     });
-    best = warp_reduce(best, TakeBest());
-    if (threadIdx.x % 32 == 0)
-      s.value[threadIdx.x / 32] = best.score, s.id[threadIdx.x / 32] = best.id;
-    __syncthreads();
-    last = {-kInf, -1};
-    for (int w = 0; w < int(blockDim.x / 32); ++w) last.offer(s.value[w], s.id[w]);
-    __syncthreads();
-    if (threadIdx.x == 0) s.top_value[place] = last.score, s.top_id[place] = last.id;
+    last = team.reduce_block(best, TakeBest());
+    if (threadIdx.x == 0) put_top(*team.shared(), place, last.score, last.id);
   }
 }
 
-// The same from candidates at or above the bound.
-__device__ inline void block_top_of_candidates(TeamShared& s, int k) {
-  for (int i = int(threadIdx.x); i < k; i += int(blockDim.x))
-    s.top_value[i] = -kInf, s.top_id[i] = -1;
-  __syncthreads();
-  for (int i = int(threadIdx.x); i < s.count; i += int(blockDim.x)) {
-    const int place = place_of(s.value, s.id, s.count, i);
-    if (place < k) s.top_value[place] = s.value[i], s.top_id[place] = s.id[i];
-  }
-}
-
-// Keeps logits at or above the bound.
-__device__ __forceinline__ void add_candidates(TeamShared& s, float bound, int v,
-                                               const float (&x)[4]) {
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    if (x[j] >= bound && x[j] > -kInf) {
-      const int slot = atomicAdd(&s.count, 1);
-      if (slot < kCandidates) s.value[slot] = x[j], s.id[slot] = v + j;
-    }
-  }
-}
-
-// This block's k largest in order, from the candidates if they are all there.
+// This block's list, behind the sweep that collected its candidates. Its readers are behind another
+// barrier.
 template <bool Allowed, class Row>
-__device__ void block_top(Team& team, const Row& row, int k) {
-  __syncthreads();
-  if (team.shared()->count > kCandidates) {
-    block_top_slowly<Allowed>(team, row, k);
-  } else {
-    block_top_of_candidates(*team.shared(), k);
-  }
-}
-
-// The tops of all blocks, in this one; behind a barrier of the team.
-__device__ inline int gather_tops(Team& team, int k) {
+__device__ void rank_candidates(Team& team, const Row& row, int k) {
   TeamShared& s = *team.shared();
-  const int count = int(cluster_size()) * k;
-  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
-    const TeamShared* from = cluster_map(team.shared(), unsigned(i / k));
-    s.value[i] = from->top_value[i % k];
-    s.id[i] = from->top_id[i % k];
-  }
   __syncthreads();
-  return count;
-}
-
-// Writes ids, logits and lse of a sound row; `top` is its largest logit.
-template <class E>
-__device__ void write_statistics(Team& team, const TeamRow<E>& row, float thread_top, float top,
-                                 int k, int64_t* ids, float* logits, float* lse) {
-  TeamShared& s = *team.shared();
-  const float bound = block_bound(s, thread_top, k);
-  double sum = 0;
-  row.each(team, [&](int v, const float (&x)[4]) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) sum += double(noise::exp_of(noise::add(x[j], -top)));
-    add_candidates(s, bound, v, x);
-  });
-  block_top<false>(team, row, k);
-  sum = team.reduce(sum, 0.0, Sum());  // its barrier shows every block the others' tops
-  if (cluster_rank() == 0) {
-    const int count = gather_tops(team, k);
-    for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
-      const int place = s.id[i] < 0 ? k : place_of(s.value, s.id, count, i);
-      if (place < k) ids[place] = s.id[i], logits[place] = s.value[i];
+  if (s.count > kCandidates) return rank_slowly<Allowed>(team, row, k);
+  for (int i = int(threadIdx.x); i < s.count; i += int(blockDim.x)) {
+    int place = 0;
+    for (int j = 0; j < s.count; ++j) {
+      place += comes_before(s.value[j], s.id[j], s.value[i], s.id[i]);
     }
-    if (threadIdx.x == 0) *lse = float(double(top) + log(sum));
+    if (place < k) put_top(s, place, s.value[i], s.id[i]);
   }
-  cluster_sync();  // the tops were read and may change
+}
+
+// Calls body(place, value, id) for the largest logits in the lists of `count` that came here.
+template <class Body>
+__device__ __forceinline__ void merge_tops(const TeamShared& s, int k, int count,
+                                           const Body& body) {
+  const int pairs = (k + 1) / 2;
+  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
+    const TopPair& pair = s.tops[i / 2 / pairs][i / 2 % pairs];
+    const float value = pair.value[i % 2];
+    const int id = pair.id[i % 2];
+    if (id < 0) continue;
+    int place = 0;
+    for (int j = 0; j < count / 2; ++j) {
+      const TopPair other = s.tops[j / pairs][j % pairs];
+      place += comes_before(other.value[0], other.id[0], value, id);
+      place += comes_before(other.value[1], other.id[1], value, id);
+    }
+    if (place < k) body(place, value, id);
+  }
+}
+
+// Sees a row's tokens while one is drawn, as they came. exp in base 2: its error of 2^-22 of a
+// token is the smallest part of the sum's.
+class RawStatistics {
+ public:
+  // Behind find_block_top, or start_candidates and a barrier. `top`: the largest logit of the block
+  // or of the row.
+  __device__ RawStatistics(Team& team, float top, int k)
+      : shared_(*team.shared()),
+        top_(top > -kInf ? top : 0.0f),
+        bound_(candidate_bound(shared_, k)),
+        k_(k) {
+    clear_tops(shared_, k);
+  }
+
+  __device__ void raw(int v, const float (&x)[4]) {
+    float sum = 0;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      sum += exp2_approx<true>(noise::mul(noise::add(x[k], -top_), 1.44269504f));
+    }
+    sum_ += double(sum);
+    if (top_of(x) >= bound_) add_candidates(shared_, bound_, v, x);
+  }
+  __device__ void allowed(int, const float (&)[4]) {}
+  __device__ void kept(float, float, Cut) {}
+  __device__ void swept() { is_swept_ = true; }
+
+  // Whatever was drawn: the sweep, if there was none, and this block's list.
+  template <class Row>
+  __device__ void finish(Team& team, const Row& row) {
+    if (!is_swept_) row.each([&](int v, float (&x)[4]) { raw(v, x); });
+    rank_candidates<false>(team, row, k_);
+  }
+
+  __device__ double sum() const { return sum_; }
+  __device__ float top() const { return top_; }
+
+ private:
+  TeamShared& shared_;
+  const float top_, bound_;
+  const int k_;
+  double sum_ = 0;
+  bool is_swept_ = false;
+};
+
+__device__ __forceinline__ bool is_sound(const RowTop& top) {
+  return (top.bad & 2) == 0 && top.raw > -kInf;
+}
+
+// By the team, for a sound row; the lists are ranked, and `found` is of `join`.
+__device__ inline void write_statistics(Team& team, const Found& found, int k, int64_t* ids,
+                                        float* logits, float* lse) {
+  const int count = team.share_tops(k, false);
+  if (cluster_rank() != 0) return;
+  merge_tops(*team.shared(), k, count,
+             [&](int place, float value, int id) { ids[place] = id, logits[place] = value; });
+  if (threadIdx.x >= 32) return;
+  const double top = found.top.raw, weight = exp(double(found.sum_top) - top);
+  const double sum = reduce_lanes(found.sum * weight, cluster_size(), Sum());
+  if (threadIdx.x == 0) *lse = float(top + log(sum));
 }
 
 }  // namespace reasonkern

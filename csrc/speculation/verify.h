@@ -10,6 +10,10 @@ namespace reasonkern {
 
 enum class ElementType : int { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
+RK_HOST_DEVICE int element_bytes(ElementType type) {
+  return type == ElementType::kFloat64 ? 8 : type == ElementType::kFloat32 ? 4 : 2;
+}
+
 enum StatusBit : int32_t { kEos = 1, kBadRow = 2, kCapped = 4 };  // Status in verify.py
 
 constexpr int kMaxEntry = 64;  // tokens of a draft law
@@ -24,6 +28,7 @@ struct LogitRows {
   int64_t stride_b, stride_n;  // in elements
   const int32_t* mask;         // (B, N, ceil(V / 32)) or null: every token is allowed
   int64_t mask_stride_b, mask_stride_n;
+  int stages;  // on CUDA: slices of rows that the launch has room for in a block's shared memory
 };
 
 // Each (B).

@@ -1,16 +1,18 @@
 // The kernels of verification. A team (a cluster of blocks) takes one request; only the rows that a
-// walk visits are read, and nothing that grows with B * N * V is written.
+// walk visits are read, and nothing that grows with B * N * V is written. A row's way is: its
+// slices to shared memory; a sweep for the largest logit; a sweep that draws, sums and collects the
+// top-k; one exchange between the blocks. Filters and rejection need the row's top before they
+// draw.
 #pragma once
 
-#include "team_row.cuh"
 #include "team_statistics.cuh"
 
 namespace reasonkern {
 
 // A walk's place: the request, the node whose row is read, its depth.
 struct Place {
-  int64_t b, node;
-  int depth;
+  int64_t b;
+  int node, depth;
 };
 
 __device__ __forceinline__ bool is_usable(const VerifyParams& p, int64_t b, int64_t node) {
@@ -19,101 +21,134 @@ __device__ __forceinline__ bool is_usable(const VerifyParams& p, int64_t b, int6
 
 // ---- a row's token
 
-// A row is bad when z/T of its top, or a logit, is not finite.
-__device__ __forceinline__ bool is_bad(const RowTop& top, float temperature) {
-  const float value = temperature == 0 ? top.value : noise::divide(top.value, temperature);
-  return (top.bad & 1) != 0 || !(fabsf(value) < kInf);
-}
-
-// A draw from the filtered row with the target's noise.
-template <class Row>
-__device__ Draw target_draw(Team& team, const Row& row, const RequestParams& r, int64_t b,
-                            const RowTop& top, uint64_t position) {
-  const float temperature = r.temperature[b], value = noise::divide(top.value, temperature);
-  return {temperature, value, filter_cut(team, row, r, b, value), uint64_t(r.seed[b]), position,
-          kTarget,     0};
-}
-
-// Every thread of a block needs the outcome; one works it out. -1: no child was accepted.
-__device__ inline int64_t test_children(const VerifyParams& p, const Place& at, Rejection& law) {
-  const uint64_t seed = uint64_t(p.requests.seed[at.b]);
-  const uint64_t position = uint64_t(p.requests.position[at.b]);
+// -1: no child was accepted.
+__device__ inline int64_t test_children(const VerifyParams& p, const Place& at, const Request& r,
+                                        Rejection& law) {
   const int32_t first = p.child_ptr[at.node], last = p.child_ptr[at.node + 1];
   for (int32_t c = first; c < last; ++c) {
     const int32_t child = p.child_index[c];
     if (!is_usable(p, at.b, child)) continue;
     const int64_t token = p.tokens[at.b * p.rows.nodes + child];
-    if (law.test(token, coin_of(seed, position, at.depth, c - first))) return token;
+    if (law.test(token, coin_of(r.seed, r.position, at.depth, c - first))) return token;
   }
   return -1;
 }
 
+// Every thread of a block needs the outcome; one works it out. The arguments say where the entry's
+// tokens are, and what mass the row keeps.
+__device__ inline void toss_coins(const VerifyParams& p, TeamShared& s, Place at, const Request& r,
+                                  int64_t total, float top) {
+  const int64_t entry = (at.b * p.rows.nodes + at.node) * p.entry;
+  Rejection law{p.q_ids + entry, p.entry, s.s, s.r, 0, 0, 0, false, false};
+  law.start(p.q_logprob + entry, s.mass, total);
+  s.accepted = test_children(p, at, r, law);
+  s.patched = law.patched;
+  for (int i = 0; law.patched && i < p.entry; ++i) s.log_weight[i] = law.log_weight(i, top);
+}
+
 // The accepted child's token, or -1 and a draw from the residual law.
 template <class Row>
-__device__ int64_t accept_or_reject(const VerifyParams& p, Team& team, const Row& row, Draw& d,
-                                    const Place& at) {
+__device__ int64_t accept_or_reject(const VerifyParams& p, Team& team, const Row& row,
+                                    const Request& r, Draw& d, const Place& at) {
   TeamShared& s = *team.shared();
-  const int64_t total = kept_mass(team, row, d.temperature, d.top, d.cut);
   const int64_t entry = (at.b * p.rows.nodes + at.node) * p.entry;
-  if (threadIdx.x == 0) {
-    Rejection law{p.q_ids + entry, p.entry, s.s, s.r, 0, 0, 0, false, false};
-    for (int i = 0; i < p.entry; ++i) {
-      const int64_t v = s.skip[i] = law.ids[i];
-      const bool inside = v >= 0 && v < row.vocab;
-      const float x = inside ? noise::divide(row.at(v), d.temperature) : -kInf;
-      s.mass[i] = inside && d.cut.keeps(x, int(v)) ? mass_of(x, d.top) : 0;
-    }
-    law.start(p.q_logprob + entry, s.mass, total);
-    s.accepted = test_children(p, at, law);
-    s.patched = law.patched;
-    for (int i = 0; law.patched && i < p.entry; ++i) s.log_weight[i] = law.log_weight(i, d.top);
+  for (int i = int(threadIdx.x); i < p.entry; i += int(blockDim.x)) {
+    const int64_t v = s.skip[i] = p.q_ids[entry + i];
+    const bool inside = v >= 0 && v < row.vocab;
+    const float x = inside ? noise::divide(row.at(v), d.temperature) : -kInf;
+    s.mass[i] = inside && d.cut.keeps(x, int(v)) ? mass_of(x, d.top) : 0;
   }
+  const int64_t total = kept_mass(team, row, d.temperature, d.top, d.cut);  // behind its barrier
+  if (threadIdx.x == 0) toss_coins(p, s, at, r, total, d.top);
   __syncthreads();
-  d.position = uint64_t(p.requests.position[at.b]);
+  d.position = r.position;
   d.stream = stream_word(kResidual, at.depth);
   d.skip_count = s.patched ? p.entry : 0;
   return s.accepted;
 }
 
-// ---- kernels
+// This thread's share of a draw; `top` is the row's where it is filtered, else the slice's will do.
+template <class Row, class Also>
+__device__ Best sample_share(Team& team, const Row& row, const Request& r, const RowTop& top,
+                             Also& also) {
+  if (r.temperature == 0 || is_bad(top, r.temperature)) return {-kInf, -1};
+  const Draw d = target_draw(team, row, r, top, r.position);
+  also.kept(d.temperature, d.top, d.cut);
+  return draw(team, row, d, top.value, top.id, also);
+}
+
+// The same at a node; or the child that passed the coins, and no draw.
+struct Choice {
+  Best best;
+  int accepted;
+};
 
 template <class Row, class Also>
-__device__ Outcome sample_token(Team& team, const Row& row, const RequestParams& r, int64_t b,
-                                const RowTop& top, Also& also) {
-  if (is_bad(top, r.temperature[b])) return {top.id, true};
-  if (r.temperature[b] == 0) return {top.id, false};
-  const Draw d = target_draw(team, row, r, b, top, uint64_t(r.position[b]));
+__device__ Choice choose_share(const VerifyParams& p, Team& team, const Row& row, const Request& r,
+                               const RowTop& top, const Place& at, Also& also) {
+  Choice choice{{-kInf, -1}, -1};
+  if (r.temperature == 0 || is_bad(top, r.temperature)) return choice;
+  Draw d = target_draw(team, row, r, top, r.position + uint64_t(at.depth));
   also.kept(d.temperature, d.top, d.cut);
-  return {draw(team, row, d, top.value, top.id, also), false};
+  if (p.q_ids != nullptr) choice.accepted = int(accept_or_reject(p, team, row, r, d, at));
+  if (choice.accepted < 0) choice.best = draw(team, row, d, top.value, top.id, also);
+  return choice;
 }
+
+// ---- kernels
 
 template <class E>
-__global__ void __launch_bounds__(kTeamThreads, 1) sample_kernel(SampleParams p) {
-  Team team(dynamic_shared<TeamShared>());
+__global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) sample_kernel(SampleParams p) {
+  Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>());
   const int64_t teams = gridDim.x / cluster_size();
   for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += teams) {
-    const TeamRow<E> row(p.rows, b, 0);
+    team.fetch(p.rows, b, 0);
+    const Request& request = team.begin(p.requests, b);
+    const TeamRow<E> row(team, p.rows, b, 0);
     ThreadTops unused;
-    const RowTop top = find_top(team, row, unused);
+    const RowTop top = request.filters(row.vocab) ? find_top(team, row, unused)
+                                                  : find_block_top(team, row, unused);
     Nothing nothing;
-    const Outcome outcome = sample_token(team, row, p.requests, b, top, nothing);
-    if (team.leads()) p.token[b] = outcome.token;
+    const Best best = sample_share(team, row, request, top, nothing);
+    const Found found = join(team, top, best, 0, 0);
+    if (team.leads()) p.token[b] = outcome_of(found.top, found.best, request.temperature).token;
   }
-  cluster_sync();  // no block exits while another may read its shared memory
+  team.leave();
 }
 
-// The child that holds the token, by the lanes of each warp; -1 when there is none.
-__device__ inline int64_t find_child(const VerifyParams& p, const Place& at, int64_t token) {
-  const int32_t first = p.child_ptr[at.node], last = p.child_ptr[at.node + 1];
-  const int lane = int(threadIdx.x % 32);
-  for (int32_t c = first; c < last; c += 32) {
-    const int32_t child = c + lane < last ? p.child_index[c + lane] : 0;
-    const bool hit =
-        child > 0 && is_usable(p, at.b, child) && p.tokens[at.b * p.rows.nodes + child] == token;
-    const unsigned hits = __ballot_sync(kFullMask, hit);
-    if (hits != 0) return __shfl_sync(kFullMask, child, __ffs(int(hits)) - 1);
+// The children of a node, one to a lane and in each warp, read while the node's row is on its way.
+struct Children {
+  int32_t child, token;  // token: -1 where there is no child that may be entered
+
+  __device__ Children(const VerifyParams& p, const Place& at, int first) {
+    const int32_t c = first + int32_t(threadIdx.x % 32);
+    child = c < p.child_ptr[at.node + 1] ? p.child_index[c] : 0;
+    const bool usable = child > 0 && is_usable(p, at.b, child);
+    const int64_t drafted = usable ? p.tokens[at.b * p.rows.nodes + child] : -1;
+    token = drafted >= 0 && drafted < p.rows.vocab ? int32_t(drafted) : -1;
   }
-  return -1;
+
+  __device__ Children(const VerifyParams& p, const Place& at)
+      : Children(p, at, p.child_ptr[at.node]) {}
+
+  // The likeliest one; 0 if it may not be entered.
+  __device__ int first() const { return __shfl_sync(kFullMask, token >= 0 ? child : 0, 0); }
+
+  // The one among these that holds a token, -1 when there is none.
+  __device__ int find(int64_t emitted) const {
+    const unsigned hits = __ballot_sync(kFullMask, token == int32_t(emitted));
+    return hits != 0 ? __shfl_sync(kFullMask, child, __ffs(int(hits)) - 1) : -1;
+  }
+};
+
+// `few`: the first of them.
+__device__ inline int find_child(const VerifyParams& p, const Place& at, const Children& few,
+                                 int64_t token) {
+  int found = few.find(token);
+  for (int32_t c = p.child_ptr[at.node] + 32; found < 0 && c < p.child_ptr[at.node + 1]; c += 32) {
+    found = Children(p, at, c).find(token);
+  }
+  return found;
 }
 
 __device__ __forceinline__ bool is_eos(const VerifyParams& p, int64_t token) {
@@ -123,96 +158,93 @@ __device__ __forceinline__ bool is_eos(const VerifyParams& p, int64_t token) {
   return __any_sync(kFullMask, hit) != 0;
 }
 
-// Rows of the outputs from `first` to `last`, of request b, by the team's first block.
-__device__ inline void clear_outputs(const VerifyParams& p, int64_t b, int first, int last) {
-  const int64_t row = b * (p.depth + 1);
-  for (int64_t i = row + first + threadIdx.x; i < row + last; i += blockDim.x) {
+// Empties the outputs of request b, by the team's first block.
+__device__ inline void clear_outputs(const VerifyParams& p, int64_t b) {
+  const int64_t first = b * (p.depth + 1), last = first + p.depth + 1;
+  for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
     p.out_tokens[i] = -1;
-    p.path[i] = i == row ? 0 : -1;
+    p.path[i] = i == first ? 0 : -1;
     p.lse[i] = -kInf;
   }
-  for (int64_t i = (row + first) * p.topk + threadIdx.x; i < (row + last) * p.topk;
-       i += blockDim.x) {
+  for (int64_t i = first * p.topk + threadIdx.x; i < last * p.topk; i += blockDim.x) {
     p.topk_ids[i] = -1;
     p.topk_logits[i] = -kInf;
   }
 }
 
-template <class Row, class Also>
-__device__ Outcome choose_token(const VerifyParams& p, Team& team, const Row& row,
-                                const RowTop& top, const Place& at, Also& also) {
-  const RequestParams& r = p.requests;
-  if (is_bad(top, r.temperature[at.b])) return {top.id, true};
-  if (r.temperature[at.b] == 0) return {top.id, false};
-  Draw d = target_draw(team, row, r, at.b, top, uint64_t(r.position[at.b]) + uint64_t(at.depth));
-  also.kept(d.temperature, d.top, d.cut);
-  const int64_t accepted = p.q_ids == nullptr ? -1 : accept_or_reject(p, team, row, d, at);
-  if (accepted >= 0) return {accepted, false};
-  return {draw(team, row, d, top.value, top.id, also), false};
-}
+struct Visited {
+  Outcome outcome;
+  Found found;
+};
 
 // How a walk treats its rows: as they are. ControlledVisit is the other way.
 template <class E>
 struct PlainVisit {
-  __device__ PlainVisit(const VerifyParams&, int64_t) {}
+  const VerifyParams& p;
+  const Request& request;
 
-  __device__ Outcome choose(const VerifyParams& p, Team& team, const Place& at, RowTop& top,
-                            ThreadTops& tops) {
-    const TeamRow<E> row(p.rows, at.b, at.node);
-    top = find_top(team, row, tops);
-    Nothing nothing;
-    return choose_token(p, team, row, top, at, nothing);
+  __device__ PlainVisit(const VerifyParams& p, const Request& request, int64_t)
+      : p(p), request(request) {}
+
+  __device__ Visited choose(Team& team, const Place& at) {
+    const TeamRow<E> row(team, p.rows, at.b, at.node);
+    ThreadTops tops;
+    RowTop top = find_block_top(team, row, tops);
+    RawStatistics raw(team, top.raw, p.topk);
+    if (p.q_ids != nullptr || request.filters(row.vocab)) {
+      top = reduce_lanes(team.exchange(top), cluster_size(), JoinTop());
+    }
+    const Choice choice = choose_share(p, team, row, request, top, at, raw);
+    raw.finish(team, row);
+    const Found found = join(team, top, choice.best, raw.sum(), raw.top());
+    return {outcome_of(found.top, found.best, request.temperature, choice.accepted), found};
   }
 
-  __device__ void emitted(const Outcome&) {}
-  __device__ static void clear(const VerifyParams&, int64_t, int) {}
+  __device__ void emitted(int64_t) {}
 };
 
-template <class E, class Visit>
+template <class Visit>
 __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
   const bool active = p.valid[b * p.rows.nodes], first_block = cluster_rank() == 0;
-  const int64_t limit = p.max_length != nullptr ? p.max_length[b] : p.depth + 1;
+  const int64_t allowed = p.max_length != nullptr ? p.max_length[b] : p.depth + 1;
+  const int limit = int(allowed < p.depth + 1 ? allowed : p.depth + 1);
+  const Request& request = team.begin(p.requests, b);
   int32_t status = 0;
   int length = 0;
-  Visit visit(p, b);
-  Place at{b, 0, 0};
-  while (active && length < limit && at.node >= 0 && at.depth <= p.depth) {
-    RowTop top;
-    ThreadTops tops;
-    const Outcome outcome = visit.choose(p, team, at, top, tops);
-    if (outcome.bad) status |= kBadRow;
-    if (outcome.token < 0) break;
-    const int64_t out = b * (p.depth + 1) + at.depth;
-    if (first_block) clear_outputs(p, b, at.depth, at.depth + 1);
-    __syncthreads();
-    if (team.leads()) p.out_tokens[out] = outcome.token, p.path[out] = at.node;
-    visit.emitted(outcome);
-    if ((top.bad & 2) == 0 && top.raw > -kInf) {
-      const TeamRow<E> row(p.rows, b, at.node);
-      write_statistics(team, row, tops.raw, top.raw, p.topk, p.topk_ids + out * p.topk,
-                       p.topk_logits + out * p.topk, p.lse + out);
-    }
+  Place at{b, active && limit > 0 ? 0 : -1, 0};
+  if (at.node >= 0) team.fetch(p.rows, b, at.node);
+  if (first_block) clear_outputs(p, b);
+  Visit visit(p, request, b);
+  while (at.node >= 0) {
+    Children children(p, at);
+    team.guess(p.rows, b, children.first());
+    const Visited row = visit.choose(team, at);
+    const int64_t token = row.outcome.token, out = b * (p.depth + 1) + at.depth;
+    if (row.outcome.bad) status |= kBadRow;
+    if (token < 0) break;
     ++length;
-    if (is_eos(p, outcome.token)) {
-      status |= kEos;
-      break;
-    }
-    at = {b, find_child(p, at, outcome.token), at.depth + 1};
+    const int node = at.node;
+    at = {b, length < limit ? find_child(p, at, children, token) : -1, at.depth + 1};
+    if (is_eos(p, token)) status |= kEos, at.node = -1;
+    if (at.node >= 0) team.fetch(p.rows, b, at.node);  // the next row is on its way meanwhile
+    if (team.leads()) p.out_tokens[out] = token, p.path[out] = node;
+    visit.emitted(token);
+    if (!is_sound(row.found.top)) continue;
+    write_statistics(team, row.found, p.topk, p.topk_ids + out * p.topk,
+                     p.topk_logits + out * p.topk, p.lse + out);
   }
-  if (active && p.max_length != nullptr && length >= limit) status |= kCapped;
-  if (first_block) clear_outputs(p, b, length, p.depth + 1);
-  if (first_block) Visit::clear(p, b, length);
+  if (active && p.max_length != nullptr && length >= p.max_length[b]) status |= kCapped;
   if (team.leads()) p.length[b] = length, p.status[b] = status;
 }
 
 template <class E>
-__global__ void __launch_bounds__(kTeamThreads, 1) verify_kernel(VerifyParams p) {
-  Team team(dynamic_shared<TeamShared>());
+__global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) verify_kernel(VerifyParams p) {
+  Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>());
   const int64_t teams = gridDim.x / cluster_size();
   for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += teams) {
-    verify_request<E, PlainVisit<E>>(p, team, b);
+    verify_request<PlainVisit<E>>(p, team, b);
   }
-  cluster_sync();  // no block exits while another may read its shared memory
+  team.leave();
 }
 
 // ---- the cache: a thread takes a word of one head and moves it for every step, in order

@@ -1,17 +1,46 @@
-// Launch decisions of the verification kernels: pure functions of the batch and the device. Plain
-// C++.
+// Launch decisions of the verification kernels: pure functions of sizes and the device. Plain C++.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+
+#include "../common/host_device.h"
 
 namespace reasonkern {
 
-// Blocks that share a request: enough to occupy the device at a small batch, one at a large one,
-// where a row per block reads memory as fast as a row per cluster and needs no cluster barriers.
-inline unsigned team_blocks(int64_t batch, int multiprocessors, int arch) {
+constexpr int kTeamBlocks = 8;                    // of a cluster, at most: the largest portable one
+constexpr std::size_t kSharedBytes = 227 * 1024;  // of a multiprocessor, and of a block at most
+
+// Tokens of a row that each of the blocks takes: words of the mask, hence whole vectors.
+RK_HOST_DEVICE int64_t slice_tokens(int64_t vocab, unsigned blocks) {
+  return (vocab + 32 * blocks - 1) / (32 * blocks) * 32;
+}
+
+struct TeamShape {
+  unsigned blocks;     // that share a request
+  int stages;          // slices that fit into a block's shared memory: 2 to guess the next one
+  std::size_t shared;  // bytes of a block
+};
+
+// Enough blocks to occupy the device, and to have a slice leave room for other teams beside it.
+// `scratch`: what a block needs besides its slice; `inside`: blocks that the registers of a
+// multiprocessor leave room for. Below sm_90 there are neither clusters nor copies in bulk.
+inline TeamShape team_shape(int64_t batch, int64_t vocab, int element_bytes, std::size_t scratch,
+                            int inside, int multiprocessors, int arch) {
+  if (arch < 90) return {1, 0, scratch};
   unsigned blocks = 1;
-  while (arch >= 90 && blocks < 8 && batch * blocks * 2 <= 2 * multiprocessors) blocks *= 2;
-  return blocks;
+  const auto shared = [&](int stages) {
+    return scratch + stages * slice_tokens(vocab, blocks) * element_bytes;
+  };
+  while (blocks < kTeamBlocks && (batch * blocks * 2 <= inside * multiprocessors ||
+                                  shared(1) + 1024 > kSharedBytes / inside)) {
+    blocks *= 2;
+  }
+  // A wrong guess costs bandwidth, which a device that is not full has left.
+  const bool guesses =
+      batch * blocks <= inside * multiprocessors && shared(2) + 1024 <= kSharedBytes / inside;
+  const int stages = guesses ? 2 : shared(1) <= kSharedBytes ? 1 : 0;
+  return {blocks, stages, shared(stages)};
 }
 
 // The widest word that divides a head's bytes and the strides and addresses in bytes.

@@ -30,9 +30,11 @@ SCHEMAS = {
     "Tensor? scope, bool strict) -> ()",
 }
 
-# The two kernels of the update on a device; `table_sorted.update` sorts between them.
+# The update on a device: both kernels, or one by one around the sort of `table_sorted.update`.
 _UPDATE_ARGS = SCHEMAS["table_update_"].partition(") ->")[0]
+FEW_ITEMS = 4096  # pairs of a row and an order, kFewItems of table_merge.cuh
 CUDA_STEPS = {
+    "table_merge_few_": f"{_UPDATE_ARGS}) -> ()",
     "table_keys": f"{_UPDATE_ARGS}) -> (Tensor items, Tensor values)",
     "table_merge_": f"{_UPDATE_ARGS}, Tensor items, Tensor pairs, Tensor totals) -> ()",
 }
@@ -63,8 +65,11 @@ FAKE: dict[str, Callable[..., Any]] = {
 
 
 def _update_cuda(*args: Any) -> None:
-    steps = torch.ops.reasonkern_cuda
-    table_sorted.update(steps.table_keys, steps.table_merge_, *args)
+    steps, rows, orders = torch.ops.reasonkern_cuda, len(args[0]), args[9]
+    if rows * len(orders) <= FEW_ITEMS:
+        steps.table_merge_few_(*args)
+    else:
+        table_sorted.update(steps.table_keys, steps.table_merge_, *args)
 
 
 for _name, _schema in SCHEMAS.items():

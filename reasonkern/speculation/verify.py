@@ -211,8 +211,8 @@ def verify_tree(
 
     Args:
         logits: (B, N, V): row i is the model's output after node i. float32, bfloat16, float16 or
-            float64 (read as float32), the last dimension contiguous. Only the rows on the path are
-            read.
+            float64 (read as float32), the last dimension contiguous. Only the rows on the path
+            matter.
         draft: a `Draft` for ``tree``. A request whose root is not valid is padding: length 0.
         tree: the `DraftTree` of N nodes.
         temperature: as in `sample`; requests with temperature 0 are greedy in every mode.

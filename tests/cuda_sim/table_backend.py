@@ -22,10 +22,11 @@ TREE = ("parents", "ranks", "depths", "child_ptr", "child_index", "level_ptr", "
 
 @dataclass(frozen=True)
 class Settings(launch.Settings):
-    """Blocks of the grid, threads of a block."""
+    """Blocks of the grid, threads of a block; few: the update of few items, without a sort."""
 
     blocks: int = 3
     threads: int = 64
+    few: bool = True
 
 
 KERNELS = launch.Kernels("table_sim", Settings())
@@ -78,5 +79,16 @@ def _merge(*args: Any) -> None:
     _run("merge", _update_fields(*rest) | sorted_rows)
 
 
+def _merge_few(*args: Any) -> None:
+    items, values = _keys(*args)
+    fields = _update_fields(*args)
+    room = 2 * items.numel() * fields["width"]
+    sums = {"sum_ids": torch.empty(room, dtype=torch.int32), "token_sums": items.new_empty(room)}
+    _run("few", fields | {"items": items, "values": values} | sums)
+
+
 def table_update_(*args: Any) -> None:
-    table_sorted.update(_keys, _merge, *args)
+    if KERNELS.settings.few:
+        _merge_few(*args)
+    else:
+        table_sorted.update(_keys, _merge, *args)

@@ -2,7 +2,7 @@
 // Pointers come as integers in dicts whose keys are the fields of table.h; a missing key is null.
 #include "cuda_sim.h"
 #include "fields.h"
-#include "speculation/table.cuh"
+#include "speculation/table_merge.cuh"
 
 namespace py = pybind11;
 using namespace reasonkern;
@@ -49,6 +49,8 @@ MergeParams merge_of(const Fields& f) {
   f.point(m.values, "values");
   f.point(m.pairs, "pairs");
   f.point(m.totals, "totals");
+  f.point(m.sum_ids, "sum_ids");
+  f.point(m.sums, "token_sums");
   m.items = p.rows * p.table.num_orders;
   return m;
 }
@@ -90,6 +92,10 @@ void run(const std::string& op, const py::dict& launch, const py::dict& args) {
     const DraftParams p = draft_of(f);
     return start(table_draft_kernel, draft_shared_bytes(p.nodes), p);
   }
+  if (op == "few") {
+    const MergeParams m = merge_of(f);
+    return start(table_few_kernel, few_shared_bytes(m.items, l.number<unsigned>("threads")), m);
+  }
   if (op == "keys") return start(table_keys_kernel, 0, merge_of(f));
   if (op == "merge") return start(table_merge_kernel, 0, merge_of(f));
   throw std::invalid_argument("op: got " + op);
@@ -97,4 +103,7 @@ void run(const std::string& op, const py::dict& launch, const py::dict& args) {
 
 }  // namespace
 
-PYBIND11_MODULE(table_sim, m) { m.def("run", &run); }
+PYBIND11_MODULE(table_sim, m) {
+  m.def("run", &run);
+  m.attr("few_items") = int(kFewItems);
+}

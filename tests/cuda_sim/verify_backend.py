@@ -21,11 +21,13 @@ REQUESTS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
 
 @dataclass(frozen=True)
 class Settings(launch.Settings):
-    """teams: requests under way; blocks: of a team; threads: of a block."""
+    """teams: requests under way; blocks: of a team; threads: of a block; stages: slices of rows
+    that fit into its shared memory."""
 
     teams: int = 3
     blocks: int = 2
     threads: int = 32
+    stages: int = 2
 
 
 KERNELS = launch.Kernels("verify_sim", Settings())

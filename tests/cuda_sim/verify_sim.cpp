@@ -59,13 +59,14 @@ StatisticsParams statistics_of(const Fields& f) {
 
 struct Launch {
   unsigned teams, blocks, threads;  // blocks: of a team
-  int order;
+  int stages, order;
   uint64_t seed;
 
   explicit Launch(const Fields& f)
       : teams(f.number<unsigned>("teams")),
         blocks(f.number<unsigned>("blocks")),
         threads(f.number<unsigned>("threads")),
+        stages(f.number<int>("stages")),
         order(f.number<int>("order")),
         seed(f.number<uint64_t>("seed")) {}
 
@@ -74,6 +75,14 @@ struct Launch {
     cuda_sim::launch(kernel, teams * blocks, threads, blocks, shared_bytes,
                      static_cast<cuda_sim::Order>(order), seed, p);
   }
+
+  // As on a GPU: a block has room for its slice of a row, or reads it where it is.
+  template <class Shared, class Params>
+  void start_teams(void (*kernel)(Params), Params p) const {
+    const int64_t slice = slice_tokens(p.rows.vocab, blocks) * element_bytes(p.rows.type);
+    p.rows.stages = stages;
+    start(kernel, stage_offset<Shared>() + std::size_t(stages * slice), p);
+  }
 };
 
 template <class E>
@@ -81,9 +90,9 @@ void sample(const Launch& l, const Fields& f) {
   SampleParams p{rows_of(f), requests_of(f), nullptr, control_of(f), statistics_of(f)};
   f.point(p.token, "token");
   if (p.statistics.entropy != nullptr) {
-    return l.start(sample_controlled_kernel, sizeof(ControlShared), p);
+    return l.start_teams<ControlShared>(sample_controlled_kernel, p);
   }
-  l.start(sample_kernel<E>, sizeof(TeamShared), p);
+  l.start_teams<TeamShared>(sample_kernel<E>, p);
 }
 
 template <class E>
@@ -114,9 +123,9 @@ void verify(const Launch& l, const Fields& f) {
   p.control = control_of(f);
   p.statistics = statistics_of(f);
   if (p.statistics.entropy != nullptr || p.control.slot != nullptr) {
-    return l.start(verify_controlled_kernel, sizeof(ControlShared), p);
+    return l.start_teams<ControlShared>(verify_controlled_kernel, p);
   }
-  l.start(verify_kernel<E>, sizeof(TeamShared), p);
+  l.start_teams<TeamShared>(verify_kernel<E>, p);
 }
 
 template <class Word>
@@ -176,6 +185,10 @@ void run_compact(int word, const py::dict& launch, const py::dict& args) {
 PYBIND11_MODULE(verify_sim, m) {
   m.def("run", &run);
   m.def("compact", &run_compact);
-  m.def("team_blocks", &team_blocks);
+  m.def("team_shape", [](int64_t batch, int64_t vocab, int bytes, std::size_t scratch, int inside,
+                         int units, int arch) {
+    const TeamShape shape = team_shape(batch, vocab, bytes, scratch, inside, units, arch);
+    return std::make_tuple(shape.blocks, shape.stages, shape.shared);
+  });
   m.def("word_bytes", &word_bytes);
 }

@@ -1,0 +1,64 @@
+// Candidates for the k largest logits of a block's slice: those at or above a bound that k of them
+// reach.
+#pragma once
+
+#include "team.cuh"
+
+namespace reasonkern {
+
+__device__ __forceinline__ void put_top(TeamShared& s, int place, float value, int id) {
+  s.top[place / 2].value[place % 2] = value;
+  s.top[place / 2].id[place % 2] = id;
+}
+
+__device__ __forceinline__ void clear_tops(TeamShared& s, int k) {
+  for (int i = int(threadIdx.x); i < (k + 1) / 2 * 2; i += int(blockDim.x))
+    put_top(s, i, -kInf, -1);
+}
+
+// The largest logits of groups of threads; whoever uses them, or adds candidates, is behind a
+// barrier.
+__device__ inline void start_candidates(TeamShared& s, float thread_top) {
+  const int width = max(1, int(blockDim.x) / kGroups);  // a power of two
+  for (int offset = 1; offset < width; offset *= 2) {
+    thread_top = fmaxf(thread_top, __shfl_xor_sync(kFullMask, thread_top, offset));
+  }
+  if (threadIdx.x % unsigned(width) == 0) s.group_top[threadIdx.x / unsigned(width)] = thread_top;
+  if (threadIdx.x == 0) s.count = 0;
+}
+
+// Integers in the order of floats, which differ by their lowest bits.
+__device__ __forceinline__ unsigned key_of_group(float top, int group) {
+  const unsigned bits = noise::word_of(top);
+  return ((bits >> 31 ? ~bits : bits | 0x80000000u) & ~unsigned(kGroups - 1)) | unsigned(group);
+}
+
+// At most the k-th largest of the groups' tops, by every warp; -inf if there are fewer.
+__device__ inline float candidate_bound(const TeamShared& s, int k) {
+  const int groups = min(int(blockDim.x), kGroups), lane = int(threadIdx.x % 32);
+  unsigned low = lane < groups ? key_of_group(s.group_top[lane], lane) : 0;
+  unsigned high = lane + 32 < groups ? key_of_group(s.group_top[lane + 32], lane + 32) : 0;
+  unsigned key = 0;
+  for (int i = 0; i < k; ++i) {
+    key = __reduce_max_sync(kFullMask, low > high ? low : high);
+    low = low == key ? 0 : low;
+    high = high == key ? 0 : high;
+  }
+  key &= ~unsigned(kGroups - 1);
+  if (key <= 0x007fffffu) return -kInf;  // the key of -inf, or none
+  return noise::float_of(key >> 31 ? key & 0x7fffffffu : ~key);
+}
+
+// Keeps logits at or above the bound.
+__device__ __forceinline__ void add_candidates(TeamShared& s, float bound, int v,
+                                               const float (&x)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (x[j] >= bound && x[j] > -kInf) {
+      const int slot = atomicAdd(&s.count, 1);
+      if (slot < kCandidates) s.value[slot] = x[j], s.id[slot] = v + j;
+    }
+  }
+}
+
+}  // namespace reasonkern

@@ -1,0 +1,183 @@
+// A row of logits as a block of a team reads it: its slice, four tokens at a time.
+#pragma once
+
+#include "../common/fast_math.cuh"
+#include "team.cuh"
+
+namespace reasonkern {
+
+// Whole words, so that the lanes come by one load.
+template <class E>
+struct alignas(sizeof(E) < 4 ? 4 * sizeof(E) : 16) Quad {
+  uint32_t word[sizeof(E)];
+};
+
+template <class E>
+__device__ __forceinline__ void unpack(const Quad<E>& quad, float (&x)[4]) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if constexpr (sizeof(E) == 8) {
+      x[k] = float(recast<double>(quad.word[2 * k] | uint64_t(quad.word[2 * k + 1]) << 32));
+    } else if constexpr (sizeof(E) == 4) {
+      x[k] = recast<float>(quad.word[k]);
+    } else if constexpr (std::is_same<E, bf16>::value) {  // the upper half of a float
+      const uint32_t word = quad.word[k / 2];
+      x[k] = recast<float>(k % 2 == 0 ? word << 16 : word & 0xffff0000u);
+    } else {
+      x[k] = to_acc(recast<E>(uint16_t(quad.word[k / 2] >> 16 * (k % 2))));
+    }
+  }
+}
+
+__device__ __forceinline__ float top_of(const float (&x)[4]) {  // NaN if a lane is
+  return max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3]));
+}
+
+// Logits as floats.
+template <class E>
+struct Elements {
+  const E* data;
+
+  __device__ Elements(const void* data, ElementType) : data(static_cast<const E*>(data)) {}
+  __device__ Elements beside(const void* other) const { return {other, ElementType{}}; }
+
+  __device__ float at(int64_t i) const { return float(to_acc(data[i])); }
+
+  // x[j]: logits from i + j * step on, of `count`. All loads come before a use, without a branch
+  // among them, hence of the last quad where there is none. `whole`: quads are aligned and full;
+  // else they are read one by one and filled with -inf.
+  template <int kAhead>
+  __device__ void load(int i, int step, int count, bool whole, float (&x)[kAhead][4]) const {
+    if (whole) {
+      Quad<E> quad[kAhead];
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        quad[j] = *reinterpret_cast<const Quad<E>*>(data + min(i + j * step, count - 4));
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) unpack(quad[j], x[j]);
+    } else {
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const int at = i + j * step + k;
+          x[j][k] = at < count ? this->at(at) : -kInf;
+        }
+      }
+    }
+  }
+
+  __device__ bool is_aligned() const {
+    return reinterpret_cast<std::uintptr_t>(data) % sizeof(Quad<E>) == 0;
+  }
+};
+
+// Any element type, told apart where logits are loaded: one kernel instead of four.
+struct AnyElement;
+
+// Blocks on a multiprocessor: telling types apart takes registers.
+template <class E>
+constexpr int blocks_inside() {
+  return std::is_same<E, AnyElement>::value ? 1 : kBlocksInside;
+}
+
+template <>
+struct Elements<AnyElement> {
+  const void* data;
+  ElementType type;
+
+  __device__ Elements(const void* data, ElementType type) : data(data), type(type) {}
+  __device__ Elements beside(const void* other) const { return {other, type}; }
+
+  template <class Body>
+  __device__ void visit(const Body& body) const {
+    switch (type) {
+      case ElementType::kFloat32:
+        return body(Elements<float>(data, type));
+      case ElementType::kBFloat16:
+        return body(Elements<bf16>(data, type));
+      case ElementType::kFloat16:
+        return body(Elements<fp16>(data, type));
+      case ElementType::kFloat64:
+        return body(Elements<double>(data, type));
+    }
+  }
+
+  RK_DEVICE_CALL float at(int64_t i) const {
+    float x = 0;
+    visit([&](const auto& elements) { x = elements.at(i); });
+    return x;
+  }
+
+  template <int kAhead>
+  __device__ void load(int i, int step, int count, bool whole, float (&x)[kAhead][4]) const {
+    visit([&](const auto& elements) { elements.load(i, step, count, whole, x); });
+  }
+
+  __device__ bool is_aligned() const {
+    bool aligned = false;
+    visit([&](const auto& elements) { aligned = elements.is_aligned(); });
+    return aligned;
+  }
+};
+
+template <class E>
+struct TeamRow {
+  Slice slice;
+  Elements<E> mine;     // the slice's logits
+  const int32_t* mask;  // of this row, or null
+  int vocab;
+  bool whole;
+
+  // Waits until the slice has come.
+  __device__ TeamRow(Team& team, const LogitRows& rows, int64_t b, int64_t node)
+      : slice(rows, b, node),
+        mine(team.await(slice), rows.type),
+        mask(rows.mask == nullptr ? nullptr
+                                  : rows.mask + b * rows.mask_stride_b + node * rows.mask_stride_n),
+        vocab(int(rows.vocab)),
+        whole((slice.last - slice.first) % 4 == 0 && mine.is_aligned()) {}
+
+  // False: nothing has changed.
+  __device__ bool apply_mask(int v, float (&x)[4]) const {
+    if (mask == nullptr) return false;
+    const unsigned allowed = unsigned(mask[v / 32]) >> (v % 32);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x[k] = allowed >> k & 1 ? x[k] : -kInf;
+    return true;
+  }
+
+  __device__ float at(int64_t v) const {
+    const bool allowed = mask == nullptr || (unsigned(mask[v / 32]) >> (v % 32) & 1) != 0;
+    return allowed ? raw(v) : -kInf;
+  }
+
+  // Of any token of the row.
+  __device__ float raw(int64_t v) const { return mine.beside(slice.data).at(v - slice.first); }
+
+  // The four logits from v on, of this slice.
+  __device__ void read(int v, float (&x)[4]) const {
+    float quad[1][4];
+    mine.load(v - slice.first, 0, slice.last - slice.first, whole, quad);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) x[k] = quad[0][k];
+  }
+
+  // body(v, x) for this thread's share of the slice; kAhead loads are under way at a time.
+  template <int kAhead = 4, class Body>
+  __device__ void each(const Body& body) const {
+    const Elements<E> from = mine;
+    const int step = 4 * int(blockDim.x), count = slice.last - slice.first;
+    for (int i = 4 * int(threadIdx.x); i < count; i += kAhead * step) {
+      float x[kAhead][4];
+      from.load(i, step, count, whole, x);
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (i + j * step < count) body(slice.first + i + j * step, x[j]);
+      }
+    }
+  }
+};
+
+}  // namespace reasonkern
