@@ -2,7 +2,8 @@
 
 A backend counts as run on an architecture when a committed result says so: a benchmark with a CUDA
 case in which it reproduced the truth and was timed, or a test run on the GPU in which every test
-that reached it passed. Tests that failed count against it until a newer run of them passes. The
+that reached it passed. Tests that failed count against it until a newer run of them passes, and a
+kernel that was written anew is new: older results do not speak for it (`WRITTEN_ANEW`). The
 files say which: their machine has an `architecture` ("sm_90"); a benchmark's row names its
 `backend` and the registered `ops` it ran; a test run (`pytest --gpu-record FILE`) has a row per op
 and backend, and names the tests of which it was `lost` what they had reached.
@@ -21,6 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 TARGET = ROOT / "reasonkern" / "_evidence.py"
 GPU_BACKENDS = ("cuda", "triton")
+# (op, backend) -> since when the kernel is another one. Delete what a newer result speaks for.
+WRITTEN_ANEW = {
+    (op, "cuda"): "2026-11-26T19:00"
+    for op in ("sample", "sample_controlled", "table_draft", "table_update_", "verify_controlled",
+               "verify_tree")
+}  # fmt: skip
 
 HEAD = '''"""Which backend has run, and matched, on which GPU architecture.
 
@@ -46,12 +53,19 @@ def collect(results: Path = RESULTS) -> dict[Key, str]:
         text = f"{machine['gpu']}, {date[:10]} ({path.relative_to(results).as_posix()})"
         for key, passed in test_runs(content, machine["architecture"]):
             tested[key] = max(tested.get(key, ("", False)), (date, passed))
-            if passed:
+            if passed and is_of_this_kernel(key, date):
                 good[key] = max(good.get(key, ("", "")), (date, text))
         for key in matching_runs(content.get("cases", []), machine["architecture"]):
-            good[key] = max(good.get(key, ("", "")), (date, text))
+            if is_of_this_kernel(key, date):
+                good[key] = max(good.get(key, ("", "")), (date, text))
     failed = {key for key, (_, passed) in tested.items() if not passed}
     return {key: text for key, (_, text) in sorted(good.items()) if key not in failed}
+
+
+def is_of_this_kernel(key: Key, date: str) -> bool:
+    """Whether a result of that time is about the kernel as it is now."""
+    op, _, backend = key
+    return date >= WRITTEN_ANEW.get((op, backend), "")
 
 
 def test_runs(content: dict[str, Any], architecture: str) -> Iterator[tuple[Key, bool]]:

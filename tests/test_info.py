@@ -219,9 +219,20 @@ def write_tests(tmp_path, name, day, lost=(), **failed):
 
 
 def test_evidence_comes_from_tests_that_all_passed(tmp_path):
-    write_tests(tmp_path, "a", 24, sample=0, gae=1)
+    write_tests(tmp_path, "a", 24, scale_rows_=0, gae=1)
     found = evidence.collect(tmp_path)
-    assert found == {("sample", "sm_90", "cuda"): "Toy GPU, 2026-11-24 (a-tests.json)"}
+    assert found == {("scale_rows_", "sm_90", "cuda"): "Toy GPU, 2026-11-24 (a-tests.json)"}
+
+
+def test_no_evidence_older_than_the_kernel(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "WRITTEN_ANEW", {("policy_loss", "cuda"): "2026-11-24T12:00"})
+    key = ("policy_loss", "sm_90", "cuda")
+    result_file(tmp_path)
+    write_tests(tmp_path, "a", 24, policy_loss=0)
+    assert key not in evidence.collect(tmp_path)
+    assert ("scale_rows_", *key[1:]) in evidence.collect(tmp_path)
+    write_tests(tmp_path, "b", 25, policy_loss=0)
+    assert evidence.collect(tmp_path)[key] == "Toy GPU, 2026-11-25 (b-tests.json)"
 
 
 def test_failed_tests_count_until_they_pass(tmp_path):
@@ -237,7 +248,7 @@ def test_failed_tests_count_until_they_pass(tmp_path):
 
 
 def test_a_lost_test_may_have_reached_anything(tmp_path):
-    write_tests(tmp_path, "a", 24, lost=["test_x.py::test"], sample=0)
+    write_tests(tmp_path, "a", 24, lost=["test_x.py::test"], scale_rows_=0)
     assert evidence.collect(tmp_path) == {}
 
 
