@@ -7,9 +7,11 @@ TORCH ?= torch==2.13.0
 
 PY := .venv/bin/python
 CSRC := $(shell find csrc -type f 2>/dev/null)
-# Two processes take file after file, so that what the tests of a file share is made once. A thread
-# that waits leaves its core to those that work: spinning, each process costs 2.5 times as much.
-PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# A thread that waits leaves its core to those that work: spinning, each of the two processes costs
+# 2.5 times as much.
+PYTEST = OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2
+# File after file, so that what the tests of a file share is made once.
+SUITE = $(PYTEST) --dist loadfile --no-loadscope-reorder
 CXX_FILES = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 .PHONY: demo test test-all stress lint docs bench wheel sdist clean
@@ -18,16 +20,16 @@ demo: .venv/.ready
 	$(PY) -m reasonkern demo $(ARGS)
 
 test: lint
-	$(PYTEST) -m "not slow and not peers" $(ARGS)
+	$(SUITE) -m "not slow and not peers" $(ARGS)
 
 # With "=": after a space pytest takes a file that is there for what to collect.
 test-all: lint .venv/.peers
-	$(PYTEST) --summary=docs/test-all.md $(ARGS)
+	$(SUITE) --summary=docs/test-all.md $(ARGS)
 
 # Fuzzing, threads, processes, pickles, what may be absent; then the CPU library under sanitizers.
 # STRESS_EXAMPLES=10000   calls per family
 stress: .venv/.ready
-	$(PY) -m pytest tests/stress -o faulthandler_timeout=1800 $(ARGS)
+	$(PYTEST) --dist worksteal tests/stress -o faulthandler_timeout=1800 $(ARGS)
 	$(PY) tests/stress/sanitize.py
 
 lint: .venv/.ready

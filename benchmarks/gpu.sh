@@ -1,38 +1,41 @@
 #!/usr/bin/env bash
 # Builds, tests, sanitises and measures reasonkern on a machine with a GPU and without a network.
 #
-#   benchmarks/gpu.sh {build,test,sanitize,bench} [--out DIR] [--wheels DIR]
+#   benchmarks/gpu.sh {build,test,sanitize,bench}… [--out DIR] [--wheels DIR]
 #
-# A stage stops after at most 9 minutes and goes on where it was when called again with the same
-# DIR (default: gpu-out); take a new DIR for a new commit. A failing step stops nothing.
-# Exit status: 0 all steps of the stage are done and good, 1 all done and something failed,
-# 3 more to do: call again. Logs and verdicts are DIR/STAGE/STEP.{log,ok,failed,refused}.
+# A call takes the stages in the order named, stops after at most LIMIT seconds (default: 530) and
+# goes on where it was when called again with the same DIR (default: gpu-out); take a new DIR for a
+# new commit. A failing step stops nothing. Exit status: 0 all steps of the stages are done and good,
+# 1 all done and something failed, 3 more to do: call again. Logs and verdicts are
+# DIR/STAGE/STEP.{log,ok,failed,refused}.
 #
 # Needs: torch >= 2.11 with CUDA, its nvcc, ninja, setuptools, triton 3.6.
 # Wanted for tests and peers, from --wheels where they are not installed yet:
-WANTED="numpy<2.4 pytest hypothesis expecttest matplotlib tqdm trl==1.16.0 liger-kernel==0.8.5"
+WANTED="numpy<2.4 pytest pytest-xdist hypothesis expecttest matplotlib tqdm trl==1.16.0 liger-kernel==0.8.5"
 set -u
 
 cd "$(dirname "$0")/.." || exit 1
-STAGE=${1:-}
-[ $# -gt 0 ] && shift
-OUT=gpu-out WHEELS=""
-while [ $# -gt 1 ]; do
-  case $1 in
-    --out) OUT=$2 ;;
-    --wheels) WHEELS=$2 ;;
-    *) break ;;
-  esac
-  shift 2
-done
-if [ $# -gt 0 ]; then
-  echo "gpu.sh: unexpected $1" >&2
+OUT=gpu-out WHEELS="" STAGES=()
+usage() {
+  sed -n '2,10s/^# \{0,1\}//p' "$0"
   exit 2
-fi
+}
+while [ $# -gt 0 ]; do
+  case $1 in
+    build | test | sanitize | bench) STAGES+=("$1") ;;
+    --out | --wheels)
+      if [ $# -lt 2 ]; then usage; fi
+      if [ "$1" = --out ]; then OUT=$2; else WHEELS=$2; fi
+      shift
+      ;;
+    *) echo "gpu.sh: unexpected $1" >&2 && exit 2 ;;
+  esac
+  shift
+done
+if [ ${#STAGES[@]} = 0 ]; then usage; fi
 PYTHON=${PYTHON:-python3}
 LIMIT=${LIMIT:-530}
-DIR=$OUT/$STAGE
-LATER=0
+LATER=0 FAILED=0
 NO_TESTS=5 # pytest's exit status when -k leaves nothing
 
 left() { echo $((LIMIT - SECONDS)); }
@@ -41,7 +44,9 @@ left() { echo $((LIMIT - SECONDS)); }
 step() {
   local name=$1 log=$DIR/$1.log
   shift
-  if compgen -G "$DIR/$name.[ofr]*" >/dev/null; then return 0; fi
+  if [ -e "$DIR/$name.ok" ] || [ -e "$DIR/$name.failed" ] || [ -e "$DIR/$name.refused" ]; then
+    return 0
+  fi
   if [ "$(left)" -lt "${LEAST:-20}" ]; then
     LATER=1
     return 0
@@ -67,7 +72,7 @@ verdict() {
   fi
 }
 
-# A step may have started late: it gets a second chance, with a whole stage's time.
+# A step may have started late: it gets a second chance, with a whole call's time.
 out_of_time() {
   if [ -e "$DIR/$1.once" ]; then
     echo "out of time twice" >"$DIR/$1.failed"
@@ -94,8 +99,8 @@ build() {
 tests() {
   local workers=()
   if "$PYTHON" -c "import xdist" 2>/dev/null; then workers=(-n 8); fi
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-  step gpu "$PYTHON" -m pytest tests "${workers[@]}" -k "(cuda or triton or gpu) and not sim and not compile" \
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} step gpu "$PYTHON" -m pytest tests "${workers[@]}" \
+    -k "(cuda or triton or gpu) and not sim and not compile" \
     --gpu-record "$DIR/tests.json" -p no:cacheprovider -rf
   echo "commit $DIR/tests.json as benchmarks/results/<machine>/<date>-<commit>-tests.json"
 }
@@ -127,17 +132,14 @@ bench() {
   fi
 }
 
-case $STAGE in
-  build | test | sanitize | bench) mkdir -p "$DIR" ;;
-  *)
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
-    exit 2
-    ;;
-esac
-if [ "$STAGE" = test ]; then tests; else "$STAGE"; fi
-
-echo "-- $STAGE:" "$(find "$DIR" -name '*.ok' | wc -l) ok," \
-  "$(find "$DIR" -name '*.failed' | wc -l) failed, $(find "$DIR" -name '*.refused' | wc -l) refused"
+for STAGE in "${STAGES[@]}"; do
+  DIR=$OUT/$STAGE
+  mkdir -p "$DIR"
+  if [ "$STAGE" = test ]; then tests; else "$STAGE"; fi
+  echo "-- $STAGE:" "$(find "$DIR" -name '*.ok' | wc -l) ok," \
+    "$(find "$DIR" -name '*.failed' | wc -l) failed," \
+    "$(find "$DIR" -name '*.refused' | wc -l) refused"
+  if compgen -G "$DIR/*.failed" >/dev/null; then FAILED=1; fi
+done
 if [ "$LATER" = 1 ]; then exit 3; fi
-compgen -G "$DIR/*.failed" >/dev/null && exit 1
-exit 0
+exit "$FAILED"

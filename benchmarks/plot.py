@@ -24,11 +24,15 @@ COLOURS = {
     "compile": "#74add1",
     "trl": "#f46d43",
     "liger": "#fdae61",
+    "prompt-lookup": "#f46d43",
+    "arctic": "#4575b4",
 }
 
 
 def draw(content: dict[str, Any], target: Path, source: str, parts: Sequence[str] = ()) -> None:
-    """One row of panels per case: time on a logarithmic axis, peak extra memory."""
+    """One row of panels per case: time on a logarithmic axis; peak extra memory, or how the tokens
+    per step of generation grow with the trajectories of a problem.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -49,7 +53,7 @@ def draw(content: dict[str, Any], target: Path, source: str, parts: Sequence[str
     )
     for case, (left, right) in zip(cases, panels, strict=True):
         _time_panel(left, case)
-        _memory_panel(right, case)
+        (_growth_panel if case["op"] == "accepted" else _memory_panel)(right, case)
     figure.supxlabel(caption(content["machine"], source), fontsize=8, color="0.35")
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target, dpi=150)
@@ -99,6 +103,17 @@ def _memory_panel(axes: Any, case: dict[str, Any]) -> None:
     axes.margins(x=0.3)
     axes.xaxis.set_visible(False)
     axes.set_title("peak extra memory", fontsize=9, loc="left")
+    _tidy(axes)
+
+
+def _growth_panel(axes: Any, case: dict[str, Any]) -> None:
+    for row in timed(case):
+        steps = row["accepted_by_trajectory"]
+        axes.plot(range(1, len(steps) + 1), steps, "o-", color=COLOURS.get(row["name"], "0.5"))
+        axes.annotate(f"  {row['name']}", (len(steps), steps[-1]), va="center", fontsize=8)
+    axes.margins(x=0.2, y=0.15)
+    axes.set_xticks([n for n in (1, 2, 4, 8, 16) if n <= len(steps)])
+    axes.set_title("tokens per step, by trajectories so far", fontsize=9, loc="left")
     _tidy(axes)
 
 

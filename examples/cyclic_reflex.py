@@ -156,8 +156,10 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, list[Problem], rk.Token
     if args.model is not None:
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
-        chat = [{"role": "user", "content": args.prompt}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        text = args.prompt
+        if tokenizer.chat_template:
+            chat = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         text += "" if text.rstrip().endswith("<think>") else "<think>\n"
         ids = tokenizer.encode(text, add_special_tokens=False)
         sets = rk.TokenSets.from_tokenizer(tokenizer, {"reflect": PUBLISHED})

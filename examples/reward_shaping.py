@@ -101,11 +101,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.traces
     try:
         traces = load_traces(path) if path else generate(problems=4, samples=5)
-    except TraceError as error:
+        traces = sorted(traces, key=lambda trace: str(trace.problem_id))
+        stages = shape(traces, options.max_entropy)
+    except (TraceError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    traces = sorted(traces, key=lambda trace: str(trace.problem_id))
-    stages = shape(traces, options.max_entropy)
     print(table(traces, stages))
     high, medium, low = stages["targets"].tolist()
     print(f"\nlength targets by accuracy: high {high}, medium {medium}, low {low} bytes")

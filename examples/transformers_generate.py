@@ -36,7 +36,7 @@ def prompt_ids(tokenizer: Any, prompt: str, device: torch.device) -> torch.Tenso
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt)["input_ids"]
-    return torch.tensor([ids], device=device)
+    return torch.tensor([ids], dtype=torch.int64, device=device)
 
 
 def new_tokens(found: Generation, prompt: int) -> list[list[int]]:
@@ -65,6 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Generation, Generation
     add("--dtype", choices=list(DTYPES), default="float32", help="of the weights")
     add("--device", default="cpu", help="cpu or cuda")
     options = parser.parse_args(arguments)
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: this torch sees no GPU")
     if not (options.folder / "config.json").is_file():
         parser.error(f"{options.folder}: expected a folder with config.json, weights and tokenizer")
     tokenizer = AutoTokenizer.from_pretrained(options.folder)

@@ -1,17 +1,18 @@
-"""On-policy GRPO of a tiny model with TRL and reasonkern: on CPU, in minutes, without a download.
+"""On-policy GRPO of a tiny model with TRL and reasonkern: on CPU, in seconds, without a download.
 
 A Qwen2 with 0.1 M random parameters learns to add: after "3 + 4 =" it has to write "7" and end the
 text. A completion's reward is the share of that answer it gets right from its start.
 
     python examples/trl_grpo.py                     # GRPO
     python examples/trl_grpo.py --objective gppo    # any objective of reasonkern by name
-    python examples/trl_grpo.py --out run           # and the curves in run/
+    python examples/trl_grpo.py --out run           # and the curves in run/, with matplotlib
     torchrun --nproc_per_node 2 examples/trl_grpo.py --steps 100
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import tempfile
@@ -111,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--steps", type=int, default=250, help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="folder for the plot (default: no plot)")
     options = parser.parse_args(arguments)
+    if options.out is not None and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--out needs matplotlib (pip install matplotlib)")
     with tempfile.TemporaryDirectory() as folder:
         trainer = GRPOTrainer(
             make_model(), reward, args=make_config(folder, options.steps),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -59,7 +60,7 @@ def _add_demo(add: AddParser) -> None:
     )
     demo.add_argument(
         "--minutes",
-        type=float,
+        type=_minutes,
         default=4.5,
         help="time budget; a slow machine takes fewer steps (default: %(default)s)",
     )
@@ -83,6 +84,16 @@ def _at_least(minimum: int) -> Callable[[str], int]:
 
     parse.__name__ = "int"
     return parse
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number > 0, got {text}")
+    return value
+
+
+_minutes.__name__ = "float"  # what argparse calls it
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -111,7 +122,8 @@ def _add_tune(add: AddParser) -> None:
         "--tokenizer",
         default="bytes",
         metavar="NAME",
-        help="bytes, mistral-common, or a tokenizer.json or tekken*.json (default: %(default)s)",
+        help="bytes, mistral-common, a tokenizer.json or the folder of one, or a tekken*.json "
+        "(default: %(default)s)",
     )
     tune.add_argument(
         "--nodes",
@@ -133,7 +145,9 @@ def _add_tune(add: AddParser) -> None:
         metavar="tree.json",
         help="where to write the tree (default: only shown)",
     )
-    tune.add_argument("--png", type=Path, metavar="FILE", help="draws the tree and the results")
+    tune.add_argument(
+        "--png", type=Path, metavar="FILE", help="draws the tree and the results; needs matplotlib"
+    )
 
 
 def _orders(text: str) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import NoReturn
 
 import torch
@@ -59,6 +60,16 @@ def check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
         fail(name, "dtype " + _one_of(str(dtype) for dtype in dtypes), tensor.dtype)
 
 
+def expanded(name: str, value: object, other: Tensor, other_name: str) -> Tensor:
+    """The tensor lies where the other one lies and broadcasts to its shape; returns that view."""
+    tensor = check_tensor(name, value)
+    check_device(name, tensor, other, other_name)
+    try:
+        return tensor.expand(other.shape)
+    except RuntimeError:
+        fail(name, f"a shape that broadcasts to {tuple(other.shape)}", tuple(tensor.shape))
+
+
 def check_device(name: str, tensor: Tensor, other: Tensor, other_name: str) -> None:
     """The tensor lies where the other one lies."""
     check_tensor(name, tensor)
@@ -74,6 +85,12 @@ def check_saved(state: Mapping[str, object], own: Mapping[str, Tensor], owner: s
         check_shape(f"state[{name!r}]", given, tensor.shape, f"of this {owner}")
 
 
+def check_list(name: str, value: object, of: str) -> None:
+    """Several things in order; not a text, which would be taken apart into its letters."""
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__len__"):
+        fail(name, f"a list of {of}", repr(value) if value is None else type(value).__name__)
+
+
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
     """The value is one of a few."""
     if value not in choices:
@@ -81,9 +98,14 @@ def check_choice(name: str, value: object, choices: Collection[object]) -> None:
 
 
 def check_number(
-    name: str, value: object, minimum: float = -math.inf, *, exclusive: bool = False
+    name: str,
+    value: object,
+    minimum: float = -math.inf,
+    maximum: float = math.inf,
+    *,
+    exclusive: bool = False,
 ) -> None:
-    """A Python number, finite in float32, not below `minimum` (above it if `exclusive`)."""
+    """A Python number, finite in float32, in [minimum, maximum]; `exclusive` leaves out minimum."""
     if torch.compiler.is_compiling():
         return
     if (
@@ -92,10 +114,15 @@ def check_number(
         and -LARGEST <= value <= LARGEST
         and not (isinstance(value, int) and abs(value) > INT64)
         and (value > minimum if exclusive else value >= minimum)
+        and value <= maximum
     ):
         return
-    bound = "" if minimum == -math.inf else f" {'>' if exclusive else '>='} {minimum:g}"
-    fail(name, f"a finite number{bound}", repr(value))
+    expected = "a finite number"
+    if maximum < math.inf:
+        expected = f"a number in {'(' if exclusive else '['}{minimum:g}, {maximum:g}]"
+    elif minimum > -math.inf:
+        expected += f" {'>' if exclusive else '>='} {minimum:g}"
+    fail(name, expected, repr(value))
 
 
 def check_integer(
@@ -108,46 +135,59 @@ def check_integer(
     fail(name, f"an integer {bounds}{or_none}", repr(value))
 
 
+def check_ids(name: str, value: object, high: int, origin: str = "") -> None:
+    """A sequence of integers in [0, high), NumPy's among them; `origin` says what high is."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        fail(name, "a sequence of token ids", type(value).__name__)
+    for token in value:
+        if not isinstance(token, Integral) or not 0 <= int(token) < high:
+            fail(name, f"ids in [0, {high}){origin}", repr(token))
+
+
 def check_seed(name: str, value: object) -> None:
     """A Python integer of 64 bits, signed or not."""
     if not isinstance(value, int) or isinstance(value, bool) or not -INT64 <= value + 1 <= 1 << 64:
         fail(name, "an integer in [-2^63, 2^64)", repr(value))
 
 
-def check_range(
-    name: str, tensor: Tensor, low: int, high: int, where: Tensor | None = None
-) -> None:
-    """Elements lie in [low, high), where `where` is true. CPU only: CUDA would synchronise."""
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
-        return
-    outside = (tensor < low) | (tensor >= high)
-    if where is not None:
-        outside &= where
-    if outside.any():
-        index = tuple(outside.nonzero()[0].tolist())
-        fail(name, f"values in [{low}, {high})", f"{tensor[index].item()} at {index}")
+def reads_values(tensor: Tensor) -> bool:
+    """Whether values are checked: on CPU (CUDA would synchronise), and not while tracing."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def check_finite(
-    name: str, tensor: Tensor, where: Tensor, expected: str = "finite values in trained tokens"
-) -> None:
-    """Elements are finite where `where` is true. CPU only, like `check_range`."""
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu":
-        return
-    wrong = where & ~torch.isfinite(tensor)
-    if wrong.any():
-        index = tuple(wrong.nonzero()[0].tolist())
+def check_all(name: str, tensor: Tensor, right: Tensor, expected: str) -> None:
+    """Every element is right, under `reads_values`; else ValueError shows the first wrong one."""
+    if not right.all():
+        index = tuple((~right).nonzero()[0].tolist())
         fail(name, expected, f"{tensor[index].item()} at {index}")
 
 
+def check_range(
+    name: str, tensor: Tensor, low: int, high: int, where: Tensor | None = None
+) -> None:
+    """Elements lie in [low, high), where `where` is true; under `reads_values`."""
+    if reads_values(tensor):
+        inside = (tensor >= low) & (tensor < high)
+        right = inside if where is None else inside | ~where
+        check_all(name, tensor, right, f"values in [{low}, {high})")
+
+
+def check_finite(
+    name: str,
+    tensor: Tensor,
+    where: Tensor | None = None,
+    expected: str = "finite values in trained tokens",
+) -> None:
+    """Elements are finite, where `where` is true; under `reads_values`."""
+    if reads_values(tensor):
+        finite = torch.isfinite(tensor)
+        check_all(name, tensor, finite if where is None else finite | ~where, expected)
+
+
 def check_mask(name: str, tensor: Tensor) -> None:
-    """Bool, or numbers that are 0 or 1. Values are checked on CPU only, like `check_range`."""
-    if tensor.dtype == torch.bool or torch.compiler.is_compiling() or tensor.device.type != "cpu":
-        return
-    wrong = (tensor != 0) & (tensor != 1)
-    if wrong.any():
-        index = tuple(wrong.nonzero()[0].tolist())
-        fail(name, "bool or 0/1 values", f"{tensor[index].item()} at {index}")
+    """Bool, or numbers that are 0 or 1; the latter under `reads_values`."""
+    if tensor.dtype != torch.bool and reads_values(tensor):
+        check_all(name, tensor, (tensor == 0) | (tensor == 1), "bool or 0/1 values")
 
 
 def _one_of(choices: Iterable[str]) -> str:

@@ -50,6 +50,14 @@ def _load_library(stem: str) -> str:
 
 
 _library_reasons = {backend: _load_library(stem) for backend, (stem, _, _) in _LIBRARIES.items()}
+if _library_reasons["cpu"] and os.environ.get("REASONKERN_NO_EXT") != "1":
+    # Above all in a checkout, which hides the package that was installed from it.
+    warnings.warn(
+        f"reasonkern in {Path(__file__).parent}: {_library_reasons['cpu']}, so CPU tensors take "
+        "the slow definitions in torch; an installed reasonkern is found outside the checkout",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 @cache
@@ -170,6 +178,11 @@ def lazy(module: str, name: str) -> Implementation:
     return call
 
 
+def below_float64(x: torch.Tensor, *args: Any) -> bool:
+    """`triton_serves` of kernels that compute in float32."""
+    return x.dtype != torch.float64
+
+
 def _missing(name: str, backend: str) -> str:
     """Why an op cannot run on a backend; "" when it can."""
     if _ops[name].get(backend) is None:
@@ -228,7 +241,17 @@ def _gpu_note(name: str, backend: str, architecture: str | None) -> str:
 
 
 def info() -> dict[str, Any]:
-    """The environment and, for every op and backend, whether it exists, what it serves, and why."""
+    """The environment and, for every op and backend, whether it exists, what it serves, and why.
+
+    Returns:
+        ``environment``: versions and devices by name, None for what is absent. ``ops``: for each op
+        a list with a dict per backend: ``backend``, ``exists``, ``serves`` (devices), ``why``.
+
+    Example:
+        >>> import reasonkern as rk
+        >>> [row["backend"] for row in rk.info()["ops"]["token_stats"]]
+        ['reference', 'cpu', 'cuda', 'triton']
+    """
     environment = _environment()
     has_gpu = environment["gpu"] is not None
     architecture = _architecture(torch.cuda.current_device()) if has_gpu else None

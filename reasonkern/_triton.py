@@ -16,6 +16,18 @@ def kernel(fn: Callable[..., Any]) -> Any:
     return triton.jit(fn, do_not_specialize=names)
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_dtype(name: str, x: torch.Tensor, taken: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """NotImplementedError for a dtype that the kernel does not compute in."""
+    if x.dtype not in taken:
+        raise NotImplementedError(
+            f"{name}: the Triton backend takes {' or '.join(map(str, taken))}, got {x.dtype}; "
+            "the reference backend takes it"
+        )
+
+
 def check_launchable(name: str, device: torch.device, function: object) -> None:
     """RuntimeError where a kernel is compiled and its tensors are the CPU's."""
     if device.type == "cpu" and isinstance(function, triton.JITFunction):

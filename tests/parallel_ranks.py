@@ -1,9 +1,11 @@
-"""Runs checks on every rank of a gloo process group, spawned once for many of them."""
+"""Runs checks on every rank of a gloo process group, spawned once for many of them; programs."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -39,6 +41,13 @@ def run(world: int, modules: Sequence[str], names: Sequence[str], folder: Path) 
         for rank in range(world)
     ]
     return {name: _verdict(name, reports) for name in names}
+
+
+def run_script(script: str, folder: Path, seconds: float = 120) -> None:
+    """Two processes run a program, which finds its rank and the folder among its arguments."""
+    command = [sys.executable, "-c", script]
+    ranks = [subprocess.Popen([*command, str(rank), str(folder)]) for rank in range(2)]
+    assert [rank.wait(timeout=seconds) for rank in ranks] == [0, 0]
 
 
 def _verdict(name: str, reports: Sequence[dict[str, str]]) -> str:

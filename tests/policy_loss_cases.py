@@ -28,7 +28,7 @@ def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-# --------------------------------------------------------------------------- hard rows
+# ---- hard rows
 
 HARD_ROWS = 12
 
@@ -70,7 +70,7 @@ def assert_hard(logits: Tensor, targets: Tensor) -> None:
     assert (y == 0).any() and (y == vocab - 1).any() and x.amax() > 2900
 
 
-# --------------------------------------------------------------------------- literal formulas
+# ---- literal formulas
 
 
 def scaled_logits(

@@ -376,6 +376,11 @@ def test_picture_names_its_source(record, tmp_path):
     target = tmp_path / "out" / "picture.png"
     plot.draw({"machine": machine, "cases": [record]}, target, "a/b.json")
     assert target.read_bytes().startswith(b"\x89PNG")
+    rows = [row | {"accepted_by_trajectory": [1.5, 2.0]} for row in plot.timed(record)]
+    target.unlink()
+    grown = record | {"op": "accepted", "providers": rows}
+    plot.draw({"machine": machine, "cases": [grown]}, target, "a/b.json")
+    assert target.read_bytes().startswith(b"\x89PNG")
     caption = plot.caption(machine, "a/b.json")
     assert all(part in caption for part in ("a/b.json", "A CPU", "abc", "2026-01-02"))
     with pytest.raises(ValueError, match="no measured case"):

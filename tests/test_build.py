@@ -156,6 +156,15 @@ def test_works_without_the_library():
     assert output.strip() == "switched off by REASONKERN_NO_EXT=1"
 
 
+def test_a_checkout_that_was_not_built_says_so(tmp_path):
+    """It hides the package that was installed from it."""
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "reasonkern", tmp_path / "reasonkern", ignore=ignored)
+    status, output = python(ONE_OP, tmp_path, REASONKERN_NO_EXT="0")
+    assert status == 0, output
+    assert f"reasonkern in {tmp_path / 'reasonkern'}: library _C is not built, so CPU" in output
+
+
 def run_setup(monkeypatch, **environment):
     monkeypatch.chdir(ROOT)
     for name, value in environment.items():

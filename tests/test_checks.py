@@ -1,12 +1,17 @@
 """Argument checks: one message form, and silence while torch.compile traces."""
 
+import importlib
+import inspect
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
+import reasonkern as rk
 from reasonkern import _checks
 
+STRESS = Path(__file__).parent / "stress"
 X = torch.zeros(2, 3)
 
 
@@ -44,6 +49,22 @@ X = torch.zeros(2, 3)
         (
             lambda: _checks.check_number("coef", 1e300),
             "coef: expected a finite number, got 1e+300",
+        ),
+        (
+            lambda: _checks.check_number("share", 0.0, 0, 1, exclusive=True),
+            "share: expected a number in (0, 1], got 0.0",
+        ),
+        (
+            lambda: _checks.check_number("gamma", 1.5, 0, 1),
+            "gamma: expected a number in [0, 1], got 1.5",
+        ),
+        (
+            lambda: _checks.expanded("advantage", X[:1, :2], X, "ratio"),
+            "advantage: expected a shape that broadcasts to (2, 3), got (1, 2)",
+        ),
+        (
+            lambda: _checks.check_finite("features", X / 0, expected="finite numbers"),
+            "features: expected finite numbers, got nan at (0, 0)",
         ),
         (
             lambda: _checks.check_number("count", 1 << 64, 0),
@@ -94,6 +115,9 @@ def test_checks_accept_what_is_right():
     _checks.check_device("x", X, X, "x")
     _checks.check_choice("kl", "k1", ("k1",))
     _checks.check_number("x", 0, 0)
+    _checks.check_number("x", 1.0, 0, 1, exclusive=True)
+    assert _checks.expanded("x", X[:1], X, "y").shape == X.shape
+    _checks.check_finite("x", X / 0, where=torch.zeros_like(X, dtype=torch.bool))
     _checks.check_seed("seed", -(1 << 63))
     _checks.check_seed("seed", (1 << 64) - 1)
     _checks.check_range("t", torch.tensor([-100, 4]), 0, 5, where=torch.tensor([False, True]))
@@ -115,3 +139,23 @@ def test_checks_do_not_break_a_graph():
         assert torch.equal(compiled(x, targets, weight, 0.5), front(x, targets, weight, 0.5))
     with pytest.raises(ValueError, match="weight: expected shape"):
         front(x, targets, weight[1:], 0.5)
+
+
+def test_everything_public_that_checks_is_fuzzed(monkeypatch):
+    """Functions have a strategy, classes that refuse something are made by one (`make stress`)."""
+    monkeypatch.syspath_prepend(STRESS)
+    paths = sorted(STRESS.glob("calls_*.py"))
+    fuzzed = {name for path in paths for name in importlib.import_module(path.stem).CALLS}
+    source = "\n".join(path.read_text() for path in paths)
+    for space in (rk, rk.generation, rk.shaping, rk.scaling):
+        public = {name: getattr(space, name) for name in space.__all__}
+        functions = {name for name, thing in public.items() if inspect.isfunction(thing)}
+        assert functions - {"info"} <= fuzzed, "info alone takes no arguments"
+        classes = {name: thing for name, thing in public.items() if inspect.isclass(thing)}
+        refusing = {
+            name
+            for name, thing in classes.items()
+            if any("Raises:" in (x.__doc__ or "") for x in (thing, *vars(thing).values()))
+        }
+        made = set(re.findall(r"\b(?:rk|shaping|scaling)\.(\w+)[.(]", source))
+        assert refusing - {"Parallel"} <= made, "Parallel takes process groups: parallel_checks.py"

@@ -198,15 +198,6 @@ def test_a_misaligned_vector_access_is_an_error(sim):
         run(sim, "tiles", source, target, n=-101)
 
 
-@pytest.mark.parametrize("pending", [0, 1, 2])
-def test_an_asynchronous_copy_lands_when_it_is_waited_for(sim, order, pending):
-    x = np.arange(256, dtype=np.float32).reshape(32, 2, 4)
-    out = run(sim, "copies", x, np.zeros_like(x), shared=x.nbytes, order=order, n=pending)
-    landed = 2 - pending
-    np.testing.assert_array_equal(out[:, :landed], x[:, :landed])
-    assert np.isnan(out[:, landed:]).all()
-
-
 def test_scalar_functions(sim):
     x = np.float32(2.0) ** np.random.default_rng(4).uniform(-20, 6, 128).astype(np.float32)
     out = run(sim, "functions", x, np.zeros((9, 128)), block=128, n=128)

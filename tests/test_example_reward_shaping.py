@@ -43,6 +43,7 @@ def test_a_file_and_a_limit_that_drops(tmp_path: Path, capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert {float(row["filtered"]) for row in rows(out)} == {0.0} and "drops 6 of 6" in out
     assert reward_shaping.main([str(tmp_path / "absent")]) == 2
+    assert reward_shaping.main(["--max-entropy", "nan"]) == 2
     assert "cannot be read" in capsys.readouterr().err
 
 

@@ -211,6 +211,13 @@ def test_front_in_half_precision_and_any_strides() -> None:
     assert gae(reward.double(), value.double(), lam=0.9)[0].dtype == torch.float64
 
 
+def test_a_mask_may_be_numbers() -> None:
+    reward, value, mask = inputs()
+    for a, b in zip(gae(reward, value, mask.long(), lam=0.9), gae(reward, value, mask, lam=0.9),
+                    strict=True):  # fmt: skip
+        assert torch.equal(a, b)
+
+
 def test_targets_carry_no_gradient() -> None:
     reward, value, _ = inputs()
     advantage, returns = gae(reward, value.requires_grad_(), lam=0.9)
@@ -231,10 +238,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"reward": torch.zeros(2, 3, dtype=torch.int64)}, "reward: expected dtype"),
     ({"value": torch.zeros(2, 4)}, "value: expected shape"),
     ({"value": torch.zeros(2, 3).double()}, "value: expected dtype torch.float32"),
-    ({"mask": torch.ones(2, 3)}, "mask: expected dtype torch.bool"),
+    ({"mask": torch.full((2, 3), 2)}, r"mask: expected bool or 0/1 values, got 2 at \(0, 0\)"),
     ({"mask": torch.ones(3, 2, dtype=torch.bool)}, "mask: expected shape"),
     ({"gamma": 1.5}, r"gamma: expected a number in \[0, 1\], got 1.5"),
-    ({"lam": -0.1}, "lam: expected a finite number >= 0"),
+    ({"lam": -0.1}, r"lam: expected a number in \[0, 1\], got -0.1"),
     ({"lam": torch.tensor([0.5, 1.5])}, r"lam: expected values in \[0, 1\], got 1.5 at \(1,\)"),
     ({"lam": torch.tensor([0.5, torch.nan])}, r"lam: .* got nan"),
     ({"lam_value": torch.ones(3)}, "lam_value: expected shape"),

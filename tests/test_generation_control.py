@@ -157,6 +157,18 @@ ERRORS: dict[str, tuple[Any, str]] = {
         (control(SPECS)[0], torch.zeros(4, dtype=torch.int64, device="meta")),
         "control: expected on the model's device, cpu",
     ),
+    "free": (
+        (control(SPECS)[0], torch.tensor([4, 3, 0, -1])),
+        r"control\[1\]\[2\]: expected -1 or a slot in use, got 0, which is free",
+    ),
+    "no slot": (
+        (control(SPECS)[0], torch.tensor([4, 3, 2, 5])),
+        r"control\[1\]\[3\]: expected -1 or a slot in use, got 5",
+    ),
+    "twice": (
+        (control(SPECS)[0], torch.tensor([4, 3, 3, -1])),
+        r"control\[1\]\[2\]: expected a slot of its own, got 3, given before",
+    ),
 }  # fmt: skip
 
 

@@ -1,87 +1,21 @@
-"""`generate` and `custom_generate` on tiny random transformers models, in float64."""
+"""`generate` and `custom_generate` on tiny random transformers models: the texts."""
 
 from __future__ import annotations
 
 import importlib
-import os
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers_fixtures import IDS, KINDS, LEAST, LETTERS, MASK, NEW, TREE, VOCAB, T, taught
 
 import reasonkern as rk
 from reasonkern.generation import Statistics, chain_proposal, loop
 
+pytest_plugins = ("transformers_fixtures",)
 pytestmark = pytest.mark.peers
-VOCAB, NEW, T = 48, 40, 0.2
-LEAST = 1.3  # tokens per step below which a test of speculation tests nothing
-TREE = rk.DraftTree.default(24)
-SHAPE = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "max_position_embeddings": 256, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-KINDS: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama": ("Llama", {}),
-    "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", {}),
-    "mistral": ("Mistral", {"sliding_window": None}),
-    "mistral, window": ("Mistral", {"sliding_window": 12}),
-    "qwen2, one layer with a window": (
-        "Qwen2", {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1},
-    ),
-}  # fmt: skip
-LETTERS = "!abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTU"  # of the tokenizer, one per id
-# Left-padded: rows of 9, 4, 1 and 6 tokens.
-IDS = torch.randint(1, VOCAB, (4, 9), generator=torch.Generator().manual_seed(3))
-MASK = (torch.arange(9) >= torch.tensor([0, 5, 8, 3])[:, None]).long()
-
-
-@pytest.fixture(scope="module")
-def transformers() -> ModuleType:
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return pytest.importorskip("transformers", reason="needs transformers")
-
-
-@pytest.fixture(scope="module")
-def ours(transformers: ModuleType) -> ModuleType:
-    return importlib.import_module("reasonkern.integrations.transformers")
-
-
-@pytest.fixture(scope="module")
-def make(transformers: ModuleType) -> Any:
-    models: dict[Any, Any] = {}
-
-    def build(kind: str = "qwen3", attention: str = "sdpa", dtype: torch.dtype = torch.float64):
-        key = kind, attention, dtype
-        if key not in models:
-            family, changes = KINDS[kind]
-            config = getattr(transformers, f"{family}Config")(**(SHAPE | changes))
-            config._attn_implementation = attention
-            torch.manual_seed(0)
-            model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
-            for name, parameter in model.named_parameters():
-                if parameter.ndim > 1:  # logits that are not all alike, and depend on the context
-                    scale = 0.5 if "lm_head" in name else 0.25
-                    torch.nn.init.normal_(parameter, std=scale)
-            models[key] = model.to(dtype)
-        return models[key]
-
-    return build
-
-
-def taught(ours: ModuleType, model: Any, temperature: float = T) -> rk.NgramTable:
-    """A table that has seen other trajectories of the prompts."""
-    table = rk.NgramTable(1 << 14, vocab_size=VOCAB)
-    ours.generate(
-        model, IDS, attention_mask=MASK, temperature=temperature, max_new_tokens=NEW, seed=99,
-        num_trajectories=16, table=table, tree=rk.DraftTree.default(8),
-    )  # fmt: skip
-    return table
 
 
 # ---- the text
@@ -179,16 +113,6 @@ def test_prompt_lookup_as_drafter(ours, make, transformers):
 
 
 # ---- where a text ends
-
-
-@pytest.fixture(scope="module")
-def tokenizer(transformers: ModuleType) -> Any:
-    tokenizers = pytest.importorskip("tokenizers")
-    letters = {letter: i for i, letter in enumerate(LETTERS)}
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, pad_token="!")
 
 
 def test_eos_and_strings_inside_a_path(ours, make, tokenizer, transformers):
@@ -345,48 +269,7 @@ def test_custom_generate_refuses_a_cache_that_holds_something(ours, make, transf
         ours.custom_generate(model, IDS, [], [], config, inputs_embeds=torch.ones(1))
 
 
-# ---- errors
-
-ERRORS = {
-    "device": ({"ids": IDS.to("meta")}, "input_ids: expected the model's device, cpu"),
-    "shape": ({"ids": IDS[0]}, r"input_ids: expected shape \(batch, length\)"),
-    "dtype": ({"ids": IDS.float()}, "input_ids: expected dtype torch.int64 or torch.int32"),
-    "right padding": ({"attention_mask": MASK.flip(1)}, r"attention_mask\[1\]: expected padding"),
-    "mask": ({"attention_mask": MASK[:2]}, "attention_mask: expected shape that of input_ids"),
-    "ids of another tokenizer": (
-        {"ids": IDS + VOCAB}, r"prompt 0: expected ids in \[0, 48\), .* \(another tokenizer's ids",
-    ),
-    "vocabulary": (
-        {"table": rk.NgramTable(1024, vocab_size=VOCAB - 1)},
-        "table: expected vocab_size >= 48, the columns of the model's logits, got 47",
-    ),
-    "strings without tokenizer": ({"stop_strings": "a"}, "tokenizer: expected the model's"),
-    "one criterion": (
-        {"stopping_criteria": lambda ids, scores: True},
-        "stopping_criteria: expected a sequence of criteria, got function",
-    ),
-    "no strings": ({"stop_strings": []}, "stop_strings: expected strings that are not empty"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("case", ERRORS)
-def test_errors(ours, make, case):
-    changes, message = ERRORS[case]
-    given = {"ids": IDS, "temperature": T, "max_new_tokens": 4} | changes
-    with pytest.raises(ValueError, match=message):
-        ours.generate(make(), given.pop("ids"), **given)
-
-
-def test_another_models_tokenizer(ours, make, tokenizer):
-    class Larger:
-        decode = tokenizer.decode
-
-        def __len__(self) -> int:
-            return VOCAB + 1
-
-    with pytest.raises(ValueError, match=r"tokenizer: expected at most 48 ids.* got 49 \(another"):
-        ours.generate(make(), IDS, temperature=T, max_new_tokens=4, stop_strings="a",
-                      tokenizer=Larger())  # fmt: skip
+# ---- control
 
 
 def test_control_under_speculation_gives_the_text_of_control_alone(ours, make):
@@ -420,60 +303,6 @@ def test_control_under_speculation_gives_the_text_of_control_alone(ours, make):
         tree=TREE,
     )  # fmt: skip
     assert through.tolist() == plain.tolist()
-
-
-def unsupported(transformers: ModuleType) -> dict[str, tuple[Any, str]]:
-    small = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "pad_token_id": 0}
-    t5 = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1,
-                               num_heads=2)  # fmt: skip
-    mamba = transformers.MambaConfig(**small, state_size=4)
-    bloom = transformers.BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
-    flex = transformers.LlamaConfig(**(SHAPE | {"num_hidden_layers": 1}))
-    llama = transformers.LlamaForCausalLM(flex)
-    llama.config._attn_implementation = "flex_attention"
-    return {
-        "encoder and decoder": (
-            transformers.T5ForConditionalGeneration(t5), r"a causal \(decoder-only\) language model"
-        ),
-        "recurrent": (transformers.MambaForCausalLM(mamba), "a key-value cache in every layer"),
-        "positions by slot": (transformers.BloomForCausalLM(bloom), "BloomForCausalLM"),
-        "attention": (llama, "attn_implementation 'sdpa' or 'eager'.* got 'flex_attention'"),
-        "no model": (torch.nn.Linear(2, 2), "a causal language model of transformers, got Linear"),
-        "classifier": (
-            transformers.LlamaForSequenceClassification(flex), "model: expected|does not take",
-        ),
-    }  # fmt: skip
-
-
-KINDS_OF_UNSUPPORTED = (
-    "encoder and decoder", "recurrent", "positions by slot", "attention", "no model", "classifier",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("case", KINDS_OF_UNSUPPORTED)
-def test_unsupported_models(ours, transformers, case):
-    model, message = unsupported(transformers)[case]
-    with pytest.raises(ValueError, match=message):
-        ours.generate(model, torch.tensor([[1, 2]]), temperature=0, max_new_tokens=2)
-
-
-def test_a_model_that_ignores_the_mask(ours, make):
-    """What does not follow a tree is found by trying, whatever its name."""
-    import copy
-
-    model = copy.deepcopy(make())
-    forward = model.model.forward
-    model.model.forward = lambda *args, **rest: forward(*args, **(rest | {"attention_mask": None}))
-    message = "model: expected the same logits for a branch of a tree|does not take a tree's mask"
-    with pytest.raises(ValueError, match=message):
-        ours.generate(model, IDS, temperature=0, max_new_tokens=2)
-
-
-def test_dropout_is_named_where_a_model_is_refused_for_it(ours, make, transformers):
-    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2)
-    model = transformers.GPT2LMHeadModel(config).train()
-    with pytest.raises(ValueError, match=r"in training mode \(model.eval\(\) switches dropout off"):
-        ours.generate(model, IDS, temperature=0, max_new_tokens=2)
 
 
 # ---- as a new user: a folder, the example, the README's section

@@ -123,6 +123,11 @@ def test_transformers_keeps_raw_logits_and_refuses_a_second_use(model: Any) -> N
             model.generate(other, logits_processor=[control], max_new_tokens=2)
     with pytest.raises(ValueError, match="spec: expected one Modulation, or 3 .*got 2"):
         model.generate(PROMPTS, logits_processor=[processor([spec, None], SETS)], max_new_tokens=2)
+    for wrong in (None, {}, rk.Cyclic(1.0, 2), [rk.Cyclic(1.0, 2)], "spec"):
+        with pytest.raises(ValueError, match="spec: expected a Modulation, or a sequence of them"):
+            processor(wrong, SETS)
+    with pytest.raises(ValueError, match="prompt_length: expected an integer .* got '4'"):
+        processor(spec, SETS, prompt_length="4")
     with pytest.raises(ValueError, match=r"modulation\.deepconf: expected None"):
         processor(rk.Modulation(deepconf=rk.DeepConf(1.0)), SETS)
     with pytest.raises(ValueError, match="temperature: expected a number or"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -20,8 +19,8 @@ from trl_cases import (
     assert_same_gradients,
     loss_and_gradients,
     make_batch,
-    make_trainer,
 )
+from trl_fixtures import Make
 
 import reasonkern as rk
 from reasonkern import Objective
@@ -65,13 +64,12 @@ def logits(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def pair(
-    request: pytest.FixtureRequest, logits: bool, trl: ModuleType, ours: ModuleType,
-    example: ModuleType, model_folder: Path, tmp_path: Path,
-) -> tuple[Any, Any]:  # fmt: skip
+    request: pytest.FixtureRequest, logits: bool, trl: ModuleType, ours: ModuleType, make: Make
+) -> tuple[Any, Any]:
     """(our trainer, TRL's) with the same model and configuration."""
     options = getattr(request, "param", {"loss_type": "grpo"})
-    mine = make_trainer(ours.GRPOTrainer, example, model_folder, tmp_path, logits=logits, **options)
-    return mine, make_trainer(trl.GRPOTrainer, example, model_folder, tmp_path, **options)
+    mine = make(ours.GRPOTrainer, logits=logits, **options)
+    return mine, make(trl.GRPOTrainer, **options)
 
 
 @pytest.mark.parametrize("pair", CONFIGS.values(), ids=CONFIGS, indirect=True)
@@ -91,18 +89,12 @@ def test_loss_gradients_and_metrics_equal_trls(pair: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo"])
 def test_the_name_of_a_loss_type_means_that_loss(
-    loss_type: str, trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    loss_type: str, trl: ModuleType, ours: ModuleType, make: Make
+) -> None:
     """objective="bnpo" is GRPOConfig(loss_type="bnpo"), on-policy and in eval mode too."""
     high = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
-    mine = make_trainer(
-        ours.GRPOTrainer, example, model_folder, tmp_path, objective=loss_type,
-        **{"loss_type": "dapo"} | high,
-    )  # fmt: skip
-    theirs = make_trainer(
-        trl.GRPOTrainer, example, model_folder, tmp_path, loss_type=loss_type, **high
-    )
+    mine = make(ours.GRPOTrainer, objective=loss_type, **{"loss_type": "dapo"} | high)
+    theirs = make(trl.GRPOTrainer, loss_type=loss_type, **high)
     found, expected = (loss_and_gradients(t, make_batch()) for t in (mine, theirs))
     assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     assert_same_gradients(found[1], expected[1])
@@ -145,9 +137,8 @@ VLLM = {
 
 @pytest.mark.parametrize("mode", VLLM)
 def test_importance_correction_equals_trls(
-    mode: str, trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    mode: str, trl: ModuleType, ours: ModuleType, make: Make
+) -> None:
     """TRL's correction of vLLM's log-probabilities, without vLLM; one token has none."""
     low, high = VLLM[mode]
     options = {
@@ -155,7 +146,7 @@ def test_importance_correction_equals_trls(
         "vllm_importance_sampling_clip_max": high, "loss_type": "grpo", "beta": 0.1,
     }  # fmt: skip
     kinds = (ours.GRPOTrainer, trl.GRPOTrainer)
-    mine, theirs = (make_trainer(k, example, model_folder, tmp_path, **options) for k in kinds)
+    mine, theirs = (make(k, **options) for k in kinds)
     batch = add_logprobs(theirs, make_batch())
     batch["sampling_per_token_logps"][0, 2] = float("nan")
     difference = batch["old_per_token_logps"] - batch["sampling_per_token_logps"]
@@ -191,9 +182,7 @@ def test_tool_tokens_are_left_out(pair: tuple[Any, Any]) -> None:
     assert logged["clip_ratio/region_mean"] == pytest.approx(theirs["clip_ratio/region_mean"])
 
 
-def test_experts_balance_as_with_trl(
-    trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
-) -> None:
+def test_experts_balance_as_with_trl(trl: ModuleType, ours: ModuleType, make: Make) -> None:
     transformers = importlib.import_module("transformers")
     config = transformers.MixtralConfig(
         vocab_size=14, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
@@ -206,7 +195,7 @@ def test_experts_balance_as_with_trl(
         torch.manual_seed(0)
         model = transformers.MixtralForCausalLM(config)
         options = {"model": model, "gradient_accumulation_steps": 2, "loss_type": "grpo"}
-        trainer = make_trainer(kind, example, model_folder, tmp_path, **options)
+        trainer = make(kind, **options)
         results.append((*loss_and_gradients(trainer, make_batch()), trainer._metrics["train"]))
     (loss, mine, logged), (expected, theirs, theirs_logged) = results
     assert_close(loss, expected, rtol=1e-5, atol=1e-6)
@@ -223,9 +212,8 @@ SCALED = {
 
 @pytest.mark.parametrize("family", SCALED)
 def test_heads_that_scale_or_cap(
-    family: str, logits: bool, trl: ModuleType, ours: ModuleType, example: ModuleType,
-    model_folder: Path, tmp_path: Path,
-) -> None:  # fmt: skip
+    family: str, logits: bool, trl: ModuleType, ours: ModuleType, make: Make
+) -> None:
     transformers = importlib.import_module("transformers")
     config = getattr(transformers, f"{family}Config")(
         vocab_size=14, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
@@ -242,7 +230,7 @@ def test_heads_that_scale_or_cap(
         torch.manual_seed(0)
         model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype)
         options = {"model": model, "loss_type": "grpo", "temperature": 0.8}
-        trainer = make_trainer(kind, example, model_folder, tmp_path, **options, **head)
+        trainer = make(kind, **options, **head)
         results.append(loss_and_gradients(trainer, make_batch()))
     (loss, mine), (expected, theirs), (_, truth) = results
     assert_close(loss, expected, rtol=1e-5, atol=1e-6)
@@ -292,11 +280,11 @@ def test_what_becomes_of_the_logits(pair: tuple[Any, Any], logits: bool) -> None
 
 
 def test_adaptive_entropy_follows_trls_controller(
-    trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+    trl: ModuleType, ours: ModuleType, make: Make
 ) -> None:
     options = {"use_adaptive_entropy": True, "entropy_target": 5.0, "loss_type": "grpo"}
     kinds = (ours.GRPOTrainer, trl.GRPOTrainer)
-    pair = [make_trainer(kind, example, model_folder, tmp_path, **options) for kind in kinds]
+    pair = [make(kind, **options) for kind in kinds]
     for _ in range(3):
         found, expected = (loss_and_gradients(t, make_batch()) for t in pair)
         assert_same_gradients(found[1], expected[1])
@@ -307,18 +295,12 @@ def test_adaptive_entropy_follows_trls_controller(
     )
 
 
-def test_an_objective_of_its_own(
-    ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
-) -> None:
+def test_an_objective_of_its_own(ours: ModuleType, make: Make) -> None:
     """Its value, TRL's clip metrics at its bounds, and its policy loss without the bonus."""
     objective = Objective.ppo(0.9, 1.05)
     common = {"loss_type": "grpo", "entropy_coef": 0.05, "gradient_accumulation_steps": 2}
-    own = make_trainer(
-        ours.GRPOTrainer, example, model_folder, tmp_path, objective=objective, **common
-    )
-    native = make_trainer(
-        ours.GRPOTrainer, example, model_folder, tmp_path, epsilon=0.1, epsilon_high=0.05, **common
-    )
+    own = make(ours.GRPOTrainer, objective=objective, **common)
+    native = make(ours.GRPOTrainer, epsilon=0.1, epsilon_high=0.05, **common)
     batch = add_logprobs(own, make_batch())
     found, expected = (loss_and_gradients(t, batch) for t in (own, native))
     assert_close(found[0], expected[0])
@@ -328,16 +310,11 @@ def test_an_objective_of_its_own(
         assert own._metrics["train"][name] == pytest.approx(values, rel=1e-5, nan_ok=True), name
 
 
-def test_bapo_balances_the_bounds_of_each_batch(
-    ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
-) -> None:
+def test_bapo_balances_the_bounds_of_each_batch(ours: ModuleType, make: Make) -> None:
     bapo, ppo = (
-        make_trainer(
-            ours.GRPOTrainer, example, model_folder, tmp_path, objective=objective,
-            num_iterations=2, loss_type="grpo",
-        )
+        make(ours.GRPOTrainer, objective=objective, num_iterations=2, loss_type="grpo")
         for objective in ("bapo", Objective.ppo())
-    )  # fmt: skip
+    )
     batch = add_logprobs(bapo, make_batch())
     found = loss_and_gradients(bapo, batch)
     ids = torch.cat((batch["prompt_ids"], batch["completion_ids"]), 1)
@@ -355,14 +332,11 @@ def test_bapo_balances_the_bounds_of_each_batch(
     assert_same_gradients(found[1], expected[1])
 
 
-def test_gtpo_weighs_conflicting_tokens_of_a_prompt(
-    ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
-) -> None:
+def test_gtpo_weighs_conflicting_tokens_of_a_prompt(ours: ModuleType, make: Make) -> None:
     """The factors of the generated groups follow their rows through TRL's shuffling."""
-    trainer = make_trainer(
-        ours.GRPOTrainer, example, model_folder, tmp_path, objective="gtpo",
-        per_device_train_batch_size=32, num_generations=8, gradient_accumulation_steps=2,
-        scale_rewards="none",
+    trainer = make(
+        ours.GRPOTrainer, objective="gtpo", scale_rewards="none", per_device_train_batch_size=32,
+        num_generations=8, gradient_accumulation_steps=2,
     )  # fmt: skip
     seen = []
     original = trainer._compute_loss
@@ -398,21 +372,19 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"beta": 0.1, "importance_sampling_level": "sequence"}, "use_bias_correction_kl: expected F"),
     ({"objective": "gppo", "loss_type": "cispo"}, r"args\.loss_type: expected grpo, bnpo"),
     ({"objective": "gppo", "epsilon": 0.1}, r"args\.epsilon: expected 0\.2: the objective has its"),
-    ({"objective": "gpo"}, "objective: expected the name of a constructor .*'gpo'"),
-    ({"objective": "custom"}, "objective: expected the name of a constructor .*'custom'"),
-    ({"objective": 3}, "objective: expected a name, an Objective or None, got int"),
+    ({"loss_type": "gpo"}, r"args\.loss_type: expected 'grpo' or .*, got 'gpo'"),
+    ({"objective": "gpo"}, "objective: expected one of grpo, .*, luspo, .*, gtpo, got 'gpo'"),
+    ({"objective": "custom"}, "objective: expected one of .*, gtpo, got 'custom'"),
+    ({"objective": 3}, r"objective: expected a name, an Objective \(.*\) or None, got int"),
     ({"objective": Objective.ppo(kl=("k1", 0.1))}, r"objective\.kl: expected to come from"),
     ({"objective": Objective.ppo(entropy_coef=0.1)}, r"objective\.entropy_coef: expected to come"),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=[m for _, m in REFUSED])
-def test_refused(
-    options: dict[str, Any], message: str, ours: ModuleType, example: ModuleType,
-    model_folder: Path, tmp_path: Path,
-) -> None:  # fmt: skip
+def test_refused(options: dict[str, Any], message: str, ours: ModuleType, make: Make) -> None:
     with pytest.raises(ValueError, match=message):
-        make_trainer(ours.GRPOTrainer, example, model_folder, tmp_path, **dict(options))
+        make(ours.GRPOTrainer, **dict(options))
 
 
 def test_a_changed_trl_is_an_import_error(

@@ -22,8 +22,8 @@ from trl_cases import (
     assert_same_gradients,
     loss_and_gradients,
     make_batch,
-    make_trainer,
 )
+from trl_fixtures import Make
 
 pytest_plugins = ("trl_fixtures",)
 pytestmark = pytest.mark.peers
@@ -71,9 +71,7 @@ def test_twenty_steps_have_finite_plotted_metrics(
         assert row["reasonkern/entropy_pos"] > 0 and row["reasonkern/ratio_var"] > 0
 
 
-def test_a_run_equals_trls(
-    trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
-) -> None:
+def test_a_run_equals_trls(trl: ModuleType, ours: ModuleType, make: Make) -> None:
     """The same tokens are sampled as long as rounding does not part the two: 4 updates."""
     options = {
         "max_steps": 4, "per_device_train_batch_size": 32, "num_generations": 8,
@@ -81,7 +79,7 @@ def test_a_run_equals_trls(
     }  # fmt: skip
     found = []
     for kind in (ours.GRPOTrainer, trl.GRPOTrainer):
-        trainer = make_trainer(kind, example, model_folder, tmp_path, logging_steps=1, **options)
+        trainer = make(kind, logging_steps=1, **options)
         trainer.train()
         found.append((trainer.state.log_history, trainer.model.state_dict()))
     for mine, theirs in zip(found[0][0], found[1][0], strict=True):
@@ -122,7 +120,7 @@ def launch(script: str, *arguments: str) -> str:
 
 
 def test_two_processes_equal_trl_and_one_process(
-    trl: ModuleType, ours: ModuleType, example: ModuleType, model_folder: Path, tmp_path: Path
+    ours: ModuleType, model_folder: Path, tmp_path: Path, make: Make
 ) -> None:
     out = tmp_path / "ranks.pt"
     launch("tests/trl_ranks.py", str(model_folder), str(out))
@@ -136,7 +134,7 @@ def test_two_processes_equal_trl_and_one_process(
         assert metrics.pop("rows") == [sum(LENGTHS)]  # of both ranks
         for key, values in their_metrics.items():
             assert metrics[key] == pytest.approx(values, rel=1e-4, abs=1e-6, nan_ok=True), key
-        single = make_trainer(ours.GRPOTrainer, example, model_folder, tmp_path, **options)
+        single = make(ours.GRPOTrainer, **options)
         whole, gradients = loss_and_gradients(single, add_logprobs(single, make_batch()))
         assert_close(loss, whole, rtol=1e-5, atol=1e-7)
         assert_same_gradients(mine, gradients)

@@ -323,9 +323,10 @@ def test_a_loop_makes_no_tensor_of_another_size():
     assert [t.data_ptr() for t in loop.state.tensors] == before
 
 
-def test_the_block_of_the_readme_runs():
+def test_the_blocks_of_the_readme_run():
     page = Path(rk.__file__).parent / "modulation" / "README.md"
-    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.S)
     names: dict[str, Any] = {}
-    exec(block, names)
-    assert names["state"].tensors.progress[0, at.T] == 3
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        exec(block, names)
+    assert names["state"].tensors.progress[0, at.T] == 4
+    assert names["stopped"].tolist() == names["uncertain"].tolist() == [False]

@@ -22,6 +22,13 @@ ONE = torch.tensor([0])
 Z = torch.zeros(1, VOCAB)
 
 
+class Pieces:
+    """A tokenizer that has a word with a space before it alone."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {"\u2581Wait": 3, "but": 4}
+
+
 NAN = float("nan")
 SPECS: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.Cyclic(5.0, 0.0), "period: expected a finite number > 0, got 0.0"),
@@ -30,6 +37,7 @@ SPECS: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.Cyclic(NAN, 5), "amplitude: expected a finite number, got nan"),
     (lambda: rk.Cyclic(1.0, 5, NAN), "shift: expected a finite number"),
     (lambda: rk.Cyclic(1.0, 5, windows=[]), r"windows: expected 1 to 8 pairs \(low, high\), got 0"),
+    (lambda: rk.Cyclic(1.0, 5, windows=(0, 5)), r"windows: expected a sequence of pairs .*\(0, 5"),
     (lambda: rk.Cyclic(1.0, 5, windows=[(3, 3)]), r"windows: expected pairs .* got \(3, 3\)"),
     (lambda: rk.Cyclic(1.0, 5, windows=[(-1, 3)]), "windows: expected pairs of integers 0 <= low"),
     (lambda: rk.Cyclic(1.0, 5, windows=[(0, 1)] * 9), "windows: expected 1 to 8 pairs"),
@@ -38,6 +46,8 @@ SPECS: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.TIP(3.0, 1.5), "beta: expected an integer >= 0, got 1.5"),
     (lambda: rk.Constant(-float("inf")), "bias: expected a finite number, got -inf"),
     (lambda: rk.Schedule([]), r"points: expected 1 to 32 pairs \(t, d\)"),
+    (lambda: rk.Schedule({0: 1.0}), r"points: expected a sequence of pairs \(t, d\), got \{0: 1"),
+    (lambda: rk.Schedule([0, 1]), r"points: expected a sequence of pairs \(t, d\), got \[0, 1\]"),
     (lambda: rk.Schedule([(1, 0.0), (1, 1.0)]), "points: expected ascending integers t"),
     (lambda: rk.Schedule([(1, NAN)]), "points: expected a finite number, got nan"),
     (lambda: rk.SoftBudget(1.0), r"start: expected a fraction in \[0, 1\), got 1.0"),
@@ -47,7 +57,7 @@ SPECS: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.Budget(5, []), "end: expected 1 to 64 ids, got 0"),
     (lambda: rk.Budget(5, 7), "end: expected a sequence of token ids, got 7"),
     (lambda: rk.TokenSets.from_ids({"a": 5}), r"sets\['a'\]: expected a sequence of token ids"),
-    (lambda: rk.Budget(5, [-2]), r"end: expected token ids in \[0, 2147483648\), got -2"),
+    (lambda: rk.Budget(5, [-2]), r"end: expected token ids, integers in \[0, 2\^31\), got -2"),
     (lambda: rk.Budget(5, [1], soft=0.5), "soft: expected None or a SoftBudget, got 0.5"),
     (lambda: rk.Budget(0, [1], rk.SoftBudget()), "soft: expected None with a budget of 0"),
     (lambda: rk.MinThink(wait=[1]), "tokens, ignore: expected one of them > 0"),
@@ -72,7 +82,7 @@ SPECS: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.TokenSets.from_ids({}), "sets: expected 1 to 32 of them, got 0"),
     (lambda: rk.TokenSets.from_ids("a"), "sets: expected a mapping from names to token ids"),
     (lambda: rk.TokenSets.from_ids({"a": []}), r"sets\['a'\]: expected at least one id"),
-    (lambda: rk.TokenSets.from_ids({"a": [None]}), r"sets\['a'\]: expected token ids .* got None"),
+    (lambda: rk.TokenSets.from_ids({"a": [None]}), r"sets\['a'\]: expected token ids, .* got None"),
     (lambda: rk.TokenSets.from_ids({"a": "wait"}), "strings go to from_tokenizer, got 'wait'"),
     (lambda: rk.TokenSets.from_ids({1: [2]}), "sets: expected names that are strings, got 1"),
     (lambda: rk.TokenSets.from_ids({"a": [1 << 31]}), r"sets\['a'\]: expected token ids"),
@@ -80,9 +90,13 @@ SPECS: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.TokenSets.from_tokenizer(BYTE_LEVEL, {"a": [" "]}), "strings with more than"),
     (lambda: rk.TokenSets.from_tokenizer(BYTE_LEVEL, {"a": ["b"]}, variants="x"),
      "variants: expected 'exact' or 'space' or 'all', got 'x'"),
+    (lambda: rk.TokenSets.from_tokenizer(Pieces(), {"a": ["Wait", "but"]}),
+     r'one token each \(variants="space" also takes .*\), got a: \'Wait\''),
 ]  # fmt: skip
 STATES: list[tuple[Callable[[], Any], str]] = [
-    (lambda: rk.ModulationState(0, state_of().sets), "max_requests: expected a positive integer"),
+    (lambda: rk.ModulationState(0, state_of().sets), "max_requests: expected an integer in"),
+    (lambda: rk.ModulationState(True, state_of().sets), "max_requests: expected .* got True"),
+    (lambda: state_of().load_state_dict(None), "state: expected a mapping, as state_dict returns"),
     (lambda: rk.ModulationState(1, {"a": [1]}), "sets: expected a TokenSets, got dict"),
     (lambda: state_of().add(4, rk.Modulation(), []), r"slot: expected an integer in \[0, 4\)"),
     (lambda: state_of(rk.Modulation()).add(0, rk.Modulation(), []), "slot: expected a slot that i"),

@@ -309,7 +309,7 @@ def test_the_fronts_call_the_operators():
         ({"state": 3}, "state: expected a ModulationState beside a slot, got int"),
         ({"state": None}, "state: expected a ModulationState beside a slot, got NoneType"),
         ({"slot": None}, "slot: expected a (R,) tensor beside a state, got None"),
-        ({"slot": torch.tensor([0, 1])}, "slot: expected shape one per row or request = (3,)"),
+        ({"slot": torch.tensor([0, 1])}, "slot: expected shape (R,) = (3,)"),
         ({"slot": torch.tensor([0, 1, 2], dtype=torch.int32)}, "slot: expected dtype torch.int64"),
         ({"slot": torch.tensor([0, 1, 3])}, "slot: expected values in [-1, 3), got 3 at (2,)"),
         ({"slot": torch.tensor([0, -2, 1])}, "slot: expected values in [-1, 3), got -2 at (1,)"),

@@ -1,17 +1,12 @@
-"""The Triton kernels of logit control compile ahead of time for three architectures, unspilled.
-
-Compiled in a process of its own: under the interpreter there is nothing to compile.
-"""
+"""The Triton kernels of logit control compile ahead of time for three architectures, unspilled."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from triton_programs import assert_unspilled, compiled, output_of, resources
 
 pytest.importorskip("triton", reason="the Triton backend needs triton, which is Linux only")
 
@@ -38,48 +33,27 @@ POINTEES |= dict.fromkeys(("logprob", "entropy_raw", "max_prob", "values"), "fp3
 POINTEES |= {"mask": "i32", "bad_out": "i1"}  # the others hold int64
 
 
-def source(kernel, given, dense, dtype):
-    from triton.compiler import ASTSource
-
-    from reasonkern.modulation.triton_modulation import config
-
-    rows, block = config(dense)
-    constants = {"DENSE": dense, "STATS": dense, "ROWS": rows, "BLOCK": block}
-    if kernel.__name__ in SAMPLER:
-        constants["BLOCK"] = 2048
-    constants |= dict.fromkeys(OPTIONAL - set(given))
-    signature = {}
-    for param in kernel.params:
-        element = dtype if param.name in ("logits", "raw") else POINTEES.get(param.name, "i64")
-        signature[param.name] = param.annotation_type or f"*{element}"
-        if param.name in constants:
-            signature[param.name] = "constexpr"
-    constants = {name: value for name, value in constants.items() if name in signature}
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants)
-
-
-def compile_all(architectures):
-    import triton
-    from triton.backends.compiler import GPUTarget
-
-    sys.path.insert(0, str(Path(__file__).parent))
-    from test_triton_compile import resources
-
+def compile_one(name, given, dense, dtype, cc):
     from reasonkern.modulation import triton_modulation, triton_sampler
     from reasonkern.speculation import triton_verify
 
-    rows = []
-    for name, *case in CASES:
-        for cc in architectures:
-            module, options = triton_modulation, triton_modulation.OPTIONS
-            if name in SAMPLER:
-                module, options = triton_sampler, triton_verify.OPTIONS
-            src = source(getattr(module, name), *case)
-            target = GPUTarget("cuda", cc, 32)
-            compiled = triton.compile(src, target=target, options=options)
-            used = resources(compiled.asm["cubin"])
-            rows.append({"kernel": name, "case": case, "cc": cc} | used)
-    return rows
+    module, options = triton_modulation, triton_modulation.OPTIONS
+    rows, block = triton_modulation.config(dense)
+    if name in SAMPLER:
+        module, options, block = triton_sampler, triton_verify.OPTIONS, triton_verify.BLOCK
+    constants = {"DENSE": dense, "STATS": dense, "ROWS": rows, "BLOCK": block}
+    constants |= dict.fromkeys(OPTIONAL - set(given))
+    types = {"logits": dtype, "raw": dtype, **POINTEES}
+    kernel = getattr(module, name)
+    return compiled(kernel, cc, lambda n: f"*{types.get(n, 'i64')}", constants, options)
+
+
+def compile_all(architectures):
+    return [
+        {"kernel": name, "case": case, "cc": cc, **resources(compile_one(name, *case, cc))}
+        for name, *case in CASES
+        for cc in architectures
+    ]
 
 
 if __name__ == "__main__":
@@ -92,20 +66,17 @@ if __name__ == "__main__":
     ids=["core", "all"],
 )  # fmt: skip
 def report(request):
-    root = Path(__file__).parents[1]
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), env.get("PYTHONPATH"))))
-    command = [sys.executable, __file__, json.dumps(request.param)]
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
-    rows = json.loads(run.stdout.splitlines()[-1])
+    rows = output_of(__file__, request.param)
     assert len(rows) == len(CASES) * len(request.param)
     return rows
 
 
 def test_no_kernel_spills(report):
     for row in report:
-        assert 0 < row["REG"] <= 255
-        # A word of describe_kernel stays on the stack, at 64 registers as at 80.
-        stack = 8 if row["kernel"] == "describe_kernel" else 0
-        assert row["LOCAL"] == 0 and row["STACK"] <= stack, row
+        if row["kernel"] == "describe_kernel":
+            # ptxas keeps one word on the stack, written once a row and read twice, to stay at 64
+            # registers: with maxnreg=96 it takes 80 and no stack, but then one program of 512
+            # threads fits a multiprocessor instead of two.
+            assert row["STACK"] <= 8 and row["REG"] <= 64
+            row = row | {"STACK": 0}
+        assert_unspilled(row)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import parallel_ranks
 import pytest
 import torch
 from policy_loss_literal import make_batch
@@ -80,9 +79,7 @@ dist.destroy_process_group()
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     script = RANK.format(tests=str(Path(__file__).parent))
-    command = [sys.executable, "-c", script]
-    ranks = [subprocess.Popen([*command, str(rank), str(folder)]) for rank in range(2)]
-    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    parallel_ranks.run_script(script, folder, seconds=300)
     return folder
 
 

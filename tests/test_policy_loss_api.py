@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import reasonkern as rk
-from reasonkern import Objective, policy_loss, token_stats
+from reasonkern import Objective, linear_token_stats, policy_loss, token_stats
 
 B = len(LENGTHS)
 FORMS = ("padded", "packed")
@@ -134,6 +134,14 @@ def test_token_stats_of_one_segment_per_row_needs_no_segments() -> None:
     t = torch.linspace(0.5, 2, 5)
     assert_close(token_stats(x, y, temperature=t).logprob, stats(x, y, t)[0])
     assert token_stats(x, y).is_top1.shape == (5,)
+
+
+def test_a_mask_of_statistics_may_be_numbers() -> None:
+    x, head, y = torch.randn(5, 4), torch.randn(V, 4), torch.arange(5)
+    mask = torch.tensor([1, 0, 1, 1, 0])
+    assert_close(token_stats(x @ head.T, y, mask=mask), token_stats(x @ head.T, y, mask=mask > 0))
+    linear = (linear_token_stats(x, head, y, mask=m) for m in (mask.float(), mask > 0))
+    assert_close(next(linear), next(linear))
 
 
 def test_softcap() -> None:
@@ -258,8 +266,9 @@ def test_outputs_are_detached_and_shaped_like_targets() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.int32, torch.bool])
 def test_row_inputs_of_other_dtypes_are_converted(dtype: torch.dtype) -> None:
+    """Weights of floats alone: integers are a mask that was not divided by anything."""
     b = make_batch(torch.float32)
-    weight = b.mask.to(torch.uint8 if dtype == torch.bool else dtype)
+    weight = b.mask.to(dtype if dtype.is_floating_point else torch.float16)
     other = {"advantage": b.advantage.sign().to(dtype), "weight": weight}
     same = {name: x.float() for name, x in other.items()}
     out, grad = run(b, Objective.ppo(), **other)

@@ -1,72 +1,20 @@
-"""Backward of the public functions: both paths, in place, memory, and rows that are left out."""
+"""Backward of the public functions: both paths, in place, and memory."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from policy_loss_literal import LENGTHS, Batch, T, V, batch, gradient, make_batch
-from torch import Tensor, nn
+from policy_loss_literal import batch, gradient, make_batch
+from policy_loss_paths import FORMS, PATHS, Calls, head, paths
+from torch import nn
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import reasonkern as rk
 from reasonkern import Objective, policy_loss, token_stats
-
-B = len(LENGTHS)
-FORMS = ("padded", "packed")
-
-
-class Calls(TorchDispatchMode):
-    """Names of the package's operators over logits, and the largest new tensor of any operator."""
-
-    OVER_ROWS = ("policy_metrics", "objective_map")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-        self.outputs: list[tuple[str, int]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {a.untyped_storage().data_ptr() for a in args if isinstance(a, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        name = func._schema.name.split("::")[1]
-        if func.namespace == "reasonkern" and name not in self.OVER_ROWS:
-            self.names.append(name)
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in before:
-                self.outputs.append((str(func), t.numel() * t.element_size()))
-        return out
-
-    def at_least(self, size: int) -> list[str]:
-        return [name for name, n in self.outputs if n >= size]
-
-
-PATHS = [
-    ("fused", Objective.dapo(entropy_coef=0.1), torch.float32),
-    ("two-phase half", Objective.dapo(entropy_coef=0.1), torch.float16),
-    ("sequence", Objective.gspo(0.9, 1.1, entropy_coef=0.1), torch.float32),
-    ("custom", lambda logp, entropy, ctx: -ctx.advantage * logp - 0.1 * entropy, torch.float32),
-]
-
-
-def paths(*names: str) -> Any:
-    chosen = [p for p in PATHS if not names or p[0] in names]
-    return pytest.mark.parametrize(
-        ("objective", "dtype"), [p[1:] for p in chosen], ids=[p[0] for p in chosen]
-    )
-
-
-def head(b: Batch, dtype: torch.dtype, inplace: bool, objective: Any, **given: Any) -> Any:
-    """(loss, leaf) with the logits an intermediate result, as behind an lm_head."""
-    b = b.to(torch.float32)
-    x = b.logits.to(dtype).clone().requires_grad_()
-    given = b.given(inplace_grad=inplace, **given)
-    return policy_loss(x * 1, b.targets, objective=objective, **given).loss, x
 
 
 @paths()
@@ -405,64 +353,3 @@ def test_inference_mode_equals_eager(form: str, objective: Any, dtype: torch.dty
     assert torch.equal(out.loss, expected.loss) and torch.equal(out.logprob, expected.logprob)
     assert_close(values, expected.metrics.compute())
     assert torch.equal(stats_in.logprob[b.mask], expected.logprob[b.mask])
-
-
-# ---- rows that are left out
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-@paths()
-def test_all_masked_batch(objective: Any, dtype: torch.dtype, inplace: bool) -> None:
-    b = make_batch(torch.float32)
-    nothing = {"weight": torch.zeros(B, T), "ref_logprob": b.ref_logprob}
-    loss, x = head(b, dtype, inplace, objective, **nothing)
-    assert loss == 0 and not gradient(loss, x).any()
-    out = policy_loss(x, b.targets, objective=objective, **b.given(**nothing))
-    values = out.metrics.compute()
-    assert values["rows_active"] == 0 and values["rows_skipped"] == B * T
-    assert all(torch.isfinite(v) for v in values.values()), values
-
-
-@pytest.mark.parametrize("shape", [(0, T), (B, 0), (0,)])
-@pytest.mark.parametrize("make", [Objective.ppo, Objective.gspo])
-def test_no_rows_at_all(make: Callable[..., Objective], shape: tuple[int, ...]) -> None:
-    x = torch.zeros(*shape, V, requires_grad=True)
-    y = torch.zeros(shape, dtype=torch.int64)
-    segments = torch.tensor([0, 0]) if len(shape) == 1 else None
-    advantage = torch.zeros(1 if segments is not None else shape[0])
-    out = policy_loss(
-        x, y, advantage=advantage, weight=torch.zeros(shape), objective=make(), segments=segments
-    )
-    out.loss.backward()
-    assert out.loss == 0 and x.grad.shape == x.shape
-    assert all(torch.isfinite(v) for v in out.metrics.compute().values())
-    assert token_stats(x, y).entropy.shape == shape
-
-
-NOT_FINITE = {
-    "NaN logit": lambda b: b.logits.__setitem__((0, 0, 3), float("nan")),
-    "inf logit": lambda b: b.logits.__setitem__((0, 0, 3), float("inf")),
-    "target at -inf": lambda b: b.logits.__setitem__((0, 0, int(b.targets[0, 0])), -float("inf")),
-    "no finite logit": lambda b: b.logits[0, 0].fill_(-float("inf")),
-}
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-@paths()
-@pytest.mark.parametrize("damage", NOT_FINITE)
-def test_a_nonfinite_row_is_left_out_and_counted(
-    damage: str, objective: Any, dtype: torch.dtype, inplace: bool
-) -> None:
-    b = make_batch(torch.float32)
-    without = b.weight.clone()
-    without[0, 0] = 0
-    expected = gradient(*head(b, dtype, inplace, objective, weight=without))
-    NOT_FINITE[damage](b)
-    loss, x = head(b, dtype, inplace, objective)
-    grad = gradient(loss, x)
-    assert torch.isfinite(loss) and torch.equal(grad, expected)
-    out = policy_loss(x, b.targets, objective=objective, **b.given())
-    values = out.metrics.compute()
-    assert values["rows_nonfinite"] == 1 and values["rows_active"] == int(b.mask.sum()) - 1
-    assert not torch.isfinite(out.logprob[0, 0]) and out.token_loss[0, 0] == 0
-    assert all(torch.isfinite(v) for v in values.values())

@@ -42,7 +42,10 @@ PADDED: list[tuple[dict[str, Any], str]] = [
     ({"targets": None}, "targets: expected a tensor, got NoneType"),
     ({"advantage": 1.0}, "advantage: expected a tensor, got float"),
     ({"loss_scale": 2.0}, "loss_scale: expected a tensor, got float"),
-    ({"objective": "ppo"}, "objective: expected an Objective or a function, got 'ppo'"),
+    (
+        {"objective": "ppo"},
+        "objective: expected an Objective, such as Objective.dapo(), or a function, got 'ppo'",
+    ),
     (
         {"objective": Objective.gppo},
         "objective: expected an Objective, Objective.gppo(), got its constructor, Objective.gppo",
@@ -66,9 +69,14 @@ PADDED: list[tuple[dict[str, Any], str]] = [
     ({"targets": F}, NOT_LONG),
     ({"targets": IDS.to("meta")}, "targets: expected the device of logits, cpu, got meta"),
     *(({name: 1.0}, f"{name}: expected a tensor, got float") for name in ROWS),
-    (
-        {"weight": F == 0},
-        "weight: expected mask x normaliser, from token_weights, got a bool tensor",
+    *(
+        (
+            {name: F.to(dtype)},
+            f"{name}: expected mask x normaliser in floats, from token_weights, got a tensor of "
+            f"{dtype}",
+        )
+        for name in ("weight", "entropy_weight")
+        for dtype in (torch.bool, torch.uint8, torch.int64)
     ),
     *(
         ({name: F.to("meta")}, f"{name}: expected the device of logits, cpu, got meta")
@@ -77,18 +85,18 @@ PADDED: list[tuple[dict[str, Any], str]] = [
     *(
         (
             {name: 1 + F[:, 1:]},
-            f"{name}: expected shape one value per token{of_sequences} = (4, 6), got (4, 5)",
+            f"{name}: expected one value per token, (4, 6){of_sequences}, got shape (4, 5)",
         )
         for names, of_sequences in (
             (ROWS, ""),
-            (("advantage", "temperature"), " (or one per sequence, (4,))"),
+            (("advantage", "temperature"), ", or one per sequence, (4,)"),
         )
         for name in names
     ),
     (
         {"advantage": torch.ones(B + 1)},
-        "advantage: expected shape one value per token (or one per sequence, (4,)) = (4, 6), "
-        "got (5,)",
+        "advantage: expected one value per token, (4, 6), or one per sequence, (4,), "
+        "got shape (5,)",
     ),
     ({"loss_scale": F}, "loss_scale: expected a 0-dim tensor, got shape (4, 6)"),
     ({"temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),
@@ -130,7 +138,8 @@ PADDED: list[tuple[dict[str, Any], str]] = [
     *(
         (
             {"objective": o, "advantage": F},
-            f"advantage: expected one value per sequence for objective {o.name}, got (4, 6)",
+            f"advantage: expected one value per sequence, (4,), for objective {o.name}, "
+            "got shape (4, 6)",
         )
         for o in SEQUENCE_LEVEL
     ),
@@ -159,21 +168,21 @@ PADDED: list[tuple[dict[str, Any], str]] = [
 PACKED: list[tuple[dict[str, Any], str]] = [
     (
         {"advantage": torch.ones(B + 1)},
-        "advantage: expected shape one value per segment = (4,), got (5,)",
+        "advantage: expected one value per segment, (4,), got shape (5,)",
     ),
     (
         {"temperature": torch.ones(3)},
-        "temperature: expected shape one value per segment = (4,), got (3,)",
+        "temperature: expected one value per segment, (4,), got shape (3,)",
     ),
     (
         {"objective": Objective.gspo(), "advantage": torch.ones(N)},
-        "advantage: expected shape one value per segment = (4,), got (10,)",
+        "advantage: expected one value per segment, (4,), got shape (10,)",
     ),
     *(
         (
             {"segments": None, name: torch.ones(B)},
-            f"{name}: expected shape one value per token (for one per sequence, packed logits "
-            "need segments=cu_seqlens) = (1, 10), got (4,)",
+            f"{name}: expected one value per token, (10,) (for one per sequence, packed logits "
+            "need segments=cu_seqlens), got shape (4,)",
         )
         for name in ("advantage", "temperature")
     ),
@@ -254,13 +263,13 @@ OBJECTIVES: list[tuple[str, dict[str, Any], str]] = [
     ("ppo", {"entropy_coef": None}, "entropy_coef: expected a number, got None"),
     ("ppo", {"entropy_coef": INF}, "entropy_coef: expected a finite number, got inf"),
     ("ppo", {"log_ratio_clamp": 0.0}, "log_ratio_clamp: expected a number > 0 or None, got 0.0"),
-    ("sapo", {"tau_positive": 0.0}, "tau: expected a positive number, got 0.0"),
-    ("sapo", {"tau_negative": NAN}, "high: expected a number, got nan"),
-    ("sapo", {"tau_negative": None}, "high: expected a number, got None"),
-    ("dppo_tv", {"threshold_low": -0.1}, "threshold: expected a positive number, got -0.1"),
-    ("dppo_kl", {"threshold_high": 0.0}, "threshold: expected a positive number, got 0.0"),
-    ("dro", {"beta": 0.0}, "beta: expected a positive number, got 0.0"),
-    ("gppo", {"beta_low": -1.0}, "beta: expected a positive number, got -1.0"),
+    ("sapo", {"tau_positive": 0.0}, "tau_positive: expected a finite number > 0, got 0.0"),
+    ("sapo", {"tau_negative": NAN}, "tau_negative: expected a number, got nan"),
+    ("sapo", {"tau_negative": None}, "tau_negative: expected a number, got None"),
+    ("dppo_tv", {"threshold_low": -0.1}, "threshold_low: expected a finite number > 0, got -0.1"),
+    ("dppo_kl", {"threshold_high": 0.0}, "threshold_high: expected a finite number > 0, got 0.0"),
+    ("dro", {"beta": 0.0}, "beta: expected a finite number > 0, got 0.0"),
+    ("gppo", {"beta_low": -1.0}, "beta_low: expected a finite number >= 0, got -1.0"),
     (
         "vespo",
         {"k_positive": 0.0},
@@ -303,7 +312,7 @@ OBJECTIVES: list[tuple[str, dict[str, Any], str]] = [
     ),
 ]  # fmt: skip
 STATS: list[tuple[dict[str, Any], str]] = [
-    ({"mask": F}, "mask: expected dtype torch.bool, got torch.float32"),
+    ({"mask": F + 2}, "mask: expected bool or 0/1 values, got 2.0 at (0, 0)"),
     ({"mask": F[:1].bool()}, "mask: expected shape targets.shape = (4, 6), got (1, 6)"),
     ({"mask": F.bool().to("meta")}, "mask: expected the device of logits, cpu, got meta"),
     ({"mask": [True]}, "mask: expected a tensor, got list"),
@@ -338,6 +347,16 @@ def test_error_with_packed_rows(changes: dict[str, Any], message: str) -> None:
 def test_error_of_an_objective(constructor: str, keywords: dict[str, Any], message: str) -> None:
     with raises("objective " + message):
         getattr(Objective, constructor)(**keywords)
+
+
+def test_the_class_itself_is_no_objective() -> None:
+    """A name alone would clip nothing, and a misspelt argument would be lost."""
+    constructor = "Objective: expected a constructor, Objective.dapo(), got Objective"
+    for given in ((), ("dapo",)):
+        with pytest.raises(TypeError, match=re.escape(constructor)):
+            Objective(*given)
+    with pytest.raises(TypeError, match=r"^Objective.ppo: expected .*, got clip_ratio$"):
+        Objective.ppo(clip_ratio=0.2)
 
 
 @pytest.mark.parametrize(("changes", "message"), **cases(STATS))

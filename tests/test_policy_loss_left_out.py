@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from policy_loss_literal import (
-    batch,
-    gradient,
-    make_batch,
-)
+from policy_loss_literal import LENGTHS, T, V, batch, gradient, make_batch
+from policy_loss_paths import head, paths
 from test_policy_loss_sequence import SEQUENCE_LOSSES, padded_and_packed
 from torch import Tensor
 from torch.testing import assert_close
 
-from reasonkern import Objective, policy_loss
+from reasonkern import Objective, policy_loss, token_stats
+
+B = len(LENGTHS)
 
 
 def _nan_at(rows: Tensor) -> Tensor:
@@ -127,3 +129,64 @@ def test_all_masked_sequences(name: str, form: str) -> None:
     )  # fmt: skip
     assert out.loss == 0 and not gradient(out.loss, x).any()
     assert all(torch.isfinite(v) for v in out.metrics.compute().values())
+
+
+# ---- on each path through the logits
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@paths()
+def test_all_masked_batch(objective: Any, dtype: torch.dtype, inplace: bool) -> None:
+    b = make_batch(torch.float32)
+    nothing = {"weight": torch.zeros(B, T), "ref_logprob": b.ref_logprob}
+    loss, x = head(b, dtype, inplace, objective, **nothing)
+    assert loss == 0 and not gradient(loss, x).any()
+    out = policy_loss(x, b.targets, objective=objective, **b.given(**nothing))
+    values = out.metrics.compute()
+    assert values["rows_active"] == 0 and values["rows_skipped"] == B * T
+    assert all(torch.isfinite(v) for v in values.values()), values
+
+
+@pytest.mark.parametrize("shape", [(0, T), (B, 0), (0,)])
+@pytest.mark.parametrize("make", [Objective.ppo, Objective.gspo])
+def test_no_rows_at_all(make: Callable[..., Objective], shape: tuple[int, ...]) -> None:
+    x = torch.zeros(*shape, V, requires_grad=True)
+    y = torch.zeros(shape, dtype=torch.int64)
+    segments = torch.tensor([0, 0]) if len(shape) == 1 else None
+    advantage = torch.zeros(1 if segments is not None else shape[0])
+    out = policy_loss(
+        x, y, advantage=advantage, weight=torch.zeros(shape), objective=make(), segments=segments
+    )
+    out.loss.backward()
+    assert out.loss == 0 and x.grad.shape == x.shape
+    assert all(torch.isfinite(v) for v in out.metrics.compute().values())
+    assert token_stats(x, y).entropy.shape == shape
+
+
+NOT_FINITE = {
+    "NaN logit": lambda b: b.logits.__setitem__((0, 0, 3), float("nan")),
+    "inf logit": lambda b: b.logits.__setitem__((0, 0, 3), float("inf")),
+    "target at -inf": lambda b: b.logits.__setitem__((0, 0, int(b.targets[0, 0])), -float("inf")),
+    "no finite logit": lambda b: b.logits[0, 0].fill_(-float("inf")),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@paths()
+@pytest.mark.parametrize("damage", NOT_FINITE)
+def test_a_nonfinite_row_is_left_out_and_counted(
+    damage: str, objective: Any, dtype: torch.dtype, inplace: bool
+) -> None:
+    b = make_batch(torch.float32)
+    without = b.weight.clone()
+    without[0, 0] = 0
+    expected = gradient(*head(b, dtype, inplace, objective, weight=without))
+    NOT_FINITE[damage](b)
+    loss, x = head(b, dtype, inplace, objective)
+    grad = gradient(loss, x)
+    assert torch.isfinite(loss) and torch.equal(grad, expected)
+    out = policy_loss(x, b.targets, objective=objective, **b.given())
+    values = out.metrics.compute()
+    assert values["rows_nonfinite"] == 1 and values["rows_active"] == int(b.mask.sum()) - 1
+    assert not torch.isfinite(out.logprob[0, 0]) and out.token_loss[0, 0] == 0
+    assert all(torch.isfinite(v) for v in values.values())

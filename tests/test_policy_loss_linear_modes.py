@@ -93,14 +93,17 @@ LOSS: list[tuple[dict[str, Any], str]] = [
     ({"targets": IDS + V}, "targets: expected values in [0, 13), got 13 at (0, 0)"),
     ({"weight": F.to("meta")}, "weight: expected the device of hidden, cpu, got meta"),
     ({"advantage": 1.0}, "advantage: expected a tensor, got float"),
-    ({"objective": "ppo"}, "objective: expected an Objective or a function, got 'ppo'"),
+    (
+        {"objective": "ppo"},
+        "objective: expected an Objective, such as Objective.dapo(), or a function, got 'ppo'",
+    ),
     (
         {"objective": Objective.ppo(kl=("k3", 0.1))},
         "ref_logprob: expected a tensor for objective ppo with kl, got None",
     ),
     (
         {"objective": Objective.gspo(), "advantage": F},
-        "advantage: expected one value per sequence for objective gspo, got (4, 6)",
+        "advantage: expected one value per sequence, (4,), for objective gspo, got shape (4, 6)",
     ),
     ({"loss_scale": F}, "loss_scale: expected a 0-dim tensor, got shape (4, 6)"),
     ({"temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),
@@ -121,7 +124,7 @@ STATS: list[tuple[dict[str, Any], str]] = [
     ({"weight": W[:, 1:]}, "weight: expected shape (V, 13) with V >= 1, got (13, 12)"),
     ({"weight": W.double()}, "weight: expected the dtype of hidden, torch.float32, got "
      "torch.float64"),
-    ({"mask": F}, "mask: expected dtype torch.bool, got torch.float32"),
+    ({"mask": F + 2}, "mask: expected bool or 0/1 values, got 2.0 at (0, 0)"),
     ({"mask": F.bool().to("meta")}, "mask: expected the device of hidden, cpu, got meta"),
     ({"targets": IDS - 1}, "targets: expected values in [0, 13), got -1 at (0, 0)"),
     ({"chunk_rows": -5}, "chunk_rows: expected an integer >= 1 or None, got -5"),

@@ -35,6 +35,45 @@ def ours(b: Batch, x: Tensor, objective: Objective, mode: str, **options: Any) -
     return policy_loss(x, b.targets, objective=objective, **b.given(*names, weight=weight))
 
 
+# A peer's loss type and options, the objective that they mean, how it is aggregated.
+Row = tuple[str, dict[str, Any], Objective, str]
+# Of TRL and Liger, which share their names.
+COMMON: list[Row] = [
+    ("grpo", {}, Objective.grpo(), "seq-mean-token-mean"),
+    ("grpo", {"beta": 0.1}, Objective.grpo(kl=("k3", 0.1)), "seq-mean-token-mean"),
+    ("dapo", {"epsilon_high": 0.28}, Objective.dapo(), "token-mean"),
+    ("dapo", {"delta": 1.5}, Objective.ppo(ratio_cap=1.5), "token-mean"),
+    (
+        "dapo",
+        {"beta": 0.1, "use_bias_correction_kl": True},
+        Objective.ppo(kl=("k3", 0.1, True)),
+        "token-mean",
+    ),
+    ("bnpo", {}, Objective.ppo(), "token-mean"),
+    ("cispo", {"epsilon_high": 1.5}, Objective.cispo(1.5), "token-mean"),
+    ("sapo", {}, Objective.sapo(), "seq-mean-token-mean"),
+    ("vespo", {}, Objective.vespo(), "token-mean"),
+    (
+        "grpo",
+        {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
+        Objective.gspo(),
+        "seq-mean-token-mean",
+    ),
+    (
+        "luspo",
+        {"importance_sampling_level": "sequence"},
+        Objective.gspo(0.8, 1.2),
+        "seq-mean-token-sum",
+    ),
+]
+
+
+def rows(table: list[Row]) -> Any:
+    """A test of every row."""
+    ids = ["-".join((row[0], *row[1])) for row in table]
+    return pytest.mark.parametrize(("loss_type", "options", "objective", "mode"), table, ids=ids)
+
+
 # ---- TRL: the trainer's loss function on a stand-in trainer
 
 
@@ -81,44 +120,15 @@ def trl_loss(b: Batch, x: Tensor, loss_type: str, **options: Any) -> tuple[Tenso
     return loss, {name: v[0] for name, v in stand_in._metrics["train"].items()}
 
 
-TRL: list[tuple[str, dict[str, Any], Objective, str]] = [
-    ("grpo", {}, Objective.grpo(), "seq-mean-token-mean"),
-    ("grpo", {"beta": 0.1}, Objective.grpo(kl=("k3", 0.1)), "seq-mean-token-mean"),
-    ("dapo", {"epsilon_high": 0.28}, Objective.dapo(), "token-mean"),
-    ("dapo", {"delta": 1.5}, Objective.ppo(ratio_cap=1.5), "token-mean"),
-    (
-        "dapo",
-        {"beta": 0.1, "use_bias_correction_kl": True},
-        Objective.ppo(kl=("k3", 0.1, True)),
-        "token-mean",
-    ),
-    ("bnpo", {}, Objective.ppo(), "token-mean"),
+TRL = [
+    *COMMON,
     ("dr_grpo", {}, Objective.dr_grpo(), "constant"),
-    ("cispo", {"epsilon_high": 1.5}, Objective.cispo(1.5), "token-mean"),
-    ("sapo", {}, Objective.sapo(), "seq-mean-token-mean"),
-    ("vespo", {}, Objective.vespo(), "token-mean"),
-    (
-        "grpo",
-        {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
-        Objective.gspo(),
-        "seq-mean-token-mean",
-    ),
-    (
-        "luspo",
-        {"importance_sampling_level": "sequence"},
-        Objective.gspo(0.8, 1.2),
-        "seq-mean-token-sum",
-    ),
     ("dapo", {"off_policy_mask_threshold": 0.05}, Objective.ppo(opsm=0.05), "token-mean"),
     ("bnpo", {"entropy_coef": 0.1}, Objective.ppo(entropy_coef=0.1), "token-mean"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("loss_type", "options", "objective", "mode"),
-    TRL,
-    ids=["-".join((row[0], *row[1])) for row in TRL],
-)
+@rows(TRL)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_trl_loss(
     seed: int, loss_type: str, options: dict[str, Any], objective: Objective, mode: str
@@ -252,43 +262,14 @@ def test_trl_chunked_logprob(temperature: float, softcap: float | None) -> None:
 
 # ---- Liger
 
-LIGER: list[tuple[str, dict[str, Any], Objective, str]] = [
-    ("grpo", {}, Objective.grpo(), "seq-mean-token-mean"),
-    ("grpo", {"beta": 0.1}, Objective.grpo(kl=("k3", 0.1)), "seq-mean-token-mean"),
-    ("dapo", {"epsilon_high": 0.28}, Objective.dapo(), "token-mean"),
-    ("dapo", {"delta": 1.5}, Objective.ppo(ratio_cap=1.5), "token-mean"),
-    (
-        "dapo",
-        {"beta": 0.1, "use_bias_correction_kl": True},
-        Objective.ppo(kl=("k3", 0.1, True)),
-        "token-mean",
-    ),
-    ("bnpo", {}, Objective.ppo(), "token-mean"),
+LIGER = [
+    *COMMON,
     ("dr_grpo", {"max_completion_length": T}, Objective.dr_grpo(), "constant"),
-    ("cispo", {"epsilon_high": 1.5}, Objective.cispo(1.5), "token-mean"),
-    ("sapo", {}, Objective.sapo(), "seq-mean-token-mean"),
-    ("vespo", {}, Objective.vespo(), "token-mean"),
-    (
-        "grpo",
-        {"importance_sampling_level": "sequence", "epsilon_low": 3e-4, "epsilon_high": 4e-4},
-        Objective.gspo(),
-        "seq-mean-token-mean",
-    ),
-    (
-        "luspo",
-        {"importance_sampling_level": "sequence"},
-        Objective.gspo(0.8, 1.2),
-        "seq-mean-token-sum",
-    ),
     ("dapo", {"temperature": 0.8}, Objective.ppo(), "token-mean"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("loss_type", "options", "objective", "mode"),
-    LIGER,
-    ids=["-".join((row[0], *row[1])) for row in LIGER],
-)
+@rows(LIGER)
 def test_liger_loss(
     loss_type: str, options: dict[str, Any], objective: Objective, mode: str
 ) -> None:
@@ -344,7 +325,7 @@ def bounds(low: float, high: float, c: float = 3.0) -> dict[str, float]:
     return {"clip_ratio_low": low, "clip_ratio_high": high, "clip_ratio_c": c}
 
 
-VERL: list[tuple[str, dict[str, Any], Objective, str]] = [
+VERL: list[Row] = [
     ("vanilla", {}, Objective.ppo(dual_clip=3.0), "token-mean"),
     ("vanilla", {"clip_ratio_c": 1.3}, Objective.ppo(dual_clip=1.3), "token-mean"),
     (
@@ -369,25 +350,23 @@ VERL: list[tuple[str, dict[str, Any], Objective, str]] = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "objective", "mode"),
-    VERL,
-    ids=["-".join((row[0], *row[1])) for row in VERL],
-)
-def test_verl_loss(name: str, options: dict[str, Any], objective: Objective, mode: str) -> None:
-    core, config = verl(name, **options)
+@rows(VERL)
+def test_verl_loss(
+    loss_type: str, options: dict[str, Any], objective: Objective, mode: str
+) -> None:
+    core, config = verl(loss_type, **options)
     b = data(seed=1)
     x, y = b.leaf(), b.leaf()
     # verl leaves empty sequences out of its means, except in geo_mean, which counts them.
-    out = ours(b, x, objective, mode, count_empty=name == "geo_mean")
+    out = ours(b, x, objective, mode, count_empty=loss_type == "geo_mean")
     logp, _ = stats(y, b.targets)
-    loss, theirs = core.get_policy_loss_fn(name)(
+    loss, theirs = core.get_policy_loss_fn(loss_type)(
         old_log_prob=b.old_logprob, log_prob=logp, advantages=spread(b, b.advantage).contiguous(),
         response_mask=b.mask.double(), loss_agg_mode=mode, config=config,
     )  # fmt: skip
     assert_close(out.loss, loss, rtol=1e-6, atol=1e-9)
     assert_close(gradient(out.loss, x), gradient(loss, y), rtol=1e-6, atol=1e-8)
-    if name in ("vanilla", "gspo", "dppo_tv", "dppo_kl"):
+    if loss_type in ("vanilla", "gspo", "dppo_tv", "dppo_kl"):
         clipped = out.metrics.compute()["clip_frac"].item()
         assert clipped == pytest.approx(theirs["actor/pg_clipfrac"], rel=1e-5) and clipped > 0
 

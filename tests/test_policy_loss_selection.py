@@ -192,8 +192,8 @@ def test_random_keys_are_distinct_and_the_published_hash() -> None:
 
 ONES = torch.ones(4)
 ENTROPY_ERRORS: list[tuple[dict[str, Any], str]] = [
-    ({"rho": 0.0}, "rho: expected a finite number > 0, got 0.0"),
-    ({"rho": 1.5}, "rho: expected a share in (0, 1], got 1.5"),
+    ({"rho": 0.0}, "rho: expected a number in (0, 1], got 0.0"),
+    ({"rho": 1.5}, "rho: expected a number in (0, 1], got 1.5"),
     ({"entropy": [1.0]}, "entropy: expected a tensor, got list"),
     ({"mask": ONES[:3]}, "mask: expected shape entropy.shape = (4,), got (3,)"),
     ({"mask": ONES / 2}, "mask: expected bool or 0/1 values, got 0.5 at (0,)"),
@@ -201,7 +201,7 @@ ENTROPY_ERRORS: list[tuple[dict[str, Any], str]] = [
 ]
 COVARIANCE_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"mode": "top"}, "mode: expected 'clip' or 'kl', got 'top'"),
-    ({"fraction": 2.0}, "fraction: expected a share in (0, 1], got 2.0"),
+    ({"fraction": 2.0}, "fraction: expected a number in (0, 1], got 2.0"),
     ({"high": 0.5}, "high: expected a finite number >= 1, got 0.5"),
     ({"advantage": ONES[:3]}, "advantage: expected a shape that broadcasts to (4,), got (3,)"),
     ({"candidates": ONES}, "candidates: expected dtype torch.bool, got torch.float32"),

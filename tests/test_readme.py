@@ -310,10 +310,54 @@ def test_transformers(user: dict[str, Any], capsys: pytest.CaptureFixture[str]) 
     assert torch.equal(user["out"].sequences, found.sequences)
 
 
+class Layer(torch.nn.Module):
+    """Two heads, and positions that are added to what they look for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = torch.nn.Linear(16, 48)
+        self.place = torch.nn.Embedding(64, 16)
+
+    def qkv(self, x: torch.Tensor, positions: torch.Tensor) -> Any:
+        three = self.project(x + self.place(positions)).unflatten(-1, (3, 2, 8))
+        return three.permute(2, 0, 3, 1, 4)
+
+    def out(self, x: torch.Tensor, mixed: torch.Tensor) -> torch.Tensor:
+        return x + mixed.transpose(1, 2).flatten(2)
+
+
+def test_a_model_of_your_own() -> None:
+    """The loop around it gives the text of its logits over whole texts."""
+    torch.manual_seed(0)
+    network = torch.nn.Module()
+    network.embed, network.head = torch.nn.Embedding(V, 16), torch.nn.Linear(16, V)
+    network.layers = torch.nn.ModuleList([Layer(), Layer()])
+    prompts, table = [[1, 2, 3], [4, 5]], rk.NgramTable(1024, vocab_size=V)
+    here: dict[str, Any] = {"network": network.double(), "prompts": prompts, "table": table}
+    code = shorter(blocks("reasonkern/generation/README.md")[-1])
+    for _ in range(2):  # the second time the table has seen the texts
+        exec(code, here)
+    for prompt, text, seed in zip(
+        prompts, here["found"].texts, rk.request_seeds(0, 2), strict=True
+    ):
+        every = torch.tensor([prompt + text])
+        x = network.embed(every)
+        for layer in network.layers:
+            q, k, v = layer.qkv(x, torch.arange(every.shape[1])[None])
+            mixed = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = layer.out(x, mixed)
+        for at in range(len(prompt), every.shape[1]):
+            token = rk.sample(
+                network.head(x)[:, at - 1], temperature=0.6, seed=seed[None], position=at
+            )
+            assert token.item() == every[0, at]
+    assert len(here["found"].texts[0]) == 40 and len(table) > 50
+
+
 @pytest.mark.peers
 def test_generation(user: dict[str, Any]) -> None:
     """Both calls of the family's page, and prompt lookup as a drafter."""
-    direct, custom, drafter = map(shorter, blocks("reasonkern/generation/README.md"))
+    direct, custom, drafter, _ = map(shorter, blocks("reasonkern/generation/README.md"))
     exec(direct, user)
     assert user["out"].sequences.shape == (8, 46)
     exec(custom, user)

@@ -14,6 +14,7 @@ from reasonkern import shaping as sh
 X, GROUP = torch.zeros(3), torch.zeros(3, dtype=torch.int64)
 BITS, ROWS = torch.zeros(3, dtype=torch.bool), torch.zeros(3, 2)
 FEATURES = torch.zeros(3, 4)
+NAN = torch.tensor([1.0, torch.nan, 0.5])
 IDS = torch.zeros(3, 2, dtype=torch.int64)
 
 WRONG: list[tuple[Callable[[], Any], str]] = [
@@ -63,6 +64,17 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sc.greedy_cluster(ROWS[..., None]), "scores: expected a square matrix"),
     (lambda: sc.greedy_cluster(FEATURES.to("meta")), "scores: expected a tensor with values"),
     (lambda: sc.pass_at_k(X.long(), X[:2].long(), 1), "c: expected a shape that broadcasts"),
+    # values that would otherwise vanish in a comparison
+    (lambda: sh.prioritised_sample(NAN, 1), r"advantage: expected finite .* got nan at \(1,\)"),
+    (lambda: sh.entropy_filter(X, NAN[:, None], X[:, None] + 1), r"entropy: .* nan at \(1, 0\)"),
+    (lambda: sh.entropy_reshape(X, NAN, GROUP), r"entropy_mean: expected finite .* at \(1,\)"),
+    (lambda: sh.dynamic_sampling_mask(NAN, GROUP), r"reward: expected finite .* at \(1,\)"),
+    (lambda: sh.pass_at_k_reward(NAN, GROUP), r"reward: expected finite .* at \(1,\)"),
+    (lambda: sh.laser(NAN, BITS, target=1), r"length: expected finite numbers, got nan at \(1,\)"),
+    (lambda: sc.vote_ids(IDS, ROWS - 1), r"weights: expected finite numbers >= 0, got -1"),
+    (lambda: sc.vote_ids(IDS, ROWS / 0), "weights: expected finite numbers >= 0"),
+    (lambda: sc.difficulty_grade(NAN[None]), r"scores: expected finite .* got nan at \(0, 1\)"),
+    (lambda: sc.focal_bce(X, X + 0.5), "target: expected bool or 0/1 values"),
     # choices
     (lambda: sh.group_advantages(X, GROUP, baseline="median"), "baseline: expected 'group-mean'"),
     (lambda: sh.group_advantages(X, GROUP, scale="max"), "scale: expected 'std'"),
@@ -100,7 +112,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sc.difficulty_grade(ROWS, thresholds=(0.1, 0.2)), "thresholds: expected descending"),
     (lambda: sc.markov_improvement(ROWS.bool(), prior=-1), "prior: expected a finite number >= 0"),
     (lambda: sc.tail_answers(IDS[None], 0), "last: expected an integer >= 1"),
-    (lambda: sc.flexible_verification(ROWS.bool(), 0.5), "agreement: expected .* > 0.5"),
+    (lambda: sc.flexible_verification(ROWS.bool(), 0.5), r"agreement: expected a number in \(0.5"),
     (lambda: sc.focal_bce(X, X, gamma=-1), "gamma: expected a finite number >= 0"),
     (lambda: sc.focal_bce(X, X, alpha=2), r"alpha: expected a number in \[0, 1\]"),
     (lambda: sc.cons_at_k(IDS, GROUP, 3), r"k: expected an integer in \[1, 2\]"),
@@ -111,7 +123,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sc.vote([["a"]]), r"answers\[0\]: expected a string, .* got list"),
     (lambda: sc.vote(["a"], [-1.0]), r"weights\[0\]: expected a finite number >= 0"),
     (lambda: sc.temperature_vote(["a"], []), "temperature: expected 1 numbers"),
-    (lambda: sc.temperature_vote([], [], intra=0), "intra: expected a finite number > 0"),
+    (lambda: sc.temperature_vote([], [], intra=0), r"intra: expected a number in \(0, 1\]"),
     (lambda: sc.temperature_vote([], [], cross=2), r"cross: expected a number in \(0, 1\]"),
     (lambda: sc.subthought_split("a", ["", "b"]), "markers: expected one word or more"),
     (lambda: sc.route_peers(["a", "b"], 2), "top_k: expected at most 1"),
@@ -139,6 +151,25 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sh.mix_rewards({"a": X}, {"a": 1}, schedule={"b": 1}), "schedule: expected some of"),
     (lambda: sh.mix_rewards({"a": X, "b": ROWS}, {"a": 1, "b": 1}), r"b: expected shape \(N,\)"),
     (lambda: sh.mix_rewards({"a": X}, {"a": 1}, normalise="per-component"), "group: expected a te"),
+    (lambda: sh.mix_rewards([X], [1]), "components: expected a mapping from names, got list"),
+    (lambda: sh.mix_rewards({"a": X}, {"a": "1"}), r"weights\['a'\]: expected a finite .* '1'"),
+    (lambda: sh.mix_rewards({"a": X}, {"a": 1}, schedule={"a": X}), r"schedule\['a'\]: expected"),
+    # lists: a text is none
+    (lambda: sh.laser_d(X, BITS, GROUP, targets=7), "targets: expected a list of three .* got int"),
+    (lambda: sh.laser_d(X, BITS, GROUP, targets="abc"), "targets: expected a list .* got str"),
+    (lambda: sh.laser_de(X, BITS, GROUP, targets=("1", 2, 3)), r"targets\[0\]: expected a finite"),
+    (lambda: sc.vote("7127"), "answers: expected a list of answers, one per sample, got str"),
+    (lambda: sc.vote(None), "answers: expected a list of answers, one per sample, got None"),
+    (lambda: sc.vote(["7"], 1.0), "weights: expected a list of numbers, one per answer, got float"),
+    (lambda: sc.temperature_vote("77", [1, 1]), "answers: expected a list"),
+    (lambda: sc.temperature_vote(["7"], 1.0), "temperature: expected a list"),
+    (lambda: sc.AStarFrontier().push("ab", [1, 1]), "states: expected a list of states, got str"),
+    (lambda: sc.AStarFrontier().push(["a"], 0.5), "rewards: expected a list of numbers"),
+    (lambda: sc.greedy_cluster(0.5), "scores: expected a list of rows of numbers, got float"),
+    (lambda: sc.finish_plan(3, 1, 1), "clusters: expected a list of clusters, got int"),
+    (lambda: sc.select_diverse("abc", 2), "texts: expected a list of strings, got str"),
+    (lambda: sc.route_peers("abc", 1), "summaries: expected a list of strings, got str"),
+    (lambda: sc.focal_bce(X, X + 2), r"target: expected bool or 0/1 values, got 2.0 at \(0,\)"),
 ]  # fmt: skip
 
 

@@ -222,5 +222,14 @@ def test_results_are_checked():
         rk.check_verifier(lambda *_: None, draws=16)
     with pytest.raises(ValueError, match="^length: expected a tensor, got int"):
         rk.check_verifier(lambda *_: (torch.zeros(16, 4).long(), 1), draws=16)
+    with pytest.raises(ValueError, match="^tokens: expected dtype torch.int64 or .*float32"):
+        rk.check_verifier(lambda *_: (torch.zeros(16, 4), torch.ones(16).long()), draws=16)
+    with pytest.raises(ValueError, match="^fn: expected a function, got 3"):
+        rk.check_verifier(3)
+    for wrong in (None, [torch.tensor(0)]):
+        with pytest.raises(ValueError, match="^fn's result: expected a list of integers"):
+            rk.check_verifier(
+                lambda *_, wrong=wrong: wrong, vocab=3, children=1, depth=1, exact=True
+            )
     with pytest.raises(ValueError, match="^tokens: expected 1 to 2 ids"):
         rk.check_verifier(lambda draws, coins: [], vocab=3, children=1, depth=1, exact=True)

@@ -30,7 +30,7 @@ from speculation_table_cases import (
 )
 
 from reasonkern import DraftTree, NgramTable, _load
-from reasonkern.speculation import table_reference as reference
+from reasonkern.speculation import reference_table as reference
 
 # ---- every backend is the definition
 

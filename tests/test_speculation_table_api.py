@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import parallel_ranks
 import pytest
 import torch
 from contract import run_contract
@@ -16,7 +15,7 @@ from speculation_table_cases import entries, generator, random_batch, random_req
 from torch import Tensor
 
 from reasonkern import DraftTree, NgramTable
-from reasonkern.speculation import table_reference as reference
+from reasonkern.speculation import reference_table as reference
 
 CHAIN = DraftTree.chain(2)
 
@@ -155,9 +154,7 @@ dist.destroy_process_group()
 def test_replicas_stay_identical(tmp_path: Path) -> None:
     here = Path(__file__).parent
     script = RANK.format(tests=str(here), root=str(here.parent))
-    command = [sys.executable, "-c", script]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path)]) for rank in range(2)]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
+    parallel_ranks.run_script(script, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = NgramTable(64, vocab_size=50, orders=(3, 2, 1), topk=4, max_scopes=4)
     for step in range(5):
@@ -225,6 +222,7 @@ def test_contract_of_table_update() -> None:
         ({"orders": ()}, r"orders: expected 1 to 4 descending integers in \[1, 8\], got \(\)"),
         ({"orders": (2, 3)}, "orders: expected 1 to 4 descending integers"),
         ({"orders": (9,)}, "orders: expected 1 to 4 descending integers"),
+        ({"orders": 3}, r"orders: expected 1 to 4 descending integers in \[1, 8\], got 3"),
         ({"topk": 17}, r"topk: expected an integer in \[1, 16\], got 17"),
         ({"max_count": 0}, r"max_count: expected an integer in \[1, 32767\], got 0"),
         ({"max_scopes": 0}, "max_scopes: expected an integer"),
@@ -288,6 +286,7 @@ def test_bad_rows(changes: dict[str, Any], message: str) -> None:
         ({"temperature": torch.tensor([torch.nan])}, "temperature: expected numbers >= 0"),
         ({"temperature": torch.ones(2)}, r"temperature: expected a number or shape \(1,\)"),
         ({"seed": 1.5}, "seed: expected an integer or a tensor, got 1.5"),
+        ({"position": -1}, r"position: expected an integer >= 0 or a \(B,\) tensor, got -1"),
         ({"seed": 1 << 64}, "seed: expected an integer of 64 bits"),
         ({"position": torch.tensor([0, 1])}, r"position: expected a number or shape \(1,\)"),
         ({"context": CONTEXT - 3}, r"context: expected values in \[-1, 50\), got -2"),
@@ -305,13 +304,19 @@ def test_bad_sequences_and_steps() -> None:
     tokens = torch.zeros(2, 5, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"tokens: expected shape \(batch, length\), got \(5,\)"):
         small().update_from_sequence(tokens[0], ids[0], logits[0])
-    with pytest.raises(ValueError, match=r"topk_logits: expected shape \(batch, length, …\)"):
+    with pytest.raises(ValueError, match=r"topk_logits: expected shape \(batch, length, k\)"):
         small().update_from_sequence(tokens, ids, logits[:, 1:], lse=lse)
     with pytest.raises(ValueError, match=r"lengths: expected values in \[0, 6\), got 6 at \(1,\)"):
         small().update_from_sequence(tokens, ids, logits, lengths=torch.tensor([0, 6]))
     verified = SimpleNamespace(tokens=tokens, length=torch.tensor([1, 1]))
     with pytest.raises(ValueError, match=r"verified.tokens: expected shape \(1, depth \+ 1\)"):
         small().update_verified(CONTEXT, verified)
+    with pytest.raises(ValueError, match="verified: expected a Verified, .* got tuple"):
+        small().update_verified(CONTEXT, (tokens, verified.length))
+    with pytest.raises(ValueError, match="topk_logits: expected a tensor, got list"):
+        small().update_from_sequence(tokens, ids, [[0.0]])
+    with pytest.raises(ValueError, match=r"all_nodes: expected a triple \(logits, draft, tree\)"):
+        small().update_verified(CONTEXT, verified, all_nodes=(1, 2))
     step = torch.zeros(1, 3, 50), None, DraftTree.chain(2)
     with pytest.raises(ValueError, match=r"all_nodes: expected logits of shape \(1, 2, vocab"):
         small().update_verified(CONTEXT, None, all_nodes=step)
@@ -328,8 +333,15 @@ def test_bad_states() -> None:
     state = table.state_dict() | {"ages": torch.zeros(3, dtype=torch.int32)}
     with pytest.raises(ValueError, match=r"state\['ages'\]: expected shape of this table"):
         table.load_state_dict(state)
-    with pytest.raises(ValueError, match=r"scope: expected values in \[0, 4\), got 4"):
+    with pytest.raises(
+        ValueError, match="state: expected a mapping, as state_dict returns it, got"
+    ):
+        table.load_state_dict(None)
+    with pytest.raises(ValueError, match=r"scope: expected an integer in \[0, 4\), got 4"):
         table.reset(4)
+    for wrong in (1.5, "a", None):
+        with pytest.raises(ValueError, match="scope: expected an integer or a tensor"):
+            table.reset(wrong)
 
 
 @pytest.mark.parametrize("storage", ["packed", "exact"])

@@ -107,6 +107,7 @@ def test_a_file_without_a_tree_is_named(tmp_path: Path, text: str) -> None:
         ([-1, 1], r"parents\[1\]: expected an integer in \[0, 1\), got 1"),
         ([-1, 0, -1], r"parents\[2\]: expected an integer in \[0, 2\), got -1"),
         ([-1, 0.0], r"parents\[1\]: expected an integer"),
+        (5, "parents: expected a sequence of integers, got 5"),
     ],
 )
 def test_bad_parents(parents: list[int], message: str) -> None:
@@ -120,5 +121,12 @@ def test_bad_arguments() -> None:
             make(0)
     with pytest.raises(ValueError, match=r"nodes: expected an integer in \[1, 3\], got 4"):
         DraftTree.chain(3).prefix(4)
+    with pytest.raises(ValueError, match=r"nodes: expected an integer in \[1, 3\], got True"):
+        DraftTree.chain(3).prefix(True)
+    for rates in (0.5, (), "ab", ("a",), (2.0,)):
+        with pytest.raises(ValueError, match="rates: expected a"):
+            DraftTree.grow(8, rates=rates)
+    with pytest.raises(ValueError, match="length: expected dtype torch.int64 or torch.int32"):
+        DraftTree.chain(3).positions(torch.tensor([3.0]))
     with pytest.raises(ValueError, match=r"length: expected shape \(batch,\), got \(\)"):
         DraftTree.chain(3).positions(torch.tensor(3))

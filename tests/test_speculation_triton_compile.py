@@ -1,18 +1,10 @@
-"""Compiles the Triton kernels of the table ahead of time, without a GPU, and asserts no spills.
-
-The compiler cannot run in a process that interprets kernels, so this file is also a program, as
-tests/test_triton_compile.py is.
-"""
+"""Compiles the Triton kernels of the table ahead of time, without a GPU, and asserts no spills."""
 
 import json
-import os
-import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
+from triton_programs import assert_unspilled, compiled, fused_steps, output_of, resources
 
 pytest.importorskip("triton", reason="the Triton backend needs triton, which is Linux only")
 
@@ -35,31 +27,12 @@ def cases(storages):
 
 
 def compile_one(kernel, constants, cc):
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from reasonkern.speculation.triton_table import OPTIONS
 
-    signature = {}
-    for param in kernel.params:
-        pointee = POINTEES.get(param.name, "i64")
-        if param.name == "extra":
-            pointee = EXTRA[constants["STORAGE"]]
-        signature[param.name] = param.annotation_type or f"*{pointee}"
-        if param.name in constants:
-            signature[param.name] = "constexpr"
+    types = POINTEES | {"extra": EXTRA[constants.get("STORAGE", 0)]}
     options = OPTIONS | ({"num_warps": 1} if kernel.__name__ == "merge_kernel" else {})
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-    compiled = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    used = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    used["fma"] = len(re.findall(r"^\s*(?:@\S+ )?fma\.rn\.f32", compiled.asm["ptx"], re.MULTILINE))
-    return used
+    made = compiled(kernel, cc, lambda n: f"*{types.get(n, 'i64')}", constants, options)
+    return resources(made) | {"fused": fused_steps(made)}
 
 
 def compile_all(storages, architectures):
@@ -72,6 +45,11 @@ def compile_all(storages, architectures):
     ]
 
 
+if __name__ == "__main__":
+    print(json.dumps(compile_all(*map(json.loads, sys.argv[1:]))))
+    sys.exit()
+
+
 PACKED_ON_HOPPER = [[0], [90]]
 EVERYTHING = [list(EXTRA), [80, 90, 100]]
 
@@ -80,31 +58,17 @@ EVERYTHING = [list(EXTRA), [80, 90, 100]]
     scope="module", params=[PACKED_ON_HOPPER, pytest.param(EVERYTHING, marks=pytest.mark.slow)],
     ids=["core", "all"],
 )  # fmt: skip
-def compiled(request):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[1]
-    environment["PYTHONPATH"] = str(root)
-    done = subprocess.run(
-        [sys.executable, __file__, json.dumps(request.param)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        cwd=root,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
+def report(request):
+    rows = output_of(__file__, *request.param)
     assert len(rows) == len(request.param[1]) * len(list(cases(request.param[0])))
     return rows
 
 
-def test_no_kernel_spills(compiled):
-    assert not [row for row in compiled if row["STACK"] or row["LOCAL"]]
+def test_no_kernel_spills(report):
+    for row in report:
+        assert_unspilled(row)
 
 
-def test_nothing_is_contracted(compiled):
+def test_nothing_is_contracted(report):
     """A fused multiply-add would change bits; division by Newton steps is inside div.rn."""
-    assert not [row for row in compiled if row["fma"]]
-
-
-if __name__ == "__main__":
-    print(json.dumps(compile_all(*json.loads(sys.argv[1]))))
+    assert not [row for row in report if row["fused"]]

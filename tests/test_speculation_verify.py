@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -368,3 +371,15 @@ def test_lse_where_all_but_the_top_is_far_below(shift):
     truth = logits[:, 0].double().logsumexp(-1)
     error = (out.lse[:, 0].double() - truth).abs()
     assert (error <= 2**-20 + ulp(truth, torch.float32)).all()
+
+
+@pytest.mark.skipif(not _load.available("cpu"), reason="library _C is not built")
+@pytest.mark.parametrize("level", ["baseline", "v3"])
+def test_lse_of_narrower_instruction_sets(level):
+    """They add more numbers per lane. A process takes its level once."""
+    test = test_lse_where_all_but_the_top_is_far_below.__name__
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", f"{__file__}::{test}", "-p", "no:cacheprovider"],
+        env={**os.environ, "REASONKERN_CPU": level}, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout

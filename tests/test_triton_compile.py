@@ -1,21 +1,14 @@
-"""Compiles every Triton kernel of policy_loss and shaping ahead of time, without a GPU.
-
-The compiler cannot run in a process that interprets kernels (TRITON_INTERPRET=1), so this file is
-also a program: it prints what the compiler made of the kernels as JSON, and the tests read that.
-"""
+"""Compiles every Triton kernel of policy_loss and shaping ahead of time, without a GPU."""
 
 import inspect
 import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
+from triton_programs import assert_unspilled, compiled, output_of, resources
 
 pytest.importorskip("triton", reason="the Triton backend needs triton, which is Linux only")
 
@@ -48,9 +41,7 @@ POINTEES |= dict.fromkeys(("gram", "score", "factor"), "fp64")
 # ---- the program: compile, print
 
 
-def source(kernel, variant, dtype):
-    from triton.compiler import ASTSource
-
+def compile_one(kernel, variant, cc, dtype):
     from reasonkern.policy_loss.triton_kernels import config
     from reasonkern.policy_loss.triton_objective import Hyper
     from reasonkern.shaping import triton_kernels as shaping_kernels
@@ -65,29 +56,13 @@ def source(kernel, variant, dtype):
     constants = {"SOFTCAP": full, "ALIGNED": not full, "SAME": not full, "BLOCK": block}
     if not full:
         constants |= dict.fromkeys(OPTIONAL[kernel.__name__])
-    signature = {}
-    for param in kernel.params:
-        element = dtype if param.name in ("logits", "grad", "x") else "fp32"
-        signature[param.name] = "*" + POINTEES.get(param.name, element)
-        if param.annotation_type:
-            signature[param.name] = param.annotation_type
-        if param.name == "values":
-            signature[param.name] = Hyper(*["fp32"] * 9)
-        if param.name in constants:
-            signature[param.name] = "constexpr"
-    constants = {name: value for name, value in constants.items() if name in signature}
-    return ASTSource(fn=kernel, signature=signature, constexprs=constants), options
 
+    def types(name):
+        if name == "values":
+            return Hyper(*["fp32"] * 9)
+        return "*" + POINTEES.get(name, dtype if name in ("logits", "grad", "x") else "fp32")
 
-def resources(cubin):
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return compiled(kernel, cc, types, constants, options)
 
 
 def reduction_layouts(ttgir):
@@ -112,17 +87,13 @@ def kernels(variant, dtype):
 
 
 def compile_all():
-    import triton
-    from triton.backends.compiler import GPUTarget
-
     rows = []
     for variant, cc, dtype in CASES:
         for name in kernels(variant, dtype):
-            src, options = source(find(name), variant, dtype)
-            compiled = triton.compile(src, target=GPUTarget("cuda", cc, 32), options=options)
+            made = compile_one(find(name), variant, cc, dtype)
             row = {"kernel": name, "variant": variant, "cc": cc, "dtype": dtype}
-            row["layouts"] = reduction_layouts(compiled.asm["ttgir"])
-            rows.append(row | resources(compiled.asm["cubin"]))
+            row["layouts"] = reduction_layouts(made.asm["ttgir"])
+            rows.append(row | resources(made))
     return rows
 
 
@@ -169,12 +140,7 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def report():
-    root = Path(__file__).parents[1]
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(root), env.get("PYTHONPATH"))))
-    run = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return json.loads(run.stdout.splitlines()[-1])
+    return output_of(__file__)
 
 
 @pytest.mark.parametrize(("variant", "cc", "dtype"), CASES)
@@ -182,9 +148,8 @@ def test_compiles_without_spills(report, variant, cc, dtype):
     case = {"variant": variant, "cc": cc, "dtype": dtype}
     rows = {row["kernel"]: row for row in report["compiled"] if case.items() <= row.items()}
     assert set(rows) == set(kernels(variant, dtype))
-    for name, row in rows.items():
-        assert 0 < row["REG"] <= 255
-        assert (row["LOCAL"], row["STACK"]) == (0, 0), name
+    for row in rows.values():
+        assert_unspilled(row)
 
 
 @pytest.mark.parametrize(("variant", "cc", "dtype"), CASES)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from test_speculation_tree import parent_lists
 from reasonkern import DraftTree, tune_tree
 from reasonkern.__main__ import main
 from reasonkern.speculation.replay import TokenTrace, replay
+from reasonkern.speculation.tokenizers import TokenizerError, load_tokenizer
 from reasonkern.speculation.tune import big_tree
 
 REAL = Path(__file__).parents[1].parent / "shared" / "data" / "traces" / "traces.jsonl.gz"
@@ -56,7 +58,11 @@ def test_a_later_sibling_keeps_the_earlier_ones() -> None:
         (torch.tensor([1.0, -1.0]), {}, "source: expected finite counts >= 0"),
         (torch.tensor([1.0, torch.nan]), {}, "source: expected finite counts >= 0"),
         (torch.ones(2), {"nodes": 3}, r"nodes: expected an integer in \[1, 2\]"),
+        (torch.ones(2), {"nodes": True}, "nodes: expected an integer .* got True"),
         ([], {}, "source: expected at least one sequence of token ids, got none"),
+        (None, {}, "source: expected counts, or a list of sequences of token ids, got None"),
+        ("traces.jsonl", {}, "source: expected counts, or a list .* got 'traces.jsonl'"),
+        ([[1, 2, 3]], {"vocab_size": 2}, "vocab_size: expected an integer above the largest id, 3"),
     ],
 )
 def test_bad_sources(source: Any, options: dict[str, Any], message: str) -> None:
@@ -182,8 +188,10 @@ def test_a_bad_line_is_named(tmp_path: Path, capsys: Any, line: Any, message: st
     [
         (["--nodes", "700"], "--nodes: expected 1 to 625, got 700"),
         (["--png", "tree.gif"], "--png: expected a name that ends in .png, got tree.gif"),
-        (["--tokenizer", "nowhere"], "--tokenizer nowhere: expected bytes, mistral-common or a"),
+        (["--tokenizer", "nowhere"], "--tokenizer nowhere: expected bytes, mistral-common, a"),
+        (["--tokenizer", "{tmp}"], "expected bytes, mistral-common, a tokenizer.json or a model's"),
         (["-o", "{tmp}/no/tree.json"], "tree.json: there is no folder"),
+        (["-o", "{tmp}"], "expected the name of a file, got a folder"),
     ],
 )
 def test_bad_options(tmp_path: Path, capsys: Any, arguments: list[str], message: str) -> None:
@@ -204,11 +212,18 @@ def test_a_tokenizer_file_is_used(tmp_path: Path, capsys: Any) -> None:
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     words.save(str(tmp_path / "tokenizer.json"))
     traces = write(tmp_path / "traces.jsonl", [{"text": "a b a b a"}])
-    assert main(["tune", str(traces), "--tokenizer", str(tmp_path / "tokenizer.json")]) == 0
-    assert "5 tokens (tokenizer, vocabulary 3)" in capsys.readouterr().out
+    for name in (tmp_path, tmp_path / "tokenizer.json"):  # a model's folder, or the file in it
+        assert main(["tune", str(traces), "--tokenizer", str(name)]) == 0
+        assert "5 tokens (tokenizer, vocabulary 3)" in capsys.readouterr().out
     (tmp_path / "tokenizer.json").write_text("{}")
     assert main(["tune", str(traces), "--tokenizer", str(tmp_path / "tokenizer.json")]) == 2
-    assert "error: --tokenizer" in capsys.readouterr().err
+    assert "not a tokenizer.json of tokenizers" in capsys.readouterr().err
+
+
+def test_a_missing_tokenizer_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mistral_common", None)
+    with pytest.raises(TokenizerError, match=r"mistral-common needs .*\(pip install mistral-comm"):
+        load_tokenizer("mistral-common")
 
 
 @pytest.mark.slow

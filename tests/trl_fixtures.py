@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from trl_cases import make_trainer
+
+Make = Callable[..., Any]  # from a class of trainers and options
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +38,9 @@ def model_folder(example: ModuleType, tmp_path_factory: pytest.TempPathFactory) 
     model = example.make_model(initializer_range=0.3)  # logits that are not all alike
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def make(example: ModuleType, model_folder: Path, tmp_path: Path) -> Make:
+    """Trainers of one kind of model and data."""
+    return lambda kind, **options: make_trainer(kind, example, model_folder, tmp_path, **options)

@@ -18,6 +18,16 @@ class Terms(NamedTuple):
     logprob: Tensor | None
     entropy: Tensor | None
 
+    def detached(self) -> Terms:
+        """Without their graph."""
+        return Terms(self.loss.detach(), *(t if t is None else t.detach() for t in self[1:]))
+
+    def outputs(self) -> dict[str, Tensor]:
+        """By the names of the truth."""
+        rows = {"logprob": self.logprob, "entropy": self.entropy}
+        named = {name: t.flatten() for name, t in rows.items() if t is not None}
+        return {"loss": self.loss, **named}
+
 
 class Result(NamedTuple):
     """The terms and the gradient of the logits."""
@@ -42,14 +52,10 @@ def loss_and_gradient(
     def call() -> Result:
         terms = compute(logits)
         (grad,) = torch.autograd.grad(terms.loss, logits)
-        rows = (t if t is None else t.detach() for t in terms[1:])
-        return Result(Terms(terms.loss.detach(), *rows), grad)
+        return Result(terms.detached(), grad)
 
     def outputs(result: Result) -> dict[str, Tensor]:
-        loss, logprob, entropy = result.terms
-        rows = {"logprob": logprob, "entropy": entropy}
-        named = {name: t.flatten() for name, t in rows.items() if t is not None}
-        return {"loss": loss, "grad": valid(result.grad).flatten(0, 1), **named}
+        return result.terms.outputs() | {"grad": valid(result.grad).flatten(0, 1)}
 
     return Runner(call, outputs, reset or (lambda: None))
 
@@ -70,16 +76,11 @@ def loss_and_head_gradients(
 
     def call() -> HeadResult:
         terms = compute(hidden, head)
-        gradients = torch.autograd.grad(terms.loss, (hidden, head))
-        rows = (t if t is None else t.detach() for t in terms[1:])
-        return HeadResult(Terms(terms.loss.detach(), *rows), *gradients)
+        return HeadResult(terms.detached(), *torch.autograd.grad(terms.loss, (hidden, head)))
 
     def outputs(result: HeadResult) -> dict[str, Tensor]:
-        loss, logprob, entropy = result.terms
-        rows = {"logprob": logprob, "entropy": entropy}
-        named = {name: t.flatten() for name, t in rows.items() if t is not None}
         gradients = {"grad_hidden": result.grad_hidden.flatten(0, 1), "grad_head": result.grad_head}
-        return {"loss": loss, **gradients, **named}
+        return result.terms.outputs() | gradients
 
     return Runner(call, outputs)
 

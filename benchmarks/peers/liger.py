@@ -39,6 +39,10 @@ def policy_loss_runner(case: Case, batch: Batch) -> Runner:
     return _triton(case, batch) if case.device == "cuda" else _torch(case, batch)
 
 
+def _bounds(spec: Spec) -> dict[str, float]:
+    return {"epsilon_low": 1 - spec.ratio_min, "epsilon_high": spec.ratio_max - 1}
+
+
 def _options(spec: Spec) -> dict[str, Any]:
     """`dapo` divides by the number of active tokens, which is what the weights of the batch do."""
     return {
@@ -54,7 +58,6 @@ def _torch(case: Case, batch: Batch) -> Runner:
     except ImportError as missing:
         raise Skip(f"liger-kernel is not installed ({missing})") from None
     spec, mask = case.spec, torch.ones_like(batch.weight)
-    bounds = {"epsilon_low": 1 - spec.ratio_min, "epsilon_high": spec.ratio_max - 1}
 
     def compute(logits: Tensor) -> Terms:
         logp = torch.log_softmax(logits.float(), dim=-1)
@@ -65,7 +68,7 @@ def _torch(case: Case, batch: Batch) -> Runner:
             batch.advantage,
             mask,
             old_per_token_logps=batch.old_logprob,
-            **bounds,
+            **_bounds(spec),
             **_options(spec),
         )
         if spec.entropy_coef == 0:
@@ -126,8 +129,9 @@ def linear_policy_loss_runner(case: Case, batch: HeadBatch) -> Runner:
     except ImportError as missing:
         raise Skip(f"liger-kernel is not installed ({missing})") from None
     spec, mask = case.spec, torch.ones_like(batch.weight)
-    bounds = {"epsilon_low": 1 - spec.ratio_min, "epsilon_high": spec.ratio_max - 1}
-    loss = LigerFusedLinearGRPOLoss(compiled=False, use_ref_model=False, **bounds, **_options(spec))
+    loss = LigerFusedLinearGRPOLoss(
+        compiled=False, use_ref_model=False, **_bounds(spec), **_options(spec)
+    )
 
     def compute(hidden: Tensor, head: Tensor) -> Terms:
         value, _ = loss(

@@ -15,7 +15,7 @@ from benchmarks.peers import Terms, loss_and_gradient, loss_and_head_gradients, 
 
 if TYPE_CHECKING:
     from benchmarks.linear_policy_loss import HeadBatch
-    from benchmarks.policy_loss import Batch
+    from benchmarks.policy_loss import Batch, Spec
 
 Build = Callable[[Case, Any], Runner]
 
@@ -26,6 +26,12 @@ def library() -> Any:
     except ImportError as missing:
         raise Skip(f"reasonkern cannot be imported ({missing})") from None
     return reasonkern
+
+
+def objective_of(spec: Spec) -> Any:
+    rk = library()
+    make = rk.Objective.gspo if spec.sequence_level else rk.Objective.dapo
+    return make(spec.ratio_min, spec.ratio_max, entropy_coef=spec.entropy_coef)
 
 
 def token_stats_runner(case: Case, batch: Batch) -> Runner:
@@ -40,8 +46,7 @@ def token_stats_runner(case: Case, batch: Batch) -> Runner:
 
 def policy_loss_runner(case: Case, batch: Batch) -> Runner:
     rk, spec = library(), case.spec
-    make = rk.Objective.gspo if spec.sequence_level else rk.Objective.dapo
-    objective = make(spec.ratio_min, spec.ratio_max, entropy_coef=spec.entropy_coef)
+    objective = objective_of(spec)
     leaf = (batch.logits.clone() if spec.inplace else batch.logits.detach()).requires_grad_()
 
     def compute(logits: Tensor) -> Terms:
@@ -92,8 +97,7 @@ def linear_in_calls_of_1k_runner(case: Case, batch: HeadBatch) -> Runner:
 
 def linear_loss(case: Case, batch: HeadBatch) -> Callable[[Tensor, Tensor], Terms]:
     rk, spec = library(), case.spec
-    make = rk.Objective.gspo if spec.sequence_level else rk.Objective.dapo
-    objective = make(spec.ratio_min, spec.ratio_max, entropy_coef=spec.entropy_coef)
+    objective = objective_of(spec)
 
     def compute(hidden: Tensor, head: Tensor) -> Terms:
         out = rk.linear_policy_loss(

@@ -1,5 +1,6 @@
-// Checks of raw operator calls. The Python fronts validate what users pass and raise ValueError;
-// these keep a direct call of an operator from reading or writing out of bounds.
+// Checks of raw operator calls, and the addresses behind them. The Python fronts validate what
+// users pass and raise ValueError; these keep a direct call of an operator from reading or writing
+// out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -8,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
+#include <optional>
 #include <sstream>
 #include <string>
 
@@ -16,6 +18,7 @@ namespace reasonkern {
 using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
 
 inline std::string shape_text(IntHeaderOnlyArrayRef sizes) {
   std::ostringstream text;
@@ -62,6 +65,12 @@ inline void check_tensor(const Tensor& t, const char* name, ScalarType dtype,
   check_contiguous(t, name);
 }
 
+inline void check_last_contiguous(const Tensor& t, const char* name) {
+  const int64_t last = t.dim() - 1;
+  STD_TORCH_CHECK(t.numel() == 0 || t.size(last) <= 1 || t.stride(last) == 1, name,
+                  ": expected a contiguous last dimension, got strides ", shape_text(t.strides()));
+}
+
 // Writing through a tensor whose rows share memory would depend on the order of the rows.
 inline void check_rows_apart(const Tensor& t, const char* name) {
   const int64_t width = t.size(t.dim() - 1);
@@ -70,6 +79,21 @@ inline void check_rows_apart(const Tensor& t, const char* name) {
                     ": expected rows that do not overlap for writing in place, got strides ",
                     shape_text(t.strides()), " for shape ", shape_text(t.sizes()));
   }
+}
+
+// An undefined or empty tensor has no address worth passing on.
+template <class T>
+T* data(const Tensor& t) {
+  return t.numel() == 0 ? nullptr : static_cast<T*>(t.data_ptr());
+}
+
+// The address of a checked tensor, null where none is given.
+template <class T>
+const T* maybe_data(const MaybeTensor& t, const char* name, ScalarType dtype,
+                    IntHeaderOnlyArrayRef sizes, const Tensor& reference) {
+  if (!t.has_value()) return nullptr;
+  check_tensor(*t, name, dtype, sizes, reference);
+  return data<const T>(*t);
 }
 
 }  // namespace reasonkern

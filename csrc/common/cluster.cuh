@@ -1,6 +1,6 @@
-// Shared memory, thread-block clusters and asynchronous copies: the hardware-only features behind
-// thin wrappers. Below sm_90 a cluster is one block. Static __shared__ variables are not used
-// anywhere: the simulator keeps several blocks alive at once, so all shared memory is dynamic.
+// Shared memory and thread-block clusters: the hardware-only features behind thin wrappers. Below
+// sm_90 a cluster is one block. Static __shared__ variables are not used anywhere: the simulator
+// keeps several blocks alive at once, so all shared memory is dynamic.
 #pragma once
 
 #include "vec.h"
@@ -83,38 +83,6 @@ __device__ __forceinline__ T* cluster_map(T* p, unsigned rank) {
   return reinterpret_cast<T*>(mapped);
 #else
   return p;
-#endif
-}
-
-// 16 bytes from global to shared memory without passing through registers. The copies issued since
-// the last commit form a group; copy_wait<n> returns when at most the n youngest of this thread's
-// groups are still under way. Other threads see the bytes after a __syncthreads behind the wait.
-template <class T>
-__device__ __forceinline__ void copy_async(T* shared, const T* global) {
-#if defined(__CUDACC__)
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
-               "l"(__cvta_generic_to_global(global))
-               : "memory");
-#else
-  cuda_sim::copy_async16(shared, global);
-#endif
-}
-
-__device__ __forceinline__ void copy_commit() {
-#if defined(__CUDACC__)
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#else
-  cuda_sim::copy_commit();
-#endif
-}
-
-template <int groups>
-__device__ __forceinline__ void copy_wait() {
-#if defined(__CUDACC__)
-  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
-#else
-  cuda_sim::copy_wait(groups);
 #endif
 }
 

@@ -54,6 +54,16 @@ RK_HOST_DEVICE void apply_sets(Row& row, const RowControl& c, const Sets& sets, 
   }
 }
 
+// The minimum of thinking: the mass of the end goes to the wait.
+template <class Row>
+RK_HOST_DEVICE void move_to_wait(Row& row, const RowControl& c, int64_t vocab, float temperature) {
+  if (c.end < 0 || c.end >= vocab || c.wait >= vocab) return;
+  const typename Row::Value wait = row.get(c.wait);
+  if (!can_wait(wait)) return;
+  row.set(c.wait, merged(wait, row.get(c.end), temperature));
+  row.set(c.end, -typename Row::Value(kInfinity));
+}
+
 // The forced id, or -1.
 template <class Row>
 RK_HOST_DEVICE int64_t apply_control(Row& row, const RowControl& c, const Sets& sets, int64_t vocab,
@@ -64,10 +74,7 @@ RK_HOST_DEVICE int64_t apply_control(Row& row, const RowControl& c, const Sets& 
     return c.force;
   }
   apply_sets(row, c, sets, vocab);
-  if (c.end >= 0 && c.end < vocab && c.wait < vocab && can_wait(row.get(c.wait))) {
-    row.set(c.wait, merged(row.get(c.wait), row.get(c.end), temperature));
-    row.set(c.end, T(-kInfinity));
-  }
+  move_to_wait(row, c, vocab, temperature);
   if (dense && c.soft >= 0 && c.soft < vocab) {
     row.set(c.soft, raised(row.get(c.soft), row.largest(), c.weight, c.margin));
   }

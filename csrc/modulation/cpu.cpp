@@ -65,63 +65,13 @@ void modulate_tree(const RowsParams& p, int64_t b) {
   }
 }
 
-// ---- chains: what a row will write to is on its way while the rows before it are written
-
-constexpr int64_t kAhead = 8;  // rows
-constexpr int64_t kLine = 64;  // bytes
-
-void prefetch(const void* p) { __builtin_prefetch(p, 1); }
-
-// The columns that every row of the slot reads.
-void prefetch_slot(const State& s, int64_t slot) {
-  const char* spec = reinterpret_cast<const char*>(s.spec_of(slot));
-  for (int64_t at = 0; at < kWindow * 8; at += kLine) prefetch(spec + at);
-  prefetch(s.numbers_of(slot));
-  prefetch(s.progress + slot * kProgressWidth);
-}
-
-// The first entries of its arrays.
-void prefetch_parts(const State& s, int64_t slot) {
-  const int64_t *spec = s.spec_of(slot), parts = spec[kParts];
-  if ((parts & kCyclic) && spec[kWindows] > 0) prefetch(spec + kWindow);
-  if (parts & kMinThink) prefetch(spec + kWait);
-  if (parts & kSchedule) {
-    prefetch(spec + kPointT);
-    prefetch(s.numbers_of(slot) + kPointValue);
-  }
-}
-
-template <class E>
-void prefetch_logits(const RowsParams& p, int64_t row, const RowControl& c) {
-  const E* logits = static_cast<const E*>(p.logits) + row * p.stride;
-  const auto want = [&](int64_t id) {
-    if (id >= 0 && id < p.vocab) prefetch(logits + id);
-  };
-  const Sets& sets = p.state.sets;
-  const auto want_set = [&](int32_t set) {
-    for (int32_t k = set < 0 ? 0 : sets.offsets[set]; set >= 0 && k < sets.offsets[set + 1]; ++k) {
-      want(sets.ids[k]);
-    }
-  };
-  want(c.force);
-  if (c.force >= 0) return;
-  for (int32_t set : c.sets) want_set(set);
-  want_set(c.ban);
-  want(c.end), want(c.wait);
-}
-
 template <class E>
 void modulate_chains(const RowsParams& p, int64_t begin, int64_t end) {
-  RowControl controls[kAhead];
   const State& s = p.state;
-  for (int64_t row = begin; row < end + kAhead; ++row) {
-    const int64_t due = row - kAhead;
-    if (due >= begin && s.controls(p.slot[due])) apply_row<E>(p, due, controls[due % kAhead]);
-    if (row >= end || !s.controls(p.slot[row])) continue;
+  for (int64_t row = begin; row < end; ++row) {
     const int64_t slot = p.slot[row];
-    RowControl& c = controls[row % kAhead];
-    c = control_of(s.spec_of(slot), s.numbers_of(slot), fold_chain(p, slot, row));
-    prefetch_logits<E>(p, row, c);
+    if (!s.controls(slot)) continue;
+    apply_row<E>(p, row, control_of(s.spec_of(slot), s.numbers_of(slot), fold_chain(p, slot, row)));
   }
 }
 
@@ -138,13 +88,11 @@ void modulate_all(const RowsParams& p) {
   });
 }
 
-// Slots first, then what they hold: it is on its way by then.
 void check_slots(const RowsParams& p) {
   const State& s = p.state;
   const int64_t batch = p.rows / p.nodes;
   for (int64_t b = 0; b < batch; ++b) {
     STD_TORCH_CHECK(p.slot[b] >= -1 && p.slot[b] < s.slots, "slot: got ", p.slot[b], " at ", b);
-    if (p.slot[b] >= 0) prefetch_slot(s, p.slot[b]);
   }
   for (int32_t set = 0; set < s.sets.count; ++set) {
     const int32_t last = s.sets.ids[s.sets.offsets[set + 1] - 1];
@@ -153,7 +101,6 @@ void check_slots(const RowsParams& p) {
   }
   for (int64_t b = 0; b < batch; ++b) {
     if (!s.controls(p.slot[b])) continue;
-    prefetch_parts(s, p.slot[b]);
     const int64_t largest = s.spec_of(p.slot[b])[kMaxId];
     STD_TORCH_CHECK(largest < p.vocab, "logits: expected a vocabulary above ", largest, ", got ",
                     p.vocab);

@@ -4,8 +4,8 @@
 #pragma once
 
 #include "../common/reduce.cuh"
+#include "apply.h"
 #include "commit.h"
-#include "control.h"
 
 namespace reasonkern {
 namespace modulation {
@@ -119,16 +119,6 @@ __device__ void write_sets(const Line<E>& line, const RowControl& c, const Sets&
   }
 }
 
-template <class E>
-__device__ void move_to_wait(const Line<E>& line, const RowControl& c, float temperature) {
-  typedef typename Line<E>::Value T;
-  if (c.end < 0 || c.end >= line.vocab || c.wait >= line.vocab) return;
-  const T wait = line.get(c.wait);
-  if (!can_wait(wait)) return;
-  line.set(c.wait, merged(wait, line.get(c.end), temperature));
-  line.set(c.end, T(-kInfinity));
-}
-
 // The largest finite logit, for the first thread.
 template <class E>
 __device__ typename Line<E>::Value largest(const Line<E>& line, double* tops) {
@@ -165,7 +155,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams 
   write_sets(line, c, one.state.sets);
   __syncthreads();
   if (threadIdx.x == 0) {
-    move_to_wait(line, c, p.temperature == nullptr ? 1.0f : p.temperature[row]);
+    move_to_wait(line, c, p.vocab, p.temperature == nullptr ? 1.0f : p.temperature[row]);
   }
   if (!p.dense || c.soft < 0 || c.soft >= p.vocab) return;
   __syncthreads();

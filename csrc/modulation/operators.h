@@ -5,28 +5,11 @@
 //   static void commit(const CommitParams&, int32_t device);
 #pragma once
 
-#include <optional>
-
 #include "../common/checks.h"
 #include "modulation.h"
 
 namespace reasonkern {
 namespace modulation {
-
-using MaybeTensor = std::optional<Tensor>;
-
-template <class T>
-T* data(const Tensor& t) {
-  return t.numel() == 0 ? nullptr : static_cast<T*>(t.data_ptr());
-}
-
-template <class T>
-const T* maybe_data(const MaybeTensor& t, const char* name, ScalarType dtype,
-                    IntHeaderOnlyArrayRef sizes, const Tensor& reference) {
-  if (!t.has_value()) return nullptr;
-  check_tensor(*t, name, dtype, sizes, reference);
-  return data<const T>(*t);
-}
 
 inline State describe_state(const Tensor& reference, const Tensor& spec, const Tensor& numbers,
                             const Tensor& progress, const Tensor& set_offsets,
@@ -49,9 +32,7 @@ inline State describe_state(const Tensor& reference, const Tensor& spec, const T
 inline void describe_logits(RowsParams& p, const Tensor& logits) {
   STD_TORCH_CHECK(logits.dim() == 2, "logits: expected shape (R, V), got ",
                   shape_text(logits.sizes()));
-  STD_TORCH_CHECK(logits.size(1) <= 1 || logits.stride(1) == 1,
-                  "logits: expected a contiguous last dimension, got strides ",
-                  shape_text(logits.strides()));
+  check_last_contiguous(logits, "logits");
   check_rows_apart(logits, "logits");
   p.logits = logits.data_ptr();
   p.rows = logits.size(0);

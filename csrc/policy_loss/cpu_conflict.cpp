@@ -59,9 +59,7 @@ Tensor conflict_runs(const Tensor& tokens, const Tensor& mask, const Tensor& sig
   STD_TORCH_CHECK(tokens.dim() == 2, "tokens: expected shape (B, T), got ",
                   shape_text(tokens.sizes()));
   const int64_t rows = tokens.size(0), width = tokens.size(1);
-  STD_TORCH_CHECK(tokens.numel() == 0 || width <= 1 || tokens.stride(1) == 1,
-                  "tokens: expected a contiguous last dimension, got strides ",
-                  shape_text(tokens.strides()));
+  check_last_contiguous(tokens, "tokens");
   check_tensor(mask, "mask", ScalarType::Bool, tokens.sizes(), tokens);
   check_tensor(sign, "sign", ScalarType::Long, {rows}, tokens);
   check_tensor(members, "members", ScalarType::Long, {rows}, tokens);

@@ -34,7 +34,7 @@ enum MetricSum : int {
   kContributionNeg,
   kNumSums
 };
-constexpr int kNumMetrics = kNumCounts + kNumSums + 2 + 3 * 4;
+constexpr int kNumMetrics = int(kNumCounts) + int(kNumSums) + 2 + 3 * 4;
 
 // T is the accumulator type of the logits. Pointers are (rows); those that may be null say so.
 template <typename T>

@@ -58,6 +58,14 @@ RK_HOST_DEVICE Ratio<T> clamped_exp(T log_ratio, T limit) {
   return {std::exp(clamp(log_ratio, -limit, limit)), inside ? T(1) : T(0)};
 }
 
+// Negative advantages: the loss stops growing, and its gradient is 0, beyond r = dual_clip.
+template <typename T>
+RK_HOST_DEVICE Term<T> dual_clipped(Term<T> term, Ratio<T> r, T a, const Hyper<T>& h) {
+  const T bound = -h.dual_clip * a;
+  if (a < 0 && r.value > h.dual_clip && bound < term.value) return {bound, T(0)};
+  return term;
+}
+
 // -min(rA, clip(r)A), two-sided cap on the unclipped branch, dual clip on negative advantages.
 template <typename T>
 RK_HOST_DEVICE Term<T> clip_term(Ratio<T> r, T a, const Hyper<T>& h) {
@@ -67,10 +75,7 @@ RK_HOST_DEVICE Term<T> clip_term(Ratio<T> r, T a, const Hyper<T>& h) {
   if (unclipped >= clipped) {  // a tie is unclipped
     out = {unclipped, r.value > h.ratio_cap ? T(0) : -r.slope * r.value * a};
   }
-  if (a < 0 && r.value > h.dual_clip && -h.dual_clip * a < out.value) {
-    out = {-h.dual_clip * a, T(0)};
-  }
-  return out;
+  return dual_clipped(out, r, a, h);
 }
 
 // Clip-higher whose clipped side keeps the bounded gradient beta * bound * A.
@@ -82,10 +87,7 @@ RK_HOST_DEVICE Term<T> gppo_term(Ratio<T> r, T a, const Hyper<T>& h) {
   } else if (a > 0 && r.value > h.ratio_max) {
     out = {-h.high * h.ratio_max * a, -h.high * h.ratio_max * a};
   }
-  if (a < 0 && r.value > h.dual_clip && -h.dual_clip * a < out.value) {
-    out = {-h.dual_clip * a, T(0)};
-  }
-  return out;
+  return dual_clipped(out, r, a, h);
 }
 
 template <typename T>

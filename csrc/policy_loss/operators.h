@@ -1,4 +1,4 @@
-// The operators of the family over tensors: checks, plain params structs, outputs. A backend
+// The operators of the family over tensors: params structs filled, outputs made. A backend
 // supplies the launches; its file registers `Operators<Backend>`:
 //
 //   template <class T> static void token_stats(LogitsType, const StatsParams<T>&, int32_t device);
@@ -11,163 +11,14 @@
 // T is the accumulator type; kFloat64 comes with double and the other types with float.
 #pragma once
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "../common/checks.h"
 #include "metrics.h"
 #include "objective_map.h"
-#include "policy_loss.h"
+#include "row_tensors.h"
 
 namespace reasonkern {
-
-using MaybeTensor = std::optional<Tensor>;
-
-inline LogitsType logits_type(const Tensor& logits, const char* name) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Float:
-      return LogitsType::kFloat32;
-    case ScalarType::BFloat16:
-      return LogitsType::kBFloat16;
-    case ScalarType::Half:
-      return LogitsType::kFloat16;
-    case ScalarType::Double:
-      return LogitsType::kFloat64;
-    default:
-      STD_TORCH_CHECK(false, name, ": expected float32, bfloat16, float16 or float64, got ",
-                      logits.scalar_type());
-  }
-}
-
-// Calls body(T()) with the accumulator type of the logits.
-template <class Body>
-void dispatch_acc(LogitsType type, const Body& body) {
-  if (type == LogitsType::kFloat64) return body(double());
-  body(float());
-}
-
-template <class E>
-struct Element {
-  typedef E type;
-};
-
-// Calls body with the element type of the logits: T is their accumulator type, the other two are
-// the backend's 16-bit types.
-template <class T, class Bf16, class Fp16, class Body>
-void dispatch_element(LogitsType type, const Body& body) {
-  if constexpr (sizeof(T) == 8) {
-    body(Element<double>());
-  } else if (type == LogitsType::kFloat32) {
-    body(Element<float>());
-  } else if (type == LogitsType::kBFloat16) {
-    body(Element<Bf16>());
-  } else {
-    body(Element<Fp16>());
-  }
-}
-
-inline ScalarType acc_dtype(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-inline void check_logits(const Tensor& logits, const char* name) {
-  STD_TORCH_CHECK(logits.dim() == 3, name, ": expected shape (B, T, V), got ",
-                  shape_text(logits.sizes()));
-  STD_TORCH_CHECK(logits.size(2) <= 1 || logits.stride(2) == 1, name,
-                  ": expected a contiguous last dimension, got strides ",
-                  shape_text(logits.strides()));
-}
-
-// `grad` is null, the logits themselves, or a new tensor.
-inline Rows make_rows(const Tensor& logits, const Tensor& targets, const Tensor* grad) {
-  check_logits(logits, "logits");
-  check_tensor(targets, "targets", ScalarType::Long, {logits.sizes().data(), 2}, logits);
-  Rows rows{};
-  rows.logits = logits.const_data_ptr();
-  rows.rows = logits.size(0) * logits.size(1);
-  rows.seq = logits.size(1);
-  rows.vocab = logits.size(2);
-  rows.stride_b = logits.stride(0);
-  rows.stride_t = logits.stride(1);
-  rows.targets = targets.const_data_ptr<int64_t>();
-  if (grad != nullptr) {
-    check_rows_apart(*grad, "logits");
-    rows.grad = grad->mutable_data_ptr();
-    rows.grad_stride_b = grad->stride(0);
-    rows.grad_stride_t = grad->stride(1);
-  }
-  return rows;
-}
-
-// Row tensors of one call: (B, T), contiguous, of the accumulator's type, beside the logits.
-template <class T>
-class RowTensors {
- public:
-  explicit RowTensors(const Tensor& logits) : logits_(logits), dtype_(acc_dtype(logits)) {}
-
-  const T* read(const Tensor& t, const char* name) const {
-    check_tensor(t, name, dtype_, shape(), logits_);
-    return t.const_data_ptr<T>();
-  }
-  const T* read(const MaybeTensor& t, const char* name) const {
-    return t.has_value() ? read(*t, name) : nullptr;
-  }
-  const bool* read_mask(const MaybeTensor& t, const char* name) const {
-    if (!t.has_value()) return nullptr;
-    check_tensor(*t, name, ScalarType::Bool, shape(), logits_);
-    return t->const_data_ptr<bool>();
-  }
-  const T* read_scalar(const MaybeTensor& t, const char* name) const {
-    if (!t.has_value()) return nullptr;
-    check_tensor(*t, name, dtype_, t->sizes(), logits_);
-    STD_TORCH_CHECK(t->numel() == 1, name, ": expected one element, got shape ",
-                    shape_text(t->sizes()));
-    return t->const_data_ptr<T>();
-  }
-  Scale<T> scale(const MaybeTensor& row_temperature, double temperature, double softcap) const {
-    STD_TORCH_CHECK(temperature > 0, "temperature: expected a positive number, got ", temperature);
-    STD_TORCH_CHECK(softcap >= 0, "softcap: expected a positive number or 0, got ", softcap);
-    return {static_cast<T>(temperature), read(row_temperature, "row_temperature"),
-            static_cast<T>(softcap)};
-  }
-
- private:
-  IntHeaderOnlyArrayRef shape() const { return {logits_.sizes().data(), 2}; }
-
-  const Tensor& logits_;
-  ScalarType dtype_;
-};
-
-// The objective's numbers: nine floats, or nine rows of a tensor that hold one value or one a row.
-template <class T, class Params>
-void fill_hyper(Params& p, int64_t rows, const Tensor& beside, const MaybeTensor& hyper,
-                const std::vector<double>& values) {
-  STD_TORCH_CHECK(values.size() == kNumHyper, "values: expected ", kNumHyper, " numbers, got ",
-                  values.size());
-  typedef decltype(p.hyper.low) Number;
-  const auto v = [&values](int k) { return static_cast<Number>(values[k]); };
-  p.hyper = {v(0), v(1), v(2), v(3), v(4), v(5), v(6), v(7), v(8)};
-  if (!hyper.has_value()) return;
-  STD_TORCH_CHECK(hyper->dim() == 2 && hyper->size(0) == kNumHyper &&
-                      (hyper->size(1) == 1 || hyper->size(1) == rows),
-                  "hyper: expected shape (", kNumHyper, ", 1) or (", kNumHyper, ", ", rows,
-                  "), got ", shape_text(hyper->sizes()));
-  check_tensor(*hyper, "hyper", acc_dtype(beside), hyper->sizes(), beside);
-  p.device_hyper = hyper->const_data_ptr<T>();
-  p.hyper_rows = hyper->size(1);
-}
-
-inline void check_rows(const Tensor& t, const char* name) {
-  STD_TORCH_CHECK(t.dim() == 2, name, ": expected shape (B, T), got ", shape_text(t.sizes()));
-}
-
-inline Tensor new_rows(const Tensor& logits, ScalarType dtype) {
-  return torch::stable::new_empty(logits, {logits.sizes().data(), 2}, dtype);
-}
-inline Tensor new_like(const Tensor& logits) {
-  return torch::stable::new_empty(logits, logits.sizes(), logits.scalar_type());
-}
 
 using LossTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
@@ -286,12 +137,8 @@ class Operators {
       p.logprob = from.read(logprob, "logprob");
       p.entropy = from.read(entropy, "entropy");
       p.loss.rows.rows = logprob.numel();
-      p.loss.old_logprob = from.read(old_logprob, "old_logprob");
-      p.loss.advantage = from.read(advantage, "advantage");
-      p.loss.weight = from.read(weight, "weight");
-      p.loss.entropy_weight = from.read(entropy_weight, "entropy_weight");
-      p.loss.importance = from.read(importance, "importance");
-      p.loss.ref_logprob = from.read(ref_logprob, "ref_logprob");
+      read_objective(from, p.loss, old_logprob, advantage, weight, entropy_weight, importance,
+                     ref_logprob);
       fill_hyper<T>(p.loss, logprob.numel(), logprob, hyper, values);
       p.loss.kind = static_cast<int>(kind);
       p.loss.kl_kind = static_cast<int>(kl_kind);
@@ -322,12 +169,8 @@ class Operators {
       p.rows = logprob.numel();
       p.logprob = from.read(logprob, "logprob");
       p.entropy = from.read(entropy, "entropy");
-      p.old_logprob = from.read(old_logprob, "old_logprob");
-      p.advantage = from.read(advantage, "advantage");
-      p.weight = from.read(weight, "weight");
-      p.entropy_weight = from.read(entropy_weight, "entropy_weight");
-      p.importance = from.read(importance, "importance");
-      p.ref_logprob = from.read(ref_logprob, "ref_logprob");
+      read_objective(from, p, old_logprob, advantage, weight, entropy_weight, importance,
+                     ref_logprob);
       p.log_ratio = from.read(log_ratio, "log_ratio");
       p.finite = from.read_mask(finite, "finite");
       fill_hyper<T>(p, p.rows, logprob, hyper, values);
@@ -387,12 +230,8 @@ class Operators {
       LossParams<T> p{};
       p.rows = rows;
       p.scale = from.scale(row_temperature, temperature, softcap);
-      p.old_logprob = from.read(old_logprob, "old_logprob");
-      p.advantage = from.read(advantage, "advantage");
-      p.weight = from.read(weight, "weight");
-      p.entropy_weight = from.read(entropy_weight, "entropy_weight");
-      p.importance = from.read(importance, "importance");
-      p.ref_logprob = from.read(ref_logprob, "ref_logprob");
+      read_objective(from, p, old_logprob, advantage, weight, entropy_weight, importance,
+                     ref_logprob);
       p.loss_scale = from.read_scalar(loss_scale, "loss_scale");
       fill_hyper<T>(p, rows.rows, logits, hyper, values);
       p.kind = static_cast<int>(kind);

@@ -1,6 +1,5 @@
 // CPU operators of the family: checks, rows to threads, registration.
 #include <algorithm>
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -11,8 +10,6 @@
 namespace reasonkern {
 namespace cpu {
 namespace {
-
-using MaybeTensor = std::optional<Tensor>;
 
 // Calls body(T()) with the element type.
 template <class Body>
@@ -26,16 +23,7 @@ void dispatch(const Tensor& x, const char* name, const Body& body) {
 void check_rows(const Tensor& x, const char* name, int64_t dim) {
   STD_TORCH_CHECK(x.dim() == dim, name, ": expected ", dim, " dimensions, got shape ",
                   shape_text(x.sizes()));
-  STD_TORCH_CHECK(x.numel() == 0 || x.size(dim - 1) <= 1 || x.stride(dim - 1) == 1, name,
-                  ": expected a contiguous last dimension, got strides ", shape_text(x.strides()));
-}
-
-template <class T>
-const T* read(const MaybeTensor& t, const char* name, ScalarType dtype, IntHeaderOnlyArrayRef sizes,
-              const Tensor& reference) {
-  if (!t.has_value()) return nullptr;
-  check_tensor(*t, name, dtype, sizes, reference);
-  return t->const_data_ptr<T>();
+  check_last_contiguous(x, name);
 }
 
 template <class T>
@@ -69,11 +57,11 @@ std::tuple<Tensor, Tensor> gae(const Tensor& reward, const Tensor& value, const 
     p.length = shape[1];
     p.reward_stride = reward.stride(0);
     p.value_stride = value.stride(0);
-    p.mask = read<bool>(mask, "mask", ScalarType::Bool, shape, reward);
-    p.row_lam = read<T>(row_lam, "row_lam", dtype, rows, reward);
-    p.row_lam_value = read<T>(row_lam_value, "row_lam_value", dtype, rows, reward);
-    p.bootstrap_value = read<T>(bootstrap_value, "bootstrap_value", dtype, rows, reward);
-    p.truncated = read<bool>(truncated, "truncated", ScalarType::Bool, rows, reward);
+    p.mask = maybe_data<bool>(mask, "mask", ScalarType::Bool, shape, reward);
+    p.row_lam = maybe_data<T>(row_lam, "row_lam", dtype, rows, reward);
+    p.row_lam_value = maybe_data<T>(row_lam_value, "row_lam_value", dtype, rows, reward);
+    p.bootstrap_value = maybe_data<T>(bootstrap_value, "bootstrap_value", dtype, rows, reward);
+    p.truncated = maybe_data<bool>(truncated, "truncated", ScalarType::Bool, rows, reward);
     p.gamma = gamma, p.lam = lam, p.lam_value = lam_value;
     p.bootstrap_last = bootstrap_last;
     p.advantage = advantage.mutable_data_ptr<T>();

@@ -1,71 +1,34 @@
 // The reverse recurrence of generalised advantage estimation on CPU.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
-#include <vector>
 
+#include "../common/cpu_capability.h"
 #include "shaping.h"
 
 namespace reasonkern {
 namespace cpu {
 
-constexpr int64_t kChunk = 1024;  // tokens at a time: three buffers of them stay in the first cache
-constexpr int kWindow = 8;        // chains side by side
+constexpr int64_t kChunk = 512;  // tokens at a time: their buffers stay in the first cache
+constexpr int kWindow = 16;      // chains side by side
 
-// x[t] = delta[t] + decay * x[t + 1], a chain of one multiply and one add per token. Here it is cut
-// into kWindow chains that vectors hold: first delta[t] becomes the sum of kWindow terms
-// delta[t + k] decay^k, by doubling, then x[t] = sum[t] + decay^kWindow * x[t + kWindow].
+// Not beside the namespaces of other families.
+namespace scan {
+#define RK_KERNELS "../shaping/gae_simd.h"
+#include "../common/each_capability.h"
+}  // namespace scan
+
 template <class T>
-class Chain {
- public:
-  explicit Chain(T decay) : decay_(decay) {}
+using GaeRow = void(const T* reward, const T* value, int64_t length, T next, T gamma, T decay,
+                    T decay_value, T* advantage, T* returns);
 
-  // `delta` holds `count` tokens and behind them the kWindow first ones of the chunk behind. The
-  // results lie in `x`; its first kWindow values are kept for the chunk before.
-  void run(const T* __restrict__ delta, int64_t count, T* __restrict__ x) {
-    static_assert(kWindow == 8, "three doublings");
-    const T power2 = decay_ * decay_, power4 = power2 * power2, power8 = power4 * power4;
-    for (int64_t t = 0; t < count + 7; ++t) x[t] = delta[t] + decay_ * delta[t + 1];
-    for (int64_t t = 0; t < count + 5; ++t) x[t] += power2 * x[t + 2];
-    for (int64_t t = 0; t < count; ++t) x[t] += power4 * x[t + 4];
-    T later[kWindow];
-    std::copy(behind_, behind_ + kWindow, later);
-    const int64_t rest = count % kWindow;
-    for (int64_t t = count - kWindow; t >= rest; t -= kWindow) {
-      for (int k = 0; k < kWindow; ++k) later[k] = x[t + k] + power8 * later[k];
-      std::copy(later, later + kWindow, x + t);
-    }
-    for (int64_t t = rest; t-- > 0;) {
-      x[t] += power8 * (t + kWindow < count ? x[t + kWindow] : behind_[t + kWindow - count]);
-    }
-    // A chunk shorter than that is the first one of its row: nothing comes after it.
-    if (count >= kWindow) std::copy(x, x + kWindow, behind_);
-  }
-
- private:
-  T decay_, behind_[kWindow] = {};
-};
-
-// One row without holes: `next` stands for V behind its last token.
 template <class T>
-void gae_row(const T* __restrict__ reward, const T* __restrict__ value, int64_t length, T next,
-             T gamma, T decay, T decay_value, T* __restrict__ advantage, T* __restrict__ returns) {
-  T delta[kChunk + 2 * kWindow] = {}, x[kChunk + 2 * kWindow], y[kChunk + 2 * kWindow];
-  Chain<T> policy(decay), critic(decay_value);
-  for (int64_t end = length; end > 0;) {
-    const int64_t count = std::min(kChunk, end), first = end - count;
-    std::copy_backward(delta, delta + kWindow, delta + count + kWindow);
-    const T *r = reward + first, *v = value + first;
-    for (int64_t t = 0; t < count - 1; ++t) delta[t] = r[t] + gamma * v[t + 1] - v[t];
-    delta[count - 1] = r[count - 1] + gamma * (end == length ? next : v[count]) - v[count - 1];
-    policy.run(delta, count, x);
-    std::copy(x, x + count, advantage + first);
-    const T* target = x;
-    if (decay_value != decay) critic.run(delta, count, y), target = y;
-    for (int64_t t = 0; t < count; ++t) returns[first + t] = target[t] + v[t];
-    end = first;
-  }
+GaeRow<T>* gae_row_kernel() {
+#if defined(__x86_64__)
+  if (capability() == Capability::kV4) return scan::v4::gae_row<T>;
+  if (capability() == Capability::kV3) return scan::v3::gae_row<T>;
+#endif
+  return scan::baseline::gae_row<T>;
 }
 
 template <class T>
@@ -87,9 +50,10 @@ void gae_row(const GaeParams<T>& p, int64_t row, T* scratch) {
   const T* value = p.value + row * p.value_stride;
   T* const advantage = p.advantage + row * p.length;
   T* const returns = p.returns + row * p.length;
+  static GaeRow<T>* const scan_row = gae_row_kernel<T>();
   if (p.mask == nullptr) {
     const T next = bootstrap(p, row, value + p.length - 1);
-    gae_row(reward, value, p.length, next, gamma, decay, decay_value, advantage, returns);
+    scan_row(reward, value, p.length, next, gamma, decay, decay_value, advantage, returns);
     return;
   }
   const bool* mask = p.mask + row * p.length;
@@ -102,7 +66,7 @@ void gae_row(const GaeParams<T>& p, int64_t row, T* scratch) {
   }
   if (count > 0) {
     const T next = bootstrap(p, row, v + count - 1);
-    gae_row(r, v, count, next, gamma, decay, decay_value, a, b);
+    scan_row(r, v, count, next, gamma, decay, decay_value, a, b);
   }
   int64_t from = 0;
   for (int64_t t = 0; t < p.length; ++t) {

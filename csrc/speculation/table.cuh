@@ -1,6 +1,6 @@
 // Device code of the table. Drafting: one block per request, level by level, a warp per node.
 // Merging: rows to keys, a sort outside, then one warp per set, which handles its keys in order.
-// Results are those of reasonkern/speculation/table_reference.py to the bit.
+// Results are those of reasonkern/speculation/reference_table.py to the bit.
 #pragma once
 
 #include "../common/reduce.cuh"

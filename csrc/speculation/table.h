@@ -1,5 +1,5 @@
 // The n-gram table: layout, hashing and arithmetic, once for host and device. The definition, with
-// the same names, is reasonkern/speculation/table_reference.py; every result has the same bits.
+// the same names, is reasonkern/speculation/reference_table.py; every result has the same bits.
 #pragma once
 
 #include "noise.h"

@@ -3,7 +3,6 @@
 //   static void update(const UpdateParams&, int32_t device);   (CPU; CUDA merges sorted rows)
 #pragma once
 
-#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -12,22 +11,12 @@
 
 namespace reasonkern {
 
-using MaybeTensor = std::optional<Tensor>;
-
-// An undefined or empty tensor has no address worth passing on.
-template <class T>
-T* data(const Tensor& t) {
-  return t.numel() == 0 ? nullptr : static_cast<T*>(t.data_ptr());
-}
-
 inline void check_context(const Tensor& context, int64_t window) {
   check_dtype(context, "context", ScalarType::Long);
   STD_TORCH_CHECK(context.dim() == 2 && context.size(1) == window,
                   "context: expected shape (rows, ", window, "), got ",
                   shape_text(context.sizes()));
-  STD_TORCH_CHECK(context.numel() == 0 || window == 1 || context.stride(1) == 1,
-                  "context: expected a contiguous last dimension, got strides ",
-                  shape_text(context.strides()));
+  check_last_contiguous(context, "context");
 }
 
 inline void set_orders(Table& table, const std::vector<int64_t>& orders) {
@@ -81,9 +70,7 @@ inline Table describe_table(const Tensor& context, const Tensor& keys, const Ten
 }
 
 inline const int64_t* scope_data(const MaybeTensor& scope, int64_t rows, const Tensor& context) {
-  if (!scope.has_value()) return nullptr;
-  check_tensor(*scope, "scope", ScalarType::Long, {rows}, context);
-  return data<int64_t>(*scope);
+  return maybe_data<int64_t>(scope, "scope", ScalarType::Long, {rows}, context);
 }
 
 inline const int32_t* tree_data(const Tensor& t, const char* name, int64_t size,

@@ -6,15 +6,12 @@
 //   static void compact(const CompactParams&, int32_t device);
 #pragma once
 
-#include <optional>
 #include <tuple>
 
 #include "../modulation/operators.h"
 #include "verify.h"
 
 namespace reasonkern {
-
-using MaybeTensor = std::optional<Tensor>;
 
 inline ElementType element_type(const Tensor& logits) {
   switch (logits.scalar_type()) {
@@ -70,9 +67,7 @@ inline LogitRows make_logit_rows(const Tensor& logits, const MaybeTensor& mask, 
   const int64_t vocab = logits.size(dims - 1);
   STD_TORCH_CHECK(vocab > 0 && vocab < int64_t{1} << 22,
                   "logits: expected a vocabulary of 1 to 2^22 - 1, got ", vocab);
-  STD_TORCH_CHECK(vocab <= 1 || logits.stride(dims - 1) == 1,
-                  "logits: expected a contiguous last dimension, got strides ",
-                  shape_text(logits.strides()));
+  check_last_contiguous(logits, "logits");
   LogitRows rows{};
   rows.data = logits.const_data_ptr();
   rows.type = element_type(logits);
@@ -87,9 +82,7 @@ inline LogitRows make_logit_rows(const Tensor& logits, const MaybeTensor& mask, 
     const int64_t words = (vocab + 31) / 32;
     const int64_t sizes[] = {rows.batch, dims == 3 ? rows.nodes : words, words};
     check_shape(*mask, "mask", {sizes, size_t(dims)});
-    STD_TORCH_CHECK(words <= 1 || mask->stride(dims - 1) == 1,
-                    "mask: expected a contiguous last dimension, got strides ",
-                    shape_text(mask->strides()));
+    check_last_contiguous(*mask, "mask");
     rows.mask = mask->const_data_ptr<int32_t>();
     rows.mask_stride_b = mask->stride(0);
     rows.mask_stride_n = dims == 3 ? mask->stride(1) : 0;
@@ -301,8 +294,7 @@ struct VerifyOperators : Verification<Backend, decltype(make_verify)> {
     p.block_size = cache.size(slot);
     p.heads = cache.size(head);
     p.head_dim = cache.size(3);
-    STD_TORCH_CHECK(p.head_dim <= 1 || cache.stride(3) == 1,
-                    "cache: expected a contiguous last dimension");
+    check_last_contiguous(cache, "cache");
     if (block_table.has_value()) {
       STD_TORCH_CHECK(block_table->dim() == 2, "block_table: expected shape (B, max_blocks)");
       p.max_blocks = block_table->size(1);

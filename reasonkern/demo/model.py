@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..generation import Pass
+from ..generation.trees import Timings
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q, k, v), each (B, heads, T, width of a head) → the same."""
@@ -91,7 +92,7 @@ class Decoding:
         self.model = model
         self.vocab_size, self.device = len(model.head), model.head.device
         self.window = len(model.positions.weight)
-        self.seconds: dict[tuple[int, int], float] = {}
+        self.timings: Timings = {}
 
     def __call__(self, given: Pass) -> Tensor:
         """Logits (B, N, V)."""

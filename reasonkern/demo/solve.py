@@ -31,7 +31,10 @@ class Problem:
 
 
 def solve_problems(context: Context) -> None:
-    """Trajectories of a problem one after another, which share the table; then all at once."""
+    """Trajectories of a problem one after another, which share the table; then as many at once.
+
+    Those have other seeds: the table has seen no text of theirs.
+    """
     problems = problems_of(context)
     model = Decoding(context.model.eval())
     solving = _Solving(context, model)
@@ -41,13 +44,13 @@ def solve_problems(context: Context) -> None:
     with progress("stage 3, solving", (most + 1) * len(problems)) as update:
         for index, problem in enumerate(problems):
             table = rk.NgramTable(CAPACITY, vocab_size=VOCABULARY, device=context.device)
-            seeds = rk.request_seeds(context.config.seed + index, most)
+            seeds = rk.request_seeds(context.config.seed + index, 2 * most)
             for j in range(most):
                 if index and context.out_of_time("solve"):
                     break
                 solving.compare(problem, table, seeds[j : j + 1], j)
                 update(f"problem {index + 1}, {solving.tokens_per_step(j + 1):.2f} tokens per step")
-            solving.compare(problem, table, seeds, most)
+            solving.compare(problem, table, seeds[most:], most)
             update(f"problem {index + 1}, {most} at once")
     results["outcomes"] = [solving.outcome(range(n), n) for n in TRAJECTORIES]
     results["at_once"] = solving.outcome((most,), most)
@@ -56,7 +59,7 @@ def solve_problems(context: Context) -> None:
 
 
 class _Solving:
-    """Statistics of both ways by turn: trajectory j of every problem, and last all at once."""
+    """Statistics of both ways by turn: trajectory j of every problem, and last the batch."""
 
     def __init__(self, context: Context, model: Decoding) -> None:
         self._context, self._model = context, model

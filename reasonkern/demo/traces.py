@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .. import shaping
 from .._jsonl import TraceError, read_records, show
 
 __all__ = ["Trace", "TraceError", "load_traces"]
@@ -81,14 +84,13 @@ def first_groups(traces: list[Trace], most: int) -> list[Trace]:
 
 
 def group_advantages(traces: Sequence[Trace]) -> dict[int, float]:
-    """Index of a trace → (reward − group mean) / group standard deviation; mixed groups only."""
-    advantages = {}
-    for members in mixed_groups(traces).values():
-        mean = sum(traces[index].correct for index in members) / len(members)
-        deviation = (mean * (1 - mean)) ** 0.5
-        for index in members:
-            advantages[index] = (traces[index].correct - mean) / deviation
-    return advantages
+    """Index of a trace → its advantage as in GRPO; mixed groups only."""
+    groups = enumerate(mixed_groups(traces).values())
+    members = [(index, group) for group, indices in groups for index in indices]
+    reward = torch.tensor([traces[index].correct for index, _ in members], dtype=torch.float64)
+    group = torch.tensor([group for _, group in members], dtype=torch.int64)
+    values = shaping.group_advantages(reward, group, eps=0.0).tolist()
+    return {index: value for (index, _), value in zip(members, values, strict=True)}
 
 
 def _parse(where: str, record: dict[str, Any]) -> Trace:

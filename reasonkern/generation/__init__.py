@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..modulation import ModulationState
-from ..speculation import DraftTree, NgramTable, request_seeds
+from ..speculation import DraftTree, NgramTable, request_seeds, table_inputs
 from . import prompts as _prompts
 from .cache import SlotCache
 from .drafts import Drafter, Proposal, chain_proposal
@@ -76,9 +76,9 @@ def generate(
         temperature: as in `sample`, a number or one per request; 0 = greedy.
         max_new_tokens: at most so many per request, at least 1.
         table: learns from all logits on the way and drafts. None = no table.
-        tree: the `DraftTree` to fill from the table, or "auto": steps of 1, 8, 16, 32 and 80 nodes
-            are timed once per model and batch size (in powers of 4), and every step takes the size
-            with the most expected tokens per second, 1 being plain decoding.
+        tree: the `DraftTree` to fill from the table, or "auto": of 1, 2, 4, 8, 16, 32 or 80 nodes
+            the number with the most expected tokens per second, by the times of the steps so far
+            with the same model and batch size (in powers of 2); 1 is plain decoding.
         drafter: a function that proposes in the table's place, see `Drafter`. With neither table
             nor drafter this is plain seeded decoding. None = no drafter.
         control: a `ModulationState` and the (requests,) int64 slots of the requests in it, -1 = no
@@ -88,7 +88,7 @@ def generate(
         top_k: as in `sample`. None = off.
         top_p: as in `sample`. None = off.
         min_p: as in `sample`. None = off.
-        eos: ids that end a request.
+        eos: ids that end a request, at most 64.
         stop: stop(request, text) after every token, text with the prompt; True ends the request
             with this token. None = never.
         emit: emit(request, tokens) after every step of a request. None = nobody listens.
@@ -99,22 +99,23 @@ def generate(
 
     Raises:
         ValueError: an empty prompt, an id the model has no row for, a table of a smaller vocabulary
-            or on another device, a tree without a table, both a table and a drafter, an option out
-            of its range.
+            or on another device, a tree without a table, both a table and a drafter, a slot of
+            `control` that is free or given twice, an option out of its range.
         RuntimeError: the model's logits have no finite value.
     """
-    sizes = {"max_new_tokens": max_new_tokens, "num_trajectories": num_trajectories}
-    for name, value in sizes.items():
-        if not isinstance(value, int) or value < 1:
-            _checks.fail(name, "an integer >= 1", repr(value))
+    _checks.check_integer("max_new_tokens", max_new_tokens, 1)
+    _checks.check_integer("num_trajectories", num_trajectories, 1)
     _check_prompts(prompts, model.vocab_size)
+    _checks.check_ids("eos", eos, 1 << 31)  # of the model or not: an id that never comes is legal
     shape = _check_drafts(model, table, tree, drafter, scope)
     every = [list(prompt) for prompt in prompts for _ in range(num_trajectories)]
+    if temperature is None:  # other options are off with None
+        _checks.fail("temperature", "a number or one per request, 0 = greedy", None)
     seeds = seed if isinstance(seed, Tensor) and seed.ndim else request_seeds(seed, len(every))
     device = model.device
     sampling = Sampling.of(
         len(every), device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        seed=seeds.to(device),
+        seed=_checks.check_values("seed", seeds).to(device),
     )  # fmt: skip
     requests = [
         Request(index, text, len(text), len(text) + max_new_tokens, len(text) - 1)
@@ -132,17 +133,15 @@ def generate(
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+        _checks.fail("prompts", "a sequence of prompts", type(prompts).__name__)
     if not prompts:
         _checks.fail("prompts", "at least one prompt", "none")
+    origin = ", the model's vocabulary (another tokenizer's ids?)"
     for index, prompt in enumerate(prompts):
-        if not len(prompt):
+        _checks.check_ids(f"prompt {index}", prompt, vocab_size, origin)
+        if not prompt:
             _checks.fail(f"prompt {index}", "at least one token", "none")
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= vocab_size:
-            expected = (
-                f"ids in [0, {vocab_size}), the model's vocabulary (another tokenizer's ids?)"
-            )
-            _checks.fail(f"prompt {index}", expected, low if low < 0 else high)
 
 
 def _check_drafts(
@@ -150,12 +149,13 @@ def _check_drafts(
     scope: int | Tensor | None,
 ) -> DraftTree | None:  # fmt: skip
     """The tree; None = "auto"."""
-    if isinstance(tree, str):
-        _checks.check_choice("tree", tree, ("auto",))
-    elif not isinstance(tree, DraftTree):
-        _checks.fail("tree", 'a DraftTree or "auto"', type(tree).__name__)
+    if not isinstance(tree, DraftTree):
+        if tree != "auto":
+            _checks.fail("tree", 'a DraftTree (DraftTree.load reads one) or "auto"', repr(tree))
     elif table is None:
         _checks.fail("tree", 'a table to fill it from, or "auto"', "no table")
+    if not (drafter is None or callable(drafter)):
+        _checks.fail("drafter", "a function of requests and texts", repr(drafter))
     if table is None:
         if scope is not None:
             _checks.fail("scope", "a table that it is of", "no table")
@@ -188,6 +188,14 @@ def _control(
     if {state.device, slot.device} != {device}:
         expected = f"on the model's device, {device} (state.to(…) moves it)"
         _checks.fail("control", expected, f"{state.device} and {slot.device}")
+    free, taken = set(state.free), set()
+    for index, one in enumerate(slot.tolist()):
+        if not -1 <= one < state.max_requests or one in free:
+            got = f"{one}, which is free" if one in free else one
+            _checks.fail(f"control[1][{index}]", "-1 or a slot in use", got)
+        if one in taken:
+            _checks.fail(f"control[1][{index}]", "a slot of its own", f"{one}, given before")
+        taken |= {one} - {-1}
     return state, slot.contiguous()
 
 
@@ -200,7 +208,7 @@ def _scopes(
         return torch.zeros(len(prompts), dtype=torch.int64, device=device)
     if scope is None:
         return torch.tensor(_prompts.scopes_of(prompts, table), device=device)
-    rows = torch.as_tensor(scope, device=device, dtype=torch.int64)
-    if rows.ndim and tuple(rows.shape) != (len(prompts),):
-        _checks.fail("scope", f"a number or shape ({len(prompts)},)", tuple(rows.shape))
-    return rows.expand(len(prompts)).contiguous()
+    rows = table_inputs.scopes(table, scope, len(prompts))
+    assert rows is not None
+    _checks.check_range("scope", rows, 0, table.max_scopes)
+    return rows

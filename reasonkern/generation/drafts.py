@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from numbers import Integral
 from typing import Protocol
 
 import torch
@@ -37,6 +38,12 @@ def _tree(parents: tuple[int, ...]) -> DraftTree:
     return DraftTree(parents)
 
 
+def _checked_pair(proposal: object) -> Proposal:
+    if not isinstance(proposal, (tuple, list)) or len(proposal) != 2:
+        _checks.fail("drafter", "a pair (tokens, parents) for each request", repr(proposal))
+    return proposal[0], proposal[1]
+
+
 def plant(
     proposals: Sequence[Proposal], roots: Sequence[int], vocab_size: int, device: torch.device
 ) -> tuple[Draft, DraftTree]:
@@ -48,12 +55,10 @@ def plant(
         vocab_size: ids are below it.
         device: of the result.
     """
-    if len(proposals) != len(roots):
-        _checks.fail("drafter", f"{len(roots)} proposals, one per request", len(proposals))
     place: dict[tuple[int, int], int] = {}  # (parent, rank) -> node
     parents = [-1]
     rows: list[dict[int, int]] = []  # node -> token
-    for tokens, above in proposals:
+    for tokens, above in map(_checked_pair, proposals):
         _check_proposal(tokens, above, vocab_size)
         nodes, ranks, row = [0], {0: 0}, {}
         for token, parent in zip(tokens, above, strict=True):
@@ -79,13 +84,12 @@ def plant(
 
 
 def _check_proposal(tokens: Sequence[int], parents: Sequence[int], vocab_size: int) -> None:
+    _checks.check_ids("drafter", tokens, vocab_size)
     if len(tokens) != len(parents):
         expected = f"as many parents as tokens, {len(tokens)}"
         _checks.fail("drafter", expected, f"{len(parents)} parents")
-    for index, (token, parent) in enumerate(zip(tokens, parents, strict=True)):
-        if not 0 <= token < vocab_size:
-            _checks.fail("drafter", f"ids in [0, {vocab_size})", token)
-        if not -1 <= parent < index:
+    for index, parent in enumerate(parents):
+        if not isinstance(parent, Integral) or not -1 <= parent < index:
             _checks.fail("drafter", f"parents[{index}] in [-1, {index})", parent)
 
 

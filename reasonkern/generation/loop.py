@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,12 +20,10 @@ from .cache import SlotCache
 from .drafts import Drafter, plant
 from .passes import Model, tree_pass
 from .statistics import Clock, Statistics
-from .trees import SIZES, BestTree, FixedTree, batch_size
+from .trees import BestTree, FixedTree
 
 PLAIN = DraftTree.chain(1)
 TOGETHER = 8  # plain steps whose rows the table learns in one call
-FOLLOW = 0.1  # weight of a step's time in what is known of its size
-TRIALS = 3  # the fastest counts: what others do on the machine only ever adds
 
 Stop = Callable[[int, list[int]], bool]
 Emit = Callable[[int, list[int]], None]
@@ -110,11 +107,11 @@ class Run:
         self.statistics, self.clock = statistics, Clock(statistics, model.device)
         if table is None:
             tree = PLAIN  # nothing fills another one
-        trees = BestTree(self._seconds) if tree is None else FixedTree(tree)
+        trees = BestTree(model.timings) if tree is None else FixedTree(tree)
         self.trees: BestTree | FixedTree = trees
         self.cache = SlotCache(0, model.device)
         self._waiting: list[tuple[Tensor, ...]] = []
-        self._foreign = self._look_ups()  # those before the run, and those of trials
+        self._before = self._look_ups()
 
     def run(self) -> None:
         """Until every request is over."""
@@ -126,7 +123,7 @@ class Run:
             self._drop()
         self._catch_up()
         found = self._look_ups()
-        found.subtract(self._foreign)
+        found.subtract(self._before)
         self.statistics.misses += found.pop(0, 0)
         self.statistics.hits.update(found)
 
@@ -140,21 +137,16 @@ class Run:
     # ---- a step
 
     def _step(self) -> None:
-        active = [r for r in self.requests if not r.done]
-        if self.drafter is None:
-            tree = self.trees.next(len(active))
         begin = time.perf_counter()
         with self.clock.phase("draft"):
             now = self._now()
-            if self.drafter is not None:
-                draft, tree = self._external()
-            else:
-                draft = self._draft(tree, now)
+            draft, tree, watched = self._drafted(now)
         out = self._verify(self._forward(draft, tree), draft, tree, now)
         with self.clock.phase("verify"):  # the one wait for the device
             parts = (out.length[:, None], out.tokens, out.path)
             rows = torch.cat(parts, 1).tolist()
-        self._note((batch_size(len(active)), tree.nodes), time.perf_counter() - begin)
+            if watched is not None:
+                self._watch(watched.tolist())
         with self.clock.phase("update"):
             paths = [row[-tree.depth - 1 :][: row[0]] for row in rows]
             moved = any(node != j for path in paths for j, node in enumerate(path))
@@ -168,7 +160,7 @@ class Run:
             self._learn(tree, now, out)
         self.statistics.sizes[tree.nodes] += 1
         if self.drafter is None:
-            self.trees.observe(tree, [p for p in paths if p])
+            self.trees.took(time.perf_counter() - begin)
         for request, row in zip(self.requests, rows, strict=True):
             request.cached += row[0]
             if not request.done:
@@ -183,6 +175,22 @@ class Run:
             rows.append([len(r.text), r.end - len(r.text), *context])
         values = torch.tensor(rows, device=self.model.device)
         return _Now(values[:, 0], values[:, 1], values[:, 2:])
+
+    def _drafted(self, now: _Now) -> tuple[Draft, DraftTree, Tensor | None]:
+        """With all drafted tokens (B, more nodes), -1 = none, where `trees` asks for them."""
+        if self.drafter is not None:
+            return *self._external(), None
+        tree, filled, watched = self.trees.next(len(self.requests))
+        draft = self._draft(filled, now)
+        every = draft.tokens.where(draft.valid, -1) if watched else None
+        if filled is not tree:
+            draft = Draft(draft.tokens[:, : tree.nodes], draft.valid[:, : tree.nodes])
+        return draft, tree, every
+
+    def _watch(self, drafted: list[list[int]]) -> None:
+        active = [row for row, request in enumerate(self.requests) if not request.done]
+        requests = [self.requests[row] for row in active]
+        self.trees.drafted(requests, [drafted[row] for row in active])
 
     def _draft(self, tree: DraftTree, now: _Now) -> Draft:
         if tree.nodes == 1 or self.table is None:
@@ -276,57 +284,6 @@ class Run:
         self.scope = self.scope[rows]
         if self.control is not None:
             self.control = self.control[0], self.control[1][rows]
-
-    # ---- tree="auto"
-
-    def _note(self, key: tuple[int, int], seconds: float) -> None:
-        """Corrects a time by that of a real step: texts grow, and machines have other work."""
-        known = self.model.seconds.get(key)
-        if known is not None:
-            old = seconds if known == math.inf else known
-            # A step that took far longer was interrupted.
-            self.model.seconds[key] = old + FOLLOW * (min(seconds, 2 * old) - old)
-
-    def _seconds(self, tree: DraftTree, batch: int) -> float:
-        """Time of a step without its update; measured for all sizes when one is first asked for.
-
-        A size that takes longer than its tree could ever make up for, and those above, count as
-        infinitely slow: where rows cost what they cost alone, the trials would be most of the run.
-        """
-        known = self.model.seconds
-        if (batch, tree.nodes) not in known:
-            with self.clock.phase("trials"):
-                clock, self.clock = self.clock, Clock(Statistics(), self.model.device)
-                before = self._look_ups()
-                found = self._trials()
-                self._foreign += self._look_ups() - before
-                self.clock = clock
-            known.update({(batch, size): seconds for size, seconds in found.items()})
-        return known[batch, tree.nodes]
-
-    def _trials(self) -> dict[int, float]:
-        whole, now = DraftTree.default(SIZES[-1]), self._now()
-        self._trial(PLAIN, now)  # warms up
-        found = dict.fromkeys(SIZES, math.inf)
-        for size in SIZES:
-            tree = whole.prefix(size)
-            seconds = min(self._trial(tree, now) for _ in range(TRIALS))
-            if seconds > (tree.depth + 1) * found[1]:
-                break
-            found[size] = seconds
-        return found
-
-    def _trial(self, tree: DraftTree, now: _Now) -> float:
-        """A step that is not committed: what it writes lies behind the texts."""
-        begin = self._time()
-        draft = self._draft(tree, now)
-        self._verify(self._forward(draft, tree), draft, tree, now)
-        return self._time() - begin
-
-    def _time(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
 
 
 @dataclass

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..speculation import DraftTree
 from .cache import SlotCache
+from .trees import Timings
 
 
 class Pass(NamedTuple):
@@ -36,8 +37,8 @@ class Model(Protocol):
     """Columns of its logits."""
     device: torch.device
     """Where it takes its inputs and gives its logits."""
-    seconds: dict[tuple[int, int], float]
-    """Step times that were measured, by (requests, nodes); the loop fills it."""
+    timings: Timings
+    """Of steps, for ``tree="auto"``: a dict, empty at first, that the loop fills."""
 
     def __call__(self, given: Pass, /) -> Tensor:
         """Logits (B, N, V) in any floating dtype."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-PHASES = ("prompt", "draft", "forward", "verify", "update", "trials")
+PHASES = ("prompt", "draft", "forward", "verify", "update")
 
 
 @dataclass
@@ -22,12 +22,12 @@ class Statistics:
     sizes: Counter[int] = field(default_factory=Counter)
     """How many passes of the model had how many nodes per request."""
     hits: Counter[int] = field(default_factory=Counter)
-    """Look-ups in the table that an order of it answered, by order."""
+    """Look-ups in the table that an order of it answered, by order; with ``tree="auto"`` those are
+    among them that only tell what larger trees would be worth."""
     misses: int = 0
     """Look-ups that no order answered."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    """Time by phase: prompt, draft, forward (the model), verify, update (table and cache), trials
-    (of tree sizes, once per model and batch size)."""
+    """Time by phase: prompt, draft, forward (the model), verify, update (table and cache)."""
 
     @property
     def tokens(self) -> int:

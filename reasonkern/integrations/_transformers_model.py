@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _checks
 from ..generation.cache import SlotCache
 from ..generation.passes import Pass, prompt_pass, tree_pass
+from ..generation.trees import Timings
 from ..speculation import DraftTree
 
 ATTENTION = ("eager", "sdpa")
@@ -26,7 +27,7 @@ class CausalModel:
         self.config = model.config.get_text_config()
         parameter = next(model.parameters())
         self.device: torch.device = parameter.device
-        self.seconds: dict[tuple[int, int], float] = {}
+        self.timings: Timings = {}
         names = inspect.signature(model.forward).parameters
         # Renamed in transformers 5.
         self.cache_name = "cache" if "cache" in names else "past_key_values"
@@ -73,7 +74,7 @@ class _Facts(NamedTuple):
     kind: tuple[str, str, torch.dtype]
     """Attention, device, dtype: facts of another kind do not hold."""
     vocab_size: int
-    seconds: dict[tuple[int, int], float]
+    timings: Timings
 
 
 _known: WeakKeyDictionary[Any, _Facts] = WeakKeyDictionary()
@@ -91,7 +92,7 @@ def causal_model(model: Any) -> CausalModel:
     facts = _known.get(model)
     if facts is None or facts.kind != kind:
         facts = _known[model] = _Facts(kind, _tried(found), {})
-    found.vocab_size, found.seconds = facts.vocab_size, facts.seconds
+    found.vocab_size, found.timings = facts.vocab_size, facts.timings
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +17,13 @@ TESTED = "5.24"
 LogitsProcessor: type = import_peer("transformers", TESTED).LogitsProcessor
 
 
+def _checked_specs(specs: Any) -> Sequence[Modulation | None]:
+    listed = isinstance(specs, Sequence) and not isinstance(specs, str)
+    if not listed or not all(one is None or isinstance(one, Modulation) for one in specs):
+        _checks.fail("spec", "a Modulation, or a sequence of them and of None", repr(specs))
+    return cast(Sequence[Modulation | None], specs)
+
+
 class ModulationLogitsProcessor(LogitsProcessor):
     """Applies a `Modulation` to each sequence of one ``generate`` call.
 
@@ -27,7 +35,8 @@ class ModulationLogitsProcessor(LogitsProcessor):
     It runs after penalties and before temperature, where transformers calls a user's processors,
     and leaves ``output_logits`` as they were. What was generated is found from ``input_ids``: the
     tokens after the ones already folded, or everything anew where a sequence is no longer the one
-    it was (beam search, rejected candidates of assisted decoding).
+    it was (beam search, rejected candidates of assisted decoding). To notice that, a call compares
+    all ids: like folding anew, it takes time in proportion to the length.
 
     Args:
         spec: a `Modulation` for all sequences, or one for each; None leaves a sequence alone.
@@ -37,9 +46,9 @@ class ModulationLogitsProcessor(LogitsProcessor):
         prompt_length: tokens before the first generated one. None = those of the first call.
 
     Raises:
-        ValueError: a spec with `DeepConf` or `EntropyTrigger`, which need `sample_controlled`; in a
-            call: another number of sequences than of specs, a second ``generate`` with the same
-            processor, or a spec that `ModulationState` refuses.
+        ValueError: another type; a spec with `DeepConf` or `EntropyTrigger`, which need
+            `sample_controlled`; in a call: another number of sequences than of specs, a second
+            ``generate`` with the same processor, or a spec that `ModulationState` refuses.
     """
 
     # A continuous batch reorders rows without saying which request they are.
@@ -55,7 +64,9 @@ class ModulationLogitsProcessor(LogitsProcessor):
     ) -> None:
         if temperature is not None:
             _checks.check_number("temperature", temperature, 0.0)
-        for one in [spec] if isinstance(spec, Modulation) else spec:
+        if prompt_length is not None:
+            _checks.check_integer("prompt_length", prompt_length, 0, or_none=" or None")
+        for one in [spec] if isinstance(spec, Modulation) else _checked_specs(spec):
             if one is not None:
                 check_windows(one)
         self.spec, self.sets = spec, sets

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -16,11 +16,14 @@ class StopStrings:
     def __init__(
         self, strings: str | Sequence[str], tokenizer: Any, prompts: list[int], vocab_size: int
     ) -> None:
-        self._strings = [strings] if isinstance(strings, str) else list(strings)
-        if not self._strings or not all(isinstance(s, str) and s for s in self._strings):
+        given = [strings] if isinstance(strings, str) else strings
+        listed = isinstance(given, Iterable)
+        if not listed or not given or not all(isinstance(s, str) and s for s in given):
             _checks.fail("stop_strings", "strings that are not empty", repr(strings))
-        if tokenizer is None or not hasattr(tokenizer, "decode"):
-            _checks.fail("tokenizer", "the model's tokenizer, to find stop_strings", tokenizer)
+        self._strings = list(given)
+        if not (hasattr(tokenizer, "decode") and hasattr(tokenizer, "__len__")):
+            expected = "the model's transformers tokenizer, to find stop_strings"
+            _checks.fail("tokenizer", expected, type(tokenizer).__name__)
         if len(tokenizer) > vocab_size:
             expected = f"at most {vocab_size} ids, the columns of the model's logits"
             _checks.fail("tokenizer", expected, f"{len(tokenizer)} (another model's tokenizer?)")

@@ -53,6 +53,7 @@ def _unsupported(name: str, expected: str, got: object) -> None:
 
 def check_config(args: Any, loss_type: str, own_bounds: bool) -> None:
     """Refuses the options that would otherwise be ignored, or mean something else than in TRL."""
+    _checks.check_choice("args.loss_type", loss_type, AGGREGATION)
     if args.cast_lm_head_to_fp32 and (args.bf16 or args.fp16):
         _unsupported("cast_lm_head_to_fp32", "False in mixed precision", True)
     level = args.importance_sampling_level
@@ -118,9 +119,9 @@ def named_objective(name: str, data_group: Any) -> Objective:
     """A constructor's published numbers; the batch of BAPO and others spans ``data_group``."""
     build = getattr(Objective, name, None)
     if name == "custom" or name.startswith("_") or not inspect.ismethod(build):
-        _checks.fail(
-            "objective", "the name of a constructor of Objective, or of a TRL loss type", repr(name)
-        )
+        known = [n for n, x in vars(Objective).items() if isinstance(x, classmethod)]
+        names = ", ".join(dict.fromkeys((*AGGREGATION, *known)))
+        _checks.fail("objective", f"one of {names.removesuffix(', custom')}", repr(name))
     across = (
         {"data_group": data_group} if "data_group" in inspect.signature(build).parameters else {}
     )

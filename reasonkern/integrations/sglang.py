@@ -2,6 +2,12 @@
 
 A subclass says which tokens it controls, and a request brings it along with its parameters::
 
+    import reasonkern as rk
+    from transformers import AutoTokenizer
+    from reasonkern.integrations.sglang import ModulationLogitProcessor, request_parameters
+
+    tokenizer = AutoTokenizer.from_pretrained("MODEL")
+
     class Control(ModulationLogitProcessor):
         sets = rk.TokenSets.from_tokenizer(tokenizer, {"reflect": ["wait", "Wait", "but", "But"]})
         vocab_size = len(tokenizer)
@@ -10,7 +16,9 @@ A subclass says which tokens it controls, and a request brings it along with its
     client.completions.create(…, extra_body={
         "custom_logit_processor": Control.to_str(), "custom_params": request_parameters(spec)})
 
-The server needs reasonkern and ``--enable-custom-logit-processor``. With its overlap scheduling a
+The server needs reasonkern and ``--enable-custom-logit-processor``; the client needs both packages
+for ``to_str``, which carries a class of the client's script with it, while one from a module is
+looked up by the server in a module of that name. With its overlap scheduling a
 processor sees the text without its last token, and counts and phrases come a token late; exact
 control needs ``--disable-overlap-schedule``. Speculative decoding gives a processor no draft tokens
 (or never calls it): several rows of a request are refused.

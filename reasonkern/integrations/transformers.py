@@ -18,7 +18,7 @@ follow a tree's mask and positions is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,11 +85,12 @@ def generate(
         input_ids: (B, L) int64 prompts on the model's device, padded on the left.
         temperature: a number or one per request; above 0 samples, 0 is greedy.
         max_new_tokens: at most so many new tokens per request.
-        attention_mask: (B, L), 0 = padding. None = no padding.
+        attention_mask: (B, L), 0 = padding. None = as transformers infers it: padding is where
+            ``model.generation_config.pad_token_id`` stands, unless it also begins or ends texts.
         table: learns from the logits of prompts and steps, and drafts. Keep it between calls: the
             trajectories of a prompt share what they taught it. None = no table.
         tree: the `DraftTree` that is filled, or "auto": the size that gives most tokens per second
-            on this machine, measured once per model and batch size, plain decoding included.
+            on this machine, by the times of the steps so far, plain decoding included.
         drafter: a function that proposes in the table's place, see `generation.Drafter`. None = no
             drafter.
         control: a `ModulationState` and the (R,) int64 slots of the requests in it, as in
@@ -98,7 +99,8 @@ def generate(
         top_k: as in `sample`, a number or one per request. None = off.
         top_p: as in `sample`. None = off.
         min_p: as in `sample`. None = off.
-        eos: ids that end a request; () = none. None = those of ``model.generation_config``.
+        eos: id or ids that end a request; () = none. None = those of ``model.generation_config``,
+            of which nothing else is read but its ``pad_token_id``.
         pad: id that fills `sequences`. None = that of ``model.generation_config``, or the first of
             `eos`, or 0.
         stop_strings: a request ends with the token that completes one of them in its new text.
@@ -117,12 +119,16 @@ def generate(
 
     Raises:
         ValueError: a model, cache or attention that cannot decode trees; ids or a tokenizer that
-            are not the model's; a table of a smaller vocabulary; something on another device; an
-            option out of its range.
+            are not the model's; padding that is not on the left; a table of a smaller vocabulary;
+            something on another device; an option of another type or out of its range.
     """
+    _checks.check_integer("num_trajectories", num_trajectories, 1)
     found = causal_model(model)
     prompts = _prompts(found, input_ids, attention_mask)
-    ids = _eos(model, eos)
+    _checks.check_integer("num_trajectories", num_trajectories, 1)
+    own = model.generation_config.eos_token_id
+    ids = _as_list(own) if eos is None else _eos(eos, found.vocab_size)
+    filler = _pad(model, pad, ids)
     requests = len(prompts) * num_trajectories
     stop = _stop(found, prompts, num_trajectories, stop_strings, tokenizer, stopping_criteria)
     texts, statistics = generation.generate(
@@ -135,7 +141,7 @@ def generate(
         streamer.end()
     rows = input_ids.repeat_interleave(num_trajectories, 0)
     lengths = torch.tensor([len(text) for text in texts], device=input_ids.device)
-    return Generation(_sequences(rows, texts, _pad(model, pad, ids)), lengths, statistics)
+    return Generation(_sequences(rows, texts, filler), lengths, statistics)
 
 
 def custom_generate(
@@ -165,7 +171,8 @@ def custom_generate(
     Args:
         model: given by transformers, as are the next four.
         input_ids: (R, L).
-        logits_processor: any processor but those four is refused.
+        logits_processor: any processor but those four is refused. A model's own
+            ``generation_config`` may ask for one: ``repetition_penalty=1.0`` takes Qwen2.5's away.
         stopping_criteria: maximal length and end-of-sequence ids are known to the loop; any other
             criterion is called after every token of a request.
         generation_config: sampling or greedy search.
@@ -188,8 +195,7 @@ def custom_generate(
     found = causal_model(model)
     prompts = _prompts(found, input_ids, mask)
     criteria = [c for c in stopping_criteria if not _known_to_the_loop(c)]
-    end = generation_config.eos_token_id
-    ids = _eos(model, () if end is None else end)
+    ids = _as_list(generation_config.eos_token_id)
     texts, _ = generation.generate(
         found, prompts, **_sampling(logits_processor, generation_config),
         max_new_tokens=generation_config.max_length - input_ids.shape[1], table=table, tree=tree,
@@ -208,7 +214,9 @@ def custom_generate(
 
 def _prompts(found: Any, input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
     """Without their padding."""
-    _checks.check_tensor("input_ids", input_ids)
+    if not isinstance(input_ids, Tensor):
+        expected = "a tensor (of what a tokenizer returns, its input_ids)"
+        _checks.fail("input_ids", expected, type(input_ids).__name__)
     _checks.check_dtype("input_ids", input_ids, torch.int64, torch.int32)
     if input_ids.ndim != 2 or not input_ids.numel():
         _checks.fail("input_ids", "shape (batch, length), not empty", tuple(input_ids.shape))
@@ -217,7 +225,7 @@ def _prompts(found: Any, input_ids: Tensor, mask: Tensor | None) -> list[list[in
         _checks.fail("input_ids", expected, input_ids.device)
     rows: list[list[int]] = input_ids.tolist()
     if mask is None:
-        return rows
+        mask = _inferred_mask(found.model.generation_config, input_ids)
     _checks.check_shape("attention_mask", mask, input_ids.shape, "that of input_ids")
     used = (mask != 0).tolist()
     for index, row in enumerate(used):
@@ -226,15 +234,37 @@ def _prompts(found: Any, input_ids: Tensor, mask: Tensor | None) -> list[list[in
     return [row[keep.index(True) :] for row, keep in zip(rows, used, strict=True)]
 
 
-def _eos(model: Any, eos: int | Sequence[int] | None) -> list[int]:
-    if eos is None:
-        eos = model.generation_config.eos_token_id
-    if eos is None:
-        return []
-    return [eos] if isinstance(eos, int) else [int(token) for token in eos]
+def _inferred_mask(config: Any, input_ids: Tensor) -> Tensor:
+    """Where a mask is forgotten, padding would be read as text without a word."""
+    pad = config.pad_token_id
+    if pad is None or pad in (config.bos_token_id, *_as_list(config.eos_token_id)):
+        return torch.ones_like(input_ids)
+    return input_ids.ne(pad)
+
+
+def _as_list(ids: Any) -> list[int]:
+    if ids is None or isinstance(ids, int):
+        return [] if ids is None else [ids]
+    if isinstance(ids, Tensor):
+        ids = ids.reshape(-1).tolist()
+    if isinstance(ids, str) or not isinstance(ids, Iterable):
+        _checks.fail("eos", "an id or several", repr(ids))
+    return list(ids)
+
+
+def _eos(eos: int | Sequence[int], vocab_size: int) -> list[int]:
+    """What a user gives; a configuration may name ids that never come, transformers warns of it."""
+    ids = _as_list(eos)
+    for token in ids:
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            expected = f"ids in [0, {vocab_size}), the columns of the model's logits"
+            _checks.fail("eos", expected, repr(token))
+    return ids
 
 
 def _pad(model: Any, pad: int | None, eos: Sequence[int]) -> int:
+    if not (pad is None or isinstance(pad, int)):
+        _checks.fail("pad", "an id or None", repr(pad))
     for choice in (pad, model.generation_config.pad_token_id, *eos[:1]):
         if choice is not None:
             return int(choice)
@@ -248,6 +278,9 @@ def _stop(
     checks: list[Stop] = []
     if not isinstance(criteria, Sequence):
         _checks.fail("stopping_criteria", "a sequence of criteria", type(criteria).__name__)
+    for criterion in criteria:
+        if not callable(criterion):
+            _checks.fail("stopping_criteria", "criteria that can be called", repr(criterion))
     if strings is not None:
         lengths = [len(prompt) for prompt in prompts for _ in range(trajectories)]
         checks.append(StopStrings(strings, tokenizer, lengths, found.vocab_size))
@@ -261,6 +294,8 @@ def _stop(
 def _emit(streamer: Any, requests: int, input_ids: Tensor) -> Emit | None:
     if streamer is None:
         return None
+    if not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+        _checks.fail("streamer", "an object with put and end", type(streamer).__name__)
     if requests != 1:
         _checks.fail("streamer", "a single request", f"{requests} requests")
     streamer.put(input_ids.cpu())
@@ -291,7 +326,10 @@ def _sampling(processors: Any, config: Any) -> dict[str, Any]:
     for processor in processors:
         name = next((n for n in WARPERS if type(processor) is getattr(_transformers, n)), None)
         if name is None:
-            expected = f"none but {', '.join(WARPERS)}"
+            expected = (
+                f"none but {', '.join(WARPERS)} (control= takes a Modulation; "
+                "repetition_penalty=1.0 leaves a model's own penalty out)"
+            )
             _checks.fail("logits_processor", expected, type(processor).__name__)
         if config.do_sample:
             options[WARPERS[name]] = getattr(processor, WARPERS[name])

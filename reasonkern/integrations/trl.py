@@ -122,7 +122,8 @@ class GRPOTrainer(_Base):
             ranks = dist.group.WORLD if self.accelerator.num_processes > 1 else None
             objective = named_objective(objective, ranks)
         if not isinstance(objective, Objective):
-            _checks.fail("objective", "a name, an Objective or None", type(objective).__name__)
+            expected = "a name, an Objective (Objective.custom for a function) or None"
+            _checks.fail("objective", expected, type(objective).__name__)
         if objective.rule is not None and objective.rule.needs_rollout:
             check_off_policy(self.args, objective.name)
         found = with_terms(objective, self._terms())

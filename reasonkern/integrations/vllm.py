@@ -1,21 +1,32 @@
 """vLLM's V2 logits processor: reflection and thinking control, exact under speculative decoding.
 
-A module of the server's says which tokens it controls::
+A module that the server can import says which tokens it controls::
 
     # my_control.py
+    import reasonkern as rk
+    from transformers import AutoTokenizer
     from reasonkern.integrations.vllm import ModulationLogitsProcessor
+
+    tokenizer = AutoTokenizer.from_pretrained("MODEL")
 
     class Control(ModulationLogitsProcessor):
         sets = rk.TokenSets.from_tokenizer(tokenizer, {"reflect": ["wait", "Wait", "but", "But"]})
         vocab_size = len(tokenizer)
 
-vLLM loads it by name, ``vllm serve … --logits-processors my_control:Control``, and a request says
-what to do with them::
+vLLM loads it by name::
+
+    PYTHONPATH=. vllm serve MODEL --logits-processors my_control:Control
+
+and a request says what to do with them, in Python or over HTTP::
 
     spec = rk.Modulation(cyclic=rk.Cyclic(5.0, 1200), think_end=151668)
     SamplingParams(…, extra_args=request_parameters(spec))
+    client.completions.create(…, extra_body={"vllm_xargs": request_parameters(spec)})
 
-Not to be installed under the entry point ``vllm.logits_processors``, which the V1 runner reads too.
+A client without vLLM writes ``{"modulation": '{"cyclic": {"amplitude": 5, "period": 1200}, …}'}``
+itself: the arguments of `reasonkern.Modulation` as JSON. The processor has the interface of the V2
+model runner, not that of V1 (``VLLM_USE_V2_MODEL_RUNNER=0``). Not to be installed under the entry
+point ``vllm.logits_processors``, which the V1 runner reads too.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def control_arguments(
     _checks.check_tensor("slot", slot)
     _checks.check_dtype("slot", slot, torch.int64)
     _checks.check_device("slot", slot, logits, "logits")
-    _checks.check_shape("slot", slot, logits.shape[:1], "one per row or request")
+    _checks.check_shape("slot", slot, logits.shape[:1], "(R,)" if logits.ndim == 2 else "(B,)")
     storage = list(state.tensors)
     _checks.check_device("state", storage[0], logits, "logits")
     _checks.check_range("slot", slot, -1, state.max_requests)

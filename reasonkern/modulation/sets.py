@@ -82,7 +82,7 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
         vocab = _by_text(tokenizer.get_vocab())
         unwanted = [word.lower() for word in _checked_strings("exclude", exclude)]
         found: dict[str, set[int]] = {name: set() for name in sets}
-        missing = []
+        missing, spaced = [], False
         for name, strings in sets.items():
             for string in _checked_strings(f"sets[{name!r}]", strings):
                 texts = _matches(vocab, string, variants)
@@ -90,8 +90,12 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
                 found[name].update(i for text in texts for i in vocab[text])
                 if not texts:
                     missing.append(f"{name}: {string!r}")
+                    spaced |= " " + string in vocab
         if missing:
-            _checks.fail("sets", "strings that are one token each", ", ".join(missing))
+            expected = "strings that are one token each" + (
+                ' (variants="space" also takes those with a space before)' if spaced else ""
+            )
+            _checks.fail("sets", expected, ", ".join(missing))
         return cls(found)
 
     def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:

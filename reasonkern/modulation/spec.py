@@ -46,13 +46,10 @@ class Cyclic:
         _check_set(self.set)
         if self.windows is None:
             return
-        pairs = tuple(tuple(pair) for pair in self.windows)
+        pairs = _checked_pairs("windows", self.windows, at.MAX_WINDOWS, "(low, high)")
         object.__setattr__(self, "windows", pairs)
-        if not 1 <= len(pairs) <= at.MAX_WINDOWS:
-            _checks.fail("windows", f"1 to {at.MAX_WINDOWS} pairs (low, high)", len(pairs))
         for pair in pairs:
-            whole = len(pair) == 2 and all(_is_whole(x) for x in pair)
-            if not whole or not 0 <= pair[0] < pair[1]:
+            if not all(_is_whole(x) for x in pair) or not 0 <= pair[0] < pair[1]:
                 _checks.fail("windows", "pairs of integers 0 <= low < high", pair)
 
 
@@ -138,10 +135,8 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Refuses values that have no meaning."""
-        pairs = tuple(tuple(pair) for pair in self.points)
+        pairs = _checked_pairs("points", self.points, at.MAX_POINTS, "(t, d)")
         object.__setattr__(self, "points", pairs)
-        if not 1 <= len(pairs) <= at.MAX_POINTS or any(len(pair) != 2 for pair in pairs):
-            _checks.fail("points", f"1 to {at.MAX_POINTS} pairs (t, d)", self.points)
         times = [t for t, _ in pairs]
         if not all(_is_whole(t) for t in times) or any(
             a >= b for a, b in zip(times, times[1:], strict=False)
@@ -276,7 +271,8 @@ class EntropyTrigger:
 
     A row triggers when its entropy exceeds ``max(floor, mean + k * max(std, min_std))`` over the
     last ``window`` accepted rows (std unbiased; forced rows left out), or ``first`` before there
-    are that many.
+    are that many. The entropy is that of the law the token is drawn from, after temperature and
+    filters: that of a greedy row is 0, and it never triggers.
 
     Args:
         window: rows, 2 to 64.
@@ -415,8 +411,17 @@ def _check_id(name: str, value: object) -> None:
 def checked_id(name: str, value: object) -> int:
     """A token id as an int."""
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < ID_LIMIT:
-        _checks.fail(name, f"token ids in [0, {ID_LIMIT})", repr(value))
+        _checks.fail(name, "token ids, integers in [0, 2^31)", repr(value))
     return value
+
+
+def _checked_pairs(name: str, pairs: Any, most: int, meaning: str) -> tuple[tuple[Any, Any], ...]:
+    listed = isinstance(pairs, Sequence) and not isinstance(pairs, str)
+    if not listed or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in pairs):
+        _checks.fail(name, f"a sequence of pairs {meaning}", repr(pairs))
+    if not 1 <= len(pairs) <= most:
+        _checks.fail(name, f"1 to {most} pairs {meaning}", len(pairs))
+    return tuple((first, second) for first, second in pairs)
 
 
 def _checked_ids(name: str, ids: Sequence[int], most: int) -> tuple[int, ...]:

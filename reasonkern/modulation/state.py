@@ -33,7 +33,9 @@ class ModulationState:
     """Slots for requests, each with its `Modulation` and what its tokens have made of it.
 
     Tensors only, of sizes that never change, so that steps with it can be captured in a CUDA graph:
-    `modulate_logits_`, `sample_controlled` and `verify_tree` read it, `commit_` advances it.
+    `modulate_logits_`, `sample_controlled` and `verify_tree` read it, `commit_` advances it. A slot
+    that no request was added to, or whose request was removed, is free: on every device its rows
+    are left as they are and its tokens are not counted, as those of padding.
 
     Args:
         max_requests: number of slots.
@@ -55,8 +57,7 @@ class ModulationState:
     def __init__(
         self, max_requests: int, sets: TokenSets, device: torch.device | str = "cpu"
     ) -> None:
-        if not isinstance(max_requests, int) or not 1 <= max_requests < 1 << 31:
-            _checks.fail("max_requests", "a positive integer", repr(max_requests))
+        _checks.check_integer("max_requests", max_requests, 1, (1 << 31) - 1)
         if not isinstance(sets, TokenSets):
             _checks.fail("sets", "a TokenSets", type(sets).__name__)
         self.max_requests, self.sets = max_requests, sets
@@ -155,6 +156,11 @@ class ModulationState:
         return self.uses(at.DEEPCONF | at.TRIGGER)
 
     @property
+    def free(self) -> list[int]:
+        """Slots without a request, which `add` takes."""
+        return [slot for slot, parts in enumerate(self._parts) if not parts]
+
+    @property
     def stopped(self) -> Tensor:
         """(max_requests,) bool: requests that `DeepConf` has stopped."""
         progress = self.tensors.progress
@@ -189,6 +195,8 @@ class ModulationState:
             ValueError: other settings; a tensor that is missing, of another shape or dtype, or
                 with contents that no state has.
         """
+        if not isinstance(state, Mapping):
+            _checks.fail("state", "a mapping, as state_dict returns it", type(state).__name__)
         if state.get("settings") != self._settings():
             _checks.fail("state", f"settings {self._settings()}", state.get("settings"))
         check_saved(state, self.tensors)

@@ -75,8 +75,8 @@ def token_stats(
         targets: (N,) or (B, T) token ids in [0, V).
         temperature: a number > 0, or a tensor of one per row or one per sequence (B,).
         softcap: z = cap * tanh(x / cap) before the temperature; None = off.
-        mask: bool, shaped like ``targets``; rows where it is False are not read: their statistics
-            are 0, their gradient is 0, and any target is allowed. None = all rows.
+        mask: bool or 0/1 numbers, shaped like ``targets``; rows where it is 0 are not read: their
+            statistics and gradient are 0, and any target is allowed. None = all rows.
         parallel: with a ``vocab_group`` the logits are this rank's columns, and the statistics,
             the same on every rank, those of the whole rows, after one all-gather of 32 bytes per
             row; a DTensor sharded on its last dimension needs no `Parallel`. None = whole rows.
@@ -151,15 +151,16 @@ def policy_loss(
             ``targets``; None = on-policy, r = 1 with gradient.
         advantage: shaped like ``targets``, or one per sequence: (B,) for padded rows, one per
             segment for packed ones.
-        weight: shaped like ``targets``: mask x normaliser, from `token_weights`. Rows whose weight
-            and entropy weight are 0 are not read; any target is allowed there.
+        weight: shaped like ``targets``, floats: mask x normaliser, from `token_weights`; a mask by
+            itself (bool or integers) is refused. Rows whose weight and entropy weight are 0 are not
+            read; any target is allowed there.
         objective: an `Objective`, or a torch function ``(logprob, entropy, ctx) -> token_loss``.
-        ref_logprob: reference policy, for ``Objective(kl=…)``.
+        ref_logprob: reference policy's log-probabilities, for an objective with ``kl``.
         rollout_logprob: inference engine's log-probabilities, for ``importance`` and ``opsm``.
         segments: ``cu_seqlens`` (S + 1,) of packed tokens, for sequence-level terms.
         temperature: number > 0, or a tensor of one per row or per sequence. No gradient.
         softcap: z = cap * tanh(x / cap) before the temperature; None = off.
-        entropy_weight: per-row weight of the entropy bonus; None = ``weight``.
+        entropy_weight: per-row weight of the entropy bonus, floats; None = ``weight``.
         inplace_grad: write the gradient over the logits: no second (N, V) buffer. The logits must
             not be used afterwards; autograd raises where another op saved them.
         loss_scale: 0-dim tensor folded into the gradient before it is rounded to the logits' dtype
@@ -178,6 +179,18 @@ def policy_loss(
         ValueError: wrong shape, dtype or device, a missing input of the objective, a per-token
             advantage for a sequence-level objective; on CPU also targets out of range, nonfinite
             weights or advantages in active rows (on CUDA such rows are counted instead).
+
+    Example:
+        >>> import torch, reasonkern as rk
+        >>> logits, mask = torch.zeros(1, 2, 4, requires_grad=True), torch.tensor([[1, 0]])
+        >>> out = rk.policy_loss(
+        ...     logits, torch.tensor([[3, 0]]), advantage=torch.ones(1),
+        ...     weight=rk.token_weights(mask), objective=rk.Objective.dapo(),
+        ... )
+        >>> out.loss.backward()
+        >>> logits.grad  # p - 1[v = target], 0 for the token of weight 0
+        tensor([[[ 0.2500,  0.2500,  0.2500, -0.7500],
+                 [ 0.0000,  0.0000,  0.0000,  0.0000]]])
     """
     logits, shard = vocab_shard(logits, parallel)
     rows, y = canonical_logits(logits, targets, least=1 if shard is None else 0)

@@ -103,7 +103,7 @@ class CovarianceSelection(Rule):
 
     def __post_init__(self) -> None:
         """Refuses what `covariance_mask` refuses."""
-        _check_share("fraction", self.fraction)
+        _checks.check_number("fraction", self.fraction, 0, 1, exclusive=True)
         _checks.check_number("high", self.high, self.low)
         _checks.check_number("coef", self.coef, 0)
 
@@ -133,7 +133,7 @@ class HighEntropySelection(Rule):
 
     def __post_init__(self) -> None:
         """Refuses what `high_entropy_mask` refuses."""
-        _check_share("rho", self.rho)
+        _checks.check_number("rho", self.rho, 0, 1, exclusive=True)
 
     def apply(
         self, o: Objective, rows: Rows, context: RowContext, h: Hyper
@@ -186,9 +186,3 @@ def _both(o: Objective, kept: Tensor, context: RowContext) -> Tensor:
     kept = kept.to(context.weight.dtype)
     given = o.selection_rows(context.weight)
     return kept if given is None else kept * given
-
-
-def _check_share(name: str, value: float) -> None:
-    _checks.check_number(name, value, 0, exclusive=True)
-    if value > 1:
-        _checks.fail(name, "a share in (0, 1]", repr(value))

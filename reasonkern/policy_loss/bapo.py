@@ -104,26 +104,18 @@ def bapo_bounds(
     _checks.check_number("target", target)
     grids = grid("low", low or published.low), grid("high", high or published.high)
     check_tensor("ratio", ratio)
-    rows = [_like("advantage", advantage, ratio), _like("mask", mask, ratio)]
-    weight = None if rollout_logprob is None else _like("rollout_logprob", rollout_logprob, ratio)
+    advantage = _checks.expanded("advantage", advantage, ratio, "ratio")
+    trained = _checks.expanded("mask", mask, ratio, "ratio") != 0
     _checks.check_mask("mask", mask)
-    trained = rows[1] != 0
-    for name, x in (("ratio", ratio), ("advantage", rows[0]), ("rollout_logprob", weight)):
+    rollout = rollout_logprob
+    if rollout is not None:
+        rollout = _checks.expanded("rollout_logprob", rollout, ratio, "ratio")
+    for name, x in (("ratio", ratio), ("advantage", advantage), ("rollout_logprob", rollout)):
         if x is not None:
             _checks.check_finite(name, x, trained)
     with torch.no_grad():
         groups = () if data_group is None else (data_group,)
-        return search(ratio, rows[0], trained, weight, variant, grids, target, groups)
-
-
-def _like(name: str, x: object, ratio: Tensor) -> Tensor:
-    check_tensor(name, x)
-    assert isinstance(x, Tensor)
-    _checks.check_device(name, x, ratio, "ratio")
-    try:
-        return x.expand(ratio.shape)
-    except RuntimeError:
-        _checks.fail(name, f"a shape that broadcasts to {tuple(ratio.shape)}", tuple(x.shape))
+        return search(ratio, advantage, trained, rollout, variant, grids, target, groups)
 
 
 def grid(name: str, given: Range) -> tuple[float, ...]:

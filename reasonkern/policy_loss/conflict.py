@@ -23,7 +23,9 @@ def conflict_token_weights(
     combine: str = "product",
     per_conflict_norm: bool = False,
 ) -> Tensor:
-    """Factors per token that keep completions from pushing a shared start or end both ways (GTPO).
+    """Factors per token that keep completions from pushing a shared start or end both ways.
+
+    The conflict-aware correction of GTPO (arXiv 2508.03772).
 
     A token conflicts when the same id at the same position occurs in a completion of its group with
     A > 0 and in one with A < 0. Only the unbroken run of conflicts from the first trained token
@@ -87,16 +89,15 @@ def conflict_token_weights(
 
 
 def _check_inputs(tokens: Tensor, advantage: Tensor, group: Tensor, mask: Tensor) -> None:
-    given = {"tokens": tokens, "advantage": advantage, "group": group, "mask": mask}
     check_tensor("tokens", tokens)
-    for name, x in given.items():
+    for name, x in (("advantage", advantage), ("group", group), ("mask", mask)):
         _checks.check_device(name, x, tokens, "tokens")
-    for name in ("tokens", "group"):
-        _checks.check_dtype(name, given[name], torch.int64, torch.int32)
+    for name, x in (("tokens", tokens), ("group", group)):
+        _checks.check_dtype(name, x, torch.int64, torch.int32)
     if tokens.ndim != 2:
         _checks.fail("tokens", "shape (B, T)", tuple(tokens.shape))
-    for name in ("advantage", "group"):
-        _checks.check_shape(name, given[name], tokens.shape[:1], "(B,)")
+    for name, x in (("advantage", advantage), ("group", group)):
+        _checks.check_shape(name, x, tokens.shape[:1], "(B,)")
     _checks.check_shape("mask", mask, tokens.shape, "tokens.shape")
     _checks.check_mask("mask", mask)
     _checks.check_finite("advantage", advantage, torch.ones_like(group, dtype=torch.bool))
@@ -151,9 +152,11 @@ def entropy_filter(
 ) -> Tensor:
     """GTPO's advantage shaping: ``A - coef <H>``, and 0 for completions with <H> > max_entropy.
 
-    <H> is the mean entropy over the trained tokens of a completion, 0 for none. The paper drops no
-    completion while the model it started from has a mean entropy above ln 2: pass that as
-    ``initial_entropy``. The released code has no such branch and compares with 0.7.
+    <H> is the mean entropy over the trained tokens of a completion, 0 for none. The paper (arXiv
+    2508.03772) drops no completion while the model it started from has a mean entropy above ln 2:
+    pass that as ``initial_entropy``. The released code has no such branch and compares with 0.7.
+    Equivalent to, with ``h = (entropy * mask).sum(1) / mask.sum(1)``:
+    ``torch.where(h <= max_entropy, advantage - coef * h, 0)``.
 
     Args:
         advantage: (B,).
@@ -168,7 +171,8 @@ def entropy_filter(
         (B,) shaped advantages, of the dtype of ``advantage``.
 
     Raises:
-        ValueError: wrong shape or number.
+        ValueError: wrong shape or number; on CPU also an entropy of a trained token that is not
+            finite (on CUDA its completion is NaN).
 
     Example:
         >>> import torch, reasonkern as rk
@@ -177,7 +181,7 @@ def entropy_filter(
         tensor([0.9700, 0.0000])
     """
     check_tensor("entropy", entropy)
-    for name, x in (("advantage", advantage), ("entropy", entropy), ("mask", mask)):
+    for name, x in (("advantage", advantage), ("mask", mask)):
         _checks.check_device(name, x, entropy, "entropy")
     if entropy.ndim != 2:
         _checks.fail("entropy", "shape (B, T)", tuple(entropy.shape))
@@ -186,6 +190,7 @@ def entropy_filter(
     _checks.check_mask("mask", mask)
     check_filter(max_entropy, coef, initial_entropy)
     trained = mask != 0
+    _checks.check_finite("entropy", entropy, trained)
     total = torch.where(trained, entropy.double(), 0.0).sum(1)
     mean = total / trained.sum(1).clamp_min(1)
     return shape_advantage(advantage, mean, max_entropy, coef, initial_entropy)
@@ -212,7 +217,7 @@ def shape_advantage(
     initial_entropy: float | Tensor | None,
 ) -> Tensor:
     """The filter for advantages and mean entropies of one shape."""
-    kept = mean_entropy <= max_entropy
+    kept = ~(mean_entropy > max_entropy)  # NaN is no reason to drop: it shows in the result
     if initial_entropy is not None:
         kept = kept | (torch.as_tensor(initial_entropy, device=kept.device) > LN_2)
     shaped = advantage.double() - coef * mean_entropy

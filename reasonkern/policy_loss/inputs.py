@@ -85,14 +85,15 @@ def canonical_logits(logits: Tensor, targets: Tensor, least: int = 1) -> tuple[T
 def canonical_mask(
     mask: Tensor | None, targets: Tensor, shape: torch.Size, device_of: str = "logits"
 ) -> Tensor | None:
-    """`mask`, of the `shape` of the caller's targets, in the shape of the canonical ones."""
+    """`mask`, of the `shape` of the caller's targets, as bools in that of the canonical ones."""
     if mask is None:
         return None
     check_tensor("mask", mask)
-    _checks.check_dtype("mask", mask, torch.bool)
     _checks.check_shape("mask", mask, shape, "targets.shape")
     _checks.check_device("mask", mask, targets, device_of)
-    return mask.reshape(targets.shape).contiguous()
+    _checks.check_mask("mask", mask)
+    kept = mask if mask.dtype == torch.bool else mask != 0
+    return kept.reshape(targets.shape).contiguous()
 
 
 def canonical_scaling(
@@ -109,9 +110,9 @@ def canonical_scaling(
         _checks.check_number("temperature", temperature, 0, exclusive=True)
         return Scaling(None, float(temperature), cap)
     rows = row_tensor("temperature", temperature, logits, per_sequence=True, segments=segments)
-    if _checks_values(rows):
-        ok = (rows > 0) & torch.isfinite(rows)
-        _check_values("temperature", rows, ok, "finite positive values")
+    if _checks.reads_values(rows):
+        right = (rows > 0) & torch.isfinite(rows)
+        _checks.check_all("temperature", rows, right, "finite positive values")
     return Scaling(rows, 1.0, cap)
 
 
@@ -138,12 +139,13 @@ def row_tensor(
     if batch == 1 and x.shape == (tokens,):
         x = x.unsqueeze(0)
     if x.shape != shape:
-        meaning = "one value per token"
+        # Packed tokens, of shape (N,) to their owner, are rows of shape (1, N) here.
+        expected = f"one value per token, {(tokens,) if batch == 1 else (batch, tokens)}"
         if per_sequence and batch == 1 and (segments is None or segments.cu_seqlens is None):
-            meaning += " (for one per sequence, packed logits need segments=cu_seqlens)"
+            expected += " (for one per sequence, packed logits need segments=cu_seqlens)"
         elif per_sequence:
-            meaning += f" (or one per sequence, {(batch,)})"
-        _checks.check_shape(name, x, shape, meaning)
+            expected += f", or one per sequence, {(batch,)}"
+        _checks.fail(name, expected, f"shape {tuple(x.shape)}")
     return x.detach().to(accumulator_dtype(logits.dtype)).contiguous()
 
 
@@ -151,7 +153,9 @@ def _spread(name: str, x: Tensor, shape: torch.Size, segments: Segments | None) 
     if x.ndim == 0:
         return x.expand(shape)
     if segments is not None and segments.cu_seqlens is not None and segments.ids is not None:
-        _checks.check_shape(name, x, (segments.cu_seqlens.numel() - 1,), "one value per segment")
+        count = segments.cu_seqlens.numel() - 1
+        if x.shape != (count,):
+            _checks.fail(name, f"one value per segment, {(count,)}", f"shape {tuple(x.shape)}")
         return x[segments.ids]
     if x.shape in ((shape[0],), (shape[0], 1)):
         return x.reshape(-1, 1).expand(shape)
@@ -171,7 +175,7 @@ def canonical_segments(
     _checks.check_device("segments", cu_seqlens, targets, "targets")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         _checks.fail("segments", "cu_seqlens of shape (S + 1,), S >= 1", tuple(cu_seqlens.shape))
-    if targets.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.reads_values(targets):
         ends = cu_seqlens[0].item(), cu_seqlens[-1].item()
         if ends != (0, targets.shape[-1]) or (cu_seqlens.diff() < 0).any():
             expected = f"non-decreasing offsets from 0 to {targets.shape[-1]}"
@@ -179,32 +183,15 @@ def canonical_segments(
     return Segments.of(targets, cu_seqlens, parallel)
 
 
-def _checks_values(x: Tensor) -> bool:
-    """CPU only, like `_checks.check_range`: elsewhere it would synchronise."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _check_finite(name: str, x: Tensor, where: Tensor | None = None) -> None:
-    ok = torch.isfinite(x)
-    if not ok.all():
-        _check_values(name, x, ok if where is None else ok | ~where, "finite values")
-
-
-def _check_values(name: str, x: Tensor, ok: Tensor, expected: str) -> None:
-    if not ok.all():
-        index = tuple((~ok).nonzero()[0].tolist())
-        _checks.fail(name, expected, f"{x[index].item()} at {index}")
-
-
 def check_rows(context: RowContext, targets: Tensor, vocab: int) -> None:
     """Values that would otherwise only be counted as nonfinite: refused on CPU."""
-    if not _checks_values(targets):
+    if not _checks.reads_values(targets):
         return
     active = context.active
-    _check_finite("weight", context.weight)
+    _checks.check_finite("weight", context.weight, expected="finite values")
     if context.entropy_weight is not None:
-        _check_finite("entropy_weight", context.entropy_weight)
-    _check_finite("advantage", context.advantage, active)
+        _checks.check_finite("entropy_weight", context.entropy_weight, expected="finite values")
+    _checks.check_finite("advantage", context.advantage, active, "finite values")
     _checks.check_range("targets", targets, 0, vocab, where=active)
 
 
@@ -212,7 +199,8 @@ def as_objective(objective: Objective | Callable[..., Tensor]) -> Objective:
     if isinstance(objective, Objective):
         return objective
     if not callable(objective):
-        _checks.fail("objective", "an Objective or a function", repr(objective))
+        expected = "an Objective, such as Objective.dapo(), or a function"
+        _checks.fail("objective", expected, repr(objective))
     if getattr(objective, "__self__", None) is Objective:
         name = f"Objective.{getattr(objective, '__name__', '…')}"
         _checks.fail("objective", f"an Objective, {name}()", f"its constructor, {name}")
@@ -243,9 +231,11 @@ def row_context(
     def optional(name: str, x: Tensor | None) -> Tensor | None:
         return None if x is None else row_tensor(name, x, logits)
 
-    check_tensor("weight", weight)
-    if weight.dtype == torch.bool:
-        _checks.fail("weight", "mask x normaliser, from token_weights", "a bool tensor")
+    for name, x in (("weight", weight), ("entropy_weight", entropy_weight)):
+        if x is not None and not check_tensor(name, x).is_floating_point():
+            # A mask by itself, which would sum the tokens of the batch.
+            expected = "mask x normaliser in floats, from token_weights"
+            _checks.fail(name, expected, f"a tensor of {x.dtype}")
     spread = row_tensor(
         "advantage", advantage, logits, per_sequence=True, segments=segments,
         sequence_first=o.level == "sequence",
@@ -309,8 +299,9 @@ def check_objective(o: Objective, context: RowContext, packed: bool) -> None:
     if by_sequence and packed and context.segments.cu_seqlens is None:
         _checks.fail("segments", f"cu_seqlens for packed tokens with objective {o.name}", None)
     if o.level == "sequence" and not context.advantage_per_sequence:
-        shape = tuple(context.advantage.shape)
-        _checks.fail("advantage", f"one value per sequence for objective {o.name}", shape)
+        of = f"({context.segments.count(context.advantage)},), for objective {o.name}"
+        got = f"shape {tuple(context.advantage.shape)}"
+        _checks.fail("advantage", f"one value per sequence, {of}", got)
 
 
 def _sequence_importance(o: Objective) -> bool:

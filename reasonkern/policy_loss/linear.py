@@ -54,8 +54,8 @@ def linear_token_stats(
         bias: (V,); None = no bias.
         temperature: a number > 0, or a tensor of one per row or one per sequence (B,).
         softcap: z = cap * tanh(x / cap) before the temperature; None = off.
-        mask: bool, shaped like ``targets``; rows where it is False have statistics and gradient 0,
-            whatever their hidden states and target. None = all rows.
+        mask: bool or 0/1 numbers, shaped like ``targets``; rows where it is 0 have statistics and
+            gradient 0, whatever their hidden states and target. None = all rows.
         chunk_rows: rows whose logits exist at a time; the last chunk is filled up. None = equal
             chunks of about 96 MiB of logits on CPU, 1.25 GiB on a GPU.
         compact: leave masked rows out of the matrix products, too. Counting them waits for the
@@ -139,15 +139,16 @@ def linear_policy_loss(
             the same rows and ``chunk_rows``, not compacted, have the same bits as this pass's.
         advantage: shaped like ``targets``, or one per sequence: (B,) for padded rows, one per
             segment for packed ones.
-        weight: shaped like ``targets``: mask x normaliser, from `token_weights`. Rows whose weight
-            and entropy weight are 0 take no part, whatever their hidden states and target.
+        weight: shaped like ``targets``, floats: mask x normaliser, from `token_weights`; a mask by
+            itself (bool or integers) is refused. Rows whose weight and entropy weight are 0 take no
+            part, whatever their hidden states and target.
         objective: an `Objective`, or a torch function ``(logprob, entropy, ctx) -> token_loss``.
-        ref_logprob: reference policy, for ``Objective(kl=…)``.
+        ref_logprob: reference policy's log-probabilities, for an objective with ``kl``.
         rollout_logprob: inference engine's log-probabilities, for ``importance`` and ``opsm``.
         segments: ``cu_seqlens`` (S + 1,) of packed tokens, for sequence-level terms.
         temperature: number > 0, or a tensor of one per row or per sequence. No gradient.
         softcap: z = cap * tanh(x / cap) before the temperature; None = off.
-        entropy_weight: per-row weight of the entropy bonus; None = ``weight``.
+        entropy_weight: per-row weight of the entropy bonus, floats; None = ``weight``.
         loss_scale: 0-dim tensor folded into the gradients before they are rounded (GradScaler's
             factor for float16); scaling the loss by the same factor cancels it.
         chunk_rows: rows whose logits exist at a time; the last chunk is filled up. None = equal

@@ -214,6 +214,22 @@ def _beyond_bounds(
     return dropped & (a <= 0), dropped & (a > 0)  # the side each sign is limited on
 
 
+def _taken_in(finite: Tensor | None, first: Tensor, *others: Tensor | None) -> Tensor:
+    """Rows that the loss did not leave out and whose inputs are finite; None = not given."""
+    good = torch.isfinite(first) if finite is None else torch.isfinite(first) & finite
+    for x in others:
+        if x is not None:
+            good = good & torch.isfinite(x)
+    return good
+
+
+def _range(x: Tensor, used: Tensor) -> Tensor:
+    """(minimum, maximum); (inf, -inf) of nothing."""
+    ends = x.new_tensor((torch.inf, -torch.inf))
+    low, high = (torch.where(used, x, end).flatten() for end in ends)
+    return torch.stack((torch.cat((ends[:1], low)).amin(), torch.cat((ends[1:], high)).amax()))
+
+
 def metric_rows(
     logprob: Tensor,
     entropy: Tensor,
@@ -242,12 +258,8 @@ def metric_rows(
         log_ratio = torch.zeros_like(logprob) if old_logprob is None else logprob - old_logprob
     logp, a = logprob.double(), advantage.double()
     r = clamped_exp(log_ratio.double(), h.log_ratio_clamp)[0]
-    good = torch.isfinite(logp) & torch.isfinite(entropy) & torch.isfinite(r) & torch.isfinite(a)
-    if finite is not None:
-        good = good & finite
-    for factor in (importance, ref_logprob if needs_ref else None):
-        if factor is not None:
-            good = good & torch.isfinite(factor)
+    needed = (logp, entropy, r, a, importance, ref_logprob if needs_ref else None)
+    good = _taken_in(finite, *needed)
     active = weight != 0
     used = active & good
     read = active_rows(weight, entropy_weight)
@@ -271,9 +283,4 @@ def metric_rows(
     counts = torch.stack(((~active).sum().double(), (read & ~good).sum().double()))
     pairs = ((r, r), (logp, a), (logp, torch.where(clipped, 0.0, a)))
     moments = [_moments(x, y, used, rows[0]) for x, y in pairs]
-    ends = r.new_tensor((torch.inf, -torch.inf))
-    low_r, high_r = (torch.where(used, r, end).flatten() for end in ends)
-    ratio_range = torch.stack(
-        (torch.cat((ends[:1], low_r)).amin(), torch.cat((ends[1:], high_r)).amax())
-    )
-    return torch.cat((rows[:1], counts, rows[1:], ratio_range, *moments))
+    return torch.cat((rows[:1], counts, rows[1:], _range(r, used), *moments))

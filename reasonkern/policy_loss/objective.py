@@ -15,9 +15,14 @@ from torch import Tensor
 from .adaptive import BalancedBounds, CovarianceSelection, EntropyFilter, HighEntropySelection
 from .bapo import Range
 from .conflict import LN_2
-from .objective_fields import Number, ObjectiveFields
-from .reference import CISPO, DPPO_KL, DPPO_TV, DRO, GPPO, SAPO
+from .objective_fields import ObjectiveFields
+from .reference import CISPO, DPPO_KL, DPPO_TV, DRO, GPPO, SAPO, Number
 
+# Keywords of every constructor.
+TERMS = (
+    "kl", "entropy_coef", "importance", "opsm", "log_ratio_clamp", "selection", "dual_clip",
+    "ratio_cap",
+)  # fmt: skip
 E_MINUS_0_4, E_PLUS_0_4 = math.exp(-0.4), math.exp(0.4)
 
 
@@ -26,11 +31,13 @@ class Objective(ObjectiveFields):
 
     Every constructor also takes the added terms as keywords:
 
-    * ``kl=("k1" | "k2" | "k3", coef, unbiased=False)``: KL to ``ref_logprob``; unbiased multiplies
-      the estimator by the ratio and differentiates through both.
+    * ``kl=("k1" | "k2" | "k3", coef, unbiased=False)``: `KL` to ``ref_logprob``, coef times -d,
+      d^2 / 2 or e^d - d - 1 with d = ref_logprob - logp; unbiased multiplies the estimator by the
+      ratio and differentiates through both.
     * ``entropy_coef``: subtracts ``entropy_coef * sum(entropy_weight * entropy)``.
     * ``importance=("token" | "sequence", "truncate" | "mask", lo, hi, geometric_mean=False)``:
-      weight exp(old_logprob - rollout_logprob) on the policy term (TIS, IcePop, MIS).
+      `Importance`, the weight exp(old_logprob - rollout_logprob) on the policy term, clamped to
+      [lo, hi] (TIS) or 0 outside (IcePop by token, MIS by sequence).
     * ``opsm``: drops sequences with A < 0 and mean(rollout_logprob - logp) > opsm (DeepSeek-V3.2,
       arXiv 2512.02556).
     * ``log_ratio_clamp`` (20): the log-ratio is clamped to +-this before exp; the gradient through
@@ -38,7 +45,22 @@ class Objective(ObjectiveFields):
     * ``selection``: 0-dim or per-row factor on the policy term alone (a mask, a factor per token).
 
     Numeric fields are floats, 0-dim tensors (a schedule never recompiles) or per-row tensors.
+
+    Raises:
+        ValueError: a value without a meaning, such as an epsilon for a ratio.
+        TypeError: a name that no objective has, or a call of the class itself.
     """
+
+    def __init__(self, *given: object, **fields: Any) -> None:
+        """For the named constructors: a name alone would be an objective that clips nothing."""
+        if given or "name" not in fields:
+            got = f"Objective({', '.join(map(repr, given))})"
+            raise TypeError(f"Objective: expected a constructor, Objective.dapo(), got {got}")
+        for name in fields:
+            if name not in ObjectiveFields.__dataclass_fields__:
+                expected = f"its arguments or {', '.join(TERMS)}"
+                raise TypeError(f"Objective.{fields['name']}: expected {expected}, got {name}")
+        super().__init__(**fields)
 
     # ---- token-local objectives
 
@@ -51,7 +73,7 @@ class Objective(ObjectiveFields):
         Keywords: ``dual_clip=c`` (A < 0: loss at most -cA, arXiv 1912.09729) and ``ratio_cap``
         (r <- min(r, cap) in the unclipped branch: two-sided clipping of INTELLECT-2, 2505.07291).
         """
-        return cls("ppo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(name="ppo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
 
     @classmethod
     def grpo(
@@ -61,21 +83,21 @@ class Objective(ObjectiveFields):
 
         Use weights of mode ``seq-mean-token-mean``; the paper adds ``kl=("k3", 0.04)``.
         """
-        return cls("grpo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(name="grpo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
 
     @classmethod
     def dapo(
         cls, ratio_min: Number | None = 0.8, ratio_max: Number | None = 1.28, **terms: Any
     ) -> Objective:
         """PPO's loss with clip-higher (DAPO, arXiv 2503.14476); weights of mode ``token-mean``."""
-        return cls("dapo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(name="dapo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
 
     @classmethod
     def dr_grpo(
         cls, ratio_min: Number | None = 0.8, ratio_max: Number | None = 1.2, **terms: Any
     ) -> Objective:
         """PPO's loss without length or std normalisation (arXiv 2503.20783); mode ``constant``."""
-        return cls("dr_grpo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(name="dr_grpo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
 
     @classmethod
     def tppo(
@@ -86,7 +108,7 @@ class Objective(ObjectiveFields):
         The paper released no code and its bounds are not known to us: these are DAPO's. Weights
         from its policy mask, advantages from its extended GAE (bootstrap with the last value).
         """
-        return cls("tppo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(name="tppo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
 
     @classmethod
     def gppo(
@@ -102,7 +124,7 @@ class Objective(ObjectiveFields):
         Tokens on the clipped side keep the gradient ``beta * bound * A`` instead of 0.
         """
         return cls(
-            "gppo", kind=GPPO, ratio_min=ratio_min, ratio_max=ratio_max, low=beta_low,
+            name="gppo", kind=GPPO, ratio_min=ratio_min, ratio_max=ratio_max, low=beta_low,
             high=beta_high, **terms,
         )  # fmt: skip
 
@@ -117,7 +139,7 @@ class Objective(ObjectiveFields):
     ) -> Objective:
         """GPPO with separate factors that steer the entropy (CE-GPPO, arXiv 2509.20712)."""
         return cls(
-            "ce_gppo", kind=GPPO, ratio_min=ratio_min, ratio_max=ratio_max, low=beta_low,
+            name="ce_gppo", kind=GPPO, ratio_min=ratio_min, ratio_max=ratio_max, low=beta_low,
             high=beta_high, **terms,
         )  # fmt: skip
 
@@ -129,14 +151,14 @@ class Objective(ObjectiveFields):
 
         The upper bound is the one ScaleRL recommends (arXiv 2510.13786), without a lower one.
         """
-        return cls("cispo", kind=CISPO, ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(name="cispo", kind=CISPO, ratio_min=ratio_min, ratio_max=ratio_max, **terms)
 
     @classmethod
     def sapo(
         cls, tau_positive: Number = 1.0, tau_negative: Number = 1.05, **terms: Any
     ) -> Objective:
         """-A (4/tau) sigmoid(tau (r - 1)), tau by the sign of A (SAPO, arXiv 2511.20347)."""
-        return cls("sapo", kind=SAPO, low=tau_positive, high=tau_negative, **terms)
+        return cls(name="sapo", kind=SAPO, low=tau_positive, high=tau_negative, **terms)
 
     @classmethod
     def reinforce(
@@ -146,17 +168,17 @@ class Objective(ObjectiveFields):
 
         ``reinforce(0.1, 10)`` is torchforge's clamped detached ratio.
         """
-        return cls("reinforce", kind=CISPO, ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(name="reinforce", kind=CISPO, ratio_min=ratio_min, ratio_max=ratio_max, **terms)
 
     @classmethod
     def gpg(cls, **terms: Any) -> Objective:
         """-A logp (GPG, arXiv 2504.02546); its rescaling of A is the caller's."""
-        return cls("gpg", kind=CISPO, ratio_min=1.0, ratio_max=1.0, **terms)
+        return cls(name="gpg", kind=CISPO, ratio_min=1.0, ratio_max=1.0, **terms)
 
     @classmethod
     def rloo(cls, **terms: Any) -> Objective:
         """-A logp with leave-one-out advantages (RLOO, arXiv 2402.14740)."""
-        return cls("rloo", kind=CISPO, ratio_min=1.0, ratio_max=1.0, **terms)
+        return cls(name="rloo", kind=CISPO, ratio_min=1.0, ratio_max=1.0, **terms)
 
     @classmethod
     def dppo_tv(
@@ -172,8 +194,8 @@ class Objective(ObjectiveFields):
         arXiv 2602.04879; thresholds of the authors' verl recipe, ratio_max of verl's loss).
         """
         return cls(
-            "dppo_tv", kind=DPPO_TV, ratio_max=ratio_max, low=threshold_low, high=threshold_high,
-            **terms,
+            name="dppo_tv", kind=DPPO_TV, ratio_max=ratio_max, low=threshold_low,
+            high=threshold_high, **terms,
         )  # fmt: skip
 
     @classmethod
@@ -186,14 +208,14 @@ class Objective(ObjectiveFields):
     ) -> Objective:
         """As `dppo_tv`, with Bernoulli KL(p_old || p) <= threshold or p moving back to p_old."""
         return cls(
-            "dppo_kl", kind=DPPO_KL, ratio_max=ratio_max, low=threshold_low, high=threshold_high,
-            **terms,
+            name="dppo_kl", kind=DPPO_KL, ratio_max=ratio_max, low=threshold_low,
+            high=threshold_high, **terms,
         )  # fmt: skip
 
     @classmethod
     def dro(cls, beta: Number = 0.1, **terms: Any) -> Objective:
         """-(A logp - beta/2 (logp - old)^2)  (DRO, arXiv 2405.19107)."""
-        return cls("dro", kind=DRO, low=beta, **terms)
+        return cls(name="dro", kind=DRO, low=beta, **terms)
 
     # ---- sequence-level objectives (two passes over the logits)
 
@@ -202,7 +224,7 @@ class Objective(ObjectiveFields):
         cls, ratio_min: Number | None = 0.9997, ratio_max: Number | None = 1.0004, **terms: Any
     ) -> Objective:
         """PPO's loss on s = exp(mean of the log-ratio over the sequence) (GSPO, 2507.18071)."""
-        return cls("gspo", level="sequence", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(name="gspo", level="sequence", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
 
     @classmethod
     def gmpo(
@@ -212,7 +234,7 @@ class Objective(ObjectiveFields):
         **terms: Any,
     ) -> Objective:
         """-A exp(mean of one-sidedly clipped log-ratios) (GMPO, arXiv 2507.20673)."""
-        return cls("gmpo", level="sequence", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(name="gmpo", level="sequence", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
 
     @classmethod
     def vespo(
@@ -228,7 +250,7 @@ class Objective(ObjectiveFields):
         ln w is limited to [ln 1e-8, 20]; (k, lambda) by the sign of A (VESPO, arXiv 2602.10693).
         """
         shape = (k_positive, lambda_positive, k_negative, lambda_negative)
-        return cls("vespo", level="sequence", vespo_shape=shape, **terms)
+        return cls(name="vespo", level="sequence", vespo_shape=shape, **terms)
 
     # ---- objectives that look at the whole batch (two passes over the logits)
 
@@ -250,7 +272,7 @@ class Objective(ObjectiveFields):
         """
         if variant == "code":
             terms = {"dual_clip": 3.0, **terms}
-        return cls("bapo", rule=BalancedBounds(variant, low, high, target), **terms)
+        return cls(name="bapo", rule=BalancedBounds(variant, low, high, target), **terms)
 
     @classmethod
     def clip_cov(
@@ -269,7 +291,7 @@ class Objective(ObjectiveFields):
         are those of the paper's PPO, the rest its and verl's defaults.
         """
         rule = CovarianceSelection("clip", fraction, low, high, 0.0, seed)
-        return cls("clip_cov", ratio_min=ratio_min, ratio_max=ratio_max, rule=rule, **terms)
+        return cls(name="clip_cov", ratio_min=ratio_min, ratio_max=ratio_max, rule=rule, **terms)
 
     @classmethod
     def kl_cov(cls, fraction: float = 2e-4, coef: float = 1.0, **terms: Any) -> Objective:
@@ -279,7 +301,7 @@ class Objective(ObjectiveFields):
         verl's configuration has 2e-4 and 0.1.
         """
         rule = CovarianceSelection("kl", fraction, 0.0, 0.0, coef, 0)
-        return cls("kl_cov", rule=rule, **terms)
+        return cls(name="kl_cov", rule=rule, **terms)
 
     @classmethod
     def high_entropy(
@@ -295,7 +317,9 @@ class Objective(ObjectiveFields):
         ones: then divide the weights by rho. See `reasonkern.high_entropy_mask`.
         """
         rule = HighEntropySelection(rho)
-        return cls("high_entropy", ratio_min=ratio_min, ratio_max=ratio_max, rule=rule, **terms)
+        return cls(
+            name="high_entropy", ratio_min=ratio_min, ratio_max=ratio_max, rule=rule, **terms
+        )
 
     @classmethod
     def gtpo(
@@ -315,7 +339,7 @@ class Objective(ObjectiveFields):
         """
         rule = EntropyFilter(max_entropy, coef, initial_entropy)
         return cls(
-            "gtpo", kind=CISPO, ratio_min=1.0, ratio_max=1.0, selection=conflict_weights,
+            name="gtpo", kind=CISPO, ratio_min=1.0, ratio_max=1.0, selection=conflict_weights,
             rule=rule, **terms,
         )  # fmt: skip
 
@@ -325,4 +349,4 @@ class Objective(ObjectiveFields):
 
         It runs on `token_stats`; ``ctx`` is a `reasonkern.RowContext` with the rows' other inputs.
         """
-        return cls("custom", level="custom", function=function, **terms)
+        return cls(name="custom", level="custom", function=function, **terms)

@@ -13,6 +13,14 @@ if TYPE_CHECKING:
     from .objective_fields import ObjectiveFields
 
 REQUIRED = ("low", "high", "entropy_coef", "log_ratio_penalty")
+# What the constructors call the fields low and high.
+LIMITS = {
+    SAPO: ("tau_positive", "tau_negative"),
+    DPPO_TV: ("threshold_low", "threshold_high"),
+    DPPO_KL: ("threshold_low", "threshold_high"),
+    DRO: ("beta",),
+    GPPO: ("beta_low", "beta_high"),
+}
 OPTIONAL = ("ratio_min", "ratio_max", "dual_clip", "ratio_cap", "log_ratio_clamp", "opsm")
 
 
@@ -24,11 +32,13 @@ def check(ok: bool, name: str, expected: str, got: object) -> None:
 
 def validate(o: ObjectiveFields) -> None:
     """Refuses values that have no meaning; tensors are taken as they are (no synchronisation)."""
+    called = dict(zip(("low", "high"), LIMITS.get(o.kind, ()), strict=False))
     for name in (*OPTIONAL, *REQUIRED):
         x = getattr(o, name)
         left_out = x is None and name in OPTIONAL
         if not left_out and not isinstance(x, Tensor):
-            check(isinstance(x, (int, float)) and not math.isnan(x), name, "a number", x)
+            given = called.get(name, name)
+            check(isinstance(x, (int, float)) and not math.isnan(x), given, "a number", x)
     lo, hi, cap, dual = o.ratio_min, o.ratio_max, o.ratio_cap, o.dual_clip
     if isinstance(lo, (int, float)):
         check(0 <= lo <= 1, "ratio_min", "a ratio in [0, 1], not an epsilon, or None", lo)
@@ -50,12 +60,11 @@ def _validate_kind(o: ObjectiveFields) -> None:
         o.ratio_cap is None or (clips and o.kind == CLIP),
         "ratio_cap", f"None for {o.name}", o.ratio_cap,
     )  # fmt: skip
-    limits = {SAPO: "tau", DPPO_TV: "threshold", DPPO_KL: "threshold", DRO: "beta", GPPO: "beta"}
-    if o.level == "token" and o.kind in limits:
-        for side, x in (("low", o.low), ("high", o.high)):
-            if isinstance(x, (int, float)) and not (o.kind == DRO and side == "high"):
-                ok = x >= 0 if o.kind == GPPO else x > 0
-                check(ok and math.isfinite(x), limits[o.kind], "a positive number", x)
+    if o.level == "token" and o.kind in LIMITS:
+        for name, x in zip(LIMITS[o.kind], (o.low, o.high), strict=False):
+            if isinstance(x, (int, float)):
+                ok, bound = (x >= 0, ">= 0") if o.kind == GPPO else (x > 0, "> 0")
+                check(ok and math.isfinite(x), name, f"a finite number {bound}", x)
     if o.vespo_shape is not None:
         ok = all(isinstance(x, Tensor) or (math.isfinite(x) and x > 0) for x in o.vespo_shape)
         check(ok, "vespo", "finite k, lambda > 0", o.vespo_shape)

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from .adaptive import Rule
 from .objective_checks import check, validate
-from .reference import CISPO, CLIP
+from .reference import CISPO, CLIP, Number
 
-Number = float | Tensor
 KL_KINDS = {"k1": 1, "k2": 2, "k3": 3}
 
 # The order of `values` and `hyper` in the operators, and of struct Hyper in objective.h.

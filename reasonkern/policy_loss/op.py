@@ -127,7 +127,7 @@ FAKE: dict[str, Callable[..., Any]] = {
 }
 
 
-# ---- autograd: functional schemas only; `front` wraps the in-place forms in autograd.Function
+# ---- autograd: functional schemas only; `paths` wraps the in-place forms in autograd.Function
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -247,11 +247,6 @@ TRITON = {name: _load.lazy(f"{__package__}.triton_kernels", name) for name in SC
 # float64 sums over O(N) rows; a build with nvcc has a kernel.
 TRITON["policy_metrics"] = REFERENCE["policy_metrics"]
 
-
-def _triton_serves(x: Tensor, *args: Any) -> bool:
-    return x.dtype != torch.float64  # the Triton kernels accumulate in float32
-
-
 for _name, _schema in SCHEMAS.items():
     _load.define_op(
         _name,
@@ -260,6 +255,6 @@ for _name, _schema in SCHEMAS.items():
         fake=FAKE[_name],
         cuda=True,
         triton=TRITON[_name],
-        triton_serves=_triton_serves,
+        triton_serves=_load.below_float64,
         autograd=AUTOGRAD.get(_name),
     )

@@ -64,9 +64,8 @@ class Parallel:
         """Checks every field."""
         for name in ("vocab_group", "data_group", "segment_group"):
             check_group(name, getattr(self, name))
-        size = self.vocab_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            _checks.fail("vocab_size", "an integer >= 1 or None", repr(size))
+        if self.vocab_size is not None:
+            _checks.check_integer("vocab_size", self.vocab_size, 1, or_none=" or None")
         if not isinstance(self.reduce_dhidden, bool):
             _checks.fail("reduce_dhidden", "True or False", repr(self.reduce_dhidden))
 

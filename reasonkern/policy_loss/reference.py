@@ -22,7 +22,7 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# --------------------------------------------------------------------------- row statistics
+# ---- row statistics
 
 
 class Shifted(NamedTuple):
@@ -105,7 +105,7 @@ def token_stats(
     return logprob, entropy, lse, collision, varentropy, max_prob, is_top1, row_max
 
 
-# --------------------------------------------------------------------------- row gradient
+# ---- row gradient
 
 
 def row_gradient(
@@ -164,7 +164,7 @@ def token_stats_backward(
     return torch.where(kept.unsqueeze(-1), grad, 0.0).to(logits.dtype).contiguous()
 
 
-# --------------------------------------------------------------------------- objective map
+# ---- objective map
 
 
 class Hyper(NamedTuple):
@@ -203,7 +203,7 @@ def clamped_exp(log_ratio: Tensor, limit: Number) -> tuple[Tensor, Tensor]:
     return torch.exp(clamped), inside.to(log_ratio.dtype)
 
 
-def dual_clip(term: Term, r: Tensor, a: Tensor, h: Hyper) -> Term:
+def dual_clipped(term: Term, r: Tensor, a: Tensor, h: Hyper) -> Term:
     """Negative advantages: the loss stops growing, and its gradient is 0, beyond r = dual_clip."""
     bound = -h.dual_clip * a
     hit = (a < 0) & (r > h.dual_clip) & (bound < term.value)
@@ -215,7 +215,7 @@ def clip_term(r: Tensor, slope: Tensor, a: Tensor, h: Hyper) -> Term:
     clipped = -clip_ratio(r, h) * a
     taken = unclipped >= clipped  # a tie is unclipped
     dlogp = torch.where(taken & (r <= h.ratio_cap), -slope * r * a, 0.0)
-    return dual_clip(Term(torch.where(taken, unclipped, clipped), dlogp), r, a, h)
+    return dual_clipped(Term(torch.where(taken, unclipped, clipped), dlogp), r, a, h)
 
 
 def gppo_term(r: Tensor, slope: Tensor, a: Tensor, h: Hyper) -> Term:
@@ -223,7 +223,7 @@ def gppo_term(r: Tensor, slope: Tensor, a: Tensor, h: Hyper) -> Term:
     kept = torch.where(below, -h.low * h.ratio_min * a, -h.high * h.ratio_max * a)
     clipped = below | above
     value = torch.where(clipped, kept, -r * a)
-    return dual_clip(Term(value, torch.where(clipped, kept, -slope * r * a)), r, a, h)
+    return dual_clipped(Term(value, torch.where(clipped, kept, -slope * r * a)), r, a, h)
 
 
 def sapo_term(r: Tensor, slope: Tensor, a: Tensor, h: Hyper) -> Term:
@@ -281,6 +281,10 @@ def kl_term(kl_kind: int, unbiased: bool, logp: Tensor, ref: Tensor, old: Tensor
     return Term(r * k.value, r * (slope * k.value + k.dlogp))
 
 
+def active_rows(weight: Tensor, entropy_weight: Tensor | None) -> Tensor:
+    return weight != 0 if entropy_weight is None else (weight != 0) | (entropy_weight != 0)
+
+
 class RowLoss(NamedTuple):
     """Per-row loss and its derivatives, each (B, T); all zero where ``finite`` is False."""
 
@@ -306,9 +310,7 @@ def combine(
     dentropy = -h.entropy_coef * (weight if entropy_weight is None else entropy_weight)
     row_loss = weight * term.value + dentropy * entropy
     parts = (row_loss, term.value, term.dlogp, dentropy)
-    active = weight != 0
-    if entropy_weight is not None:
-        active = active | (entropy_weight != 0)
+    active = active_rows(weight, entropy_weight)
     finite = torch.isfinite(logp)
     for part in parts:
         finite = finite & torch.isfinite(part)
@@ -353,11 +355,7 @@ def objective_rows(
     return combine(Term(term.value, weight * term.dlogp), logp, entropy, weight, entropy_weight, h)
 
 
-# --------------------------------------------------------------------------- fused loss
-
-
-def active_rows(weight: Tensor, entropy_weight: Tensor | None) -> Tensor:
-    return weight != 0 if entropy_weight is None else (weight != 0) | (entropy_weight != 0)
+# ---- fused loss
 
 
 def policy_loss(

@@ -52,9 +52,7 @@ def high_entropy_mask(
         tensor([False,  True, False, False])
     """
     trained = _trained("entropy", entropy, mask)
-    _checks.check_number("rho", rho, 0, exclusive=True)
-    if rho > 1:
-        _checks.fail("rho", "a share in (0, 1]", repr(rho))
+    _checks.check_number("rho", rho, 0, 1, exclusive=True)
     _checks.check_finite("entropy", entropy, trained)
     with torch.no_grad():
         return select_high(entropy, trained, rho, as_groups(data_group))
@@ -122,18 +120,10 @@ def covariance_mask(
     """
     trained = _trained("logprob", logprob, mask)
     _checks.check_choice("mode", mode, ("clip", "kl"))
-    _checks.check_number("fraction", fraction, 0, exclusive=True)
-    if fraction > 1:
-        _checks.fail("fraction", "a share in (0, 1]", repr(fraction))
+    _checks.check_number("fraction", fraction, 0, 1, exclusive=True)
     _checks.check_number("low", low)
     _checks.check_number("high", high, low)
-    check_tensor("advantage", advantage)
-    _checks.check_device("advantage", advantage, logprob, "logprob")
-    try:
-        advantage = advantage.expand(logprob.shape)
-    except RuntimeError:
-        shape = tuple(logprob.shape)
-        _checks.fail("advantage", f"a shape that broadcasts to {shape}", tuple(advantage.shape))
+    advantage = _checks.expanded("advantage", advantage, logprob, "logprob")
     if candidates is not None:
         check_tensor("candidates", candidates)
         _checks.check_dtype("candidates", candidates, torch.bool)

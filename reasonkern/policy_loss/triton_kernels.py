@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import check_launchable, kernel
+from .._triton import check_dtype, check_launchable, kernel
 from .triton_conflict import conflict_kernel, conflict_runs  # noqa: F401  (of an operator)
 from .triton_objective import Hyper, RowInputs, grad_row, is_finite, objective_row
 from .triton_rows import (
@@ -272,11 +272,7 @@ def config(dtype, softcap):
 
 
 def check_runnable(name, x):
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise NotImplementedError(
-            f"{name}: the Triton backend takes float32, bfloat16 or float16, got {x.dtype}; "
-            "the reference backend takes it"
-        )
+    check_dtype(name, x)
     check_launchable(name, x.device, loss_kernel)
 
 

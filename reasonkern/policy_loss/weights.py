@@ -82,6 +82,8 @@ def token_weights(
         elif value is not None:
             _checks.check_number(name, value, 0, exclusive=True)
     check_parallel(parallel)
+    if segments is not None and mask.ndim == 2:
+        _checks.fail("segments", "None for padded (B, T) tokens", "cu_seqlens")
     trained = (mask if mask.ndim == 2 else mask.unsqueeze(0)) != 0
     if mode == "token-mean":
         if num_tokens is None:

@@ -51,9 +51,7 @@ def elliptical_select(features: Tensor, k: int, lam: float = 0.01) -> Tensor:
     x = features.detach()
     x = x if x.dtype == torch.float64 else x.float()
     x = x if x.stride(-1) == 1 else x.contiguous()
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not x.isfinite().all():
-        index = tuple((~x.isfinite()).nonzero()[0].tolist())
-        _checks.fail("features", "finite numbers", f"{x[index].item()} at {index}")
+    _checks.check_finite("features", x, expected="finite numbers")
     batched = x if x.ndim == 3 else x.unsqueeze(0)
     out: Tensor = torch.ops.reasonkern.elliptical_select(batched, k, float(lam))
     return out if x.ndim == 3 else out[0]

@@ -88,7 +88,8 @@ def difficulty_grade(
         `Difficulty`.
 
     Raises:
-        ValueError: wrong shape, no repeats, or thresholds that do not descend.
+        ValueError: wrong shape, no repeats, or thresholds that do not descend; on CPU also a score
+            that is negative or not finite.
 
     Example:
         >>> import torch
@@ -101,6 +102,8 @@ def difficulty_grade(
     if list(thresholds) != sorted(set(thresholds), reverse=True):
         _checks.fail("thresholds", "descending numbers", thresholds)
     x = scores.double()
+    if _checks.reads_values(x):
+        _checks.check_all("scores", x, (x >= 0) & x.isfinite(), "finite numbers >= 0")
     mean, std = x.mean(1), x.std(1, correction=0)
     variation = torch.where(std > 0, std / torch.where(mean > 0, mean, 1.0), 0.0)
     grade = torch.zeros_like(mean, dtype=torch.int64)
@@ -123,8 +126,9 @@ class LengthStatistics(NamedTuple):
 
 
 def length_statistics(length: Tensor, correct: Tensor) -> LengthStatistics:
-    """What reasoning costs: tokens over all, correct and wrong answers ("When reasoning meets …").
+    """What reasoning costs: tokens over all, correct and wrong answers.
 
+    The test-time compute of "When Reasoning Meets Compression" (arXiv 2504.02010).
     Equivalent to ``length.mean(), length.std(), length[correct].mean(), length[~correct].mean()``,
     without the synchronisation of the last two.
 
@@ -137,6 +141,12 @@ def length_statistics(length: Tensor, correct: Tensor) -> LengthStatistics:
 
     Raises:
         ValueError: wrong shape or dtype.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.scaling import length_statistics
+        >>> length_statistics(torch.tensor([2, 4, 9]), torch.tensor([True, True, False])).mean_wrong
+        tensor(9., dtype=torch.float64)
     """
     _checks.check_dtype("correct", check_tensor("correct", correct), torch.bool)
     _checks.check_shape("length", length, correct.shape, "correct.shape")
@@ -168,6 +178,11 @@ def markov_improvement(correct: Tensor, *, prior: float = 0.0) -> Improvement:
 
     A step improves as long as p_IC > p_CI, however weak the model: the chain's stationary accuracy
     is then above 1/2, and a vote over the tail of several chains finds the answer (`tail_answers`).
+    Equivalent to, for ``prior=0``, with c = ``correct``::
+
+        p_improve = (~c[:, :-1] & c[:, 1:]).sum() / (~c[:, :-1]).sum()
+        p_degrade = (c[:, :-1] & ~c[:, 1:]).sum() / c[:, :-1].sum()
+        stationary = p_improve / (p_improve + p_degrade)
 
     Args:
         correct: (chains, steps) bool, whether each iteration's answer is right.
@@ -217,6 +232,12 @@ def tail_answers(answer_ids: Tensor, last: int = 10) -> Tensor:
 
     Raises:
         ValueError: wrong shape or dtype, or ``last`` below 1.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.scaling import tail_answers
+        >>> tail_answers(torch.tensor([[[1, 2, 3], [4, 5, 6]]]), last=2)
+        tensor([[3, 6, 2, 5]])
     """
     _checks.check_dtype("answer_ids", check_tensor("answer_ids", answer_ids), torch.int64)
     if answer_ids.ndim != 3:

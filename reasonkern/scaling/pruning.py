@@ -50,6 +50,7 @@ def greedy_cluster(
     """
     if isinstance(scores, Tensor) and _checks.check_values("scores", scores).ndim != 2:
         _checks.fail("scores", "a square matrix", tuple(scores.shape))
+    _checks.check_list("scores", scores, "rows of numbers")
     rows = scores.tolist() if isinstance(scores, Tensor) else [list(row) for row in scores]
     if any(not isinstance(row, list) or len(row) != len(rows) for row in rows):
         _checks.fail("scores", "a square matrix", f"{len(rows)} rows")
@@ -78,7 +79,9 @@ def greedy_cluster(
 def finish_plan(
     clusters: Sequence[Sequence[int]], per_cluster: int, singletons: int, *, seed: int = 0
 ) -> list[int]:
-    """Which traces to finish: some of the largest cluster, or of all when none agree (DeepPrune).
+    """Which traces to finish: some of the largest cluster, or of all when none agree.
+
+    The second step of DeepPrune (arXiv 2510.08483).
 
     Args:
         clusters: from `greedy_cluster`.
@@ -92,10 +95,16 @@ def finish_plan(
 
     Raises:
         ValueError: an empty cluster or a number below 1.
+
+    Example:
+        >>> from reasonkern.scaling import finish_plan
+        >>> finish_plan([[0, 3, 4], [1], [2]], per_cluster=2, singletons=2)
+        [0, 3]
     """
     for name, limit in (("per_cluster", per_cluster), ("singletons", singletons)):
         _checks.check_integer(name, limit, 1)
     _checks.check_seed("seed", seed)
+    _checks.check_list("clusters", clusters, "clusters")
     if not all(len(cluster) for cluster in clusters):
         _checks.fail("clusters", "clusters with members", "an empty one")
     if not clusters:
@@ -126,7 +135,7 @@ def focal_bce(
         Loss per element, shape and dtype of ``logit``.
 
     Raises:
-        ValueError: wrong shape or a number out of range.
+        ValueError: wrong shape or a number out of range; on CPU also a target other than 0 and 1.
 
     Example:
         >>> import torch
@@ -138,11 +147,10 @@ def focal_bce(
         _checks.fail("logit", "floating point", logit.dtype)
     _checks.check_shape("target", target, logit.shape, "logit.shape")
     _checks.check_device("target", target, logit, "logit")
+    _checks.check_mask("target", target)
     _checks.check_number("gamma", gamma, 0.0)
     if alpha is not None:
-        _checks.check_number("alpha", alpha, 0.0)
-        if alpha > 1:
-            _checks.fail("alpha", "a number in [0, 1]", alpha)
+        _checks.check_number("alpha", alpha, 0, 1)
     signed = torch.where(target != 0, logit, -logit)
     loss = -torch.exp(gamma * logsigmoid(-signed)) * logsigmoid(signed)
     if alpha is not None:

@@ -33,7 +33,8 @@ class AStarFrontier:
         budget: nodes that may be pushed in all; None = no limit.
 
     Raises:
-        ValueError: a budget below 1, or (push) rewards outside [0, 1] or of another number.
+        ValueError: a budget below 1, or (push) no lists, rewards outside [0, 1] or of another
+            number than the states.
 
     Example:
         >>> from reasonkern.scaling import AStarFrontier
@@ -55,12 +56,12 @@ class AStarFrontier:
         self, states: Sequence[Any], rewards: Sequence[float], parent: Node | None = None
     ) -> int:
         """Adds continuations of a node, or roots; returns how many of them the budget admitted."""
+        _checks.check_list("states", states, "states")
+        _checks.check_list("rewards", rewards, "numbers, one per state")
         if len(rewards) != len(states):
             _checks.fail("rewards", f"{len(states)} numbers, one per state", len(rewards))
         for i, reward in enumerate(rewards):
-            _checks.check_number(f"rewards[{i}]", reward, 0.0)
-            if reward > 1:
-                _checks.fail(f"rewards[{i}]", "a number in [0, 1]", reward)
+            _checks.check_number(f"rewards[{i}]", reward, 0, 1)
         admitted = len(states) if self._left is None else min(len(states), self._left)
         for state, reward in zip(states[:admitted], rewards[:admitted], strict=True):
             node = self._node(state, float(reward), parent)

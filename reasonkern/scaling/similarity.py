@@ -24,8 +24,10 @@ def text_similarity(texts: Sequence[str]) -> Any:
         A symmetric array, from rapidfuzz, on all cores.
 
     Raises:
+        ValueError: no list.
         ImportError: rapidfuzz is not installed.
     """
+    _checks.check_list("texts", texts, "strings")
     try:
         from rapidfuzz import process
         from rapidfuzz.distance import Indel
@@ -58,10 +60,16 @@ def route_peers(
         For each path the indices of its peers, in the order named, without itself or repeats.
 
     Raises:
-        ValueError: an unknown strategy, or top_k out of range.
+        ValueError: no list, an unknown strategy, or top_k out of range.
         ImportError: rapidfuzz is not installed ("random" does not need it).
+
+    Example:
+        >>> from reasonkern.scaling import route_peers
+        >>> route_peers(["x = 2", "x = 7"], top_k=-1, strategy="random")
+        [[1], [0]]
     """
     _checks.check_choice("strategy", strategy, STRATEGIES)
+    _checks.check_list("summaries", summaries, "strings")
     n = len(summaries)
     if not isinstance(top_k, int) or top_k < -1:
         _checks.fail("top_k", "an integer >= 0, or -1 for all", top_k)
@@ -101,9 +109,10 @@ def select_diverse(texts: Sequence[str], k: int) -> list[int]:
         Indices in the order chosen.
 
     Raises:
-        ValueError: k out of range.
+        ValueError: no list, or k out of range.
         ImportError: rapidfuzz is not installed.
     """
+    _checks.check_list("texts", texts, "strings")
     _checks.check_integer("k", k, 0, len(texts))
     if k == 0:
         return []

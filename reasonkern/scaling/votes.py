@@ -50,8 +50,8 @@ def vote(
         `Vote`.
 
     Raises:
-        ValueError: an unknown tie rule, weights of another length, negative or not finite, or an
-            answer that is a tensor or not hashable.
+        ValueError: no list, an unknown tie rule, weights of another length, negative or not finite,
+            or an answer that is a tensor or not hashable.
 
     Example:
         >>> from reasonkern.scaling import vote
@@ -59,8 +59,10 @@ def vote(
         '7'
     """
     _checks.check_choice("tie", tie, TIES)
+    _checks.check_list("answers", answers, "answers, one per sample")
     if weights is None:
         weights = [1.0] * len(answers)
+    _checks.check_list("weights", weights, "numbers, one per answer")
     if len(weights) != len(answers):
         _checks.fail("weights", f"{len(answers)} numbers, one per answer", len(weights))
     votes: dict[Any, float] = {}
@@ -117,14 +119,19 @@ def temperature_vote(
         `TemperatureVote`.
 
     Raises:
-        ValueError: lists of different length or a share outside (0, 1].
+        ValueError: no lists, lists of different length or a share outside (0, 1].
+
+    Example:
+        >>> from reasonkern.scaling import temperature_vote
+        >>> temperature_vote(["7", "7", "7", "9"], [0.6, 0.6, 1.0, 1.0]).answer
+        '7'
     """
+    _checks.check_list("answers", answers, "answers, one per sample")
+    _checks.check_list("temperature", temperature, "numbers, one per answer")
     if len(temperature) != len(answers):
         _checks.fail("temperature", f"{len(answers)} numbers, one per answer", len(temperature))
     for name, share in (("intra", intra), ("cross", cross)):
-        _checks.check_number(name, share, 0.0, exclusive=True)
-        if share > 1:
-            _checks.fail(name, "a number in (0, 1]", share)
+        _checks.check_number(name, share, 0, 1, exclusive=True)
     samples: dict[float, list[Hashable]] = {t: [] for t in sorted(set(temperature))}
     for answer, t in zip(answers, temperature, strict=True):
         samples[t].append(answer)
@@ -191,7 +198,8 @@ def vote_ids(answer_ids: Tensor, weights: Tensor | None = None) -> Tensor:
         (B,) int64, the winning id, -1 where nobody voted.
 
     Raises:
-        ValueError: wrong shape, dtype or device.
+        ValueError: wrong shape, dtype or device; on CPU also a weight that is negative or not
+            finite.
 
     Example:
         >>> import torch
@@ -206,6 +214,9 @@ def vote_ids(answer_ids: Tensor, weights: Tensor | None = None) -> Tensor:
     if weights is not None:
         _checks.check_shape("weights", weights, answer_ids.shape, "answer_ids.shape")
         _checks.check_device("weights", weights, answer_ids, "answer_ids")
+        if _checks.reads_values(weights):
+            right = (weights >= 0) & weights.isfinite()
+            _checks.check_all("weights", weights, right, "finite numbers >= 0")
     one = torch.ones_like(answer_ids, dtype=torch.float64)
     cast = torch.where(answer_ids >= 0, one if weights is None else weights.double(), 0.0)
     same = answer_ids.unsqueeze(2) == answer_ids.unsqueeze(1)  # (B, N, N)
@@ -230,6 +241,12 @@ def cons_at_k(answer_ids: Tensor, reference: Tensor, k: int) -> Tensor:
 
     Raises:
         ValueError: wrong shape, dtype or device, or k outside [1, N].
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.scaling import cons_at_k
+        >>> cons_at_k(torch.tensor([[3, 5, 5], [0, 1, 2]]), torch.tensor([5, 2]), k=3)
+        tensor([ True, False])
     """
     _check_ids(answer_ids)
     _checks.check_dtype("reference", check_tensor("reference", reference), torch.int64)
@@ -273,13 +290,17 @@ def flexible_verification(votes: Tensor, agreement: float = 1.0) -> Verification
 
     Raises:
         ValueError: wrong shape or dtype, no votes, or a share out of range.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.scaling import flexible_verification
+        >>> flexible_verification(torch.tensor([[True, True], [True, False]])).escalate
+        tensor([False,  True])
     """
     _checks.check_dtype("votes", check_tensor("votes", votes), torch.bool)
     if votes.ndim != 2 or votes.shape[1] == 0:
         _checks.fail("votes", "shape (B, k), k >= 1", tuple(votes.shape))
-    _checks.check_number("agreement", agreement, 0.5, exclusive=True)
-    if agreement > 1:
-        _checks.fail("agreement", "a number in (1/2, 1]", agreement)
+    _checks.check_number("agreement", agreement, 0.5, 1, exclusive=True)
     k = votes.shape[1]
     needed = math.ceil(agreement * k - 1e-9)  # 0.7 * 10 is a little more than 7
     yes = votes.long().cumsum(1)

@@ -75,9 +75,9 @@ def group_advantages(
             _checks.fail("length", "a tensor for baseline='length-weighted'", None)
         check_vector("length", length, reward, "reward")
     centred = _minus_baseline(wide(reward), groups, baseline, length)
-    out = over_sigma(centred, _sigma(centred, wide(reward), groups, scale) + eps)
-    if scale == "none":
-        out = centred
+    out = centred
+    if scale != "none":
+        out = over_sigma(centred, _sigma(centred, wide(reward), groups, scale) + eps)
     if scale == "std" or baseline in ("group-mean", "leave-one-out", "length-weighted"):
         out = torch.where(groups.size() > 1, out, 0.0)
     return narrow(out, reward)
@@ -130,7 +130,8 @@ def entropy_reshape(
         (N,) in float32 (float64 for float64 advantages). Where mean H is 0 the factor is 1.
 
     Raises:
-        ValueError: wrong shape, dtype or device.
+        ValueError: wrong shape, dtype or device; on CPU also an entropy of an active response that
+            is not finite (on CUDA its group is NaN).
 
     Example:
         >>> import torch
@@ -143,8 +144,9 @@ def entropy_reshape(
     groups = Groups(group, advantage, "advantage")
     counted = torch.ones_like(advantage, dtype=torch.bool) if active is None else active
     check_flags("active", counted, advantage, "advantage")
+    _checks.check_finite("entropy_mean", entropy_mean, counted, "finite numbers")
     mean = groups.mean(entropy_mean, counted)
-    usable = counted & (mean > 0)
+    usable = counted & (mean != 0)
     ratio = wide(entropy_mean) / torch.where(usable, mean, 1.0)
     factor = torch.where(usable, (2 - ratio).clamp_min(0), 1.0)
     return narrow(wide(advantage) * factor, advantage)
@@ -164,7 +166,7 @@ def dynamic_sampling_mask(reward: Tensor, group: Tensor) -> Tensor:
         among them.
 
     Raises:
-        ValueError: wrong shape, dtype or device.
+        ValueError: wrong shape, dtype or device; on CPU also a reward that is not finite.
 
     Example:
         >>> import torch
@@ -174,6 +176,7 @@ def dynamic_sampling_mask(reward: Tensor, group: Tensor) -> Tensor:
     """
     check_vector("reward", reward)
     groups = Groups(group, reward, "reward")
+    _checks.check_finite("reward", reward, expected="finite numbers")
     return groups.max(reward) > groups.min(reward)
 
 
@@ -205,12 +208,20 @@ def prioritised_sample(
         `ReplaySample`, the samples in the order drawn.
 
     Raises:
-        ValueError: wrong shape, k outside [0, N], or a negative alpha.
+        ValueError: wrong shape, k outside [0, N], or a negative alpha; on CPU also an advantage
+            that is not finite.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import prioritised_sample
+        >>> prioritised_sample(torch.tensor([0.0, 1.5, 0.0, -0.5]), k=3).valid
+        tensor([ True,  True, False])
     """
     _checks.check_values("advantage", check_vector("advantage", advantage))
     _checks.check_number("alpha", alpha, 0.0)
     _checks.check_integer("k", k, 0, len(advantage))
     _checks.check_seed("seed", seed)
+    _checks.check_finite("advantage", advantage, expected="finite numbers")
     generator = torch.Generator(advantage.device).manual_seed(seed)
     noise = torch.empty_like(advantage, dtype=torch.float64).exponential_(generator=generator)
     # The k smallest of E_i / w_i, E exponential, are a weighted sample without replacement.
@@ -237,10 +248,14 @@ def anchor_update_(ema_params: Sequence[Tensor], params: Sequence[Tensor], decay
     Raises:
         ValueError: lists of different length, a shape or device that differs, an anchor in half
             precision, or a decay outside [0, 1].
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import anchor_update_
+        >>> anchor, policy = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+        >>> anchor_update_(anchor.parameters(), policy.parameters(), decay=0.99)
     """
-    _checks.check_number("decay", decay, 0.0)
-    if decay > 1:
-        _checks.fail("decay", "a number in [0, 1]", decay)
+    _checks.check_number("decay", decay, 0, 1)
     ema, new = list(ema_params), list(params)
     if len(ema) != len(new):
         _checks.fail("params", f"{len(ema)} tensors, as ema_params has", len(new))

@@ -63,6 +63,13 @@ def elliptical_bonus(
         ValueError: wrong shape, dtype or device, an unknown mode, a number out of range; on CPU
             also features that are not finite and a λ below 1e-12 tr K, where rounding would decide
             the result (on CUDA both give NaN).
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import elliptical_bonus
+        >>> features = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+        >>> elliptical_bonus(features, torch.tensor([0, 0, 0]), lam=1.0)
+        tensor([0.1053, 0.1053, 0.6154])
     """
     if check_tensor("features", features).ndim != 2 or not features.is_floating_point():
         _checks.fail("features", "floating point of shape (N, d)", tuple(features.shape))
@@ -75,9 +82,7 @@ def elliptical_bonus(
     if not len(features):
         return narrow(features.new_zeros(0), features)
     phi = features.detach().double()
-    if phi.device.type == "cpu" and not phi.isfinite().all():
-        index = tuple((~phi.isfinite()).nonzero()[0].tolist())
-        _checks.fail("features", "finite numbers", f"{phi[index].item()} at {index}")
+    _checks.check_finite("features", phi, expected="finite numbers")
     if project is not None:
         phi = phi @ sparse_projection(phi.shape[1], project, seed, phi.device)
     shape = (

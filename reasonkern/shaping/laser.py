@@ -79,7 +79,8 @@ def laser_d(
     """LASER with a target by difficulty: LASER-D (arXiv 2505.15612).
 
     The accuracy of a group makes it high (>= 2/3), medium (>= 1/3) or low, and each level has its
-    own target, searched for by `adaptive_length_targets`.
+    own target, searched for by `adaptive_length_targets`. Equivalent to, for one group of the first
+    level: ``laser(length, correct, target=targets[0])``.
 
     Args:
         length: (N,) tokens of each answer.
@@ -94,6 +95,13 @@ def laser_d(
 
     Raises:
         ValueError: wrong shape or dtype, or not three targets.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import laser_d
+        >>> length, correct = torch.tensor([10, 90, 90]), torch.tensor([True, True, True])
+        >>> laser_d(length, correct, torch.tensor([0, 0, 0]), targets=(50, 100, 200))
+        tensor([1.5000, 1.0000, 1.0000])
     """
     check_lengths(length, correct)
     target = _spread_targets(targets, accuracy_level(correct, group))
@@ -113,6 +121,8 @@ def laser_de(
     """LASER-D that also pays for exploring: LASER-DE (arXiv 2505.15612).
 
     A wrong answer longer than its target gets ``wrong + bonus``, unless it only repeats itself.
+    Equivalent to ``torch.where(~correct & (length > target) & ~repetitive, wrong + bonus, d)``,
+    with d of `laser_d` and the target of each group's level.
 
     Args:
         length: (N,) tokens of each answer.
@@ -128,6 +138,13 @@ def laser_de(
 
     Raises:
         ValueError: wrong shape or dtype, or not three targets.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import laser_de
+        >>> length, correct = torch.tensor([90, 300]), torch.tensor([True, False])
+        >>> laser_de(length, correct, torch.tensor([0, 0]), targets=(50, 100, 200))
+        tensor([1.5000, 0.0000])
     """
     check_lengths(length, correct)
     target = _spread_targets(targets, accuracy_level(correct, group))
@@ -150,6 +167,7 @@ def adaptive_length_targets(
 ) -> Tensor:
     """The target search of LASER-D: per level the shortest length that keeps one correct answer.
 
+    The automatic adaptation of arXiv 2505.15612, with the numbers of its released code.
     Among ``lower, lower + step, …, upper`` the smallest ℓ with ⌊cover(ℓ) n⌋ >= 1: cover is the
     share of a level's correct answers (on a monitoring set) that are no longer than ℓ, and n the
     correct answers that a group of the level has at least: ⌊2/3 rollouts⌋ for high, ⌊1/3 rollouts⌋
@@ -170,6 +188,14 @@ def adaptive_length_targets(
 
     Raises:
         ValueError: wrong shape or dtype, or a number out of range.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import adaptive_length_targets
+        >>> length, correct = torch.tensor([40, 60, 150]), torch.tensor([True, True, False])
+        >>> group = torch.tensor([0, 0, 1])
+        >>> adaptive_length_targets(length, correct, group, lower=50, upper=200, step=50)
+        tensor([ 50, 200, 200])
     """
     check_lengths(length, correct)
     for name, value in (("lower", lower), ("step", step), ("rollouts", rollouts)):
@@ -202,8 +228,12 @@ def _spread_targets(targets: Sequence[float] | Tensor, level: Tensor) -> Tensor:
     if isinstance(targets, Tensor):
         _checks.check_shape("targets", check_tensor("targets", targets), (3,), "(3,)")
         return wide(targets)[level]
+    three = "three numbers, for high, medium and low accuracy"
+    _checks.check_list("targets", targets, three)
     if len(targets) != 3:
-        _checks.fail("targets", "three, for high, medium and low accuracy", targets)
+        _checks.fail("targets", three, targets)
+    for i, target in enumerate(targets):
+        _checks.check_number(f"targets[{i}]", target)
     high, medium, low = (float(t) for t in targets)
     rest = torch.where(level == 1, medium, low)
     return torch.where(level == 0, high, wide(rest))

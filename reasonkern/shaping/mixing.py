@@ -60,6 +60,9 @@ def mix_rewards(
     """
     _checks.check_choice("normalise", normalise, NORMALISE)
     _checks.check_number("eps", eps, 0.0)
+    for what, given in (("components", components), ("weights", weights)):
+        if not isinstance(given, Mapping):
+            _checks.fail(what, "a mapping from names", type(given).__name__)
     names = list(components)
     if not names:
         _checks.fail("components", "one component or more", "none")
@@ -78,9 +81,10 @@ def mix_rewards(
     total = torch.zeros_like(first, dtype=torch.float64)
     for name in names:
         part = check_vector(name, components[name], first, names[0])
-        factor = weights[name] * schedule.get(name, 1.0)
-        _checks.check_number(f"weights[{name!r}]", factor)
-        total = total + factor * _part(name, wide(part), gates.get(name), groups, eps)
+        weight, scheduled = weights[name], schedule.get(name, 1.0)
+        _checks.check_number(f"weights[{name!r}]", weight)
+        _checks.check_number(f"schedule[{name!r}]", scheduled)
+        total = total + weight * scheduled * _part(name, wide(part), gates.get(name), groups, eps)
     widest = next((c for c in components.values() if c.dtype == torch.float64), first)
     return narrow(total, widest)
 

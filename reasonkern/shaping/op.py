@@ -40,10 +40,7 @@ FAKE: dict[str, Callable[..., Any]] = {"gae": _fake_gae, "elliptical_select": _f
 
 # ---- registrations
 
-
-def _gae_in_triton(reward: Tensor, *args: Any) -> bool:
-    return reward.dtype != torch.float64  # the kernel computes in float32
-
+TRITON_SERVES = {"gae": _load.below_float64}
 
 for _name, _schema in SCHEMAS.items():
     _load.define_op(
@@ -53,5 +50,5 @@ for _name, _schema in SCHEMAS.items():
         fake=FAKE[_name],
         cuda=False,
         triton=_load.lazy(f"{__package__}.triton_kernels", _name),
-        triton_serves=_gae_in_triton if _name == "gae" else None,
+        triton_serves=TRITON_SERVES.get(_name),
     )

@@ -13,6 +13,7 @@ def check_lengths(length: Tensor, correct: Tensor) -> None:
     """Lengths (N,) beside (N,) bool outcomes."""
     check_flags("correct", correct)
     check_vector("length", length, correct, "correct")
+    _checks.check_finite("length", length, expected="finite numbers")
 
 
 def overlong_penalty(
@@ -81,12 +82,17 @@ def grpo_lambda(
 
     Raises:
         ValueError: wrong shape or dtype, or a number out of range.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import grpo_lambda
+        >>> length, correct = torch.tensor([10, 10, 90]), torch.tensor([True, True, False])
+        >>> grpo_lambda(length, correct, torch.tensor([0, 0, 1]), alpha=0.6)
+        tensor([0.7000, 0.7000, 0.0000])
     """
     check_lengths(length, correct)
     _checks.check_number("alpha", alpha, 0.0)
-    _checks.check_number("top_fraction", top_fraction, 0.0)
-    if top_fraction > 1:
-        _checks.fail("top_fraction", "a number in [0, 1]", top_fraction)
+    _checks.check_number("top_fraction", top_fraction, 0, 1)
     groups = Groups(group, correct, "correct")
     exists = groups.exists()
     accuracy = groups.reduce(correct, "sum") / (groups.offsets.diff().clamp_min(1))
@@ -137,6 +143,7 @@ def concise_gated(length: Tensor, correct: Tensor, group: Tensor, *, limit: int)
 
     Where all of a group are correct (L-GRPO) the reward is ``1 + max(0, 1 - L / limit)``, else the
     plain accuracy. The gate is the paper's; its exact scale of the length term is not known to us.
+    Equivalent to, for one group: ``correct + correct.all() * (1 - length / limit).clamp(min=0)``.
 
     Args:
         length: (N,) tokens of each answer.
@@ -149,6 +156,13 @@ def concise_gated(length: Tensor, correct: Tensor, group: Tensor, *, limit: int)
 
     Raises:
         ValueError: wrong shape or dtype, or a limit that is not positive.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import concise_gated
+        >>> length, correct = torch.tensor([25, 25, 50]), torch.tensor([True, True, False])
+        >>> concise_gated(length, correct, torch.tensor([0, 1, 1]), limit=100)
+        tensor([1.7500, 1.0000, 0.0000])
     """
     check_lengths(length, correct)
     _checks.check_number("limit", limit, 0, exclusive=True)
@@ -192,6 +206,13 @@ def adactrl(
 
     Raises:
         ValueError: wrong shape or dtype, a tag other than -1, 0, 1 (on CPU), or no number.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import adactrl
+        >>> length, correct = torch.tensor([50, 100]), torch.tensor([True, False])
+        >>> adactrl(length, correct, torch.tensor([0, 0]), tag=torch.tensor([0, 1]))
+        tensor([ 1.2500, -0.5000])
     """
     check_lengths(length, correct)
     check_vector("tag", tag, correct, "correct")
@@ -236,6 +257,12 @@ def format_length_surrogate(
 
     Raises:
         ValueError: wrong shape or dtype, or a number out of range.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import format_length_surrogate
+        >>> format_length_surrogate(torch.tensor([1536, 3072]), torch.tensor([True, True]))
+        tensor([2., 0.])
     """
     check_flags("answer_format", answer_format)
     check_vector("length", length, answer_format, "answer_format")
@@ -256,6 +283,8 @@ def composed_all_correct(
     correct: Tensor, *, valid: Tensor | None = None, mode: str = "all"
 ) -> Tensor:
     """Several problems in one prompt: all or nothing, or the last one only (R-Horizon, 2510.08189).
+
+    Equivalent to, for "all": ``(valid.any(1) & (correct | ~valid).all(1)).float()``.
 
     Args:
         correct: (N, k) bool, the sub-answers of each response.
@@ -293,6 +322,8 @@ def pass_at_k_reward(reward: Tensor, group: Tensor) -> Tensor:
 
     The pass@k advantage of verl's ``grpo_passk``: the first sample with the largest reward gets
     max - second max, which is what the maximum over the group would lose without it; the others 0.
+    Equivalent to, for one group: ``first, second = reward.topk(2).values``, and first - second at
+    ``reward.argmax()``.
 
     Args:
         reward: (N,), one per sequence.
@@ -302,7 +333,7 @@ def pass_at_k_reward(reward: Tensor, group: Tensor) -> Tensor:
         (N,) float32; all 0 in a group of one and where the best is not alone.
 
     Raises:
-        ValueError: wrong shape or dtype.
+        ValueError: wrong shape or dtype; on CPU also a reward that is not finite.
 
     Example:
         >>> import torch
@@ -312,6 +343,7 @@ def pass_at_k_reward(reward: Tensor, group: Tensor) -> Tensor:
     """
     check_vector("reward", reward)
     groups = Groups(group, reward, "reward")
+    _checks.check_finite("reward", reward, expected="finite numbers")
     r = wide(reward)
     best = r == groups.max(r)
     chosen = best & (groups.count_before(best) == 0)
@@ -324,6 +356,7 @@ def zero_sum_rewards(detected: Tensor, harmful: Tensor | None = None) -> tuple[T
 
     The generator plants an error, the critic says whether the step is wrong. Who wins gets 1 and
     the other -1. Train both with `reasonkern.Objective.reinforce` or any other objective.
+    Equivalent to, where all rounds count: ``critic = 2.0 * detected - 1; generator = -critic``.
 
     Args:
         detected: (N,) bool, the critic called the planted step wrong.

@@ -43,7 +43,7 @@ def gae(
         reward: (B, T), float32, float64, bfloat16 or float16. A reward at a masked token is not
             read: put the outcome on a token that counts.
         value: (B, T), same dtype as ``reward``.
-        mask: (B, T) bool, True = the token counts; None = all.
+        mask: (B, T) bool or 0/1 numbers, 1 = the token counts; None = all.
         gamma: discount in [0, 1].
         lam: λ in [0, 1], a number or one per row (B,) (`length_adaptive_lambda`).
         lam_value: λ of the targets, a number or (B,); None = ``lam``. T-PPO, VC-PPO and VAPO: 1.
@@ -58,7 +58,8 @@ def gae(
         tokens. Not whitened.
 
     Raises:
-        ValueError: wrong shape, dtype or device, an unknown bootstrap, numbers outside [0, 1].
+        ValueError: wrong shape, dtype or device, an unknown bootstrap, numbers outside [0, 1]; on
+            CPU also a mask with other values than 0 and 1.
 
     Example:
         >>> import torch
@@ -67,7 +68,7 @@ def gae(
         tensor([[0.1250, 0.2500, 0.5000]])
     """
     _check_rows(reward, value, mask)
-    _check_unit("gamma", gamma)
+    _checks.check_number("gamma", gamma, 0, 1)
     _check_end(reward, bootstrap, bootstrap_value, truncated)
     dtype = torch.float64 if reward.dtype == torch.float64 else torch.float32
     number, row_lam = _lambda("lam", lam, reward, dtype)
@@ -76,7 +77,7 @@ def gae(
     rows = [x.detach().to(dtype) for x in (reward, value)]
     out: tuple[Tensor, Tensor] = torch.ops.reasonkern.gae(
         *(x if x.stride(1) == 1 else x.contiguous() for x in rows),
-        None if mask is None else mask.contiguous(),
+        None if mask is None else (mask if mask.dtype == torch.bool else mask != 0).contiguous(),
         row_lam,
         row_lam_value,
         None if bootstrap_value is None else bootstrap_value.detach().to(dtype).contiguous(),
@@ -96,8 +97,8 @@ def _check_rows(reward: Tensor, value: Tensor, mask: Tensor | None) -> None:
     _checks.check_dtype("value", check_tensor("value", value), reward.dtype)
     _check_beside("value", value, reward, reward.shape)
     if mask is not None:
-        _checks.check_dtype("mask", check_tensor("mask", mask), torch.bool)
         _check_beside("mask", mask, reward, reward.shape)
+        _checks.check_mask("mask", mask)
 
 
 def _check_end(
@@ -120,25 +121,16 @@ def _check_beside(name: str, x: Tensor, first: Tensor, shape: torch.Size) -> Non
     _checks.check_device(name, x, first, "the first argument")
 
 
-def _check_unit(name: str, x: float) -> None:
-    _checks.check_number(name, x, 0.0)
-    if not torch.compiler.is_compiling() and x > 1:
-        _checks.fail(name, "a number in [0, 1]", repr(x))
-
-
 def _lambda(
     name: str, lam: float | Tensor, reward: Tensor, dtype: torch.dtype
 ) -> tuple[float, Tensor | None]:
     """(number, tensor): the operator takes the tensor if there is one."""
     if not isinstance(lam, Tensor):
-        _check_unit(name, lam)
+        _checks.check_number(name, lam, 0, 1)
         return float(lam), None
     _check_beside(name, lam, reward, reward.shape[:1])
-    if lam.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = ~((lam >= 0) & (lam <= 1))
-        if outside.any():
-            row = int(outside.nonzero()[0])
-            _checks.fail(name, "values in [0, 1]", f"{lam[row].item()} at ({row},)")
+    if _checks.reads_values(lam):
+        _checks.check_all(name, lam, (lam >= 0) & (lam <= 1), "values in [0, 1]")
     return 0.0, lam.detach().to(dtype).contiguous()
 
 
@@ -197,6 +189,14 @@ def tppo_masks(
 
     Raises:
         ValueError: wrong shape, dtype or device, or a negative ``drop_tail``.
+
+    Example:
+        >>> import torch
+        >>> from reasonkern.shaping import tppo_masks
+        >>> every, window = torch.ones(1, 4).bool(), torch.tensor([[False, False, True, True]])
+        >>> policy, value = tppo_masks(every, window, torch.tensor([False]), drop_tail=1)
+        >>> policy, value.any()
+        (tensor([[False, False,  True, False]]), tensor(False))
     """
     if check_tensor("mask", mask).ndim != 2:
         _checks.fail("mask", "shape (B, T)", tuple(mask.shape))

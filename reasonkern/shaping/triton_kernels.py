@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import check_launchable, kernel
+from .._triton import check_dtype, check_launchable, kernel
 
 SELECT_BLOCK, SELECT_OPTIONS = 1024, {"num_warps": 4}
 
@@ -143,20 +143,12 @@ def select_kernel(
 # ---- launchers
 
 
-def check_runnable(name, x, dtypes):
-    if x.dtype not in dtypes:
-        raise NotImplementedError(
-            f"{name}: the Triton backend takes {' or '.join(map(str, dtypes))}, got {x.dtype}; "
-            "the reference backend takes it"
-        )
-    check_launchable(name, x.device, gae_kernel)
-
-
 def gae(
     reward, value, mask, row_lam, row_lam_value, bootstrap_value, truncated, gamma, lam, lam_value,
     bootstrap_last,
 ):  # fmt: skip
-    check_runnable("gae", reward, (torch.float32,))
+    check_dtype("gae", reward, (torch.float32,))
+    check_launchable("gae", reward.device, gae_kernel)
     advantage, returns = (reward.new_empty(reward.shape) for _ in range(2))
     row_decay, row_decay_value = (
         None if x is None else gamma * x for x in (row_lam, row_lam_value)
@@ -175,7 +167,8 @@ def gae(
 
 
 def elliptical_select(features, k, lam):
-    check_runnable("elliptical_select", features, (torch.float32, torch.float64))
+    check_dtype("elliptical_select", features, (torch.float32, torch.float64))
+    check_launchable("elliptical_select", features.device, select_kernel)
     groups, count, _ = features.shape
     picks = features.new_empty((groups, k), dtype=torch.int64)
     if groups * k:

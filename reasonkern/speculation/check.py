@@ -53,8 +53,8 @@ def check_verifier(
     Args:
         fn: ``fn(logits, draft, tree, temperature, seed, position) -> (tokens, length)`` with logits
             (B, N, V) float32, a `Draft` and a `DraftTree`, temperature 1.0, seed (B,) int64,
-            position 0; tokens (B, D + 1) and length (B,), at least 1. With ``exact``:
-            ``fn(draws, coins) -> tokens``, a list.
+            position 0, all of them positional; tokens (B, D + 1) int64 and length (B,) int64, at
+            least 1. With ``exact``: ``fn(draws, coins) -> tokens``, a list of integers.
         vocab: V, at least 2; at most 6 with ``exact``.
         children: of every node above the last level, at least 1; at most 3 with ``exact``.
         depth: D, at least 1; at most 3 with ``exact``, where the cost is a power of it.
@@ -68,7 +68,8 @@ def check_verifier(
         `LawReport`: true when every law holds; printing it shows them all.
 
     Raises:
-        ValueError: a parameter out of range; ``fn`` returned a wrong shape, length or token.
+        ValueError: a parameter out of range; ``fn`` returned something else, or of a wrong dtype,
+            shape, length or token.
 
     Example:
         >>> import reasonkern as rk
@@ -79,6 +80,8 @@ def check_verifier(
         >>> bool(rk.check_verifier(equality, vocab=4, children=2, depth=2, draws=4096))
         True
     """
+    if not callable(fn):
+        _checks.fail("fn", "a function", repr(fn))
     _check_size("vocab", vocab, 2, 6 if exact else 4096)
     _check_size("children", children, 1, min(3 if exact else 64, vocab))
     _check_size("depth", depth, 1, 3 if exact else 8)
@@ -173,9 +176,9 @@ def _checked_result(result: object, batch: int, toy: Toy) -> tuple[Tensor, Tenso
     if not isinstance(result, tuple | list) or len(result) != 2:
         _checks.fail("fn's result", "the pair (tokens, length)", type(result).__name__)
     tokens, length = result
-    _checks.check_tensor("tokens", tokens)
-    _checks.check_tensor("length", length)
+    _checks.check_dtype("tokens", tokens, torch.int64, torch.int32)
     _checks.check_shape("tokens", tokens, (batch, toy.depth + 1), "(B, D + 1)")
+    _checks.check_dtype("length", length, torch.int64, torch.int32)
     _checks.check_shape("length", length, (batch,), "(B,)")
     tokens, length = tokens.cpu().long(), length.cpu().long()
     _checks.check_range("length", length, 1, toy.depth + 2)

@@ -58,6 +58,8 @@ def run(config: TuneConfig) -> int:
     if config.png is not None and config.png.suffix.lower() != ".png":
         raise TuneError(f"--png: expected a name that ends in .png, got {config.png}")
     for option, path in (("--out", config.out), ("--png", config.png)):  # before a long replay
+        if path is not None and path.is_dir():
+            raise TuneError(f"{option} {path}: expected the name of a file, got a folder")
         if path is not None and not path.parent.is_dir():
             raise TuneError(f"{option} {path}: there is no folder {path.parent}")
     tokenizer = load_tokenizer(config.tokenizer)

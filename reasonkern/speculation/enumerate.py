@@ -94,8 +94,10 @@ def runs(fn: Callable[[Draws, Coins], list[int]], toy: Toy) -> Iterator[tuple[li
     prefix: list[int] = []
     for _ in range(MAX_RUNS):
         coins = Coins(prefix)
-        tokens = list(fn(Draws(toy, coins), coins))
-        yield tokens, coins.probability
+        tokens = fn(Draws(toy, coins), coins)
+        if not isinstance(tokens, (list, tuple)) or not all(isinstance(t, int) for t in tokens):
+            _checks.fail("fn's result", "a list of integers", repr(tokens))
+        yield list(tokens), coins.probability
         following = _following(coins)
         if following is None:
             return

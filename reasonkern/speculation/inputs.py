@@ -68,6 +68,8 @@ def per_request(
             _check_values(name, rows)
         return rows
     if dtype == torch.int64:
+        if not isinstance(x, int) or isinstance(x, bool):
+            _checks.fail(name, "an integer or a (B,) tensor", repr(x))
         x = as_int64(name, x)
     elif not isinstance(x, (int, float)) or isinstance(x, bool):
         _checks.fail(name, "a number or a (B,) tensor", repr(x))
@@ -176,6 +178,9 @@ def step_limits(
         ids = eos.reshape(-1).to(torch.int64).contiguous()
     elif eos is not None:
         given = eos if isinstance(eos, (list, tuple)) else [eos]
+        for token in given:
+            if not isinstance(token, int) or isinstance(token, bool):
+                _checks.fail("eos", "an id, a list of ids or a tensor", repr(eos))
         ids = torch.tensor([as_int64("eos", x) for x in given], dtype=torch.int64, device=device)
     if ids is not None and ids.numel() > MAX_EOS:
         _checks.fail("eos", f"at most {MAX_EOS} ids", ids.numel())

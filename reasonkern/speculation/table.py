@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from . import op_table as _op  # noqa: F401  (registers the operators)
 from . import table_inputs as inputs
+from . import table_op as _op  # noqa: F401  (registers the operators)
 from .draft import Draft
-from .table_reference import (
+from .reference_table import (
     COUNTERS,
     EVICTIONS,
     HITS,
@@ -197,6 +197,9 @@ class NgramTable:
         if all_nodes is None:
             rows = inputs.verified_rows(self, context, verified, scope)
         else:
+            if not isinstance(all_nodes, tuple) or len(all_nodes) != 3:
+                got = type(all_nodes).__name__
+                _checks.fail("all_nodes", "a triple (logits, draft, tree)", got)
             rows = inputs.node_rows(self, context, *all_nodes, scope)
         self.update(*rows[:3], lse=rows[3], scope=rows[4], process_group=process_group)
 
@@ -290,7 +293,10 @@ class NgramTable:
         Raises:
             ValueError: a scope outside [0, max_scopes).
         """
-        index = torch.as_tensor(scope, device=self.device, dtype=torch.int64).reshape(-1)
+        count = scope.numel() if isinstance(scope, Tensor) else 1
+        index = inputs.scopes(self, scope, count)
+        if index is None:
+            _checks.fail("scope", "an integer or a tensor", None)
         _checks.check_range("scope", index, 0, self.max_scopes)
         self._state.epochs.index_add_(0, index, torch.ones_like(index, dtype=torch.int32))
 
@@ -338,6 +344,8 @@ class NgramTable:
             ValueError: other settings; a tensor that is missing, of another shape or dtype, or (if
                 it comes from the CPU) with contents that no table has.
         """
+        if not isinstance(state, Mapping):
+            _checks.fail("state", "a mapping, as state_dict returns it", type(state).__name__)
         if state.get("settings") != self._settings():
             _checks.fail("state", f"settings {self._settings()}", state.get("settings"))
         inputs.check_state(self, state, self._state)
@@ -369,6 +377,8 @@ def _check_settings(
     for name, (value, low, high) in limits.items():
         if not _is_integer(value, low, high):
             _checks.fail(name, f"an integer in [{low}, {high}]", value)
+    if not isinstance(orders, Sequence):
+        _checks.fail("orders", "1 to 4 descending integers in [1, 8]", repr(orders))
     descending = all(_is_integer(o, 1, MAX_ORDER) for o in orders)
     descending = descending and all(a > b for a, b in zip(orders, orders[1:], strict=False))
     if not 1 <= len(orders) <= MAX_ORDERS or not descending:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from .draft import Draft
-from .table_reference import ID_BITS, TOTAL_LIMIT, Storage, row_values
+from .reference_table import ID_BITS, TOTAL_LIMIT, Storage, row_values
 from .tree import DraftTree
 
 if TYPE_CHECKING:
@@ -127,6 +127,8 @@ def draft_inputs(
     """Checks and expands the arguments of `NgramTable.draft`."""
     context = contexts(table, context)
     rows = context.shape[0]
+    if not isinstance(position, Tensor):
+        _checks.check_integer("position", position, 0, or_none=" or a (B,) tensor")
     if isinstance(temperature, Tensor):
         temperature = _floats("temperature", temperature, table)
         if temperature.ndim > 1 or (temperature.ndim and temperature.shape[0] != rows):
@@ -202,9 +204,14 @@ def sequence_rows(
     if tokens.ndim != 2:
         _checks.fail("tokens", "shape (batch, length)", tuple(tokens.shape))
     batch, length = tokens.shape
-    for name, tensor in (("topk_ids", ids), ("topk_logits", logits), ("lse", lse)):
-        if tensor is not None and tuple(tensor.shape[:2]) != (batch, length):
-            _checks.fail(name, f"shape (batch, length, …) = ({batch}, {length}, …)", tensor.shape)
+    _checks.check_tensor("topk_ids", ids)
+    _checks.check_tensor("topk_logits", logits)
+    for name, tensor in (("topk_ids", ids), ("topk_logits", logits)):
+        if tensor.ndim != 3 or tuple(tensor.shape[:2]) != (batch, length):
+            expected = f"shape (batch, length, k) = ({batch}, {length}, k)"
+            _checks.fail(name, expected, tuple(tensor.shape))
+    if lse is not None:
+        _checks.check_shape("lse", lse, (batch, length), "(batch, length)")
     width = table.orders[0]
     windows = torch.nn.functional.pad(tokens, (width - 1, 0), value=-1).unfold(1, width, 1)
     if lengths is not None:
@@ -222,6 +229,8 @@ def verified_rows(
     """Row j of a request: its context and tokens[:j]."""
     context = contexts(table, context)
     batch, width = context.shape
+    if not hasattr(verified, "tokens"):
+        _checks.fail("verified", "a Verified, as verify_tree returns it", type(verified).__name__)
     tokens = _integers("verified.tokens", verified.tokens, table)
     length = _integers("verified.length", verified.length, table)
     if tokens.ndim != 2 or tokens.shape[0] != batch:

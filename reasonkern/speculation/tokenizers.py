@@ -23,8 +23,8 @@ class TokenizerError(ValueError):
 def load_tokenizer(name: str) -> Tokenizer:
     """``bytes``; ``mistral-common`` (its newest bundled tekken file); or a path.
 
-    A path is a ``tokenizer.json`` of the `tokenizers` library, or a ``tekken*.json`` of
-    mistral-common.
+    A path is a ``tokenizer.json`` of the `tokenizers` library, a folder that holds one, or a
+    ``tekken*.json`` of mistral-common.
     """
     if name == "bytes":
         return Tokenizer(name, 256, lambda text: list(text.encode("utf-8", "surrogatepass")))
@@ -34,9 +34,9 @@ def load_tokenizer(name: str) -> Tokenizer:
         if not files:
             raise TokenizerError("--tokenizer mistral-common: it bundles no tekken_*.json")
         return _tekken(files[-1])
-    path = Path(name)
+    path = Path(name) / "tokenizer.json" if Path(name).is_dir() else Path(name)
     if not path.is_file():
-        expected = "bytes, mistral-common or a file (the tokenizer.json in a model's folder)"
+        expected = "bytes, mistral-common, a tokenizer.json or a model's folder that holds one"
         raise TokenizerError(f"--tokenizer {name}: expected {expected}")
     return _tekken(path) if path.name.startswith("tekken") else _tokenizers(path)
 
@@ -45,7 +45,9 @@ def _import(module: str, wanted_by: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise TokenizerError(f"--tokenizer {wanted_by}: {error}") from error
+        package = module.partition(".")[0].replace("_", "-")
+        message = f"--tokenizer {wanted_by} needs {package} (pip install {package}): {error}"
+        raise TokenizerError(message) from error
 
 
 def _tekken(path: Path) -> Tokenizer:
@@ -62,7 +64,8 @@ def _tokenizers(path: Path) -> Tokenizer:
     try:
         fast = module.Tokenizer.from_file(str(path))
     except Exception as error:  # likewise
-        raise TokenizerError(f"--tokenizer {path}: {error}") from error
+        message = f"--tokenizer {path}: not a tokenizer.json of tokenizers ({error})"
+        raise TokenizerError(message) from error
 
     def encode(text: str) -> list[int]:
         return list(fast.encode(text, add_special_tokens=False).ids)

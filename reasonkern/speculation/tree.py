@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +64,8 @@ class DraftTree:
     def __init__(self, parents: Sequence[int] | Tensor) -> None:
         if isinstance(parents, Tensor) and _checks.check_values("parents", parents).ndim != 1:
             _checks.fail("parents", "shape (nodes,)", tuple(parents.shape))
+        if isinstance(parents, str) or not isinstance(parents, Iterable):
+            _checks.fail("parents", "a sequence of integers", repr(parents))
         given = parents.tolist() if isinstance(parents, Tensor) else list(parents)
         self._parents = _checked_parents(given)
         self._tensors: dict[torch.device, TreeTensors] = {}
@@ -78,6 +80,12 @@ class DraftTree:
 
         Nodes are ordered by their likelihood, so ``default(m)`` is the prefix of ``default(n)``.
         `reasonkern.tune_tree` fits a tree to your own traces instead.
+
+        Args:
+            nodes: number of nodes, the root included, 1 to 4096.
+
+        Raises:
+            ValueError: a number out of its range.
         """
         return cls.grow(nodes)
 
@@ -99,8 +107,9 @@ class DraftTree:
         _check_nodes(nodes)
         if depth is not None:
             _checks.check_integer("depth", depth, 1, or_none=" or None")
-        if not rates or not all(0 < rate <= 1 for rate in rates):
-            _checks.fail("rates", "numbers in (0, 1]", rates)
+        numbers = isinstance(rates, Sequence) and all(isinstance(r, (int, float)) for r in rates)
+        if not numbers or not rates or not all(0 < rate <= 1 for rate in rates):
+            _checks.fail("rates", "a sequence of numbers in (0, 1]", repr(rates))
         parents, depths = [-1], [0]
         # (-likelihood, parent, rank): the next child of a parent; ties go to the older parent.
         queue = [(-_rank_rate(rates, 0), 0, 0)]
@@ -116,13 +125,22 @@ class DraftTree:
 
     @classmethod
     def chain(cls, nodes: int) -> DraftTree:
-        """A tree without branches: the root and ``nodes - 1`` successive tokens."""
+        """A tree without branches: the root and ``nodes - 1`` successive tokens.
+
+        Raises:
+            ValueError: ``nodes`` outside [1, 4096].
+        """
         _check_nodes(nodes)
         return cls(range(-1, nodes - 1))
 
     @classmethod
     def load(cls, path: str | Path) -> DraftTree:
-        """Reads what `save` wrote; ValueError names the file when it holds no tree."""
+        """Reads what `save` or ``python -m reasonkern tune -o`` wrote.
+
+        Raises:
+            ValueError: the file holds no tree; the message names it.
+            OSError: it cannot be read.
+        """
         try:
             parents = json.loads(Path(path).read_text(encoding="utf-8"))["parents"]
             return cls([_integer(p) for p in parents])
@@ -178,9 +196,12 @@ class DraftTree:
         return self._tensors[device]
 
     def prefix(self, nodes: int) -> DraftTree:
-        """The tree of the first ``nodes`` nodes, 1 to N."""
-        if not isinstance(nodes, int) or not 1 <= nodes <= self.nodes:
-            _checks.fail("nodes", f"an integer in [1, {self.nodes}]", nodes)
+        """The tree of the first ``nodes`` nodes.
+
+        Raises:
+            ValueError: ``nodes`` outside [1, N].
+        """
+        _checks.check_integer("nodes", nodes, 1, self.nodes)
         return DraftTree(self._parents[:nodes])
 
     def attention_mask(self, device: torch.device | str = "cpu") -> Tensor:
@@ -195,9 +216,13 @@ class DraftTree:
 
         Args:
             length: (B,) integers: tokens in the KV cache before the root, which is its position.
+
+        Raises:
+            ValueError: wrong shape or dtype.
         """
         if _checks.check_tensor("length", length).ndim != 1:
             _checks.fail("length", "shape (batch,)", tuple(length.shape))
+        _checks.check_dtype("length", length, torch.int64, torch.int32)
         return length[:, None] + self.tensors(length.device).depths
 
     def draw(self) -> str:

@@ -1,4 +1,4 @@
-"""Triton kernels of the table, with the bits of ``table_reference.py``, and their launchers.
+"""Triton kernels of the table, with the bits of ``reference_table.py``, and their launchers.
 
 Drafting is in ``triton_table_draft.py``. Merging: rows to keys, a sort by torch
 (``table_sorted.py``), then the program at the first item of a set merges the keys of the set in

@@ -1,4 +1,4 @@
-"""Hashes, storage codes and the order of candidates, with the bits of ``table_reference.py``."""
+"""Hashes, storage codes and the order of candidates, with the bits of ``reference_table.py``."""
 
 import triton
 import triton.language as tl

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .._triton import check_launchable, kernel
+from .._triton import check_dtype, check_launchable, kernel
 from .triton_rows import INF, Request, Row, choose, find_top, write_statistics
 
 EOS, BAD_ROW, CAPPED = (tl.constexpr(bit) for bit in (1, 2, 4))
@@ -102,8 +102,7 @@ OPTIONS = {"num_warps": 16, "enable_fp_fusion": False}
 
 
 def check_runnable(name, logits):
-    if logits.dtype == torch.float64:
-        raise NotImplementedError(f"{name}: the Triton backend takes float32, bfloat16 or float16")
+    check_dtype(name, logits)
     check_launchable(name, logits.device, sample_kernel)
 
 

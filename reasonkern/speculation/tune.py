@@ -59,19 +59,24 @@ def tune_tree(
     tree = big_tree() if tree is None else tree
     if not isinstance(tree, DraftTree):
         _checks.fail("tree", "a DraftTree or None", type(tree).__name__)
-    if not isinstance(nodes, int) or not 1 <= nodes <= tree.nodes:
-        _checks.fail("nodes", f"an integer in [1, {tree.nodes}], the nodes of the tree", nodes)
+    _checks.check_integer("nodes", nodes, 1, tree.nodes, ", the nodes of the tree")
     if vocab_size is not None:
         _checks.check_integer("vocab_size", vocab_size, 1, or_none=" or None")
     if isinstance(source, Tensor):
         _checks.check_values("source", source)
+    elif isinstance(source, str) or not isinstance(source, Sequence):
+        expected = "counts, or a list of sequences of token ids"
+        _checks.fail("source", expected, repr(source))
     if isinstance(source, Tensor) or (len(source) and isinstance(source[0], int | float)):
         counts = torch.as_tensor(source, dtype=torch.float64).cpu()
     else:
         from .replay import replay, token_traces  # numpy
 
         traces = token_traces(source)
-        vocab = vocab_size or 1 + max(int(trace.tokens.max()) for trace in traces)
+        largest = max(int(trace.tokens.max()) for trace in traces)
+        vocab = 1 + largest if vocab_size is None else vocab_size
+        if vocab <= largest:
+            _checks.fail("vocab_size", f"an integer above the largest id, {largest}", vocab)
         replayed = replay(traces, tree, vocab_size=vocab, orders=orders)
         counts = torch.from_numpy(replayed.accepted).double()
     _checks.check_shape("source", counts, (tree.nodes,), "(nodes of the tree,)")

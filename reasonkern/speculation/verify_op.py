@@ -57,18 +57,14 @@ FAKE: dict[str, Callable[..., Any]] = {
 # ---- registrations
 
 
-def _sample_in_triton(logits: Tensor, *args: Any) -> bool:
-    return logits.dtype != torch.float64
-
-
 def _verify_in_triton(
     logits: Tensor, tokens: Tensor, valid: Tensor, q_ids: Tensor | None, *args: Any
 ) -> bool:
-    return logits.dtype != torch.float64 and q_ids is None  # by equality
+    return _load.below_float64(logits) and q_ids is None  # by equality
 
 
 TRITON_SERVES: dict[str, Callable[..., bool]] = {
-    "sample": _sample_in_triton,
+    "sample": _load.below_float64,
     "verify_tree": _verify_in_triton,
 }
 TRITON = {name: _load.lazy(f"{__package__}.triton_verify", name) for name in TRITON_SERVES}

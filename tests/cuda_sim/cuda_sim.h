@@ -68,8 +68,7 @@ struct Fiber {
   const Barrier* barrier = nullptr;  // null: it has exited
   unsigned opening = 0;              // it goes on when the barrier has opened so often
   unsigned cluster_opening = 0;      // from cluster_arrive to cluster_wait
-  std::vector<std::vector<std::pair<void*, const void*>>> copies{1};  // under way, by group
-  void *fake_stack = nullptr, *registers[5] = {};                     // while it does not run
+  void *fake_stack = nullptr, *registers[5] = {};  // while it does not run
 };
 
 struct Block {

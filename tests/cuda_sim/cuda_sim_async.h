@@ -1,20 +1,8 @@
-// What goes on beside the threads: asynchronous copies, and mailboxes between the blocks of a
-// cluster. Nothing lands before the wait that needs it, as late as the hardware may.
+// What goes on beside the threads: bulk copies, and mailboxes between the blocks of a cluster.
+// Nothing lands before the wait that needs it, as late as the hardware may.
 #pragma once
 
 namespace cuda_sim {
-
-inline void copy_async16(void* shared, const void* global) {
-  void* to = cluster_map(aligned(shared, 16, "copy_async"), cluster_rank());
-  self().copies.back().emplace_back(to, aligned(global, 16, "copy_async"));
-}
-inline void copy_commit() { self().copies.emplace_back(); }
-inline void copy_wait(unsigned pending) {
-  auto& groups = self().copies;
-  for (; groups.size() > pending + 1; groups.erase(groups.begin())) {
-    for (const auto& [to, from] : groups.front()) std::memcpy(to, from, 16);
-  }
-}
 
 // The 8 bytes of a mailbox: bytes still to come, negative while they come unannounced.
 struct MailboxState {

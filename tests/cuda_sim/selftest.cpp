@@ -159,19 +159,6 @@ __global__ void tiles(const void* in, void* out, int n) {
   }
 }
 
-// n: how many of the two groups of copies may still be under way when they are read.
-__global__ void copies(const void* in, void* out, int n) {
-  float* tile = dynamic_shared<float>() + threadIdx.x * 8;
-  const float* x = static_cast<const float*>(in) + threadIdx.x * 8;
-  for (int group = 0; group < 2; ++group) {
-    copy_async(tile + group * 4, x + group * 4);
-    copy_commit();
-  }
-  if (n == 0) copy_wait<0>();
-  if (n == 1) copy_wait<1>();
-  for (int i = 0; i < 8; ++i) static_cast<float*>(out)[threadIdx.x * 8 + i] = tile[i];
-}
-
 // Blocks send each other their numbers, in each of three turns, over two mailboxes used in turn;
 // thread t of a block writes what came from block t. n: 1 reads without waiting, 2 waits for more
 // than comes, 3 does not wait for the last turn.
@@ -239,7 +226,6 @@ const std::map<std::string, Kernel> kernels = {
     {"absent_block", absent_block},
     {"last_writer", last_writer},
     {"tiles", tiles},
-    {"copies", copies},
     {"mail", mail},
     {"functions", functions},
     {"round_bf16", round_trip<bf16>},

@@ -1,6 +1,6 @@
 """The operators of the n-gram table on CPU tensors, computed by the CUDA kernels in the simulator.
 
-Arguments and results are those of the operators (reasonkern/speculation/op_table.py). `Settings`
+Arguments and results are those of the operators (reasonkern/speculation/table_op.py). `Settings`
 says how kernels are launched, which may not change a result.
 """
 

@@ -12,6 +12,7 @@ import reasonkern as rk
 
 VOCAB, SLOTS = 40, 3
 START, END = 30, 31
+SETS = rk.TokenSets.from_ids({"reflect": [1, 3, 5]})
 
 
 def spec(draw: Draw) -> Arguments:
@@ -33,8 +34,63 @@ def spec(draw: Draw) -> Arguments:
     return parts
 
 
+def parts(draw: Draw) -> Arguments:
+    """The numbers of every part as arguments of their own, so that they are spoilt one by one."""
+    return {
+        "amplitude": draw.number(-9, 9),
+        "period": draw.number(0.5, 9),
+        "shift": draw.number(-1, 1),
+        "windows": draw.choice(None, [(0, 3)], ((1, 2), (5, 9))),
+        "alpha": draw.number(-9, 9),
+        "beta": draw.integer(0, 5),
+        "bias": draw.number(-9, 9),
+        "points": draw.choice([(0, 0.0), (4, 2.0)], ((1, -1.0),)),
+        "start": draw.choice(0.0, 0.5),
+        "margin": draw.number(0.25, 9),
+        "tokens": draw.integer(2, 6),
+        "end": draw.choice([7, END], (END,)),
+        "least": draw.integer(0, 2),
+        "ignore": draw.integer(1, 2),
+        "wait": draw.choice([9], (9, 3)),
+        "threshold": draw.number(0, 5),
+        "window": draw.integer(2, 9),
+        "eos": draw.choice(None, 2),
+        "k": draw.number(0, 9),
+        "floor": draw.number(0, 2),
+        "set": "reflect",
+    }
+
+
+def run_parts(
+    amplitude: Any, period: Any, shift: Any, windows: Any, alpha: Any, beta: Any, bias: Any,
+    points: Any, start: Any, margin: Any, tokens: Any, end: Any, least: Any, ignore: Any, wait: Any,
+    threshold: Any, window: Any, eos: Any, k: Any, floor: Any, set: Any,
+) -> Any:  # fmt: skip
+    """A request with all of them, three tokens long."""
+    spec = rk.Modulation(
+        cyclic=rk.Cyclic(amplitude, period, shift, windows, set),
+        tip=rk.TIP(alpha, beta, set),
+        constant=rk.Constant(bias, set),
+        schedule=rk.Schedule(points, set),
+        ban=rk.Ban(set),
+        budget=rk.Budget(tokens, end, rk.SoftBudget(start, margin)),
+        min_think=rk.MinThink(least, ignore, wait),
+        deepconf=rk.DeepConf(threshold, window, eos),
+        entropy_trigger=rk.EntropyTrigger(window, k, floor),
+        think_end=END,
+    )
+    made, slot = rk.ModulationState(1, SETS), torch.zeros(1, dtype=torch.int64)
+    made.add(0, spec, [START])
+    out, one = [], torch.ones(1, 1)
+    for token in (1, 4, 9):
+        logits = torch.zeros(1, VOCAB)
+        out.append(rk.modulate_logits_(logits, made, slot, temperature=0.7, allow_dense=True))
+        rk.commit_(made, slot, one.long() * token, slot + 1, entropy=one, confidence=one)
+    return out
+
+
 def state(draw: Draw) -> rk.ModulationState:
-    made = rk.ModulationState(SLOTS, rk.TokenSets.from_ids({"reflect": [1, 3, 5]}))
+    made = rk.ModulationState(SLOTS, SETS)
     for slot in range(SLOTS):
         prompt = draw.ids(VOCAB, draw.size()).tolist()
         made.add(slot, rk.Modulation(**spec(draw)), [*prompt, START], draw.ids(VOCAB, 3).tolist())
@@ -119,7 +175,7 @@ def foreign_state(draw: Draw) -> Arguments:
 
 
 def run_foreign_state(**saved: Any) -> Any:
-    made = rk.ModulationState(SLOTS, rk.TokenSets.from_ids({"reflect": [1, 3, 5]}))
+    made = rk.ModulationState(SLOTS, SETS)
     made.load_state_dict(saved)
     slot, logits = torch.arange(SLOTS), torch.zeros(SLOTS, VOCAB)
     out = rk.modulate_logits_(logits, made, slot, temperature=1.0, allow_dense=True)
@@ -187,6 +243,7 @@ CALLS = {
     "sample_controlled": (rk.sample_controlled, sample_controlled),
     "commit_": (run_commit_, commit_),
     "Modulation": (rk.Modulation, spec),
+    "Modulation's parts": (run_parts, parts),
     "ModulationState": (run_modulation_state, modulation_state),
     "ModulationState.load_state_dict": (run_foreign_state, foreign_state),
     "TokenSets": (lambda sets: rk.TokenSets.from_ids(sets)["a"], lambda draw: {"sets": {"a": [1]}}),

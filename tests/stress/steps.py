@@ -46,6 +46,27 @@ def decoding_step(seed: int) -> list[torch.Tensor]:
     return out
 
 
+def controlled_step(seed: int) -> list[torch.Tensor]:
+    """A request of every slot under control, for five tokens, to a stop among them."""
+    g = torch.Generator().manual_seed(seed)
+    state = rk.ModulationState(4, rk.TokenSets.from_ids({"reflect": range(0, 90, 7)}))
+    spec = rk.Modulation(
+        cyclic=rk.Cyclic(5.0, 9), budget=rk.Budget(3, [8, 9]), deepconf=rk.DeepConf(4.5, 2, eos=2)
+    )
+    for slot in range(4):
+        state.add(slot, spec, [slot])
+    slots, out = torch.arange(4), list[torch.Tensor]()
+    for position in range(5):
+        logits = torch.randn(4, 90, generator=g)
+        given: dict[str, Any] = {"temperature": 0.8, "seed": seed, "position": position}
+        row = rk.sample_controlled(logits, state, slots, **given)
+        every = [x[:, None] for x in (row.token, row.entropy, row.confidence)]
+        length = torch.ones(4, dtype=torch.int64)
+        rk.commit_(state, slots, every[0], length, entropy=every[1], confidence=every[2])
+        out += [*row, rk.modulate_logits_(logits, state, slots)]
+    return [*out, state.stopped]
+
+
 def shaping_step(seed: int) -> list[torch.Tensor]:
     g = torch.Generator().manual_seed(seed)
     reward, group = torch.randn(64, generator=g), torch.randint(8, (64,), generator=g)
@@ -55,7 +76,7 @@ def shaping_step(seed: int) -> list[torch.Tensor]:
     return [rk.shaping.group_advantages(reward, group), advantage, returns, chosen]
 
 
-STEPS = (training_step, decoding_step, shaping_step)
+STEPS = (training_step, decoding_step, controlled_step, shaping_step)
 
 
 def everything(seed: int) -> list[torch.Tensor]:

@@ -78,7 +78,7 @@ except ImportError as error:
 
 
 def test_without_numpy(tmp_path: Path) -> None:
-    """A declared dependency, but only replaying traces and text similarity need it."""
+    """A declared dependency; replaying traces, timed trees and text similarity alone need it."""
     more = """
 try:
     reasonkern.tune_tree([[1, 2, 3]], 2)

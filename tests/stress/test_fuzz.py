@@ -9,18 +9,14 @@ STRESS_EXAMPLES (10000) is the number of calls per family.
 
 from __future__ import annotations
 
-import inspect
+import importlib
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-import calls_modulation
-import calls_policy_loss
-import calls_scaling
-import calls_shaping
-import calls_speculation
 import pytest
 import torch
 from draws import Arguments, Draw, spoil
@@ -28,14 +24,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import reasonkern as rk
-
 FAMILIES = {
-    "policy_loss": calls_policy_loss.CALLS,
-    "speculation": calls_speculation.CALLS,
-    "modulation": calls_modulation.CALLS,
-    "shaping": calls_shaping.CALLS,
-    "scaling": calls_scaling.CALLS,
+    path.stem.removeprefix("calls_"): importlib.import_module(path.stem).CALLS
+    for path in sorted(Path(__file__).parent.glob("calls_*.py"))
 }
 EXAMPLES = int(os.environ.get("STRESS_EXAMPLES", "10000"))
 REFUSAL = re.compile(r"[\w\s.,*'\"()\[\]+]+: expected .+", re.S)
@@ -132,13 +123,3 @@ def test_fuzz(family: str, name: str) -> None:
     examples = math.ceil(EXAMPLES / len(calls))
     quietly(given(st.data())(one), examples)()
     assert answered > examples // 3, "most of the calls were refused: the strategy is not valid"
-
-
-def test_every_public_function_is_fuzzed() -> None:
-    """Draft, KL and Importance are parts of other calls; `info` takes no arguments."""
-    fuzzed = {name for calls in FAMILIES.values() for name in calls}
-    for space in (rk, rk.shaping, rk.scaling):
-        functions = {n for n in space.__all__ if inspect.isfunction(getattr(space, n))}
-        assert functions - {"info"} <= fuzzed, "a function without a strategy in calls_*.py"
-    assert {"Objective", "NgramTable", "DraftTree", "AStarFrontier", "Draft"} <= fuzzed
-    assert {"Modulation", "ModulationState", "TokenSets"} <= fuzzed

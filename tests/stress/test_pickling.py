@@ -14,6 +14,9 @@ from torch import Tensor
 
 import reasonkern as rk
 from reasonkern import scaling
+from reasonkern.demo.model import Decoding, seeded
+from reasonkern.generation import generate
+from reasonkern.modulation import layout as at
 
 X, Y = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0)), torch.ones(2, 3).long()
 
@@ -40,6 +43,23 @@ def verified() -> rk.Verified:
     return rk.verify_tree(X, draft(), rk.DraftTree.default(3), **given)
 
 
+def controlled() -> rk.ModulationState:
+    sets = rk.TokenSets.from_ids({"reflect": [1, 3]})
+    state = rk.ModulationState(2, sets)
+    state.add(1, rk.Modulation(ban=rk.Ban(), budget=rk.Budget(4, [2, 4])), [1], [3, 2])
+    return state
+
+
+def sampled(state: rk.ModulationState) -> rk.Sampled:
+    given = {"temperature": 1.0, "seed": 0, "position": 0}
+    return rk.sample_controlled(X[0].clone(), state, torch.tensor([1, -1, 0]), **given)
+
+
+def decoded() -> Any:
+    model = Decoding(seeded(5, 16, 8, 1, 0))
+    return generate(model, [[1, 2]], temperature=0.0, max_new_tokens=3, table=table())
+
+
 def frontier() -> scaling.AStarFrontier:
     search = scaling.AStarFrontier(9)
     search.push(["a", "b"], [0.2, 0.5])
@@ -59,6 +79,11 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "Draft": draft,
     "Verified": verified,
     "Status": lambda: rk.Status.EOS | rk.Status.CAPPED,
+    "Modulation": lambda: rk.Modulation(cyclic=rk.Cyclic(5.0, 9), think_end=4),
+    "TokenSets": lambda: controlled().sets,
+    "ModulationState": controlled,
+    "Sampled": lambda: sampled(controlled()),
+    "Generated": decoded,
     "LawReport": lambda: rk.LawReport((rk.Law("joint", True, 0.0),)),
     "AStarFrontier": frontier,
     "Vote": lambda: scaling.vote(["a", "a", None]),
@@ -106,6 +131,15 @@ def test_a_copied_table_drafts_the_same_and_is_its_own(how: str) -> None:
     assert torch.equal(twin.draft(Y[:, :2], tree, **given).tokens, expected.tokens)
     twin.clear()
     assert len(own) and not len(twin)
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_copied_state_controls_the_same_and_is_its_own(how: str) -> None:
+    own = controlled()
+    twin = COPIES[how](own)
+    assert all(torch.equal(a, b) for a, b in zip(sampled(twin), sampled(own), strict=True))
+    twin.remove(1)
+    assert own.uses(at.BAN) and not twin.uses(at.BAN)
 
 
 @pytest.mark.parametrize("how", COPIES)

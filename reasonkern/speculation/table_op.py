@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _load
-from . import table_reference as reference
+from . import reference_table as reference
 from . import table_sorted
 
 TREE_ARGS = (

@@ -1,0 +1,142 @@
+"""`generate` of transformers models: arguments and models that are refused."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from transformers_fixtures import IDS, MASK, SHAPE, VOCAB, T
+
+import reasonkern as rk
+
+pytest_plugins = ("transformers_fixtures",)
+pytestmark = pytest.mark.peers
+
+ERRORS = {
+    "device": ({"ids": IDS.to("meta")}, "input_ids: expected the model's device, cpu"),
+    "shape": ({"ids": IDS[0]}, r"input_ids: expected shape \(batch, length\)"),
+    "dtype": ({"ids": IDS.float()}, "input_ids: expected dtype torch.int64 or torch.int32"),
+    "right padding": ({"attention_mask": MASK.flip(1)}, r"attention_mask\[1\]: expected padding"),
+    "mask": ({"attention_mask": MASK[:2]}, "attention_mask: expected shape that of input_ids"),
+    "ids of another tokenizer": (
+        {"ids": IDS + VOCAB}, r"prompt 0: expected ids in \[0, 48\), .* \(another tokenizer's ids",
+    ),
+    "vocabulary": (
+        {"table": rk.NgramTable(1024, vocab_size=VOCAB - 1)},
+        "table: expected vocab_size >= 48, the columns of the model's logits, got 47",
+    ),
+    "strings without tokenizer": ({"stop_strings": "a"}, "tokenizer: expected the model's"),
+    "one criterion": (
+        {"stopping_criteria": lambda ids, scores: True},
+        "stopping_criteria: expected a sequence of criteria, got function",
+    ),
+    "no strings": ({"stop_strings": []}, "stop_strings: expected strings that are not empty"),
+    "numbers for strings": ({"stop_strings": 3}, "stop_strings: expected strings .*, got 3"),
+    "no criterion": ({"stopping_criteria": [3]}, "stopping_criteria: expected criteria that"),
+    "what a tokenizer returns": (
+        {"ids": {"input_ids": IDS}}, r"input_ids: expected a tensor \(of .*, got dict",
+    ),
+    "no number of trajectories": (
+        {"num_trajectories": "four"}, "num_trajectories: expected an integer >= 1, got 'four'",
+    ),
+    "eos by name": ({"eos": "<eos>"}, "eos: expected an id or several, got '<eos>'"),
+    "eos of another model": ({"eos": [VOCAB]}, r"eos: expected ids in \[0, 48\), .* got 48"),
+    "padding by name": ({"pad": "<pad>"}, "pad: expected an id or None, got '<pad>'"),
+    "streamer": ({"streamer": print}, "streamer: expected an object with put and end, got builtin"),
+    "a forgotten mask": (
+        {"ids": (IDS * MASK).flip(1)}, r"attention_mask\[1\]: expected padding on the left alone",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors(ours, make, case):
+    changes, message = ERRORS[case]
+    given = {"ids": IDS, "temperature": T, "max_new_tokens": 4} | changes
+    with pytest.raises(ValueError, match=message):
+        ours.generate(make(), given.pop("ids"), **given)
+
+
+@pytest.mark.parametrize("eos, padded", [((), True), ((0, 5), False)])
+def test_a_forgotten_mask_is_that_of_the_padding_id(ours, make, monkeypatch, eos, padded):
+    """As transformers infers it; an id that ends texts, too, may be one of the prompt."""
+    model, ids = make(), IDS * MASK
+    monkeypatch.setattr(model.generation_config, "eos_token_id", eos or None)
+    options = {"temperature": T, "max_new_tokens": 8, "eos": ()}
+    found = ours.generate(model, ids, **options).sequences
+    mask = MASK if padded else torch.ones_like(MASK)
+    given = ours.generate(model, ids, attention_mask=mask, **options).sequences
+    assert torch.equal(found, given)
+    other = ours.generate(model, ids, attention_mask=torch.ones_like(MASK), **options).sequences
+    assert torch.equal(found, other) != padded
+
+
+def test_another_models_tokenizer(ours, make, tokenizer):
+    class Larger:
+        decode = tokenizer.decode
+
+        def __len__(self) -> int:
+            return VOCAB + 1
+
+    with pytest.raises(ValueError, match=r"tokenizer: expected at most 48 ids.* got 49 \(another"):
+        ours.generate(make(), IDS, temperature=T, max_new_tokens=4, stop_strings="a",
+                      tokenizer=Larger())  # fmt: skip
+
+
+# ---- models
+
+
+def unsupported(transformers: ModuleType) -> dict[str, tuple[Any, str]]:
+    small = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "pad_token_id": 0}
+    t5 = transformers.T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1,
+                               num_heads=2)  # fmt: skip
+    mamba = transformers.MambaConfig(**small, state_size=4)
+    bloom = transformers.BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
+    flex = transformers.LlamaConfig(**(SHAPE | {"num_hidden_layers": 1}))
+    llama = transformers.LlamaForCausalLM(flex)
+    llama.config._attn_implementation = "flex_attention"
+    return {
+        "encoder and decoder": (
+            transformers.T5ForConditionalGeneration(t5), r"a causal \(decoder-only\) language model"
+        ),
+        "recurrent": (transformers.MambaForCausalLM(mamba), "a key-value cache in every layer"),
+        "positions by slot": (transformers.BloomForCausalLM(bloom), "BloomForCausalLM"),
+        "attention": (llama, "attn_implementation 'sdpa' or 'eager'.* got 'flex_attention'"),
+        "no model": (torch.nn.Linear(2, 2), "a causal language model of transformers, got Linear"),
+        "classifier": (
+            transformers.LlamaForSequenceClassification(flex), "model: expected|does not take",
+        ),
+    }  # fmt: skip
+
+
+KINDS_OF_UNSUPPORTED = (
+    "encoder and decoder", "recurrent", "positions by slot", "attention", "no model", "classifier",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", KINDS_OF_UNSUPPORTED)
+def test_unsupported_models(ours, transformers, case):
+    model, message = unsupported(transformers)[case]
+    with pytest.raises(ValueError, match=message):
+        ours.generate(model, torch.tensor([[1, 2]]), temperature=0, max_new_tokens=2)
+
+
+def test_a_model_that_ignores_the_mask(ours, make):
+    """What does not follow a tree is found by trying, whatever its name."""
+    import copy
+
+    model = copy.deepcopy(make())
+    forward = model.model.forward
+    model.model.forward = lambda *args, **rest: forward(*args, **(rest | {"attention_mask": None}))
+    message = "model: expected the same logits for a branch of a tree|does not take a tree's mask"
+    with pytest.raises(ValueError, match=message):
+        ours.generate(model, IDS, temperature=0, max_new_tokens=2)
+
+
+def test_dropout_is_named_where_a_model_is_refused_for_it(ours, make, transformers):
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config).train()
+    with pytest.raises(ValueError, match=r"in training mode \(model.eval\(\) switches dropout off"):
+        ours.generate(model, IDS, temperature=0, max_new_tokens=2)
