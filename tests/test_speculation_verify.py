@@ -382,4 +382,4 @@ def test_lse_of_narrower_instruction_sets(level):
         [sys.executable, "-m", "pytest", f"{__file__}::{test}", "-p", "no:cacheprovider"],
         env={**os.environ, "REASONKERN_CPU": level}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout
