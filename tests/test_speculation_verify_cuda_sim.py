@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from contract import assert_same_bits
-from speculation_cases import random_step, rows
+from speculation_cases import random_logits, random_step, rows
 from test_speculation_verify import OUTPUTS, chain, check_lse
 
 from reasonkern import _load
@@ -38,6 +38,22 @@ def same(simulated, step):
 def test_launch_shapes_change_nothing(simulated, blocks, threads, order):
     with simulated.using(blocks=blocks, threads=threads, order=order, seed=5, teams=2):
         same(simulated, random_step(1, batch=5, vocab=304, rejection=blocks != 2))
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_a_team_takes_requests_of_either_kind(simulated, blocks, order):
+    """Filtered ones need the row's top before the draw. No slice is copied, so no wait for one lies
+    between what a thread writes of a request and what the others read of it."""
+    x, r = random_logits((7, 304), 3), rows(7, 304, 3, "mixed")
+    off = torch.arange(7) % 2 == 0
+    r = replace(
+        r, top_k=r.top_k.masked_fill(off, 0), top_p=r.top_p.masked_fill(off, 1.0),
+        min_p=r.min_p.masked_fill(off, 0.0),
+    )  # fmt: skip
+    expected = _load.implementation("sample", "reference")(x, None, *r.args())
+    with simulated.using(teams=1, blocks=blocks, threads=64, stages=0, order=order, seed=7):
+        assert_same_bits(simulated.sample(x, None, *r.args()), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -106,8 +106,10 @@ __global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) sample_kerne
     const Request& request = team.begin(p.requests, b);
     const TeamRow<E> row(team, p.rows, b, 0);
     ThreadTops unused;
-    const RowTop top = request.filters(row.vocab) ? find_top(team, row, unused)
-                                                  : find_block_top(team, row, unused);
+    RowTop top = find_block_top(team, row, unused);
+    if (request.filters(row.vocab)) {  // behind find_block_top's barrier
+      top = reduce_lanes(team.exchange(top), cluster_size(), JoinTop());
+    }
     Nothing nothing;
     const Best best = sample_share(team, row, request, top, nothing);
     const Found found = join(team, top, best, 0, 0);
