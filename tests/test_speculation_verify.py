@@ -330,6 +330,16 @@ def test_statistics_are_of_the_raw_row(backend):
     assert out["lse"][0, 0].item() == pytest.approx(torch.tensor([5.0] + [0.0] * 5).logsumexp(0))
 
 
+def test_statistics_where_a_part_of_the_row_is_empty(backend):
+    """Far below 0, so that no sum of a part without a logit may be weighted as if its top were 0."""
+    step = chain([3, 260, 4], vocab=300)
+    step.logits[:] -= 1000
+    step.logits[0, 0, 40:] = -INF
+    step.logits[0, 1, :250] = -INF
+    out = verify_everywhere(backend, step)
+    assert out["length"].item() == 3 and (out["lse"][0] < -990).all()
+
+
 def test_more_statistics_than_tokens(backend):
     out = verify_everywhere(backend, replace(chain([1, 0], vocab=2), topk=5))
     assert out["topk_ids"][0, 0].tolist() == [1, 0, -1, -1, -1]

@@ -117,7 +117,9 @@ __device__ inline void write_statistics(Team& team, const Found& found, int k, i
   merge_tops(*team.shared(), k, count,
              [&](int place, float value, int id) { ids[place] = id, logits[place] = value; });
   if (threadIdx.x >= 32) return;
-  const double top = found.top.raw, weight = exp(double(found.sum_top) - top);
+  // A block that saw nothing but -inf has no top: its sum of 0 takes no weight, which may overflow.
+  const double top = found.top.raw;
+  const double weight = found.sum > 0 ? exp(double(found.sum_top) - top) : 0.0;
   const double sum = reduce_lanes(found.sum * weight, cluster_size(), Sum());
   if (threadIdx.x == 0) *lse = float(top + log(sum));
 }
