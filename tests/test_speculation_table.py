@@ -81,7 +81,7 @@ def test_trees_of_any_shape(backend, tree):
 
 
 def bad_rows() -> Batch:
-    batch = random_batch(5, rows=12, vocab=40)
+    batch = random_batch(5, rows=13, vocab=40)
     batch.context[batch.context[:, -1] < 0] = 1
     batch.ids.clamp_(min=0)
     batch.ids[0, 1], batch.ids[1, 0] = 50, -2
@@ -89,14 +89,16 @@ def bad_rows() -> Batch:
     batch.lse[4] -= 0.01  # probabilities add up to 1.01
     batch.context[5, 0], batch.context[6, 1] = 50, -2
     batch.scope[7], batch.scope[8] = 4, -1
+    batch.logits[9] = torch.tensor([0.0, -20.0, -20.0, -20.0])  # the first 2.2: more than 31 bits
+    batch.lse[9] = -0.8
     return batch
 
 
 def test_a_bad_row_is_ignored_and_counted(backend):
     table, expected = small().to(backend.device), small()
     run_update(backend, table, Batch(*map(backend.to, vars(bad_rows()).values())))
-    run_update(define, expected, bad_rows().take(slice(9, None)))
-    assert table.stats()["rejected"] == 9 and table.stats()["rows"] == 3
+    run_update(define, expected, bad_rows().take(slice(10, None)))
+    assert table.stats()["rejected"] == 10 and table.stats()["rows"] == 3
     assert entries(table) == entries(expected) and len(expected)
 
 

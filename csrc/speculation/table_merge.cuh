@@ -59,12 +59,12 @@ __global__ void table_keys_kernel(MergeParams m) {
     if (p.lse != nullptr && candidate) x = noise::add(x, -p.lse[row]);
     const int64_t token = inside && slot < t.window ? p.context[row * p.context_stride + slot] : -1;
     const bool good = id >= -1 && id < p.vocab && (id < 0 || x <= 1.0f);
-    const int32_t value = good && id >= 0 ? int32_t(fixed_of(exp_fixed(x))) : 0;
-    if (candidate) m.values[row * p.width + slot] = value;
+    const int64_t value = good && id >= 0 ? fixed_of(exp_fixed(x)) : 0;  // at most e
 
     const bool bad = !good || token < -1 || token >= p.vocab || !known;
     const int64_t sum = sum_of_row(value);
     const bool fine = !any_of_row(bad, first) && sum <= kTotalLimit;
+    if (candidate) m.values[row * p.width + slot] = fine ? int32_t(value) : 0;
     const bool any = any_of_row(id != -1, first);
     const bool active = any && shuffle_from(token, first + t.window - 1) != -1;
     merged += inside && active && fine;
