@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include "device.h"
+
 #if !defined(USE_CUDA)
 #error "compile with -DUSE_CUDA: the shim declares its CUDA functions only then"
 #endif
@@ -31,6 +33,13 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
   STD_CUDA_CHECK(cudaDeviceGetAttribute(&value, attribute, device));
   return value;
+}
+
+inline Device describe(int32_t device) {
+  return {10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+              device_attribute(cudaDevAttrComputeCapabilityMinor, device),
+          device_attribute(cudaDevAttrMultiProcessorCount, device),
+          std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device))};
 }
 
 // Launches on `stream` with `cluster` blocks per cluster along x (1: none) and checks the launch.

@@ -8,13 +8,6 @@
 namespace reasonkern {
 namespace {
 
-Device describe(int32_t device) {
-  return {10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
-              device_attribute(cudaDevAttrComputeCapabilityMinor, device),
-          device_attribute(cudaDevAttrMultiProcessorCount, device),
-          std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device))};
-}
-
 void check_vocab(const Rows& rows) {
   STD_TORCH_CHECK(rows.vocab < INT32_MAX / 2, "logits: expected fewer than 2^30 columns, got ",
                   rows.vocab);

@@ -5,6 +5,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/device.h"
+
 namespace reasonkern {
 
 // How a row is cut: `slices` pieces of `slice_len` elements, each walked by `group` threads, whose
@@ -15,12 +17,6 @@ struct Tiling {
   int slices, group;
   int64_t slice_len;
   int share_len;
-};
-
-struct Device {
-  int arch;  // 90 is sm_90
-  int multiprocessors;
-  std::size_t shared_per_block;
 };
 
 struct LaunchConfig {

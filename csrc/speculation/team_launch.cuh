@@ -29,11 +29,9 @@ void dispatch_row(ElementType type, const Body& body) {
 template <class Shared, class E, class Params>
 void launch_teams(void (*kernel)(Params), Params p, int32_t device) {
   const LaunchScope scope(device);
-  const int arch = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
-                   device_attribute(cudaDevAttrComputeCapabilityMinor, device);
-  const int units = device_attribute(cudaDevAttrMultiProcessorCount, device);
-  const TeamShape shape = team_shape(p.rows.batch, p.rows.vocab, element_bytes(p.rows.type),
-                                     stage_offset<Shared>(), blocks_inside<E>(), units, arch);
+  const TeamShape shape =
+      team_shape(p.rows.batch, p.rows.vocab, element_bytes(p.rows.type), stage_offset<Shared>(),
+                 blocks_inside<E>(), describe(device));
   p.rows.stages = shape.stages;
   const unsigned teams = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20);
   launch(kernel, teams * shape.blocks, kTeamThreads, shape.blocks, shape.shared, scope.stream, p);

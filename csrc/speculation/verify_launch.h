@@ -4,12 +4,12 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/device.h"
 #include "../common/host_device.h"
 
 namespace reasonkern {
 
-constexpr int kTeamBlocks = 8;                    // of a cluster, at most: the largest portable one
-constexpr std::size_t kSharedBytes = 227 * 1024;  // of a multiprocessor, and of a block at most
+constexpr int kTeamBlocks = 8;  // of a cluster, at most: the largest portable one
 
 // Tokens of a row that each of the blocks takes: words of the mask, hence whole vectors.
 RK_HOST_DEVICE int64_t slice_tokens(int64_t vocab, unsigned blocks) {
@@ -26,20 +26,18 @@ struct TeamShape {
 // `scratch`: what a block needs besides its slice; `inside`: blocks that the registers of a
 // multiprocessor leave room for. Below sm_90 there are neither clusters nor copies in bulk.
 inline TeamShape team_shape(int64_t batch, int64_t vocab, int element_bytes, std::size_t scratch,
-                            int inside, int multiprocessors, int arch) {
-  if (arch < 90) return {1, 0, scratch};
+                            int inside, const Device& device) {
+  if (device.arch < 90) return {1, 0, scratch};
+  const std::size_t room = (device.shared_per_block + 1024) / inside - 1024;
+  const int64_t at_once = int64_t(inside) * device.multiprocessors;
   unsigned blocks = 1;
   const auto shared = [&](int stages) {
     return scratch + stages * slice_tokens(vocab, blocks) * element_bytes;
   };
-  while (blocks < kTeamBlocks && (batch * blocks * 2 <= inside * multiprocessors ||
-                                  shared(1) + 1024 > kSharedBytes / inside)) {
-    blocks *= 2;
-  }
+  while (blocks < kTeamBlocks && (batch * blocks * 2 <= at_once || shared(1) > room)) blocks *= 2;
   // A wrong guess costs bandwidth, which a device that is not full has left.
-  const bool guesses =
-      batch * blocks <= inside * multiprocessors && shared(2) + 1024 <= kSharedBytes / inside;
-  const int stages = guesses ? 2 : shared(1) <= kSharedBytes ? 1 : 0;
+  const bool guesses = batch * blocks <= at_once && shared(2) <= room;
+  const int stages = guesses ? 2 : shared(1) <= device.shared_per_block ? 1 : 0;
   return {blocks, stages, shared(stages)};
 }
 
