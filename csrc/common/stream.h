@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <atomic>
+
 #include "device.h"
 
 #if !defined(USE_CUDA)
@@ -35,9 +37,25 @@ inline int device_attribute(cudaDeviceAttr attribute, int device) {
   return value;
 }
 
-inline Device describe(int32_t device) {
-  return {10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
-              device_attribute(cudaDevAttrComputeCapabilityMinor, device),
+// The architecture that this library was compiled for where it runs on `device`, which is current:
+// an older one than the device's if the driver compiled its PTX, and such code lacks what
+// cluster.cuh and mailbox.cuh leave out below sm_90. Asked once; `kernel` is any of the library's.
+inline int code_arch(const void* kernel, int device) {
+  static std::atomic<int> known[128];
+  int arch = known[device];
+  if (arch > 0) return arch;
+  cudaFuncAttributes code{};
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&code, kernel));
+  arch = 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+  if (code.ptxVersion < arch) arch = code.ptxVersion;
+  known[device] = arch;
+  return arch;
+}
+
+template <class... Params>
+Device describe(void (*kernel)(Params...), int32_t device) {
+  return {code_arch(reinterpret_cast<const void*>(kernel), device),
           device_attribute(cudaDevAttrMultiProcessorCount, device),
           std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device))};
 }

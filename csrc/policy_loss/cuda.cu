@@ -20,7 +20,8 @@ struct CudaBackend {
     const LaunchScope scope(device);
     dispatch_element<T, bf16, fp16>(type, [&](auto element) {
       using E = typename decltype(element)::type;
-      const LaunchConfig c = stats_config(p.rows.rows, p.rows.vocab, sizeof(E), describe(device));
+      const LaunchConfig c =
+          stats_config(p.rows.rows, p.rows.vocab, sizeof(E), describe(stats_kernel<E>, device));
       launch(stats_kernel<E>, grid_blocks(p.rows.rows, 1), c.block, 1, c.shared_bytes, scope.stream,
              p, c.tiling);
     });
@@ -32,7 +33,8 @@ struct CudaBackend {
     const LaunchScope scope(device);
     dispatch_element<T, bf16, fp16>(type, [&](auto element) {
       using E = typename decltype(element)::type;
-      const LaunchConfig c = rowwise_config(p.rows.rows, p.rows.vocab, sizeof(E), describe(device));
+      const LaunchConfig c =
+          rowwise_config(p.rows.rows, p.rows.vocab, sizeof(E), describe(grad_kernel<E>, device));
       launch(grad_kernel<E>, grid_blocks(p.rows.rows, c.tiling.slices), c.block, 1, 0, scope.stream,
              p, c.tiling);
     });
@@ -45,9 +47,9 @@ struct CudaBackend {
     dispatch_element<T, bf16, fp16>(type, [&](auto element) {
       using E = typename decltype(element)::type;
       const bool needs_grad = p.rows.grad != nullptr;
-      const Device gpu = describe(device);
-      const LaunchConfig c = loss_config(p.rows.vocab, sizeof(E), needs_grad, gpu);
       auto kernel = loss_sweep_kernel<E>;
+      const Device gpu = describe(kernel, device);
+      const LaunchConfig c = loss_config(p.rows.vocab, sizeof(E), needs_grad, gpu);
       unsigned grid = grid_blocks(p.rows.rows, 1);
       if constexpr (sizeof(E) < 8) {
         if (c.resident) {
@@ -65,7 +67,8 @@ struct CudaBackend {
     const LaunchScope scope(device);
     dispatch_element<T, bf16, fp16>(type, [&](auto element) {
       using E = typename decltype(element)::type;
-      const LaunchConfig c = rowwise_config(rows.rows, rows.vocab, sizeof(E), describe(device));
+      const LaunchConfig c =
+          rowwise_config(rows.rows, rows.vocab, sizeof(E), describe(scale_kernel<E>, device));
       launch(scale_kernel<E>, grid_blocks(rows.rows, c.tiling.slices), c.block, 1, 0, scope.stream,
              rows, factors, c.tiling);
     });

@@ -187,8 +187,7 @@ PYBIND11_MODULE(verify_sim, m) {
   m.def("compact", &run_compact);
   m.def("team_shape", [](int64_t batch, int64_t vocab, int bytes, std::size_t scratch, int inside,
                          int units, int arch, std::size_t shared) {
-    const TeamShape shape =
-        team_shape(batch, vocab, bytes, scratch, inside, {arch, units, shared});
+    const TeamShape shape = team_shape(batch, vocab, bytes, scratch, inside, {arch, units, shared});
     return std::make_tuple(shape.blocks, shape.stages, shape.shared);
   });
   m.def("word_bytes", &word_bytes);
