@@ -70,20 +70,4 @@ __device__ __forceinline__ void cluster_sync() {
   cluster_wait();
 }
 
-// The address of block `rank`'s copy of `p`, a pointer into this block's shared memory. That block
-// must have started (a cluster barrier lies behind) and must not exit before the access is done (a
-// cluster barrier lies ahead); the simulator reports an early or a late call.
-template <class T>
-__device__ __forceinline__ T* cluster_map(T* p, unsigned rank) {
-#if !defined(__CUDACC__)
-  return static_cast<T*>(cuda_sim::cluster_map(p, rank));
-#elif __CUDA_ARCH__ >= 900
-  std::uint64_t mapped;
-  asm("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(p), "r"(rank));
-  return reinterpret_cast<T*>(mapped);
-#else
-  return p;
-#endif
-}
-
 }  // namespace reasonkern

@@ -98,11 +98,10 @@ class Epilogue {
     const float entropy = !law ? -kInf : temperature_ == 0 ? 0.0f : float(sums_.kept.entropy());
     if (threadIdx.x == 0 && !law) *confidence = -kInf;
     if (team.leads()) {
-      const bool sound = (top_.bad & 2) == 0 && top_.raw > -kInf;
       to_.logprob[out] =
           law ? float(double(row.at(chosen.token)) - double(top_.value) - log_sum) : -kInf;
       to_.entropy[out] = entropy;
-      to_.entropy_raw[out] = sound ? float(sums_.raw.entropy()) : -kInf;
+      to_.entropy_raw[out] = is_sound(top_) ? float(sums_.raw.entropy()) : -kInf;
       to_.confidence[out] = *confidence;
       to_.max_prob[out] = law ? float(1 / sums_.law.s) : -kInf;
     }

@@ -10,14 +10,13 @@ namespace reasonkern {
 constexpr float kInf = __builtin_huge_valf();
 constexpr float kTiny = 0x1p-126f;
 constexpr float kMaxNoise = 22.1808f;  // above gumbel_of(1), the largest noise
-constexpr int kMassBits = 40;          // the most likely token has mass 2^40
 
 // Tokens are ordered by value descending, then by id ascending; -1 is behind every id.
 RK_HOST_DEVICE bool comes_before(float value, int id, float other, int other_id) {
   return (value > other) | ((value == other) & (uint32_t(id) < uint32_t(other_id)));  // no branch
 }
 
-// exp(value - top) in fixed point, rounded down; 0 more than 27.7 below the top.
+// exp(value - top) in units of 2^-40, rounded down; 0 more than 27.7 below the top.
 RK_HOST_DEVICE int64_t mass_of(float value, float top) {
   return int64_t(noise::mul(noise::exp_of(noise::add(value, -top)), 0x1p40f));
 }

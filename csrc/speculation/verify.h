@@ -18,7 +18,6 @@ enum StatusBit : int32_t { kEos = 1, kBadRow = 2, kCapped = 4 };  // Status in v
 
 constexpr int kMaxEntry = 64;  // tokens of a draft law
 constexpr int kMaxTopK = 64;   // raw logits returned per row
-constexpr int kMaxEos = 64;
 
 // Logits (B, N, V); sampling has N = 1.
 struct LogitRows {

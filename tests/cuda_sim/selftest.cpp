@@ -16,6 +16,12 @@ using Kernel = void (*)(const void* in, void* out, int n);
 
 __device__ unsigned global_thread() { return blockIdx.x * blockDim.x + threadIdx.x; }
 
+// Block `rank`'s copy of `p`, a pointer into shared memory: mapa.
+template <class T>
+__device__ T* cluster_map(T* p, unsigned rank) {
+  return static_cast<T*>(cuda_sim::cluster_map(p, rank));
+}
+
 // x → scale·x + shift modulo 2³²: composition is associative and does not commute.
 struct Affine {
   std::uint32_t scale, shift;
