@@ -114,8 +114,8 @@ inline void load_candidates(const Table& t, int64_t entry, const CandidateKernel
 }
 
 // Normalised log-probabilities of the candidates, summed in slot order.
-inline void store_law(const DraftParams& p, const Visit& v, const Draw& draw, const Candidates& c,
-                      int32_t best) {
+inline void store_law(const DraftParams& p, const Visit& v, const ChildDraw& draw,
+                      const Candidates& c, int32_t best) {
   const int64_t at = (int64_t(v.request) * p.nodes + v.node) * p.table.topk;
   float top = -1e30f, total = 0;
   for (int i = 0; i < c.count; ++i) top = std::max(top, tempered(draw, c.p[i]));
@@ -141,8 +141,8 @@ inline uint64_t rank_key(float score, int32_t id) {
 inline void draw_children(const DraftParams& p, const Visit& v, const CandidateKernels& kernels) {
   Candidates c;
   load_candidates(p.table, v.entry, kernels, c);
-  const Draw draw = draw_at(p.kind, p.seed[v.request], p.position[v.request], p.depths[v.node],
-                            p.temperature[v.request]);
+  const ChildDraw draw = draw_at(p.kind, p.seed[v.request], p.position[v.request], p.depths[v.node],
+                                 p.temperature[v.request]);
   kernels.score(draw, c.count, c.id, c.p, c.score);
   const int32_t* child = p.child_index + p.child_ptr[v.node];
   const int children = p.child_ptr[v.node + 1] - p.child_ptr[v.node];

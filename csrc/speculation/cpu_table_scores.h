@@ -15,7 +15,7 @@ namespace table {
 
 struct CandidateKernels {
   void (*unpack)(const int32_t*, int32_t*, float*);
-  void (*score)(const Draw&, int, const int32_t*, const float*, float*);
+  void (*score)(const ChildDraw&, int, const int32_t*, const float*, float*);
 };
 
 inline CandidateKernels candidate_kernels() {

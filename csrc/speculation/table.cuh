@@ -132,8 +132,9 @@ __device__ __forceinline__ int rank_among(bool used, float score, int32_t id) {
 }
 
 // Lane k stores slot k of a node's law, normalised over the slots in slot order.
-__device__ __forceinline__ void store_law(const DraftParams& p, int64_t node_at, const Draw& draw,
-                                          bool used, int32_t id, float probability, int rank) {
+__device__ __forceinline__ void store_law(const DraftParams& p, int64_t node_at,
+                                          const ChildDraw& draw, bool used, int32_t id,
+                                          float probability, int rank) {
   const int lane = threadIdx.x % 32;
   const float z = used ? tempered(draw, probability) : -INFINITY;
   float top = -1e30f, total = 0;
@@ -157,7 +158,7 @@ __device__ __forceinline__ void draw_children(const DraftParams& p, const DraftS
                                               int64_t entry) {
   const Table& t = p.table;
   const int lane = threadIdx.x % 32;
-  const Draw draw =
+  const ChildDraw draw =
       draw_at(p.kind, request.seed, request.position, s.depths[node], request.temperature);
   float probability = 1, score = 0;
   int32_t id = -1;

@@ -204,15 +204,15 @@ RK_HOST_DEVICE int32_t read_slot(const Table& t, int64_t at, int64_t entry, floa
 // ---- scores
 
 // What one node's children are drawn with.
-struct Draw {
+struct ChildDraw {
   uint64_t seed, position;
   uint32_t stream;
   float temperature;
   bool noisy;  // false: by probability alone
 };
 
-RK_HOST_DEVICE Draw draw_at(int kind, int64_t seed, int64_t position, int depth,
-                            float temperature) {
+RK_HOST_DEVICE ChildDraw draw_at(int kind, int64_t seed, int64_t position, int depth,
+                                 float temperature) {
   const bool shared = kind == kShared;
   return {uint64_t(seed), uint64_t(position + (shared ? depth : 0)),
           shared ? stream_word(kTarget, 0) : stream_word(kDraft, depth), temperature,
@@ -220,12 +220,12 @@ RK_HOST_DEVICE Draw draw_at(int kind, int64_t seed, int64_t position, int depth,
 }
 
 // log p over the temperature; log p where the temperature is 0.
-RK_HOST_DEVICE float tempered(const Draw& d, float p) {
+RK_HOST_DEVICE float tempered(const ChildDraw& d, float p) {
   const float log_p = -noise::minus_log(p);
   return d.temperature > 0 ? noise::divide(log_p, d.temperature) : log_p;
 }
 
-RK_HOST_DEVICE float score_of(const Draw& d, float p, int32_t id) {
+RK_HOST_DEVICE float score_of(const ChildDraw& d, float p, int32_t id) {
   if (!d.noisy) return -noise::minus_log(p);
   return noise::add(tempered(d, p), gumbel_noise(d.seed, d.position, uint32_t(id), d.stream));
 }

@@ -116,12 +116,12 @@ __device__ __forceinline__ int64_t claim_entry(const Table& t, uint64_t key, boo
 }
 
 // The best candidates so far: lane k holds the one of rank k.
-struct Best {
+struct RankedSum {
   int32_t id;
   int64_t sum;  // 0: none
 };
 
-__device__ __forceinline__ void insert(Best& best, int topk, int32_t id, int64_t sum) {
+__device__ __forceinline__ void insert(RankedSum& best, int topk, int32_t id, int64_t sum) {
   const int lane = threadIdx.x % 32;
   const bool stays = lane < topk && best.sum > 0 && goes_before(best.sum, best.id, sum, id);
   const int rank = __popc(__ballot_sync(kFullMask, stays));
@@ -180,7 +180,7 @@ class KeyMerge {
   const UpdateParams& p_;
   int64_t entry_, total_;
   Slot old_{-1, 0};
-  Best best_{-1, 0};
+  RankedSum best_{-1, 0};
 };
 
 // ---- few items: no sort, each warp looks through all keys
