@@ -8,9 +8,9 @@
 
 namespace reasonkern {
 
-// In shared memory; one thread opens it, and a cluster barrier lies before its first use. It works
-// in turns: one thread of its block says how many bytes come this turn, before or after they do;
-// whoever waits for the turn sees them.
+// In shared memory; one thread opens it, and a cluster barrier lies before another thread's or
+// block's first use. It works in turns: one thread of its block says how many bytes come this turn,
+// before or after they do; whoever waits for the turn sees them.
 struct Mailbox {
   std::uint64_t state;
 };

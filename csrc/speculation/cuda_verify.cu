@@ -1,4 +1,5 @@
-// CUDA operators of verification: one launch per call.
+// CUDA operators of verification: one launch per call; compact_kv_ makes one for keys, one for
+// values.
 #include <numeric>
 
 #include "team_launch.cuh"
