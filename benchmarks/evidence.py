@@ -24,7 +24,7 @@ TARGET = ROOT / "reasonkern" / "_evidence.py"
 GPU_BACKENDS = ("cuda", "triton")
 # (op, backend) -> since when the kernel is another one. Delete what a newer result speaks for.
 WRITTEN_ANEW = {
-    (op, "cuda"): "2026-11-26T19:00"
+    (op, "cuda"): "2026-11-26T20:30"
     for op in ("sample", "sample_controlled", "table_draft", "table_update_", "verify_controlled",
                "verify_tree")
 }  # fmt: skip

@@ -47,7 +47,7 @@ step() {
   if [ -e "$DIR/$name.ok" ] || [ -e "$DIR/$name.failed" ] || [ -e "$DIR/$name.refused" ]; then
     return 0
   fi
-  if [ "$(left)" -lt "${LEAST:-20}" ]; then
+  if [ "$(left)" -lt 1 ] || [ "$(left)" -lt "${LEAST:-20}" ]; then # timeout 0 is no limit
     LATER=1
     return 0
   fi

@@ -104,13 +104,15 @@ def define_op(
     """Defines an op for every device and enters it in the registry.
 
     C++ may implement it as ``reasonkern::<name>`` for the CPU and, with `cuda`, as
-    ``reasonkern_cuda::<name>``. Arguments for which `triton_serves` is false go to the reference.
+    ``reasonkern_cuda::<name>``. Arguments for which `triton_serves` is false go to the reference
+    where Triton would serve others.
     """
 
     def on_cuda(*args: Any) -> Any:
-        backend = choose_cuda_backend(name, args[0].device)
+        device = args[0].device
+        backend = choose_cuda_backend(name, device)
         if backend == "triton" and triton_serves is not None and not triton_serves(*args):
-            backend = "reference"
+            backend = choose_cuda_backend(name, device, triton_serves=False)
         return implementation(name, backend)(*args)
 
     reference = define_composite(
@@ -202,22 +204,29 @@ def _architecture(device: int) -> str:
     return f"sm_{major}{minor}"
 
 
-def choose_cuda_backend(name: str, device: torch.device | None = None) -> str:
+def choose_cuda_backend(
+    name: str, device: torch.device | None = None, *, triton_serves: bool = True
+) -> str:
     """The backend for CUDA tensors: one with evidence, else Triton, else the reference.
 
-    Falling back to the reference warns once per op and architecture, or raises RuntimeError with
-    REASONKERN_STRICT=1.
+    `triton_serves` is false for arguments that Triton does not take. Falling back to the reference
+    warns once per op and architecture, or raises RuntimeError with REASONKERN_STRICT=1.
     """
     index = device.index if device is not None else None
-    return _choose(name, _architecture(torch.cuda.current_device() if index is None else index))
+    architecture = _architecture(torch.cuda.current_device() if index is None else index)
+    return _choose(name, architecture, triton_serves)
 
 
 @cache
-def _choose(name: str, architecture: str) -> str:
+def _choose(name: str, architecture: str, triton_serves: bool) -> str:
     choice = _preferred(name, architecture)
+    if choice == "triton" and not triton_serves:
+        choice = "reference"
     if choice == "reference":
-        notes = "; ".join(_gpu_note(name, backend, architecture) for backend in _ON_CUDA)
-        text = f"reasonkern.{name} runs its slow reference on {architecture}: {notes}"
+        notes = [_gpu_note(name, backend, architecture) for backend in _ON_CUDA]
+        if not triton_serves:
+            notes[_ON_CUDA.index("triton")] = "triton does not take these arguments"
+        text = f"reasonkern.{name} runs its slow reference on {architecture}: {'; '.join(notes)}"
         if os.environ.get("REASONKERN_STRICT") == "1":
             raise RuntimeError(text)
         warnings.warn(text, RuntimeWarning, stacklevel=3)
@@ -237,7 +246,7 @@ def _gpu_note(name: str, backend: str, architecture: str | None) -> str:
     if architecture is None:
         return "no GPU here"
     run = EVIDENCE.get((name, architecture, backend))
-    return f"ran on {run}" if run else f"{backend} has never run on {architecture} hardware"
+    return f"ran on {run}" if run else f"no result of this {backend} kernel on {architecture}"
 
 
 def info() -> dict[str, Any]:

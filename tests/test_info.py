@@ -110,10 +110,19 @@ def test_an_op_with_autograd_has_a_gradient(define):
     assert torch.equal(x.grad, torch.full((2,), 5.0))
 
 
+def test_arguments_that_triton_does_not_take_are_a_fallback_too(machine):
+    machine(cuda="library _C_cuda is not built")
+    assert _load.choose_cuda_backend(TOY) == "triton"
+    with pytest.warns(RuntimeWarning, match="is not built; triton does not take these arguments"):
+        assert _load.choose_cuda_backend(TOY, triton_serves=False) == "reference"
+    machine(evidence=CUDA_RAN)
+    assert _load.choose_cuda_backend(TOY, triton_serves=False) == "cuda"
+
+
 def test_fallback_warns_once_and_strict_refuses(machine, monkeypatch):
     machine(triton="triton is not importable: gone")
     monkeypatch.setenv("REASONKERN_STRICT", "1")
-    message = f"{TOY}.*cuda has never run on sm_90 hardware; triton is not importable: gone"
+    message = f"{TOY}.*no result of this cuda kernel on sm_90; triton is not importable: gone"
     with pytest.raises(RuntimeError, match=message):
         _load.choose_cuda_backend(TOY)
     monkeypatch.delenv("REASONKERN_STRICT")

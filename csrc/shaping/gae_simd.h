@@ -66,7 +66,7 @@ void gae_row(const T* __restrict__ reward, const T* __restrict__ value, int64_t 
     const T *r = reward + first, *v = value + first;
     T *a = advantage + first, *b = returns + first;
     // The chunk before comes while this one is computed.
-    for (int64_t t = 0; t < count; t += 64 / sizeof(T)) {
+    for (int64_t t = 0; t < count && first > 0; t += 64 / sizeof(T)) {
       __builtin_prefetch(r - kChunk + t, 0);
       __builtin_prefetch(v - kChunk + t, 0);
       __builtin_prefetch(a - kChunk + t, 1);

@@ -40,10 +40,10 @@ inline bool read_row(const UpdateParams& p, int64_t row, int32_t* values) {
     const int64_t id = p.ids[row * p.width + k];
     float x = p.logits[row * p.width + k];
     if (p.lse != nullptr) x -= p.lse[row];
-    values[k] = 0;
     fine &= id >= -1 && id < p.vocab && (id < 0 || x <= 1.0f);
-    if (id >= 0 && fine) values[k] = int32_t(fixed_of(exp_fixed(x)));
-    total += values[k];
+    const int64_t value = id >= 0 && fine ? fixed_of(exp_fixed(x)) : 0;
+    values[k] = int32_t(value);  // one that does not fit is more than a distribution may hold
+    total += value;
   }
   return fine && total <= kTotalLimit;
 }

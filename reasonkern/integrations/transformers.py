@@ -125,7 +125,6 @@ def generate(
     _checks.check_integer("num_trajectories", num_trajectories, 1)
     found = causal_model(model)
     prompts = _prompts(found, input_ids, attention_mask)
-    _checks.check_integer("num_trajectories", num_trajectories, 1)
     own = model.generation_config.eos_token_id
     ids = _as_list(own) if eos is None else _eos(eos, found.vocab_size)
     filler = _pad(model, pad, ids)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import reasonkern as rk
 from reasonkern.generation import Pass, Statistics, chain_proposal, generate
+from reasonkern.generation.trees import Timings
 
 EMBEDDING = torch.randn(VOCAB, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -22,7 +23,7 @@ class Mean:
     vocab_size, device = VOCAB, torch.device("cpu")
 
     def __init__(self) -> None:
-        self.timings: dict[tuple[int, int], float] = {}
+        self.timings: Timings = {}
 
     def __call__(self, given: Pass) -> Tensor:
         own = EMBEDDING[given.tokens]
