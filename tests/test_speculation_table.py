@@ -89,7 +89,7 @@ def bad_rows() -> Batch:
     batch.lse[4] -= 0.01  # probabilities add up to 1.01
     batch.context[5, 0], batch.context[6, 1] = 50, -2
     batch.scope[7], batch.scope[8] = 4, -1
-    batch.logits[9] = torch.tensor([0.0, -20.0, -20.0, -20.0])  # the first 2.2: more than 31 bits
+    batch.logits[9] = torch.tensor([0.0, -20.0, -20.0, -20.0])  # p = 2.2: over 31 bits
     batch.lse[9] = -0.8
     return batch
 

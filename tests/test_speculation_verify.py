@@ -331,7 +331,7 @@ def test_statistics_are_of_the_raw_row(backend):
 
 
 def test_statistics_where_a_part_of_the_row_is_empty(backend):
-    """Far below 0, so that no sum of a part without a logit may be weighted as if its top were 0."""
+    """Far below 0: the empty part's sum of 0 must not be weighted as if its top were 0."""
     step = chain([3, 260, 4], vocab=300)
     step.logits[:] -= 1000
     step.logits[0, 0, 40:] = -INF
