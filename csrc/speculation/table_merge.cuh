@@ -66,7 +66,8 @@ __global__ void table_keys_kernel(MergeParams m) {
     const bool fine = !any_of_row(bad, first) && sum <= kTotalLimit;
     if (candidate) m.values[row * p.width + slot] = fine ? int32_t(value) : 0;
     const bool any = any_of_row(id != -1, first);
-    const bool active = any && shuffle_from(token, first + t.window - 1) != -1;
+    const int64_t newest = shuffle_from(token, first + t.window - 1);  // by all lanes: two rows
+    const bool active = any && newest != -1;
     merged += inside && active && fine;
     rejected += inside && active && !fine;
 
