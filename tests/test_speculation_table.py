@@ -86,7 +86,7 @@ def bad_rows() -> Batch:
     batch.ids.clamp_(min=0)
     batch.ids[0, 1], batch.ids[1, 0] = 50, -2
     batch.logits[2, 3], batch.logits[3, 0] = math.nan, math.inf
-    batch.lse[4] -= 0.01  # probabilities add up to 1.01
+    batch.lse[4] = batch.logits[4].logsumexp(-1) - 0.01  # probabilities add up to 1.01
     batch.context[5, 0], batch.context[6, 1] = 50, -2
     batch.scope[7], batch.scope[8] = 4, -1
     batch.logits[9] = torch.tensor([0.0, -20.0, -20.0, -20.0])  # p = 2.2: over 31 bits
