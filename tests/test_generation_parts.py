@@ -119,6 +119,7 @@ def test_proposals_are_planted_by_rank():
     ([1, 2, 3], r"a pair \(tokens, parents\) for each request, got \[1, 2, 3\]"),
     (([1, 2], [-1]), "as many parents as tokens"), (([1.0], [-1]), r"ids in .*, got 1.0"),
     ((torch.ones(1), [-1]), "a sequence of token ids, got Tensor"), (([1], [-0.5]), "got -0.5"),
+    (([], 0), "a sequence of parents, got 0"),
 ])  # fmt: skip
 def test_bad_proposals(proposal, message):
     with pytest.raises(ValueError, match=message):

@@ -85,6 +85,8 @@ def plant(
 
 def _check_proposal(tokens: Sequence[int], parents: Sequence[int], vocab_size: int) -> None:
     _checks.check_ids("drafter", tokens, vocab_size)
+    if isinstance(parents, str) or not isinstance(parents, Sequence):
+        _checks.fail("drafter", "a sequence of parents", repr(parents))
     if len(tokens) != len(parents):
         expected = f"as many parents as tokens, {len(tokens)}"
         _checks.fail("drafter", expected, f"{len(parents)} parents")
