@@ -5,6 +5,7 @@ The checks are in `parallel_checks*.py`; one spawn per number of processes runs 
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 import reasonkern as rk
-from reasonkern import Parallel
+from reasonkern import Parallel, _load
 from reasonkern.policy_loss.parallel import VocabShard
 from reasonkern.policy_loss.parallel_rows import merge_statistics
 
@@ -148,6 +149,16 @@ def test_merge_of_any_cut_is_the_whole_row(data: Any) -> None:
         assert_close(value.to(expected), expected, rtol=1e-9, atol=1e-11, msg=name)
 
 
+def accumulators() -> int:
+    """Among how many a CPU row's terms are shared out; the reference adds pairwise."""
+    if _load.reason("cpu"):
+        return 128
+    (path,) = Path(rk.__file__).parent.glob("_C.*so")
+    level = ctypes.CDLL(str(path)).reasonkern_cpu_capability
+    level.restype = ctypes.c_char_p
+    return {b"baseline": 32, b"v3": 64, b"v4": 128}[level()]
+
+
 def test_confident_rows_keep_their_digits() -> None:
     """H and logp of 1e-8 from rounded float32 parts; from sums recovered from them they are 0."""
     x = torch.zeros(1, 2, 1000)
@@ -157,8 +168,9 @@ def test_confident_rows_keep_their_digits() -> None:
     exact = rk.token_stats(x.double(), y)
     got = merged(x, y, [300, 600], 1.0)
     assert (exact.entropy < 2e-7).all() and (exact.logprob > -1e-8).all()
-    for name in ("logprob", "entropy", "varentropy"):  # CPU: one lane in 128 adds to the 1
-        assert_close(getattr(got, name), getattr(exact, name), rtol=2e-2, atol=0.0)
+    rtol = 1 / accumulators() + 1e-2  # one of them adds to the 1, and what it adds is lost
+    for name in ("logprob", "entropy", "varentropy"):
+        assert_close(getattr(got, name), getattr(exact, name), rtol=rtol, atol=0.0)
     part = rk.token_stats(x[..., 300:600], y - 300)
     recovered = -torch.log(part.max_prob)  # ln s of the part, one rounding too late
     assert not torch.allclose(recovered.double(), -part.logprob.double(), rtol=1e-2, atol=0.0)
