@@ -3,21 +3,6 @@
 
 #include "noise_simd.h"
 
-typedef uint64_t W __attribute__((vector_size(sizeof(U))));
-
-// Products of the low halves of 64-bit lanes.
-RK_INLINE W multiply_low(W a, W b) {
-#if RK_SIMD == 4
-  return W(_mm512_maskz_mul_epu32(0xff, __m512i(a), __m512i(b)));
-#elif RK_SIMD == 3
-  return W(_mm256_mul_epu32(__m256i(a), __m256i(b)));
-#elif defined(__SSE2__)
-  return W(_mm_mul_epu32(__m128i(a), __m128i(b)));
-#else
-  return (a & 0xffffffffu) * (b & 0xffffffffu);
-#endif
-}
-
 // Both halves of the products of 32-bit lanes.
 RK_INLINE void multiply(U a, uint32_t factor, U& high, U& low) {
   const W b = W(splat(factor)), even = multiply_low(W(a), b), odd = multiply_low(W(a) >> 32, b);

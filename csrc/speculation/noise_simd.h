@@ -1,6 +1,6 @@
-// noise_math.h over lanes. Included once per instruction set by cpu_row_simd.h and
-// cpu_table_simd.h, under the rules of common/simd.h: no include guard, no includes of system
-// headers.
+// noise_math.h over lanes, and the products that Philox takes. Included once per instruction set by
+// cpu_row_simd.h and cpu_table_simd.h, under the rules of common/simd.h: no include guard, no
+// includes of system headers.
 
 typedef int32_t I __attribute__((vector_size(sizeof(U))));
 
@@ -17,3 +17,18 @@ RK_FN F select(I mask, F yes, F no) { return select(U(mask), yes, no); }
 RK_FN U select(I mask, U yes, U no) { return (U(mask) & yes) | (~U(mask) & no); }
 #include "noise_math.h"
 #undef RK_FN
+
+typedef uint64_t W __attribute__((vector_size(sizeof(U))));
+
+// Products of the low halves of 64-bit lanes.
+RK_INLINE W multiply_low(W a, W b) {
+#if RK_SIMD == 4
+  return W(_mm512_maskz_mul_epu32(0xff, __m512i(a), __m512i(b)));
+#elif RK_SIMD == 3
+  return W(_mm256_mul_epu32(__m256i(a), __m256i(b)));
+#elif defined(__SSE2__)
+  return W(_mm_mul_epu32(__m128i(a), __m128i(b)));
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}

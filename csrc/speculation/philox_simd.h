@@ -1,20 +1,6 @@
 // Noise words of 4 * kLanes tokens at a time, and a bound of their noise. Included once per
 // instruction set by cpu_row_simd.h, behind noise_simd.h and under the same rules.
 
-typedef uint64_t W __attribute__((vector_size(sizeof(U))));
-
-RK_INLINE W multiply_low_halves(W a, W b) {
-#if RK_SIMD == 4
-  return W(_mm512_maskz_mul_epu32(0xff, __m512i(a), __m512i(b)));
-#elif RK_SIMD == 3
-  return W(_mm256_mul_epu32(__m256i(a), __m256i(b)));
-#elif defined(__SSE2__)
-  return W(_mm_mul_epu32(__m128i(a), __m128i(b)));
-#else
-  return (a & 0xffffffffu) * (b & 0xffffffffu);
-#endif
-}
-
 // Rows of the 4 x 4 matrices that lie in each 128 bits of a, b, c, d.
 RK_INLINE void transpose(const U (&in)[4], U (&out)[4]) {
 #if RK_SIMD == 4
@@ -69,7 +55,7 @@ RK_INLINE void philox_words(const NoiseKey& key, uint32_t block, U (&words)[kBlo
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const W k0 = W{} + key.round[round][0], k1 = W{} + key.round[round][1];
     for (auto& x : c) {
-      const W p0 = multiply_low_halves(x[0], m0), p1 = multiply_low_halves(x[2], m1);
+      const W p0 = multiply_low(x[0], m0), p1 = multiply_low(x[2], m1);
       x[0] = (p1 >> 32) ^ x[1] ^ k0;
       x[1] = p1;
       x[2] = (p0 >> 32) ^ x[3] ^ k1;
