@@ -88,7 +88,7 @@ class BestTree:
 
     def __init__(self, timings: Timings) -> None:
         self._whole = DraftTree.default(SIZES[-1])
-        self._trees = [self._whole.prefix(size) for size in SIZES]
+        self._trees = [*map(self._whole.prefix, SIZES[:-1]), self._whole]
         self._hindsight = Hindsight(self._whole)
         self._timings = timings
         self._batch = self._size = self._left = 0
