@@ -150,14 +150,13 @@ def truth(case: Case, step: Step) -> Truth:
         state = deepcopy(step.state)
         length = torch.full_like(step.slot, case.shape[1])
         _load.implementation("commit_", "reference")(
-            step.slot, step.drafts[:, : case.shape[1]], length, None, None, *state.read_state,
-            *state.windows,
+            step.slot, step.drafts[:, : case.shape[1]], length, None, None, *state.tensors,
         )  # fmt: skip
         return Truth({"result": state.tensors.progress.double()}, {"result": Tolerance(0.0, 0.0)})
     drafts = (step.drafts, step.parents) if case.op == "control_tree" else (None, None)
     wide = step.logits.double()
     _load.implementation("modulate_logits_", "reference")(
-        wide, step.slot, None, *drafts, step.temperature, *step.state.read_state, False
+        wide, step.slot, None, *drafts, step.temperature, *step.state.tensors, False
     )
     eps = torch.finfo(DTYPES[case.dtype]).eps
     return Truth({"result": shown(wide)}, {"result": Tolerance(eps, 8 * eps)})

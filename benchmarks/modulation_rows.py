@@ -179,7 +179,7 @@ def truth(case: Case, step: Step) -> Truth:
     """The definition in float64."""
     wide = step.logits.double()
     definition = _load.implementation("modulate_logits_", "reference")
-    definition(wide, step.slot, None, None, None, step.temperature, *step.state.read_state, False)
+    definition(wide, step.slot, None, None, None, step.temperature, *step.state.tensors, False)
     eps = torch.finfo(DTYPES[case.dtype]).eps
     return Truth(shown(wide), {"logits": Tolerance(eps, 8 * eps)})
 

@@ -148,13 +148,12 @@ class Loop:
             rows = (slot.repeat_interleave(nodes), local, drafts.flatten(), None)
         else:
             rows = (slot, None, drafts, torch.tensor(parents, dtype=torch.int32))
-        self._call("modulate_logits_", logits, *rows, heat, *self.state.read_state, True)
+        self._call("modulate_logits_", logits, *rows, heat, *self.state.tensors, True)
         noise = self.noise[torch.arange(traces)[:, None], place]
         scaled = logits.view(traces, nodes, VOCAB) / self.temperature.clamp_min(1e-6)[:, None, None]
         noisy = torch.where(self.temperature[:, None, None] > 0, noise, 0.0)
         tokens, counts = self._walk(parents, drafts, (scaled + noisy).argmax(-1), length)
-        self._call("commit_", slot, tokens, counts, None, None, *self.state.read_state,
-                   *self.state.windows)  # fmt: skip
+        self._call("commit_", slot, tokens, counts, None, None, *self.state.tensors)
 
     def _call(self, op: str, *args: Any) -> None:
         moved = [self.backend.to(a) for a in args]
@@ -258,14 +257,14 @@ def modulate(
     """The operator of a backend on a copy."""
     rows = rows or (None, None, None)
     out = logits.to(backend.device, copy=True)
-    args = [backend.to(x) for x in (slot, *rows, temperature, *state.read_state)]
+    args = [backend.to(x) for x in (slot, *rows, temperature, *state.tensors)]
     backend("modulate_logits_", out, *args, dense)
     return out.cpu()
 
 
 def commit(backend, state: rk.ModulationState, slot, tokens, length, *statistics) -> None:
     statistics = statistics or (None, None)
-    moved = [backend.to(x) for x in (*state.read_state, *state.windows)]
+    moved = [backend.to(x) for x in state.tensors]
     rows = [backend.to(x) for x in (slot, tokens, length, *statistics)]
     backend("commit_", *rows, *moved)
     for ours, theirs in zip(state.tensors, moved, strict=True):

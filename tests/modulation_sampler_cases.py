@@ -115,8 +115,7 @@ class Engine:
 
     def commit(self, tokens: Tensor, length: Tensor, statistics: list[Tensor]) -> None:
         entropy, confidence = statistics[1], statistics[3]
-        self.op("commit_", self.slot, tokens, length, entropy, confidence, *self.state.read_state,
-                *self.state.windows)  # fmt: skip
+        self.op("commit_", self.slot, tokens, length, entropy, confidence, *self.state.tensors)
         columns = [x.bool() if x.dtype == torch.bool else bits(x) for x in statistics]
         for b, n in enumerate(length.tolist()):
             self.text[b] += tokens[b, :n].tolist()

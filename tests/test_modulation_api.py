@@ -39,9 +39,19 @@ def test_ids_are_sorted_and_given_once():
     sets = rk.TokenSets.from_ids({"a": [5, 2, 5], "b": {7}})
     assert dict(sets) == {"a": (2, 5), "b": (7,)} and sets.max_id == 7
     assert repr(sets) == "TokenSets(a: 2 ids, b: 1 ids)"
-    offsets, ids, member = rk.TokenSets.from_ids({"a": [5, 2], "b": [5, 9]}).tensors()
-    assert (offsets.tolist(), ids.tolist()) == ([0, 2, 4], [2, 5, 5, 9])
-    assert member.tolist() == [1, 3, 3, 2]
+    packed = rk.TokenSets.from_ids({"a": [5, 2], "b": [5, 9]}).tensor()
+    assert packed[: at.LARGEST_ID + 1].tolist() == [0, 2] + [4] * (at.MAX_SETS - 1) + [9]
+    storage = at.Storage(packed, packed)
+    assert (storage.set_ids.tolist(), storage.set_member.tolist()) == ([2, 5, 5, 9], [1, 3, 3, 2])
+
+
+def test_an_id_may_be_in_every_set():
+    """The last set's bit is the sign of an entry."""
+    names = [f"set {s}" for s in range(at.MAX_SETS)]
+    largest = (1 << 31) - 1
+    storage = at.Storage(None, rk.TokenSets.from_ids(dict.fromkeys(names, [largest])).tensor())
+    assert storage.sets[at.LARGEST_ID] == largest and (storage.set_ids == largest).all()
+    assert (storage.set_member == (1 << at.MAX_SETS) - 1).all()
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCES])
@@ -135,8 +145,8 @@ def test_slots_are_reused_without_a_trace():
     spec, prompt = requests[0]
     used.add(0, spec, prompt)
     fresh.add(0, spec, prompt)
-    for name in ("spec", "numbers", "progress", "confidence_sum"):
-        assert torch.equal(getattr(used.tensors, name), getattr(fresh.tensors, name)), name
+    rows = [state.tensors.records[:, : at.ROW_WIDTH] for state in (used, fresh)]
+    assert torch.equal(*rows)
     assert used.max_id == fresh.max_id and not used.stopped.any()
 
 
@@ -172,26 +182,29 @@ def test_bad_states():
     saved = state.state_dict()
     with pytest.raises(ValueError, match="state: expected settings .*'max_requests': 2"):
         state.load_state_dict(make_state(3).state_dict())
-    with pytest.raises(ValueError, match=r"state\['progress'\]: expected a tensor, got NoneType"):
-        state.load_state_dict({k: v for k, v in saved.items() if k != "progress"})
-    with pytest.raises(ValueError, match=r"state\['spec'\]: expected shape of this state"):
-        state.load_state_dict(saved | {"spec": saved["spec"][:1]})
-    with pytest.raises(ValueError, match=r"state\['numbers'\]: expected dtype torch.float64"):
-        state.load_state_dict(saved | {"numbers": saved["numbers"].float()})
+    with pytest.raises(ValueError, match="state: expected settings .*'layout': "):
+        other = saved["settings"] | {"layout": at.LAYOUT + 1}
+        state.load_state_dict(saved | {"settings": other})
+    with pytest.raises(ValueError, match=r"state\['records'\]: expected a tensor, got NoneType"):
+        state.load_state_dict({k: v for k, v in saved.items() if k != "records"})
+    with pytest.raises(ValueError, match=r"state\['records'\]: expected shape of this state"):
+        state.load_state_dict(saved | {"records": saved["records"][:1]})
+    with pytest.raises(ValueError, match=r"state\['sets'\]: expected dtype torch.int64"):
+        state.load_state_dict(saved | {"sets": saved["sets"].int()})
 
 
 FOREIGN = [
-    ("spec", at.END_LENGTH, at.MAX_END + 1),  # read beyond the row
-    ("spec", at.BAN_SET, len(SETS)),  # a set that does not exist
-    ("spec", at.END, VOCAB),  # written beyond the row of logits: MAX_ID does not tell
-    ("spec", at.ENTROPY_WINDOW, 0),  # divided by
-    ("spec", at.PARTS, -1),
-    ("spec", at.FAILURE, 1000),
-    ("spec", at.FAILURE, 1),  # followed without end
-    ("numbers", at.PERIOD, 0.0),  # likewise
-    ("progress", at.PHRASE, at.MAX_END + 1),
-    ("progress", at.CONFIDENCE_PUSHED, -5),
-    ("set_offsets", 1, 99),
+    ("records", at.END_LENGTH, at.MAX_END + 1),  # read beyond the row
+    ("records", at.BAN_SET, len(SETS)),  # a set that does not exist
+    ("records", at.END, VOCAB),  # written beyond the row of logits: MAX_ID does not tell
+    ("records", at.ENTROPY_WINDOW, 0),  # divided by
+    ("records", at.PARTS, -1),
+    ("records", at.FAILURE, 1000),
+    ("records", at.FAILURE, 1),  # followed without end
+    ("records", at.PERIOD, 0),  # likewise
+    ("records", at.PHRASE, at.MAX_END + 1),
+    ("records", at.CONFIDENCE_PUSHED, -5),
+    ("sets", 1, 99),
 ]
 
 
@@ -281,7 +294,7 @@ def test_contract_of_modulate_logits(dtype):
     slot, drafts = torch.tensor([0, 0, 1, 4, 4, -1]), torch.tensor([1, 2, 3, 4, END, 6])
     local, heat = torch.tensor([0, 1, 0, 0, 1, 0]), torch.full((6,), 0.7)
     parents = torch.tensor([-1, 0, 0], dtype=torch.int32)
-    read = state.read_state
+    read = state.tensors
     samples = [
         (logits, slot, None, None, None, None, *read, True),
         (logits, slot, local, drafts, None, heat, *read, False),
@@ -298,13 +311,13 @@ def test_contract_of_commit():
         state.add(i, spec, prompt)
     slot, tokens = torch.tensor([2, -1, 0]), torch.tensor([[1, END], [2, 3], [7, -1]])
     length, statistic = torch.tensor([2, 1, 0]), torch.rand(3, 2)
-    tensors = (*state.read_state, *state.windows)
+    tensors = state.tensors
     samples = [
         (slot, tokens, length, statistic, statistic + 1, *tensors),
         (slot, tokens, length, None, None, *tensors),
         (slot[:0], tokens[:0], length[:0], None, None, *tensors),
     ]
-    run_contract(OPS.commit_.default, samples, mutable=(7, 11, 12, 13), views=False)
+    run_contract(OPS.commit_.default, samples, mutable=(5,), views=False)
 
 
 def test_a_loop_makes_no_tensor_of_another_size():

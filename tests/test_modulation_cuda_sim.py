@@ -67,7 +67,7 @@ def test_no_launch_changes_a_row(simulated, launch, dtype):
     logits, drafts, heat = tree_rows(24, 2, dtype)
     slot = torch.arange(24)
     slot[5] = -1
-    args = (slot, None, drafts, PARENTS, heat, *state.read_state, True)
+    args = (slot, None, drafts, PARENTS, heat, *state.tensors, True)
     expected, got = logits.clone(), logits.clone()
     reference("modulate_logits_", expected, *args)
     with simulated.using(**launch):
@@ -90,7 +90,7 @@ def test_a_ban_is_weighed_against_the_whole_row(simulated):
     logits = torch.full((8, vocab), -INF)
     logits[:, 3], logits[:, 698], logits[0:2, 699] = 1.0, 2.0, 0.5
     logits[2:4, 256], logits[4:6, 257], logits[6:, 0] = 0.0, NAN, INF
-    args = (torch.arange(8) % 2, None, None, None, None, *state.read_state, False)
+    args = (torch.arange(8) % 2, None, None, None, None, *state.tensors, False)
     expected, got = logits.clone(), logits.clone()
     reference("modulate_logits_", expected, *args)
     simulated.modulate_logits_(got, *args)
@@ -112,7 +112,7 @@ def test_one_id_in_every_part(simulated, launch):
     logits[3:, 41] = 9.0  # the largest after the addition
     logits[6:, [35, 38]] = 20.0  # the largest after the move
     logits[:, 49] = INF
-    args = (torch.arange(9) % 3, None, None, None, None, *state.read_state, True)
+    args = (torch.arange(9) % 3, None, None, None, None, *state.tensors, True)
     expected, got = logits.clone(), logits.clone()
     reference("modulate_logits_", expected, *args)
     with simulated.using(**launch):
@@ -132,9 +132,9 @@ def test_no_launch_changes_a_commit(simulated, launch):
         length = torch.randint(0, 7, (17,), generator=g)
         entropy, confidence = torch.rand(2, 17, 6, generator=g).unbind(0)
         rows = (slot, tokens, length, entropy.contiguous(), confidence.contiguous())
-        reference("commit_", *rows, *states[0].read_state, *states[0].windows)
+        reference("commit_", *rows, *states[0].tensors)
         with simulated.using(order=launch["order"], seed=launch.get("seed", 0)):
-            simulated.commit_(*rows, *states[1].read_state, *states[1].windows)
+            simulated.commit_(*rows, *states[1].tensors)
     for expected, got in zip(states[0].tensors, states[1].tensors, strict=True):
         assert_same_bits(got, expected)
     assert states[1].stopped.any()
@@ -155,7 +155,7 @@ def test_no_program_changes_a_row(monkeypatch, config, dtype):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     state = requests(11, 1)
     logits, drafts, heat = tree_rows(11, 2, dtype)
-    args = (torch.arange(11), None, drafts, PARENTS, heat, *state.read_state, True)
+    args = (torch.arange(11), None, drafts, PARENTS, heat, *state.tensors, True)
     expected, got = logits.clone(), logits.to(device, copy=True)
     reference("modulate_logits_", expected, *args)
     moved = [x.to(device) if isinstance(x, torch.Tensor) else x for x in args]

@@ -211,10 +211,11 @@ def test_the_checks_are_the_same_without_the_cpu_library(monkeypatch):
 def test_raw_operators_refuse_what_they_cannot_read():
     """Messages of the kernels' own checks, on a call past the fronts."""
     state = state_of(PLAIN)
-    read = state.read_state
+    read = records, sets = state.tensors
     wrong = [
-        ((Z, ONE, None, None, None, None, read[0][:, :9].contiguous(), *read[1:], True), "spec"),
-        ((Z, ONE, None, None, None, None, *read[:3], read[3].long(), *read[4:], True), "set_off"),
+        ((Z, ONE, None, None, None, None, records[:, :9].contiguous(), sets, True), "records"),
+        ((Z, ONE, None, None, None, None, records, sets.int(), True), "sets: expected dtype"),
+        ((Z, ONE, None, None, None, None, records, sets[:40], True), "sets: expected entries"),
         ((Z, ONE, ONE, None, None, None, *read, True), "local_pos: expected draft_tokens"),
         ((Z, torch.tensor([7]), None, None, None, None, *read, True), "slot: got 7 at 0"),
         ((Z.half().to(torch.complex64), ONE, None, None, None, None, *read, True), "logits"),

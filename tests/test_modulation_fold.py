@@ -99,7 +99,7 @@ def test_backends_agree_on_rows_and_progress(backend):
             if op is None:
                 commit(backend, state, *rows)
             else:
-                op(*rows, *state.read_state, *state.windows)
+                op(*rows, *state.tensors)
         states.append(state)
     for name, ours in states[1].tensors._asdict().items():
         assert torch.equal(bits(ours), bits(getattr(states[0].tensors, name))), name
@@ -126,6 +126,6 @@ def test_forced_rows_say_nothing_to_the_windows(backend, force):
     assert (
         progress[at.T] == 4 and progress[at.CONFIDENCE_PUSHED] == progress[at.ENTROPY_PUSHED] == 2
     )
-    assert state.tensors.confidence_sum.tolist() == [10.5]
+    assert state.tensors.numbers[0, at.CONFIDENCE_SUM] == 10.5
     assert state.tensors.entropy[0, :4].tolist() == [1.0, 2.0, 0.0, 0.0]
     assert bool(state.stopped[0]) == (force == "stop")

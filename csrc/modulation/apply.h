@@ -17,15 +17,15 @@ namespace modulation {
 template <class Row>
 RK_HOST_DEVICE bool survives_ban(Row& row, const RowControl& c, const Sets& sets, int64_t vocab) {
   for (int part = 0; part < kAdders; ++part) {
-    const int32_t set = c.sets[part];
-    for (int32_t k = set < 0 ? 0 : sets.offsets[set]; set >= 0 && k < sets.offsets[set + 1]; ++k) {
-      const int64_t id = sets.ids[k];
-      if (id < vocab && !(sets.member[k] >> c.ban & 1) && is_finite(row.get(id))) return true;
+    const int64_t set = c.sets[part];
+    for (int64_t k = set < 0 ? 0 : sets.bounds[set]; set >= 0 && k < sets.bounds[set + 1]; ++k) {
+      const int64_t id = sets.id(k);
+      if (id < vocab && !(sets.member(k) >> c.ban & 1) && is_finite(row.get(id))) return true;
     }
   }
-  int32_t k = sets.offsets[c.ban];
+  int64_t k = sets.bounds[c.ban];
   for (int64_t id = 0; id < vocab; ++id) {
-    if (k < sets.offsets[c.ban + 1] && sets.ids[k] == id) {
+    if (k < sets.bounds[c.ban + 1] && sets.id(k) == id) {
       ++k;
     } else if (is_finite(row.get(id))) {
       return true;
@@ -38,16 +38,16 @@ template <class Row>
 RK_HOST_DEVICE void apply_sets(Row& row, const RowControl& c, const Sets& sets, int64_t vocab) {
   int64_t done = 0;
   if (c.ban >= 0 && survives_ban(row, c, sets, vocab)) {
-    for (int32_t k = sets.offsets[c.ban]; k < sets.offsets[c.ban + 1]; ++k) {
-      const int64_t id = sets.ids[k];
+    for (int64_t k = sets.bounds[c.ban]; k < sets.bounds[c.ban + 1]; ++k) {
+      const int64_t id = sets.id(k);
       if (id < vocab) row.set(id, banned(row.get(id)));
     }
     done = int64_t(1) << c.ban;
   }
   for (int part = 0; part < kAdders; ++part) {
     if (c.sets[part] < 0 || (done >> c.sets[part] & 1)) continue;
-    for (int32_t k = sets.offsets[c.sets[part]]; k < sets.offsets[c.sets[part] + 1]; ++k) {
-      const int64_t id = sets.ids[k], member = sets.member[k];
+    for (int64_t k = sets.bounds[c.sets[part]]; k < sets.bounds[c.sets[part] + 1]; ++k) {
+      const int64_t id = sets.id(k), member = sets.member(k);
       if (id < vocab && !(member & done)) row.set(id, with_added(row.get(id), added_to(c, member)));
     }
     done |= int64_t(1) << c.sets[part];

@@ -17,8 +17,8 @@ constexpr int kAdders = 4;       // cyclic, TIP, constant, schedule
 struct RowControl {
   int64_t force;          // id, or -1
   double added[kAdders];  // 0: nothing
-  int32_t sets[kAdders];  // the set it is added to, -1 where nothing is
-  int32_t ban;            // set, or -1
+  int64_t sets[kAdders];  // the set it is added to, -1 where nothing is
+  int64_t ban;            // set, or -1
   int64_t end, wait;      // the mass of `end` goes to `wait`; -1: no
   int64_t soft;           // id raised towards the largest logit, or -1
   double weight, margin;
@@ -31,68 +31,66 @@ RK_HOST_DEVICE double wave(double amplitude, double period, double shift, int64_
   return product(amplitude, std::fabs(4 * u / period - 2)) - amplitude;
 }
 
-RK_HOST_DEVICE bool in_windows(const int64_t* spec, int64_t t) {
-  const int64_t n = spec[kWindows];
+RK_HOST_DEVICE bool in_windows(const int64_t* record, int64_t t) {
+  const int64_t n = record[kWindows];
   bool inside = n == 0;
   for (int64_t k = 0; k < n; ++k) {
-    inside |= t >= spec[kWindow + 2 * k] && t < spec[kWindow + 2 * k + 1];
+    inside |= t >= record[kWindow + 2 * k] && t < record[kWindow + 2 * k + 1];
   }
   return inside;
 }
 
 // Linear between the points, constant outside them.
-RK_HOST_DEVICE double scheduled(const int64_t* spec, const double* numbers, int64_t t) {
-  const int64_t *times = spec + kPointT, last = spec[kPoints] - 1;
-  const double* values = numbers + kPointValue;
-  if (t <= times[0]) return values[0];
-  if (t >= times[last]) return values[last];
-  int64_t k = 0;
-  while (t >= times[k + 1]) ++k;
-  const double share = double(t - times[k]) / double(times[k + 1] - times[k]);
-  return values[k] + product(share, values[k + 1] - values[k]);
+RK_HOST_DEVICE double scheduled(const int64_t* record, int64_t t) {
+  const int64_t* points = record + kPoint;
+  const int64_t last = record[kPoints] - 1;
+  if (t <= points[0]) return number(points, 1);
+  if (t >= points[2 * last]) return number(points, int(2 * last + 1));
+  while (t >= points[2]) points += 2;
+  const double share = double(t - points[0]) / double(points[2] - points[0]);
+  return number(points, 1) + product(share, number(points, 3) - number(points, 1));
 }
 
-RK_HOST_DEVICE int64_t forced_id(const int64_t* spec, const Progress& p) {
-  const int64_t parts = spec[kParts];
-  if ((parts & kDeepConf) && p.stopped && spec[kEos] >= 0) return spec[kEos];
-  const bool spent = (parts & kBudget) && p.spent >= spec[kBudgetTokens];
+RK_HOST_DEVICE int64_t forced_id(const int64_t* record, const Progress& p) {
+  const int64_t parts = record[kParts];
+  if ((parts & kDeepConf) && p.stopped && record[kEos] >= 0) return record[kEos];
+  const bool spent = (parts & kBudget) && p.spent >= record[kBudgetTokens];
   if (spent && p.phrase != kDone && (p.phase == kThinking || p.phrase > 0)) {
-    return spec[kEnd + p.phrase];
+    return record[kEnd + p.phrase];
   }
-  return (parts & kMinThink) && p.wait > 0 ? spec[kWait + p.wait] : -1;
+  return (parts & kMinThink) && p.wait > 0 ? record[kWait + p.wait] : -1;
 }
 
-RK_HOST_DEVICE void add_parts(RowControl& c, const int64_t* spec, const double* numbers,
-                              const Progress& p) {
-  const int64_t parts = spec[kParts];
-  if ((parts & kCyclic) && in_windows(spec, p.t)) {
-    c.added[0] = wave(numbers[kAmplitude], numbers[kPeriod], numbers[kShift], p.t);
+RK_HOST_DEVICE void add_parts(RowControl& c, const int64_t* record, const Progress& p) {
+  const int64_t parts = record[kParts];
+  if ((parts & kCyclic) && in_windows(record, p.t)) {
+    c.added[0] =
+        wave(number(record, kAmplitude), number(record, kPeriod), number(record, kShift), p.t);
   }
-  if ((parts & kTip) && p.t < p.switched + spec[kTipSpan]) c.added[1] = -numbers[kAlpha];
-  if (parts & kConstant) c.added[2] = numbers[kBias];
-  if (parts & kSchedule) c.added[3] = scheduled(spec, numbers, p.t);
+  if ((parts & kTip) && p.t < p.switched + record[kTipSpan]) c.added[1] = -number(record, kAlpha);
+  if (parts & kConstant) c.added[2] = number(record, kBias);
+  if (parts & kSchedule) c.added[3] = scheduled(record, p.t);
   for (int k = 0; k < kAdders; ++k) {
-    if (c.added[k] != 0) c.sets[k] = int32_t(spec[kAddedSets + k]);
+    if (c.added[k] != 0) c.sets[k] = record[kAddedSets + k];
   }
-  if (parts & kBan) c.ban = int32_t(spec[kBanSet]);
+  if (parts & kBan) c.ban = record[kBanSet];
 }
 
-RK_HOST_DEVICE RowControl control_of(const int64_t* spec, const double* numbers,
-                                     const Progress& p) {
-  RowControl c{forced_id(spec, p), {0, 0, 0, 0}, {-1, -1, -1, -1}, -1, -1, -1, -1, 0, 0};
+RK_HOST_DEVICE RowControl control_of(const int64_t* record, const Progress& p) {
+  RowControl c{forced_id(record, p), {0, 0, 0, 0}, {-1, -1, -1, -1}, -1, -1, -1, -1, 0, 0};
   if (p.phase != kThinking) return c;
-  const int64_t parts = spec[kParts];
-  add_parts(c, spec, numbers, p);
-  if ((parts & kMinThink) && must_think(spec, p)) {
-    c.end = spec[kThinkEnd];
-    c.wait = spec[kWait];
+  const int64_t parts = record[kParts];
+  add_parts(c, record, p);
+  if ((parts & kMinThink) && must_think(record, p)) {
+    c.end = record[kThinkEnd];
+    c.wait = record[kWait];
   }
-  const bool ramps = p.spent >= spec[kTrackFrom] && p.spent < spec[kBudgetTokens];
+  const bool ramps = p.spent >= record[kTrackFrom] && p.spent < record[kBudgetTokens];
   if ((parts & kSoft) && p.phrase != kDone && ramps) {
-    c.soft = spec[kEnd + p.phrase];
-    c.weight =
-        (double(p.spent) - numbers[kSoftFrom]) / (double(spec[kBudgetTokens]) - numbers[kSoftFrom]);
-    c.margin = numbers[kSoftMargin];
+    c.soft = record[kEnd + p.phrase];
+    c.weight = (double(p.spent) - number(record, kSoftFrom)) /
+               (double(record[kBudgetTokens]) - number(record, kSoftFrom));
+    c.margin = number(record, kSoftMargin);
   }
   return c;
 }

@@ -17,38 +17,37 @@ struct Progress {
   int64_t stopped;
 };
 
-RK_HOST_DEVICE Progress load_progress(const State& s, int64_t slot) {
-  const int64_t* p = s.progress + slot * kProgressWidth;
+RK_HOST_DEVICE Progress load_progress(const int64_t* p) {
   return {p[kT], p[kSpent], p[kSwitch], p[kPhase], p[kPhrase], p[kWaitAt], p[kIgnore], p[kStopped]};
 }
 
 // The entry of a token in a set, or -1.
-RK_HOST_DEVICE int32_t entry_of(const Sets& sets, int64_t set, int64_t token) {
-  int32_t low = sets.offsets[set], high = sets.offsets[set + 1];
+RK_HOST_DEVICE int64_t entry_of(const Sets& sets, int64_t set, int64_t token) {
+  int64_t low = sets.bounds[set], high = sets.bounds[set + 1];
   while (low < high) {
-    const int32_t middle = low + (high - low) / 2;
-    if (sets.ids[middle] < token) {
+    const int64_t middle = low + (high - low) / 2;
+    if (sets.id(middle) < token) {
       low = middle + 1;
     } else {
       high = middle;
     }
   }
-  return low < sets.offsets[set + 1] && sets.ids[low] == token ? low : -1;
+  return low < sets.bounds[set + 1] && sets.id(low) == token ? low : -1;
 }
 
 RK_HOST_DEVICE bool holds(const Sets& sets, int64_t set, int64_t token) {
   return entry_of(sets, set, token) >= 0;
 }
 
-RK_HOST_DEVICE bool must_think(const int64_t* spec, const Progress& p) {
-  return p.phase == kThinking && (p.spent < spec[kMinTokens] || p.ignore > 0);
+RK_HOST_DEVICE bool must_think(const int64_t* record, const Progress& p) {
+  return p.phase == kThinking && (p.spent < record[kMinTokens] || p.ignore > 0);
 }
 
-RK_HOST_DEVICE void fold_wait(const int64_t* spec, Progress& p, int64_t token) {
-  if (p.wait > 0 && token == spec[kWait + p.wait]) {
-    p.wait = p.wait + 1 == spec[kWaitLength] ? 0 : p.wait + 1;
-  } else if (must_think(spec, p) && token == spec[kWait]) {
-    p.wait = spec[kWaitLength] > 1 ? 1 : 0;
+RK_HOST_DEVICE void fold_wait(const int64_t* record, Progress& p, int64_t token) {
+  if (p.wait > 0 && token == record[kWait + p.wait]) {
+    p.wait = p.wait + 1 == record[kWaitLength] ? 0 : p.wait + 1;
+  } else if (must_think(record, p) && token == record[kWait]) {
+    p.wait = record[kWaitLength] > 1 ? 1 : 0;
     p.ignore -= p.ignore > 0;
   } else {
     p.wait = 0;
@@ -57,50 +56,51 @@ RK_HOST_DEVICE void fold_wait(const int64_t* spec, Progress& p, int64_t token) {
 
 // The automaton runs from the count kTrackFrom on. Once thinking has ended, with the phrase or
 // without it, there is nothing left to enforce and a mismatch gives the phrase up.
-RK_HOST_DEVICE void fold_phrase(const int64_t* spec, Progress& p, int64_t token) {
+RK_HOST_DEVICE void fold_phrase(const int64_t* record, Progress& p, int64_t token) {
   const bool open = p.phase == kThinking;
-  if (p.phrase == kDone || p.spent < spec[kTrackFrom] || !(open || p.phrase > 0)) return;
+  if (p.phrase == kDone || p.spent < record[kTrackFrom] || !(open || p.phrase > 0)) return;
   int64_t matched = p.phrase;
-  while (matched > 0 && spec[kEnd + matched] != token) matched = spec[kFailure + matched - 1];
-  if (spec[kEnd + matched] == token) ++matched;
-  const bool stays_open = open && token != spec[kThinkEnd];
+  while (matched > 0 && record[kEnd + matched] != token) matched = record[kFailure + matched - 1];
+  if (record[kEnd + matched] == token) ++matched;
+  const bool stays_open = open && token != record[kThinkEnd];
   const bool given_up = !stays_open && matched != p.phrase + 1;
-  p.phrase = given_up || matched == spec[kEndLength] ? kDone : matched;
+  p.phrase = given_up || matched == record[kEndLength] ? kDone : matched;
 }
 
-RK_HOST_DEVICE void fold_phase(const int64_t* spec, Progress& p, int64_t token) {
+RK_HOST_DEVICE void fold_phase(const int64_t* record, Progress& p, int64_t token) {
   if (p.phase == kThinking) {
-    if (token == spec[kThinkEnd]) {
+    if (token == record[kThinkEnd]) {
       p.phase = kClosed;
     } else {
       ++p.spent;
     }
-  } else if (p.phase == kBefore && token == spec[kThinkStart]) {
+  } else if (p.phase == kBefore && token == record[kThinkStart]) {
     p.phase = kThinking;
     p.spent = 0;
   }
 }
 
 // `token` >= 0.
-RK_HOST_DEVICE void fold(const Sets& sets, const int64_t* spec, Progress& p, int64_t token) {
-  const int64_t parts = spec[kParts];
-  if (parts & kMinThink) fold_wait(spec, p, token);
-  if (parts & kBudget) fold_phrase(spec, p, token);
-  fold_phase(spec, p, token);
+RK_HOST_DEVICE void fold(const Sets& sets, const int64_t* record, Progress& p, int64_t token) {
+  const int64_t parts = record[kParts];
+  if (parts & kMinThink) fold_wait(record, p, token);
+  if (parts & kBudget) fold_phrase(record, p, token);
+  fold_phase(record, p, token);
   ++p.t;
-  if ((parts & kTip) && holds(sets, spec[kAddedSets + 1], token)) p.switched = p.t;
+  if ((parts & kTip) && holds(sets, record[kAddedSets + 1], token)) p.switched = p.t;
 }
 
 // ---- along a path of drafts
 
 // Committed progress advanced by the drafts before row r's logits, up to the first -1.
 RK_HOST_DEVICE Progress fold_chain(const RowsParams& r, int64_t slot, int64_t row) {
-  Progress p = load_progress(r.state, slot);
+  const int64_t* record = r.state.record_of(slot);
+  Progress p = load_progress(record);
   const int64_t drafts = r.local_pos == nullptr ? 0 : r.local_pos[row];
   for (int64_t j = row - drafts + 1; j <= row; ++j) {
     const int64_t token = r.draft_tokens[j];
     if (token < 0) break;
-    fold(r.state.sets, r.state.spec_of(slot), p, token);
+    fold(r.state.sets, record, p, token);
   }
   return p;
 }
@@ -108,7 +108,8 @@ RK_HOST_DEVICE Progress fold_chain(const RowsParams& r, int64_t slot, int64_t ro
 // The same for node `node` of request b. Ancestors are found from below, once per token: paths are
 // short and a list of them would not fit the registers.
 RK_HOST_DEVICE Progress fold_tree(const RowsParams& r, int64_t slot, int64_t b, int64_t node) {
-  Progress p = load_progress(r.state, slot);
+  const int64_t* record = r.state.record_of(slot);
+  Progress p = load_progress(record);
   int64_t depth = 0;
   for (int64_t i = node; i > 0; i = r.parents[i]) ++depth;
   for (int64_t above = depth - 1; above >= 0; --above) {
@@ -116,7 +117,7 @@ RK_HOST_DEVICE Progress fold_tree(const RowsParams& r, int64_t slot, int64_t b, 
     for (int64_t k = 0; k < above; ++k) i = r.parents[i];
     const int64_t token = r.draft_tokens[b * r.nodes + i];
     if (token < 0) break;
-    fold(r.state.sets, r.state.spec_of(slot), p, token);
+    fold(r.state.sets, record, p, token);
   }
   return p;
 }

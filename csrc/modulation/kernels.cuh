@@ -12,10 +12,10 @@ namespace modulation {
 
 constexpr unsigned kMaxRowThreads = 512, kCommitThreads = 32;
 
+constexpr int kSharedEntries = 128;  // more of them stay where they are
+
 struct SlotShared {
-  int64_t spec[kSpecWidth], progress[kProgressWidth];
-  double numbers[kNumbersWidth];
-  int32_t offsets[kMaxSets + 1];
+  int64_t record[kRowWidth], sets[Sets::kEntries + kSharedEntries];
 };
 
 struct RowShared {
@@ -32,20 +32,19 @@ inline unsigned row_threads(int64_t entries, bool dense) {
   return threads;
 }
 
-// The state of one slot, number 0, in shared memory. All threads of the block call it.
+// The state of one slot, number 0, in shared memory. All threads of the block call it. The sets
+// come while the slot is waited for.
 __device__ inline State take_slot(const State& s, int64_t slot, SlotShared& to) {
-  const int64_t *spec = s.spec_of(slot), *progress = s.progress + slot * kProgressWidth;
-  const double* numbers = s.numbers_of(slot);
   const int first = int(threadIdx.x), step = int(blockDim.x);
-#pragma unroll 8
-  for (int i = first; i < kSpecWidth; i += step) to.spec[i] = spec[i];
-  for (int i = first; i < kNumbersWidth; i += step) to.numbers[i] = numbers[i];
-  for (int i = first; i < kProgressWidth; i += step) to.progress[i] = progress[i];
-  for (int i = first; i <= s.sets.count; i += step) to.offsets[i] = s.sets.offsets[i];
+  const bool fits = s.entries <= kSharedEntries;
+  const int places = fits ? Sets::kEntries + int(s.entries) : kMaxSets + 1;
+  for (int i = first; i < places; i += step) to.sets[i] = s.sets.bounds[i];
+  const int64_t* record = s.record_of(slot);
+#pragma unroll 9
+  for (int i = first; i < kRowWidth; i += step) to.record[i] = record[i];
   __syncthreads();
-  State one{to.spec, to.numbers, to.progress, s.sets, 1};
-  one.sets.offsets = to.offsets;
-  return one;
+  const int64_t* entries = fits ? to.sets + Sets::kEntries : s.sets.entries;
+  return {to.record, {to.sets, entries}, 1, s.entries};
 }
 
 template <class E>
@@ -60,7 +59,7 @@ struct Line {  // a row of logits
 
 // Whether something finite is left without the set; a warp asks, mostly once.
 template <class E>
-__device__ bool survives_ban(const Line<E>& line, const Sets& sets, int32_t ban) {
+__device__ bool survives_ban(const Line<E>& line, const Sets& sets, int64_t ban) {
   constexpr int kEach = 8;
   for (int64_t first = threadIdx.x; first - threadIdx.x < line.vocab; first += 32 * kEach) {
     bool left = false;
@@ -81,13 +80,13 @@ __device__ void decide(const RowsParams& one, const Line<E>& line, RowShared& s)
     const unsigned row = blockIdx.x, nodes = unsigned(one.nodes);
     const Progress progress = one.parents == nullptr ? fold_chain(one, 0, row)
                                                      : fold_tree(one, 0, row / nodes, row % nodes);
-    s.control = control_of(one.state.spec, one.state.numbers, progress);
+    s.control = control_of(one.state.records, progress);
     const int64_t id = s.control.force;
     s.forced = id >= 0 && id < line.vocab && can_force(line.get(id));
     if (s.forced) line.set(id, typename Line<E>::Value(kForced));
   }
   __syncwarp();
-  const int32_t ban = s.control.ban;
+  const int64_t ban = s.control.ban;
   if (s.forced || ban < 0) return;
   if (!survives_ban(line, one.state.sets, ban) && threadIdx.x == 0) s.control.ban = -1;
 }
@@ -97,9 +96,9 @@ template <class E>
 __device__ void write_sets(const Line<E>& line, const RowControl& c, const Sets& sets) {
   typedef typename Line<E>::Value T;
   if (c.ban >= 0) {
-    const int32_t last = sets.offsets[c.ban + 1];
-    for (int32_t k = sets.offsets[c.ban] + int32_t(threadIdx.x); k < last; k += int(blockDim.x)) {
-      const int64_t id = sets.ids[k];
+    const int64_t last = sets.bounds[c.ban + 1];
+    for (int64_t k = sets.bounds[c.ban] + threadIdx.x; k < last; k += blockDim.x) {
+      const int64_t id = sets.id(k);
       if (id < line.vocab && line.get(id) == line.get(id)) line.set(id, T(-kInfinity));
     }
   }
@@ -108,10 +107,9 @@ __device__ void write_sets(const Line<E>& line, const RowControl& c, const Sets&
   for (int part = 0; part < kAdders; ++part) {
     if (c.sets[part] < 0) continue;
     const int64_t done = bans | sets_before(c, part);
-    const int32_t last = sets.offsets[c.sets[part] + 1];
-    for (int32_t k = sets.offsets[c.sets[part]] + int32_t(threadIdx.x); k < last;
-         k += int(blockDim.x)) {
-      const int64_t id = sets.ids[k], member = sets.member[k];
+    const int64_t last = sets.bounds[c.sets[part] + 1];
+    for (int64_t k = sets.bounds[c.sets[part]] + threadIdx.x; k < last; k += blockDim.x) {
+      const int64_t id = sets.id(k), member = sets.member(k);
       if (id >= line.vocab || (member & done)) continue;
       const T z = line.get(id);
       if (z == z) line.set(id, with_added(z, added_to(c, member)));
@@ -171,16 +169,13 @@ __global__ void __launch_bounds__(kCommitThreads, 1) commit_kernel(CommitParams 
   if (slot < 0 || slot >= p.state.slots) return;
   CommitParams one = p;
   one.state = take_slot(p.state, slot, s);
-  one.progress = s.progress;
-  one.confidence_ring += slot * kMaxConfidence;
-  one.entropy_ring += slot * kMaxEntropy;
-  one.confidence_sum += slot;
   if (!one.state.controls(0)) return;
-  if (threadIdx.x == 0) commit_row(one, b, 0);
+  int64_t* record = p.records + slot * kRecordWidth;
+  Written to = written_of(record);
+  to.progress = s.record;
+  if (threadIdx.x == 0) commit_row(one, b, s.record, to);
   __syncthreads();
-  if (threadIdx.x < kProgressWidth) {
-    p.progress[slot * kProgressWidth + threadIdx.x] = s.progress[threadIdx.x];
-  }
+  if (threadIdx.x < kProgressWidth) record[threadIdx.x] = s.record[threadIdx.x];
 }
 
 }  // namespace modulation

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "../common/host_device.h"
 
@@ -29,53 +30,10 @@ enum Part : int64_t {
   kTrigger = 1024
 };
 
-// Columns of a slot's row of int64.
-enum Spec {
-  kParts,
-  kThinkStart,
-  kThinkEnd,
-  kAddedSets,  // four: cyclic, TIP, constant, schedule
-  kBanSet = 7,
-  kTipSpan,
-  kBudgetTokens,
-  kTrackFrom,
-  kEndLength,
-  kMinTokens,
-  kWaitLength,
-  kWindows,
-  kPoints,
-  kEos,
-  kConfidenceWindow,
-  kEntropyWindow,
-  kMaxId,  // the largest id that the request writes to, beside those of the sets
-  kWindow = 24,
-  kPointT = kWindow + 2 * kMaxWindows,
-  kEnd = kPointT + kMaxPoints,
-  kFailure = kEnd + kMaxEnd,
-  kWait = kFailure + kMaxEnd,
-  kSpecWidth = kWait + kMaxWait
-};
-
-// Columns of a slot's row of doubles.
-enum Number {
-  kAmplitude,
-  kPeriod,
-  kShift,
-  kAlpha,
-  kBias,
-  kSoftFrom,
-  kSoftMargin,
-  kConfidenceThreshold,
-  kEntropyFactor,
-  kEntropyFloor,
-  kEntropyStd,
-  kEntropyFirst,
-  kPointValue = 16,
-  kNumbersWidth = kPointValue + kMaxPoints
-};
-
-// Columns of a slot's row of what its tokens have done.
-enum ProgressColumn {
+// Columns of a slot's record of int64; those marked "double" hold its bits. What every row reads is
+// in the first lines of 64 bytes.
+enum Column {
+  // what the committed tokens have made of it
   kT,
   kSpent,
   kSwitch,
@@ -86,34 +44,85 @@ enum ProgressColumn {
   kStopped,
   kConfidencePushed,
   kEntropyPushed,
-  kProgressWidth = 16
+  kConfidenceSum,  // double
+  kProgressWidth,
+  // what was asked for
+  kParts = kProgressWidth,
+  kMaxId,  // the largest id that the request writes to, beside those of the sets
+  kThinkEnd,
+  kWindows,
+  kPoints,
+  kAddedSets = 16,  // four: cyclic, TIP, constant, schedule
+  kBanSet = kAddedSets + 4,
+  kTipSpan,
+  kBudgetTokens,
+  kMinTokens,
+  kAmplitude,  // double, and so on to kSoftMargin
+  kPeriod,
+  kShift,
+  kAlpha,
+  kBias,
+  kSoftFrom,
+  kSoftMargin,
+  kTrackFrom,
+  kThinkStart,
+  kEndLength,
+  kWaitLength,
+  kEos,
+  kConfidenceWindow,
+  kEntropyWindow,
+  kConfidenceThreshold,  // double, and so on to kEntropyFirst
+  kEntropyFactor,
+  kEntropyFloor,
+  kEntropyStd,
+  kEntropyFirst,
+  kWindow = 48,                        // pairs low, high
+  kPoint = kWindow + 2 * kMaxWindows,  // pairs t, d; d is double
+  kWait = kPoint + 2 * kMaxPoints,
+  kEnd = kWait + kMaxWait,
+  kFailure = kEnd + kMaxEnd,  // of the Knuth-Morris-Pratt automaton of kEnd
+  kRowWidth = kFailure + kMaxEnd,
+  // rings of floats, two to a column
+  kConfidenceRing = kRowWidth,
+  kEntropyRing = kConfidenceRing + kMaxConfidence / 2,
+  kRecordWidth = kEntropyRing + kMaxEntropy / 2
 };
 
 enum Phase : int64_t { kBefore, kThinking, kClosed };
 constexpr int64_t kDone = -1;  // kPhrase, once the budget's phrase is complete or given up
 
+// The double of a column.
+RK_HOST_DEVICE double number(const int64_t* record, int column) {
+  double x;
+  std::memcpy(&x, record + column, sizeof(x));
+  return x;
+}
+
+// All sets, in one array: bounds, the largest id, entries.
 struct Sets {
-  const int32_t *offsets, *ids;  // ascending within a set
-  const int64_t* member;         // bit s: set s holds the entry's id
-  int32_t count;
-  int64_t entries;  // of all sets
+  static constexpr int kLargestId = kMaxSets + 1, kEntries = 40;  // places
+
+  const int64_t *bounds, *entries;  // set s has the entries from bounds[s] up to bounds[s + 1]
+
+  // An entry's id, ascending within a set, is its lower half; bit s of the upper half: set s holds
+  // it.
+  RK_HOST_DEVICE int64_t id(int64_t k) const { return entries[k] & 0xffffffff; }
+  RK_HOST_DEVICE int64_t member(int64_t k) const { return int64_t(uint64_t(entries[k]) >> 32); }
 };
 
-// What rows read. `commit` alone writes progress.
+// What rows read. `commit` alone writes to records.
 struct State {
-  const int64_t* spec;      // slots x kSpecWidth
-  const double* numbers;    // slots x kNumbersWidth
-  const int64_t* progress;  // slots x kProgressWidth
+  const int64_t* records;  // slots x kRecordWidth
   Sets sets;
   int64_t slots;
+  int64_t entries;  // of all sets
 
-  RK_HOST_DEVICE const int64_t* spec_of(int64_t slot) const { return spec + slot * kSpecWidth; }
-  RK_HOST_DEVICE const double* numbers_of(int64_t slot) const {
-    return numbers + slot * kNumbersWidth;
+  RK_HOST_DEVICE const int64_t* record_of(int64_t slot) const {
+    return records + slot * kRecordWidth;
   }
   // Rows of padding and of free slots are left alone.
   RK_HOST_DEVICE bool controls(int64_t slot) const {
-    return slot >= 0 && slot < slots && (spec_of(slot)[kParts] & kActive);
+    return slot >= 0 && slot < slots && (record_of(slot)[kParts] & kActive);
   }
 };
 
@@ -135,14 +144,12 @@ struct RowsParams {
 
 struct CommitParams {
   State state;
-  int64_t* progress;      // that of state
+  int64_t* records;       // those of state
   const int64_t* slot;    // batch
   const int64_t* tokens;  // batch x steps
   const int64_t* length;  // batch
   int64_t batch, steps;
   const float *entropy, *confidence;  // batch x steps, or null: nothing is pushed
-  float *confidence_ring, *entropy_ring;
-  double* confidence_sum;
 };
 
 }  // namespace modulation

@@ -11,22 +11,15 @@
 namespace reasonkern {
 namespace modulation {
 
-inline State describe_state(const Tensor& reference, const Tensor& spec, const Tensor& numbers,
-                            const Tensor& progress, const Tensor& set_offsets,
-                            const Tensor& set_ids, const Tensor& set_member) {
-  STD_TORCH_CHECK(spec.dim() == 2 && spec.size(0) > 0, "spec: expected slots");
-  const int64_t slots = spec.size(0), entries = set_ids.numel(), bounds = set_offsets.numel();
-  STD_TORCH_CHECK(bounds >= 2 && bounds <= kMaxSets + 1, "set_offsets: expected 1 to ", kMaxSets,
-                  " sets, got ", bounds - 1);
-  check_tensor(spec, "spec", ScalarType::Long, {slots, kSpecWidth}, reference);
-  check_tensor(numbers, "numbers", ScalarType::Double, {slots, kNumbersWidth}, reference);
-  check_tensor(progress, "progress", ScalarType::Long, {slots, kProgressWidth}, reference);
-  check_tensor(set_offsets, "set_offsets", ScalarType::Int, {bounds}, reference);
-  check_tensor(set_ids, "set_ids", ScalarType::Int, {entries}, reference);
-  check_tensor(set_member, "set_member", ScalarType::Long, {entries}, reference);
-  const Sets sets{data<int32_t>(set_offsets), data<int32_t>(set_ids), data<int64_t>(set_member),
-                  int32_t(bounds - 1), entries};
-  return {data<int64_t>(spec), data<double>(numbers), data<int64_t>(progress), sets, slots};
+inline State describe_state(const Tensor& reference, const Tensor& records, const Tensor& sets) {
+  STD_TORCH_CHECK(records.dim() == 2 && records.size(0) > 0, "records: expected slots");
+  STD_TORCH_CHECK(sets.dim() == 1 && sets.size(0) > Sets::kEntries, "sets: expected entries");
+  const int64_t slots = records.size(0), places = sets.size(0);
+  check_tensor(records, "records", ScalarType::Long, {slots, kRecordWidth}, reference);
+  check_tensor(sets, "sets", ScalarType::Long, {places}, reference);
+  const int64_t* bounds = data<int64_t>(sets);
+  return {
+      data<int64_t>(records), {bounds, bounds + Sets::kEntries}, slots, places - Sets::kEntries};
 }
 
 inline void describe_logits(RowsParams& p, const Tensor& logits) {
@@ -68,11 +61,9 @@ struct Operators {
   static void modulate_logits_(const Tensor& logits, const Tensor& slot,
                                const MaybeTensor& local_pos, const MaybeTensor& draft_tokens,
                                const MaybeTensor& parents, const MaybeTensor& temperature,
-                               const Tensor& spec, const Tensor& numbers, const Tensor& progress,
-                               const Tensor& set_offsets, const Tensor& set_ids,
-                               const Tensor& set_member, bool dense) {
+                               const Tensor& records, const Tensor& sets, bool dense) {
     RowsParams p{};
-    p.state = describe_state(logits, spec, numbers, progress, set_offsets, set_ids, set_member);
+    p.state = describe_state(logits, records, sets);
     describe_logits(p, logits);
     describe_rows(p, logits, slot, local_pos, draft_tokens, parents);
     p.temperature =
@@ -82,34 +73,24 @@ struct Operators {
   }
 
   static void commit_(const Tensor& slot, const Tensor& tokens, const Tensor& length,
-                      const MaybeTensor& entropy, const MaybeTensor& confidence, const Tensor& spec,
-                      const Tensor& numbers, const Tensor& progress, const Tensor& set_offsets,
-                      const Tensor& set_ids, const Tensor& set_member,
-                      const Tensor& confidence_ring, const Tensor& entropy_ring,
-                      const Tensor& confidence_sum) {
+                      const MaybeTensor& entropy, const MaybeTensor& confidence,
+                      const Tensor& records, const Tensor& sets) {
     CommitParams p{};
-    p.state = describe_state(slot, spec, numbers, progress, set_offsets, set_ids, set_member);
+    p.state = describe_state(slot, records, sets);
     STD_TORCH_CHECK(tokens.dim() == 2, "tokens: expected shape (B, D + 1), got ",
                     shape_text(tokens.sizes()));
     p.batch = tokens.size(0);
     p.steps = tokens.size(1);
-    const int64_t slots = p.state.slots, shape[] = {p.batch, p.steps};
+    const int64_t shape[] = {p.batch, p.steps};
     check_tensor(slot, "slot", ScalarType::Long, {p.batch}, slot);
     check_tensor(tokens, "tokens", ScalarType::Long, {shape, 2}, slot);
     check_tensor(length, "length", ScalarType::Long, {p.batch}, slot);
-    check_tensor(confidence_ring, "confidence_ring", ScalarType::Float, {slots, kMaxConfidence},
-                 slot);
-    check_tensor(entropy_ring, "entropy_ring", ScalarType::Float, {slots, kMaxEntropy}, slot);
-    check_tensor(confidence_sum, "confidence_sum", ScalarType::Double, {slots}, slot);
-    p.progress = data<int64_t>(progress);
+    p.records = data<int64_t>(records);
     p.slot = data<int64_t>(slot);
     p.tokens = data<int64_t>(tokens);
     p.length = data<int64_t>(length);
     p.entropy = maybe_data<float>(entropy, "entropy", ScalarType::Float, {shape, 2}, slot);
     p.confidence = maybe_data<float>(confidence, "confidence", ScalarType::Float, {shape, 2}, slot);
-    p.confidence_ring = data<float>(confidence_ring);
-    p.entropy_ring = data<float>(entropy_ring);
-    p.confidence_sum = data<double>(confidence_sum);
     if (p.batch > 0) Backend::commit(p, slot.get_device_index());
   }
 };

@@ -223,7 +223,7 @@ class ControlledVisit {
   }
 
   __device__ void emitted(int64_t token) {
-    if (threadIdx.x != 0 || slot_.slot < 0) return;
+    if (threadIdx.x != 0 || slot_.record == nullptr) return;
     slot_.commit(shared_, token, entropy_, shared_.confidence);
   }
 

@@ -28,79 +28,62 @@ struct ControlledRow {
 // A request's slot. Tokens that a walk emits are committed to a copy: rows do not write the state.
 class Slot {
  public:
-  Slot(const ControlParams& c, int64_t b) : c_(c), slot_(c.slot == nullptr ? -1 : c.slot[b]) {
-    if (!is_controlled()) return;
-    const int64_t* progress = c.state.progress + slot_ * modulation::kProgressWidth;
-    std::copy(progress, progress + modulation::kProgressWidth, progress_);
+  Slot(const ControlParams& c, int64_t b)
+      : c_(c), record_(is_controlled(c, b) ? c.state.record_of(c.slot[b]) : nullptr) {
+    if (record_ != nullptr) std::copy(record_, record_ + modulation::kProgressWidth, progress_);
   }
 
   void control(Row& row, float temperature) const {
-    if (!is_controlled()) return;
+    if (record_ == nullptr) return;
     ControlledRow edited{row};
-    const modulation::State state = copied_state();
-    const modulation::Progress p = modulation::load_progress(state, 0);
-    modulation::apply_control(edited, modulation::control_of(state.spec, state.numbers, p),
-                              state.sets, row.vocab(), temperature, true);
+    const modulation::Progress p = modulation::load_progress(progress_);
+    modulation::apply_control(edited, modulation::control_of(record_, p), c_.state.sets,
+                              row.vocab(), temperature, true);
     row.refresh();
   }
 
   bool triggers(float entropy) const {
     if (!has(modulation::kTrigger)) return false;
-    const modulation::State state = copied_state();
-    return double(entropy) > modulation::entropy_threshold(state.spec, state.numbers,
-                                                           entropy_ring(),
-                                                           progress_[modulation::kEntropyPushed]);
+    const float* ring =
+        entropy_.empty() ? modulation::ring_of(record_, modulation::kEntropyRing) : entropy_.data();
+    const int64_t pushed = progress_[modulation::kEntropyPushed];
+    return double(entropy) > modulation::entropy_threshold(record_, ring, pushed);
   }
 
   // -inf, of a bad row, is not pushed to a window.
   void commit(int64_t token, float entropy, float confidence) {
-    if (!is_controlled()) return;
-    copy_windows();
-    const int64_t slot = 0, length = 1;
+    if (record_ == nullptr) return;
+    copy_ring(modulation::kTrigger, modulation::kEntropyRing, modulation::kMaxEntropy, entropy_);
+    copy_ring(modulation::kDeepConf, modulation::kConfidenceRing, modulation::kMaxConfidence,
+              confidence_);
+    const int64_t length = 1;
     modulation::CommitParams p{};
-    p.state = copied_state();
-    p.progress = progress_;
-    p.slot = &slot, p.tokens = &token, p.length = &length;
+    p.state = c_.state;
+    p.tokens = &token, p.length = &length;
     p.batch = p.steps = 1;
     p.entropy = &entropy, p.confidence = &confidence;
-    p.confidence_ring = confidence_.data(), p.entropy_ring = entropy_.data();
-    p.confidence_sum = &confidence_sum_;
-    modulation::commit_row(p, 0, 0);
+    modulation::commit_row(p, 0, record_, {progress_, confidence_.data(), entropy_.data()});
   }
 
  private:
-  bool is_controlled() const { return c_.slot != nullptr && c_.state.controls(slot_); }
+  static bool is_controlled(const ControlParams& c, int64_t b) {
+    return c.slot != nullptr && c.state.controls(c.slot[b]);
+  }
 
   bool has(modulation::Part part) const {
-    return is_controlled() && (c_.state.spec_of(slot_)[modulation::kParts] & part) != 0;
+    return record_ != nullptr && (record_[modulation::kParts] & part) != 0;
   }
 
-  // One slot: this one, with what the walk has committed.
-  modulation::State copied_state() const {
-    return {c_.state.spec_of(slot_), c_.state.numbers_of(slot_), progress_, c_.state.sets, 1};
-  }
-
-  const float* entropy_ring() const {
-    return entropy_.empty() ? c_.entropy_ring + slot_ * modulation::kMaxEntropy : entropy_.data();
-  }
-
-  void copy_windows() {
-    if (has(modulation::kTrigger) && entropy_.empty()) {
-      const float* ring = entropy_ring();
-      entropy_.assign(ring, ring + modulation::kMaxEntropy);
-    }
-    if (has(modulation::kDeepConf) && confidence_.empty()) {
-      const float* ring = c_.confidence_ring + slot_ * modulation::kMaxConfidence;
-      confidence_.assign(ring, ring + modulation::kMaxConfidence);
-      confidence_sum_ = c_.confidence_sum[slot_];
-    }
+  void copy_ring(modulation::Part part, int column, int size, std::vector<float>& to) const {
+    if (!has(part) || !to.empty()) return;
+    const float* ring = modulation::ring_of(record_, column);
+    to.assign(ring, ring + size);
   }
 
   const ControlParams& c_;
-  const int64_t slot_;
+  const int64_t* record_;  // null: no control
   int64_t progress_[modulation::kProgressWidth];
   std::vector<float> confidence_, entropy_;
-  double confidence_sum_ = 0;
 };
 
 }  // namespace cpu

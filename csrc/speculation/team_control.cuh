@@ -20,69 +20,58 @@ struct ControlShared : TeamShared {
   float wait_value, soft_value;  // the latter -inf until the row's largest logit is known
   int64_t progress[modulation::kProgressWidth];
   float confidence_ring[modulation::kMaxConfidence], entropy_ring[modulation::kMaxEntropy];
-  double confidence_sum;
   float confidence;  // of the last row
 };
 
 struct TeamSlot {
-  const ControlParams* params;
-  int64_t slot;  // -1: no control
+  const modulation::State* state;
+  const int64_t* record;  // null: no control
 
   __device__ TeamSlot(const ControlParams& p, int64_t b)
-      : params(&p), slot(p.slot != nullptr && p.state.controls(p.slot[b]) ? p.slot[b] : -1) {}
+      : state(&p.state),
+        record(p.slot != nullptr && p.state.controls(p.slot[b]) ? p.state.record_of(p.slot[b])
+                                                                : nullptr) {}
 
   __device__ bool has(modulation::Part part) const {
-    return slot >= 0 && (params->state.spec_of(slot)[modulation::kParts] & part) != 0;
+    return record != nullptr && (record[modulation::kParts] & part) != 0;
   }
 
-  // `walks`: with the windows, too.
+  // `walks`: with the window of confidences, too.
   __device__ void load(ControlShared& s, bool walks) const {
     __syncthreads();  // the request before is done
-    if (slot < 0) return;
-    const int64_t* progress = params->state.progress + slot * modulation::kProgressWidth;
-    for (int i = int(threadIdx.x); i < modulation::kProgressWidth; i += int(blockDim.x)) {
-      s.progress[i] = progress[i];
-    }
-    const float* entropy = params->entropy_ring + slot * modulation::kMaxEntropy;
-    for (int i = int(threadIdx.x); i < modulation::kMaxEntropy; i += int(blockDim.x)) {
-      s.entropy_ring[i] = entropy[i];
-    }
+    if (record == nullptr) return;
+    copy(record, modulation::kProgressWidth, s.progress);
+    copy(modulation::ring_of(record, modulation::kEntropyRing), modulation::kMaxEntropy,
+         s.entropy_ring);
     if (walks && has(modulation::kDeepConf)) {
-      const float* ring = params->confidence_ring + slot * modulation::kMaxConfidence;
-      for (int i = int(threadIdx.x); i < modulation::kMaxConfidence; i += int(blockDim.x)) {
-        s.confidence_ring[i] = ring[i];
-      }
-      if (threadIdx.x == 0) s.confidence_sum = params->confidence_sum[slot];
+      copy(modulation::ring_of(record, modulation::kConfidenceRing), modulation::kMaxConfidence,
+           s.confidence_ring);
     }
     __syncthreads();
   }
 
-  // This slot alone, with what the walk has committed.
-  __device__ modulation::State state(const ControlShared& s) const {
-    const modulation::State& all = params->state;
-    return {all.spec_of(slot), all.numbers_of(slot), s.progress, all.sets, 1};
-  }
-
   RK_DEVICE_CALL bool triggers(const ControlShared& s, float entropy) const {
     if (!has(modulation::kTrigger)) return false;
-    const modulation::State own = state(s);
-    return double(entropy) > modulation::entropy_threshold(own.spec, own.numbers, s.entropy_ring,
+    return double(entropy) > modulation::entropy_threshold(record, s.entropy_ring,
                                                            s.progress[modulation::kEntropyPushed]);
   }
 
   // By one thread of each block. A statistic of -inf is not pushed.
   RK_DEVICE_CALL void commit(ControlShared& s, int64_t token, float entropy,
                              float confidence) const {
-    const int64_t first = 0, length = 1;
+    const int64_t length = 1;
     modulation::CommitParams p{};
-    p.state = state(s);
-    p.progress = s.progress;
-    p.slot = &first, p.tokens = &token, p.length = &length;
+    p.state = *state;
+    p.tokens = &token, p.length = &length;
     p.batch = p.steps = 1;
     p.entropy = &entropy, p.confidence = &confidence;
-    p.confidence_ring = s.confidence_ring, p.entropy_ring = s.entropy_ring;
-    p.confidence_sum = &s.confidence_sum;
-    modulation::commit_row(p, 0, 0);
+    modulation::commit_row(p, 0, record, {s.progress, s.confidence_ring, s.entropy_ring});
+  }
+
+ private:
+  template <class T>
+  __device__ static void copy(const T* from, int count, T* to) {
+    for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) to[i] = from[i];
   }
 };
 
@@ -148,11 +137,10 @@ struct ControlledRow : TeamRow<AnyElement> {
     atomicOr(&shared.map[group / 32], 1u << (group % 32));
   }
 
-  __device__ void mark_set(int32_t set) {
+  __device__ void mark_set(int64_t set) {
     if (set < 0) return;
-    for (int32_t k = sets.offsets[set] + int32_t(threadIdx.x); k < sets.offsets[set + 1];
-         k += int32_t(blockDim.x)) {
-      mark(sets.ids[k]);
+    for (int64_t k = sets.bounds[set] + threadIdx.x; k < sets.bounds[set + 1]; k += blockDim.x) {
+      mark(sets.id(k));
     }
   }
 
@@ -166,11 +154,10 @@ struct ControlledRow : TeamRow<AnyElement> {
 
   __device__ void describe(const TeamSlot& slot, float temperature, bool bans) {
     ControlShared& s = shared;
-    s.active = slot.slot >= 0;
+    s.active = slot.record != nullptr;
     if (!s.active) return;
-    const modulation::State own = slot.state(s);
     modulation::RowControl& c = s.control;
-    c = modulation::control_of(own.spec, own.numbers, modulation::load_progress(own, 0));
+    c = modulation::control_of(slot.record, modulation::load_progress(s.progress));
     s.map_shift = 2;
     while (vocab > 32 * kMapWords << s.map_shift) ++s.map_shift;
     s.forced = c.force >= 0 && c.force < vocab && modulation::can_force(TeamRow::at(c.force));
@@ -221,10 +208,10 @@ struct ControlledRow : TeamRow<AnyElement> {
     return member;
   }
 
-  __device__ int64_t find(int32_t set, int64_t v) const {
+  __device__ int64_t find(int64_t set, int64_t v) const {
     if (set < 0) return 0;
-    const int32_t entry = modulation::entry_of(sets, set, v);
-    return entry < 0 ? 0 : sets.member[entry];
+    const int64_t entry = modulation::entry_of(sets, set, v);
+    return entry < 0 ? 0 : sets.member(entry);
   }
 };
 

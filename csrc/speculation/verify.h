@@ -48,12 +48,10 @@ struct StatisticsParams {
 
 constexpr int kConfidenceTokens = 20;  // the most likely ones, which `confidence` averages over
 
-// What controls the rows; all null: nothing does. Windows are those of modulation::CommitParams.
+// What controls the rows; all null: nothing does.
 struct ControlParams {
   modulation::State state;
   const int64_t* slot;  // (B)
-  const float *confidence_ring, *entropy_ring;
-  const double* confidence_sum;
 };
 
 struct SampleParams {

@@ -196,19 +196,12 @@ inline Tensor make_sample(SampleParams& p, const Tensor& logits, const MaybeTens
 // `state`: the tensors of layout.Storage, in its order; none: no control.
 inline void read_control(ControlParams& c, const Tensor& logits, const MaybeTensor& slot,
                          const std::vector<Tensor>& state) {
-  STD_TORCH_CHECK(state.size() == (slot.has_value() ? 9 : 0),
-                  "state: expected nine tensors with a slot and none without, got ", state.size());
+  STD_TORCH_CHECK(state.size() == (slot.has_value() ? 2 : 0),
+                  "state: expected two tensors with a slot and none without, got ", state.size());
   if (!slot.has_value()) return;
-  using namespace modulation;
-  c.state = describe_state(logits, state[0], state[1], state[2], state[3], state[4], state[5]);
-  const Inputs in(logits);
-  const int64_t slots = c.state.slots, batch[] = {logits.size(0)};
-  const int64_t confidence[] = {slots, kMaxConfidence}, entropy[] = {slots, kMaxEntropy};
-  c.slot = in.read<int64_t>(*slot, "slot", ScalarType::Long, batch);
-  c.confidence_ring =
-      in.read<float>(state[6], "confidence_ring", ScalarType::Float, {confidence, 2});
-  c.entropy_ring = in.read<float>(state[7], "entropy_ring", ScalarType::Float, {entropy, 2});
-  c.confidence_sum = in.read<double>(state[8], "confidence_sum", ScalarType::Double, {&slots, 1});
+  c.state = modulation::describe_state(logits, state[0], state[1]);
+  const int64_t batch[] = {logits.size(0)};
+  c.slot = Inputs(logits).read<int64_t>(*slot, "slot", ScalarType::Long, batch);
 }
 
 // The operators that begin with the arguments of `make_verify`.

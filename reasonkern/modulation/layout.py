@@ -1,11 +1,13 @@
-"""Columns of the state's tensors, one row per slot; csrc/modulation/modulation.h has the same."""
+"""Places in the state's two tensors; csrc/modulation/modulation.h has the same."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+LAYOUT = 1  # of saved states; another one once a place moves
 MAX_SETS = 32
 MAX_WINDOWS, MAX_POINTS = 8, 32  # of a cyclic part, of a schedule
 MAX_END, MAX_WAIT = 64, 32  # ids of a budget's and of a minimum's phrase
@@ -16,53 +18,79 @@ ACTIVE, CYCLIC, TIP, CONSTANT, SCHEDULE, BAN = 1, 2, 4, 8, 16, 32
 BUDGET, SOFT, MIN_THINK, DEEPCONF, TRIGGER = 64, 128, 256, 512, 1024
 ADDERS = (CYCLIC, TIP, CONSTANT, SCHEDULE)  # parts in the order of ADDED_SETS
 
-# spec (S, SPEC_WIDTH) int64: what was asked for. An absent id is -1.
-PARTS, THINK_START, THINK_END = 0, 1, 2
-ADDED_SETS = 3  # one of each of ADDERS
-BAN_SET = 7
-TIP_SPAN, BUDGET_TOKENS, TRACK_FROM, END_LENGTH, MIN_TOKENS, WAIT_LENGTH = 8, 9, 10, 11, 12, 13
-WINDOWS, POINTS, EOS, CONFIDENCE_WINDOW, ENTROPY_WINDOW = 14, 15, 16, 17, 18
-MAX_ID = 19  # the largest id that the request writes to, beside those of the sets
-WINDOW = 24  # MAX_WINDOWS pairs low, high
-POINT_T = WINDOW + 2 * MAX_WINDOWS
-END = POINT_T + MAX_POINTS
-FAILURE = END + MAX_END  # of the Knuth-Morris-Pratt automaton of END
-WAIT = FAILURE + MAX_END
-SPEC_WIDTH = WAIT + MAX_WAIT
+# records (S, RECORD_WIDTH) int64: a row per slot. Columns marked "double" hold the bits of a float64.
+# What every row of logits reads is in the first lines of 64 bytes.
 
-# numbers (S, NUMBERS_WIDTH) float64
-AMPLITUDE, PERIOD, SHIFT, ALPHA, BIAS, SOFT_FROM, SOFT_MARGIN = 0, 1, 2, 3, 4, 5, 6
-CONFIDENCE_THRESHOLD, ENTROPY_FACTOR, ENTROPY_FLOOR, ENTROPY_STD, ENTROPY_FIRST = 7, 8, 9, 10, 11
-POINT_VALUE = 16
-NUMBERS_WIDTH = POINT_VALUE + MAX_POINTS
-
-# progress (S, PROGRESS_WIDTH) int64: what the committed tokens have made of it
+# What the committed tokens have made of it.
 T, SPENT, SWITCH, PHASE, PHRASE, WAIT_AT, IGNORE, STOPPED = 0, 1, 2, 3, 4, 5, 6, 7
 CONFIDENCE_PUSHED, ENTROPY_PUSHED = 8, 9
-PROGRESS_WIDTH = 16
+CONFIDENCE_SUM = 10  # of the confidences in the ring; double
+PROGRESS_WIDTH = 11
+
+# What was asked for. An absent id is -1.
+PARTS, MAX_ID = 11, 12  # MAX_ID: the largest id that is written to, beside those of the sets
+THINK_END, WINDOWS, POINTS = 13, 14, 15
+ADDED_SETS = 16  # one of each of ADDERS
+BAN_SET, TIP_SPAN, BUDGET_TOKENS, MIN_TOKENS = 20, 21, 22, 23
+AMPLITUDE, PERIOD, SHIFT, ALPHA, BIAS, SOFT_FROM, SOFT_MARGIN = range(24, 31)  # double
+TRACK_FROM, THINK_START, END_LENGTH, WAIT_LENGTH, EOS = 31, 32, 33, 34, 35
+CONFIDENCE_WINDOW, ENTROPY_WINDOW = 36, 37
+CONFIDENCE_THRESHOLD, ENTROPY_FACTOR, ENTROPY_FLOOR, ENTROPY_STD, ENTROPY_FIRST = range(38, 43)
+WINDOW = 48  # MAX_WINDOWS pairs low, high
+POINT = WINDOW + 2 * MAX_WINDOWS  # MAX_POINTS pairs t, d; d is double
+WAIT = POINT + 2 * MAX_POINTS
+END = WAIT + MAX_WAIT
+FAILURE = END + MAX_END  # of the Knuth-Morris-Pratt automaton of END
+ROW_WIDTH = FAILURE + MAX_END
+
+# Rings of float32, two to a column: push number n is at n modulo the window.
+CONFIDENCE_RING = ROW_WIDTH
+ENTROPY_RING = CONFIDENCE_RING + MAX_CONFIDENCE // 2
+RECORD_WIDTH = ENTROPY_RING + MAX_ENTROPY // 2
+
+# sets (SET_ENTRIES + K,) int64: bounds, of which s and s + 1 are where the entries of set s begin and
+# end; the largest id; from SET_ENTRIES on the K entries, ids ascending within a set: the id, and bit
+# SET_BITS + s where set s holds it.
+LARGEST_ID, SET_ENTRIES, SET_BITS = MAX_SETS + 1, 40, 32
 
 BEFORE, THINKING, CLOSED = 0, 1, 2  # PHASE
 DONE = -1  # PHRASE, once the budget's phrase is complete or given up
 
 
 class Storage(NamedTuple):
-    """Tensors of a state of S slots over sets with K entries."""
+    """Tensors of a state of S slots over sets with K entries, and views of what they hold."""
 
-    spec: Tensor
-    """(S, SPEC_WIDTH) int64."""
-    numbers: Tensor
-    """(S, NUMBERS_WIDTH) float64."""
-    progress: Tensor
-    """(S, PROGRESS_WIDTH) int64."""
-    set_offsets: Tensor
-    """(sets + 1,) int32: set s has the entries ``set_offsets[s] : set_offsets[s + 1]``."""
-    set_ids: Tensor
-    """(K,) int32, ascending within a set."""
-    set_member: Tensor
-    """(K,) int64: bit s is set where set s holds this entry's id."""
-    confidence: Tensor
-    """(S, MAX_CONFIDENCE) float32 ring: push number n is at n mod CONFIDENCE_WINDOW."""
-    entropy: Tensor
-    """(S, MAX_ENTROPY) float32 ring: push number n is at n mod ENTROPY_WINDOW."""
-    confidence_sum: Tensor
-    """(S,) float64 sum of the confidences in the ring."""
+    records: Tensor
+    """(S, RECORD_WIDTH) int64."""
+    sets: Tensor
+    """(SET_ENTRIES + K,) int64."""
+
+    @property
+    def progress(self) -> Tensor:
+        """(S, PROGRESS_WIDTH) int64."""
+        return self.records[:, :PROGRESS_WIDTH]
+
+    @property
+    def numbers(self) -> Tensor:
+        """(S, RECORD_WIDTH) float64: the columns that are double."""
+        return self.records.view(torch.float64)
+
+    @property
+    def confidence(self) -> Tensor:
+        """(S, MAX_CONFIDENCE) float32 ring."""
+        return self.records[:, CONFIDENCE_RING:ENTROPY_RING].view(torch.float32)
+
+    @property
+    def entropy(self) -> Tensor:
+        """(S, MAX_ENTROPY) float32 ring."""
+        return self.records[:, ENTROPY_RING:].view(torch.float32)
+
+    @property
+    def set_ids(self) -> Tensor:
+        """(K,) int64."""
+        return self.sets[SET_ENTRIES:] & ((1 << SET_BITS) - 1)
+
+    @property
+    def set_member(self) -> Tensor:
+        """(K,) int64: bit s is set where set s holds the entry's id."""
+        return (self.sets[SET_ENTRIES:] >> SET_BITS) & ((1 << MAX_SETS) - 1)

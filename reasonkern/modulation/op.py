@@ -8,17 +8,12 @@ from typing import Any
 from .. import _load
 from . import reference
 
-# `Storage` of layout.py without the windows.
-READ_STATE = (
-    "Tensor spec, Tensor numbers, Tensor progress, Tensor set_offsets, Tensor set_ids, "
-    "Tensor set_member"
-)
+STATE = "Tensor records, Tensor sets"  # `Storage` of layout.py
 SCHEMAS = {
     "modulate_logits_": "(Tensor(a!) logits, Tensor slot, Tensor? local_pos, "
-    f"Tensor? draft_tokens, Tensor? parents, Tensor? temperature, {READ_STATE}, bool dense) -> ()",
+    f"Tensor? draft_tokens, Tensor? parents, Tensor? temperature, {STATE}, bool dense) -> ()",
     "commit_": "(Tensor slot, Tensor tokens, Tensor length, Tensor? entropy, Tensor? confidence, "
-    f"{READ_STATE.replace('Tensor progress', 'Tensor(a!) progress')}, "
-    "Tensor(b!) confidence_ring, Tensor(c!) entropy_ring, Tensor(d!) confidence_sum) -> ()",
+    f"{STATE.replace('Tensor records', 'Tensor(a!) records')}) -> ()",
 }
 
 REFERENCE: dict[str, Callable[..., Any]] = {
@@ -27,12 +22,12 @@ REFERENCE: dict[str, Callable[..., Any]] = {
 }
 
 
-SPEC = {"modulate_logits_": 6, "commit_": 5}  # place of that argument
+RECORDS = {"modulate_logits_": 6, "commit_": 5}  # place of that argument
 
 
 def _fake(name: str) -> Callable[..., None]:
     def check(*args: Any) -> None:
-        if args[0].device != args[SPEC[name]].device:
+        if args[0].device != args[RECORDS[name]].device:
             raise RuntimeError(f"{name}: expected all tensors on one device")
 
     return check

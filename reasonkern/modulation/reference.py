@@ -21,6 +21,7 @@ from .reference_fold import (
     load,
     must_think,
     paths,
+    sets_of,
 )
 
 INF = float("inf")
@@ -51,63 +52,64 @@ def wave(amplitude: Tensor, period: Tensor, shift: Tensor, t: Tensor) -> Tensor:
     return amplitude * (4 * u / period - 2).abs() - amplitude
 
 
-def control_of(spec: Tensor, numbers: Tensor, p: Progress) -> Control:
+def control_of(record: Tensor, p: Progress) -> Control:
+    numbers = record.view(torch.float64)
     thinking = p.phase == at.THINKING
-    added = _added(spec, numbers, p) * thinking.unsqueeze(-1)
-    sets = spec[:, at.ADDED_SETS : at.ADDED_SETS + len(at.ADDERS)]
-    minimum = must_think(spec, p)
-    ramps = (p.spent >= spec[:, at.TRACK_FROM]) & (p.spent < spec[:, at.BUDGET_TOKENS])
-    ramps &= thinking & has(spec, at.SOFT) & (p.phrase != at.DONE)
+    added = _added(record, numbers, p) * thinking.unsqueeze(-1)
+    sets = record[:, at.ADDED_SETS : at.ADDED_SETS + len(at.ADDERS)]
+    minimum = must_think(record, p)
+    ramps = (p.spent >= record[:, at.TRACK_FROM]) & (p.spent < record[:, at.BUDGET_TOKENS])
+    ramps &= thinking & has(record, at.SOFT) & (p.phrase != at.DONE)
     start = numbers[:, at.SOFT_FROM]
-    share = (p.spent.double() - start) / (spec[:, at.BUDGET_TOKENS].double() - start)
+    share = (p.spent.double() - start) / (record[:, at.BUDGET_TOKENS].double() - start)
     return Control(
-        force=_forced_id(spec, p),
+        force=_forced_id(record, p),
         added=added,
         sets=torch.where(added != 0, sets, -1),
-        ban=torch.where(thinking & has(spec, at.BAN), spec[:, at.BAN_SET], -1),
-        end=torch.where(minimum, spec[:, at.THINK_END], -1),
-        wait=torch.where(minimum, spec[:, at.WAIT], -1),
-        soft=torch.where(ramps, entry(spec, at.END, p.phrase), -1),
+        ban=torch.where(thinking & has(record, at.BAN), record[:, at.BAN_SET], -1),
+        end=torch.where(minimum, record[:, at.THINK_END], -1),
+        wait=torch.where(minimum, record[:, at.WAIT], -1),
+        soft=torch.where(ramps, entry(record, at.END, p.phrase), -1),
         weight=torch.where(ramps, share, 0.0),
         margin=numbers[:, at.SOFT_MARGIN],
     )
 
 
-def _forced_id(spec: Tensor, p: Progress) -> Tensor:
-    stops = has(spec, at.DEEPCONF) & (p.stopped != 0) & (spec[:, at.EOS] >= 0)
-    spent = has(spec, at.BUDGET) & (p.spent >= spec[:, at.BUDGET_TOKENS]) & (p.phrase != at.DONE)
+def _forced_id(record: Tensor, p: Progress) -> Tensor:
+    stops = has(record, at.DEEPCONF) & (p.stopped != 0) & (record[:, at.EOS] >= 0)
+    spent = has(record, at.BUDGET) & (p.spent >= record[:, at.BUDGET_TOKENS]) & (p.phrase != at.DONE)
     spent &= (p.phase == at.THINKING) | (p.phrase > 0)
-    waits = has(spec, at.MIN_THINK) & (p.wait > 0)
-    force = torch.where(waits, entry(spec, at.WAIT, p.wait), -1)
-    force = torch.where(spent, entry(spec, at.END, p.phrase), force)
-    return torch.where(stops, spec[:, at.EOS], force)
+    waits = has(record, at.MIN_THINK) & (p.wait > 0)
+    force = torch.where(waits, entry(record, at.WAIT, p.wait), -1)
+    force = torch.where(spent, entry(record, at.END, p.phrase), force)
+    return torch.where(stops, record[:, at.EOS], force)
 
 
-def _added(spec: Tensor, numbers: Tensor, p: Progress) -> Tensor:
+def _added(record: Tensor, numbers: Tensor, p: Progress) -> Tensor:
     """(R, 4), 0 where a part is absent or outside its window."""
     t = p.t
-    pairs = spec[:, at.WINDOW : at.POINT_T].unflatten(1, (-1, 2))
-    used = torch.arange(at.MAX_WINDOWS, device=t.device) < spec[:, at.WINDOWS, None]
+    pairs = record[:, at.WINDOW : at.POINT].unflatten(1, (-1, 2))
+    used = torch.arange(at.MAX_WINDOWS, device=t.device) < record[:, at.WINDOWS, None]
     inside = (t[:, None] >= pairs[..., 0]) & (t[:, None] < pairs[..., 1]) & used
-    inside = inside.any(-1) | (spec[:, at.WINDOWS] == 0)
-    period = torch.where(has(spec, at.CYCLIC), numbers[:, at.PERIOD], 1.0)
+    inside = inside.any(-1) | (record[:, at.WINDOWS] == 0)
+    period = torch.where(has(record, at.CYCLIC), numbers[:, at.PERIOD], 1.0)
     cyclic = wave(numbers[:, at.AMPLITUDE], period, numbers[:, at.SHIFT], t)
-    near = t < p.switched + spec[:, at.TIP_SPAN]
+    near = t < p.switched + record[:, at.TIP_SPAN]
     parts = (
         torch.where(inside, cyclic, 0.0),
         torch.where(near, -numbers[:, at.ALPHA], 0.0),
         numbers[:, at.BIAS],
-        _scheduled(spec, numbers, t),
+        _scheduled(record, numbers, t),
     )
-    rows = [torch.where(has(spec, k), x, 0.0) for k, x in zip(at.ADDERS, parts, strict=True)]
+    rows = [torch.where(has(record, k), x, 0.0) for k, x in zip(at.ADDERS, parts, strict=True)]
     return torch.stack(rows, -1)
 
 
-def _scheduled(spec: Tensor, numbers: Tensor, t: Tensor) -> Tensor:
+def _scheduled(record: Tensor, numbers: Tensor, t: Tensor) -> Tensor:
     """Linear between the points, constant outside them."""
-    times = spec[:, at.POINT_T : at.POINT_T + at.MAX_POINTS]
-    values = numbers[:, at.POINT_VALUE :]
-    last = (spec[:, at.POINTS, None] - 1).clamp_min(0)
+    times, values = (x[:, at.POINT : at.WAIT] for x in (record, numbers))
+    times, values = times[:, ::2], values[:, 1::2]
+    last = (record[:, at.POINTS, None] - 1).clamp_min(0)
     used = torch.arange(at.MAX_POINTS, device=t.device) <= last
     left = ((times <= t[:, None]) & used).sum(-1, keepdim=True) - 1
     low, high = left.clamp_min(0), torch.minimum((left + 1).clamp_min(0), last)
@@ -201,23 +203,23 @@ def _apply_soft(logits: Tensor, c: Control, where: Tensor) -> None:
 
 def modulate_logits_(
     logits: Tensor, slot: Tensor, local_pos: Tensor | None, draft_tokens: Tensor | None,
-    parents: Tensor | None, temperature: Tensor | None, spec: Tensor, numbers: Tensor,
-    progress: Tensor, set_offsets: Tensor, set_ids: Tensor, set_member: Tensor, dense: bool,
+    parents: Tensor | None, temperature: Tensor | None, records: Tensor, sets: Tensor, dense: bool,
 ) -> None:  # fmt: skip
-    sets = Sets(set_offsets, set_ids, set_member)
+    entries = sets_of(at.Storage(records, sets))
     if parents is not None:
         slot = slot.repeat_interleave(len(parents))
-    where, slot = controlled(spec, slot)
+    where, slot = controlled(records, slot)
     path = paths(len(logits), local_pos, draft_tokens, parents).to(logits.device)
-    p = fold_path(spec[slot], sets, load(progress, slot), path)
-    apply(logits, control_of(spec[slot], numbers[slot], p), sets, temperature, dense, where)
+    record = records[slot]
+    p = fold_path(record, entries, load(records, slot), path)
+    apply(logits, control_of(record, p), entries, temperature, dense, where)
 
 
-def controlled(spec: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+def controlled(records: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
     """(rows of slots in use, slots with 0 instead of padding)."""
-    inside = (slot >= 0) & (slot < len(spec))
+    inside = (slot >= 0) & (slot < len(records))
     slot = torch.where(inside, slot, 0)
-    return inside & has(spec[slot], at.ACTIVE), slot
+    return inside & has(records[slot], at.ACTIVE), slot
 
 
 # ---- accepted tokens
@@ -225,58 +227,54 @@ def controlled(spec: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
 
 def commit_(
     slot: Tensor, tokens: Tensor, length: Tensor, entropy: Tensor | None,
-    confidence: Tensor | None, spec: Tensor, numbers: Tensor, progress: Tensor,
-    set_offsets: Tensor, set_ids: Tensor, set_member: Tensor, confidence_ring: Tensor,
-    entropy_ring: Tensor, confidence_sum: Tensor,
+    confidence: Tensor | None, records: Tensor, sets: Tensor,
 ) -> None:  # fmt: skip
-    sets = Sets(set_offsets, set_ids, set_member)
-    where, _ = controlled(spec, slot)
+    state = at.Storage(records, sets)
+    entries = sets_of(state)
+    where, _ = controlled(records, slot)
     kept = where.nonzero().squeeze(-1)
     slot, tokens, length = slot[kept], tokens[kept], length[kept]
-    rows = spec[slot]
-    p, alive = load(progress, slot), torch.ones_like(kept, dtype=torch.bool)
+    rows = records[slot]
+    p, alive = load(records, slot), torch.ones_like(kept, dtype=torch.bool)
     for j in range(tokens.shape[1]):
         alive = alive & (j < length) & (tokens[:, j] >= 0)
         # The law of a forced row is not the model's; a token that was due came by force.
         free = alive & (tokens[:, j] != _forced_id(rows, p))
-        p = fold(rows, sets, p, tokens[:, j], alive)
+        p = fold(rows, entries, p, tokens[:, j], alive)
         if confidence is not None:
             pushed = free & has(rows, at.DEEPCONF) & confidence[kept, j].isfinite()
-            _push_confidence(slot[pushed], confidence[kept, j][pushed], spec, numbers, progress,
-                             confidence_ring, confidence_sum)  # fmt: skip
-            p = p._replace(stopped=progress[slot, at.STOPPED])
+            _push_confidence(state, slot[pushed], confidence[kept, j][pushed])
+            p = p._replace(stopped=records[slot, at.STOPPED])
         if entropy is not None:
             pushed = free & has(rows, at.TRIGGER) & entropy[kept, j].isfinite()
-            _push_entropy(slot[pushed], entropy[kept, j][pushed], spec, progress, entropy_ring)
-    progress[slot, : at.STOPPED] = torch.stack(p[: at.STOPPED], -1)
+            _push_entropy(state, slot[pushed], entropy[kept, j][pushed])
+    records[slot, : at.STOPPED] = torch.stack(p[: at.STOPPED], -1)
 
 
-def _push_confidence(
-    slot: Tensor, value: Tensor, spec: Tensor, numbers: Tensor, progress: Tensor, ring: Tensor,
-    total: Tensor,
-) -> None:  # fmt: skip
+def _push_confidence(state: at.Storage, slot: Tensor, value: Tensor) -> None:
     """The running mean of DeepConf; once it is below the threshold the request stays stopped."""
-    window, pushed = spec[slot, at.CONFIDENCE_WINDOW], progress[slot, at.CONFIDENCE_PUSHED]
+    records, numbers, ring = state.records, state.numbers, state.confidence
+    window, pushed = records[slot, at.CONFIDENCE_WINDOW], records[slot, at.CONFIDENCE_PUSHED]
     place = pushed % window
     old = torch.where(pushed < window, 0.0, ring[slot, place].double())
-    total[slot] += value.double() - old
+    total = numbers[slot, at.CONFIDENCE_SUM] + (value.double() - old)
+    numbers[slot, at.CONFIDENCE_SUM] = total
     ring[slot, place] = value
-    progress[slot, at.CONFIDENCE_PUSHED] = pushed + 1
-    low = total[slot] < numbers[slot, at.CONFIDENCE_THRESHOLD] * window.double()
-    progress[slot, at.STOPPED] |= ((pushed + 1 >= window) & low).long()
+    records[slot, at.CONFIDENCE_PUSHED] = pushed + 1
+    low = total < numbers[slot, at.CONFIDENCE_THRESHOLD] * window.double()
+    records[slot, at.STOPPED] |= ((pushed + 1 >= window) & low).long()
 
 
-def _push_entropy(
-    slot: Tensor, value: Tensor, spec: Tensor, progress: Tensor, ring: Tensor
-) -> None:
-    pushed = progress[slot, at.ENTROPY_PUSHED]
-    ring[slot, pushed % spec[slot, at.ENTROPY_WINDOW]] = value
-    progress[slot, at.ENTROPY_PUSHED] = pushed + 1
+def _push_entropy(state: at.Storage, slot: Tensor, value: Tensor) -> None:
+    pushed = state.records[slot, at.ENTROPY_PUSHED]
+    state.entropy[slot, pushed % state.records[slot, at.ENTROPY_WINDOW]] = value
+    state.records[slot, at.ENTROPY_PUSHED] = pushed + 1
 
 
-def entropy_threshold(spec: Tensor, numbers: Tensor, ring: Tensor, pushed: Tensor) -> Tensor:
-    """(R,) float64: entropy above which a row triggers; of rows of slots with TRIGGER."""
-    window = spec[:, at.ENTROPY_WINDOW].clamp_min(2)
+def entropy_threshold(state: at.Storage) -> Tensor:
+    """(S,) float64: entropy above which a row of each slot, one with TRIGGER, triggers."""
+    records, numbers, ring = state.records, state.numbers, state.entropy
+    window = records[:, at.ENTROPY_WINDOW].clamp_min(2)
     used = torch.arange(at.MAX_ENTROPY, device=ring.device) < window.unsqueeze(-1)
     values = torch.where(used, ring.double(), 0.0)
     mean = values.sum(-1) / window
@@ -286,4 +284,4 @@ def entropy_threshold(spec: Tensor, numbers: Tensor, ring: Tensor, pushed: Tenso
     high = torch.maximum(
         mean + numbers[:, at.ENTROPY_FACTOR] * spread, numbers[:, at.ENTROPY_FLOOR]
     )
-    return torch.where(pushed < window, numbers[:, at.ENTROPY_FIRST], high)
+    return torch.where(records[:, at.ENTROPY_PUSHED] < window, numbers[:, at.ENTROPY_FIRST], high)

@@ -11,9 +11,8 @@ from . import layout as at
 
 
 class Sets(NamedTuple):
-    """See `layout.Storage`."""
+    """Entries of all sets, see `layout.Storage`."""
 
-    offsets: Tensor
     ids: Tensor
     member: Tensor
 
@@ -31,8 +30,12 @@ class Progress(NamedTuple):
     stopped: Tensor
 
 
-def load(progress: Tensor, slot: Tensor) -> Progress:
-    return Progress(*progress[slot, : len(Progress._fields)].unbind(1))
+def sets_of(state: at.Storage) -> Sets:
+    return Sets(state.set_ids, state.set_member)
+
+
+def load(records: Tensor, slot: Tensor) -> Progress:
+    return Progress(*records[slot, : len(Progress._fields)].unbind(1))
 
 
 def holds(sets: Sets, index: Tensor, token: Tensor) -> Tensor:
@@ -41,66 +44,66 @@ def holds(sets: Sets, index: Tensor, token: Tensor) -> Tensor:
     return ((sets.ids == token.unsqueeze(-1)) & (inside != 0) & (index >= 0).unsqueeze(-1)).any(-1)
 
 
-def has(spec: Tensor, part: int) -> Tensor:
-    return (spec[:, at.PARTS] & part) != 0
+def has(record: Tensor, part: int) -> Tensor:
+    return (record[:, at.PARTS] & part) != 0
 
 
-def entry(spec: Tensor, column: int, index: Tensor) -> Tensor:
+def entry(record: Tensor, column: int, index: Tensor) -> Tensor:
     """Element index[r] of the array of row r that begins at a column."""
-    return spec.gather(1, (column + index.clamp_min(0)).unsqueeze(-1)).squeeze(-1)
+    return record.gather(1, (column + index.clamp_min(0)).unsqueeze(-1)).squeeze(-1)
 
 
 # ---- what a token does
 
 
-def fold(spec: Tensor, sets: Sets, p: Progress, token: Tensor, where: Tensor) -> Progress:
+def fold(record: Tensor, sets: Sets, p: Progress, token: Tensor, where: Tensor) -> Progress:
     """Progress after one more generated token, in the rows of `where`."""
-    wait, ignore = _fold_wait(spec, p, token)
-    phrase = _fold_phrase(spec, p, token)
+    wait, ignore = _fold_wait(record, p, token)
+    phrase = _fold_phrase(record, p, token)
     thinking = p.phase == at.THINKING
-    closes = thinking & (token == spec[:, at.THINK_END])
-    opens = (p.phase == at.BEFORE) & (token == spec[:, at.THINK_START])
+    closes = thinking & (token == record[:, at.THINK_END])
+    opens = (p.phase == at.BEFORE) & (token == record[:, at.THINK_START])
     phase = torch.where(closes, at.CLOSED, torch.where(opens, at.THINKING, p.phase))
     spent = torch.where(opens, 0, p.spent + (thinking & ~closes))
     t = p.t + 1
-    switches = has(spec, at.TIP) & holds(sets, spec[:, at.ADDED_SETS + 1], token)
+    switches = has(record, at.TIP) & holds(sets, record[:, at.ADDED_SETS + 1], token)
     switched = torch.where(switches, t, p.switched)
     new = Progress(t, spent, switched, phase, phrase, wait, ignore, p.stopped)
     return Progress(*(torch.where(where, a, b) for a, b in zip(new, p, strict=True)))
 
 
-def must_think(spec: Tensor, p: Progress) -> Tensor:
-    few = p.spent < spec[:, at.MIN_TOKENS]
-    return has(spec, at.MIN_THINK) & (p.phase == at.THINKING) & (few | (p.ignore > 0))
+def must_think(record: Tensor, p: Progress) -> Tensor:
+    few = p.spent < record[:, at.MIN_TOKENS]
+    return has(record, at.MIN_THINK) & (p.phase == at.THINKING) & (few | (p.ignore > 0))
 
 
-def _fold_wait(spec: Tensor, p: Progress, token: Tensor) -> tuple[Tensor, Tensor]:
-    length = spec[:, at.WAIT_LENGTH]
-    continues = (p.wait > 0) & (token == entry(spec, at.WAIT, p.wait))
-    starts = ~continues & must_think(spec, p) & (token == spec[:, at.WAIT])
+def _fold_wait(record: Tensor, p: Progress, token: Tensor) -> tuple[Tensor, Tensor]:
+    length = record[:, at.WAIT_LENGTH]
+    continues = (p.wait > 0) & (token == entry(record, at.WAIT, p.wait))
+    starts = ~continues & must_think(record, p) & (token == record[:, at.WAIT])
     following = torch.where(p.wait + 1 == length, 0, p.wait + 1)
     wait = torch.where(continues, following, (starts & (length > 1)).to(p.wait.dtype))
     return wait, p.ignore - (starts & (p.ignore > 0)).to(p.ignore.dtype)
 
 
-def _fold_phrase(spec: Tensor, p: Progress, token: Tensor) -> Tensor:
+def _fold_phrase(record: Tensor, p: Progress, token: Tensor) -> Tensor:
     """A Knuth-Morris-Pratt automaton that runs from that many spent tokens, TRACK_FROM, on.
 
     Once thinking has ended there is nothing left to enforce and a mismatch gives the phrase up.
     """
     thinking = p.phase == at.THINKING
-    runs = has(spec, at.BUDGET) & (p.phrase != at.DONE) & (p.spent >= spec[:, at.TRACK_FROM])
+    runs = has(record, at.BUDGET) & (p.phrase != at.DONE) & (p.spent >= record[:, at.TRACK_FROM])
     runs &= thinking | (p.phrase > 0)
     matched = torch.where(runs, p.phrase, 0)
     while True:
-        falls = (matched > 0) & (entry(spec, at.END, matched) != token)
+        falls = (matched > 0) & (entry(record, at.END, matched) != token)
         if not falls.any():
             break
-        matched = torch.where(falls, entry(spec, at.FAILURE, matched - 1), matched)
-    matched = matched + (entry(spec, at.END, matched) == token)
-    stays_open = thinking & (token != spec[:, at.THINK_END])
+        matched = torch.where(falls, entry(record, at.FAILURE, matched - 1), matched)
+    matched = matched + (entry(record, at.END, matched) == token)
+    stays_open = thinking & (token != record[:, at.THINK_END])
     given_up = ~stays_open & (matched != p.phrase + 1)
-    done = given_up | (matched == spec[:, at.END_LENGTH])
+    done = given_up | (matched == record[:, at.END_LENGTH])
     return torch.where(runs, torch.where(done, at.DONE, matched), p.phrase)
 
 
@@ -135,7 +138,7 @@ def _ancestors(parents: list[int]) -> Tensor:
     return torch.tensor(padded, dtype=torch.int64).reshape(len(parents), depth)
 
 
-def fold_path(spec: Tensor, sets: Sets, p: Progress, path: Tensor) -> Progress:
+def fold_path(record: Tensor, sets: Sets, p: Progress, path: Tensor) -> Progress:
     for token in path.unbind(1):
-        p = fold(spec, sets, p, token, token >= 0)
+        p = fold(record, sets, p, token, token >= 0)
     return p

@@ -13,8 +13,6 @@ from ..speculation.reference_verify import Rows, Told, nothing_told, rows_of, wa
 from . import layout as at
 from . import reference, reference_fold
 
-PER_SLOT = ("spec", "numbers", "progress", "confidence", "entropy", "confidence_sum")
-
 
 class Slots:
     """The slots of B requests; tokens of a walk are committed to a copy of them."""
@@ -23,22 +21,19 @@ class Slots:
     commit: Callable[..., None] = staticmethod(reference.commit_)
 
     def __init__(self, slot: Tensor, state: list[Tensor]) -> None:
-        storage = at.Storage(*state)
-        where, kept = reference.controlled(storage.spec, slot)
-        self.own = storage._replace(**{n: getattr(storage, n)[kept] for n in PER_SLOT})  # copies
+        records, sets = state
+        where, kept = reference.controlled(records, slot)
+        self.own = at.Storage(records[kept], sets)  # a copy
         self.rows = torch.where(where, torch.arange(len(slot), device=slot.device), -1)
 
     def apply(self, logits: Tensor, temperature: Tensor) -> Tensor:
         out = logits.clone()
-        self.modulate(out, self.rows, None, None, None, temperature, *self.own[:6], True)
+        self.modulate(out, self.rows, None, None, None, temperature, *self.own, True)
         return out
 
     def trigger(self, entropy: Tensor) -> Tensor:
-        own = self.own
-        pushed = own.progress[:, at.ENTROPY_PUSHED]
-        threshold = reference.entropy_threshold(own.spec, own.numbers, own.entropy, pushed)
-        watches = (self.rows >= 0) & reference_fold.has(own.spec, at.TRIGGER)
-        return watches & (entropy.double() > threshold)
+        watches = (self.rows >= 0) & reference_fold.has(self.own.records, at.TRIGGER)
+        return watches & (entropy.double() > reference.entropy_threshold(self.own))
 
     def advance(self, token: Tensor, told: Told | None, taken: Tensor) -> None:
         entropy = None if told is None else told.entropy.unsqueeze(-1)

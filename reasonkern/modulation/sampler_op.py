@@ -1,6 +1,6 @@
 """Operators of the sampler: schema, fake and registrations. Inference only: no autograd.
 
-`state` holds the tensors of `layout.Storage`, in its order; without a slot there are none.
+`state` holds the tensors of `layout.Storage`; without a slot there are none.
 """
 
 from __future__ import annotations

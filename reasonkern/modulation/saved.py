@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any
 
 import torch
@@ -25,53 +25,55 @@ PROGRESS = {at.PHASE: at.CLOSED + 1, at.WAIT_AT: at.MAX_WAIT + 1}
 COUNTS = (at.T, at.SPENT, at.SWITCH, at.IGNORE, at.CONFIDENCE_PUSHED, at.ENTROPY_PUSHED)
 
 
-def check_saved(state: Mapping[str, Any], own: at.Storage) -> None:
+def check_saved(state: Mapping[str, Any], own: at.Storage, sets: Sized) -> None:
     """ValueError for a tensor that no state over the same sets has; reads them on the host."""
     _checks.check_saved(state, own._asdict(), "state")
-    for name in ("set_offsets", "set_ids", "set_member"):
-        if not torch.equal(state[name].cpu(), getattr(own, name).cpu()):
-            _checks.fail(f"state[{name!r}]", "that of this state's sets", state[name].tolist())
-    spec = state["spec"].cpu()
-    _check_spec(spec, len(own.set_offsets) - 1)
-    period = state["numbers"].cpu()[:, at.PERIOD]
-    if not (period > 0)[(spec[:, at.PARTS] & at.CYCLIC) != 0].all():
-        _checks.fail("state['numbers']", "periods above 0", period.tolist())
-    progress = state["progress"].cpu()
+    if not torch.equal(state["sets"].cpu(), own.sets.cpu()):
+        _checks.fail("state['sets']", "those of this state", state["sets"].tolist())
+    records = state["records"].cpu()
+    _check_spec(records, len(sets))
+    period = records.view(torch.float64)[:, at.PERIOD]
+    if not (period > 0)[(records[:, at.PARTS] & at.CYCLIC) != 0].all():
+        _checks.fail("state['records']", "periods above 0", period.tolist())
     for column, end in PROGRESS.items():
-        _checks.check_range("state['progress']", progress[:, column], 0, end)
+        _check(records[:, column], 0, end)
     for column in COUNTS:
-        _checks.check_range("state['progress']", progress[:, column], 0, _checks.INT64)
-    _checks.check_range("state['progress']", progress[:, at.PHRASE], at.DONE, at.MAX_END + 1)
+        _check(records[:, column], 0, _checks.INT64)
+    _check(records[:, at.PHRASE], at.DONE, at.MAX_END + 1)
 
 
-def _check_spec(spec: Tensor, sets: int) -> None:
-    parts = spec[:, at.PARTS]
-    _checks.check_range("state['spec']", parts, 0, 2 * at.TRIGGER)
+def _check(values: Tensor, low: int, high: int, where: Tensor | None = None) -> None:
+    _checks.check_range("state['records']", values, low, high, where=where)
+
+
+def _check_spec(records: Tensor, sets: int) -> None:
+    parts = records[:, at.PARTS]
+    _check(parts, 0, 2 * at.TRIGGER)
     for column, part, low, high in LENGTHS:
-        given, used = spec[:, column], (parts & part) != 0
-        _checks.check_range("state['spec']", given, -1, high + 1)
-        _checks.check_range("state['spec']", given, low, high + 1, where=used)
+        given, used = records[:, column], (parts & part) != 0
+        _check(given, -1, high + 1)
+        _check(given, low, high + 1, where=used)
     place = torch.arange(at.MAX_END)
-    inside = place < spec[:, at.END_LENGTH, None]
-    failure = spec[:, at.FAILURE : at.WAIT]
-    _checks.check_range("state['spec']", failure, 0, at.MAX_END, where=inside)
-    _checks.check_range("state['spec']", failure - place, -at.MAX_END, 1, where=inside)
+    inside = place < records[:, at.END_LENGTH, None]
+    failure = records[:, at.FAILURE : at.ROW_WIDTH]
+    _check(failure, 0, at.MAX_END, where=inside)
+    _check(failure - place, -at.MAX_END, 1, where=inside)
     columns = [(at.ADDED_SETS + k, part) for k, part in enumerate(at.ADDERS)]
     for column, part in [*columns, (at.BAN_SET, at.BAN)]:
-        _checks.check_range("state['spec']", spec[:, column], 0, sets, where=(parts & part) != 0)
-    ids = torch.cat((spec[:, [at.THINK_START, at.THINK_END, at.EOS]], _phrases(spec)), 1)
-    _checks.check_range("state['spec']", ids, -1, ID_LIMIT)
-    above = torch.where((parts != 0)[:, None], ids[:, 1:] - spec[:, at.MAX_ID, None], 0)
-    _checks.check_range("state['spec']", above, -ID_LIMIT - 1, 1)
+        _check(records[:, column], 0, sets, where=(parts & part) != 0)
+    ids = torch.cat((records[:, [at.THINK_START, at.THINK_END, at.EOS]], _phrases(records)), 1)
+    _check(ids, -1, ID_LIMIT)
+    above = torch.where((parts != 0)[:, None], ids[:, 1:] - records[:, at.MAX_ID, None], 0)
+    _check(above, -ID_LIMIT - 1, 1)
 
 
-def _phrases(spec: Tensor) -> Tensor:
+def _phrases(records: Tensor) -> Tensor:
     """The ids of both phrases; -1 beyond their lengths."""
     phrases = []
     for begin, length, width in (
         (at.END, at.END_LENGTH, at.MAX_END),
         (at.WAIT, at.WAIT_LENGTH, at.MAX_WAIT),
     ):
-        used = torch.arange(width) < spec[:, length, None]
-        phrases.append(torch.where(used, spec[:, begin : begin + width], -1))
+        used = torch.arange(width) < records[:, length, None]
+        phrases.append(torch.where(used, records[:, begin : begin + width], -1))
     return torch.cat(phrases, 1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .layout import MAX_SETS
+from .layout import LARGEST_ID, MAX_SETS, SET_BITS, SET_ENTRIES
 from .spec import checked_id
 
 VARIANTS = ("exact", "space", "all")
@@ -98,21 +98,22 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
             _checks.fail("sets", expected, ", ".join(missing))
         return cls(found)
 
-    def tensors(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-        """Offsets, ids and memberships as in ``layout.Storage``."""
-        offsets: list[int] = [0]
+    def tensor(self) -> Tensor:
+        """All sets as in ``layout.Storage``, on the CPU."""
+        bounds: list[int] = [0]
         ids: list[int] = []
         bits: dict[int, int] = {}
         for s, own in enumerate(self._sets.values()):
             ids += own
-            offsets.append(len(ids))
+            bounds.append(len(ids))
             bits |= {i: bits.get(i, 0) | 1 << s for i in own}
-        member = [bits[i] for i in ids]
-        return (
-            torch.tensor(offsets, dtype=torch.int32, device=device),
-            torch.tensor(ids, dtype=torch.int32, device=device),
-            torch.tensor(member, dtype=torch.int64, device=device),
-        )
+        packed = torch.zeros(SET_ENTRIES + len(ids), dtype=torch.int64)
+        packed[: LARGEST_ID] = len(ids)
+        packed[: len(bounds)] = torch.tensor(bounds)
+        packed[LARGEST_ID] = self.max_id
+        member = torch.tensor([bits[i] for i in ids])
+        packed[SET_ENTRIES:] = torch.tensor(ids) | member << SET_BITS
+        return packed
 
     def index(self, name: str) -> int:
         """The number of a set.

@@ -94,15 +94,10 @@ class ModulationState:
             _checks.fail("spec", "a Modulation", type(spec).__name__)
         prompt = _as_ids("prompt_tokens", prompt_tokens)
         generated = _as_ids("generated_tokens", generated_tokens)
-        row, numbers = _pack(spec, self.sets)
-        for tensor, values in (
-            (self.tensors.spec, row),
-            (self.tensors.numbers, numbers),
-            (self.tensors.progress, _start(spec, prompt)),
-        ):
-            tensor[slot].copy_(torch.tensor(values, dtype=tensor.dtype))
-        self.tensors.confidence_sum[slot] = 0
-        self._parts[slot], self._ids[slot] = row[at.PARTS], row[at.MAX_ID]
+        record = _pack(spec, self.sets)
+        record[: at.PROGRESS_WIDTH] = _start(spec, prompt)
+        self.tensors.records[slot, : at.ROW_WIDTH].copy_(torch.tensor(record))
+        self._parts[slot], self._ids[slot] = record[at.PARTS], record[at.MAX_ID]
         self._refresh()
         if len(generated):
             self._fold(slot, generated)
@@ -112,9 +107,7 @@ class ModulationState:
         tokens = generated.to(device).unsqueeze(0)
         length = torch.tensor([tokens.shape[1]], device=device)
         where = torch.tensor([slot], device=device)
-        torch.ops.reasonkern.commit_(
-            where, tokens, length, None, None, *self.read_state, *self.windows
-        )
+        torch.ops.reasonkern.commit_(where, tokens, length, None, None, *self.tensors)
 
     def remove(self, slot: int) -> None:
         """Frees a slot.
@@ -123,7 +116,7 @@ class ModulationState:
             ValueError: it is free already.
         """
         self._check_slot(slot, used=True)
-        self.tensors.spec[slot, at.PARTS] = 0
+        self.tensors.records[slot, at.PARTS] = 0
         self._parts[slot], self._ids[slot] = 0, -1
         self._refresh()
 
@@ -143,8 +136,6 @@ class ModulationState:
         self.max_id = max(self.sets.max_id, *self._ids)
         self.needs_heat, self.needs_dense = self.uses(at.MIN_THINK), self.uses(at.SOFT)
         self.kernel_checks = self.device.type == "cpu" and _op.has_cpu_kernels()
-        self.read_state: tuple[Tensor, ...] = tuple(self.tensors[:6])
-        self.windows: tuple[Tensor, ...] = tuple(self.tensors[6:])
 
     def uses(self, part: int) -> bool:
         """Whether a slot has a part, given as a bit of ``layout``."""
@@ -163,13 +154,13 @@ class ModulationState:
     @property
     def stopped(self) -> Tensor:
         """(max_requests,) bool: requests that `DeepConf` has stopped."""
-        progress = self.tensors.progress
-        return (progress[:, at.STOPPED] != 0) & (self.tensors.spec[:, at.PARTS] != 0)
+        records = self.tensors.records
+        return (records[:, at.STOPPED] != 0) & (records[:, at.PARTS] != 0)
 
     @property
     def device(self) -> torch.device:
         """Where the tensors are."""
-        return self.tensors.spec.device
+        return self.tensors.records.device
 
     @property
     def nbytes(self) -> int:
@@ -199,16 +190,17 @@ class ModulationState:
             _checks.fail("state", "a mapping, as state_dict returns it", type(state).__name__)
         if state.get("settings") != self._settings():
             _checks.fail("state", f"settings {self._settings()}", state.get("settings"))
-        check_saved(state, self.tensors)
+        check_saved(state, self.tensors, self.sets)
         for name, tensor in self.tensors._asdict().items():
             tensor.copy_(state[name])
-        spec = self.tensors.spec.cpu()
-        self._parts = spec[:, at.PARTS].tolist()
-        self._ids = torch.where(spec[:, at.PARTS] != 0, spec[:, at.MAX_ID], -1).tolist()
+        self._parts, ids = self.tensors.records[:, [at.PARTS, at.MAX_ID]].T.tolist()
+        self._ids = [i if parts else -1 for parts, i in zip(self._parts, ids, strict=True)]
         self._refresh()
 
     def _settings(self) -> dict[str, Any]:
-        return {"max_requests": self.max_requests, "sets": dict(self.sets)}
+        return {
+            "layout": at.LAYOUT, "max_requests": self.max_requests, "sets": dict(self.sets)
+        }  # fmt: skip
 
     def __repr__(self) -> str:
         """Slots, sets and place."""
@@ -220,18 +212,8 @@ class ModulationState:
 
 
 def _allocate(slots: int, sets: TokenSets, device: torch.device) -> Storage:
-    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    return Storage(
-        zeros(slots, at.SPEC_WIDTH, dtype=torch.int64),
-        zeros(slots, at.NUMBERS_WIDTH, dtype=torch.float64),
-        zeros(slots, at.PROGRESS_WIDTH, dtype=torch.int64),
-        *sets.tensors(device),
-        confidence=zeros(slots, at.MAX_CONFIDENCE, dtype=torch.float32),
-        entropy=zeros(slots, at.MAX_ENTROPY, dtype=torch.float32),
-        confidence_sum=zeros(slots, dtype=torch.float64),
-    )
+    records = torch.zeros(slots, at.RECORD_WIDTH, dtype=torch.int64, device=device)
+    return Storage(records, sets.tensor().to(device))
 
 
 def _as_ids(name: str, tokens: Sequence[int] | Tensor) -> Tensor:
@@ -283,29 +265,38 @@ def _after_last(prompt: Tensor, token: int) -> int:
     return int(found[-1]) + 1 if len(found) else 0
 
 
-# ---- rows of spec and numbers
+# ---- records
 
 
-def _pack(spec: Modulation, sets: TokenSets) -> tuple[list[int], list[float]]:
+def _pack(spec: Modulation, sets: TokenSets) -> list[int]:
+    """The columns up to ROW_WIDTH, those of the progress left out."""
     _check_with_sets(spec, sets)
-    row, numbers = [-1] * at.SPEC_WIDTH, [0.0] * at.NUMBERS_WIDTH
+    row = [-1] * at.ROW_WIDTH
     row[at.PARTS] = at.ACTIVE + sum(BITS[name] for name in spec.parts)
     row[at.MAX_ID] = _largest_id(spec)
     row[at.THINK_START] = -1 if spec.think_start is None else spec.think_start
     row[at.THINK_END] = -1 if spec.think_end is None else spec.think_end
-    _pack_added(spec, sets, row, numbers)
-    _pack_budget(spec, row, numbers)
+    _put(row, at.AMPLITUDE, _bits([0.0] * (at.TRACK_FROM - at.AMPLITUDE)))
+    _pack_added(spec, sets, row)
+    _pack_budget(spec, row)
     if spec.min_think is not None:
         row[at.MIN_TOKENS], row[at.WAIT_LENGTH] = spec.min_think.tokens, len(spec.min_think.wait)
         _put(row, at.WAIT, spec.min_think.wait)
     if (deepconf := spec.deepconf) is not None:
         row[at.CONFIDENCE_WINDOW] = deepconf.window
         row[at.EOS] = -1 if deepconf.eos is None else deepconf.eos
-        numbers[at.CONFIDENCE_THRESHOLD] = deepconf.threshold
+        _put(row, at.CONFIDENCE_THRESHOLD, _bits([deepconf.threshold]))
     if (trigger := spec.entropy_trigger) is not None:
         row[at.ENTROPY_WINDOW] = trigger.window
-        _put(numbers, at.ENTROPY_FACTOR, (trigger.k, trigger.floor, trigger.min_std, trigger.first))
-    return row, numbers
+        values = (trigger.k, trigger.floor, trigger.min_std, trigger.first)
+        _put(row, at.ENTROPY_FACTOR, _bits(values))
+    return row
+
+
+def _bits(values: Sequence[float]) -> list[int]:
+    """Doubles as columns hold them."""
+    bits: list[int] = torch.tensor(values, dtype=torch.float64).view(torch.int64).tolist()
+    return bits
 
 
 def _check_with_sets(spec: Modulation, sets: TokenSets) -> None:
@@ -323,7 +314,7 @@ def _check_with_sets(spec: Modulation, sets: TokenSets) -> None:
                 _checks.fail("budget.end", "ids that ban leaves, to be raised by soft", token)
 
 
-def _pack_added(spec: Modulation, sets: TokenSets, row: list[int], numbers: list[float]) -> None:
+def _pack_added(spec: Modulation, sets: TokenSets, row: list[int]) -> None:
     for k, part in enumerate((spec.cyclic, spec.tip, spec.constant, spec.schedule)):
         if part is not None:
             row[at.ADDED_SETS + k] = sets.index(part.set)
@@ -332,20 +323,22 @@ def _pack_added(spec: Modulation, sets: TokenSets, row: list[int], numbers: list
         row[at.WINDOWS] = len(windows) // 2
         _put(row, at.WINDOW, windows)
         # A fraction of 1 that rounding may leave is as good as 0.
-        _put(numbers, at.AMPLITUDE, (cyclic.amplitude, cyclic.period, cyclic.shift % 1.0))
+        _put(row, at.AMPLITUDE, _bits([cyclic.amplitude, cyclic.period, cyclic.shift % 1.0]))
     if spec.tip is not None:
-        row[at.TIP_SPAN], numbers[at.ALPHA] = spec.tip.beta, spec.tip.alpha
+        row[at.TIP_SPAN] = spec.tip.beta
+        _put(row, at.ALPHA, _bits([spec.tip.alpha]))
     if spec.constant is not None:
-        numbers[at.BIAS] = spec.constant.bias
+        _put(row, at.BIAS, _bits([spec.constant.bias]))
     if (schedule := spec.schedule) is not None:
         row[at.POINTS] = len(schedule.points)
-        _put(row, at.POINT_T, [t for t, _ in schedule.points])
-        _put(numbers, at.POINT_VALUE, [value for _, value in schedule.points])
+        times, values = zip(*schedule.points, strict=True)
+        pairs = zip(times, _bits(values), strict=True)
+        _put(row, at.POINT, [column for pair in pairs for column in pair])
     if spec.ban is not None:
         row[at.BAN_SET] = sets.index(spec.ban.set)
 
 
-def _pack_budget(spec: Modulation, row: list[int], numbers: list[float]) -> None:
+def _pack_budget(spec: Modulation, row: list[int]) -> None:
     if (budget := spec.budget) is None:
         return
     start = budget.tokens if budget.soft is None else budget.soft.start * budget.tokens
@@ -355,7 +348,7 @@ def _pack_budget(spec: Modulation, row: list[int], numbers: list[float]) -> None
     _put(row, at.FAILURE, failure(budget.end))
     if budget.soft is not None:
         row[at.PARTS] += at.SOFT
-        _put(numbers, at.SOFT_FROM, (start, budget.soft.margin))
+        _put(row, at.SOFT_FROM, _bits([start, budget.soft.margin]))
 
 
 def failure(phrase: Sequence[int]) -> list[int]:
