@@ -25,10 +25,9 @@ CASES = [
 ]
 SAMPLER = ("describe_kernel", "raw_statistics_kernel")
 OPTIONAL = {"local_pos", "draft_tokens", "parents", "temperature", "entropy", "confidence", "mask"}
-POINTEES = {"numbers": "fp64", "confidence_sum": "fp64", "parents": "i32"}
-POINTEES |= dict.fromkeys(("set_offsets", "set_ids"), "i32")
+POINTEES = {"parents": "i32", "rings": "fp32"}
 POINTEES |= dict.fromkeys(("temperature", "entropy", "confidence"), "fp32")
-POINTEES |= dict.fromkeys(("confidence_ring", "entropy_ring", "top_p", "min_p", "lse"), "fp32")
+POINTEES |= dict.fromkeys(("top_p", "min_p", "lse"), "fp32")
 POINTEES |= dict.fromkeys(("logprob", "entropy_raw", "max_prob", "values"), "fp32")
 POINTEES |= {"mask": "i32", "bad_out": "i1"}  # the others hold int64
 

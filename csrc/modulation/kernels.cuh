@@ -32,19 +32,22 @@ inline unsigned row_threads(int64_t entries, bool dense) {
   return threads;
 }
 
-// The state of one slot, number 0, in shared memory. All threads of the block call it. The sets
-// come while the slot is waited for.
-__device__ inline State take_slot(const State& s, int64_t slot, SlotShared& to) {
+// The state of one slot, number 0, in shared memory, and none for padding. All threads of the block
+// call it. The sets come while the slot is waited for, and the record in one go.
+__device__ inline State take_slot(const State& s, const int64_t* slot, SlotShared& to) {
+  const int64_t own = *slot;
   const int first = int(threadIdx.x), step = int(blockDim.x);
   const bool fits = s.entries <= kSharedEntries;
   const int places = fits ? Sets::kEntries + int(s.entries) : kMaxSets + 1;
+#pragma unroll 4
   for (int i = first; i < places; i += step) to.sets[i] = s.sets.bounds[i];
-  const int64_t* record = s.record_of(slot);
+  const Sets sets{to.sets, fits ? to.sets + Sets::kEntries : s.sets.entries};
+  if (own < 0 || own >= s.slots) return {to.record, sets, 0, s.entries};
+  const int64_t* record = s.record_of(own);
 #pragma unroll 9
   for (int i = first; i < kRowWidth; i += step) to.record[i] = record[i];
   __syncthreads();
-  const int64_t* entries = fits ? to.sets + Sets::kEntries : s.sets.entries;
-  return {to.record, {to.sets, entries}, 1, s.entries};
+  return {to.record, sets, 1, s.entries};
 }
 
 template <class E>
@@ -140,10 +143,9 @@ template <class E>
 __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams p) {
   RowShared& s = *dynamic_shared<RowShared>();
   const unsigned row = blockIdx.x;
-  const int64_t slot = p.slot[p.parents == nullptr ? row : row / unsigned(p.nodes)];
-  if (slot < 0 || slot >= p.state.slots) return;
+  const unsigned request = p.parents == nullptr ? row : row / unsigned(p.nodes);
   RowsParams one = p;
-  one.state = take_slot(p.state, slot, s.slot);
+  one.state = take_slot(p.state, p.slot + request, s.slot);
   if (!one.state.controls(0)) return;
   const Line<E> line{static_cast<E*>(p.logits) + int64_t(row) * p.stride, p.vocab};
   if (threadIdx.x < 32) decide(one, line, s);
@@ -165,12 +167,10 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams 
 __global__ void __launch_bounds__(kCommitThreads, 1) commit_kernel(CommitParams p) {
   SlotShared& s = *dynamic_shared<SlotShared>();
   const unsigned b = blockIdx.x;
-  const int64_t slot = p.slot[b];
-  if (slot < 0 || slot >= p.state.slots) return;
   CommitParams one = p;
-  one.state = take_slot(p.state, slot, s);
+  one.state = take_slot(p.state, p.slot + b, s);
   if (!one.state.controls(0)) return;
-  int64_t* record = p.records + slot * kRecordWidth;
+  int64_t* record = p.records + p.slot[b] * kRecordWidth;
   Written to = written_of(record);
   to.progress = s.record;
   if (threadIdx.x == 0) commit_row(one, b, s.record, to);

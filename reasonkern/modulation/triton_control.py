@@ -17,6 +17,7 @@ from .triton_fold import (
     END,
     MIN_THINK,
     PARTS,
+    SET_ENTRIES,
     THINK_END,
     THINKING,
     TIP,
@@ -25,23 +26,24 @@ from .triton_fold import (
     anywhere,
     entry,
     holds,
+    load_ids,
     must_think,
+    number,
 )
 
 INF = tl.constexpr(float("inf"))
 FORCED = tl.constexpr(reference.FORCED)
-BAN_SET, TIP_SPAN, BUDGET_TOKENS, WINDOWS, POINTS, EOS, WINDOW, POINT_T = (
+BAN_SET, TIP_SPAN, BUDGET_TOKENS, WINDOWS, POINTS, EOS, WINDOW, POINT = (
     tl.constexpr(k)
     for k in (
         at.BAN_SET, at.TIP_SPAN, at.BUDGET_TOKENS, at.WINDOWS, at.POINTS, at.EOS, at.WINDOW,
-        at.POINT_T,
+        at.POINT,
     )
 )  # fmt: skip
-AMPLITUDE, PERIOD, SHIFT, ALPHA, BIAS, SOFT_FROM, SOFT_MARGIN, POINT_VALUE = (
+AMPLITUDE, PERIOD, SHIFT, ALPHA, BIAS, SOFT_FROM, SOFT_MARGIN = (
     tl.constexpr(k)
     for k in (
         at.AMPLITUDE, at.PERIOD, at.SHIFT, at.ALPHA, at.BIAS, at.SOFT_FROM, at.SOFT_MARGIN,
-        at.POINT_VALUE,
     )
 )  # fmt: skip
 CYCLIC, CONSTANT, SCHEDULE, BAN, SOFT, DEEPCONF = (
@@ -80,9 +82,7 @@ class Rows(NamedTuple):
     """Pointers to the rows of logits and to the sets, the rows' length and which to modulate."""
 
     logits: tl.tensor
-    offsets: tl.tensor
-    ids: tl.tensor
-    member: tl.tensor
+    sets: tl.tensor
     vocab: tl.tensor
     on: tl.tensor
 
@@ -112,82 +112,82 @@ def wave(amplitude, period, shift, t):
 
 
 @triton.jit
-def in_windows(spec, t):
+def in_windows(record, t):
     k = tl.arange(0, MAX_WINDOWS)[None, :]
-    n = tl.load(spec + WINDOWS)
+    n = tl.load(record + WINDOWS)
     used = k < n[:, None]
-    low = tl.load(spec[:, None] + WINDOW + 2 * k, mask=used, other=0)
-    high = tl.load(spec[:, None] + WINDOW + 2 * k + 1, mask=used, other=0)
+    low = tl.load(record[:, None] + WINDOW + 2 * k, mask=used, other=0)
+    high = tl.load(record[:, None] + WINDOW + 2 * k + 1, mask=used, other=0)
     inside = used & (t[:, None] >= low) & (t[:, None] < high)
     return (n == 0) | (tl.max(inside.to(tl.int32), 1) > 0)
 
 
 @triton.jit
-def scheduled(spec, numbers, t):
+def scheduled(record, t):
     """Linear between the points, constant outside them."""
     k = tl.arange(0, MAX_POINTS)[None, :]
-    last = tl.maximum(tl.load(spec + POINTS) - 1, 0)
-    times = tl.load(spec[:, None] + POINT_T + k)
+    last = tl.maximum(tl.load(record + POINTS) - 1, 0)
+    times = tl.load(record[:, None] + POINT + 2 * k)
     left = tl.sum(((times <= t[:, None]) & (k <= last[:, None])).to(tl.int64), 1) - 1
-    low = tl.maximum(left, 0)
-    high = tl.minimum(tl.maximum(left + 1, 0), last)
-    t0, t1 = tl.load(spec + POINT_T + low), tl.load(spec + POINT_T + high)
-    v0, v1 = tl.load(numbers + POINT_VALUE + low), tl.load(numbers + POINT_VALUE + high)
+    low = POINT + 2 * tl.maximum(left, 0)
+    high = POINT + 2 * tl.minimum(tl.maximum(left + 1, 0), last)
+    t0, t1 = tl.load(record + low), tl.load(record + high)
+    v0, v1 = number(record + low + 1), number(record + high + 1)
     share = (t - t0).to(tl.float64) / tl.maximum(t1 - t0, 1).to(tl.float64)
     return tl.where((left < 0) | (low == high), v0, v0 + share * (v1 - v0))
 
 
 @triton.jit
-def forced_id(spec, parts, p):
-    eos = tl.load(spec + EOS)
+def forced_id(record, parts, p):
+    eos = tl.load(record + EOS)
     stops = ((parts & DEEPCONF) != 0) & (p.stopped != 0) & (eos >= 0)
-    spent = ((parts & BUDGET) != 0) & (p.spent >= tl.load(spec + BUDGET_TOKENS))
+    spent = ((parts & BUDGET) != 0) & (p.spent >= tl.load(record + BUDGET_TOKENS))
     spent = spent & (p.phrase != DONE) & ((p.phase == THINKING) | (p.phrase > 0))
     waits = ((parts & MIN_THINK) != 0) & (p.wait > 0)
-    force = tl.where(waits, entry(spec, WAIT, p.wait), -1)
-    force = tl.where(spent, entry(spec, END, p.phrase), force)
+    force = tl.where(waits, entry(record, WAIT, p.wait), -1)
+    force = tl.where(spent, entry(record, END, p.phrase), force)
     return tl.where(stops, eos, force)
 
 
 @triton.jit
-def additions(spec, numbers, parts, p, thinking):
+def additions(record, parts, p, thinking):
     has = thinking & ((parts & CYCLIC) != 0)
-    period = tl.where(has, tl.load(numbers + PERIOD), 1.0)
-    cyclic = wave(tl.load(numbers + AMPLITUDE), period, tl.load(numbers + SHIFT), p.t)
-    cyclic = tl.where(has & in_windows(spec, p.t), cyclic, 0.0)
-    near = thinking & ((parts & TIP) != 0) & (p.t < p.switched + tl.load(spec + TIP_SPAN))
-    tip = tl.where(near, -tl.load(numbers + ALPHA), 0.0)
-    constant = tl.where(thinking & ((parts & CONSTANT) != 0), tl.load(numbers + BIAS), 0.0)
+    period = tl.where(has, number(record + PERIOD), 1.0)
+    cyclic = wave(number(record + AMPLITUDE), period, number(record + SHIFT), p.t)
+    cyclic = tl.where(has & in_windows(record, p.t), cyclic, 0.0)
+    near = thinking & ((parts & TIP) != 0) & (p.t < p.switched + tl.load(record + TIP_SPAN))
+    tip = tl.where(near, -number(record + ALPHA), 0.0)
+    constant = tl.where(thinking & ((parts & CONSTANT) != 0), number(record + BIAS), 0.0)
     has = thinking & ((parts & SCHEDULE) != 0)
-    schedule = tl.where(has, scheduled(spec, numbers, p.t), 0.0)
+    schedule = tl.where(has, scheduled(record, p.t), 0.0)
     return Added(
         cyclic, tip, constant, schedule,
-        tl.where(cyclic != 0, tl.load(spec + ADDED_SETS), -1),
-        tl.where(tip != 0, tl.load(spec + ADDED_SETS + 1), -1),
-        tl.where(constant != 0, tl.load(spec + ADDED_SETS + 2), -1),
-        tl.where(schedule != 0, tl.load(spec + ADDED_SETS + 3), -1),
+        tl.where(cyclic != 0, tl.load(record + ADDED_SETS), -1),
+        tl.where(tip != 0, tl.load(record + ADDED_SETS + 1), -1),
+        tl.where(constant != 0, tl.load(record + ADDED_SETS + 2), -1),
+        tl.where(schedule != 0, tl.load(record + ADDED_SETS + 3), -1),
     )  # fmt: skip
 
 
 @triton.jit
-def control_of(spec, numbers, p):
-    parts = tl.load(spec + PARTS)
+def control_of(record, p):
+    parts = tl.load(record + PARTS)
     thinking = p.phase == THINKING
-    minimum = must_think(spec, p)
-    tokens = tl.load(spec + BUDGET_TOKENS)
+    minimum = must_think(record, p)
+    tokens = tl.load(record + BUDGET_TOKENS)
     ramps = thinking & ((parts & SOFT) != 0) & (p.phrase != DONE)
-    ramps = ramps & (p.spent >= tl.load(spec + TRACK_FROM)) & (p.spent < tokens)
-    start = tl.load(numbers + SOFT_FROM)
+    ramps = ramps & (p.spent >= tl.load(record + TRACK_FROM)) & (p.spent < tokens)
+    start = number(record + SOFT_FROM)
     span = tl.where(ramps, tokens.to(tl.float64) - start, 1.0)
     return Control(
-        forced_id(spec, parts, p),
-        additions(spec, numbers, parts, p, thinking),
-        tl.where(thinking & ((parts & BAN) != 0), tl.load(spec + BAN_SET), -1),
-        tl.where(minimum, tl.load(spec + THINK_END), -1),
-        tl.where(minimum, tl.load(spec + WAIT), -1),
-        tl.where(ramps, entry(spec, END, p.phrase), -1),
+        forced_id(record, parts, p),
+        additions(record, parts, p, thinking),
+        tl.where(thinking & ((parts & BAN) != 0), tl.load(record + BAN_SET), -1),
+        tl.where(minimum, tl.load(record + THINK_END), -1),
+        tl.where(minimum, tl.load(record + WAIT), -1),
+        tl.where(ramps, entry(record, END, p.phrase), -1),
         (p.spent.to(tl.float64) - start) / span,
-        tl.load(numbers + SOFT_MARGIN),
+        number(record + SOFT_MARGIN),
     )
 
 
@@ -225,7 +225,7 @@ def survives_ban(rows, ban, BLOCK: tl.constexpr):
         ids = start + tl.arange(0, BLOCK)[None, :]
         z = load_logits(rows.logits[:, None] + ids, undecided[:, None] & (ids < rows.vocab))
         finite = tl.abs(z) < INF
-        held = holds(rows, ban[:, None] + ids * 0, ids, finite)
+        held = holds(rows.sets, ban[:, None] + ids * 0, ids, finite)
         left = tl.max((finite & (held == 0)).to(tl.int32), 1) > 0
         undecided = undecided & (left == 0)
         start += BLOCK
@@ -251,13 +251,12 @@ def added_to(c, member):
 def write_set(rows, c, index, done, BANS: tl.constexpr, BLOCK: tl.constexpr):
     """Writes a set's entries but those in a set of `done`; returns done and this set. NaN stays."""
     used = rows.on & (index >= 0)
-    start = tl.load(rows.offsets + index, mask=used, other=0)
-    stop = tl.load(rows.offsets + index + 1, mask=used, other=0)
+    start = tl.load(rows.sets + index, mask=used, other=0)
+    stop = tl.load(rows.sets + index + 1, mask=used, other=0)
     for first in tl.range(0, tl.max(stop - start), BLOCK):
         k = (start + first)[:, None] + tl.arange(0, BLOCK)[None, :]
         inside = k < stop[:, None]
-        ids = tl.load(rows.ids + k, mask=inside, other=0)
-        member = tl.load(rows.member + k, mask=inside, other=0)
+        ids, member = load_ids(rows.sets + SET_ENTRIES + k, inside)
         inside = inside & (ids < rows.vocab) & ((member & done[:, None]) == 0)
         z = load_logits(rows.logits[:, None] + ids, inside)
         if BANS:

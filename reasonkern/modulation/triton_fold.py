@@ -25,17 +25,9 @@ T, SPENT, SWITCH, PHASE, PHRASE, WAIT_AT, IGNORE, STOPPED = (
     tl.constexpr(k)
     for k in (at.T, at.SPENT, at.SWITCH, at.PHASE, at.PHRASE, at.WAIT_AT, at.IGNORE, at.STOPPED)
 )
-SPEC_WIDTH, NUMBERS_WIDTH, PROGRESS_WIDTH = (
-    tl.constexpr(k) for k in (at.SPEC_WIDTH, at.NUMBERS_WIDTH, at.PROGRESS_WIDTH)
+RECORD_WIDTH, SET_ENTRIES, SET_BITS = (
+    tl.constexpr(k) for k in (at.RECORD_WIDTH, at.SET_ENTRIES, at.SET_BITS)
 )
-
-
-class Sets(NamedTuple):
-    """Pointers; see `layout.Storage`."""
-
-    offsets: tl.tensor
-    ids: tl.tensor
-    member: tl.tensor
 
 
 class Progress(NamedTuple):
@@ -52,11 +44,17 @@ class Progress(NamedTuple):
 
 
 @triton.jit
-def find_slots(slot, spec, slots):
-    """(whether the row's slot is in use, the slot, 0 instead of padding)."""
+def find_slots(slot, records, slots):
+    """(whether the row's slot is in use, its record, that of slot 0 instead of padding)."""
     inside = (slot >= 0) & (slot < slots)
-    slot = tl.where(inside, slot, 0)
-    return inside & ((tl.load(spec + slot * SPEC_WIDTH + PARTS) & ACTIVE) != 0), slot
+    record = records + tl.where(inside, slot, 0) * RECORD_WIDTH
+    return inside & ((tl.load(record + PARTS) & ACTIVE) != 0), record
+
+
+@triton.jit
+def number(column):
+    """The double of a column."""
+    return tl.load(column).to(tl.float64, bitcast=True)
 
 
 @triton.jit
@@ -86,77 +84,86 @@ def anywhere(condition):
 
 
 @triton.jit
-def entry(spec, column, index):
+def entry(record, column, index):
     """Element `index` of the array that begins at a column; 0 where the index is negative."""
-    return tl.load(spec + column + tl.maximum(index, 0))
+    return tl.load(record + column + tl.maximum(index, 0))
+
+
+@triton.jit
+def load_ids(entries, mask):
+    """The ids of entries of sets, and the bits of the sets that hold them."""
+    entry = tl.load(entries, mask=mask, other=0)
+    return entry & 0xFFFFFFFF, entry >> SET_BITS
 
 
 @triton.jit
 def holds(sets, index, token, asked):
     """Whether a set holds a token, where that is asked; elements of one shape."""
-    low = tl.load(sets.offsets + index, mask=asked, other=0)
-    stop = tl.load(sets.offsets + index + 1, mask=asked, other=0)
+    low = tl.load(sets + index, mask=asked, other=0)
+    stop = tl.load(sets + index + 1, mask=asked, other=0)
     high = stop
     while anywhere(low < high):
         middle = low + (high - low) // 2
-        below = tl.load(sets.ids + middle, mask=low < high, other=0) < token
+        ids, _ = load_ids(sets + SET_ENTRIES + middle, low < high)
+        below = ids < token
         low, high = (
             tl.where((low < high) & below, middle + 1, low),
             tl.where((low < high) & (below == 0), middle, high),
         )
-    return (low < stop) & (tl.load(sets.ids + low, mask=low < stop, other=-1) == token)
+    ids, _ = load_ids(sets + SET_ENTRIES + low, low < stop)
+    return (low < stop) & (ids == token)
 
 
 @triton.jit
-def must_think(spec, p):
-    few = (p.spent < tl.load(spec + MIN_TOKENS)) | (p.ignore > 0)
-    return ((tl.load(spec + PARTS) & MIN_THINK) != 0) & (p.phase == THINKING) & few
+def must_think(record, p):
+    few = (p.spent < tl.load(record + MIN_TOKENS)) | (p.ignore > 0)
+    return ((tl.load(record + PARTS) & MIN_THINK) != 0) & (p.phase == THINKING) & few
 
 
 # ---- what a token does
 
 
 @triton.jit
-def fold_wait(spec, p, token):
-    length = tl.load(spec + WAIT_LENGTH)
-    continues = (p.wait > 0) & (token == entry(spec, WAIT, p.wait))
-    starts = (continues == 0) & must_think(spec, p) & (token == tl.load(spec + WAIT))
+def fold_wait(record, p, token):
+    length = tl.load(record + WAIT_LENGTH)
+    continues = (p.wait > 0) & (token == entry(record, WAIT, p.wait))
+    starts = (continues == 0) & must_think(record, p) & (token == tl.load(record + WAIT))
     following = tl.where(p.wait + 1 == length, 0, p.wait + 1)
     wait = tl.where(continues, following, (starts & (length > 1)).to(tl.int64))
     return wait, p.ignore - (starts & (p.ignore > 0)).to(tl.int64)
 
 
 @triton.jit
-def fold_phrase(spec, p, token):
+def fold_phrase(record, p, token):
     """A Knuth-Morris-Pratt automaton that runs from that many spent tokens, TRACK_FROM, on."""
     thinking = p.phase == THINKING
-    runs = ((tl.load(spec + PARTS) & BUDGET) != 0) & (p.phrase != DONE)
-    runs = runs & (p.spent >= tl.load(spec + TRACK_FROM)) & (thinking | (p.phrase > 0))
+    runs = ((tl.load(record + PARTS) & BUDGET) != 0) & (p.phrase != DONE)
+    runs = runs & (p.spent >= tl.load(record + TRACK_FROM)) & (thinking | (p.phrase > 0))
     matched = tl.where(runs, p.phrase, 0)
-    falls = (matched > 0) & (entry(spec, END, matched) != token)
+    falls = (matched > 0) & (entry(record, END, matched) != token)
     while anywhere(falls):
-        matched = tl.where(falls, entry(spec, FAILURE, matched - 1), matched)
-        falls = (matched > 0) & (entry(spec, END, matched) != token)
-    matched += (entry(spec, END, matched) == token).to(tl.int64)
-    stays_open = thinking & (token != tl.load(spec + THINK_END))
+        matched = tl.where(falls, entry(record, FAILURE, matched - 1), matched)
+        falls = (matched > 0) & (entry(record, END, matched) != token)
+    matched += (entry(record, END, matched) == token).to(tl.int64)
+    stays_open = thinking & (token != tl.load(record + THINK_END))
     given_up = (stays_open == 0) & (matched != p.phrase + 1)
-    done = given_up | (matched == tl.load(spec + END_LENGTH))
+    done = given_up | (matched == tl.load(record + END_LENGTH))
     return tl.where(runs, tl.where(done, DONE, matched), p.phrase)
 
 
 @triton.jit
-def fold(spec, sets, p, token, where):
+def fold(record, sets, p, token, where):
     """Progress after one more generated token, in the rows of `where`."""
-    wait, ignore = fold_wait(spec, p, token)
-    phrase = fold_phrase(spec, p, token)
+    wait, ignore = fold_wait(record, p, token)
+    phrase = fold_phrase(record, p, token)
     thinking = p.phase == THINKING
-    closes = thinking & (token == tl.load(spec + THINK_END))
-    opens = (p.phase == BEFORE) & (token == tl.load(spec + THINK_START))
+    closes = thinking & (token == tl.load(record + THINK_END))
+    opens = (p.phase == BEFORE) & (token == tl.load(record + THINK_START))
     phase = tl.where(closes, CLOSED, tl.where(opens, THINKING, p.phase))
     spent = tl.where(opens, 0, p.spent + (thinking & (closes == 0)).to(tl.int64))
     t = p.t + 1
-    tips = where & ((tl.load(spec + PARTS) & TIP) != 0)
-    switches = holds(sets, tl.load(spec + ADDED_SETS + 1), token, tips)
+    tips = where & ((tl.load(record + PARTS) & TIP) != 0)
+    switches = holds(sets, tl.load(record + ADDED_SETS + 1), token, tips)
     return Progress(
         tl.where(where, t, p.t),
         tl.where(where, spent, p.spent),
@@ -173,19 +180,19 @@ def fold(spec, sets, p, token, where):
 
 
 @triton.jit
-def fold_chain(spec, sets, p, row, drafts, draft_tokens):
+def fold_chain(record, sets, p, row, drafts, draft_tokens):
     """Over the tokens of the rows row - drafts + 1 to row, up to the first -1."""
     alive = drafts > 0
     for j in tl.range(0, tl.max(drafts, 0)):
         alive = alive & (j < drafts)
         token = tl.load(draft_tokens + row - drafts + 1 + j, mask=alive, other=-1)
         alive = alive & (token >= 0)
-        p = fold(spec, sets, p, token, alive)
+        p = fold(record, sets, p, token, alive)
     return p
 
 
 @triton.jit
-def fold_tree(spec, sets, p, node, on, parents, draft_tokens):
+def fold_tree(record, sets, p, node, on, parents, draft_tokens):
     """Over the tokens of a node's ancestors below the root and its own.
 
     Paths are short, so each ancestor is looked for from below.
@@ -207,5 +214,5 @@ def fold_tree(spec, sets, p, node, on, parents, draft_tokens):
         alive = alive & (j < depth)
         token = tl.load(draft_tokens + at_node, mask=alive, other=-1)
         alive = alive & (token >= 0)
-        p = fold(spec, sets, p, token, alive)
+        p = fold(record, sets, p, token, alive)
     return p

@@ -23,17 +23,14 @@ from .triton_control import (
     write_sets,
 )
 from .triton_fold import (
-    NUMBERS_WIDTH,
     PARTS,
-    PROGRESS_WIDTH,
-    SPEC_WIDTH,
     Progress,
-    Sets,
     find_slots,
     fold,
     fold_chain,
     fold_tree,
     load_progress,
+    number,
     store_progress,
 )
 
@@ -45,7 +42,9 @@ CONFIDENCE_THRESHOLD = tl.constexpr(at.CONFIDENCE_THRESHOLD)
 CONFIDENCE_PUSHED, ENTROPY_PUSHED = (
     tl.constexpr(k) for k in (at.CONFIDENCE_PUSHED, at.ENTROPY_PUSHED)
 )
-MAX_CONFIDENCE, MAX_ENTROPY = tl.constexpr(at.MAX_CONFIDENCE), tl.constexpr(at.MAX_ENTROPY)
+CONFIDENCE_SUM = tl.constexpr(at.CONFIDENCE_SUM)
+RECORD_WIDTH = tl.constexpr(at.RECORD_WIDTH)
+CONFIDENCE_RING, ENTROPY_RING = tl.constexpr(at.CONFIDENCE_RING), tl.constexpr(at.ENTROPY_RING)
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
 
@@ -56,29 +55,27 @@ def config(dense):
 
 @kernel
 def modulate_kernel(
-    logits, slot_ptr, local_pos, draft_tokens, parents, temperature, spec, numbers, progress,
-    set_offsets, set_ids, set_member, num_rows: tl.int32, vocab: tl.int32, stride: tl.int64,
-    slots: tl.int32, nodes: tl.int32, DENSE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    logits, slot_ptr, local_pos, draft_tokens, parents, temperature, records, sets,
+    num_rows: tl.int32, vocab: tl.int32, stride: tl.int64, slots: tl.int32, nodes: tl.int32,
+    DENSE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     request = row if parents is None else row // nodes
     slot = tl.load(slot_ptr + request, mask=inside, other=-1)
-    on, slot = find_slots(slot, spec, slots)
-    sets = Sets(set_offsets, set_ids, set_member)
-    spec += slot * SPEC_WIDTH
-    p = load_progress(progress + slot * PROGRESS_WIDTH)
+    on, record = find_slots(slot, records, slots)
+    p = load_progress(record)
     if parents is not None:
         node = (row % nodes).to(tl.int32)
-        p = fold_tree(spec, sets, p, node, on, parents, draft_tokens + request * nodes)
+        p = fold_tree(record, sets, p, node, on, parents, draft_tokens + request * nodes)
     elif local_pos is not None:
         drafts = tl.load(local_pos + row, mask=on, other=0)
-        p = fold_chain(spec, sets, p, row, drafts, draft_tokens)
-    c = control_of(spec, numbers + slot * NUMBERS_WIDTH, p)
-    rows = Rows(logits + row * stride, set_offsets, set_ids, set_member, vocab, on)
+        p = fold_chain(record, sets, p, row, drafts, draft_tokens)
+    c = control_of(record, p)
+    rows = Rows(logits + row * stride, sets, vocab, on)
     forced = apply_force(rows, c.force)
     on = on & (forced == 0)
-    rows = Rows(logits + row * stride, set_offsets, set_ids, set_member, vocab, on)
+    rows = Rows(logits + row * stride, sets, vocab, on)
     write_sets(rows, c, BLOCK)
     tl.debug_barrier()
     heat = tl.full((ROWS,), 1.0, tl.float32)
@@ -100,86 +97,76 @@ def stop(p, where):
 
 @kernel
 def commit_kernel(
-    slot_ptr, tokens, length_ptr, entropy, confidence, spec, numbers, progress, set_offsets,
-    set_ids, set_member, confidence_ring, entropy_ring, confidence_sum, batch: tl.int32,
+    slot_ptr, tokens, length_ptr, entropy, confidence, records, rings, sets, batch: tl.int32,
     steps: tl.int32, slots: tl.int32, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    on, slot = find_slots(tl.load(slot_ptr + row, mask=row < batch, other=-1), spec, slots)
+    slot = tl.load(slot_ptr + row, mask=row < batch, other=-1)
+    on, record = find_slots(slot, records, slots)
+    ring = rings + tl.where(on, slot, 0) * (2 * RECORD_WIDTH)
     length = tl.minimum(tl.load(length_ptr + row, mask=on, other=0), steps)
-    sets = Sets(set_offsets, set_ids, set_member)
-    spec += slot * SPEC_WIDTH
-    numbers += slot * NUMBERS_WIDTH
-    progress += slot * PROGRESS_WIDTH
-    confidence_ring += slot * MAX_CONFIDENCE
-    entropy_ring += slot * MAX_ENTROPY
-    p = load_progress(progress)
-    parts = tl.load(spec + PARTS)
-    watched = tl.load(progress + CONFIDENCE_PUSHED)
-    total = tl.load(confidence_sum + slot)
-    seen = tl.load(progress + ENTROPY_PUSHED)
+    p = load_progress(record)
+    parts = tl.load(record + PARTS)
+    watched = tl.load(record + CONFIDENCE_PUSHED)
+    total = number(record + CONFIDENCE_SUM)
+    seen = tl.load(record + ENTROPY_PUSHED)
     alive = on
     for j in tl.range(0, tl.max(length)):
         alive = alive & (j < length)
         token = tl.load(tokens + row * steps + j, mask=alive, other=-1)
         alive = alive & (token >= 0)
         # The law of a forced row is not the model's; a token that was due came by force.
-        free = alive & (token != forced_id(spec, parts, p))
-        p = fold(spec, sets, p, token, alive)
+        free = alive & (token != forced_id(record, parts, p))
+        p = fold(record, sets, p, token, alive)
         if confidence is not None:
             value = tl.load(confidence + row * steps + j, mask=alive, other=float("inf"))
             pushed = free & ((parts & DEEPCONF) != 0) & (value - value == 0)
-            window = tl.maximum(tl.load(spec + CONFIDENCE_WINDOW), 1)
-            place = confidence_ring + watched % window
+            window = tl.maximum(tl.load(record + CONFIDENCE_WINDOW), 1)
+            place = ring + 2 * CONFIDENCE_RING + watched % window
             old = tl.load(place, mask=pushed & (watched >= window), other=0.0)
             tl.debug_barrier()
             tl.store(place, value, mask=pushed)
             total = tl.where(pushed, total + (value.to(tl.float64) - old.to(tl.float64)), total)
             watched += pushed.to(tl.int64)
-            low = total < tl.load(numbers + CONFIDENCE_THRESHOLD) * window.to(tl.float64)
+            low = total < number(record + CONFIDENCE_THRESHOLD) * window.to(tl.float64)
             p = stop(p, pushed & (watched >= window) & low)
         if entropy is not None:
             value = tl.load(entropy + row * steps + j, mask=alive, other=float("inf"))
             pushed = free & ((parts & TRIGGER) != 0) & (value - value == 0)
-            window = tl.maximum(tl.load(spec + ENTROPY_WINDOW), 1)
-            tl.store(entropy_ring + seen % window, value, mask=pushed)
+            window = tl.maximum(tl.load(record + ENTROPY_WINDOW), 1)
+            tl.store(ring + 2 * ENTROPY_RING + seen % window, value, mask=pushed)
             seen += pushed.to(tl.int64)
         tl.debug_barrier()  # a value may come back at the next step
-    store_progress(progress, p, on)
-    tl.store(progress + CONFIDENCE_PUSHED, watched, mask=on)
-    tl.store(progress + ENTROPY_PUSHED, seen, mask=on)
-    tl.store(confidence_sum + slot, total, mask=on)
+    store_progress(record, p, on)
+    tl.store(record + CONFIDENCE_PUSHED, watched, mask=on)
+    tl.store(record + ENTROPY_PUSHED, seen, mask=on)
+    tl.store(record + CONFIDENCE_SUM, total.to(tl.int64, bitcast=True), mask=on)
 
 
 # ---- launchers
 
 
 def modulate_logits_(
-    logits, slot, local_pos, draft_tokens, parents, temperature, spec, numbers, progress,
-    set_offsets, set_ids, set_member, dense,
-):  # fmt: skip
+    logits, slot, local_pos, draft_tokens, parents, temperature, records, sets, dense
+):
     check_launchable("modulate_logits_", logits.device, modulate_kernel)
     rows, block = config(dense)
     if logits.shape[0]:
         with torch.cuda.device_of(logits):
             modulate_kernel[(triton.cdiv(logits.shape[0], rows),)](
-                logits, slot, local_pos, draft_tokens, parents, temperature, spec, numbers,
-                progress, set_offsets, set_ids, set_member, *logits.shape, logits.stride(0),
-                len(spec), 1 if parents is None else len(parents), DENSE=dense, ROWS=rows,
-                BLOCK=block, **OPTIONS,
+                logits, slot, local_pos, draft_tokens, parents, temperature, records, sets,
+                *logits.shape, logits.stride(0), len(records),
+                1 if parents is None else len(parents), DENSE=dense, ROWS=rows, BLOCK=block,
+                **OPTIONS,
             )  # fmt: skip
 
 
-def commit_(
-    slot, tokens, length, entropy, confidence, spec, numbers, progress, set_offsets, set_ids,
-    set_member, confidence_ring, entropy_ring, confidence_sum,
-):  # fmt: skip
+def commit_(slot, tokens, length, entropy, confidence, records, sets):
     check_launchable("commit_", slot.device, commit_kernel)
     rows, _ = config(dense=False)
     if tokens.shape[0]:
         with torch.cuda.device_of(tokens):
             commit_kernel[(triton.cdiv(tokens.shape[0], rows),)](
-                slot, tokens, length, entropy, confidence, spec, numbers, progress, set_offsets,
-                set_ids, set_member, confidence_ring, entropy_ring, confidence_sum,
-                *tokens.shape, len(spec), ROWS=rows, **OPTIONS,
+                slot, tokens, length, entropy, confidence, records, records.view(torch.float32),
+                sets, *tokens.shape, len(records), ROWS=rows, **OPTIONS,
             )  # fmt: skip

@@ -6,18 +6,13 @@ in `settings`; no choice may change a result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cuda_sim import launch
 from torch import Tensor
 
-from reasonkern.modulation.layout import Storage
-
-# Fields of `Storage`, whose windows share names with what is pushed into them.
-WINDOWS = ("confidence_ring", "entropy_ring", "confidence_sum")
-STATE = (*Storage._fields[: -len(WINDOWS)], *WINDOWS)
+from reasonkern.modulation import layout as at
 
 
 @dataclass(frozen=True)
@@ -35,19 +30,17 @@ def _launch(threads: int) -> dict[str, Any]:
     return KERNELS.launch(threads=KERNELS.settings.threads or threads)
 
 
-def state_fields(tensors: Sequence[Tensor]) -> dict[str, Any]:
-    """The tensors of a `Storage`, with or without the windows, and their sizes."""
-    fields: dict[str, Any] = dict(zip(STATE, tensors, strict=False))
-    fields["slots"], fields["entries"] = len(fields["spec"]), len(fields["set_ids"])
-    return fields | {"count": len(fields["set_offsets"]) - 1}
+def state_fields(records: Tensor, sets: Tensor) -> dict[str, Any]:
+    """The tensors of a `Storage` and their sizes."""
+    sizes = {"slots": len(records), "entries": len(sets) - at.SET_ENTRIES}
+    return {"records": records, "sets": sets, **sizes}
 
 
 def modulate_logits_(
     logits: Tensor, slot: Tensor, local_pos: Tensor | None, draft_tokens: Tensor | None,
-    parents: Tensor | None, temperature: Tensor | None, *rest: Any,
+    parents: Tensor | None, temperature: Tensor | None, records: Tensor, sets: Tensor, dense: bool,
 ) -> None:  # fmt: skip
-    *tensors, dense = rest
-    fields = state_fields(tensors) | {
+    fields = state_fields(records, sets) | {
         "logits": logits, "rows": logits.shape[0], "vocab": logits.shape[1],
         "stride": logits.stride(0), "slot": slot, "local_pos": local_pos,
         "draft_tokens": draft_tokens, "parents": parents,
@@ -63,9 +56,9 @@ def modulate_logits_(
 
 def commit_(
     slot: Tensor, tokens: Tensor, length: Tensor, entropy: Tensor | None,
-    confidence: Tensor | None, *rest: Tensor,
+    confidence: Tensor | None, records: Tensor, sets: Tensor,
 ) -> None:  # fmt: skip
-    fields = state_fields(rest) | {
+    fields = state_fields(records, sets) | {
         "slot": slot, "tokens": tokens, "length": length, "batch": tokens.shape[0],
         "steps": tokens.shape[1], "entropy": entropy, "confidence": confidence,
     }  # fmt: skip

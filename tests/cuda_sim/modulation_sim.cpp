@@ -49,7 +49,7 @@ void commit(const py::dict& launch, const py::dict& args) {
   const Fields l{launch}, f{args};
   CommitParams p{};
   p.state = state_of(f);
-  f.point(p.progress, "progress");
+  f.point(p.records, "records");
   f.point(p.slot, "slot");
   f.point(p.tokens, "tokens");
   f.point(p.length, "length");
@@ -57,7 +57,6 @@ void commit(const py::dict& launch, const py::dict& args) {
   p.steps = f.number<int64_t>("steps");
   f.point(p.entropy, "entropy");
   f.point(p.confidence, "confidence");
-  cuda_sim::point_windows(f, p);
   start(commit_kernel, p.batch, kCommitThreads, sizeof(SlotShared), l, p);
 }
 

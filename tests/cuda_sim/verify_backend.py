@@ -58,7 +58,7 @@ STATISTICS = ("logprob", "entropy", "entropy_raw", "row_confidence", "max_prob")
 def _control(slot: Tensor | None, state: list[Tensor]) -> dict[str, Any]:
     if slot is None:
         return {}
-    return state_fields(state) | {"slot": slot}
+    return state_fields(*state) | {"slot": slot}
 
 
 def _statistics(*shape: int) -> dict[str, Tensor]:

@@ -42,7 +42,6 @@ ControlParams control_of(const Fields& f) {
   f.point(c.slot, "slot");
   if (c.slot == nullptr) return c;
   c.state = cuda_sim::state_of(f);
-  cuda_sim::point_windows(f, c);
   return c;
 }
 
