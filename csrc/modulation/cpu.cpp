@@ -137,20 +137,15 @@ void modulate_all(const RowsParams& p) {
   });
 }
 
-// The rows' records are read for the first time: all of them are asked for before one is waited
-// for.
+// Records are asked for, not read: none is waited for before all of them are on their way.
 void check_slots(const RowsParams& p) {
   const State& s = p.state;
-  const int64_t batch = p.rows / p.nodes;
-  for (int64_t b = 0; b < batch; ++b) {
+  for (int64_t b = 0; b < p.rows / p.nodes; ++b) {
     const int64_t slot = p.slot[b];
     STD_TORCH_CHECK(slot >= -1 && slot < s.slots, "slot: got ", slot, " at ", b);
     if (slot >= 0) fetch_record(s.record_of(slot));
   }
-  int64_t largest = s.sets.bounds[Sets::kLargestId];
-  for (int64_t b = 0; b < batch; ++b) {
-    if (s.controls(p.slot[b])) largest = std::max(largest, s.record_of(p.slot[b])[kMaxId]);
-  }
+  const int64_t largest = s.sets.bounds[Sets::kLargestId];
   STD_TORCH_CHECK(largest < p.vocab, "logits: expected a vocabulary above ", largest, ", got ",
                   p.vocab);
 }

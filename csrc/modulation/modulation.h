@@ -98,7 +98,7 @@ RK_HOST_DEVICE double number(const int64_t* record, int column) {
   return x;
 }
 
-// All sets, in one array: bounds, the largest id, entries.
+// All sets, in one array: bounds, the largest id of sets and slots, entries.
 struct Sets {
   static constexpr int kLargestId = kMaxSets + 1, kEntries = 40;  // places
 

@@ -49,8 +49,8 @@ ENTROPY_RING = CONFIDENCE_RING + MAX_CONFIDENCE // 2
 RECORD_WIDTH = ENTROPY_RING + MAX_ENTROPY // 2
 
 # sets (SET_ENTRIES + K,) int64: bounds, of which s and s + 1 are where the entries of set s begin and
-# end; the largest id; from SET_ENTRIES on the K entries, ids ascending within a set: the id, and bit
-# SET_BITS + s where set s holds it.
+# end; the largest id of all sets and requests; from SET_ENTRIES on the K entries, ids ascending
+# within a set: the id, and bit SET_BITS + s where set s holds it.
 LARGEST_ID, SET_ENTRIES, SET_BITS = MAX_SETS + 1, 40, 32
 
 BEFORE, THINKING, CLOSED = 0, 1, 2  # PHASE
