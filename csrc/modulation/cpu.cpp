@@ -132,7 +132,9 @@ void modulate_all(const RowsParams& p) {
     };
     return torch::stable::parallel_for(0, p.rows / p.nodes, p.dense ? 1 : 16, trees);
   }
-  torch::stable::parallel_for(0, p.rows, p.dense ? 1 : 256, [&p](int64_t begin, int64_t end) {
+  const int64_t grain = p.dense ? 1 : 256;
+  if (p.rows <= grain) return modulate_chains<E>(p, 0, p.rows);
+  torch::stable::parallel_for(0, p.rows, grain, [&p](int64_t begin, int64_t end) {
     modulate_chains<E>(p, begin, end);
   });
 }
