@@ -46,11 +46,14 @@ RK_HOST_DEVICE void apply_sets(Row& row, const RowControl& c, const Sets& sets, 
   }
   for (int part = 0; part < kAdders; ++part) {
     if (c.sets[part] < 0 || (done >> c.sets[part] & 1)) continue;
+    const int64_t own = int64_t(1) << c.sets[part];
+    const double alone = added_to(c, own);  // most ids are in one set
     for (int64_t k = sets.bounds[c.sets[part]]; k < sets.bounds[c.sets[part] + 1]; ++k) {
       const int64_t id = sets.id(k), member = sets.member(k);
-      if (id < vocab && !(member & done)) row.set(id, with_added(row.get(id), added_to(c, member)));
+      if (id >= vocab || (member & done)) continue;
+      row.set(id, with_added(row.get(id), member == own ? alone : added_to(c, member)));
     }
-    done |= int64_t(1) << c.sets[part];
+    done |= own;
   }
 }
 

@@ -24,10 +24,12 @@ struct RowControl {
   double weight, margin;
 };
 
-// 0 at t = 0, +A at a quarter of the period C, -A at three quarters. The remainder of t is exact.
+// 0 at t = 0, +A at a quarter of the period C, -A at three quarters. Remainders are exact: that of
+// t, and that of a sum below 3 C (the shift is a fraction), which takes no division.
 RK_HOST_DEVICE double wave(double amplitude, double period, double shift, int64_t t) {
   const double r = std::fmod(double(t), period);
-  const double u = std::fmod(r + product(shift, period) + product(0.75, period), period);
+  const double x = r + product(shift, period) + product(0.75, period);
+  const double u = x >= 2 * period ? x - 2 * period : x >= period ? x - period : x;
   return product(amplitude, std::fabs(4 * u / period - 2)) - amplitude;
 }
 

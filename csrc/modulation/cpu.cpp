@@ -43,8 +43,7 @@ struct InPlace {
 
 // The lines of a record that a row with every part reads.
 RK_FETCHES void fetch_record(const int64_t* record) {
-  for (const int column : {int(kT), int(kParts), int(kAddedSets), int(kAmplitude), int(kWindow),
-                           int(kPoint), int(kWait)}) {
+  for (const int column : {0, 8, 16, 24, int(kWindow), int(kPoint)}) {
     __builtin_prefetch(record + column);
   }
 }
@@ -134,9 +133,8 @@ void modulate_all(const RowsParams& p) {
   }
   const int64_t grain = p.dense ? 1 : 256;
   if (p.rows <= grain) return modulate_chains<E>(p, 0, p.rows);
-  torch::stable::parallel_for(0, p.rows, grain, [&p](int64_t begin, int64_t end) {
-    modulate_chains<E>(p, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, p.rows, grain, [&p](int64_t begin, int64_t end) { modulate_chains<E>(p, begin, end); });
 }
 
 // Records are asked for, not read: none is waited for before all of them are on their way.

@@ -64,7 +64,8 @@ enum Column {
   kBias,
   kSoftFrom,
   kSoftMargin,
-  kTrackFrom,
+  kWait,  // the minimum's phrase
+  kTrackFrom = kWait + kMaxWait,
   kThinkStart,
   kEndLength,
   kWaitLength,
@@ -76,11 +77,10 @@ enum Column {
   kEntropyFloor,
   kEntropyStd,
   kEntropyFirst,
-  kWindow = 48,                        // pairs low, high
+  kWindow = 80,                        // pairs low, high
   kPoint = kWindow + 2 * kMaxWindows,  // pairs t, d; d is double
-  kWait = kPoint + 2 * kMaxPoints,
-  kEnd = kWait + kMaxWait,
-  kFailure = kEnd + kMaxEnd,  // of the Knuth-Morris-Pratt automaton of kEnd
+  kEnd = kPoint + 2 * kMaxPoints,      // the budget's phrase
+  kFailure = kEnd + kMaxEnd,           // of its Knuth-Morris-Pratt automaton
   kRowWidth = kFailure + kMaxEnd,
   // rings of floats, two to a column
   kConfidenceRing = kRowWidth,

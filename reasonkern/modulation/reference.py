@@ -107,7 +107,7 @@ def _added(record: Tensor, numbers: Tensor, p: Progress) -> Tensor:
 
 def _scheduled(record: Tensor, numbers: Tensor, t: Tensor) -> Tensor:
     """Linear between the points, constant outside them."""
-    times, values = (x[:, at.POINT : at.WAIT] for x in (record, numbers))
+    times, values = (x[:, at.POINT : at.END] for x in (record, numbers))
     times, values = times[:, ::2], values[:, 1::2]
     last = (record[:, at.POINTS, None] - 1).clamp_min(0)
     used = torch.arange(at.MAX_POINTS, device=t.device) <= last

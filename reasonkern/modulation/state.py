@@ -281,7 +281,7 @@ def _pack(spec: Modulation, sets: TokenSets) -> list[int]:
     row[at.MAX_ID] = _largest_id(spec)
     row[at.THINK_START] = -1 if spec.think_start is None else spec.think_start
     row[at.THINK_END] = -1 if spec.think_end is None else spec.think_end
-    _put(row, at.AMPLITUDE, _bits([0.0] * (at.TRACK_FROM - at.AMPLITUDE)))
+    _put(row, at.AMPLITUDE, _bits([0.0] * (at.WAIT - at.AMPLITUDE)))
     _pack_added(spec, sets, row)
     _pack_budget(spec, row)
     if spec.min_think is not None:
