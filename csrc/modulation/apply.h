@@ -67,21 +67,31 @@ RK_HOST_DEVICE void move_to_wait(Row& row, const RowControl& c, int64_t vocab, f
   row.set(c.end, -typename Row::Value(kInfinity));
 }
 
-// The forced id, or -1.
+// What is done by id. The forced one, or -1; with one there is nothing else to do.
 template <class Row>
-RK_HOST_DEVICE int64_t apply_control(Row& row, const RowControl& c, const Sets& sets, int64_t vocab,
-                                     float temperature, bool dense) {
-  typedef typename Row::Value T;
+RK_HOST_DEVICE int64_t apply_ids(Row& row, const RowControl& c, const Sets& sets, int64_t vocab) {
   if (c.force >= 0 && c.force < vocab && can_force(row.get(c.force))) {
-    row.set(c.force, T(kForced));
+    row.set(c.force, typename Row::Value(kForced));
     return c.force;
   }
   apply_sets(row, c, sets, vocab);
+  return -1;
+}
+
+// What depends on the logits after that.
+template <class Row>
+RK_HOST_DEVICE void apply_rest(Row& row, const RowControl& c, int64_t vocab, float temperature,
+                               bool dense) {
   move_to_wait(row, c, vocab, temperature);
   if (dense && c.soft >= 0 && c.soft < vocab) {
     row.set(c.soft, raised(row.get(c.soft), row.largest(), c.weight, c.margin));
   }
-  return -1;
+}
+
+template <class Row>
+RK_HOST_DEVICE void apply_control(Row& row, const RowControl& c, const Sets& sets, int64_t vocab,
+                                  float temperature, bool dense) {
+  if (apply_ids(row, c, sets, vocab) < 0) apply_rest(row, c, vocab, temperature, dense);
 }
 
 }  // namespace modulation

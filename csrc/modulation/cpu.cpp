@@ -73,11 +73,8 @@ InPlace<E> row_of(const RowsParams& p, int64_t row) {
   return {static_cast<E*>(p.logits) + row * p.stride, p.vocab};
 }
 
-template <class E>
-void apply_row(const RowsParams& p, int64_t row, const RowControl& c) {
-  InPlace<E> logits = row_of<E>(p, row);
-  const float temperature = p.temperature == nullptr ? 1.0f : p.temperature[row];
-  apply_control(logits, c, p.state.sets, p.vocab, temperature, p.dense);
+float temperature_of(const RowsParams& p, int64_t row) {
+  return p.temperature == nullptr ? 1.0f : p.temperature[row];
 }
 
 template <class E>
@@ -97,28 +94,37 @@ void modulate_tree(const RowsParams& p, int64_t b) {
       ended[i] = ended[p.parents[i]] || token < 0;
       if (!ended[i]) fold(s.sets, record, folded[i], token);
     }
-    apply_row<E>(p, b * p.nodes + i, control_of(record, folded[i]));
+    const int64_t row = b * p.nodes + i;
+    InPlace<E> logits = row_of<E>(p, row);
+    apply_control(logits, control_of(record, folded[i]), s.sets, p.vocab, temperature_of(p, row),
+                  p.dense);
   }
 }
 
-// Decided rows wait for their logits.
-constexpr int64_t kAhead = 16;
+constexpr int64_t kTogether = 16;  // rows: what one of them waits for does not hold up the others
 
 template <class E>
 void modulate_chains(const RowsParams& p, int64_t begin, int64_t end) {
   const State& s = p.state;
-  RowControl decided[kAhead];
-  for (int64_t first = begin; first < end; first += kAhead) {
-    const int64_t last = std::min(first + kAhead, end);
-    for (int64_t row = first; row < last; ++row) {
+  RowControl decided[kTogether];
+  int64_t rows[kTogether];
+  for (int64_t first = begin; first < end; first += kTogether) {
+    int count = 0;
+    for (int64_t row = first; row < std::min(first + kTogether, end); ++row) {
       const int64_t slot = p.slot[row];
       if (!s.controls(slot)) continue;
-      RowControl& c = decided[row - first];
-      c = control_of(s.record_of(slot), fold_chain(p, slot, row));
-      fetch_logits(row_of<E>(p, row), c, s.sets);
+      decided[count] = control_of(s.record_of(slot), fold_chain(p, slot, row));
+      fetch_logits(row_of<E>(p, row), decided[count], s.sets);
+      rows[count++] = row;
     }
-    for (int64_t row = first; row < last; ++row) {
-      if (s.controls(p.slot[row])) apply_row<E>(p, row, decided[row - first]);
+    for (int i = 0; i < count; ++i) {
+      InPlace<E> logits = row_of<E>(p, rows[i]);
+      if (apply_ids(logits, decided[i], s.sets, p.vocab) >= 0) rows[i] = -1;
+    }
+    for (int i = 0; i < count; ++i) {
+      if (rows[i] < 0) continue;
+      InPlace<E> logits = row_of<E>(p, rows[i]);
+      apply_rest(logits, decided[i], p.vocab, temperature_of(p, rows[i]), p.dense);
     }
   }
 }
