@@ -25,8 +25,11 @@ GPU_BACKENDS = ("cuda", "triton")
 # (op, backend) -> since when the kernel is another one. Delete what a newer result speaks for.
 WRITTEN_ANEW = {
     (op, "cuda"): "2026-11-26T20:30"
-    for op in ("sample", "sample_controlled", "table_draft", "table_update_", "verify_controlled",
-               "verify_tree")
+    for op in ("sample", "table_draft", "table_update_", "verify_tree")
+} | {
+    (op, backend): "2026-11-26T22:40"
+    for op in ("modulate_logits_", "commit_", "sample_controlled", "verify_controlled")
+    for backend in GPU_BACKENDS
 }  # fmt: skip
 
 HEAD = '''"""Which backend has run, and matched, on which GPU architecture.

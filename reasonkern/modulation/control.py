@@ -13,8 +13,8 @@ from . import layout as at
 from .state import ModulationState
 
 _modulate = torch.ops.reasonkern.modulate_logits_.default
-# What the overload calls, which Dynamo does not trace: without a frame of Python in between, 8 µs
-# less where nothing is in cache.
+# What the overload calls, without the frame of Python in between, which is dear where nothing is in
+# cache. Dynamo traces the overload only.
 _modulate_now = _modulate._op
 _commit = torch.ops.reasonkern.commit_.default
 
@@ -74,20 +74,22 @@ def modulate_logits_(
             rows that do not follow one another as local_pos says.
     """
     # All checks in Python would take longer than the kernel, which makes them, too. They are made
-    # only when it objects, to say what is wrong. What is looked up here counts: once nothing is in
-    # cache, each name costs as much as ten tokens' logits.
+    # only when it objects, to say what is wrong. Where nothing is in cache every name that is
+    # looked up here counts.
     try:
-        records, sets, needs_heat, needs_dense = state.checked_by_kernel
-        heat = None
-        if isinstance(temperature, Tensor):
-            heat = temperature
-        elif temperature is not None:
-            _checks.check_number("temperature", temperature, 0)
-        if (heat is not None or not needs_heat) and (allow_dense or not needs_dense):
-            local = None if local_pos is NO_DRAFTS else local_pos
-            call = _modulate if is_dynamo_compiling() else _modulate_now
-            call(logits, slot, local, draft_tokens, parents, heat, records, sets, allow_dense)
-            return logits
+        ready = state.checked_by_kernel
+        if ready is not None:
+            records, sets, needs_heat, needs_dense = ready
+            heat = None
+            if isinstance(temperature, Tensor):
+                heat = temperature
+            elif temperature is not None:
+                _checks.check_number("temperature", temperature, 0)
+            if (heat is not None or not needs_heat) and (allow_dense or not needs_dense):
+                local = None if local_pos is NO_DRAFTS else local_pos
+                call = _modulate if is_dynamo_compiling() else _modulate_now
+                call(logits, slot, local, draft_tokens, parents, heat, records, sets, allow_dense)
+                return logits
     except (RuntimeError, AttributeError, TypeError):
         pass
     if not isinstance(state, ModulationState):

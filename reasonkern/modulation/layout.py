@@ -18,8 +18,8 @@ ACTIVE, CYCLIC, TIP, CONSTANT, SCHEDULE, BAN = 1, 2, 4, 8, 16, 32
 BUDGET, SOFT, MIN_THINK, DEEPCONF, TRIGGER = 64, 128, 256, 512, 1024
 ADDERS = (CYCLIC, TIP, CONSTANT, SCHEDULE)  # parts in the order of ADDED_SETS
 
-# records (S, RECORD_WIDTH) int64: a row per slot. Columns marked "double" hold the bits of a float64.
-# What every row of logits reads is in the first lines of 64 bytes.
+# records (S, RECORD_WIDTH) int64: a row per slot. Columns marked "double" hold the bits of a
+# float64. What every row of logits reads is in the first lines of 64 bytes.
 
 # What the committed tokens have made of it.
 T, SPENT, SWITCH, PHASE, PHRASE, WAIT_AT, IGNORE, STOPPED = 0, 1, 2, 3, 4, 5, 6, 7
@@ -48,8 +48,8 @@ CONFIDENCE_RING = ROW_WIDTH
 ENTROPY_RING = CONFIDENCE_RING + MAX_CONFIDENCE // 2
 RECORD_WIDTH = ENTROPY_RING + MAX_ENTROPY // 2
 
-# sets (SET_ENTRIES + K,) int64: bounds, of which s and s + 1 are where the entries of set s begin and
-# end; the largest id of all sets and requests; from SET_ENTRIES on the K entries, ids ascending
+# sets (SET_ENTRIES + K,) int64: bounds, of which s and s + 1 are where the entries of set s begin
+# and end; the largest id of all sets and requests; from SET_ENTRIES on the K entries, ids ascending
 # within a set: the id, and bit SET_BITS + s where set s holds it.
 LARGEST_ID, SET_ENTRIES, SET_BITS = MAX_SETS + 1, 40, 32
 

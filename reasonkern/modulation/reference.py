@@ -77,8 +77,8 @@ def control_of(record: Tensor, p: Progress) -> Control:
 
 def _forced_id(record: Tensor, p: Progress) -> Tensor:
     stops = has(record, at.DEEPCONF) & (p.stopped != 0) & (record[:, at.EOS] >= 0)
-    spent = has(record, at.BUDGET) & (p.spent >= record[:, at.BUDGET_TOKENS]) & (p.phrase != at.DONE)
-    spent &= (p.phase == at.THINKING) | (p.phrase > 0)
+    spent = has(record, at.BUDGET) & (p.spent >= record[:, at.BUDGET_TOKENS])
+    spent &= (p.phrase != at.DONE) & ((p.phase == at.THINKING) | (p.phrase > 0))
     waits = has(record, at.MIN_THINK) & (p.wait > 0)
     force = torch.where(waits, entry(record, at.WAIT, p.wait), -1)
     force = torch.where(spent, entry(record, at.END, p.phrase), force)

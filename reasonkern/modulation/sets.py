@@ -108,7 +108,7 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
             bounds.append(len(ids))
             bits |= {i: bits.get(i, 0) | 1 << s for i in own}
         packed = torch.zeros(SET_ENTRIES + len(ids), dtype=torch.int64)
-        packed[: LARGEST_ID] = len(ids)
+        packed[:LARGEST_ID] = len(ids)
         packed[: len(bounds)] = torch.tensor(bounds)
         packed[LARGEST_ID] = self.max_id
         member = torch.tensor([bits[i] for i in ids])
