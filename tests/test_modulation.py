@@ -331,6 +331,27 @@ def test_waiting_is_replacing_the_end(backend, temperature):
         assert ((got / temperature).softmax(-1) - p).abs().sum() / 2 < 1e-12
 
 
+def test_waiting_at_every_distance(backend):
+    """T log(1 + e^(-d / T)) itself: the likelier of the two has a logit of 0."""
+    wide = torch.float64 in backend.dtypes
+    distance = torch.cat((torch.zeros(1), torch.logspace(-12, 2.8, 149))).double().repeat(4)
+    heat = torch.tensor([0.03, 0.6, 1.0, 100.0]).repeat_interleave(150)
+    share = distance / heat.double()
+    assert (share < 1e-9).sum() > 50 and (share > 750).sum() > 10
+    kept = (share < 700) | (share > 750)  # between them lie numbers of fewer bits
+    distance, heat, share = distance[kept], heat[kept], share[kept]
+    logits = torch.zeros(len(share), VOCAB, dtype=torch.float64 if wide else torch.float32)
+    logits[:, END] = -distance.to(logits.dtype)
+    logits[::2] = -logits[::2] - distance[::2, None].to(logits.dtype)  # the wait is the less likely
+    logits[::2, END] = 0.0
+    state = one(rk.Modulation(min_think=rk.MinThink(2, 0, [0]), think_end=END))
+    slot = torch.zeros(len(share), dtype=torch.int64)
+    got = modulate(backend, logits, state, slot, temperature=heat)[:, 0].double()
+    expected = heat.double() * torch.log1p(torch.exp(-share))
+    slack = 4e-15 if wide else 3e-7
+    torch.testing.assert_close(got, expected, rtol=slack, atol=0 if wide else 1e-40)
+
+
 def test_waiting_greedily_and_where_it_is_not_allowed(backend):
     spec = rk.Modulation(min_think=rk.MinThink(2, 0, [0]), think_end=END)
     z = torch.zeros(VOCAB)
