@@ -37,8 +37,8 @@ struct InPlace {
 };
 
 // After a pass through a model nothing of a call is in cache, and rows would wait for one line of
-// memory after the other. So whatever a row will touch is asked for some rows before. (Inlined: GCC
-// takes a function that only prefetches for one without effect and deletes the call.)
+// memory after the other. So what rows will touch is asked for beforehand. (Inlined: GCC takes a
+// function that only prefetches for one without effect and deletes the call.)
 #define RK_FETCHES __attribute__((always_inline)) inline
 
 // The lines of a record that a row with every part reads.
