@@ -56,6 +56,18 @@ def test_a_team_takes_requests_of_either_kind(simulated, blocks, order):
         assert_same_bits(simulated.sample(x, None, *r.args()), expected)
 
 
+@pytest.mark.parametrize(("blocks", "seeds"), [(1, 60), (4, 12)])
+def test_warps_that_fall_behind_change_nothing(simulated, blocks, seeds):
+    """Random order also lets what is on its way between blocks, and copies, come early or late."""
+    x, r = random_logits((3, 304), 6), rows(3, 304, 6)
+    expected = _load.implementation("sample", "reference")(x, None, *r.args())
+    for seed in range(seeds):
+        with simulated.using(order="random", seed=seed, blocks=blocks, threads=64, teams=1):
+            assert_same_bits(simulated.sample(x, None, *r.args()), expected)
+            if seed < 8:
+                same(simulated, random_step(seed, batch=3, vocab=160, rejection=seed % 3 == 0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("vocab", [304, 299])
 @pytest.mark.parametrize("filters", ["off", "mixed"])
