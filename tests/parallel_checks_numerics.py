@@ -20,7 +20,7 @@ from torch import Tensor
 
 from reasonkern.policy_loss import parallel as ranks
 from reasonkern.policy_loss import parallel_rows as rows_over_ranks
-from reasonkern.policy_loss import reference as ref
+from reasonkern.policy_loss import reference_objective as formulas
 
 # ---- the numerics that every backend keeps, with this group as the backend
 
@@ -44,11 +44,11 @@ def group_backend() -> Backend:
 
     def policy_loss(*args: Any) -> tuple[Tensor, ...]:
         a, needs_grad = LossArgs(*args[:-1]), args[-1]
-        active = ref.active_rows(a.weight, a.entropy_weight)
+        active = formulas.active_rows(a.weight, a.entropy_weight)
         scaling = (a.row_temperature, a.temperature, a.softcap)
         out = token_stats(a.logits, a.targets, active, *scaling)
-        h = ref.unpack_hyper(list(a.values), a.hyper, a.targets.shape)
-        loss = ref.objective_rows(
+        h = formulas.unpack_hyper(list(a.values), a.hyper, a.targets.shape)
+        loss = formulas.objective_rows(
             a.kind, a.kl_kind, a.kl_unbiased, out[0], out[1], a.old_logprob, a.advantage,
             a.weight, a.entropy_weight, a.importance, a.ref_logprob, h,
         )  # fmt: skip

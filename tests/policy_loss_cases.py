@@ -17,6 +17,7 @@ from tolerance import assert_close as assert_close
 from torch import Tensor
 
 from reasonkern.policy_loss import reference as ref
+from reasonkern.policy_loss import reference_objective as formulas
 
 NAN = float("nan")
 CLAMP = 20.0
@@ -128,7 +129,7 @@ class LossArgs:
     values: tuple[float, ...] = (0.8, 1.2, INF, INF, 0.0, 0.0, 0.0, 0.0, CLAMP)
     temperature: float = 1.0
     softcap: float = 0.0
-    kind: int = ref.CLIP
+    kind: int = formulas.CLIP
     kl_kind: int = 0
     kl_unbiased: bool = False
 
@@ -217,7 +218,7 @@ def bernoulli_kl(old: Tensor, logp: Tensor) -> Tensor:
 
 def dppo_loss(kind: int, logp: Tensor, old: Tensor, a: Tensor, n: Numbers) -> Tensor:
     p, p_old = logp.detach().exp(), old.exp()
-    if kind == ref.DPPO_TV:
+    if kind == formulas.DPPO_TV:
         valid = torch.where(a > 0, p - p_old <= n.high, p - p_old >= -n.low)
     else:
         kl = bernoulli_kl(old, logp.detach())
@@ -230,16 +231,16 @@ def policy_term(a: LossArgs, logp: Tensor, old: Tensor, n: Numbers) -> Tensor:
     """l of policy_loss.md §3 where A is not 0."""
     adv = a.advantage
     r = ratio_of(logp, old, n)
-    if a.kind == ref.CLIP:
+    if a.kind == formulas.CLIP:
         return ppo_loss(r, adv, n)
-    if a.kind == ref.GPPO:
+    if a.kind == formulas.GPPO:
         return gppo_loss(logp, r, adv, n)
-    if a.kind == ref.CISPO:
+    if a.kind == formulas.CISPO:
         return -clamp(r, n.ratio_min, n.ratio_max).detach() * adv * logp
-    if a.kind == ref.SAPO:
+    if a.kind == formulas.SAPO:
         tau = torch.where(adv > 0, n.low, n.high)
         return -adv * (4 / tau) * torch.sigmoid(tau * (r - 1))
-    if a.kind == ref.DRO:
+    if a.kind == formulas.DRO:
         return -(logp * adv - 0.5 * n.low * (logp - old) ** 2)
     return dppo_loss(a.kind, logp, old, adv, n)
 
@@ -269,7 +270,7 @@ def literal_loss(a: LossArgs) -> Loss:
     logp, n = stats.logprob, numbers(a)
     old = logp.detach() if a.old_logprob is None else a.old_logprob
     loss = policy_term(a, logp, old, n)
-    if a.kind != ref.DRO:
+    if a.kind != formulas.DRO:
         loss = torch.where(a.advantage == 0, 0.0, loss)
     if a.importance is not None:
         loss = a.importance * loss
@@ -310,12 +311,12 @@ def loss_terms(a: LossArgs, exact: Loss) -> LossTerms:
     h, logp = numbers(a), exact.logprob
     old = logp if a.old_logprob is None else a.old_logprob
     ones = torch.ones_like(a.weight)
-    policy = ref.objective_rows(
+    policy = formulas.objective_rows(
         a.kind, 0, False, logp, exact.entropy, a.old_logprob, a.advantage, ones, None,
-        a.importance, None, ref.Hyper(*h)._replace(entropy_coef=0.0),
+        a.importance, None, formulas.Hyper(*h)._replace(entropy_coef=0.0),
     )  # fmt: skip
     value, slope = policy.token_loss.abs(), policy.dlogp.abs()
-    if a.kind == ref.DRO:
+    if a.kind == formulas.DRO:
         factor = ones if a.importance is None else a.importance.abs()
         value = factor * ((a.advantage * logp).abs() + h.low * (logp - old) ** 2)
         slope = factor * (a.advantage.abs() + h.low * (logp - old).abs())

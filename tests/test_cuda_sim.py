@@ -120,15 +120,48 @@ def mail(sim, order, n):
     return run(sim, "mail", None, out, order=order, n=n, **layout)
 
 
-def test_mail_between_blocks_comes_before_the_wait_is_over_and_no_sooner(sim, order):
+def numbers_of_blocks():
     turn, block = np.arange(3)[:, None, None, None], np.arange(8).reshape(1, 2, 1, 4)
-    np.testing.assert_array_equal(mail(sim, order, 0), np.tile(block * 10 + turn, (1, 1, 4, 1)))
-    with pytest.raises(RuntimeError, match="expect_bytes: twice in one turn"):
-        mail(sim, order, 1)  # nobody waited for the turn before last
+    return np.tile(block * 10 + turn, (1, 1, 4, 1))
+
+
+def test_mail_between_blocks_comes_before_the_wait_is_over(sim, order):
+    np.testing.assert_array_equal(mail(sim, order, 0), numbers_of_blocks())
     with pytest.raises(RuntimeError, match="livelock"):
         mail(sim, order, 2)
+    with pytest.raises(RuntimeError, match="wait_for_turn: neither the turn under way nor the one"):
+        mail(sim, order, 4)
+
+
+def test_mail_that_comes_late_shows_a_read_without_a_wait(sim):
+    with pytest.raises(RuntimeError, match="expect_bytes: twice in one turn"):
+        mail(sim, "forward", 1)  # nobody waited for the turn before last
     with pytest.raises(RuntimeError, match="send: nobody waited for it"):
-        mail(sim, order, 3)
+        mail(sim, "forward", 3)
+
+
+def test_a_copy_that_comes_at_once_shows_a_write_over_what_is_still_read(sim, order):
+    rows = np.arange(64, dtype=np.float32)
+
+    def copied(n, seed):
+        out, layout = np.zeros(64, np.float32), {"shared": 128 + 8, "order": order}
+        return run(sim, "copies", rows, out, n=n, seed=seed, **layout)
+
+    np.testing.assert_array_equal(copied(0, 0), rows)
+    seeds = range(20 if order == "random" else 1)
+    right = [(copied(1, seed) == rows).all() for seed in seeds]
+    assert all(right) == (order == "forward")
+
+
+def test_a_warp_that_falls_behind_shows_what_no_barrier_orders(sim):
+    """Two warps write the number of steps that each has made; a barrier at each would end the race,
+    and without one neither gets far ahead of the other but in random order."""
+    ahead = {}
+    for order in ORDERS:
+        out = np.zeros(2 * 100, np.int32)
+        run(sim, "steps", None, out, block=64, shared=8, order=order, n=100)
+        ahead[order] = np.abs(out.reshape(2, 100) - np.arange(1, 101)).max()
+    assert ahead["random"] > 5 > ahead["forward"] + ahead["reverse"]
 
 
 def test_shared_memory_is_garbage_at_the_start_of_every_block(sim, order):

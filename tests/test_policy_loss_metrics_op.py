@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import reasonkern as rk
 from reasonkern import Objective
 from reasonkern.policy_loss.metrics import SUMS, metric_rows
-from reasonkern.policy_loss.reference import CLIP, DPPO_KL, DPPO_TV
+from reasonkern.policy_loss.reference_objective import CLIP, DPPO_KL, DPPO_TV
 
 INF, NAN = float("inf"), float("nan")
 ROWS = ("logprob", "entropy", "old_logprob", "advantage", "weight", "entropy_weight", "importance",

@@ -15,6 +15,7 @@ from tolerance import acc
 from torch import Tensor
 
 from reasonkern.policy_loss import reference as ref
+from reasonkern.policy_loss import reference_objective as formulas
 
 
 def loss_args(dtype: torch.dtype, kind: int) -> LossArgs:
@@ -60,8 +61,8 @@ def test_derivatives_are_those_of_the_definition(backend: Backend, kind: int) ->
     found = backend("objective_map", *(backend.to(x) for x in args))
     wide = [x.double() if isinstance(x, Tensor) else x for x in args]
     *rows, hyper, values, kind, kl_kind, unbiased = wide[2:]
-    h = ref.unpack_hyper(values, hyper, a.targets.shape)
-    expected = ref.objective_rows(kind, kl_kind, unbiased, *wide[:2], *rows, h)
+    h = formulas.unpack_hyper(values, hyper, a.targets.shape)
+    expected = formulas.objective_rows(kind, kl_kind, unbiased, *wide[:2], *rows, h)
     for name, x, y in zip(expected._fields, found, expected, strict=True):
         if name == "finite":
             assert torch.equal(x.cpu(), y)
@@ -72,7 +73,7 @@ def test_derivatives_are_those_of_the_definition(backend: Backend, kind: int) ->
 
 def test_gradient_through_the_operator() -> None:
     """The derivatives times the incoming gradient; 0 for rows left out; kept for a second call."""
-    a = loss_args(torch.float64, ref.GPPO)
+    a = loss_args(torch.float64, formulas.GPPO)
     stats = ref.token_stats(a.logits, a.targets, None, None, 1.0, 0.0)
     leaves = [s.clone().requires_grad_() for s in stats[:2]]
     out = torch.ops.reasonkern.objective_map(*map_args(a, *leaves))

@@ -13,13 +13,14 @@ import pytest
 import torch
 from conftest import Backend
 from contract import assert_same_bits
+from policy_loss_branches import assert_branches_taken
 from policy_loss_cases import INF, NAN, LossArgs
 from policy_loss_checks import check_loss, run_loss, run_stats
 from tolerance import acc, randn
 from torch import Tensor
 
 from reasonkern import Objective
-from reasonkern.policy_loss import reference as ref
+from reasonkern.policy_loss import reference_objective as formulas
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
@@ -58,7 +59,7 @@ OBJECTIVES = {
 
 def batch(o: Objective, dtype: torch.dtype, seed: int = 0, vocab: int = VOCAB) -> LossArgs:
     """One row per ratio and sign of the advantage, and A = 0 at four ratios; shape (1, N)."""
-    if o.kind in (ref.DPPO_TV, ref.DPPO_KL):
+    if o.kind in (formulas.DPPO_TV, formulas.DPPO_KL):
         pairs = [(p, math.log(p / old), s) for p, old in PROBABILITIES for s in (1, -1)]
     else:
         bounds = {b for b in o.numbers()[:4] if 0 < b < INF}
@@ -110,73 +111,6 @@ def with_terms(a: LossArgs, seed: int = 70, **changes: Any) -> LossArgs:
         "values": (*a.values[:6], 0.3, 0.7, a.values[8]),
     }
     return cases.replace(a, **(more | changes))
-
-
-# ---- branches
-
-
-def branches(a: LossArgs) -> dict[str, Tensor]:
-    """Which rows take which branch of the objective, from float64 and the published conditions."""
-    a = a.cast(torch.float64)
-    logp = cases.literal_stats(a.logits, a.targets).logprob
-    assert a.old_logprob is not None
-    difference = logp - a.old_logprob
-    n, adv = cases.numbers(a), a.advantage
-    r = difference.clamp(-n.log_ratio_clamp, n.log_ratio_clamp).exp()
-    taken = {
-        "A > 0": adv > 0,
-        "A < 0": adv < 0,
-        "A = 0 and an extreme ratio": (adv == 0) & (difference > 20),
-    }
-    for sign, side in (("A > 0", adv > 0), ("A < 0", adv < 0)):
-        taken |= {f"{sign}, {name}": side & rows for name, rows in regions(a.kind, r, n).items()}
-        if math.isfinite(n.log_ratio_clamp) and a.kind not in (ref.DRO, ref.DPPO_TV, ref.DPPO_KL):
-            taken[f"{sign}, clamp low"] = side & (difference < -n.log_ratio_clamp)
-            taken[f"{sign}, clamp high"] = side & (difference > n.log_ratio_clamp)
-    if a.kind in (ref.DPPO_TV, ref.DPPO_KL):
-        taken |= dppo_branches(a, logp, r, n)
-    return taken
-
-
-def regions(kind: int, r: Tensor, n: cases.Numbers) -> dict[str, Tensor]:
-    out: dict[str, Tensor] = {}
-    if kind in (ref.CLIP, ref.GPPO, ref.CISPO):
-        out["inside"] = (r > n.ratio_min) & (r < n.ratio_max)
-        for name in ("ratio_max", "dual_clip", "ratio_cap"):
-            if math.isfinite(getattr(n, name)):
-                out[f"above {name}"] = r > getattr(n, name)
-        if n.ratio_min > 0:
-            out["below ratio_min"] = r < n.ratio_min
-        if n.ratio_min == n.ratio_max:
-            del out["inside"]
-    return out
-
-
-def dppo_branches(a: LossArgs, logp: Tensor, r: Tensor, n: cases.Numbers) -> dict[str, Tensor]:
-    assert a.old_logprob is not None
-    moved = logp.exp() - a.old_logprob.exp()
-    up, pos, neg = moved > 0, a.advantage > 0, a.advantage < 0
-    distance = moved.abs()
-    if a.kind == ref.DPPO_KL:
-        distance = cases.bernoulli_kl(a.old_logprob, logp)
-    far = distance > torch.where(pos, n.high, n.low)
-    between = (distance > n.low) & (distance < n.high)
-    return {
-        "between the two thresholds, A > 0": between & pos & up,
-        "between the two thresholds, A < 0": between & neg & ~up,
-        "dropped, A > 0": pos & far & up,
-        "dropped, A < 0": neg & far & ~up,
-        "far but moving back, A > 0": pos & far & ~up,
-        "far but moving back, A < 0": neg & far & up,
-        "near, A > 0": pos & ~far,
-        "near, A < 0": neg & ~far,
-        "ratio truncated and kept": (r > n.ratio_max) & ((pos & ~far) | (neg & up)),
-    }
-
-
-def assert_branches_taken(a: LossArgs) -> None:
-    for name, rows in branches(a).items():
-        assert (rows & (a.weight != 0)).any(), f"no row takes the branch: {name}"
 
 
 # ---- the reference itself
@@ -273,8 +207,8 @@ def test_ties_are_unclipped(backend: Backend, exact_ratio: Any) -> None:
     unclipped = run_loss(backend, cases.replace(a, hyper=free))
     assert torch.equal(unclipped.token_loss, -r * a.advantage)
     for kind, bounds in (
-        (ref.CLIP, ("ratio_min", "ratio_max", "dual_clip", "ratio_cap")),
-        (ref.GPPO, ("ratio_min", "ratio_max", "dual_clip")),
+        (formulas.CLIP, ("ratio_min", "ratio_max", "dual_clip", "ratio_cap")),
+        (formulas.GPPO, ("ratio_min", "ratio_max", "dual_clip")),
     ):
         for bound in bounds:
             tied, beyond = free.clone(), free.clone()
@@ -283,7 +217,7 @@ def test_ties_are_unclipped(backend: Backend, exact_ratio: Any) -> None:
             beyond[row] = r[0] * (1.0001 if bound == "ratio_min" else 0.9999)
             out = run_loss(backend, cases.replace(a, kind=kind, hyper=tied))
             assert_same_bits(out, unclipped)
-            if kind == ref.CLIP:
+            if kind == formulas.CLIP:
                 clipped = run_loss(backend, cases.replace(a, kind=kind, hyper=beyond)).grad_logits
                 side = a.advantage > 0 if bound == "ratio_max" else a.advantage < 0
                 side |= torch.tensor(bound == "ratio_cap")  # with no ratio_max, both signs
@@ -294,15 +228,15 @@ def test_log_ratio_clamp_limits_the_value_and_stops_the_gradient(backend: Backen
     """Losses through r have gradient 0 outside +-20; detached ratios and GPPO's bounds keep it."""
     free = (0.0, INF, INF, INF, 0.0, 0.0, 0.0, 0.0, 20.0)
     a = batch(Objective.sapo(), torch.float32, seed=60).rows([0, 1, 10, 11])
-    a = cases.replace(a, kind=ref.CLIP, values=free)
+    a = cases.replace(a, kind=formulas.CLIP, values=free)
     limit = torch.where(torch.arange(4) < 2, math.exp(-20.0), math.exp(20.0)).unsqueeze(0)
     ppo = check_loss(backend, a.map(backend.to))
     assert ((ppo.token_loss / (-limit * a.advantage) - 1).abs() < 1e-6).all()
     assert (ppo.grad_logits == 0).all()
-    cispo = check_loss(backend, cases.replace(a, kind=ref.CISPO).map(backend.to))
+    cispo = check_loss(backend, cases.replace(a, kind=formulas.CISPO).map(backend.to))
     assert (cispo.grad_logits != 0).any(-1).all()
     bounds = (0.8, 1.28, INF, INF, 1.0, 1.0, 0.0, 0.0, 20.0)
-    gppo = check_loss(backend, cases.replace(a, kind=ref.GPPO, values=bounds).map(backend.to))
+    gppo = check_loss(backend, cases.replace(a, kind=formulas.GPPO, values=bounds).map(backend.to))
     preserved = torch.tensor([[False, True, True, False]])  # A < 0 below, A > 0 above
     assert torch.equal((gppo.grad_logits != 0).any(-1), preserved)
     off = cases.replace(a, values=(*free[:8], INF))
@@ -319,7 +253,7 @@ def test_zero_advantage_gives_zero_whatever_the_ratio(
     a.advantage[:] = 0
     out = run_loss(backend, with_terms(a, kl_kind=1).map(backend.to))
     assert torch.isfinite(out.logprob).all() and (out.grad_logits[0, 0] != 0).any()
-    if objective.kind == ref.DRO:  # its quadratic term does not carry A
+    if objective.kind == formulas.DRO:  # its quadratic term does not carry A
         return
     active = with_terms(a).weight[0] != 0
     k1 = 0.3 * (out.logprob - with_terms(a).ref_logprob)[0, active]

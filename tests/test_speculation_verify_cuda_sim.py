@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 from contract import assert_same_bits
+from modulation_sampler_cases import SETS, random_requests
 from speculation_cases import random_logits, random_step, rows
 from test_speculation_verify import OUTPUTS, chain, check_lse
 
+import reasonkern as rk
 from reasonkern import _load
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -54,6 +56,35 @@ def test_a_team_takes_requests_of_either_kind(simulated, blocks, order):
     expected = _load.implementation("sample", "reference")(x, None, *r.args())
     with simulated.using(teams=1, blocks=blocks, threads=64, stages=0, order=order, seed=7):
         assert_same_bits(simulated.sample(x, None, *r.args()), expected)
+
+
+@pytest.mark.parametrize(("blocks", "seeds"), [(1, 60), (4, 12)])
+def test_warps_that_fall_behind_change_nothing(simulated, blocks, seeds):
+    """Random order also lets what is on its way between blocks, and copies, come early or late."""
+    x, r = random_logits((3, 304), 6), rows(3, 304, 6)
+    expected = _load.implementation("sample", "reference")(x, None, *r.args())
+    for seed in range(seeds):
+        with simulated.using(order="random", seed=seed, blocks=blocks, threads=64, teams=1):
+            assert_same_bits(simulated.sample(x, None, *r.args()), expected)
+            if seed < 8:
+                same(simulated, random_step(seed, batch=3, vocab=160, rejection=seed % 3 == 0))
+
+
+@pytest.mark.parametrize(("blocks", "seeds"), [(1, 40), (4, 8)])
+def test_warps_that_fall_behind_change_nothing_under_control(simulated, blocks, seeds):
+    for seed in range(seeds):
+        state = rk.ModulationState(3, SETS)
+        for index, request in enumerate(random_requests(2, seed)):
+            state.add(index, request.spec, prompt_tokens=[15, 1], generated_tokens=[3, 4, 8, 9])
+        step = random_step(seed, batch=3, vocab=160, rejection=seed % 3 == 0)
+        args = (*step.args(), torch.tensor([0, -1, 1]), list(state.tensors), True)
+        expected = _load.implementation("verify_controlled", "reference")(*args)
+        with simulated.using(order="random", seed=seed, blocks=blocks, threads=64, teams=1):
+            got = simulated.verify_controlled(*args)
+        for result in (0, 1, 2, 6, 12):  # tokens, length, path, status, trigger
+            assert_same_bits(got[result], expected[result])
+        for theirs, ours in zip(expected[7:12], got[7:12], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <type_traits>
 
+#include "host_device.h"
 #include "vec.h"
 
 namespace reasonkern {
@@ -131,12 +132,6 @@ __device__ __forceinline__ bool top_is(Top<T> x, T value) {  // a NaN may hide i
 // A product that is never contracted into a multiply-add, so that kernels which share a formula
 // also share its bits.
 __device__ __forceinline__ float mul_rn(float x, float y) { return __fmul_rn(x, y); }
-__device__ __forceinline__ double mul_rn(double x, double y) {
-#if defined(__CUDACC__)
-  return __dmul_rn(x, y);
-#else
-  return x * y;
-#endif
-}
+__device__ __forceinline__ double mul_rn(double x, double y) { return product(x, y); }
 
 }  // namespace reasonkern

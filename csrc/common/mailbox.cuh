@@ -88,20 +88,35 @@ __device__ __forceinline__ void fence_for_bulk() {
 #endif
 }
 
-// Returns when the bytes of turn 0, 1, ... have come.
+enum class Sender { self, peers };  // bulk copies of the own block; blocks of the cluster
+
+// Returns when the bytes of turn 0, 1, ... have come. The next but one does not begin before:
+// parity is all that tells turns apart. What peers send is released at the cluster's scope and
+// acquired at no smaller one, which also empties the L1 cache.
+template <Sender from>
 __device__ __forceinline__ void wait_for_turn(Mailbox* box, unsigned turn) {
 #if !defined(__CUDACC__)
   cuda_sim::wait_for_turn(&box->state, turn);
 #elif __CUDA_ARCH__ >= 900
   unsigned done = 0;
   while (!done) {
-    asm volatile(
-        "{\n.reg .pred done;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, done;\n}"
-        : "=r"(done)
-        : "r"(shared_address(box)), "r"(turn % 2)
-        : "memory");
+    if constexpr (from == Sender::peers) {
+      asm volatile(
+          "{\n.reg .pred done;\n"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, done;\n}"
+          : "=r"(done)
+          : "r"(shared_address(box)), "r"(turn % 2)
+          : "memory");
+    } else {
+      asm volatile(
+          "{\n.reg .pred done;\n"
+          "mbarrier.try_wait.parity.acquire.cta.shared::cta.b64 done, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, done;\n}"
+          : "=r"(done)
+          : "r"(shared_address(box)), "r"(turn % 2)
+          : "memory");
+    }
   }
 #endif
 }

@@ -60,17 +60,20 @@ Device describe(void (*kernel)(Params...), int32_t device) {
           std::size_t(device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device))};
 }
 
-// Launches on `stream` with `cluster` blocks per cluster along x (1: none) and checks the launch.
+// Launches on `stream` with `cluster` blocks per cluster along x (1: none; at most 8, what is
+// portable) and checks the launch.
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, unsigned cluster,
             std::size_t shared_bytes, cudaStream_t stream, Args... args) {
-  constexpr std::size_t kUnrequested = 48 * 1024;  // more than this must be asked for
+  // More must be asked for: all there may be, or a thread that launches the kernel with less room
+  // would take this one's between the two calls.
+  constexpr std::size_t kUnrequested = 48 * 1024;
   if (shared_bytes > kUnrequested) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared_bytes)));
-  }
-  if (cluster > 8) {
-    STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+    int device = 0;
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    STD_CUDA_CHECK(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)));
   }
   cudaLaunchAttribute attribute{};
   attribute.id = cudaLaunchAttributeClusterDimension;

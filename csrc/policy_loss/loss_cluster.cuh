@@ -76,7 +76,7 @@ __device__ __forceinline__ Moments<acc_t<T>> staged_moments(const Stage<T>& stag
   return share_moments<Moments<acc_t<T>>>(
       stage.share, scale, [&](Vec<T>(&v)[kUnroll], int at, int step) {
         if (at - int(threadIdx.x % 32) * Vec<T>::size == stage.begin(chunk)) {
-          wait_for_turn(stage.fetched + chunk++, turn);
+          wait_for_turn<Sender::self>(stage.fetched + chunk++, turn);
         }
 #pragma unroll
         for (int i = 0; i < kUnroll; ++i, at += step) {  // the last vector is padded with -inf
@@ -136,7 +136,7 @@ __device__ __forceinline__ Moments<acc_t<T>> exchange(ClusterScratch<acc_t<T>>& 
   Mailbox* arrived = &s.arrived[turn % 2];
   if (lane == 0) expect_bytes(arrived, size * sizeof(mine));
   if (lane < size) send(slices + cluster_rank(), arrived, lane, mine);
-  wait_for_turn(arrived, turn / 2);
+  wait_for_turn<Sender::peers>(arrived, turn / 2);
   return merge_lanes(lane_part(slices, int(size)), scale);
 }
 

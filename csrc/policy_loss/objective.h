@@ -1,6 +1,6 @@
 // The objective: an O(1) map per row from (logp, H) to the loss and its two derivatives.
-// Written once for CPU and CUDA; reasonkern/policy_loss/reference.py states the same formulas in
-// torch.
+// Written once for CPU and CUDA; reasonkern/policy_loss/reference_objective.py states the same
+// formulas in torch.
 #pragma once
 
 #include <cmath>

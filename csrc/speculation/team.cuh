@@ -160,7 +160,7 @@ class Team {
       send(reinterpret_cast<Part*>(inbox[cluster_rank()]), box, threadIdx.x, part);
     }
     if (threadIdx.x == 0) expect_bytes(box, size * unsigned(sizeof(Part)));
-    wait_for_turn(box, turn / 2);
+    wait_for_turn<Sender::peers>(box, turn / 2);
     std::memcpy(&part, aligned(inbox[threadIdx.x % size]), sizeof(Part));
     return part.value;
   }
@@ -186,7 +186,7 @@ class Team {
     }
     if (!receives) return 0;
     if (threadIdx.x == 0) expect_bytes(&s.tops_arrived, size * pairs * unsigned(sizeof(TopPair)));
-    wait_for_turn(&s.tops_arrived, tops_turn_++);
+    wait_for_turn<Sender::peers>(&s.tops_arrived, tops_turn_++);
     return int(2 * pairs * size);
   }
 
@@ -215,7 +215,7 @@ class Team {
   __device__ const void* await(const Slice& slice) {
     if (!slice.staged) return slice.data;
     meet();
-    wait_for_turn(shared_->fetched + slot_, turn_of(slot_) - 1);
+    wait_for_turn<Sender::self>(shared_->fetched + slot_, turn_of(slot_) - 1);
     return staged(slot_, slice);
   }
 
@@ -237,7 +237,7 @@ class Team {
   // The copy of a wrong guess.
   __device__ void drain() {
     if (guess_ >= 0 && threadIdx.x == 0) {
-      wait_for_turn(shared_->fetched + (slot_ ^ 1), turn_of(slot_ ^ 1) - 1);
+      wait_for_turn<Sender::self>(shared_->fetched + (slot_ ^ 1), turn_of(slot_ ^ 1) - 1);
     }
     guess_ = -1;
   }

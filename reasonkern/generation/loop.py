@@ -20,7 +20,7 @@ from .cache import SlotCache
 from .drafts import Drafter, plant
 from .passes import Model, tree_pass
 from .statistics import Clock, Statistics
-from .trees import BestTree, FixedTree
+from .trees import BestTree
 
 PLAIN = DraftTree.chain(1)
 TOGETHER = 8  # plain steps whose rows the table learns in one call
@@ -107,8 +107,7 @@ class Run:
         self.statistics, self.clock = statistics, Clock(statistics, model.device)
         if table is None:
             tree = PLAIN  # nothing fills another one
-        trees = BestTree(model.timings) if tree is None else FixedTree(tree)
-        self.trees: BestTree | FixedTree = trees
+        self.tree: DraftTree | BestTree = BestTree(model.timings) if tree is None else tree
         self.cache = SlotCache(0, model.device)
         self._waiting: list[tuple[Tensor, ...]] = []
         self._before = self._look_ups()
@@ -159,8 +158,8 @@ class Run:
                 )  # fmt: skip
             self._learn(tree, now, out)
         self.statistics.sizes[tree.nodes] += 1
-        if self.drafter is None:
-            self.trees.took(time.perf_counter() - begin)
+        if self.drafter is None and isinstance(self.tree, BestTree):
+            self.tree.took(time.perf_counter() - begin)
         for request, row in zip(self.requests, rows, strict=True):
             request.cached += row[0]
             if not request.done:
@@ -177,10 +176,12 @@ class Run:
         return _Now(values[:, 0], values[:, 1], values[:, 2:])
 
     def _drafted(self, now: _Now) -> tuple[Draft, DraftTree, Tensor | None]:
-        """With all drafted tokens (B, more nodes), -1 = none, where `trees` asks for them."""
+        """With all drafted tokens (B, more nodes), -1 = none, where a `BestTree` asks for them."""
         if self.drafter is not None:
             return *self._external(), None
-        tree, filled, watched = self.trees.next(len(self.requests))
+        if isinstance(self.tree, DraftTree):
+            return self._draft(self.tree, now), self.tree, None
+        tree, filled, watched = self.tree.next(len(self.requests))
         draft = self._draft(filled, now)
         every = draft.tokens.where(draft.valid, -1) if watched else None
         if filled is not tree:
@@ -188,9 +189,10 @@ class Run:
         return draft, tree, every
 
     def _watch(self, drafted: list[list[int]]) -> None:
+        assert isinstance(self.tree, BestTree)
         active = [row for row, request in enumerate(self.requests) if not request.done]
         requests = [self.requests[row] for row in active]
-        self.trees.drafted(requests, [drafted[row] for row in active])
+        self.tree.drafted(requests, [drafted[row] for row in active])
 
     def _draft(self, tree: DraftTree, now: _Now) -> Draft:
         if tree.nodes == 1 or self.table is None:

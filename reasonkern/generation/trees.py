@@ -56,23 +56,6 @@ Timings = dict[tuple[int, int], Timing]
 """By (requests, nodes)."""
 
 
-class FixedTree:
-    """Always the same tree."""
-
-    def __init__(self, tree: DraftTree) -> None:
-        self._tree = tree
-
-    def next(self, requests: int) -> Choice:
-        """What the next step drafts."""
-        return Choice(self._tree, self._tree, False)
-
-    def drafted(self, requests: Sequence[Text], tokens: list[list[int]]) -> None:
-        """Takes in what was drafted, where the choice asks for it."""
-
-    def took(self, seconds: float) -> None:
-        """Takes in the time of the step."""
-
-
 class BestTree:
     """The prefix of the default tree that emits most tokens per second.
 
@@ -133,13 +116,14 @@ class BestTree:
         speeds = [n / t for n, t in zip(tokens, times, strict=False)]
         speeds[1:] = [MARGIN * speed for speed in speeds[1:]]
         best = speeds.index(max(speeds))
-        hopes = {
-            MARGIN * tokens[size] / _at_least(times[:size]): size
+        hopes = (
+            (MARGIN * tokens[size] / _at_least(times[:size]), size)
             for size in range(1, min(len(times) + 1, len(SIZES)))
             if len(recent[size]) < SURE
-        }
-        if hopes and max(hopes) > speeds[best]:
-            return hopes[max(hopes)]
+        )
+        hope, new = max(hopes, default=(0.0, 0))
+        if hope > speeds[best]:
+            return new
         pairs = zip(times, speeds, strict=True)
         losses = [TURN * time * (1 - speed / speeds[best]) for time, speed in pairs]
         return self._trial(best, losses)

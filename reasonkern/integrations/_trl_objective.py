@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _checks
 from ..policy_loss import Objective, RowContext
 from ..policy_loss.adaptive import Rows, Rule
-from ..policy_loss.reference import Hyper
+from ..policy_loss.reference_objective import Hyper
 
 # TRL's loss types and how each aggregates; "window": by the trained tokens of all micro-batches of
 # an optimizer step on all ranks.

@@ -7,10 +7,7 @@ row, `commit_` advances it by accepted tokens.
 
 from .control import commit_, modulate_logits_
 from .latent import LatentPolicy, SrgenDelta, latent_policy_gradient, srgen_delta
-from .sampler import Sampled, sample_controlled
-from .sets import TokenSets
-from .signals import completion_probe, entropy_forks
-from .spec import (
+from .parts import (
     TIP,
     Ban,
     Budget,
@@ -19,10 +16,13 @@ from .spec import (
     DeepConf,
     EntropyTrigger,
     MinThink,
-    Modulation,
     Schedule,
     SoftBudget,
 )
+from .sampler import Sampled, sample_controlled
+from .sets import TokenSets
+from .signals import completion_probe, entropy_forks
+from .spec import Modulation
 from .state import ModulationState
 
 __all__ = [

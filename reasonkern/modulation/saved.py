@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from . import layout as at
-from .spec import ID_LIMIT
+from .parts import ID_LIMIT
 
 # Column of a length, the part it belongs to, its smallest and largest value; -1 without the part.
 LENGTHS = (

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from .layout import LARGEST_ID, MAX_SETS, SET_BITS, SET_ENTRIES
-from .spec import checked_id
+from .parts import checked_id
 
 VARIANTS = ("exact", "space", "all")
 

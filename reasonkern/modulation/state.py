@@ -12,9 +12,10 @@ from .. import _checks
 from . import layout as at
 from . import op as _op
 from .layout import Storage
+from .parts import ID_LIMIT
 from .saved import check_saved
 from .sets import TokenSets
-from .spec import ID_LIMIT, Modulation
+from .spec import Modulation
 
 BITS = {
     "cyclic": at.CYCLIC,

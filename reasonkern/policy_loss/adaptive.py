@@ -17,7 +17,7 @@ from .. import _checks
 from .bapo import PUBLISHED, Range, grid, search
 from .conflict import check_filter, shape_advantage
 from .parallel import batch_groups
-from .reference import Hyper, clamped_exp
+from .reference_objective import Hyper, clamped_exp
 from .selection import covariance, draw_between, select_high, select_top
 
 if TYPE_CHECKING:

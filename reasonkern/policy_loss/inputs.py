@@ -14,7 +14,8 @@ from .._checks import check_tensor as check_tensor
 from .objective import Objective
 from .objective_fields import Importance
 from .parallel import Parallel
-from .reference import accumulator_dtype, active_rows
+from .reference import accumulator_dtype
+from .reference_objective import active_rows
 from .sequence import Segments
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -22,7 +22,8 @@ from .op import (
     once_differentiable,
     scale_saved_gradient,
 )
-from .reference import accumulator_dtype, active_rows
+from .reference import accumulator_dtype
+from .reference_objective import active_rows
 
 HEAD_ARGS = "Tensor hidden, Tensor head_weight, Tensor? bias"
 PLAN_ARGS = "ScalarType dtype, int chunk_rows, bool compact"

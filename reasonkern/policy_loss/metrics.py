@@ -16,7 +16,7 @@ from torch import Tensor
 from .inputs import RowContext
 from .objective import Objective
 from .parallel import Parallel, gather
-from .reference import (
+from .reference_objective import (
     CLIP,
     DPPO_KL,
     DPPO_TV,

@@ -16,7 +16,7 @@ from .adaptive import BalancedBounds, CovarianceSelection, EntropyFilter, HighEn
 from .bapo import Range
 from .conflict import LN_2
 from .objective_fields import ObjectiveFields
-from .reference import CISPO, DPPO_KL, DPPO_TV, DRO, GPPO, SAPO, Number
+from .reference_objective import CISPO, DPPO_KL, DPPO_TV, DRO, GPPO, SAPO, Number
 
 # Keywords of every constructor.
 TERMS = (

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from .reference import CLIP, DPPO_KL, DPPO_TV, DRO, GPPO, SAPO
+from .reference_objective import CLIP, DPPO_KL, DPPO_TV, DRO, GPPO, SAPO
 
 if TYPE_CHECKING:
     from .objective_fields import ObjectiveFields

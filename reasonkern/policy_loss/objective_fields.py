@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .adaptive import Rule
 from .objective_checks import check, validate
-from .reference import CISPO, CLIP, Number
+from .reference_objective import CISPO, CLIP, Number
 
 KL_KINDS = {"k1": 1, "k2": 2, "k3": 3}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _load
-from . import conflict, metrics, reference
+from . import conflict, metrics, reference, reference_objective
 
 LOGITS_ARGS = "Tensor targets, Tensor? mask, Tensor? row_temperature"
 GRAD_ARGS = (
@@ -67,9 +67,9 @@ def _policy_loss_(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
 
 def _objective_map(logprob: Tensor, entropy: Tensor, *args: Any) -> tuple[Tensor, ...]:
     *rows, hyper, values, kind, kl_kind, kl_unbiased = args
-    h = reference.unpack_hyper(values, hyper, logprob.shape)
+    h = reference_objective.unpack_hyper(values, hyper, logprob.shape)
     inputs: tuple[Any, ...] = (kind, kl_kind, kl_unbiased, logprob, entropy, *rows, h)
-    return tuple(reference.objective_rows(*inputs))
+    return tuple(reference_objective.objective_rows(*inputs))
 
 
 REFERENCE: dict[str, Callable[..., Any]] = {

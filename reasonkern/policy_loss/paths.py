@@ -17,7 +17,15 @@ from .inputs import RowContext, Scaling
 from .objective import Objective
 from .objective_fields import KL, KL_KINDS, Importance
 from .parallel import VocabShard
-from .reference import Hyper, RowLoss, Term, combine, kl_term, objective_rows, unpack_hyper
+from .reference_objective import (
+    Hyper,
+    RowLoss,
+    Term,
+    combine,
+    kl_term,
+    objective_rows,
+    unpack_hyper,
+)
 from .sequence import importance_weights, opsm_keeps, sequence_term
 
 

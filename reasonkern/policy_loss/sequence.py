@@ -16,7 +16,7 @@ from torch import Tensor
 from .objective import Objective
 from .objective_fields import Importance
 from .parallel import Parallel, group_total
-from .reference import Hyper, clamped_exp, clip_term
+from .reference_objective import Hyper, clamped_exp, clip_term
 
 LOG_W_MIN, LOG_W_MAX = math.log(1e-8), 20.0  # VESPO's limits on ln w
 

@@ -17,17 +17,17 @@ def elliptical_select(features: Tensor, k: int, lam: float = 0.01) -> Tensor:
     paper draws its first pick at random and updates Λ⁻¹ (d×d); this is the same choice by pivoted
     Cholesky of the Gram matrix: one column per pick, no d×d matrix, in float64. Equivalent to::
 
-        inverse = torch.eye(d) / lam
+        chosen, matrix = torch.zeros(N, dtype=torch.bool), lam * torch.eye(d)
         for _ in range(k):
-            score = ((features @ inverse) * features).sum(-1)
+            score = ((features @ matrix.inverse()) * features).sum(-1)
             pick = score.masked_fill(chosen, -1).argmax()
-            inverse = (inverse.inverse() + features[pick].outer(features[pick])).inverse()
+            chosen[pick], matrix = True, matrix + features[pick].outer(features[pick])
 
     Args:
         features: (N, d), or (P, N, d) for P prompts at once, any floating dtype; mean last-layer
             hidden states, centred or not.
         k: picks, 0 to N.
-        lam: ridge λ > 0.
+        lam: ridge λ > 0. The paper's is not known to us; 0.01 is that of its training code.
 
     Returns:
         (k,) or (P, k) int64, in the order picked; equal scores: the lower index.

@@ -176,8 +176,8 @@ class Improvement(NamedTuple):
 def markov_improvement(correct: Tensor, *, prior: float = 0.0) -> Improvement:
     """Self-refinement as a chain of two states: Deep Self-Evolving Reasoning (arXiv 2510.17498).
 
-    A step improves as long as p_IC > p_CI, however weak the model: the chain's stationary accuracy
-    is then above 1/2, and a vote over the tail of several chains finds the answer (`tail_answers`).
+    However weak the model, as long as p_improve > p_degrade the chain's stationary accuracy is
+    above 1/2, and a vote over the tail of several chains finds the answer (`tail_answers`).
     Equivalent to, for ``prior=0``, with c = ``correct``::
 
         p_improve = (~c[:, :-1] & c[:, 1:]).sum() / (~c[:, :-1]).sum()

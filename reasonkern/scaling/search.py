@@ -55,7 +55,16 @@ class AStarFrontier:
     def push(
         self, states: Sequence[Any], rewards: Sequence[float], parent: Node | None = None
     ) -> int:
-        """Adds continuations of a node, or roots; returns how many of them the budget admitted."""
+        """Adds continuations of a node, or roots.
+
+        Args:
+            states: partial solutions, any objects.
+            rewards: process reward of each, in [0, 1].
+            parent: the node, from `pop`, that all of them continue; None = they are roots.
+
+        Returns:
+            How many of them, the first ones, the budget admitted.
+        """
         _checks.check_list("states", states, "states")
         _checks.check_list("rewards", rewards, "numbers, one per state")
         if len(rewards) != len(states):
@@ -77,7 +86,7 @@ class AStarFrontier:
         return Node(state, reward, cost, cost + 1 - reward)
 
     def pop(self, count: int = 1) -> list[Node]:
-        """Removes and returns the best ``count`` nodes, or all if there are fewer."""
+        """Removes and returns the best ``count`` nodes (1 or more), or all if there are fewer."""
         _checks.check_integer("count", count, 1)
         taken = min(count, len(self._heap))
         return [heapq.heappop(self._heap)[2] for _ in range(taken)]

@@ -106,12 +106,12 @@ def temperature_vote(
     """Votes within each temperature, then across them, with early exit (arXiv 2510.02611).
 
     A temperature is confident when its winner has a share of at least ``intra``; the question is
-    done when at least ``cross`` of the temperatures are confident of the same answer. Across
-    temperatures each casts one vote for its winner; a tie goes to the answer of the lowest one.
+    done when at least ``cross`` of the temperatures are confident of the same answer, which is then
+    the winner. Else each temperature casts one vote for its own; a tie goes to the lowest one's.
 
     Args:
         answers: one per sample; None is no answer.
-        temperature: that of each sample.
+        temperature: that at which each sample was drawn.
         intra: σ_intra in (0, 1]. Paper: 0.8.
         cross: σ_cross in (0, 1]. Paper: 1.
 

@@ -195,7 +195,7 @@ def prioritised_sample(
     """Draws k samples without replacement, p ∝ abs(A)^alpha over those with A ≠ 0.
 
     The selective sample buffer of Skywork R1V2 (arXiv 2504.16656), whose text says "weighted by the
-    absolute advantage" and no more: the exponent is ours. Equivalent in law to
+    absolute advantage" and no more: the exponent is ours. Equivalent in law, for alpha > 0, to
     ``torch.multinomial(advantage.abs() ** alpha, k)``, by one top-k of exponential keys.
 
     Args:

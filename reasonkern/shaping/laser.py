@@ -37,7 +37,7 @@ def laser(
         correct: (N,) bool.
         target: L_T, a number (paper: 2048, 4096, 8192) or one per sequence (N,).
         mode: "reward", "penalty" or "hybrid".
-        bonus: code: 0.5.
+        bonus: reward of being short enough. Code: 0.5.
         wrong: reward of a wrong answer. Code: -0.5.
 
     Returns:
@@ -87,14 +87,14 @@ def laser_d(
         correct: (N,) bool.
         group: (N,) int64 ids.
         targets: three, for high, medium and low accuracy.
-        bonus: code: 0.5.
+        bonus: reward of being short enough. Code: 0.5.
         wrong: reward of a wrong answer. Code: -0.5.
 
     Returns:
         (N,) float32.
 
     Raises:
-        ValueError: wrong shape or dtype, or not three targets.
+        ValueError: wrong shape or dtype, not three targets, or no number.
 
     Example:
         >>> import torch
@@ -130,14 +130,14 @@ def laser_de(
         group: (N,) int64 ids.
         targets: three, for high, medium and low accuracy.
         repetitive: (N,) bool, answers in which a repetition detector found a loop; None = none.
-        bonus: code: 0.5.
+        bonus: reward of being short enough. Code: 0.5.
         wrong: reward of a wrong answer. Code: -0.5.
 
     Returns:
         (N,) float32.
 
     Raises:
-        ValueError: wrong shape or dtype, or not three targets.
+        ValueError: wrong shape or dtype, not three targets, or no number.
 
     Example:
         >>> import torch

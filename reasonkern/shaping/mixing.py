@@ -30,7 +30,8 @@ def mix_rewards(
     PTA-GRPO (2510.01833: answer, plan quality, format), RLSP (2502.06773: exploration decoupled
     from correctness), AdaCtrl (2505.18822), Datarus-R1 (2508.13382: two rewards that change places
     by a `cosine` schedule) and GDPO (2601.05242: components normalised by group before the sum).
-    Equivalent to ``sum(weights[c] * gates[c] * components[c] for c in components)``.
+    Equivalent to, without ``normalise`` and ``schedule``:
+    ``sum(weights[c] * gates[c] * components[c] for c in components)``.
 
     Args:
         components: name → (N,) rewards, all on one device.
@@ -106,8 +107,8 @@ def cosine(step: float, total: float, start: float = 1.0, end: float = 0.0) -> f
     move the emphasis from one reward to another (Datarus-R1, arXiv 2508.13382).
 
     Args:
-        step: >= 0.
-        total: > 0.
+        step: where training is, >= 0.
+        total: steps until ``end``, > 0.
         start: value at step 0.
         end: value from step ``total`` on.
 

@@ -13,7 +13,6 @@ from . import table_inputs as inputs
 from . import table_op as _op  # noqa: F401  (registers the operators)
 from .draft import Draft
 from .reference_table import (
-    COUNTERS,
     EVICTIONS,
     HITS,
     ID_BITS,
@@ -23,17 +22,15 @@ from .reference_table import (
     REJECTION,
     ROWS,
     SHARED,
-    WAYS,
     Storage,
 )
+from .table_storage import allocate, check_settings
 from .tree import DraftTree
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 KINDS = {"shared": SHARED, "rejection": REJECTION, "target-only": NO_NOISE, "greedy": NO_NOISE}
-MAX_TOPK, MAX_ORDERS, MAX_ORDER = 16, 4, 8
-STORAGES = ("packed", "exact")
 
 
 class NgramTable:
@@ -87,11 +84,11 @@ class NgramTable:
         device: torch.device | str = "cpu",
     ) -> None:
         vocab = 1 << ID_BITS if vocab_size is None else vocab_size
-        _check_settings(capacity, vocab, orders, topk, max_count, max_scopes, storage)
+        check_settings(capacity, vocab, orders, topk, max_count, max_scopes, storage)
         self.capacity, self.vocab_size, self.orders = capacity, vocab, tuple(orders)
         self.topk, self.max_count, self.max_scopes = topk, max_count, max_scopes
         self.storage = storage
-        self._state = _allocate(capacity, vocab, topk, max_scopes, storage, torch.device(device))
+        self._state = allocate(capacity, vocab, topk, max_scopes, storage, torch.device(device))
 
     # ---- learning
 
@@ -360,53 +357,3 @@ class NgramTable:
         """Settings and place."""
         settings = ", ".join(f"{name}={value!r}" for name, value in self._settings().items())
         return f"NgramTable({settings}, device='{self.device}')"
-
-
-def _check_settings(
-    capacity: int, vocab: int, orders: Sequence[int], topk: int, max_count: int, max_scopes: int,
-    storage: str,
-) -> None:  # fmt: skip
-    if not _is_integer(capacity, WAYS, 1 << 31) or capacity % WAYS:
-        _checks.fail("capacity", "a positive multiple of 8, at most 2^31", capacity)
-    limits = {
-        "vocab_size": (vocab, 1, 1 << 26),
-        "topk": (topk, 1, MAX_TOPK),
-        "max_count": (max_count, 1, (1 << 15) - 1),
-        "max_scopes": (max_scopes, 1, 1 << 31),
-    }
-    for name, (value, low, high) in limits.items():
-        if not _is_integer(value, low, high):
-            _checks.fail(name, f"an integer in [{low}, {high}]", value)
-    if not isinstance(orders, Sequence):
-        _checks.fail("orders", "1 to 4 descending integers in [1, 8]", repr(orders))
-    descending = all(_is_integer(o, 1, MAX_ORDER) for o in orders)
-    descending = descending and all(a > b for a, b in zip(orders, orders[1:], strict=False))
-    if not 1 <= len(orders) <= MAX_ORDERS or not descending:
-        _checks.fail("orders", "1 to 4 descending integers in [1, 8]", tuple(orders))
-    _checks.check_choice("storage", storage, STORAGES)
-
-
-def _is_integer(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-
-def _allocate(
-    capacity: int, vocab: int, topk: int, max_scopes: int, storage: str, device: torch.device
-) -> Storage:
-    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=device)
-
-    wide = (capacity, topk) if vocab > 1 << ID_BITS else (0,)
-    packed = storage == "packed"
-    return Storage(
-        keys=zeros(capacity // WAYS, WAYS, dtype=torch.int64),
-        slots=zeros(capacity, topk, dtype=torch.int32),
-        extra=zeros(*wide, dtype=torch.uint8)
-        if packed
-        else zeros(capacity, topk, dtype=torch.int64),
-        counts=zeros(capacity, dtype=torch.int16),
-        ages=zeros(capacity, dtype=torch.int32),
-        clock=zeros(dtype=torch.int64),
-        epochs=zeros(max_scopes, dtype=torch.int32),
-        counters=zeros(COUNTERS, dtype=torch.int64),
-    )

@@ -96,6 +96,7 @@ struct Machine {
   std::function<void()> kernel;
   std::unique_ptr<char[]> stacks{};
   std::vector<Block> blocks{};  // of the running cluster
+  std::vector<bool> asleep{};   // its warps that miss this pass
   Barrier barrier{};
   std::map<const void*, std::vector<Letter>> letters{};  // by mailbox
   Fiber scheduler{}, *running = nullptr;
@@ -176,6 +177,25 @@ inline std::vector<unsigned> turns(unsigned n) {  // 0 … n - 1 in the order of
   return list;
 }
 
+// The threads of the cluster that run in this pass. In random order warps fall behind others for a
+// while, farther than their next barrier lets them where nothing else holds them together.
+inline std::vector<unsigned> awake_threads() {
+  std::vector<unsigned> list = turns(machine.cluster * machine.threads);
+  if (machine.order != Order::random) return list;
+  const bool changes = machine.random() % 16 == 0;
+  for (auto&& asleep : machine.asleep) asleep = changes ? machine.random() % 2 : asleep;
+  const auto sleeps = [](unsigned i) { return machine.asleep[i / 32]; };
+  list.erase(std::remove_if(list.begin(), list.end(), sleeps), list.end());
+  return list;
+}
+
+// Whether there was one.
+inline bool wake_all() {
+  const auto n = std::count(machine.asleep.begin(), machine.asleep.end(), true);
+  machine.asleep.assign(machine.asleep.size(), false);
+  return n > 0;
+}
+
 [[noreturn]] inline void report_deadlock() {
   std::ostringstream text("deadlock", std::ios::ate);
   for (const Block& block : machine.blocks) {
@@ -210,11 +230,12 @@ inline void run_cluster(unsigned id) {
   machine.barrier = {};
   machine.blocks = std::vector<Block>(machine.cluster);
   for (unsigned i = 0; i < machine.cluster; ++i) start_block(id * machine.cluster + i, i);
+  machine.asleep.assign(machine.cluster * machine.threads / 32 + 1, false);
   bool any = true;
-  for (unsigned passes = 0; any; ++passes) {
+  for (unsigned passes = 0; any || wake_all(); ++passes) {
     if (passes > 1'000'000) fail("livelock: the threads only wait on memory");
     any = false;
-    for (unsigned i : turns(machine.cluster * machine.threads)) {
+    for (unsigned i : awake_threads()) {
       any |= resume(machine.blocks[i / machine.threads].fibers[i % machine.threads]);
     }
   }
@@ -365,35 +386,5 @@ CUDA_SIM_ATOMIC(atomicCAS, old == v[0] ? v[1] : old)
 inline void __threadfence() {}
 inline void __nanosleep(unsigned) { cuda_sim::yield(); }
 
-// The fast functions are exact here, so no test may depend on their error. Macros where the host's
-// mathematics library reserves, or newly declares, the name.
-#define __expf(x) std::exp(static_cast<float>(x))
-#define __logf(x) std::log(static_cast<float>(x))
-#define rsqrtf(x) (1.0f / std::sqrt(static_cast<float>(x)))
-inline float __fdividef(float x, float y) { return x / y; }
-inline float __fmul_rn(float x, float y) { return x * y; }
-inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
-inline float max(float x, float y) { return std::fmax(x, y); }
-inline float min(float x, float y) { return std::fmin(x, y); }
-inline int max(int x, int y) { return std::max(x, y); }
-inline int min(int x, int y) { return std::min(x, y); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(int x) { return __builtin_ffs(x); }
-inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
-inline unsigned __umulhi(unsigned x, unsigned y) { return std::uint64_t{x} * y >> 32; }
-inline int __float_as_int(float x) { return __builtin_bit_cast(int, x); }
-inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
-inline float __int_as_float(int x) { return __builtin_bit_cast(float, x); }
-inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
-
-using __half = _Float16;
-inline float __half2float(__half x) { return x; }
-inline __half __float2half_rn(float x) { return static_cast<__half>(x); }
-enum class __nv_bfloat16 : std::uint16_t {};
-inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(unsigned(x) << 16); }
-inline __nv_bfloat16 __float2bfloat16_rn(float x) {
-  const unsigned bits = __float_as_uint(x), half = 0x7fff + (bits >> 16 & 1);
-  return static_cast<__nv_bfloat16>(std::isnan(x) ? 0x7fff : (bits + half) >> 16);
-}
-
 #include "cuda_sim_async.h"
+#include "cuda_sim_numbers.h"

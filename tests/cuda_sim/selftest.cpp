@@ -167,7 +167,7 @@ __global__ void tiles(const void* in, void* out, int n) {
 
 // Blocks send each other their numbers, in each of three turns, over two mailboxes used in turn;
 // thread t of a block writes what came from block t. n: 1 reads without waiting, 2 waits for more
-// than comes, 3 does not wait for the last turn.
+// than comes, 3 does not wait for the last turn, 4 waits for the turn after the one under way.
 struct alignas(16) Number {
   float value, padding[3];
 };
@@ -183,10 +183,48 @@ __global__ void mail(const void*, void* out, int n) {
     if (t == 0) expect_bytes(box, (size + (n == 2)) * sizeof(Number));
     const Number mine{static_cast<float>(blockIdx.x * 10 + turn), {}};
     if (t < size) send(from + cluster_rank(), box, t, mine);
-    if (n != 1 && !(n == 3 && turn == 2)) wait_for_turn(box, turn / 2);
+    if (n != 1 && !(n == 3 && turn == 2)) wait_for_turn<Sender::peers>(box, turn / 2 + (n == 4));
     static_cast<float*>(out)[turn * gridDim.x * blockDim.x + global_thread()] = from[t % 8].value;
   }
   cluster_sync();
+}
+
+// Two rows of a float per thread come in bulk, one after the other to the same place. n: 1 starts
+// the second copy before all threads have read the first row.
+__global__ void copies(const void* in, void* out, int n) {
+  auto* row = dynamic_shared<float>();
+  auto* box = dynamic_shared<Mailbox>(blockDim.x * sizeof(float));
+  const unsigned t = threadIdx.x, bytes = blockDim.x * sizeof(float);
+  if (t == 0) open_mailbox(box);
+  __syncthreads();
+  const auto fetch = [&](unsigned turn) {
+    if (t != 0) return;
+    expect_bytes(box, bytes);
+    copy_bulk(row, static_cast<const float*>(in) + turn * blockDim.x, bytes, box);
+  };
+  fetch(0);
+  wait_for_turn<Sender::self>(box, 0);
+  __syncthreads();
+  if (n == 1) fetch(1);
+  static_cast<float*>(out)[t] = row[t];
+  __syncthreads();
+  if (n != 1) fetch(1);
+  wait_for_turn<Sender::self>(box, 1);
+  static_cast<float*>(out)[blockDim.x + t] = row[t];
+}
+
+// Each of two warps makes n steps; of every step it writes how many the other one has made.
+__global__ void steps(const void*, void* out, int n) {
+  int* made = dynamic_shared<int>();
+  const int warp = threadIdx.x / 32;
+  if (threadIdx.x % 32 == 0) made[warp] = 0;
+  __syncthreads();
+  for (int step = 0; step < n; ++step) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) ++made[warp];
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) static_cast<int*>(out)[warp * n + step] = made[1 - warp];
+  }
 }
 
 // x: a positive float per thread; the results of each function lie n apart.
@@ -233,6 +271,8 @@ const std::map<std::string, Kernel> kernels = {
     {"last_writer", last_writer},
     {"tiles", tiles},
     {"mail", mail},
+    {"copies", copies},
+    {"steps", steps},
     {"functions", functions},
     {"round_bf16", round_trip<bf16>},
     {"round_fp16", round_trip<fp16>},

@@ -1,0 +1,119 @@
+"""Control in SGLang, by what its sampler does with a processor."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from random import Random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from engine_control_cases import END, SETS, SPECS, THINK, V, expected_row
+from engine_fixtures import adapter, some_tokens
+from tolerance import randn
+
+import reasonkern as rk
+from reasonkern.integrations import _request
+
+pytest_plugins = ("engine_fixtures",)
+
+
+class Request:
+    """sglang.srt.managers.schedule_batch.Req, as a processor sees it."""
+
+    def __init__(self, prompt: list[int], spec: rk.Modulation | None, temperature: float) -> None:
+        self.origin_input_ids, self.output_ids = prompt, []
+        greedy = temperature == 0
+        self.sampling_params = SimpleNamespace(
+            temperature=1.0 if greedy else temperature, top_k=1 if greedy else 1 << 30
+        )
+        self.spec, self.temperature = spec, temperature
+        self.parameters: Any = {} if spec is None else dict(_request.request_parameters(spec))
+        self.parameters["__req__"] = self
+
+
+@pytest.fixture
+def sglang(source: str) -> Iterator[Any]:
+    with adapter("sglang", source) as module:
+
+        class Control(module.ModulationLogitProcessor):
+            sets = SETS
+            vocab_size = V
+            max_requests = 20
+
+        yield Control
+
+
+def test_sglang_rows_equal_a_request_on_its_own(sglang: Any) -> None:
+    """60 steps, a new instance each: requests come, are left out of a step, go, and are freed."""
+    rng = Random(1)
+    requests: list[Request] = []
+    changed = total = 0
+    for step in range(60):
+        requests = [r for r in requests if rng.random() > 0.06]
+        if step % 20 == 19:
+            gc.collect()
+        while len(requests) < 5:
+            spec = rng.choice((*SPECS, None))
+            prompt = rng.choice(([THINK], [11, END, THINK, 12], [11]))
+            requests.append(Request(prompt, spec, rng.choice((0.0, 0.6))))
+        batch = [r for r in requests if rng.random() < 0.8]
+        rng.shuffle(batch)
+        logits = randn(len(batch), V, seed=step).float()
+        out = sglang()(logits.clone(), [r.parameters for r in batch])
+        for r, row, found in zip(batch, logits, out, strict=True):
+            history = r.origin_input_ids, r.output_ids
+            expected = expected_row(row, r.spec, *history, r.temperature)
+            assert torch.equal(found, expected), (step, r.spec, r.output_ids)
+            changed += not torch.equal(found, row)
+            r.output_ids += some_tokens(rng, 1)
+        total += len(batch)
+    assert total > changed > 50
+    del r, batch, requests
+    gc.collect()
+    sglang()(logits[:0], [])
+    (rows,) = sys.modules[sglang.__mro__[1].__module__]._Rows._all.values()
+    assert sorted(rows.free) == list(range(20))
+
+
+def test_sglang_refuses_what_it_cannot_control(sglang: Any) -> None:
+    one = Request([THINK], SPECS[0], 0.6)
+    with pytest.raises(ValueError, match="one row per request: .* got 2 rows of 1 requests"):
+        sglang()(torch.zeros(2, V), [one.parameters, one.parameters])
+    with pytest.raises(ValueError, match="one row per request"):
+        sglang()(torch.zeros(2, V), [one.parameters])
+    alone = {k: v for k, v in one.parameters.items() if k != "__req__"}
+    with pytest.raises(ValueError, match="custom_params: expected SGLang's request"):
+        sglang()(torch.zeros(1, V), [alone])
+    many = [Request([THINK], SPECS[0], 0.6) for _ in range(21)]
+    with pytest.raises(ValueError, match="max_requests: expected more .*, got 20"):
+        sglang()(torch.zeros(21, V), [r.parameters for r in many])
+
+
+def test_sglang_leaves_requests_without_control_alone(sglang: Any) -> None:
+    logits = randn(3, V, seed=1)
+    for given in ([None, {}, {"__req__": object()}], [{}] * 3):
+        assert torch.equal(sglang()(logits.clone(), given), logits)
+    assert sglang()(logits[:0], None).shape == (0, V)
+
+
+def test_sglang_sends_classes(source: str) -> None:
+    """By dill: the base by name, a subclass of a script by value, with its sets."""
+    dill = pytest.importorskip("dill")
+    with adapter("sglang", source) as module:
+        control = type(
+            "Control", (module.ModulationLogitProcessor,),
+            {"sets": SETS, "vocab_size": V, "__module__": "__main__"},
+        )  # fmt: skip
+        if source == "published":
+            found = type(control.from_str(control.to_str()))
+        else:
+            found = dill.loads(dill.dumps(control))
+        assert found is not control and found.sets == SETS and found.vocab_size == V
+        assert found.__bases__ == (module.ModulationLogitProcessor,)
+        one = Request([THINK], SPECS[3], 0.6)
+        out = found()(torch.zeros(1, V), [one.parameters])
+        assert torch.equal(out[0], expected_row(torch.zeros(V), SPECS[3], [THINK], [], 0.6))
