@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._fields import documented
 from ..modulation import ModulationState
 from ..speculation import DraftTree, NgramTable, request_seeds, table_inputs
 from . import prompts as _prompts
@@ -34,13 +35,17 @@ __all__ = [
 ]
 
 
+@documented
 class Generated(NamedTuple):
-    """What `generate` returns."""
+    """What `generate` returns.
+
+    Attributes:
+        texts: (prompts x trajectories) new tokens of each request, the end-of-sequence id included.
+        statistics: of this call, or the given one with it added.
+    """
 
     texts: list[list[int]]
-    """(prompts x trajectories) new tokens of each request, the end-of-sequence id included."""
     statistics: Statistics
-    """Of this call, or the given one with it added."""
 
 
 def generate(
@@ -105,7 +110,13 @@ def generate(
     """
     _checks.check_integer("max_new_tokens", max_new_tokens, 1)
     _checks.check_integer("num_trajectories", num_trajectories, 1)
+    _check_model(model)
     _check_prompts(prompts, model.vocab_size)
+    for name, function in (("stop", stop), ("emit", emit)):
+        if not (function is None or callable(function)):
+            _checks.fail(name, "a function or None", repr(function))
+    if not (statistics is None or isinstance(statistics, Statistics)):
+        _checks.fail("statistics", "a Statistics or None", type(statistics).__name__)
     _checks.check_ids("eos", eos, 1 << 31)  # of the model or not: an id that never comes is legal
     shape = _check_drafts(model, table, tree, drafter, scope)
     every = [list(prompt) for prompt in prompts for _ in range(num_trajectories)]
@@ -132,9 +143,22 @@ def generate(
     return Generated([r.text[r.prompt :] for r in requests], statistics)
 
 
+def _check_model(model: Model) -> None:
+    if isinstance(model, type) or not callable(model):
+        expected = "a Model: an object that can be called, with vocab_size, device and timings"
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        _checks.fail("model", expected, got)
+    for name, kind in (("vocab_size", int), ("device", torch.device), ("timings", dict)):
+        given = getattr(model, name, None)
+        if not isinstance(given, kind):
+            word = "torch.device" if kind is torch.device else kind.__name__
+            _checks.fail(f"model.{name}", f"{'an' if kind is int else 'a'} {word}", repr(given))
+
+
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        _checks.fail("prompts", "a sequence of prompts", type(prompts).__name__)
+        expected = "a sequence of prompts, each a sequence of ids (ids.tolist() of a tensor)"
+        _checks.fail("prompts", expected, type(prompts).__name__)
     if not prompts:
         _checks.fail("prompts", "at least one prompt", "none")
     origin = ", the model's vocabulary (another tokenizer's ids?)"

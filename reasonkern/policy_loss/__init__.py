@@ -202,6 +202,7 @@ def policy_loss(
         weight=weight, ref_logprob=ref_logprob, rollout_logprob=rollout_logprob,
         entropy_weight=entropy_weight,
     )  # fmt: skip
+    _checks.check_choice("inplace_grad", inplace_grad, (False, True))
     if inplace_grad and any(
         n > 1 and not s for n, s in zip(rows.shape, rows.stride(), strict=True)
     ):
