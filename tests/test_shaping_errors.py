@@ -35,7 +35,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sh.elliptical_bonus(FEATURES / 0, GROUP), r"features: expected finite .* \(0, 0\)"),
     (lambda: sh.laser(X, BITS, target=ROWS), "target: expected shape"),
     (lambda: sh.laser_d(X, BITS, GROUP, targets=(1, 2)), "targets: expected three"),
-    (lambda: sh.laser_d(X, BITS, GROUP, targets=X[:2]), "targets: expected shape .levels,. = .3,.,"),
+    (lambda: sh.laser_d(X, BITS, GROUP, targets=X[:2]), r"targets: expected shape \(levels,"),
     (lambda: sh.length_adaptive_lambda(ROWS), r"length: expected shape \(B,\)"),
     (lambda: sh.anchor_update_([X], [], 0.5), "params: expected 1 tensors.*got 0"),
     (lambda: sh.anchor_update_([X], [ROWS], 0.5), r"params\[0\]: expected shape"),

@@ -72,27 +72,29 @@ def generate(
     """Decodes prompts; the text is that of plain seeded sampling, whatever drafts.
 
     Request b * num_trajectories + j is trajectory j of prompt b. Token n of a text, counted with
-    its prompt, is what `sample` draws from the model's logits at position n with the request's
-    seed: it depends on no other request, no table and no tree, as long as the logits do not.
+    its prompt, is what `reasonkern.sample` draws from the model's logits at position n with the
+    request's seed: it depends on no other request, no table and no tree, as long as the logits do
+    not.
 
     Args:
         model: see `Model`.
         prompts: token ids of each prompt, at least one.
-        temperature: as in `sample`, a number or one per request; 0 = greedy.
+        temperature: as in `reasonkern.sample`, a number or one per request; 0 = greedy.
         max_new_tokens: at most so many per request, at least 1.
         table: learns from all logits on the way and drafts. None = no table.
-        tree: the `DraftTree` to fill from the table, or "auto": of 1, 2, 4, 8, 16, 32 or 80 nodes
-            the number with the most expected tokens per second, by the times of the steps so far
-            with the same model and batch size (in powers of 2); 1 is plain decoding.
+        tree: the `reasonkern.DraftTree` to fill from the table, or "auto": of 1, 2, 4, 8, 16, 32 or
+            80 nodes the number with the most expected tokens per second, by the times of the steps
+            so far with the same model and batch size (in powers of 2); 1 is plain decoding.
         drafter: a function that proposes in the table's place, see `Drafter`. With neither table
             nor drafter this is plain seeded decoding. None = no drafter.
-        control: a `ModulationState` and the (requests,) int64 slots of the requests in it, -1 = no
-            control; each was put there with its prompt, and has seen its text afterwards (with it,
-            what a stop cut off). Drafts and tables do not change what it does. None = no control.
-        seed: of the run, see `request_seeds`, or (requests,) int64 seeds of the requests.
-        top_k: as in `sample`. None = off.
-        top_p: as in `sample`. None = off.
-        min_p: as in `sample`. None = off.
+        control: a `reasonkern.ModulationState` and the (requests,) int64 slots of the requests in
+            it, -1 = no control; each was put there with its prompt, and has seen its text
+            afterwards (with it, what a stop cut off). Drafts and tables do not change what it does.
+            None = no control.
+        seed: of the run, see `reasonkern.request_seeds`, or (requests,) int64 ones of the requests.
+        top_k: as in `reasonkern.sample`. None = off.
+        top_p: as in `reasonkern.sample`. None = off.
+        min_p: as in `reasonkern.sample`. None = off.
         eos: ids that end a request, at most 64.
         stop: stop(request, text) after every token, text with the prompt; True ends the request
             with this token. None = never.
@@ -105,7 +107,7 @@ def generate(
     Raises:
         ValueError: an empty prompt, an id the model has no row for, a table of a smaller vocabulary
             or on another device, a tree without a table, both a table and a drafter, a slot of
-            `control` that is free or given twice, an option out of its range.
+            ``control`` that is free or given twice, an option out of its range.
         RuntimeError: the model's logits have no finite value.
     """
     _checks.check_integer("max_new_tokens", max_new_tokens, 1)

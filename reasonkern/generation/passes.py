@@ -25,7 +25,8 @@ class Pass(NamedTuple):
         seen: (B, N, S) bool: node n attends to slot s of the cache.
         slot_positions: (B, S) int64 position of what a slot holds; of slots that no node sees,
             anything.
-        cache: its `update` takes the keys and values of the nodes and returns those of all S slots.
+        cache: its ``update`` takes the keys and values of the nodes and returns those of all S
+            slots.
         logits: False: only the cache matters, and the result may be anything.
     """
 

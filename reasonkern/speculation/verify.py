@@ -36,14 +36,17 @@ SEED_TAG = 0xFFFFFFFF  # stream word of `request_seeds`, which no other noise us
 
 
 class Status(IntFlag):
-    """Bits of `Verified.status`."""
+    """Bits of `Verified.status`.
+
+    Attributes:
+        EOS: an end-of-sequence id was emitted; the step ends with it.
+        BAD_ROW: a row on the path had NaN, +inf or nothing finite among its allowed logits.
+        CAPPED: all of ``max_length`` is used.
+    """
 
     EOS = 1
-    """An end-of-sequence id was emitted; the step ends with it."""
     BAD_ROW = 2
-    """A row on the path had NaN, +inf or nothing finite among its allowed logits."""
     CAPPED = 4
-    """All of ``max_length`` is used."""
 
 
 @documented
