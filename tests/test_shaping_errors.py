@@ -24,6 +24,8 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sh.group_advantages(X, GROUP[:2]), r"group: expected shape .* got \(2,\)"),
     (lambda: sh.group_advantages(X, GROUP.int()), "group: expected dtype torch.int64"),
     (lambda: sh.group_advantages(X, GROUP.to("meta")), "group: expected the device of reward"),
+    (lambda: sh.gae(ROWS, ROWS.to("meta"), lam=1), "value: expected the device of reward, cpu"),
+    (lambda: sh.tppo_masks(ROWS > 0, ROWS > 0, BITS.to("meta")), "finished: .* device of mask"),
     (lambda: sh.serial_decay(X, GROUP), "correct: expected dtype torch.bool"),
     (lambda: sh.entropy_reshape(X, ROWS, GROUP), r"entropy_mean: expected shape \(N,\)"),
     (lambda: sh.entropy_reshape(X, X, GROUP, active=X), "active: expected dtype torch.bool"),

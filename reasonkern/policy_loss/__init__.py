@@ -177,8 +177,9 @@ def policy_loss(
 
     Raises:
         ValueError: wrong shape, dtype or device, a missing input of the objective, a per-token
-            advantage for a sequence-level objective; on CPU also targets out of range, nonfinite
-            weights or advantages in active rows (on CUDA such rows are counted instead).
+            advantage for a sequence-level objective, a function without gradient; on CPU also
+            targets out of range, nonfinite weights or advantages in active rows (on CUDA such rows
+            are counted instead).
 
     Example:
         >>> import torch, reasonkern as rk
