@@ -205,7 +205,7 @@ def _control(
     if control is None:
         return None
     if not isinstance(control, tuple) or len(control) != 2:
-        _checks.fail("control", "a pair (ModulationState, slot)", type(control).__name__)
+        _checks.fail("control", "a tuple (ModulationState, slot)", type(control).__name__)
     state, slot = control
     if not isinstance(state, ModulationState):
         _checks.fail("control[0]", "a ModulationState", type(state).__name__)

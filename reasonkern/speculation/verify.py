@@ -296,7 +296,7 @@ def _control_arguments(
     if control is None:
         return None, []
     if not isinstance(control, tuple) or len(control) != 2:
-        _checks.fail("control", "a pair (ModulationState, slot)", type(control).__name__)
+        _checks.fail("control", "a tuple (ModulationState, slot)", type(control).__name__)
     arguments = control_arguments(*control, logits)
     check_statistics(control[0], stats)
     return arguments
