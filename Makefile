@@ -59,12 +59,14 @@ clean:
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 
 .venv/.torch:
+	@echo "Setting up .venv: a few minutes and, unless torch is there, its download; pip is quiet."
 	$(PYTHON) -m venv .venv
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q $(TORCH)
 	$(PY) -m pip install -q "setuptools>=64" wheel ninja "numpy<2.4"
 	touch $@
 
 .venv/.ready: .venv/.torch pyproject.toml setup.py $(CSRC)
+	@echo "Building the library and installing what demo and tests need: a minute or two; pip is quiet."
 	$(PY) -m pip install -q --no-build-isolation -e ".[demo,test,lint,bench]"
 	touch $@
 

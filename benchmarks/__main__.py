@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available() and not options.list:
         print("--device cuda: torch sees no CUDA device", file=sys.stderr)
+        return 2
+    if options.plot and find_spec("matplotlib") is None:  # before hours of measuring
+        print("--plot needs matplotlib (pip install 'reasonkern[bench]')", file=sys.stderr)
         return 2
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     names = [options.family] if options.family else list(families.NAMES)

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,8 @@ def main() -> None:
     parser.add_argument("picture", type=Path)
     parser.add_argument("--case", action="append", default=[], help="part of a case's id")
     options = parser.parse_args()
+    if find_spec("matplotlib") is None:
+        sys.exit("benchmarks.plot needs matplotlib (pip install 'reasonkern[bench]')")
     content = json.loads(options.result.read_text())
     results = Path(__file__).resolve().parent / "results"
     path = options.result.resolve()

@@ -6,6 +6,7 @@ The source folder is the repository, so that the pages' relative links are the s
 from __future__ import annotations
 
 import sys
+from inspect import isfunction
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,20 +42,25 @@ myst_heading_anchors = 4
 suppress_warnings = ["myst.header"]  # CHANGELOG's headings repeat
 
 SPACES: tuple[tuple[str, ModuleType], ...] = (
-    ("reasonkern", rk), ("reasonkern.shaping", rk.shaping), ("reasonkern.scaling", rk.scaling),
+    ("reasonkern", rk), ("reasonkern.generation", rk.generation),
+    ("reasonkern.shaping", rk.shaping), ("reasonkern.scaling", rk.scaling),
 )  # fmt: skip
 
 
-def room(thing: Any) -> str:
-    """The family whose folder defines a public object."""
-    parts: list[str] = thing.__module__.split(".")
-    return parts[1] if len(parts) > 2 else "environment"
+def room(thing: Any, space: str) -> str:
+    """The family whose folder defines a public object of a name space."""
+    package, *parts = getattr(thing, "__module__", "").split(".")
+    if package != "reasonkern":  # a constant, or an alias of a type
+        return space.split(".")[1]
+    return "environment" if parts[0].startswith("_") else parts[0]
 
 
 def directive(name: str, thing: Any) -> str:
     if isinstance(thing, type):
-        return f".. autoclass:: {name}\n   :members:\n   :show-inheritance:\n"
-    return f".. auto{'function' if callable(thing) else 'data'}:: {name}\n"
+        # "Attributes:" in the docstring of a named tuple describes its members.
+        members = "" if issubclass(thing, tuple) else "   :members:\n"
+        return f".. autoclass:: {name}\n{members}   :show-inheritance:\n"
+    return f".. auto{'function' if isfunction(thing) else 'data'}:: {name}\n"
 
 
 def families() -> dict[str, str]:
@@ -65,7 +71,7 @@ def families() -> dict[str, str]:
             thing = getattr(module, name)
             if isinstance(thing, ModuleType):
                 continue
-            family = room(thing) if hasattr(thing, "__module__") else space.split(".")[1]
+            family = room(thing, space)
             if space != "reasonkern" and family != space.split(".")[1]:
                 continue  # also under its own family's name
             head = f"{family}\n{'=' * len(family)}\n\n.. currentmodule:: {space}\n"

@@ -1,9 +1,11 @@
 """CyclicReflex and a thinking budget on a transformers model: ``model.generate`` with one argument.
 
-Without arguments a small Qwen2 first learns, on CPU and in about a minute, from generated chains
+Without arguments a small Qwen2 first learns, on CPU and in a minute or two, from generated chains
 of arithmetic that doubt themselves ("Wait, let me check"); then it thinks about new problems
-without control, with CyclicReflex, and with a budget. A model of your own thinks about your prompt:
+without control, with CyclicReflex, and with a budget. So short a training teaches the form of such
+chains, not the arithmetic: hardly an answer is right. A model of your own thinks about your prompt:
 
+    pip install "reasonkern[transformers]"    # once reasonkern is installed
     python examples/cyclic_reflex.py
     python examples/cyclic_reflex.py --model PATH --prompt "How many primes are below 60?" \\
         --amplitude 5 --period 1200 --budget 4096 --tokens 8192
@@ -147,7 +149,7 @@ def train(args: argparse.Namespace) -> tuple[Qwen2ForCausalLM, PreTrainedTokeniz
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 50 == 0 or step == args.steps - 1:
+        if step % 10 == 0 or step == args.steps - 1:
             print(f"training: step {step + 1} of {args.steps}, {loss.item():.3f} nats per token")
     return model.eval(), tokenizer
 

@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"\nlength targets by accuracy: high {high}, medium {medium}, low {low} bytes")
     dropped = int(((stages["filtered"] == 0) & (stages["advantage"] != 0)).sum())
     limit = f"{options.max_entropy:.3f}"
-    print(f"GTPO drops {dropped} of {len(traces)} traces: mean entropy above {limit} nats")
+    print(f"GTPO drops {dropped} of {len(traces)} traces: those of mean entropy above {limit} nats")
     return 0
 
 

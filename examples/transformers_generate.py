@@ -1,5 +1,6 @@
 """Several answers of your own transformers model to one prompt, plain and with speculation.
 
+    pip install "reasonkern[transformers]"    # once reasonkern is installed
     python examples/transformers_generate.py FOLDER
     python examples/transformers_generate.py FOLDER --prompt "What is 17 * 23?" --trajectories 16
 

@@ -1,8 +1,9 @@
-"""On-policy GRPO of a tiny model with TRL and reasonkern: on CPU, in seconds, without a download.
+"""On-policy GRPO of a tiny model with TRL and reasonkern: on CPU, in a minute or two, offline.
 
 A Qwen2 with 0.1 M random parameters learns to add: after "3 + 4 =" it has to write "7" and end the
 text. A completion's reward is the share of that answer it gets right from its start.
 
+    pip install "reasonkern[trl]"                   # once reasonkern is installed
     python examples/trl_grpo.py                     # GRPO
     python examples/trl_grpo.py --objective gppo    # any objective of reasonkern by name
     python examples/trl_grpo.py --out run           # and the curves in run/, with matplotlib

@@ -92,9 +92,10 @@ def check_list(name: str, value: object, of: str) -> None:
 
 
 def check_choice(name: str, value: object, choices: Collection[object]) -> None:
-    """The value is one of a few."""
-    if value not in choices:
-        fail(name, _one_of(repr(choice) for choice in choices), repr(value))
+    """The value is one of a few; a tensor, which compares by element, is none of them."""
+    if isinstance(value, Tensor) or value not in choices:
+        got = type(value).__name__ if isinstance(value, Tensor) else repr(value)
+        fail(name, _one_of(repr(choice) for choice in choices), got)
 
 
 def check_number(
@@ -140,7 +141,8 @@ def check_ids(name: str, value: object, high: int, origin: str = "") -> None:
     if isinstance(value, str) or not isinstance(value, Sequence):
         fail(name, "a sequence of token ids", type(value).__name__)
     for token in value:
-        if not isinstance(token, Integral) or not 0 <= int(token) < high:
+        whole = isinstance(token, Integral) and not isinstance(token, bool)
+        if not whole or not 0 <= int(token) < high:
             fail(name, f"ids in [0, {high}){origin}", repr(token))
 
 

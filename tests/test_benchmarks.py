@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import sys
 
 import pytest
 import torch
@@ -203,6 +204,18 @@ def test_picture_names_its_source(record, tmp_path):
     assert all(part in caption for part in ("a/b.json", "A CPU", "abc", "2026-01-02"))
     with pytest.raises(ValueError, match="no measured case"):
         plot.draw({"machine": machine, "cases": []}, target, "a/b.json")
+
+
+def test_a_picture_without_matplotlib_names_the_extra(monkeypatch, tmp_path, capsys):
+    """Before anything is measured."""
+    from benchmarks import plot
+
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert cli.main(["policy_loss", "--quick", "--plot", str(tmp_path / "picture.png")]) == 2
+    assert "--plot needs matplotlib (pip install 'reasonkern[bench]')" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["plot", "result.json", "picture.png"])
+    with pytest.raises(SystemExit, match="benchmarks.plot needs matplotlib"):
+        plot.main()
 
 
 # ---- generation

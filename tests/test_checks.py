@@ -5,6 +5,7 @@ import inspect
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,18 @@ X = torch.zeros(2, 3)
         (
             lambda: _checks.check_choice("kl", "k4", ("k1", "k2")),
             "kl: expected 'k1' or 'k2', got 'k4'",
+        ),
+        (
+            lambda: _checks.check_choice("inplace", X, (False, True)),
+            "inplace: expected False or True, got Tensor",
+        ),
+        (
+            lambda: _checks.check_ids("eos", [1, True], 5),
+            "eos: expected ids in [0, 5), got True",
+        ),
+        (
+            lambda: _checks.check_ids("eos", [np.int64(7)], 5, ", the vocabulary"),
+            "eos: expected ids in [0, 5), the vocabulary, got np.int64(7)",
         ),
         (
             lambda: _checks.check_number("temperature", 0.0, 0, exclusive=True),
@@ -114,6 +127,7 @@ def test_checks_accept_what_is_right():
     _checks.check_dtype("x", X, torch.float32)
     _checks.check_device("x", X, X, "x")
     _checks.check_choice("kl", "k1", ("k1",))
+    _checks.check_ids("eos", (0, np.int64(4)), 5)
     _checks.check_number("x", 0, 0)
     _checks.check_number("x", 1.0, 0, 1, exclusive=True)
     assert _checks.expanded("x", X[:1], X, "y").shape == X.shape

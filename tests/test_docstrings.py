@@ -7,6 +7,7 @@ import importlib
 import inspect
 import math
 import pkgutil
+import pydoc
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -16,6 +17,7 @@ import pytest
 
 import reasonkern as rk
 from reasonkern import Objective
+from reasonkern.speculation.tree import TreeTensors
 
 # Triton kernels import Triton, the demo its extras, integrations their trainer, __main__ runs,
 # libraries are no modules.
@@ -72,12 +74,28 @@ def test_public_names_are_documented(name: str) -> None:
         assert all(m.__doc__ for m in public)
 
 
-def arguments(function: Callable[..., Any]) -> dict[str, str]:
-    """Descriptions by argument name in the section "Args:"."""
-    section = re.search(r"^Args:\n((?: {4}.*\n|\n)+)", inspect.getdoc(function) + "\n", re.M)
-    if section is None:
+TUPLES_OF_USERS = [
+    *(thing for thing in PUBLIC.values() if inspect.isclass(thing) and issubclass(thing, tuple)),
+    TreeTensors,
+]
+
+
+@pytest.mark.parametrize("kind", TUPLES_OF_USERS, ids=lambda k: k.__name__)
+def test_help_of_a_named_tuple_says_what_its_fields_are(kind: Any) -> None:
+    texts = arguments(kind, "Attributes")
+    assert list(texts) == list(kind._fields)
+    for field, text in texts.items():
+        assert getattr(kind, field).__doc__ == " ".join(text.split())
+    assert "Alias for field" not in pydoc.render_doc(kind)
+
+
+def arguments(thing: Callable[..., Any], section: str = "Args") -> dict[str, str]:
+    """Descriptions by name in a section of a docstring."""
+    text = (inspect.getdoc(thing) or "") + "\n"
+    found = re.search(rf"^{section}:\n((?: {{4}}.*\n|\n)+)", text, re.M)
+    if found is None:
         return {}
-    parts = re.split(r"^ {4}(\w+): ", section[1], flags=re.M)[1:]
+    parts = re.split(r"^ {4}(\w+): ", found[1], flags=re.M)[1:]
     return dict(zip(parts[::2], parts[1::2], strict=True))
 
 

@@ -149,7 +149,7 @@ def test_the_table_learns_nothing_of_control() -> None:
 
 
 ERRORS: dict[str, tuple[Any, str]] = {
-    "no pair": (3, r"control: expected a pair \(ModulationState, slot\), got int"),
+    "no pair": (3, r"control: expected a tuple \(ModulationState, slot\), got int"),
     "no state": ((1, torch.zeros(4)), r"control\[0\]: expected a ModulationState"),
     "slots": ((control(SPECS)[0], torch.zeros(3)), r"control\[1\]: expected shape \(requests,\)"),
     "dtype": ((control(SPECS)[0], torch.zeros(4)), r"control\[1\]: expected dtype torch.int64"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from types import SimpleNamespace
 from typing import Any
@@ -286,8 +287,8 @@ def test_a_model_without_finite_logits():
 ERRORS = {
     "no prompts": ({"prompts": []}, "prompts: expected at least one"),
     "one prompt": ({"prompts": [1, 2]}, "prompt 0: expected a sequence of token ids, got int"),
-    "tensor": ({"prompts": torch.ones(1, 2)}, "prompts: expected a sequence .*, got Tensor"),
-    "text": ({"prompts": "two"}, "prompts: expected a sequence of prompts, got str"),
+    "tensor": ({"prompts": torch.ones(1, 2)}, r"prompts: .* \(ids.tolist\(\) of.*, got Tensor"),
+    "text": ({"prompts": "two"}, "prompts: expected a sequence of prompts, .*, got str"),
     "empty prompt": ({"prompts": [[1], []]}, "prompt 1: expected at least one token"),
     "no ids": ({"prompts": [[1.0]]}, r"prompt 0: expected ids in \[0, 40\).* got 1.0"),
     "foreign id": ({"prompts": [[1, 40]]}, r"prompt 0: expected ids in \[0, 40\)"),
@@ -315,6 +316,11 @@ ERRORS = {
     "seeds": ({"seed": torch.arange(3)}, "seed: expected shape"),
     "no seeds": ({"seed": torch.arange(4, device="meta")}, "seed: expected a tensor with values"),
     "eos": ({"eos": 2}, "eos: expected a sequence of token ids, got int"),
+    "a flag for an id": ({"eos": [True]}, r"eos: expected ids in \[0, .* got True"),
+    "stop": ({"stop": 2}, "stop: expected a function or None, got 2"),
+    "emit": ({"emit": []}, r"emit: expected a function or None, got \[\]"),
+    "statistics": ({"statistics": True}, "statistics: expected a Statistics or None, got bool"),
+    "no proposals": ({"drafter": lambda *_: None}, "drafter: expected a list of prop.*, got None"),
 }  # fmt: skip
 
 
@@ -324,6 +330,30 @@ def test_errors(case):
     options = {"prompts": PROMPTS, "temperature": T, "max_new_tokens": 4} | changes
     with pytest.raises(ValueError, match=message):
         generate(MODEL, options.pop("prompts"), **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": None}, "model.vocab_size: expected an int, got None"),
+        ({"device": "cpu"}, "model.device: expected a torch.device, got 'cpu'"),
+        ({"timings": []}, r"model.timings: expected a dict, got \[\]"),
+        ({"vocab_size": 41}, r"the model's logits: .* \(B, N, vocab_size\) = .* 41\), got \(4, "),
+    ],
+)
+def test_a_model_that_is_not_as_it_says(changes, message):
+    model = copy.copy(MODEL)
+    vars(model).update(changes)
+    with pytest.raises(ValueError, match=message):
+        generate(model, PROMPTS[:4], temperature=0, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    "model, got", [(3, "int"), (type(MODEL), f"the class {type(MODEL).__name__}")]
+)
+def test_no_model(model, got):
+    with pytest.raises(ValueError, match=f"model: expected a Model: an object .*, got {got}"):
+        generate(model, PROMPTS, temperature=0, max_new_tokens=4)
 
 
 def test_a_table_elsewhere_is_an_error():

@@ -18,7 +18,10 @@ ERRORS = {
     "device": ({"ids": IDS.to("meta")}, "input_ids: expected the model's device, cpu"),
     "shape": ({"ids": IDS[0]}, r"input_ids: expected shape \(batch, length\)"),
     "dtype": ({"ids": IDS.float()}, "input_ids: expected dtype torch.int64 or torch.int32"),
-    "right padding": ({"attention_mask": MASK.flip(1)}, r"attention_mask\[1\]: expected padding"),
+    "right padding": (
+        {"attention_mask": MASK.flip(1)}, r"attention_mask\[1\]: expected 0 on the left .*got \[1",
+    ),
+    "all padding": ({"attention_mask": 0 * MASK}, r"attention_mask\[0\]: .* then 1 up to the end"),
     "mask": ({"attention_mask": MASK[:2]}, "attention_mask: expected shape that of input_ids"),
     "ids of another tokenizer": (
         {"ids": IDS + VOCAB}, r"prompt 0: expected ids in \[0, 48\), .* \(another tokenizer's ids",
@@ -43,10 +46,12 @@ ERRORS = {
     ),
     "eos by name": ({"eos": "<eos>"}, "eos: expected an id or several, got '<eos>'"),
     "eos of another model": ({"eos": [VOCAB]}, r"eos: expected ids in \[0, 48\), .* got 48"),
+    "a flag for eos": ({"eos": True}, r"eos: expected ids in \[0, 48\), .* got True"),
+    "a flag for padding": ({"pad": True}, "pad: expected an id or None, got True"),
     "padding by name": ({"pad": "<pad>"}, "pad: expected an id or None, got '<pad>'"),
     "streamer": ({"streamer": print}, "streamer: expected an object with put and end, got builtin"),
     "a forgotten mask": (
-        {"ids": (IDS * MASK).flip(1)}, r"attention_mask\[1\]: expected padding on the left alone",
+        {"ids": (IDS * MASK).flip(1)}, r"attention_mask\[1\]: expected 0 on the left alone",
     ),
 }  # fmt: skip
 

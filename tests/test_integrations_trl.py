@@ -375,6 +375,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"loss_type": "gpo"}, r"args\.loss_type: expected 'grpo' or .*, got 'gpo'"),
     ({"objective": "gpo"}, "objective: expected one of grpo, .*, luspo, .*, gtpo, got 'gpo'"),
     ({"objective": "custom"}, "objective: expected one of .*, gtpo, got 'custom'"),
+    ({"objective": Objective.gppo}, r"objective: expected .*, Objective.gppo\(\), got its const"),
     ({"objective": 3}, r"objective: expected a name, an Objective \(.*\) or None, got int"),
     ({"objective": Objective.ppo(kl=("k1", 0.1))}, r"objective\.kl: expected to come from"),
     ({"objective": Objective.ppo(entropy_coef=0.1)}, r"objective\.entropy_coef: expected to come"),

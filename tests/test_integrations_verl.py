@@ -239,6 +239,8 @@ def test_a_loss_with_its_own_numbers(
         (Objective.gtpo(), "objective: expected one that needs no entropies"),
         (Objective.high_entropy(), "objective: expected one that needs no entropies"),
         (lambda config: Objective.ppo(), "name: expected a name"),
+        ("gppo", "objective: expected an Objective, or a function from .*, got 'gppo'"),
+        (Objective.gppo, r"objective: expected an Objective, Objective.gppo\(\), got its const"),
     ],
 )
 def test_register_refuses(ours: ModuleType, objective: Any, message: str) -> None:

@@ -289,6 +289,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.completion_probe(Z, SLOT, [], [1]), r"ids_a: expected one id or more"),
     (lambda: rk.completion_probe(Z, SLOT, "yes", "no"), "ids_a: expected a sequence .* got 'yes'"),
     (lambda: rk.completion_probe(Z, SLOT, [0.5], [1]), r"ids_a: expected a sequence .* \[0.5\]"),
+    (lambda: rk.completion_probe(Z, SLOT, [True], [0]), r"ids_a: expected a sequence .* \[True\]"),
     (lambda: rk.completion_probe(Z, SLOT, 0, 1), "ids_a: expected a sequence of token ids, got 0"),
     (lambda: rk.completion_probe(Z, SLOT, [0], [1, 1]), "ids_b: expected one id .*each once"),
     (lambda: rk.completion_probe(Z, SLOT, [0], [4]), r"ids_b: expected values in \[0, 4\), got 4"),

@@ -341,8 +341,8 @@ def verify(**changes):
 @pytest.mark.parametrize(
     ("control", "message"),
     [
-        (lambda s: s, "control: expected a pair"),
-        (lambda s: (s,), "control: expected a pair"),
+        (lambda s: s, "control: expected a tuple"),
+        (lambda s: (s,), "control: expected a tuple"),
         (lambda s: (s, torch.tensor([0])), "slot: expected shape"),
         (lambda s: (None, torch.tensor([0, 1, 2])), "state: expected a ModulationState"),
     ],

@@ -89,6 +89,26 @@ def test_custom_objective_may_use_the_entropy() -> None:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_custom_loss_without_gradient_would_train_nothing(inplace: bool) -> None:
+    """It is refused where a gradient is wanted, and only there; 0 * logprob has one."""
+    b = make_batch()
+
+    def detached(logp: Tensor, entropy: Tensor, ctx: RowContext) -> Tensor:
+        return clipped(logp.detach(), entropy, ctx)
+
+    def loss(x: Tensor, objective: Any) -> Tensor:
+        return policy_loss(
+            x, b.targets, objective=objective, inplace_grad=inplace, **b.given()
+        ).loss
+
+    with pytest.raises(ValueError, match="objective: expected a token_loss with a gradient to"):
+        loss(b.leaf() * 1, detached)
+    assert_close(loss(b.logits.clone(), detached), loss(b.logits.clone(), clipped))
+    x = b.leaf()
+    assert not gradient(loss(x * 1, lambda logp, *_: 0 * logp), x).any()
+
+
 def test_a_custom_loss_that_is_not_finite_is_left_out_with_a_clean_gradient() -> None:
     """1 / 0 in one row: its loss and gradient are 0, those of the others are unchanged."""
     b = make_batch()

@@ -50,6 +50,11 @@ PADDED: list[tuple[dict[str, Any], str]] = [
         {"objective": Objective.gppo},
         "objective: expected an Objective, Objective.gppo(), got its constructor, Objective.gppo",
     ),
+    (
+        {"objective": Objective},
+        "objective: expected an Objective, such as Objective.dapo(), got a class",
+    ),
+    ({"inplace_grad": "no"}, "inplace_grad: expected False or True, got 'no'"),
     ({"logits": F[..., None].long()}, f"logits: expected dtype {DTYPES}, got torch.int64"),
     ({"logits": F[0]}, "logits: expected shape (N, V) or (B, T, V), got (6,)"),
     ({"logits": F[None, None]}, "logits: expected shape (N, V) or (B, T, V), got (1, 1, 4, 6)"),
@@ -59,7 +64,8 @@ PADDED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"logits": torch.zeros(B, V, T).mT},
-        "logits: expected the last dimension contiguous, got strides (78, 1, 6)",
+        "logits: expected the last dimension contiguous (logits.contiguous() copies them), "
+        "got strides (78, 1, 6)",
     ),
     (
         {"logits": torch.zeros(V).expand(B, T, V), "inplace_grad": True},
@@ -154,7 +160,7 @@ PADDED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"objective": lambda logp, entropy, ctx: 1.0},
-        "objective: expected a token_loss of shape (4, 6), got <class 'float'>",
+        "objective: expected a token_loss of shape (4, 6), got float",
     ),
     *(
         (
@@ -259,7 +265,9 @@ OBJECTIVES: list[tuple[str, dict[str, Any], str]] = [
         for name in ("ratio_min", "ratio_max", "dual_clip", "ratio_cap", "entropy_coef",
                      "log_ratio_clamp", "opsm")
     ),
-    ("ppo", {"ratio_min": "0.8"}, "ratio_min: expected a number, got 0.8"),
+    ("ppo", {"ratio_min": "0.8"}, "ratio_min: expected a number, got '0.8'"),
+    ("ppo", {"entropy_coef": True}, "entropy_coef: expected a number, got True"),
+    ("ppo", {"kl": ("k3", True)}, "kl: expected a finite coefficient, got True"),
     ("ppo", {"entropy_coef": None}, "entropy_coef: expected a number, got None"),
     ("ppo", {"entropy_coef": INF}, "entropy_coef: expected a finite number, got inf"),
     ("ppo", {"log_ratio_clamp": 0.0}, "log_ratio_clamp: expected a number > 0 or None, got 0.0"),

@@ -107,6 +107,7 @@ def test_a_file_without_a_tree_is_named(tmp_path: Path, text: str) -> None:
         ([-1, 1], r"parents\[1\]: expected an integer in \[0, 1\), got 1"),
         ([-1, 0, -1], r"parents\[2\]: expected an integer in \[0, 2\), got -1"),
         ([-1, 0.0], r"parents\[1\]: expected an integer"),
+        ([-1, 0, True], r"parents\[2\]: expected an integer in \[0, 2\), got True"),
         (5, "parents: expected a sequence of integers, got 5"),
     ],
 )

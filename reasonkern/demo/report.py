@@ -131,7 +131,7 @@ def _training_rows(results: Results, figures: Results) -> list[tuple[str, str]]:
         rows.append((f"stage 2, {policy['objective']}", f"{count}, {verdict}"))
     if margins := [entry["nats"] for entry in policy.get("margin", [])]:
         text = " → ".join(f"{value:+.3f}" for value in margins)
-        rows.append(("log-prob, correct − incorrect", f"{text} nats/token"))
+        rows.append(("", f"log-prob, right minus wrong traces: {text} nats/token on the way"))
     return rows
 
 
@@ -142,14 +142,16 @@ def _steps(done: int, asked: int | None) -> str:
 def _solve_rows(solved: Results | None) -> list[tuple[str, str]]:
     if not solved or "outcomes" not in solved:
         return []
-    runs = [(f"{run['trajectories']} of each", run) for run in solved["outcomes"]]
+    runs = [(f"{run['trajectories']} per problem", run) for run in solved["outcomes"]]
     runs.append((f"{solved['at_once']['trajectories']} at once", solved["at_once"]))
     rows = []
     for name, run in runs:
         plain, fast = (run["tokens_per_second"][way] for way in ("plain", "speculation"))
-        text = f"{run['tokens_per_step']:.2f} tokens per step, {plain:,.0f} → {fast:,.0f} tokens/s"
-        rows.append((f"stage 3, {name}", text))
+        speed = f"{plain:,.0f} tokens/s plain → {fast:,.0f} with speculation"
+        rows.append((f"stage 3, {name}", f"{run['tokens_per_step']:.2f} tokens per step, {speed}"))
     texts = f"{solved['equal']} of {solved['texts']} texts equal with and without speculation"
+    if not solved["correct"]:
+        return [*rows, ("", f"{texts}; none correct: the form is learnt first")]
     return [*rows, ("", f"{texts}, {solved['correct']} correct")]
 
 
@@ -178,7 +180,8 @@ def _cost_rows(cost: Results | None) -> list[tuple[str, str]]:
         rows.append((f"loss + gradient, {name}", text))
     batch, length, vocabulary = cost["shape"]
     logits = f"{batch}×{length} rows, vocabulary {vocabulary:,}, {cost['dtype']}"
-    size = f"logits {cost['logits_bytes'] / 2**20:.0f} MiB, {cost['threads']} threads"
+    threads = "1 thread" if cost["threads"] == 1 else f"{cost['threads']} threads"
+    size = f"logits {cost['logits_bytes'] / 2**20:.0f} MiB, {threads}"
     pairs = f"{cost['speedup']:.1f} times faster (median of {len(seconds)} interleaved pairs)"
     return [*rows, ("", f"{pairs}; {logits}, {size}")]
 

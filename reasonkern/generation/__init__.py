@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._fields import documented
 from ..modulation import ModulationState
 from ..speculation import DraftTree, NgramTable, request_seeds, table_inputs
 from . import prompts as _prompts
@@ -34,13 +35,17 @@ __all__ = [
 ]
 
 
+@documented
 class Generated(NamedTuple):
-    """What `generate` returns."""
+    """What `generate` returns.
+
+    Attributes:
+        texts: (prompts x trajectories) new tokens of each request, the end-of-sequence id included.
+        statistics: of this call, or the given one with it added.
+    """
 
     texts: list[list[int]]
-    """(prompts x trajectories) new tokens of each request, the end-of-sequence id included."""
     statistics: Statistics
-    """Of this call, or the given one with it added."""
 
 
 def generate(
@@ -67,27 +72,29 @@ def generate(
     """Decodes prompts; the text is that of plain seeded sampling, whatever drafts.
 
     Request b * num_trajectories + j is trajectory j of prompt b. Token n of a text, counted with
-    its prompt, is what `sample` draws from the model's logits at position n with the request's
-    seed: it depends on no other request, no table and no tree, as long as the logits do not.
+    its prompt, is what `reasonkern.sample` draws from the model's logits at position n with the
+    request's seed: it depends on no other request, no table and no tree, as long as the logits do
+    not.
 
     Args:
         model: see `Model`.
         prompts: token ids of each prompt, at least one.
-        temperature: as in `sample`, a number or one per request; 0 = greedy.
+        temperature: as in `reasonkern.sample`, a number or one per request; 0 = greedy.
         max_new_tokens: at most so many per request, at least 1.
         table: learns from all logits on the way and drafts. None = no table.
-        tree: the `DraftTree` to fill from the table, or "auto": of 1, 2, 4, 8, 16, 32 or 80 nodes
-            the number with the most expected tokens per second, by the times of the steps so far
-            with the same model and batch size (in powers of 2); 1 is plain decoding.
+        tree: the `reasonkern.DraftTree` to fill from the table, or "auto": of 1, 2, 4, 8, 16, 32 or
+            80 nodes the number with the most expected tokens per second, by the times of the steps
+            so far with the same model and batch size (in powers of 2); 1 is plain decoding.
         drafter: a function that proposes in the table's place, see `Drafter`. With neither table
             nor drafter this is plain seeded decoding. None = no drafter.
-        control: a `ModulationState` and the (requests,) int64 slots of the requests in it, -1 = no
-            control; each was put there with its prompt, and has seen its text afterwards (with it,
-            what a stop cut off). Drafts and tables do not change what it does. None = no control.
-        seed: of the run, see `request_seeds`, or (requests,) int64 seeds of the requests.
-        top_k: as in `sample`. None = off.
-        top_p: as in `sample`. None = off.
-        min_p: as in `sample`. None = off.
+        control: a `reasonkern.ModulationState` and the (requests,) int64 slots of the requests in
+            it, -1 = no control; each was put there with its prompt, and has seen its text
+            afterwards (with it, what a stop cut off). Drafts and tables do not change what it does.
+            None = no control.
+        seed: of the run, see `reasonkern.request_seeds`, or (requests,) int64 ones of the requests.
+        top_k: as in `reasonkern.sample`. None = off.
+        top_p: as in `reasonkern.sample`. None = off.
+        min_p: as in `reasonkern.sample`. None = off.
         eos: ids that end a request, at most 64.
         stop: stop(request, text) after every token, text with the prompt; True ends the request
             with this token. None = never.
@@ -100,12 +107,18 @@ def generate(
     Raises:
         ValueError: an empty prompt, an id the model has no row for, a table of a smaller vocabulary
             or on another device, a tree without a table, both a table and a drafter, a slot of
-            `control` that is free or given twice, an option out of its range.
+            ``control`` that is free or given twice, an option out of its range.
         RuntimeError: the model's logits have no finite value.
     """
     _checks.check_integer("max_new_tokens", max_new_tokens, 1)
     _checks.check_integer("num_trajectories", num_trajectories, 1)
+    _check_model(model)
     _check_prompts(prompts, model.vocab_size)
+    for name, function in (("stop", stop), ("emit", emit)):
+        if not (function is None or callable(function)):
+            _checks.fail(name, "a function or None", repr(function))
+    if not (statistics is None or isinstance(statistics, Statistics)):
+        _checks.fail("statistics", "a Statistics or None", type(statistics).__name__)
     _checks.check_ids("eos", eos, 1 << 31)  # of the model or not: an id that never comes is legal
     shape = _check_drafts(model, table, tree, drafter, scope)
     every = [list(prompt) for prompt in prompts for _ in range(num_trajectories)]
@@ -132,9 +145,22 @@ def generate(
     return Generated([r.text[r.prompt :] for r in requests], statistics)
 
 
+def _check_model(model: Model) -> None:
+    if isinstance(model, type) or not callable(model):
+        expected = "a Model: an object that can be called, with vocab_size, device and timings"
+        got = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        _checks.fail("model", expected, got)
+    for name, kind in (("vocab_size", int), ("device", torch.device), ("timings", dict)):
+        given = getattr(model, name, None)
+        if not isinstance(given, kind):
+            word = "torch.device" if kind is torch.device else kind.__name__
+            _checks.fail(f"model.{name}", f"{'an' if kind is int else 'a'} {word}", repr(given))
+
+
 def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        _checks.fail("prompts", "a sequence of prompts", type(prompts).__name__)
+        expected = "a sequence of prompts, each a sequence of ids (ids.tolist() of a tensor)"
+        _checks.fail("prompts", expected, type(prompts).__name__)
     if not prompts:
         _checks.fail("prompts", "at least one prompt", "none")
     origin = ", the model's vocabulary (another tokenizer's ids?)"
@@ -179,7 +205,7 @@ def _control(
     if control is None:
         return None
     if not isinstance(control, tuple) or len(control) != 2:
-        _checks.fail("control", "a pair (ModulationState, slot)", type(control).__name__)
+        _checks.fail("control", "a tuple (ModulationState, slot)", type(control).__name__)
     state, slot = control
     if not isinstance(state, ModulationState):
         _checks.fail("control[0]", "a ModulationState", type(state).__name__)

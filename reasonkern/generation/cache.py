@@ -25,7 +25,7 @@ class SlotCache:
         self._rows = self.lengths  # where the pass writes, in units of a slot of all requests
 
     def open(self, nodes: int, longest: int) -> tuple[Tensor, int]:
-        """Makes room for a pass of `nodes` nodes; `longest` is the largest of `lengths`.
+        """Makes room for a pass of ``nodes`` nodes; ``longest`` is the largest of ``lengths``.
 
         Returns:
             The slots (B, nodes) of the nodes, and how many slots the pass sees.
@@ -63,9 +63,9 @@ class SlotCache:
         return new.new_zeros(batch, self._capacity, heads, width)
 
     def commit(self, path: Tensor, accepted: Tensor, moves: bool = True) -> None:
-        """Keeps the first `accepted` (B,) nodes of `path` (B, P) and forgets the others.
+        """Keeps the first ``accepted`` (B,) nodes of ``path`` (B, P) and forgets the others.
 
-        `moves` False: the caller knows that the path is 0, 1, 2, … where it is accepted.
+        ``moves`` False: the caller knows that the path is 0, 1, 2, … where it is accepted.
         """
         for key, value in self._layers if moves else ():
             # The engine's own tensors: the checks of the public function have nothing to find.

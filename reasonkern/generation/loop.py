@@ -18,7 +18,7 @@ from ..speculation.inputs import per_request
 from . import prompts as _prompts
 from .cache import SlotCache
 from .drafts import Drafter, plant
-from .passes import Model, tree_pass
+from .passes import Model, logits_of, tree_pass
 from .statistics import Clock, Statistics
 from .trees import BestTree
 
@@ -213,6 +213,7 @@ class Run:
         assert self.drafter is not None
         active = [r for r in self.requests if not r.done]
         found = self.drafter([r.index for r in active], [r.text for r in active])
+        _checks.check_list("drafter", found, "proposals, one per request")
         if len(found) != len(active):
             _checks.fail("drafter", f"{len(active)} proposals, one per request", len(found))
         given = dict(zip([r.index for r in active], found, strict=True))
@@ -223,7 +224,8 @@ class Run:
     def _forward(self, draft: Draft, tree: DraftTree) -> Tensor:
         with self.clock.phase("forward"):
             longest = max(r.cached for r in self.requests)
-            return self.model(tree_pass(draft.tokens, tree, self.cache, longest))
+            given = tree_pass(draft.tokens, tree, self.cache, longest)
+            return logits_of(self.model, given)
 
     def _verify(self, logits: Tensor, draft: Draft, tree: DraftTree, now: _Now) -> Verified:
         """The one call in which logits become tokens; it reads the control and writes nothing."""

@@ -8,40 +8,60 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .. import _checks
+from .._fields import documented
 from ..speculation import DraftTree
 from .cache import SlotCache
 from .trees import Timings
 
 
+@documented
 class Pass(NamedTuple):
-    """One forward pass over N nodes of each of B requests."""
+    """One forward pass over N nodes of each of B requests.
+
+    Attributes:
+        tokens: (B, N) int64.
+        positions: (B, N) int64 position of each node in its text.
+        seen: (B, N, S) bool: node n attends to slot s of the cache.
+        slot_positions: (B, S) int64 position of what a slot holds; of slots that no node sees,
+            anything.
+        cache: its ``update`` takes the keys and values of the nodes and returns those of all S
+            slots.
+        logits: False: only the cache matters, and the result may be anything.
+    """
 
     tokens: Tensor
-    """(B, N) int64."""
     positions: Tensor
-    """(B, N) int64 position of each node in its text."""
     seen: Tensor
-    """(B, N, S) bool: node n attends to slot s of the cache."""
     slot_positions: Tensor
-    """(B, S) int64 position of what a slot holds; of slots that no node sees, anything."""
     cache: SlotCache
-    """Its `update` takes the keys and values of the nodes and returns those of all S slots."""
     logits: bool
-    """False: only the cache matters, and the result may be anything."""
 
 
 class Model(Protocol):
-    """A causal language model, as the decoding loop needs it."""
+    """A causal language model, as the decoding loop needs it.
+
+    Attributes:
+        vocab_size: columns of its logits.
+        device: a ``torch.device``, where it takes its inputs and gives its logits.
+        timings: of steps, for ``tree="auto"``: a dict, empty at first, that the loop fills.
+    """
 
     vocab_size: int
-    """Columns of its logits."""
     device: torch.device
-    """Where it takes its inputs and gives its logits."""
     timings: Timings
-    """Of steps, for ``tree="auto"``: a dict, empty at first, that the loop fills."""
 
     def __call__(self, given: Pass, /) -> Tensor:
         """Logits (B, N, V) in any floating dtype."""
+
+
+def logits_of(model: Model, given: Pass) -> Tensor:
+    """What the model gives for a pass; logits that the pass asks for are checked."""
+    found = model(given)
+    if given.logits:
+        shape = (*given.tokens.shape, model.vocab_size)
+        _checks.check_shape("the model's logits", found, shape, "(B, N, vocab_size)")
+    return found
 
 
 @lru_cache(maxsize=256)

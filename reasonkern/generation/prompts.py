@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from ..speculation import NgramTable
 from .cache import SlotCache
-from .passes import Model, prompt_pass
+from .passes import Model, logits_of, prompt_pass
 
 if TYPE_CHECKING:
     from .loop import Request
@@ -45,7 +45,7 @@ def read(
         chunk = max(1, min(CHUNK, LOGITS // (len(found) * model.vocab_size)))
     for begin in range(0, total, chunk):
         part = tokens[:, begin : begin + chunk]
-        logits = model(prompt_pass(part, cache, begin, table is not None))
+        logits = logits_of(model, prompt_pass(part, cache, begin, table is not None))
         if table is not None:
             _learn(table, tokens, ends, begin, logits, scope)
         # What was written behind the end of a shorter prompt is not kept.

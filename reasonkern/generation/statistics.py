@@ -15,19 +15,24 @@ PHASES = ("prompt", "draft", "forward", "verify", "update")
 
 @dataclass
 class Statistics:
-    """Counts and times of generation; runs add up."""
+    """Counts and times of generation; runs add up.
+
+    Attributes:
+        accepted: how many steps of a request emitted how many tokens, the one after the draft
+            included.
+        sizes: how many passes of the model had how many nodes per request.
+        hits: look-ups in the table that an order of it answered, by order; with ``tree="auto"``
+            those are among them that only tell what larger trees would be worth.
+        misses: look-ups that no order answered.
+        seconds: time by phase: prompt, draft, forward (the model), verify, update (table and
+            cache).
+    """
 
     accepted: Counter[int] = field(default_factory=Counter)
-    """How many steps of a request emitted how many tokens, the one after the draft included."""
     sizes: Counter[int] = field(default_factory=Counter)
-    """How many passes of the model had how many nodes per request."""
     hits: Counter[int] = field(default_factory=Counter)
-    """Look-ups in the table that an order of it answered, by order; with ``tree="auto"`` those are
-    among them that only tell what larger trees would be worth."""
     misses: int = 0
-    """Look-ups that no order answered."""
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
-    """Time by phase: prompt, draft, forward (the model), verify, update (table and cache)."""
 
     @property
     def tokens(self) -> int:

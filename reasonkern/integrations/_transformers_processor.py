@@ -66,6 +66,8 @@ class ModulationLogitsProcessor(LogitsProcessor):
             _checks.check_number("temperature", temperature, 0.0)
         if prompt_length is not None:
             _checks.check_integer("prompt_length", prompt_length, 0, or_none=" or None")
+        if not isinstance(sets, TokenSets):
+            _checks.fail("sets", "a TokenSets", type(sets).__name__)
         for one in [spec] if isinstance(spec, Modulation) else _checked_specs(spec):
             if one is not None:
                 check_windows(one)

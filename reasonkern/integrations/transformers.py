@@ -19,12 +19,14 @@ follow a tree's mask and positions is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _checks, generation
+from .._fields import documented
 from ..generation import Drafter, Statistics
 from ..generation.loop import Emit, Stop
 from ..modulation import ModulationState
@@ -40,15 +42,19 @@ _transformers = import_peer("transformers", TESTED)
 __all__ = ["Generation", "ModulationLogitsProcessor", "custom_generate", "generate"]
 
 
+@documented
 class Generation(NamedTuple):
-    """What `generate` returns; R is the number of requests, prompts x trajectories."""
+    """What `generate` returns; R is the number of requests, prompts x trajectories.
+
+    Attributes:
+        sequences: (R, L) int64: the prompts as given, then the new tokens, padded on the right.
+        lengths: (R,) int64 number of new tokens, an end-of-sequence id included.
+        statistics: accepted lengths, hits of the table by order, time by phase.
+    """
 
     sequences: Tensor
-    """(R, L) int64: the prompts as given, then the new tokens, padded on the right."""
     lengths: Tensor
-    """(R,) int64 number of new tokens, an end-of-sequence id included."""
     statistics: Statistics
-    """Accepted lengths, hits of the table by order, time by phase."""
 
 
 def generate(
@@ -126,7 +132,9 @@ def generate(
     found = causal_model(model)
     prompts = _prompts(found, input_ids, attention_mask)
     own = model.generation_config.eos_token_id
-    ids = _as_list(own) if eos is None else _eos(eos, found.vocab_size)
+    ids = _as_list(own if eos is None else eos)
+    if eos is not None:  # a configuration may name ids that never come, transformers warns of it
+        _checks.check_ids("eos", ids, found.vocab_size, ", the columns of the model's logits")
     filler = _pad(model, pad, ids)
     requests = len(prompts) * num_trajectories
     stop = _stop(found, prompts, num_trajectories, stop_strings, tokenizer, stopping_criteria)
@@ -164,8 +172,9 @@ def custom_generate(
     transformers prepares prompts, options and stopping criteria and calls this. Its temperature,
     top-k, top-p and min-p are applied here instead of by its own processors, in the same order;
     ``do_sample`` and its default of top_k=50 hold. Trajectories are ``num_return_sequences``.
-    transformers hands no streamer and no tokenizer to such a function: use `generate` for the
-    former, a ``StopStringCriteria`` in ``stopping_criteria`` for ``stop_strings``.
+    transformers hands such a function no streamer, no tokenizer and no ``assistant_model``, and
+    says nothing of it: a streamer shows the prompt alone, an assistant does nothing. Use `generate`
+    for a streamer, a ``StopStringCriteria`` in ``stopping_criteria`` for ``stop_strings``.
 
     Args:
         model: given by transformers, as are the next four.
@@ -229,7 +238,8 @@ def _prompts(found: Any, input_ids: Tensor, mask: Tensor | None) -> list[list[in
     used = (mask != 0).tolist()
     for index, row in enumerate(used):
         if not row[-1] or sorted(row) != row:
-            _checks.fail(f"attention_mask[{index}]", "padding on the left alone", mask[index])
+            expected = "0 on the left alone, for padding, then 1 up to the end"
+            _checks.fail(f"attention_mask[{index}]", expected, mask[index].tolist())
     return [row[keep.index(True) :] for row, keep in zip(rows, used, strict=True)]
 
 
@@ -242,27 +252,19 @@ def _inferred_mask(config: Any, input_ids: Tensor) -> Tensor:
 
 
 def _as_list(ids: Any) -> list[int]:
-    if ids is None or isinstance(ids, int):
-        return [] if ids is None else [ids]
-    if isinstance(ids, Tensor):
+    if ids is None:
+        return []
+    if isinstance(ids, Integral):
+        ids = [ids]
+    elif isinstance(ids, Tensor):
         ids = ids.reshape(-1).tolist()
     if isinstance(ids, str) or not isinstance(ids, Iterable):
         _checks.fail("eos", "an id or several", repr(ids))
     return list(ids)
 
 
-def _eos(eos: int | Sequence[int], vocab_size: int) -> list[int]:
-    """What a user gives; a configuration may name ids that never come, transformers warns of it."""
-    ids = _as_list(eos)
-    for token in ids:
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
-            expected = f"ids in [0, {vocab_size}), the columns of the model's logits"
-            _checks.fail("eos", expected, repr(token))
-    return ids
-
-
 def _pad(model: Any, pad: int | None, eos: Sequence[int]) -> int:
-    if not (pad is None or isinstance(pad, int)):
+    if not (pad is None or (isinstance(pad, int) and not isinstance(pad, bool))):
         _checks.fail("pad", "an id or None", repr(pad))
     for choice in (pad, model.generation_config.pad_token_id, *eos[:1]):
         if choice is not None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from .. import _checks
 from ..policy_loss import Objective, PolicyMetrics, conflict_token_weights, token_weights
 from ..policy_loss.adaptive import BalancedBounds, CovarianceSelection
+from ..policy_loss.inputs import check_no_constructor
 from ._peer import import_peer, require_arguments
 from ._trl_head import HeadCall, HeadOutput, HeadRows, add_head
 from ._trl_objective import (
@@ -103,6 +104,7 @@ class GRPOTrainer(_Base):
         logits: bool = False,
         **kwargs: Any,
     ) -> None:
+        _checks.check_choice("logits", logits, (False, True))
         with _our_head(logits):
             super().__init__(*args, **kwargs)
         self._own_objective = not (
@@ -121,6 +123,7 @@ class GRPOTrainer(_Base):
         if isinstance(objective, str):
             ranks = dist.group.WORLD if self.accelerator.num_processes > 1 else None
             objective = named_objective(objective, ranks)
+        check_no_constructor(objective)
         if not isinstance(objective, Objective):
             expected = "a name, an Objective (Objective.custom for a function) or None"
             _checks.fail("objective", expected, type(objective).__name__)

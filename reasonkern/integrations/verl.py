@@ -25,7 +25,7 @@ from torch import Tensor
 from .. import _checks
 from ..policy_loss import Objective, token_weights
 from ..policy_loss.adaptive import EntropyFilter, HighEntropySelection
-from ..policy_loss.inputs import check_objective, row_context
+from ..policy_loss.inputs import check_no_constructor, check_objective, row_context
 from ..policy_loss.metrics import loss_metrics
 from ..policy_loss.paths import loss_of_statistics
 from ..policy_loss.sequence import Segments
@@ -238,8 +238,13 @@ def register(objective: Objective | Callable[[Any], Objective], name: str | None
                 "objective", "one that needs no entropies, which verl keeps", objective.name
             )
         name = f"rk_{objective.name}" if name is None else name
-    elif name is None:
-        _checks.fail("name", "a name for a function of the configuration", None)
+    else:
+        check_no_constructor(objective)
+        if not callable(objective):
+            expected = "an Objective, or a function from verl's configuration to one"
+            _checks.fail("objective", expected, repr(objective))
+        if name is None:
+            _checks.fail("name", "a name for a function of the configuration", None)
 
     def loss(
         old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _checks
+from .._fields import documented
 from ..policy_loss.chunks import HeadChunks, Needs, Plan, Selection, chunk_size
 from ..policy_loss.inputs import LOGITS_DTYPES, RowContext, Scaling
 from ..policy_loss.objective import Objective
@@ -27,26 +28,34 @@ HEAD_ROWS = 16384
 PLAIN = Scaling(None, 1.0, 0.0)
 
 
+@documented
 class SrgenDelta(NamedTuple):
-    """What `srgen_delta` found; ``logits`` are those to sample the next token from."""
+    """What `srgen_delta` found; ``logits`` are those to sample the next token from.
+
+    Attributes:
+        delta: (D,), to be added to the last hidden state of this one token, then dropped.
+        logits: (V,): weight @ (last_hidden + delta).
+        losses: (steps,): the loss before each step.
+    """
 
     delta: Tensor
-    """(D,), to be added to the last hidden state of this one token, then dropped."""
     logits: Tensor
-    """(V,): weight @ (last_hidden + delta)."""
     losses: Tensor
-    """(steps,): the loss before each step."""
 
 
+@documented
 class LatentPolicy(NamedTuple):
-    """What `latent_policy_gradient` found; ``loss`` with autograd."""
+    """What `latent_policy_gradient` found; ``loss`` with autograd.
+
+    Attributes:
+        loss: 0-dim.
+        tokens: (N,) int64, the argmax of each row: the text that the next reward is for.
+        logprob: (N,), of those tokens; detached.
+    """
 
     loss: Tensor
-    """0-dim."""
     tokens: Tensor
-    """(N,) int64, the argmax of each row: the text that the next reward is for."""
     logprob: Tensor
-    """(N,), of those tokens; detached."""
 
 
 def srgen_delta(

@@ -8,33 +8,39 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._fields import documented
 from ..speculation.inputs import check_logits, check_mask, row_parameters
 from . import sampler_op as _sampler_op  # noqa: F401  (defines the operators)
 from .state import ModulationState
 
 
+@documented
 class Sampled(NamedTuple):
     """A token per row, and what its row says about it; each (R,).
 
     A bad row (see `reasonkern.sample`) has no law: its statistics are -inf.
+
+    Attributes:
+        token: int64 the token, -1 where the row has none.
+        logprob: float32 of the token, under the law after mask and control at temperature 1,
+            unfiltered.
+        entropy: float32 nats, of the law that the token is drawn from: after temperature and
+            filters. 0 in greedy rows.
+        entropy_raw: float32 nats, of the row as it came, at temperature 1. -inf where that has NaN
+            or +inf.
+        confidence: float32 ``-mean(log p)`` over the 20 most likely tokens, fewer where fewer are
+            possible, of the law of `logprob`: large where it is peaked.
+        max_prob: float32 largest probability of the law of `logprob`.
+        trigger: bool ``entropy`` is above the threshold of the request's `EntropyTrigger`.
     """
 
     token: Tensor
-    """int64 the token, -1 where the row has none."""
     logprob: Tensor
-    """float32 of the token, under the law after mask and control at temperature 1, unfiltered."""
     entropy: Tensor
-    """float32 nats, of the law that the token is drawn from: after temperature and filters. 0 in
-    greedy rows."""
     entropy_raw: Tensor
-    """float32 nats, of the row as it came, at temperature 1. -inf where that has NaN or +inf."""
     confidence: Tensor
-    """float32 ``-mean(log p)`` over the 20 most likely tokens, fewer where fewer are possible, of
-    the law of `logprob`: large where it is peaked."""
     max_prob: Tensor
-    """float32 largest probability of the law of `logprob`."""
     trigger: Tensor
-    """bool ``entropy`` is above the threshold of the request's `EntropyTrigger`."""
 
 
 def sample_controlled(

@@ -177,8 +177,9 @@ def policy_loss(
 
     Raises:
         ValueError: wrong shape, dtype or device, a missing input of the objective, a per-token
-            advantage for a sequence-level objective; on CPU also targets out of range, nonfinite
-            weights or advantages in active rows (on CUDA such rows are counted instead).
+            advantage for a sequence-level objective, a function without gradient; on CPU also
+            targets out of range, nonfinite weights or advantages in active rows (on CUDA such rows
+            are counted instead).
 
     Example:
         >>> import torch, reasonkern as rk
@@ -202,6 +203,7 @@ def policy_loss(
         weight=weight, ref_logprob=ref_logprob, rollout_logprob=rollout_logprob,
         entropy_weight=entropy_weight,
     )  # fmt: skip
+    _checks.check_choice("inplace_grad", inplace_grad, (False, True))
     if inplace_grad and any(
         n > 1 and not s for n, s in zip(rows.shape, rows.stride(), strict=True)
     ):

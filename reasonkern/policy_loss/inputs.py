@@ -36,6 +36,7 @@ class RowContext:
 
     This is the ``ctx`` of a user-defined objective. ``sequence_sum(x)`` sums over each sequence and
     gives the sum back to each of its rows; ``parallel`` is what was given to the loss.
+    ``importance`` is a detached factor of the policy term, in the place of the objective's own.
     """
 
     old_logprob: Tensor | None
@@ -47,7 +48,6 @@ class RowContext:
     segments: Segments = field(repr=False)
     advantage_per_sequence: bool = False
     importance: Tensor | None = None
-    """Detached factor of the policy term, instead of the one that the objective computes."""
 
     @property
     def active(self) -> Tensor:
@@ -73,7 +73,8 @@ def canonical_logits(logits: Tensor, targets: Tensor, least: int = 1) -> tuple[T
     if logits.shape[-1] < least:
         _checks.fail("logits", "a vocabulary of at least 1", tuple(logits.shape))
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        _checks.fail("logits", "the last dimension contiguous", f"strides {logits.stride()}")
+        expected = "the last dimension contiguous (logits.contiguous() copies them)"
+        _checks.fail("logits", expected, f"strides {logits.stride()}")
     _checks.check_shape("targets", targets, logits.shape[:-1], "logits.shape[:-1]")
     _checks.check_dtype("targets", targets, torch.int64, torch.int32)
     _checks.check_device("targets", targets, logits, "logits")
@@ -199,13 +200,20 @@ def check_rows(context: RowContext, targets: Tensor, vocab: int) -> None:
 def as_objective(objective: Objective | Callable[..., Tensor]) -> Objective:
     if isinstance(objective, Objective):
         return objective
+    check_no_constructor(objective)
     if not callable(objective):
         expected = "an Objective, such as Objective.dapo(), or a function"
         _checks.fail("objective", expected, repr(objective))
+    return Objective.custom(objective)
+
+
+def check_no_constructor(objective: object) -> None:
+    """``Objective.dapo`` in the place of ``Objective.dapo()`` is a function, too."""
     if getattr(objective, "__self__", None) is Objective:
         name = f"Objective.{getattr(objective, '__name__', '…')}"
         _checks.fail("objective", f"an Objective, {name}()", f"its constructor, {name}")
-    return Objective.custom(objective)
+    if isinstance(objective, type):
+        _checks.fail("objective", "an Objective, such as Objective.dapo()", "a class")
 
 
 def canonical_loss_scale(loss_scale: Tensor | None, context: RowContext) -> Tensor | None:

@@ -244,6 +244,7 @@ class LinearHead:
             if number is not None:
                 least = 1 if name == "chunk_rows" else 0
                 _checks.check_integer(name, number, least, or_none=" or None")
+        _checks.check_choice("compact", compact, (False, True))
         if num_active is not None:
             if not compact:
                 _checks.fail("num_active", "None without compact=True", num_active)

@@ -348,5 +348,6 @@ class Objective(ObjectiveFields):
         """A user-defined torch function ``(logprob, entropy, ctx) -> token_loss``.
 
         It runs on `token_stats`; ``ctx`` is a `reasonkern.RowContext` with the rows' other inputs.
+        Where the logits want a gradient, the loss must have one, too: a detached one is refused.
         """
         return cls(name="custom", level="custom", function=function, **terms)

@@ -38,7 +38,7 @@ def validate(o: ObjectiveFields) -> None:
         left_out = x is None and name in OPTIONAL
         if not left_out and not isinstance(x, Tensor):
             given = called.get(name, name)
-            check(isinstance(x, (int, float)) and not math.isnan(x), given, "a number", x)
+            check(_is_number(x), given, "a number", repr(x))
     lo, hi, cap, dual = o.ratio_min, o.ratio_max, o.ratio_cap, o.dual_clip
     if isinstance(lo, (int, float)):
         check(0 <= lo <= 1, "ratio_min", "a ratio in [0, 1], not an epsilon, or None", lo)
@@ -51,6 +51,10 @@ def validate(o: ObjectiveFields) -> None:
         check(dual > 1, "dual_clip", "a ratio > 1 or None", dual)
     _validate_kind(o)
     _validate_terms(o)
+
+
+def _is_number(x: object) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and not math.isnan(x)
 
 
 def _validate_kind(o: ObjectiveFields) -> None:
@@ -85,8 +89,8 @@ def _validate_terms(o: ObjectiveFields) -> None:
         estimator, coef, _ = o.kl
         check(estimator in ("k1", "k2", "k3"), "kl", "estimator k1, k2 or k3", estimator)
         if not isinstance(coef, Tensor):
-            ok = isinstance(coef, (int, float)) and math.isfinite(coef)
-            check(ok, "kl", "a finite coefficient", coef)
+            ok = _is_number(coef) and math.isfinite(coef)
+            check(ok, "kl", "a finite coefficient", repr(coef))
     if o.importance is not None:
         level, mode, lo, hi, _ = o.importance
         check(level in ("token", "sequence"), "importance", "level token or sequence", level)

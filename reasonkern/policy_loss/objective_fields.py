@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .._fields import documented
 from .adaptive import Rule
 from .objective_checks import check, validate
 from .reference_objective import CISPO, CLIP, Number
@@ -30,19 +31,32 @@ HYPER = (
 )
 
 
+@documented
 class KL(NamedTuple):
-    """KL term ``coef * k(d)`` with d = ref - logp: k1 = -d, k2 = d^2/2, k3 = e^d - d - 1."""
+    """KL term ``coef * k(d)`` with d = ref - logp: k1 = -d, k2 = d^2/2, k3 = e^d - d - 1.
+
+    Attributes:
+        estimator: "k1", "k2" or "k3".
+        coef: factor of the term, a number or a tensor.
+        unbiased: multiplies k by the ratio to the old policy; the gradient flows through it, too.
+    """
 
     estimator: Literal["k1", "k2", "k3"]
     coef: Number
     unbiased: bool = False
 
 
+@documented
 class Importance(NamedTuple):
     """Detached trainer/inference correction w = exp(old_logprob - rollout_logprob).
 
-    ``truncate`` clamps w to [lo, hi] (TIS); ``mask`` zeroes tokens with w outside (IcePop, MIS).
-    ``level="sequence"`` uses the product over the sequence, or its geometric mean.
+    Attributes:
+        level: "token", or "sequence": w is the product over the sequence.
+        mode: "truncate" clamps w to [lo, hi] (TIS); "mask" zeroes tokens with w outside (IcePop,
+            MIS).
+        lo: lower bound; None = 0.
+        hi: upper bound; None = no bound.
+        geometric_mean: with level "sequence", that of the ratios instead of their product.
     """
 
     level: Literal["token", "sequence"]

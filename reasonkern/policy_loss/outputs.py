@@ -6,38 +6,48 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .._fields import documented
 from .metrics import PolicyMetrics
 
 
+@documented
 class TokenStats(NamedTuple):
-    """Statistics of each row of logits, shaped like ``targets``; float32 (float64 for float64)."""
+    """Statistics of each row of logits, shaped like ``targets``; float32 (float64 for float64).
+
+    Attributes:
+        logprob: log p[target], nats; -inf where the target's logit is -inf.
+        entropy: -sum p ln p, nats.
+        lse: ln sum exp of the scaled logits.
+        collision: sum p^2.
+        varentropy: variance of ln p under p, nats^2.
+        max_prob: largest probability.
+        is_top1: bool: the target is the argmax (the first one among ties).
+    """
 
     logprob: Tensor
-    """log p[target], nats; -inf where the target's logit is -inf."""
     entropy: Tensor
-    """-sum p ln p, nats."""
     lse: Tensor
-    """ln sum exp of the scaled logits."""
     collision: Tensor
-    """sum p^2."""
     varentropy: Tensor
-    """Variance of ln p under p, nats^2."""
     max_prob: Tensor
-    """Largest probability."""
     is_top1: Tensor
-    """bool: the target is the argmax (the first one among ties)."""
 
 
+@documented
 class PolicyLossOutput(NamedTuple):
-    """What `policy_loss` returns; everything but ``loss`` is detached."""
+    """What `policy_loss` returns; everything but ``loss`` is detached.
+
+    Attributes:
+        loss: 0-dim, with autograd: the sum over rows of the weighted token losses and added terms.
+        token_loss: loss per token before its weight, without the entropy bonus, shaped like
+            ``targets``.
+        logprob: log p[target] of this pass.
+        entropy: entropy of this pass, nats.
+        metrics: what the clipping did: ``metrics.compute()``; ``a + b`` merges micro-batches.
+    """
 
     loss: Tensor
-    """0-dim, with autograd: the sum over rows of the weighted token losses and added terms."""
     token_loss: Tensor
-    """Loss per token before its weight, without the entropy bonus, shaped like ``targets``."""
     logprob: Tensor
-    """log p[target] of this pass."""
     entropy: Tensor
-    """Entropy of this pass, nats."""
     metrics: PolicyMetrics
-    """What the clipping did: ``metrics.compute()``; ``a + b`` merges micro-batches."""

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _checks
 from . import op, parallel_rows
 from .adaptive import adapt
 from .inputs import RowContext, Scaling
@@ -283,8 +284,12 @@ def _custom_rows(
     lp, ent = _FiniteGradient.apply(lp), _FiniteGradient.apply(ent)  # type: ignore[no-untyped-call]
     token_loss = o.function(lp, ent, context)
     if not isinstance(token_loss, Tensor) or token_loss.shape != lp.shape:
-        got = tuple(token_loss.shape) if isinstance(token_loss, Tensor) else type(token_loss)
-        raise ValueError(f"objective: expected a token_loss of shape {tuple(lp.shape)}, got {got}")
+        shaped = isinstance(token_loss, Tensor)
+        got = tuple(token_loss.shape) if shaped else type(token_loss).__name__
+        _checks.fail("objective", f"a token_loss of shape {tuple(lp.shape)}", got)
+    if lp.requires_grad and not token_loss.requires_grad:
+        expected = "a token_loss with a gradient to logprob or entropy (0 * logprob has a zero one)"
+        _checks.fail("objective", expected, "one without, which would train nothing")
     old = lp if context.old_logprob is None else context.old_logprob
     weight = torch.where(finite, context.weight, 0.0)
     factor = _selection(o, lp.detach(), old.detach(), weight, context, h)

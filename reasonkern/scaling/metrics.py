@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._checks import check_tensor
+from .._fields import documented
 
 
 def pass_at_k(n: int | Tensor, c: int | Tensor, k: int) -> Tensor:
@@ -62,15 +63,21 @@ def pass_at_k(n: int | Tensor, c: int | Tensor, k: int) -> Tensor:
     return torch.where(invalid, torch.nan, passed)
 
 
+@documented
 class Difficulty(NamedTuple):
-    """What `difficulty_grade` returns, (P,) each."""
+    """What `difficulty_grade` returns, (P,) each.
+
+    Attributes:
+        pass_rate: float64, mean score.
+        variation: float64, coefficient of variation: std / mean; 0 where all scores are equal, 0
+            among them.
+        grade: int64: 0 for the easiest problems, one more for every threshold the pass rate is
+            below.
+    """
 
     pass_rate: Tensor
-    """float64, mean score."""
     variation: Tensor
-    """float64, coefficient of variation: std / mean; 0 where all scores are equal, 0 among them."""
     grade: Tensor
-    """int64: 0 for the easiest problems, one more for every threshold the pass rate is below."""
 
 
 def difficulty_grade(
@@ -112,17 +119,21 @@ def difficulty_grade(
     return Difficulty(mean, variation, grade)
 
 
+@documented
 class LengthStatistics(NamedTuple):
-    """What `length_statistics` returns: 0-dim float64, NaN over no answer."""
+    """What `length_statistics` returns: 0-dim float64, NaN over no answer.
+
+    Attributes:
+        mean: tokens per answer.
+        std: bessel-corrected; NaN for fewer than two answers.
+        mean_correct: tokens per correct answer.
+        mean_wrong: tokens per wrong answer.
+    """
 
     mean: Tensor
-    """Tokens per answer."""
     std: Tensor
-    """Bessel-corrected; NaN for fewer than two answers."""
     mean_correct: Tensor
-    """Tokens per correct answer."""
     mean_wrong: Tensor
-    """Tokens per wrong answer."""
 
 
 def length_statistics(length: Tensor, correct: Tensor) -> LengthStatistics:
@@ -162,15 +173,19 @@ def length_statistics(length: Tensor, correct: Tensor) -> LengthStatistics:
     return LengthStatistics(mean(every), deviation.sqrt(), mean(right), mean(~right))
 
 
+@documented
 class Improvement(NamedTuple):
-    """What `markov_improvement` returns: 0-dim float64."""
+    """What `markov_improvement` returns: 0-dim float64.
+
+    Attributes:
+        p_improve: wrong → right in one iteration.
+        p_degrade: right → wrong.
+        stationary: accuracy that the chain tends to: p_improve / (p_improve + p_degrade).
+    """
 
     p_improve: Tensor
-    """Wrong → right in one iteration."""
     p_degrade: Tensor
-    """Right → wrong."""
     stationary: Tensor
-    """Accuracy that the chain tends to: p_improve / (p_improve + p_degrade)."""
 
 
 def markov_improvement(correct: Tensor, *, prior: float = 0.0) -> Improvement:

@@ -7,19 +7,24 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .. import _checks
+from .._fields import documented
 
 
+@documented
 class Node(NamedTuple):
-    """A partial solution."""
+    """A partial solution.
+
+    Attributes:
+        state: what the caller pushed: text, token ids, a cache handle.
+        reward: process reward r in [0, 1].
+        cost: g, what the increases of h on the way have added up to.
+        priority: f = g + h, h = 1 - r.
+    """
 
     state: Any
-    """What the caller pushed: text, token ids, a cache handle."""
     reward: float
-    """Process reward r in [0, 1]."""
     cost: float
-    """g, what the increases of h on the way have added up to."""
     priority: float
-    """f = g + h, h = 1 - r."""
 
 
 class AStarFrontier:

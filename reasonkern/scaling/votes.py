@@ -16,19 +16,24 @@ from torch import Tensor
 
 from .. import _checks
 from .._checks import check_tensor
+from .._fields import documented
 
 TIES = ("earliest", "latest", "none")
 
 
+@documented
 class Vote(NamedTuple):
-    """What `vote` returns."""
+    """What `vote` returns.
+
+    Attributes:
+        answer: the winner; None when nobody voted, or after a tie with tie="none".
+        share: its part of the votes cast, 0 without a winner.
+        votes: votes by answer, in the order of their first appearance.
+    """
 
     answer: Any
-    """The winner; None when nobody voted, or after a tie with tie="none"."""
     share: float
-    """Its part of the votes cast, 0 without a winner."""
     votes: dict[Any, float]
-    """Votes by answer, in the order of their first appearance."""
 
 
 def vote(
@@ -85,15 +90,19 @@ def vote(
     return Vote(winner, most / total, votes)
 
 
+@documented
 class TemperatureVote(NamedTuple):
-    """What `temperature_vote` returns."""
+    """What `temperature_vote` returns.
+
+    Attributes:
+        answer: the winner over the temperatures, None without any vote.
+        done: the question is easy: enough temperatures agree, no more samples are needed.
+        by_temperature: the vote within each temperature, ascending.
+    """
 
     answer: Any
-    """The winner over the temperatures, None without any vote."""
     done: bool
-    """The question is easy: enough temperatures agree, no more samples are needed."""
     by_temperature: dict[float, Vote]
-    """The vote within each temperature, ascending."""
 
 
 def temperature_vote(
@@ -175,6 +184,9 @@ def subthought_split(text: str, markers: Sequence[str] = MARKERS) -> list[str]:
         >>> subthought_split("x = 2. Wait, 2 + 2. So x = 4.")
         ['x = 2. ', 'Wait, 2 + 2. ', 'So x = 4.']
     """
+    if not isinstance(text, str):
+        _checks.fail("text", "a string", type(text).__name__)
+    _checks.check_list("markers", markers, "words or phrases")
     if not markers or not all(markers):
         _checks.fail("markers", "one word or more, none of them empty", markers)
     longest_first = sorted(markers, key=len, reverse=True)
@@ -263,15 +275,19 @@ def _check_ids(answer_ids: Tensor) -> None:
     _checks.check_dtype("answer_ids", answer_ids, torch.int64)
 
 
+@documented
 class Verification(NamedTuple):
-    """What `flexible_verification` returns, (B,) each."""
+    """What `flexible_verification` returns, (B,) each.
+
+    Attributes:
+        accepted: bool: more votes for than against; a tie rejects.
+        escalate: bool: the votes disagree too much, ask the slow verifier.
+        used: int64: votes after which nothing could change any more; the rest need not be sampled.
+    """
 
     accepted: Tensor
-    """bool: more votes for than against; a tie rejects."""
     escalate: Tensor
-    """bool: the votes disagree too much, ask the slow verifier."""
     used: Tensor
-    """int64: votes after which nothing could change any more; the rest need not be sampled."""
 
 
 def flexible_verification(votes: Tensor, agreement: float = 1.0) -> Verification:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._fields import documented
 from .groups import Groups, check_flags, check_vector, narrow, wide
 
 BASELINES = ("group-mean", "batch-mean", "leave-one-out", "length-weighted", "none")
@@ -180,13 +181,17 @@ def dynamic_sampling_mask(reward: Tensor, group: Tensor) -> Tensor:
     return groups.max(reward) > groups.min(reward)
 
 
+@documented
 class ReplaySample(NamedTuple):
-    """What `prioritised_sample` returns."""
+    """What `prioritised_sample` returns.
+
+    Attributes:
+        indices: (k,) int64, distinct positions in the batch.
+        valid: (k,) bool, False where fewer than k advantages are not 0: such an entry is no sample.
+    """
 
     indices: Tensor
-    """(k,) int64, distinct positions in the batch."""
     valid: Tensor
-    """(k,) bool, False where fewer than k advantages are not 0: such an entry is no sample."""
 
 
 def prioritised_sample(

@@ -226,7 +226,7 @@ def accuracy_level(correct: Tensor, group: Tensor) -> Tensor:
 
 def _spread_targets(targets: Sequence[float] | Tensor, level: Tensor) -> Tensor:
     if isinstance(targets, Tensor):
-        _checks.check_shape("targets", check_tensor("targets", targets), (3,), "(3,)")
+        _checks.check_shape("targets", check_tensor("targets", targets), (3,), "(levels,)")
         return wide(targets)[level]
     three = "three numbers, for high, medium and low accuracy"
     _checks.check_list("targets", targets, three)

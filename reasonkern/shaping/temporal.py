@@ -115,10 +115,12 @@ def _check_end(
         _check_beside("truncated", truncated, reward, reward.shape[:1])
 
 
-def _check_beside(name: str, x: Tensor, first: Tensor, shape: torch.Size) -> None:
+def _check_beside(
+    name: str, x: Tensor, first: Tensor, shape: torch.Size, first_name: str = "reward"
+) -> None:
     check_tensor(name, x)
     _checks.check_shape(name, x, shape, "(B, T)" if len(shape) == 2 else "(B,)")
-    _checks.check_device(name, x, first, "the first argument")
+    _checks.check_device(name, x, first, first_name)
 
 
 def _lambda(
@@ -201,10 +203,10 @@ def tppo_masks(
     if check_tensor("mask", mask).ndim != 2:
         _checks.fail("mask", "shape (B, T)", tuple(mask.shape))
     _checks.check_dtype("mask", mask, torch.bool)
-    _check_beside("generated_this_step", generated_this_step, mask, mask.shape)
+    _check_beside("generated_this_step", generated_this_step, mask, mask.shape, "mask")
     _checks.check_dtype("generated_this_step", generated_this_step, torch.bool)
     check_flags("finished", finished)
-    _check_beside("finished", finished, mask, mask.shape[:1])
+    _check_beside("finished", finished, mask, mask.shape[:1], "mask")
     if truncated is not None:
         check_flags("truncated", truncated, finished, "finished")
     _checks.check_integer("drop_tail", drop_tail, 0)

@@ -211,8 +211,8 @@ def report(findings: Findings, config: TuneConfig) -> str:
     for orders, result in sorted(findings.by_orders.items(), key=lambda item: len(item[0])):
         lines.append(f"{','.join(map(str, orders)):12}  {result.tokens_per_step:15.2f}")
     answered = sum(tuned.hits.values()) + tuned.misses
-    shares = [f"order {o} {100 * n / max(1, answered):.0f} %" for o, n in tuned.hits.items()]
-    shares.append(f"none {100 * tuned.misses / max(1, answered):.0f} %")
+    shares = [f"order {o}: {100 * n / max(1, answered):.0f} %" for o, n in tuned.hits.items()]
+    shares.append(f"none: {100 * tuned.misses / max(1, answered):.0f} %")
     lines.append("look-ups answered by " + ", ".join(shares))
     lines.append("\nnodes         tokens per step")
     for nodes, result in sorted(findings.by_nodes.items()):

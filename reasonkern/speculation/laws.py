@@ -14,17 +14,22 @@ SMALL = 5.0  # cells expected to hold fewer draws are added up before the test
 
 @dataclass(frozen=True)
 class Law:
-    """One law: whether it holds, and by what evidence."""
+    """One law: whether it holds, and by what evidence.
+
+    Attributes:
+        name: "marginal", "joint", or "length > j": the j-th token, given that it was emitted.
+        holds: whether it is the target's law, as far as the test can tell.
+        total_variation: distance to the target's law: exact, or estimated from the draws (then
+            never quite 0).
+        p_value: of the G-test; None for exact laws.
+        draws: on which the test is based; 0 for exact laws.
+    """
 
     name: str
-    """"marginal", "joint", or "length > j": the j-th token, given that it was emitted."""
     holds: bool
     total_variation: float
-    """Distance to the target's law: exact, or estimated from the draws (then never quite 0)."""
     p_value: float | None = None
-    """Of the G-test; None for exact laws."""
     draws: int = 0
-    """Draws the test is based on; 0 for exact laws."""
 
     def __str__(self) -> str:
         """One line."""
@@ -35,7 +40,11 @@ class Law:
 
 @dataclass(frozen=True)
 class LawReport:
-    """What `check_verifier` found; true when every law holds."""
+    """What `check_verifier` found; true when every law holds.
+
+    Attributes:
+        laws: a `Law` for each that was tested.
+    """
 
     laws: tuple[Law, ...]
 

@@ -229,7 +229,7 @@ def verified_rows(
     """Row j of a request: its context and tokens[:j]."""
     context = contexts(table, context)
     batch, width = context.shape
-    if not hasattr(verified, "tokens"):
+    if not hasattr(verified, "length"):  # a Draft has tokens, too
         _checks.fail("verified", "a Verified, as verify_tree returns it", type(verified).__name__)
     tokens = _integers("verified.tokens", verified.tokens, table)
     length = _integers("verified.length", verified.length, table)

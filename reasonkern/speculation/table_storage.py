@@ -31,11 +31,11 @@ def check_settings(
         if not _is_integer(value, low, high):
             _checks.fail(name, f"an integer in [{low}, {high}]", value)
     if not isinstance(orders, Sequence):
-        _checks.fail("orders", "1 to 4 descending integers in [1, 8]", repr(orders))
+        _checks.fail("orders", "a sequence of 1 to 4 descending integers in [1, 8]", repr(orders))
     descending = all(_is_integer(o, 1, MAX_ORDER) for o in orders)
     descending = descending and all(a > b for a, b in zip(orders, orders[1:], strict=False))
     if not 1 <= len(orders) <= MAX_ORDERS or not descending:
-        _checks.fail("orders", "1 to 4 descending integers in [1, 8]", tuple(orders))
+        _checks.fail("orders", "a sequence of 1 to 4 descending integers in [1, 8]", tuple(orders))
     _checks.check_choice("storage", storage, STORAGES)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._fields import documented
 
 MAX_NODES = 4096
 # Chance that the child of rank r is accepted, given that its parent was. Rounded up from replayed
@@ -20,23 +21,29 @@ MAX_NODES = 4096
 RANK_RATES = (0.62, 0.10, 0.045, 0.026, 0.017, 0.012, 0.009, 0.007)
 
 
+@documented
 class TreeTensors(NamedTuple):
-    """int32 tensors of a tree on one device; what the operators take."""
+    """int32 tensors of a tree on one device; what the operators take.
+
+    Attributes:
+        parents: (N,) index of the parent; -1 at the root.
+        ranks: (N,) rank among the siblings, 0 first; 0 at the root.
+        depths: (N,) distance from the root.
+        child_ptr: (N + 1,) the children of node i are child_index[child_ptr[i] : child_ptr[i + 1]],
+            by rank.
+        child_index: (N - 1,) see child_ptr.
+        level_ptr: (D + 1,) the nodes of depth d that have children are level_nodes[level_ptr[d] :
+            …[d + 1]].
+        level_nodes: (nodes with children,) by depth, then by index.
+    """
 
     parents: Tensor
-    """(N,) index of the parent; -1 at the root."""
     ranks: Tensor
-    """(N,) rank among the siblings, 0 first; 0 at the root."""
     depths: Tensor
-    """(N,) distance from the root."""
     child_ptr: Tensor
-    """(N + 1,) the children of node i are child_index[child_ptr[i] : child_ptr[i + 1]], by rank."""
     child_index: Tensor
-    """(N - 1,) see child_ptr."""
     level_ptr: Tensor
-    """(D + 1,) the nodes of depth d that have children are level_nodes[level_ptr[d] : …[d + 1]]."""
     level_nodes: Tensor
-    """(nodes with children,) by depth, then by index."""
 
 
 class DraftTree:
@@ -275,8 +282,8 @@ def _checked_parents(parents: Sequence[int]) -> tuple[int, ...]:
     if parents[0] != -1:
         _checks.fail("parents[0]", "-1, the mark of the root", parents[0])
     for node, parent in enumerate(parents[1:], start=1):
-        if not isinstance(parent, int) or not 0 <= parent < node:
-            _checks.fail(f"parents[{node}]", f"an integer in [0, {node})", parent)
+        if not isinstance(parent, int) or isinstance(parent, bool) or not 0 <= parent < node:
+            _checks.fail(f"parents[{node}]", f"an integer in [0, {node})", repr(parent))
     return tuple(parents)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._checks import check_tensor
+from .._fields import documented
 from . import noise
 from . import verify_op as _verify_op  # noqa: F401  (defines the operators)
 from .draft import Draft
@@ -35,46 +36,56 @@ SEED_TAG = 0xFFFFFFFF  # stream word of `request_seeds`, which no other noise us
 
 
 class Status(IntFlag):
-    """Bits of `Verified.status`."""
+    """Bits of `Verified.status`.
+
+    Attributes:
+        EOS: an end-of-sequence id was emitted; the step ends with it.
+        BAD_ROW: a row on the path had NaN, +inf or nothing finite among its allowed logits.
+        CAPPED: all of ``max_length`` is used.
+    """
 
     EOS = 1
-    """An end-of-sequence id was emitted; the step ends with it."""
     BAD_ROW = 2
-    """A row on the path had NaN, +inf or nothing finite among its allowed logits."""
     CAPPED = 4
-    """All of ``max_length`` is used."""
 
 
+@documented
 class Verified(NamedTuple):
-    """What a verification step emits; D is the tree's depth. Rows from ``length`` on are empty."""
+    """What a verification step emits; D is the tree's depth. Rows from ``length`` on are empty.
+
+    Attributes:
+        tokens: (B, D + 1) int64 emitted tokens, -1 beyond ``length``.
+        length: (B,) int64 number of emitted tokens, the bonus token included.
+        path: (B, D + 1) int64 node whose row emitted each token; ``path[:, 0]`` is 0, -1 when
+            empty.
+        topk_ids: (B, D + 1, topk) int64 ids of the largest raw logits of each row on the path, -1 =
+            empty.
+        topk_logits: (B, D + 1, topk) float32 those logits, before temperature, mask and filters;
+            -inf = empty.
+        lse: (B, D + 1) float32 log-sum-exp of the raw row; -inf = empty.
+        status: (B,) int32 bits, see `Status`.
+        logprob: (B, D + 1) float32, with ``stats=True`` alone, as all that follow: see
+            `reasonkern.Sampled`. -inf = empty, or of a bad row.
+        entropy: (B, D + 1) float32.
+        entropy_raw: (B, D + 1) float32.
+        confidence: (B, D + 1) float32.
+        max_prob: (B, D + 1) float32.
+        trigger: (B, D + 1) bool; False = empty.
+    """
 
     tokens: Tensor
-    """(B, D + 1) int64 emitted tokens, -1 beyond ``length``."""
     length: Tensor
-    """(B,) int64 number of emitted tokens, the bonus token included."""
     path: Tensor
-    """(B, D + 1) int64 node whose row emitted each token; ``path[:, 0]`` is 0, -1 when empty."""
     topk_ids: Tensor
-    """(B, D + 1, topk) int64 ids of the largest raw logits of each row on the path, -1 = empty."""
     topk_logits: Tensor
-    """(B, D + 1, topk) float32 those logits, before temperature, mask and filters; -inf = empty."""
     lse: Tensor
-    """(B, D + 1) float32 log-sum-exp of the raw row; -inf = empty."""
     status: Tensor
-    """(B,) int32 bits, see `Status`."""
     logprob: Tensor | None = None
-    """(B, D + 1) float32, with ``stats=True`` alone, as all that follow: see `reasonkern.Sampled`.
-    -inf = empty, or of a bad row."""
     entropy: Tensor | None = None
-    """(B, D + 1) float32."""
     entropy_raw: Tensor | None = None
-    """(B, D + 1) float32."""
     confidence: Tensor | None = None
-    """(B, D + 1) float32."""
     max_prob: Tensor | None = None
-    """(B, D + 1) float32."""
     trigger: Tensor | None = None
-    """(B, D + 1) bool; False = empty."""
 
 
 def request_seeds(
@@ -285,7 +296,7 @@ def _control_arguments(
     if control is None:
         return None, []
     if not isinstance(control, tuple) or len(control) != 2:
-        _checks.fail("control", "a pair (ModulationState, slot)", type(control).__name__)
+        _checks.fail("control", "a tuple (ModulationState, slot)", type(control).__name__)
     arguments = control_arguments(*control, logits)
     check_statistics(control[0], stats)
     return arguments
