@@ -66,14 +66,17 @@ struct Choice {
   }
 };
 
-// sum exp(x - top) of what was seen so far, top its largest value.
+// sum exp(x - top) of what was seen so far, top its largest value, which is at most 2^octaves;
+// `unit` is 2^octaves in units of exp(top).
 struct ExpSum {
-  float top = -kInf;
-  double value = 0;
+  float top = -kInf, octaves = 0;
+  double value = 0, unit = 1;
 
   void raise(float to) {
     value = value > 0 ? value * std::exp(double(top) - double(to)) : 0;
     top = to;
+    octaves = std::ceil(to * 1.44269504f);
+    unit = std::exp(double(octaves) * 0.6931471805599453 - double(to));
   }
 };
 

@@ -16,40 +16,6 @@ RK_INLINE bool any(I mask) {
 #endif
 }
 
-// Holds a loaded vector in its register: GCC would load it anew for every use.
-RK_INLINE void keep(F& x) {
-#if defined(__x86_64__)
-  asm("" : "+v"(x));
-#endif
-}
-
-// Whether a NaN was among the vectors it saw.
-struct NanWatch {
-#if RK_SIMD == 4
-  __mmask16 without[2] = {kAll, kAll};  // two chains: one would wait for its own compares
-
-  RK_INLINE void see(const F (&v)[kGroup]) {
-    for (int k = 0; k < 2; ++k) {
-      without[k] = _mm512_mask_cmp_ps_mask(without[k], v[2 * k], v[2 * k + 1], _CMP_ORD_Q);
-    }
-  }
-  RK_INLINE bool saw() const { return (without[0] & without[1]) != kAll; }
-#else
-  I with = {};
-
-  RK_INLINE void see(const F (&v)[kGroup]) {
-    for (int k = 0; k < kGroup; k += 2) {
-#if RK_SIMD == 3
-      with |= I(_mm256_cmp_ps(v[k], v[k + 1], _CMP_UNORD_Q));
-#else
-      with |= (v[k] != v[k]) | (v[k + 1] != v[k + 1]);
-#endif
-    }
-  }
-  RK_INLINE bool saw() const { return any(with); }
-#endif
-};
-
 RK_INLINE uint32_t bits_of(I mask) {
 #if RK_SIMD == 4
   return _mm512_movepi32_mask(__m512i(mask));
@@ -62,28 +28,7 @@ RK_INLINE uint32_t bits_of(I mask) {
 #endif
 }
 
-// Lanes in four columns: what is left of a reduction costs no loop.
-typedef float Quad __attribute__((vector_size(16)));
-
-RK_INLINE float max_lane(F x) {
-  Quad rows[kLanes / 4];
-  __builtin_memcpy(rows, &x, sizeof x);
-  for (int width = kLanes / 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) rows[i] = rows[i + width] > rows[i] ? rows[i + width] : rows[i];
-  }
-  const float a = rows[0][0] > rows[0][1] ? rows[0][0] : rows[0][1];
-  const float b = rows[0][2] > rows[0][3] ? rows[0][2] : rows[0][3];
-  return a > b ? a : b;
-}
-
-RK_INLINE float sum_lanes(F x) {
-  Quad rows[kLanes / 4];
-  __builtin_memcpy(rows, &x, sizeof x);
-  for (int width = kLanes / 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) rows[i] += rows[i + width];
-  }
-  return (rows[0][0] + rows[0][1]) + (rows[0][2] + rows[0][3]);
-}
+#include "tile_sum_simd.h"
 
 // 16-bit logits as floats, in order, unlike load().
 typedef uint16_t Words __attribute__((vector_size(sizeof(U) / 2)));
@@ -106,98 +51,6 @@ static void widen_fp16(const Half* x, int64_t n, float* out) {
     store(out + i, v);
   }
   for (; i < n; ++i) out[i] = static_cast<float>(x[i]);
-}
-
-// The largest value of a tile; `bad` collects NaN and +inf.
-RK_INLINE float tile_maximum(const float* x, I& bad) {
-  const F inf = splat(kInf);
-  F top[kGroup];
-  RK_EACH top[k] = splat(-kInf);
-  for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
-    F v[kGroup];
-    load(x + i, v);
-    RK_EACH bad |= ~(v[k] < inf);
-    RK_EACH top[k] = max(v[k], top[k]);
-  }
-  return max_lane(max(max(top[0], top[1]), max(top[2], top[3])));
-}
-
-// sum exp(x - from) of a tile, times kExpScale, for top <= from, and its largest value `top`. NaN
-// where x has one.
-RK_INLINE double tile_sum(const float* x, float from, float& top) {
-  constexpr int64_t kBlock = 16 * kGroup * kLanes;  // few enough for sums in single precision
-  F tops[kGroup];
-  RK_EACH tops[k] = splat(-kInf);
-  double total = 0;
-  for (int64_t block = 0; block < kTile; block += kBlock) {
-    F sum[kGroup] = {};
-    for (int64_t i = block; i < block + kBlock; i += kGroup * kLanes) {
-      F v[kGroup];
-      load(x + i, v);
-      RK_EACH keep(v[k]);
-      RK_EACH tops[k] = max(v[k], tops[k]);
-      RK_EACH v[k] = max(splat(kExpZero), v[k] - splat(from));
-      add_scaled_exp(v, sum);
-    }
-    total += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  }
-  top = max_lane(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
-  return total;
-}
-
-// The same at most kCoarse wrong, for top <= from and |from| < kCoarseFrom: exp as the float whose
-// bits are linear in the exponent (Schraudolph, Neural Computation 11, 1999), in half of the
-// instructions. NaN where x has one.
-constexpr float kCoarse = 0.035f, kCoarseFrom = 0x1p15f;
-
-RK_INLINE double coarse_tile_sum(const float* x, float from, float& top) {
-  constexpr float kSlope = 12102203.2f;                     // 2^23 / ln 2
-  constexpr float kAtZero = (127 + 32) * 0x1p23f - 366393;  // 2^32, less what centres the error
-  const F slope = splat(kSlope), at_zero = splat(kAtZero - from * kSlope);
-  F sum[kGroup] = {}, tops[kGroup];
-  NanWatch nan;
-  RK_EACH tops[k] = splat(-kInf);
-  for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
-    F v[kGroup];
-    I bits[kGroup];
-    load(x + i, v);
-    RK_EACH keep(v[k]);
-    RK_EACH tops[k] = max(v[k], tops[k]);
-    nan.see(v);
-    RK_EACH bits[k] = __builtin_convertvector(fma(v[k], slope, at_zero), I);
-    RK_EACH bits[k] = bits[k] > 0 ? bits[k] : I{};  // what is too small converts to negative ones
-    RK_EACH sum[k] = fma(F(bits[k]), splat(1.0f), sum[k]);  // adders have more to do than these
-  }
-  top = max_lane(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
-  return nan.saw() ? __builtin_nan("") : sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
-// The largest value of each tile; false when one is NaN or +inf. With `sum`, also sum exp(x - top),
-// in the same sweep: relative to the largest value so far, and coarsely after a tile that weighed
-// little. A tile for which that was wrong is swept again while it is at hand.
-static bool tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) {
-  // Coarse sums of all tiles that weigh so little make a sum above 1 less than 2^-23 wrong.
-  const double little = double(kExpScale) * (0x1p-23 / double(kCoarse)) * double(kTile) / double(n);
-  bool coarse = false;
-  I bad = {};
-  for (int64_t at = 0; at < n; at += kTile) {
-    float& top = maxima[at / kTile];
-    if (sum == nullptr) {
-      top = tile_maximum(x + at, bad);
-      continue;
-    }
-    const float from = sum->top;
-    double part = coarse ? coarse_tile_sum(x + at, from, top) : tile_sum(x + at, from, top);
-    if (!(top <= from && part <= (coarse ? little : part))) {  // NaN is not <= itself
-      top = tile_maximum(x + at, bad);
-      if (!(top > -kInf)) continue;
-      if (top > from) sum->raise(top);
-      part = tile_sum(x + at, sum->top, top);
-    }
-    sum->value += part * (1.0 / double(kExpScale));
-    coarse = part <= little && __builtin_fabsf(sum->top) < kCoarseFrom;
-  }
-  return !any(bad);
 }
 
 // Ids of the values from `least` up, in order; returns how many. Tiles below it are not read.
