@@ -66,18 +66,26 @@ struct Choice {
   }
 };
 
-// sum exp(x - top) of what was seen so far, top its largest value, which is at most 2^octaves;
-// `unit` is 2^octaves in units of exp(top).
-struct ExpSum {
-  float top = -kInf, octaves = 0;
-  double value = 0, unit = 1;
+// Smaller logits are steps of an octave and a rest, which single precision holds.
+constexpr float kSteady = 0x1p15f;
 
-  void raise(float to) {
-    value = value > 0 ? value * std::exp(double(top) - double(to)) : 0;
-    top = to;
-    octaves = std::ceil(to * 1.44269504f);
-    unit = std::exp(double(octaves) * 0.6931471805599453 - double(to));
+// sum exp(x - base) of what was seen so far, none of it above `limit`, which is `base` rounded.
+struct ExpSum {
+  float limit = -kInf, octaves = 0;
+  double base = 0, value = 0, unit = 1;  // unit: exp(limit - base)
+
+  // The base is a power of two, and above what is to come if that is little larger.
+  void raise(float top) {
+    constexpr double kLn2 = 0.6931471805599453;
+    const double last = base;
+    octaves = std::ceil(top * float(1 / kLn2)) + 8;
+    base = std::fabs(top) < kSteady ? octaves * kLn2 : top;
+    limit = float(base);
+    unit = std::exp(double(limit) - base);
+    if (value > 0) value *= std::exp(last - base);
   }
+
+  double logarithm() const { return base + std::log(value); }
 };
 
 inline float float_of_bits(uint32_t bits) { return noise::float_of(bits); }
@@ -88,7 +96,7 @@ constexpr double kNegligible = 48;
 struct RowPasses {
   void (*widen_bf16)(const BFloat16* x, int64_t n, float* out);
   void (*widen_fp16)(const Half* x, int64_t n, float* out);
-  bool (*tile_maxima)(const float* x, int64_t n, float* maxima, ExpSum* sum);
+  float (*tile_maxima)(const float* x, int64_t n, float* maxima, ExpSum* sum);
   int64_t (*collect)(const float* x, int64_t n, const float* maxima, float least, int32_t* ids);
   int64_t (*sum_of_masses)(const float* x, int64_t n, int64_t first, const Choice&);
   void (*tile_moments)(const float* x, float top, double* s, double* u);

@@ -80,7 +80,7 @@ class Row {
       ids[ranks_[i]] = candidates_[i].id;
       logits[ranks_[i]] = candidates_[i].value;
     }
-    *lse = float(double(top_) + std::log(sum_.value));
+    *lse = float(sum_.logarithm());
   }
 
   // Of the whole row at temperature 1. Tiles far below the top weigh nothing and are not read.
@@ -148,7 +148,8 @@ class Row {
   void refresh() {
     if (stale_.empty()) return;
     for (const int64_t t : stale_) {
-      sound_ &= passes().tile_maxima(tiles_[t], kTile, &maxima_[t], nullptr);
+      const float top = passes().tile_maxima(tiles_[t], kTile, &maxima_[t], nullptr);
+      sound_ &= top == top;
       if (!sums_.empty()) sums_[t] = 0;
     }
     stale_.clear();
@@ -253,13 +254,15 @@ class Row {
     sums_.clear();
     sum_ = ExpSum();
     measure(with_sum ? &sum_ : nullptr);
-    top_ = *std::max_element(maxima_.begin(), maxima_.end());
   }
 
   void measure(ExpSum* sum) {
     sound_ = true;
+    top_ = -kInf;
     each_part([&](const Part& p) {
-      sound_ &= passes().tile_maxima(p.x, p.n, maxima_.data() + p.first / kTile, sum);
+      const float top = passes().tile_maxima(p.x, p.n, maxima_.data() + p.first / kTile, sum);
+      sound_ &= top == top;
+      top_ = std::max(top_, top);
     });
   }
 

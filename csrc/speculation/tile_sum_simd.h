@@ -45,9 +45,12 @@ struct NanWatch {
   }
 };
 
-// The largest value of a tile; `bad`: one is NaN or +inf.
-RK_INLINE float tile_maximum(const float* x, bool& bad) {
-  F tops[kGroup];
+RK_INLINE float largest(const F (&tops)[kGroup]) {
+  return max_lane(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
+}
+
+// The largest values of a tile, lane by lane; true when one is NaN.
+RK_INLINE bool tile_tops(const float* x, F (&tops)[kGroup]) {
   NanWatch nan;
   RK_EACH tops[k] = splat(-kInf);
   for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
@@ -57,18 +60,31 @@ RK_INLINE float tile_maximum(const float* x, bool& bad) {
     nan.see(v);
     RK_EACH tops[k] = max(v[k], tops[k]);
   }
-  const float top = max_lane(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
-  bad |= nan.saw() | !(top < kInf);
-  return top;
+  return nan.saw();
+}
+
+// What the sum of a tile of next to no weight is taken for, over 2^octaves: between the sum of its
+// lanes' largest and that of as many of them as there are tokens, so at most kCoarse of it wrong. exp is the float whose bits are linear in the exponent (Schraudolph, Neural Computation
+// 11, 1999). For tops below 2^octaves and |octaves| < kSteady.
+constexpr double kCoarse = 3.2;
+
+RK_INLINE double coarse_sum(const F (&tops)[kGroup], float octaves) {
+  constexpr int kTokens = kTile / (kGroup * kLanes);  // of a lane
+  constexpr float kSlope = 12102203.2f;               // 2^23 / ln 2
+  const F at_zero = splat((127 + 32 - octaves) * 0x1p23f);
+  F sum = {};
+  RK_EACH {
+    const I bits = __builtin_convertvector(fma(tops[k], splat(kSlope), at_zero), I);
+    sum += F(bits > 0 ? bits : I{});  // what is too small converts to negative ones
+  }
+  return double(sum_lanes(sum)) * (kTokens / 4 / double(kExpScale));
 }
 
 // x = ln2 (octaves - n / kSteps) + r with a whole number n: a table has the powers of two, and of
 // exp(r) a short polynomial suffices. kPowers[j] is the bits of kExpScale 2^(-j / kSteps), plus j in
-// the lowest places of the exponent, where n takes it away again. Exact are kOctaves below 2^octaves.
-constexpr int kOctaves = 128;
+// the lowest places of the exponent, where n takes it away again.
 #if RK_SIMD == 4
 constexpr int kSteps = 32, kStepShift = 18;
-constexpr double kExpUnit = 0.5018175135;
 constexpr uint32_t kPowers[32] = {
     0x4f800000, 0x4f7e83b3, 0x4f7d257d, 0x4f7be4ba, 0x4f7ac0c7, 0x4f79b907, 0x4f78ccdf, 0x4f77fbb8,
     0x4f7744fd, 0x4f76a81e, 0x4f76248c, 0x4f75b9be, 0x4f75672a, 0x4f752c4d, 0x4f7508a4, 0x4f74fbaf,
@@ -76,12 +92,10 @@ constexpr uint32_t kPowers[32] = {
     0x4f7837f0, 0x4f78f4f0, 0x4f79c3d3, 0x4f7aa43a, 0x4f7b95c2, 0x4f7c980f, 0x4f7daac3, 0x4f7ecd87};
 #elif RK_SIMD == 3
 constexpr int kSteps = 8, kStepShift = 20;
-constexpr double kExpUnit = 1;
 constexpr uint32_t kPowers[8] = {0x4f800000, 0x4f7ac0c7, 0x4f7744fd, 0x4f75672a,
                                  0x4f7504f3, 0x4f75fed7, 0x4f7837f0, 0x4f7b95c2};
 #else
 constexpr int kSteps = 1, kStepShift = 23;
-constexpr double kExpUnit = 1;
 constexpr uint32_t kPowers[1] = {0x4f800000};
 #endif
 
@@ -98,12 +112,41 @@ RK_INLINE F power_down(U n) {  // only the lowest bits of n choose the entry
   return F(entry - (n << kStepShift));
 }
 
-// Sum of exp(x - offset) over a tile, times kExpScale / 2^octaves, at most 4 ulp wrong a token, and
-// the tile's largest value `top`; NaN where a value is NaN or not within kOctaves below
-// 2^octaves. With `clamp` values far below the offset count as exp(-88), and only NaN gives NaN.
-RK_INLINE double tile_sum(const float* x, float offset, float octaves, bool clamp, float& top) {
+// Adds exp(v) / kExpUnit of a group, n being kShift + octaves - v / ln 2 rounded to steps, which
+// leaves |r| <= ln2 / 2 kSteps. AVX-512 has no more than two multipliers, so there it is a square
+// of r + 1.4375 ln2 and an addition: 2.3 ulp wrong with a range of so few steps.
+constexpr float kShift = 12582912.0f / kSteps;  // adding it rounds to steps, which the bits count
+
+RK_INLINE void add_exp(const F (&v)[kGroup], const F (&n)[kGroup], F start, F (&sum)[kGroup]) {
+  F r[kGroup], p[kGroup];
+#if RK_SIMD == 4
+  RK_EACH r[k] = fma(n[k] - (start - 1.4375f), splat(0.693147182f), v[k]);
+  RK_EACH p[k] = fma(r[k], r[k], splat(0.999944985f));
+#else
+#if RK_SIMD == 3
+  RK_EACH r[k] = fma(n[k] - start, splat(0.693147182f), v[k]);
+#else
+  RK_EACH r[k] = fma(n[k] - start, splat(0.693359375f), v[k]);  // nine bits: an exact product
+  RK_EACH r[k] = fma(n[k] - start, splat(-2.12194440e-4f), r[k]);
+#endif
+  exp_series(r, p);
+  RK_EACH p[k] = fma(p[k], r[k], splat(1.0f));
+#endif
+  RK_EACH sum[k] = fma(power_down(U(n[k])), p[k], sum[k]);
+}
+#if RK_SIMD == 4
+constexpr double kExpUnit = 0.5018175135 / double(kExpScale);
+#else
+constexpr double kExpUnit = 1 / double(kExpScale);
+#endif
+
+// Sum of exp(x) over a tile and over 2^octaves, at most 4 ulp wrong a token, and the
+// tile's largest value `top`; NaN where a value is NaN or not within kOctaves below 2^octaves. With
+// `clamp` x is counted from `offset` and, far below it, taken for -88: only NaN gives NaN.
+constexpr int kOctaves = 128;
+
+RK_INLINE double tile_sum(const float* x, float octaves, bool clamp, float offset, float& top) {
   constexpr int64_t kBlock = 16 * kGroup * kLanes;  // few enough for sums in single precision
-  constexpr float kShift = 12582912.0f / kSteps;    // adding it rounds n, which the lowest bits show
   const F start = splat(kShift + octaves);
   F tops[kGroup];
   U seen = {};
@@ -112,93 +155,67 @@ RK_INLINE double tile_sum(const float* x, float offset, float octaves, bool clam
   for (int64_t block = 0; block < kTile; block += kBlock) {
     F sum[kGroup] = {};
     for (int64_t i = block; i < block + kBlock; i += kGroup * kLanes) {
-      F v[kGroup], n[kGroup], r[kGroup], p[kGroup];
+      F v[kGroup], n[kGroup];
       load(x + i, v);
       RK_EACH keep(v[k]);
       RK_EACH tops[k] = max(v[k], tops[k]);
       if (clamp) RK_EACH v[k] = max(splat(-88.0f), v[k] - splat(offset));
       RK_EACH n[k] = fma(v[k], splat(-1.44269504f), start);
       seen |= (U(n[0]) | U(n[1])) | (U(n[2]) | U(n[3]));
-#if RK_SIMD == 4
-      RK_EACH r[k] = fma(n[k] - (start - 1.4375f), splat(0.693147182f), v[k]);
-      RK_EACH p[k] = fma(r[k], r[k], splat(0.999944985f));
-#elif RK_SIMD == 3
-      RK_EACH r[k] = fma(n[k] - start, splat(0.693147182f), v[k]);
-      exp_series(r, p);
-      RK_EACH p[k] = fma(p[k], r[k], splat(1.0f));
-#else
-      RK_EACH r[k] = n[k] - start;
-      RK_EACH v[k] = fma(r[k], splat(0.693359375f), v[k]);  // nine bits: the product is exact
-      RK_EACH r[k] = fma(r[k], splat(-2.12194440e-4f), v[k]);
-      exp_series(r, p);
-      RK_EACH p[k] = fma(p[k], r[k], splat(1.0f));
-#endif
-      RK_EACH sum[k] = fma(power_down(U(n[k])), p[k], sum[k]);
+      add_exp(v, n, start, sum);
     }
     total += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
   }
-  top = max_lane(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
+  top = largest(tops);
   const U within = U(splat(kShift)) | uint32_t(kOctaves * kSteps - 1);
   return any(I(seen & ~within) != 0) ? __builtin_nan("") : total * kExpUnit;
 }
 
-// The sum of a tile of next to no weight, at most kCoarse of it wrong, for top <= from and
-// |from| < kSteady: 2.5 times that of the largest of every four tokens, with exp as the float whose
-// bits are linear in the exponent (Schraudolph, Neural Computation 11, 1999). NaN where x has one.
-constexpr float kCoarse = 0.66f, kSteady = 0x1p15f;
-
-RK_INLINE double coarse_tile_sum(const float* x, float from, float& top) {
-  constexpr float kSlope = 12102203.2f;                     // 2^23 / ln 2
-  constexpr float kAtZero = (127 + 32) * 0x1p23f - 366393;  // 2^32, less what centres the error
-  const F slope = splat(kSlope), at_zero = splat(kAtZero - from * kSlope);
-  F sum = {}, tops = splat(-kInf);
-  NanWatch nan;
-  for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
-    F v[kGroup];
-    load(x + i, v);
-    RK_EACH keep(v[k]);
-    nan.see(v);
-    const F largest = max(max(v[0], v[1]), max(v[2], v[3]));
-    tops = max(largest, tops);
-    I bits = __builtin_convertvector(fma(largest, slope, at_zero), I);
-    bits = bits > 0 ? bits : I{};  // what is too small converts to negative ones
-    sum += F(bits);
+// The sum of a tile above -inf that `tile_sum` could not give or should not: `tops` are its lanes'
+// largest. `coarse`: it is likely to weigh no more than `little` of the sum so far.
+RK_INLINE double other_tile_sum(const float* x, const F (&tops)[kGroup], float top, double little,
+                                bool coarse, bool& clamp, ExpSum& sum) {
+  if (coarse && top <= sum.limit) {
+    const double part = coarse_sum(tops, sum.octaves);
+    if (part <= little * sum.value) return part;
   }
-  top = max_lane(tops);
-  return nan.saw() ? __builtin_nan("") : 2.5f * sum_lanes(sum);
+  if (!(top <= sum.limit)) sum.raise(top);
+  float ignored;
+  if (!clamp) {
+    const double part = tile_sum(x, sum.octaves, false, 0, ignored);
+    if (part == part && __builtin_fabsf(top) < kSteady) return part;
+    clamp = true;
+  }
+  return tile_sum(x, 0, true, sum.limit, ignored) * sum.unit;
 }
 
-// The largest value of each tile; false when one is NaN or +inf. With `sum`, also sum exp(x - top),
-// in the same sweep: relative to the largest value so far, and coarsely after a tile that weighed
-// little. A tile for which that was wrong is swept again while it is at hand.
-static bool tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) {
-  // Coarse sums of all tiles that weigh so little make a sum above 1 less than 2^-23 wrong.
-  const double little = double(kExpScale) * (0x1p-23 / double(kCoarse)) * double(kTile) / double(n);
-  bool coarse = false, clamp = false, bad = false;
+// The largest value of each tile; returns that of all, NaN when one is NaN or +inf. With `sum`, also
+// the sum of their exponentials, in the same sweep, coarsely after a tile that weighed little. A
+// tile for which that was wrong is swept again while it is at hand.
+static float tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) {
+  // Coarse sums of all tiles that weigh so little leave the sum within 2^-23.
+  const double little = 0x1p-23 / kCoarse * double(kTile) / double(n);
+  bool bad = false, coarse = false, clamp = false;
+  float all = -kInf;
   for (int64_t at = 0; at < n; at += kTile) {
     float& top = maxima[at / kTile];
-    if (sum == nullptr) {
-      top = tile_maximum(x + at, bad);
-      continue;
+    double part = __builtin_nan("");
+    if (sum != nullptr && !coarse && !clamp) {
+      part = tile_sum(x + at, sum->octaves, false, 0, top);
     }
-    double part;
-    if (coarse) {
-      part = coarse_tile_sum(x + at, sum->top, top);
-    } else if (clamp) {
-      part = tile_sum(x + at, sum->top, 0, true, top);
-    } else {
-      part = tile_sum(x + at, 0, sum->octaves, false, top) * sum->unit;
+    if (!(part == part && top <= sum->limit)) {
+      F tops[kGroup];
+      bad |= tile_tops(x + at, tops);
+      top = largest(tops);
+      if (sum == nullptr) {
+        all = top > all ? top : all;
+        continue;
+      }
+      part = top > -kInf ? other_tile_sum(x + at, tops, top, little, coarse, clamp, *sum) : 0;
     }
-    if (!(top <= sum->top && part <= (coarse ? little : part))) {  // NaN is not <= itself
-      clamp |= !coarse && top <= sum->top;
-      top = tile_maximum(x + at, bad);
-      if (!(top > -kInf)) continue;
-      if (top > sum->top) sum->raise(top);
-      clamp |= !(__builtin_fabsf(sum->top) < kSteady);
-      part = tile_sum(x + at, sum->top, 0, true, top);
-    }
-    sum->value += part * (1.0 / double(kExpScale));
-    coarse = part <= little && __builtin_fabsf(sum->top) < kSteady;
+    all = top > all ? top : all;
+    sum->value += part;
+    coarse = !clamp && part <= little * sum->value;
   }
-  return !bad;
+  return bad || !(all < kInf) ? __builtin_nanf("") : all;
 }
