@@ -97,6 +97,7 @@ struct RowPasses {
   void (*widen_bf16)(const BFloat16* x, int64_t n, float* out);
   void (*widen_fp16)(const Half* x, int64_t n, float* out);
   float (*tile_maxima)(const float* x, int64_t n, float* maxima, ExpSum* sum);
+  int32_t (*reached_by)(const int32_t* x, int64_t n, int64_t k);
   int64_t (*collect)(const float* x, int64_t n, const float* maxima, float least, int32_t* ids);
   int64_t (*sum_of_masses)(const float* x, int64_t n, int64_t first, const Choice&);
   void (*tile_moments)(const float* x, float top, double* s, double* u);

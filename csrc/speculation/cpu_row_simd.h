@@ -16,6 +16,12 @@ RK_INLINE bool any(I mask) {
 #endif
 }
 
+RK_INLINE I load_integers(const int32_t* p) {
+  I x;
+  __builtin_memcpy(&x, p, sizeof x);
+  return x;
+}
+
 RK_INLINE uint32_t bits_of(I mask) {
 #if RK_SIMD == 4
   return _mm512_movepi32_mask(__m512i(mask));
@@ -69,6 +75,33 @@ static int64_t collect(const float* x, int64_t n, const float* maxima, float lea
     }
   }
   return count;
+}
+
+// The largest bound that at least k of n integers reach, or one that just k of them do: by bisection,
+// without a branch that depends on one of them. n is a multiple of kLanes.
+static int32_t reached_by(const int32_t* x, int64_t n, int64_t k) {
+  I low = load_integers(x), high = low;
+  for (int64_t i = kLanes; i < n; i += kLanes) {
+    const I v = load_integers(x + i);
+    low = v < low ? v : low;
+    high = v > high ? v : high;
+  }
+  int64_t least = low[0], beyond = high[0];
+  for (int lane = 1; lane < kLanes; ++lane) {
+    least = low[lane] < least ? low[lane] : least;
+    beyond = high[lane] > beyond ? high[lane] : beyond;
+  }
+  ++beyond;
+  for (int64_t reached = n; reached != k && beyond - least > 1;) {
+    const int64_t middle = (least + beyond) >> 1;
+    I count = {};
+    for (int64_t i = 0; i < n; i += kLanes) count -= load_integers(x + i) >= int32_t(middle);
+    const auto above = int64_t(sum_lanes(__builtin_convertvector(count, F)));
+    least = above < k ? least : middle;
+    beyond = above < k ? middle : beyond;
+    reached = above < k ? reached : above;
+  }
+  return int32_t(least);
 }
 
 // Masses of the kept tokens, added: each at most 2^40, so that a row stays below 2^63.
@@ -190,6 +223,6 @@ static void choose(const float* x, int64_t n, const float* maxima, int64_t first
 }
 
 static RowPasses row_passes() {
-  return {widen_bf16,    widen_fp16,   tile_maxima,  collect,
+  return {widen_bf16,    widen_fp16,   tile_maxima,  reached_by, collect,
           sum_of_masses, tile_moments, kept_moments, choose};
 }

@@ -195,7 +195,7 @@ RK_INLINE double other_tile_sum(const float* x, const F (&tops)[kGroup], float t
 static float tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) {
   // Coarse sums of all tiles that weigh so little leave the sum within 2^-23.
   const double little = 0x1p-23 / kCoarse * double(kTile) / double(n);
-  bool bad = false, coarse = false, clamp = false;
+  bool bad = false, coarse = true, clamp = false;
   float all = -kInf;
   for (int64_t at = 0; at < n; at += kTile) {
     float& top = maxima[at / kTile];
@@ -215,7 +215,8 @@ static float tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) 
     }
     all = top > all ? top : all;
     sum->value += part;
-    coarse = !clamp && part <= little * sum->value;
+    // Behind the first tile nothing is known: a look costs little.
+    coarse = !clamp && (part == sum->value || part <= little * sum->value);
   }
   return bad || !(all < kInf) ? __builtin_nanf("") : all;
 }
