@@ -73,13 +73,15 @@ constexpr float kSteady = 0x1p15f;
 struct ExpSum {
   float limit = -kInf, octaves = 0;
   double base = 0, value = 0, unit = 1;  // unit: exp(limit - base)
+  bool steady = true;                    // the base is 2^octaves
 
   // The base is a power of two, and above what is to come if that is little larger.
   void raise(float top) {
     constexpr double kLn2 = 0.6931471805599453;
     const double last = base;
     octaves = std::ceil(top * float(1 / kLn2)) + 8;
-    base = std::fabs(top) < kSteady ? octaves * kLn2 : top;
+    steady = std::fabs(top) < kSteady;
+    base = steady ? octaves * kLn2 : top;
     limit = float(base);
     unit = std::exp(double(limit) - base);
     if (value > 0) value *= std::exp(last - base);
@@ -90,6 +92,16 @@ struct ExpSum {
 
 inline float float_of_bits(uint32_t bits) { return noise::float_of(bits); }
 
+// The bits of a float as an integer of the same order.
+inline int32_t ordered_bits(float x) {
+  const auto bits = int32_t(noise::word_of(x));
+  return bits < 0 ? bits ^ 0x7fffffff : bits;
+}
+
+inline float float_of_order(int32_t bits) {
+  return noise::float_of(uint32_t(bits < 0 ? bits ^ 0x7fffffff : bits));
+}
+
 // So far below the top, 2^22 tokens add less than 2^-40 to sums over a law.
 constexpr double kNegligible = 48;
 
@@ -97,7 +109,7 @@ struct RowPasses {
   void (*widen_bf16)(const BFloat16* x, int64_t n, float* out);
   void (*widen_fp16)(const Half* x, int64_t n, float* out);
   float (*tile_maxima)(const float* x, int64_t n, float* maxima, ExpSum* sum);
-  int32_t (*reached_by)(const int32_t* x, int64_t n, int64_t k);
+  float (*reached_by)(const float* x, int64_t n, int64_t k, float top);
   int64_t (*collect)(const float* x, int64_t n, const float* maxima, float least, int32_t* ids);
   int64_t (*sum_of_masses)(const float* x, int64_t n, int64_t first, const Choice&);
   void (*tile_moments)(const float* x, float top, double* s, double* u);

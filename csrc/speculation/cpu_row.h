@@ -253,7 +253,7 @@ class Row {
       std::copy(x + whole, x + vocab, rest_.begin());
       tiles_.back() = rest_.data();
     }
-    maxima_.resize(tiles_.size());
+    maxima_.assign((tiles_.size() + 15) / 16 * 16, -kInf);  // any instruction set's vectors
     sums_.clear();
     largest_.clear();
     sum_ = ExpSum();
@@ -272,21 +272,9 @@ class Row {
 
   // A bound that just k maxima of tiles reach, more where they are equal: k tokens at least are
   // not below it.
-  float largest_tile(int64_t k) {
-    const size_t count = maxima_.size();
-    if (k > int64_t(count)) return -kInf;
-    order_.resize((count + 15) / 16 * 16);  // any instruction set's vectors
-    std::transform(maxima_.begin(), maxima_.end(), order_.begin(), ordered_bits);
-    const int32_t least = *std::min_element(order_.begin(), order_.begin() + count);
-    std::fill(order_.begin() + count, order_.end(), least);
-    const int32_t bits = passes().reached_by(order_.data(), int64_t(order_.size()), k);
-    return noise::float_of(uint32_t(bits < 0 ? bits ^ 0x7fffffff : bits));
-  }
-
-  // The bits of a float as an integer of the same order.
-  static int32_t ordered_bits(float x) {
-    const auto bits = int32_t(noise::word_of(x));
-    return bits < 0 ? bits ^ 0x7fffffff : bits;
+  float largest_tile(int64_t k) const {
+    if (k > int64_t(tiles_.size())) return -kInf;
+    return passes().reached_by(maxima_.data(), int64_t(maxima_.size()), k, top_);
   }
 
   // The k largest logits in order, fewer where fewer are finite.
@@ -376,7 +364,7 @@ class Row {
   std::vector<float> copy_, masked_, rest_, edited_, maxima_;
   std::vector<double> sums_, products_;  // of a tile's Moments; a sum of 0 is not known yet
   std::vector<int64_t> stale_;           // tiles with changed logits
-  std::vector<int32_t> ids_, order_, ranks_;
+  std::vector<int32_t> ids_, ranks_;
   std::vector<Candidate> candidates_, largest_;  // largest_: see `statistics`, empty where not known
 };
 

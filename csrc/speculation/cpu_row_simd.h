@@ -16,12 +16,6 @@ RK_INLINE bool any(I mask) {
 #endif
 }
 
-RK_INLINE I load_integers(const int32_t* p) {
-  I x;
-  __builtin_memcpy(&x, p, sizeof x);
-  return x;
-}
-
 RK_INLINE uint32_t bits_of(I mask) {
 #if RK_SIMD == 4
   return _mm512_movepi32_mask(__m512i(mask));
@@ -77,31 +71,27 @@ static int64_t collect(const float* x, int64_t n, const float* maxima, float lea
   return count;
 }
 
-// The largest bound that at least k of n integers reach, or one that just k of them do: by bisection,
-// without a branch that depends on one of them. n is a multiple of kLanes.
-static int32_t reached_by(const int32_t* x, int64_t n, int64_t k) {
-  I low = load_integers(x), high = low;
-  for (int64_t i = kLanes; i < n; i += kLanes) {
-    const I v = load_integers(x + i);
-    low = v < low ? v : low;
-    high = v > high ? v : high;
-  }
-  int64_t least = low[0], beyond = high[0];
-  for (int lane = 1; lane < kLanes; ++lane) {
-    least = low[lane] < least ? low[lane] : least;
-    beyond = high[lane] > beyond ? high[lane] : beyond;
-  }
-  ++beyond;
-  for (int64_t reached = n; reached != k && beyond - least > 1;) {
-    const int64_t middle = (least + beyond) >> 1;
+// A bound that just k of n values reach, or more where they are equal, top being the largest: by
+// bisection of the floats' bits, whose order is theirs, without a branch that depends on a value.
+// n is a multiple of kLanes.
+static float reached_by(const float* x, int64_t n, int64_t k, float top) {
+  F lanes = load_one(x);
+  for (int64_t i = kLanes; i < n; i += kLanes) lanes = max(load_one(x + i), lanes);
+  float start = lanes[0];  // reached by one value of each lane
+  for (int lane = 1; lane < kLanes; ++lane) start = lanes[lane] < start ? lanes[lane] : start;
+  int64_t low = ordered_bits(k > kLanes ? -kInf : start);
+  int64_t high = int64_t(ordered_bits(top)) + 1;
+  for (int64_t reached = -1; reached != k && high - low > 1;) {
+    const int64_t middle = (low + high) >> 1;
+    const F bound = splat(float_of_order(int32_t(middle)));
     I count = {};
-    for (int64_t i = 0; i < n; i += kLanes) count -= load_integers(x + i) >= int32_t(middle);
+    for (int64_t i = 0; i < n; i += kLanes) count -= load_one(x + i) >= bound;
     const auto above = int64_t(sum_lanes(__builtin_convertvector(count, F)));
-    least = above < k ? least : middle;
-    beyond = above < k ? middle : beyond;
-    reached = above < k ? reached : above;
+    low = above < k ? low : middle;
+    high = above < k ? middle : high;
+    reached = above;
   }
-  return int32_t(least);
+  return float_of_order(int32_t(low));
 }
 
 // Masses of the kept tokens, added: each at most 2^40, so that a row stays below 2^63.

@@ -181,9 +181,10 @@ RK_INLINE double other_tile_sum(const float* x, const F (&tops)[kGroup], float t
   }
   if (!(top <= sum.limit)) sum.raise(top);
   float ignored;
+  clamp |= !sum.steady;
   if (!clamp) {
     const double part = tile_sum(x, sum.octaves, false, 0, ignored);
-    if (part == part && __builtin_fabsf(top) < kSteady) return part;
+    if (part == part) return part;
     clamp = true;
   }
   return tile_sum(x, 0, true, sum.limit, ignored) * sum.unit;
@@ -195,7 +196,7 @@ RK_INLINE double other_tile_sum(const float* x, const F (&tops)[kGroup], float t
 static float tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) {
   // Coarse sums of all tiles that weigh so little leave the sum within 2^-23.
   const double little = 0x1p-23 / kCoarse * double(kTile) / double(n);
-  bool bad = false, coarse = true, clamp = false;
+  bool bad = false, clamp = sum != nullptr && !sum->steady, coarse = !clamp;
   float all = -kInf;
   for (int64_t at = 0; at < n; at += kTile) {
     float& top = maxima[at / kTile];
