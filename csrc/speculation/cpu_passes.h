@@ -72,8 +72,8 @@ constexpr float kSteady = 0x1p15f;
 // sum exp(x - base) of what was seen so far, none of it above `limit`, which is `base` rounded.
 struct ExpSum {
   float limit = -kInf, octaves = 0;
-  double base = 0, value = 0, unit = 1;  // unit: exp(limit - base)
-  bool steady = true;                    // the base is 2^octaves
+  double base = 0, value = 0;
+  bool steady = true;  // the base is 2^octaves
 
   // The base is a power of two, and above what is to come if that is little larger.
   void raise(float top) {
@@ -83,12 +83,13 @@ struct ExpSum {
     steady = std::fabs(top) < kSteady;
     base = steady ? octaves * kLn2 : top;
     limit = float(base);
-    unit = std::exp(double(limit) - base);
     if (value > 0) value *= std::exp(last - base);
   }
 
   double logarithm() const { return base + std::log(value); }
 };
+
+inline double exponential(double x) { return std::exp(x); }
 
 inline float float_of_bits(uint32_t bits) { return noise::float_of(bits); }
 

@@ -108,35 +108,6 @@ static int64_t sum_of_masses(const float* x, int64_t n, int64_t first, const Cho
   return total;
 }
 
-// Sums of exp(d) and exp(d) d, times kExpScale, lane by lane.
-struct MomentSums {
-  F s[kGroup] = {}, u[kGroup] = {};
-
-  RK_INLINE void add(const F (&d)[kGroup], const F (&e)[kGroup]) {
-    RK_EACH s[k] = s[k] + e[k];
-    RK_EACH u[k] = fma(e[k], d[k], u[k]);
-  }
-
-  RK_INLINE void add_to(double* sum, double* product) const {
-    *sum += sum_lanes((s[0] + s[1]) + (s[2] + s[3])) * (1.0 / double(kExpScale));
-    *product += sum_lanes((u[0] + u[1]) + (u[2] + u[3])) * (1.0 / double(kExpScale));
-  }
-};
-
-// Moments of a tile whose largest value is `top`.
-static void tile_moments(const float* x, float top, double* s, double* u) {
-  MomentSums sums;
-  for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
-    F d[kGroup], e[kGroup];
-    load(x + i, d);
-    RK_EACH d[k] = max(splat(kExpZero), d[k] - splat(top));
-    scaled_exp(d, e);
-    sums.add(d, e);
-  }
-  *s = *u = 0;
-  sums.add_to(s, u);
-}
-
 // Adds the moments of the kept tokens; x has n tokens from `first` on. Tiles that hold none, or
 // none with a weight, are not read.
 static void kept_moments(const float* x, int64_t n, const float* maxima, int64_t first,

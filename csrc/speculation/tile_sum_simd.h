@@ -140,13 +140,14 @@ constexpr double kExpUnit = 0.5018175135 / double(kExpScale);
 constexpr double kExpUnit = 1 / double(kExpScale);
 #endif
 
-// Sum of exp(x) over a tile and over 2^octaves, at most 4 ulp wrong a token, and the
-// tile's largest value `top`; NaN where a value is NaN or not within kOctaves below 2^octaves. With
-// `clamp` x is counted from `offset` and, far below it, taken for -88: only NaN gives NaN.
+// Tokens to a sum in single precision: an accumulator takes no more than 16 addends.
+constexpr int64_t kBlock = 16 * kGroup * kLanes;
+
+// Sum of exp(x) over a tile and over 2^octaves, at most 5 ulp wrong a token, and the tile's largest
+// value `top`; NaN where a value is NaN or not within kOctaves below 2^octaves.
 constexpr int kOctaves = 128;
 
-RK_INLINE double tile_sum(const float* x, float octaves, bool clamp, float offset, float& top) {
-  constexpr int64_t kBlock = 16 * kGroup * kLanes;  // few enough for sums in single precision
+RK_INLINE double tile_sum(const float* x, float octaves, float& top) {
   const F start = splat(kShift + octaves);
   F tops[kGroup];
   U seen = {};
@@ -159,7 +160,6 @@ RK_INLINE double tile_sum(const float* x, float octaves, bool clamp, float offse
       load(x + i, v);
       RK_EACH keep(v[k]);
       RK_EACH tops[k] = max(v[k], tops[k]);
-      if (clamp) RK_EACH v[k] = max(splat(-88.0f), v[k] - splat(offset));
       RK_EACH n[k] = fma(v[k], splat(-1.44269504f), start);
       seen |= (U(n[0]) | U(n[1])) | (U(n[2]) | U(n[3]));
       add_exp(v, n, start, sum);
@@ -171,53 +171,81 @@ RK_INLINE double tile_sum(const float* x, float octaves, bool clamp, float offse
   return any(I(seen & ~within) != 0) ? __builtin_nan("") : total * kExpUnit;
 }
 
-// The sum of a tile above -inf that `tile_sum` could not give or should not: `tops` are its lanes'
-// largest. `coarse`: it is likely to weigh no more than `little` of the sum so far.
-RK_INLINE double other_tile_sum(const float* x, const F (&tops)[kGroup], float top, double little,
-                                bool coarse, bool& clamp, ExpSum& sum) {
-  if (coarse && top <= sum.limit) {
+// Sums of exp(d) and exp(d) d, times kExpScale, lane by lane.
+struct MomentSums {
+  F s[kGroup] = {}, u[kGroup] = {};
+
+  RK_INLINE void add(const F (&d)[kGroup], const F (&e)[kGroup]) {
+    RK_EACH s[k] = s[k] + e[k];
+    RK_EACH u[k] = fma(e[k], d[k], u[k]);
+  }
+
+  RK_INLINE void add_to(double* sum, double* product) const {
+    *sum += sum_lanes((s[0] + s[1]) + (s[2] + s[3])) * (1.0 / double(kExpScale));
+    *product += sum_lanes((u[0] + u[1]) + (u[2] + u[3])) * (1.0 / double(kExpScale));
+  }
+};
+
+// Moments of a tile whose largest value is `top`.
+static void tile_moments(const float* x, float top, double* s, double* u) {
+  *s = *u = 0;
+  for (int64_t block = 0; block < kTile; block += kBlock) {
+    MomentSums sums;
+    for (int64_t i = block; i < block + kBlock; i += kGroup * kLanes) {
+      F d[kGroup], e[kGroup];
+      load(x + i, d);
+      RK_EACH d[k] = max(splat(kExpZero), d[k] - splat(top));
+      scaled_exp(d, e);
+      sums.add(d, e);
+    }
+    sums.add_to(s, u);
+  }
+}
+
+// The sum of a tile above -inf whose lanes' largest values are `tops`, as ExpSum has it: coarse if
+// that is no more than `little` of the sum so far, otherwise to 1.2 ulp a token.
+RK_INLINE double other_tile_sum(const float* x, const F (&tops)[kGroup], float top, bool coarse,
+                                double little, ExpSum& sum) {
+  if (coarse && sum.steady && top <= sum.limit) {
     const double part = coarse_sum(tops, sum.octaves);
     if (part <= little * sum.value) return part;
   }
   if (!(top <= sum.limit)) sum.raise(top);
-  float ignored;
-  clamp |= !sum.steady;
-  if (!clamp) {
-    const double part = tile_sum(x, sum.octaves, false, 0, ignored);
-    if (part == part) return part;
-    clamp = true;
-  }
-  return tile_sum(x, 0, true, sum.limit, ignored) * sum.unit;
+  double part, product;
+  tile_moments(x, top, &part, &product);
+  return part * exponential(double(top) - sum.base);
 }
 
 // The largest value of each tile; returns that of all, NaN when one is NaN or +inf. With `sum`, also
-// the sum of their exponentials, in the same sweep, coarsely after a tile that weighed little. A
-// tile for which that was wrong is swept again while it is at hand.
+// the sum of their exponentials, in the same sweep: coarsely after a tile that weighed little, fast
+// elsewhere. A tile for which that was wrong, or that weighs more than all before it, is summed
+// again while it is at hand, to 1.2 ulp a token.
 static float tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) {
   // Coarse sums of all tiles that weigh so little leave the sum within 2^-23.
   const double little = 0x1p-23 / kCoarse * double(kTile) / double(n);
-  bool bad = false, clamp = sum != nullptr && !sum->steady, coarse = !clamp;
+  bool bad = false, coarse = true, fast = true;
   float all = -kInf;
   for (int64_t at = 0; at < n; at += kTile) {
     float& top = maxima[at / kTile];
     double part = __builtin_nan("");
-    if (sum != nullptr && !coarse && !clamp) {
-      part = tile_sum(x + at, sum->octaves, false, 0, top);
-    }
-    if (!(part == part && top <= sum->limit)) {
+    const bool try_fast = sum != nullptr && sum->steady && fast && !coarse;
+    if (try_fast) part = tile_sum(x + at, sum->octaves, top);
+    if (!(try_fast && part <= sum->value && top <= sum->limit)) {
       F tops[kGroup];
       bad |= tile_tops(x + at, tops);
       top = largest(tops);
-      if (sum == nullptr) {
-        all = top > all ? top : all;
-        continue;
+      if (sum != nullptr && top > -kInf) {
+        if (try_fast && part != part) fast = !(top <= sum->limit);  // others are as far below
+        part = other_tile_sum(x + at, tops, top, coarse, little, *sum);
+      } else {
+        part = 0;
       }
-      part = top > -kInf ? other_tile_sum(x + at, tops, top, little, coarse, clamp, *sum) : 0;
     }
     all = top > all ? top : all;
+    if (sum == nullptr) continue;
     sum->value += part;
     // Behind the first tile nothing is known: a look costs little.
-    coarse = !clamp && (part == sum->value || part <= little * sum->value);
+    coarse = part == sum->value || part <= little * sum->value;
   }
   return bad || !(all < kInf) ? __builtin_nanf("") : all;
 }
