@@ -100,7 +100,7 @@ def _memory_panel(axes: Any, case: dict[str, Any]) -> None:
     colours = [COLOURS.get(row["name"], "0.5") for row in rows]
     bars = axes.barh([row["name"] for row in rows], sizes, color=colours)
     axes.bar_label(bars, [f" {size:,.1f} MiB" for size in sizes], fontsize=8)
-    axes.margins(x=0.3)
+    axes.set_xlim(0, 1.3 * max([1.0, *sizes]))
     axes.xaxis.set_visible(False)
     axes.set_title("peak extra memory", fontsize=9, loc="left")
     _tidy(axes)
