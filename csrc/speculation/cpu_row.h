@@ -189,6 +189,7 @@ class Row {
               best);
     };
     offer(top_, argmax());
+    // Where the last of the largest cannot win, nothing below it can.
     if (!largest_.empty() && largest_.back().value < c.least_logit(best.score)) {
       for (const Candidate& t : largest_) {
         if (!(t.value < c.least_logit(best.score))) offer(t.value, t.id);
@@ -365,7 +366,8 @@ class Row {
   std::vector<double> sums_, products_;  // of a tile's Moments; a sum of 0 is not known yet
   std::vector<int64_t> stale_;           // tiles with changed logits
   std::vector<int32_t> ids_, ranks_;
-  std::vector<Candidate> candidates_, largest_;  // largest_: see `statistics`, empty where not known
+  std::vector<Candidate> candidates_;
+  std::vector<Candidate> largest_;  // of the row as it is, in order; empty where not known
 };
 
 }  // namespace cpu

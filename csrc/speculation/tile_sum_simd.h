@@ -1,5 +1,5 @@
-// The largest value of each tile of a row and, in the same sweep, sum exp(x - top). Included once per
-// instruction set by cpu_row_simd.h, under the rules of common/simd.h.
+// The largest value of each tile of a row and, in the same sweep, sum exp(x - top). Included once
+// per instruction set by cpu_row_simd.h, under the rules of common/simd.h.
 
 // Holds a loaded vector in its register: GCC would load it anew for every use.
 RK_INLINE void keep(F& x) {
@@ -63,9 +63,10 @@ RK_INLINE bool tile_tops(const float* x, F (&tops)[kGroup]) {
   return nan.saw();
 }
 
-// What the sum of a tile of next to no weight is taken for, over 2^octaves: between the sum of its
-// lanes' largest and that of as many of them as there are tokens, so at most kCoarse of it wrong. exp is the float whose bits are linear in the exponent (Schraudolph, Neural Computation
-// 11, 1999). For tops below 2^octaves and |octaves| < kSteady.
+// What the sum of a tile of next to no weight is taken for, over 2^octaves: it is between the sum
+// of its lanes' largest and that of as many of them as there are tokens, so this is at most kCoarse
+// of itself wrong. exp is the float whose bits are linear in the exponent (Schraudolph, Neural
+// Computation 11, 1999).
 constexpr double kCoarse = 3.2;
 
 RK_INLINE double coarse_sum(const F (&tops)[kGroup], float octaves) {
@@ -81,8 +82,8 @@ RK_INLINE double coarse_sum(const F (&tops)[kGroup], float octaves) {
 }
 
 // x = ln2 (octaves - n / kSteps) + r with a whole number n: a table has the powers of two, and of
-// exp(r) a short polynomial suffices. kPowers[j] is the bits of kExpScale 2^(-j / kSteps), plus j in
-// the lowest places of the exponent, where n takes it away again.
+// exp(r) a short polynomial suffices. kPowers[j] is the bits of kExpScale 2^(-j / kSteps), plus j
+// in the lowest places of the exponent, where n takes it away again.
 #if RK_SIMD == 4
 constexpr int kSteps = 32, kStepShift = 18;
 constexpr uint32_t kPowers[32] = {
@@ -112,9 +113,10 @@ RK_INLINE F power_down(U n) {  // only the lowest bits of n choose the entry
   return F(entry - (n << kStepShift));
 }
 
-// Adds exp(v) / kExpUnit of a group, n being kShift + octaves - v / ln 2 rounded to steps, which
-// leaves |r| <= ln2 / 2 kSteps. AVX-512 has no more than two multipliers, so there it is a square
-// of r + 1.4375 ln2 and an addition: 2.3 ulp wrong with a range of so few steps.
+// Adds exp(v) / kExpUnit of a group over 2^octaves, n being kShift + octaves - v / ln 2 rounded to
+// steps, which leaves |r| <= ln2 / 2 kSteps. Two of AVX-512's ports multiply and bound this loop:
+// there the polynomial is one square, of r + 1.4375 ln2 (1 would be best; a whole number of steps
+// is free), 2.3 ulp wrong.
 constexpr float kShift = 12582912.0f / kSteps;  // adding it rounds to steps, which the bits count
 
 RK_INLINE void add_exp(const F (&v)[kGroup], const F (&n)[kGroup], F start, F (&sum)[kGroup]) {
@@ -216,10 +218,10 @@ RK_INLINE double other_tile_sum(const float* x, const F (&tops)[kGroup], float t
   return part * exponential(double(top) - sum.base);
 }
 
-// The largest value of each tile; returns that of all, NaN when one is NaN or +inf. With `sum`, also
-// the sum of their exponentials, in the same sweep: coarsely after a tile that weighed little, fast
-// elsewhere. A tile for which that was wrong, or that weighs more than all before it, is summed
-// again while it is at hand, to 1.2 ulp a token.
+// The largest value of each tile; returns that of all, NaN when one is NaN or +inf. With `sum`,
+// also the sum of their exponentials, in the same sweep: coarsely after a tile that weighed little,
+// fast elsewhere. A tile for which that was wrong, or that weighs more than all before it, is
+// summed again while it is at hand, to 1.2 ulp a token.
 static float tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) {
   // Coarse sums of all tiles that weigh so little leave the sum within 2^-23.
   const double little = 0x1p-23 / kCoarse * double(kTile) / double(n);
