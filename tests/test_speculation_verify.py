@@ -23,7 +23,18 @@ from speculation_cases import (
 from tolerance import ulp
 from torch import Tensor
 
-from reasonkern import Draft, DraftTree, Status, _load, verify_tree
+from reasonkern import (
+    Ban,
+    Draft,
+    DraftTree,
+    Modulation,
+    ModulationState,
+    Status,
+    TokenSets,
+    _load,
+    sample,
+    verify_tree,
+)
 
 OUTPUTS = ("tokens", "length", "path", "topk_ids", "topk_logits", "lse", "status")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -383,13 +394,67 @@ def test_lse_where_all_but_the_top_is_far_below(shift):
     assert (error <= 2**-20 + ulp(truth, torch.float32)).all()
 
 
+def lse_rows(kind: str) -> Tensor:
+    """(8, 5000) logits: five tiles of the CPU kernels, each handled as the ones before it hint."""
+    x = torch.randn(8, 5000, generator=generator(3))
+    if kind == "rising":  # every tile is above and far from the last
+        return x + torch.linspace(-400, 400, 5000).div(160).round() * 160
+    if kind == "large at first":
+        x[:, :1024] -= 1e6
+    elif kind == "late top":
+        x[:, 4999] = 40
+    elif kind == "two tops":
+        x[:, [1500, 3500]] = 30
+    elif kind in ("empty", "far below"):
+        x[:, ::3] = -INF if kind == "empty" else -1e4
+        x[:, 1024:2048] = -INF
+    return x * {"spread": 5.0, "large": 1e5, "flat": 0.1}.get(kind, 1.0)
+
+
+@pytest.mark.parametrize(
+    "kind", ["flat", "spread", "large", "rising", "large at first", "late top", "two tops", "empty",
+             "far below"],
+)  # fmt: skip
+def test_lse_of_tiles_unlike_each_other(kind):
+    logits = lse_rows(kind)
+    valid = torch.ones(len(logits), 1, dtype=torch.bool)
+    draft, tree = Draft(valid.long(), valid), DraftTree([-1])
+    out = verify_tree(logits[:, None], draft, tree, temperature=1.0, seed=1, position=0)
+    truth = logits.double().logsumexp(-1)
+    error = (out.lse[:, 0].double() - truth).abs()
+    assert (error <= 2**-20 + ulp(truth, torch.float32)).all()
+    assert torch.equal(out.topk_logits[:, 0], logits.topk(12).values)
+
+
+@pytest.mark.parametrize("change", ["mask", "control"])
+def test_the_largest_logits_are_not_those_of_a_changed_row(change):
+    """A draw may end with them where no other token can win, but not where they were forbidden."""
+    logits = torch.full((1, 1, 3000), -5.0)
+    logits[0, 0, :12] = 60.0
+    draft = Draft(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, dtype=torch.bool))
+    given = {"temperature": 1.0, "seed": 3, "position": 0}
+    if change == "mask":
+        given["node_mask"] = torch.full((1, 1, 94), -1, dtype=torch.int32)
+        given["node_mask"][0, 0, 0] = ~0xFFF
+    else:
+        state = ModulationState(1, TokenSets.from_ids({"top": list(range(12))}))
+        state.add(0, Modulation(ban=Ban("top")), prompt_tokens=[])
+        given["control"] = (state, torch.zeros(1, dtype=torch.int64))
+    out = verify_tree(logits, draft, DraftTree([-1]), **given)
+    assert out.topk_ids[0, 0].tolist() == list(range(12))
+    masked = logits[:, 0].index_fill(1, torch.arange(12), -INF)
+    expected = sample(masked, temperature=1.0, seed=3, position=0)
+    assert out.tokens[0, 0] == expected and expected >= 12
+
+
 @pytest.mark.skipif(not _load.available("cpu"), reason="library _C is not built")
 @pytest.mark.parametrize("level", ["baseline", "v3"])
 def test_lse_of_narrower_instruction_sets(level):
     """They add more numbers per lane. A process takes its level once."""
-    test = test_lse_where_all_but_the_top_is_far_below.__name__
+    tests = [test_lse_where_all_but_the_top_is_far_below, test_lse_of_tiles_unlike_each_other]
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", f"{__file__}::{test}", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", *(f"{__file__}::{t.__name__}" for t in tests),
+         "-p", "no:cacheprovider"],
         env={**os.environ, "REASONKERN_CPU": level}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout
+    assert done.returncode == 0 and "13 passed" in done.stdout, done.stdout

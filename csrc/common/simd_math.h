@@ -67,23 +67,6 @@ RK_INLINE void scaled_exp(const F (&d)[kGroup], F (&e)[kGroup]) {
   RK_EACH e[k] = fma(power[k], p[k], power[k]);
 }
 
-// Adds kExpScale exp(d), at most 3 + |d| / 30 ulp wrong, to sums: two instructions less.
-RK_INLINE void add_scaled_exp(const F (&d)[kGroup], F (&sum)[kGroup]) {
-  const F shift = splat(12582912.0f / kExpSteps);
-  F power[kGroup], n[kGroup], r[kGroup], p[kGroup];
-  RK_EACH power[k] = fma(d[k], splat(1.44269504f), shift);
-  RK_EACH n[k] = power[k] - shift;
-#if RK_SIMD == 0
-  RK_EACH r[k] = fma(n[k], splat(-0.693359375f), d[k]);
-  RK_EACH r[k] = fma(n[k], splat(2.12194440e-4f), r[k]);
-#else
-  RK_EACH r[k] = fma(n[k], splat(-0.693147182f), d[k]);
-#endif
-  exp_series(r, p);
-  RK_EACH p[k] = fma(p[k], r[k], splat(1.0f));
-  RK_EACH sum[k] = fma(scaled_power_of_two(U(power[k])), p[k], sum[k]);
-}
-
 // At most 1.2 ulp wrong: an odd polynomial below 1, 1 - 2 / (1 + exp(2|x|)) above.
 RK_INLINE void tanh(const F (&x)[kGroup], F (&y)[kGroup]) {
   F t[kGroup], p[kGroup], d[kGroup], e[kGroup];

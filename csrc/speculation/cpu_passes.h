@@ -66,18 +66,42 @@ struct Choice {
   }
 };
 
-// sum exp(x - top) of what was seen so far, top its largest value.
-struct ExpSum {
-  float top = -kInf;
-  double value = 0;
+// Smaller logits are steps of an octave and a rest, which single precision holds.
+constexpr float kSteady = 0x1p15f;
 
-  void raise(float to) {
-    value = value > 0 ? value * std::exp(double(top) - double(to)) : 0;
-    top = to;
+// sum exp(x - base) of what was seen so far, none of it above `limit`, which is `base` rounded.
+struct ExpSum {
+  float limit = -kInf, octaves = 0;
+  double base = 0, value = 0;
+  bool steady = true;  // the base is 2^octaves
+
+  // The base is a power of two, and above what is to come if that is little larger.
+  void raise(float top) {
+    constexpr double kLn2 = 0.6931471805599453;
+    const double last = base;
+    octaves = std::ceil(top * float(1 / kLn2)) + 8;
+    steady = std::fabs(top) < kSteady;
+    base = steady ? octaves * kLn2 : top;
+    limit = float(base);
+    if (value > 0) value *= std::exp(last - base);
   }
+
+  double logarithm() const { return base + std::log(value); }
 };
 
+inline double exponential(double x) { return std::exp(x); }
+
 inline float float_of_bits(uint32_t bits) { return noise::float_of(bits); }
+
+// The bits of a float as an integer of the same order.
+inline int32_t ordered_bits(float x) {
+  const auto bits = int32_t(noise::word_of(x));
+  return bits < 0 ? bits ^ 0x7fffffff : bits;
+}
+
+inline float float_of_order(int32_t bits) {
+  return noise::float_of(uint32_t(bits < 0 ? bits ^ 0x7fffffff : bits));
+}
 
 // So far below the top, 2^22 tokens add less than 2^-40 to sums over a law.
 constexpr double kNegligible = 48;
@@ -85,7 +109,8 @@ constexpr double kNegligible = 48;
 struct RowPasses {
   void (*widen_bf16)(const BFloat16* x, int64_t n, float* out);
   void (*widen_fp16)(const Half* x, int64_t n, float* out);
-  bool (*tile_maxima)(const float* x, int64_t n, float* maxima, ExpSum* sum);
+  float (*tile_maxima)(const float* x, int64_t n, float* maxima, ExpSum* sum);
+  float (*reached_by)(const float* x, int64_t n, int64_t k, float top);
   int64_t (*collect)(const float* x, int64_t n, const float* maxima, float least, int32_t* ids);
   int64_t (*sum_of_masses)(const float* x, int64_t n, int64_t first, const Choice&);
   void (*tile_moments)(const float* x, float top, double* s, double* u);

@@ -68,19 +68,12 @@ class Row {
     std::fill(logits, logits + k, -kInf);
     *lse = -kInf;
     if (!sound_ || top_ == -kInf) return;
-    gather(largest_tile(k));
-    if (int64_t(candidates_.size()) > kMaxTopK) {  // at least k
-      const auto last = candidates_.begin() + k;
-      std::nth_element(candidates_.begin(), last - 1, candidates_.end(), before);
-      candidates_.erase(last, candidates_.end());
+    find_largest(k);
+    for (size_t i = 0; i < largest_.size(); ++i) {
+      ids[i] = largest_[i].id;
+      logits[i] = largest_[i].value;
     }
-    rank_candidates();
-    for (size_t i = 0; i < candidates_.size(); ++i) {
-      if (ranks_[i] >= k || candidates_[i].value == -kInf) continue;
-      ids[ranks_[i]] = candidates_[i].id;
-      logits[ranks_[i]] = candidates_[i].value;
-    }
-    *lse = float(double(top_) + std::log(sum_.value));
+    *lse = float(sum_.logarithm());
   }
 
   // Of the whole row at temperature 1. Tiles far below the top weigh nothing and are not read.
@@ -135,6 +128,7 @@ class Row {
 
   void write(int64_t v, float logit) {
     const int64_t t = v / kTile;
+    largest_.clear();
     edited_.resize(std::max<size_t>(edited_.size(), padded(vocab_)));
     float* own = edited_.data() + t * kTile;
     if (tiles_[t] != own) {
@@ -148,7 +142,8 @@ class Row {
   void refresh() {
     if (stale_.empty()) return;
     for (const int64_t t : stale_) {
-      sound_ &= passes().tile_maxima(tiles_[t], kTile, &maxima_[t], nullptr);
+      const float top = passes().tile_maxima(tiles_[t], kTile, &maxima_[t], nullptr);
+      sound_ &= top == top;
       if (!sums_.empty()) sums_[t] = 0;
     }
     stale_.clear();
@@ -170,6 +165,7 @@ class Row {
   }
 
   int64_t argmax() const {
+    if (!largest_.empty()) return largest_.front().id;
     const int64_t tile = std::find(maxima_.begin(), maxima_.end(), top_) - maxima_.begin();
     int64_t v = tile * kTile;
     while (logit(v) != top_) ++v;
@@ -188,9 +184,18 @@ class Row {
   int64_t choose(const NoiseKey& key, const int64_t* skip, int skip_count, Best best) const {
     if (temperature_ == 0) return argmax();
     const Choice c = draw(key, skip, skip_count);
-    const int64_t likely = argmax();
-    c.offer(top_, noise_word(key.seed, key.position, key.stream, uint32_t(likely)), int(likely),
-            best);
+    const auto offer = [&](float logit, int64_t token) {
+      c.offer(logit, noise_word(key.seed, key.position, key.stream, uint32_t(token)), int(token),
+              best);
+    };
+    offer(top_, argmax());
+    // Where the last of the largest cannot win, nothing below it can.
+    if (!largest_.empty() && largest_.back().value < c.least_logit(best.score)) {
+      for (const Candidate& t : largest_) {
+        if (!(t.value < c.least_logit(best.score))) offer(t.value, t.id);
+      }
+      return best.id;
+    }
     each_part([&](const Part& p) { passes().choose(p.x, p.n, maxima_of(p), p.first, c, best); });
     return best.id;
   }
@@ -249,51 +254,39 @@ class Row {
       std::copy(x + whole, x + vocab, rest_.begin());
       tiles_.back() = rest_.data();
     }
-    maxima_.resize(tiles_.size());
+    maxima_.assign((tiles_.size() + 15) / 16 * 16, -kInf);  // any instruction set's vectors
     sums_.clear();
+    largest_.clear();
     sum_ = ExpSum();
     measure(with_sum ? &sum_ : nullptr);
-    top_ = *std::max_element(maxima_.begin(), maxima_.end());
   }
 
   void measure(ExpSum* sum) {
     sound_ = true;
+    top_ = -kInf;
     each_part([&](const Part& p) {
-      sound_ &= passes().tile_maxima(p.x, p.n, maxima_.data() + p.first / kTile, sum);
+      const float top = passes().tile_maxima(p.x, p.n, maxima_.data() + p.first / kTile, sum);
+      sound_ &= top == top;
+      top_ = std::max(top_, top);
     });
   }
 
   // A bound that just k maxima of tiles reach, more where they are equal: k tokens at least are
-  // not below it. By bisection, whose loop over the tiles has no branch to mispredict.
-  float largest_tile(int64_t k) {
-    const auto count = int32_t(maxima_.size());
-    if (k > count) return -kInf;
-    order_.resize(count);
-    for (int32_t t = 0; t < count; ++t) order_[t] = ordered_bits(maxima_[t]);
-    int64_t low = *std::min_element(order_.begin(), order_.end());
-    int64_t high = int64_t(ordered_bits(top_)) + 1;  // reached by less than k
-    for (int32_t reached = count; reached != k && high - low > 1;) {
-      const auto middle = int32_t((low + high) >> 1);
-      int32_t above = 0;
-      for (int32_t t = 0; t < count; ++t) above += order_[t] >= middle;
-      if (above < k) {
-        high = middle;
-      } else {
-        low = middle;
-        reached = above;
-      }
+  // not below it.
+  float largest_tile(int64_t k) const {
+    if (k > int64_t(tiles_.size())) return -kInf;
+    return passes().reached_by(maxima_.data(), int64_t(maxima_.size()), k, top_);
+  }
+
+  // The k largest logits in order, fewer where fewer are finite.
+  void find_largest(int64_t k) {
+    gather(largest_tile(k));
+    if (int64_t(candidates_.size()) > kMaxTopK) {  // at least k
+      const auto last = candidates_.begin() + k;
+      std::nth_element(candidates_.begin(), last - 1, candidates_.end(), before);
+      candidates_.erase(last, candidates_.end());
     }
-    return noise::float_of(uint32_t(low < 0 ? low ^ 0x7fffffff : low));
-  }
-
-  // The bits of a float as an integer of the same order.
-  static int32_t ordered_bits(float x) {
-    const auto bits = int32_t(noise::word_of(x));
-    return bits < 0 ? bits ^ 0x7fffffff : bits;
-  }
-
-  // Of few candidates: how many come before each. No branch depends on them.
-  void rank_candidates() {
+    // Ranks, as no branch depends on them.
     ranks_.assign(candidates_.size(), 0);
     for (size_t i = 1; i < candidates_.size(); ++i) {
       for (size_t j = 0; j < i; ++j) {
@@ -302,6 +295,9 @@ class Row {
         ranks_[j] += !ahead;
       }
     }
+    largest_.resize(candidates_.size());
+    for (size_t i = 0; i < candidates_.size(); ++i) largest_[ranks_[i]] = candidates_[i];
+    while (int64_t(largest_.size()) > k || largest_.back().value == -kInf) largest_.pop_back();
   }
 
   // Candidates with logits from `least` up, their values the logits.
@@ -369,8 +365,9 @@ class Row {
   std::vector<float> copy_, masked_, rest_, edited_, maxima_;
   std::vector<double> sums_, products_;  // of a tile's Moments; a sum of 0 is not known yet
   std::vector<int64_t> stale_;           // tiles with changed logits
-  std::vector<int32_t> ids_, order_, ranks_;
+  std::vector<int32_t> ids_, ranks_;
   std::vector<Candidate> candidates_;
+  std::vector<Candidate> largest_;  // of the row as it is, in order; empty where not known
 };
 
 }  // namespace cpu

@@ -16,40 +16,6 @@ RK_INLINE bool any(I mask) {
 #endif
 }
 
-// Holds a loaded vector in its register: GCC would load it anew for every use.
-RK_INLINE void keep(F& x) {
-#if defined(__x86_64__)
-  asm("" : "+v"(x));
-#endif
-}
-
-// Whether a NaN was among the vectors it saw.
-struct NanWatch {
-#if RK_SIMD == 4
-  __mmask16 without[2] = {kAll, kAll};  // two chains: one would wait for its own compares
-
-  RK_INLINE void see(const F (&v)[kGroup]) {
-    for (int k = 0; k < 2; ++k) {
-      without[k] = _mm512_mask_cmp_ps_mask(without[k], v[2 * k], v[2 * k + 1], _CMP_ORD_Q);
-    }
-  }
-  RK_INLINE bool saw() const { return (without[0] & without[1]) != kAll; }
-#else
-  I with = {};
-
-  RK_INLINE void see(const F (&v)[kGroup]) {
-    for (int k = 0; k < kGroup; k += 2) {
-#if RK_SIMD == 3
-      with |= I(_mm256_cmp_ps(v[k], v[k + 1], _CMP_UNORD_Q));
-#else
-      with |= (v[k] != v[k]) | (v[k + 1] != v[k + 1]);
-#endif
-    }
-  }
-  RK_INLINE bool saw() const { return any(with); }
-#endif
-};
-
 RK_INLINE uint32_t bits_of(I mask) {
 #if RK_SIMD == 4
   return _mm512_movepi32_mask(__m512i(mask));
@@ -62,28 +28,7 @@ RK_INLINE uint32_t bits_of(I mask) {
 #endif
 }
 
-// Lanes in four columns: what is left of a reduction costs no loop.
-typedef float Quad __attribute__((vector_size(16)));
-
-RK_INLINE float max_lane(F x) {
-  Quad rows[kLanes / 4];
-  __builtin_memcpy(rows, &x, sizeof x);
-  for (int width = kLanes / 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) rows[i] = rows[i + width] > rows[i] ? rows[i + width] : rows[i];
-  }
-  const float a = rows[0][0] > rows[0][1] ? rows[0][0] : rows[0][1];
-  const float b = rows[0][2] > rows[0][3] ? rows[0][2] : rows[0][3];
-  return a > b ? a : b;
-}
-
-RK_INLINE float sum_lanes(F x) {
-  Quad rows[kLanes / 4];
-  __builtin_memcpy(rows, &x, sizeof x);
-  for (int width = kLanes / 8; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) rows[i] += rows[i + width];
-  }
-  return (rows[0][0] + rows[0][1]) + (rows[0][2] + rows[0][3]);
-}
+#include "tile_sum_simd.h"
 
 // 16-bit logits as floats, in order, unlike load().
 typedef uint16_t Words __attribute__((vector_size(sizeof(U) / 2)));
@@ -108,98 +53,6 @@ static void widen_fp16(const Half* x, int64_t n, float* out) {
   for (; i < n; ++i) out[i] = static_cast<float>(x[i]);
 }
 
-// The largest value of a tile; `bad` collects NaN and +inf.
-RK_INLINE float tile_maximum(const float* x, I& bad) {
-  const F inf = splat(kInf);
-  F top[kGroup];
-  RK_EACH top[k] = splat(-kInf);
-  for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
-    F v[kGroup];
-    load(x + i, v);
-    RK_EACH bad |= ~(v[k] < inf);
-    RK_EACH top[k] = max(v[k], top[k]);
-  }
-  return max_lane(max(max(top[0], top[1]), max(top[2], top[3])));
-}
-
-// sum exp(x - from) of a tile, times kExpScale, for top <= from, and its largest value `top`. NaN
-// where x has one.
-RK_INLINE double tile_sum(const float* x, float from, float& top) {
-  constexpr int64_t kBlock = 16 * kGroup * kLanes;  // few enough for sums in single precision
-  F tops[kGroup];
-  RK_EACH tops[k] = splat(-kInf);
-  double total = 0;
-  for (int64_t block = 0; block < kTile; block += kBlock) {
-    F sum[kGroup] = {};
-    for (int64_t i = block; i < block + kBlock; i += kGroup * kLanes) {
-      F v[kGroup];
-      load(x + i, v);
-      RK_EACH keep(v[k]);
-      RK_EACH tops[k] = max(v[k], tops[k]);
-      RK_EACH v[k] = max(splat(kExpZero), v[k] - splat(from));
-      add_scaled_exp(v, sum);
-    }
-    total += sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  }
-  top = max_lane(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
-  return total;
-}
-
-// The same at most kCoarse wrong, for top <= from and |from| < kCoarseFrom: exp as the float whose
-// bits are linear in the exponent (Schraudolph, Neural Computation 11, 1999), in half of the
-// instructions. NaN where x has one.
-constexpr float kCoarse = 0.035f, kCoarseFrom = 0x1p15f;
-
-RK_INLINE double coarse_tile_sum(const float* x, float from, float& top) {
-  constexpr float kSlope = 12102203.2f;                     // 2^23 / ln 2
-  constexpr float kAtZero = (127 + 32) * 0x1p23f - 366393;  // 2^32, less what centres the error
-  const F slope = splat(kSlope), at_zero = splat(kAtZero - from * kSlope);
-  F sum[kGroup] = {}, tops[kGroup];
-  NanWatch nan;
-  RK_EACH tops[k] = splat(-kInf);
-  for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
-    F v[kGroup];
-    I bits[kGroup];
-    load(x + i, v);
-    RK_EACH keep(v[k]);
-    RK_EACH tops[k] = max(v[k], tops[k]);
-    nan.see(v);
-    RK_EACH bits[k] = __builtin_convertvector(fma(v[k], slope, at_zero), I);
-    RK_EACH bits[k] = bits[k] > 0 ? bits[k] : I{};  // what is too small converts to negative ones
-    RK_EACH sum[k] = fma(F(bits[k]), splat(1.0f), sum[k]);  // adders have more to do than these
-  }
-  top = max_lane(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
-  return nan.saw() ? __builtin_nan("") : sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
-// The largest value of each tile; false when one is NaN or +inf. With `sum`, also sum exp(x - top),
-// in the same sweep: relative to the largest value so far, and coarsely after a tile that weighed
-// little. A tile for which that was wrong is swept again while it is at hand.
-static bool tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) {
-  // Coarse sums of all tiles that weigh so little make a sum above 1 less than 2^-23 wrong.
-  const double little = double(kExpScale) * (0x1p-23 / double(kCoarse)) * double(kTile) / double(n);
-  bool coarse = false;
-  I bad = {};
-  for (int64_t at = 0; at < n; at += kTile) {
-    float& top = maxima[at / kTile];
-    if (sum == nullptr) {
-      top = tile_maximum(x + at, bad);
-      continue;
-    }
-    const float from = sum->top;
-    double part = coarse ? coarse_tile_sum(x + at, from, top) : tile_sum(x + at, from, top);
-    if (!(top <= from && part <= (coarse ? little : part))) {  // NaN is not <= itself
-      top = tile_maximum(x + at, bad);
-      if (!(top > -kInf)) continue;
-      if (top > from) sum->raise(top);
-      part = tile_sum(x + at, sum->top, top);
-    }
-    sum->value += part * (1.0 / double(kExpScale));
-    coarse = part <= little && __builtin_fabsf(sum->top) < kCoarseFrom;
-  }
-  return !any(bad);
-}
-
 // Ids of the values from `least` up, in order; returns how many. Tiles below it are not read.
 static int64_t collect(const float* x, int64_t n, const float* maxima, float least, int32_t* ids) {
   const F bound = splat(least);
@@ -218,6 +71,29 @@ static int64_t collect(const float* x, int64_t n, const float* maxima, float lea
   return count;
 }
 
+// A bound that just k of n values reach, or more where they are equal, top being the largest: by
+// bisection of the floats' bits, whose order is theirs, without a branch that depends on a value.
+// n is a multiple of kLanes.
+static float reached_by(const float* x, int64_t n, int64_t k, float top) {
+  F lanes = load_one(x);
+  for (int64_t i = kLanes; i < n; i += kLanes) lanes = max(load_one(x + i), lanes);
+  float start = lanes[0];  // reached by one value of each lane
+  for (int lane = 1; lane < kLanes; ++lane) start = lanes[lane] < start ? lanes[lane] : start;
+  int64_t low = ordered_bits(k > kLanes ? -kInf : start);
+  int64_t high = int64_t(ordered_bits(top)) + 1;
+  for (int64_t reached = -1; reached != k && high - low > 1;) {
+    const int64_t middle = (low + high) >> 1;
+    const F bound = splat(float_of_order(int32_t(middle)));
+    I count = {};
+    for (int64_t i = 0; i < n; i += kLanes) count -= load_one(x + i) >= bound;
+    const auto above = int64_t(sum_lanes(__builtin_convertvector(count, F)));
+    low = above < k ? low : middle;
+    high = above < k ? middle : high;
+    reached = above;
+  }
+  return float_of_order(int32_t(low));
+}
+
 // Masses of the kept tokens, added: each at most 2^40, so that a row stays below 2^63.
 static int64_t sum_of_masses(const float* x, int64_t n, int64_t first, const Choice& c) {
   int64_t total = 0;
@@ -230,35 +106,6 @@ static int64_t sum_of_masses(const float* x, int64_t n, int64_t first, const Cho
     }
   }
   return total;
-}
-
-// Sums of exp(d) and exp(d) d, times kExpScale, lane by lane.
-struct MomentSums {
-  F s[kGroup] = {}, u[kGroup] = {};
-
-  RK_INLINE void add(const F (&d)[kGroup], const F (&e)[kGroup]) {
-    RK_EACH s[k] = s[k] + e[k];
-    RK_EACH u[k] = fma(e[k], d[k], u[k]);
-  }
-
-  RK_INLINE void add_to(double* sum, double* product) const {
-    *sum += sum_lanes((s[0] + s[1]) + (s[2] + s[3])) * (1.0 / double(kExpScale));
-    *product += sum_lanes((u[0] + u[1]) + (u[2] + u[3])) * (1.0 / double(kExpScale));
-  }
-};
-
-// Moments of a tile whose largest value is `top`.
-static void tile_moments(const float* x, float top, double* s, double* u) {
-  MomentSums sums;
-  for (int64_t i = 0; i < kTile; i += kGroup * kLanes) {
-    F d[kGroup], e[kGroup];
-    load(x + i, d);
-    RK_EACH d[k] = max(splat(kExpZero), d[k] - splat(top));
-    scaled_exp(d, e);
-    sums.add(d, e);
-  }
-  *s = *u = 0;
-  sums.add_to(s, u);
 }
 
 // Adds the moments of the kept tokens; x has n tokens from `first` on. Tiles that hold none, or
@@ -337,6 +184,6 @@ static void choose(const float* x, int64_t n, const float* maxima, int64_t first
 }
 
 static RowPasses row_passes() {
-  return {widen_bf16,    widen_fp16,   tile_maxima,  collect,
+  return {widen_bf16,    widen_fp16,   tile_maxima,  reached_by, collect,
           sum_of_masses, tile_moments, kept_moments, choose};
 }
