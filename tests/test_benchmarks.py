@@ -11,6 +11,7 @@ import pytest
 import torch
 from benchmark_cases import CASE, FAST, PROVIDERS, doubling, toy_family
 
+from benchmarks import __main__ as cli
 from benchmarks import check, engine, generation, memory, report, timing
 from benchmarks.case import Gate, Provider, Runner, Tolerance
 from reasonkern.demo import arithmetic
