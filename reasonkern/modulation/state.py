@@ -122,8 +122,7 @@ class ModulationState:
         self._refresh()
 
     def _check_slot(self, slot: object, used: bool) -> None:
-        whole = isinstance(slot, int) and not isinstance(slot, bool)
-        if not whole or not 0 <= slot < self.max_requests:
+        if isinstance(slot, bool) or not isinstance(slot, int) or not 0 <= slot < self.max_requests:
             _checks.fail("slot", f"an integer in [0, {self.max_requests})", repr(slot))
         if bool(self._parts[slot]) != used:
             _checks.fail("slot", f"a slot {'in use' if used else 'that is free'}", slot)
