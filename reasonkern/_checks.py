@@ -45,6 +45,20 @@ def check_values(name: str, value: object) -> Tensor:
     return tensor
 
 
+def is_contiguous(
+    value: object, shape: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether kernels can take the value; asked before checks that would say what is wrong."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype is dtype
+        and value.shape == shape
+        and value.device == device
+        and value.layout is torch.strided
+        and value.is_contiguous()
+    )
+
+
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int], meaning: str) -> None:
     """`meaning` names the dimensions, for example "(batch, tokens)"."""
     check_tensor(name, tensor)

@@ -144,13 +144,7 @@ def _check(
     name: str, x: object, shape: tuple[int, ...], meaning: str, device: torch.device
 ) -> None:
     """A contiguous int64 tensor; the checks are spelled out only where one fails."""
-    if (
-        isinstance(x, Tensor)
-        and x.dtype is torch.int64
-        and x.shape == shape
-        and x.device == device
-        and x.is_contiguous()
-    ):
+    if _checks.is_contiguous(x, shape, torch.int64, device):
         return
     _checks.check_tensor(name, x)
     assert isinstance(x, Tensor)

@@ -138,14 +138,18 @@ def check_draft(draft: Draft, tree: DraftTree, logits: Tensor, rejection: bool) 
     shape = logits.shape[:2]
     if shape[1] != tree.nodes:
         _checks.fail("logits", f"one row per node, (B, {tree.nodes}, V)", tuple(logits.shape))
-    for name, x in (("draft.tokens", draft.tokens), ("draft.valid", draft.valid)):
-        check_tensor(name, x)
-        _checks.check_device(name, x, logits, "logits")
-        _checks.check_shape(name, x, shape, "(B, N)")
-    _checks.check_dtype("draft.tokens", draft.tokens, torch.int64)
-    _checks.check_dtype("draft.valid", draft.valid, torch.bool)
+    tokens, valid = draft.tokens, draft.valid
+    for name, x, dtype in (
+        ("draft.tokens", tokens, torch.int64),
+        ("draft.valid", valid, torch.bool),
+    ):
+        if not _checks.is_contiguous(x, shape, dtype, logits.device):
+            check_tensor(name, x)
+            _checks.check_device(name, x, logits, "logits")
+            _checks.check_shape(name, x, shape, "(B, N)")
+            _checks.check_dtype(name, x, dtype)
     if not rejection:
-        return [draft.tokens.contiguous(), draft.valid.contiguous()]
+        return [tokens.contiguous(), valid.contiguous()]
     if draft.q_ids is None or draft.q_logprob is None:
         _checks.fail("draft", 'q_ids and q_logprob with mode="rejection"', None)
     q_ids, q_logprob = check_tensor("draft.q_ids", draft.q_ids), draft.q_logprob
