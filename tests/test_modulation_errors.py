@@ -31,9 +31,10 @@ class Pieces:
 
 NAN = float("nan")
 SPECS: list[tuple[Callable[[], Any], str]] = [
-    (lambda: rk.Cyclic(5.0, 0.0), "period: expected a finite number > 0, got 0.0"),
-    (lambda: rk.Cyclic(5.0, -3), "period: expected a finite number > 0, got -3"),
-    (lambda: rk.Cyclic(5.0, NAN), "period: expected a finite number > 0, got nan"),
+    (lambda: rk.Cyclic(5.0, 0.0), "period: expected a finite number >= 1e-06, got 0.0"),
+    (lambda: rk.Cyclic(5.0, 9e-7), "period: expected a finite number >= 1e-06, got 9e-07"),
+    (lambda: rk.Cyclic(5.0, -3), "period: expected a finite number >= 1e-06, got -3"),
+    (lambda: rk.Cyclic(5.0, NAN), "period: expected a finite number >= 1e-06, got nan"),
     (lambda: rk.Cyclic(NAN, 5), "amplitude: expected a finite number, got nan"),
     (lambda: rk.Cyclic(1.0, 5, NAN), "shift: expected a finite number"),
     (lambda: rk.Cyclic(1.0, 5, windows=[]), r"windows: expected 1 to 8 pairs \(low, high\), got 0"),

@@ -23,7 +23,7 @@ class Cyclic:
 
     Args:
         amplitude: of the wave, in logits; a negative one starts downwards.
-        period: tokens per period, > 0, not necessarily whole.
+        period: tokens per period, >= 1e-6, not necessarily whole.
         shift: fraction of the period by which the wave is ahead.
         windows: half-open ranges (low, high) of t outside which nothing is added, at most 8. None =
             everywhere.
@@ -42,7 +42,7 @@ class Cyclic:
     def __post_init__(self) -> None:
         """Refuses values that have no meaning."""
         _checks.check_number("amplitude", self.amplitude)
-        _checks.check_number("period", self.period, 0, exclusive=True)
+        _checks.check_number("period", self.period, 1e-6)  # t mod period is exact in every backend
         _checks.check_number("shift", self.shift)
         _check_set(self.set)
         if self.windows is None:
