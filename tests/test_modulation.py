@@ -149,7 +149,7 @@ def test_the_operator_adds_the_wave(backend):
     dtype = torch.float64 if torch.float64 in backend.dtypes else torch.float32
     cases = [
         (5.0, 1200.0, 0.0, None), (3.0, 12.1, 0.3, None), (-2.0, 0.7, -0.4, None),
-        (4.0, 600.0, 0.5, [(0, 10), (2**31 - 5, 2**31)]),
+        (1.5, 1e-6, 0.3, None), (4.0, 600.0, 0.5, [(0, 10), (2**31 - 5, 2**31)]),
     ]  # fmt: skip
     times = [0, 1, 9, 10, 300, 900, 10**6 + 7, 2**31 - 6, 2**31 - 1, 2**31]
     state = make_state(len(cases) * len(times))

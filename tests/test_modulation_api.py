@@ -202,7 +202,12 @@ FOREIGN = [
     ("records", at.FAILURE, 1000),
     ("records", at.FAILURE, 1),  # followed without end
     ("records", at.PERIOD, 0),  # likewise
+    ("records", at.PARTS, at.BAN),  # neither free nor in use
     ("records", at.PHRASE, at.MAX_END + 1),
+    ("records", at.PHRASE, 2),  # beyond what is known of the failure function
+    ("records", at.WAIT, -1),  # written before the row of logits
+    ("records", at.WAIT_LENGTH, 0),  # likewise, since no id is looked at
+    ("records", at.WAIT_AT, 1),
     ("records", at.CONFIDENCE_PUSHED, -5),
     ("sets", 1, 99),
 ]
@@ -212,7 +217,7 @@ FOREIGN = [
 def test_states_that_no_state_has(name, column, value):
     spec = rk.Modulation(
         ban=rk.Ban(), budget=rk.Budget(3, [7, END]), entropy_trigger=rk.EntropyTrigger(),
-        cyclic=rk.Cyclic(1.0, 9), think_end=END,
+        cyclic=rk.Cyclic(1.0, 9), min_think=rk.MinThink(3, 0, [0]), think_end=END,
     )  # fmt: skip
     state = state_of(spec)
     state.load_state_dict(state.state_dict())

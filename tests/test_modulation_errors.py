@@ -31,15 +31,17 @@ class Pieces:
 
 NAN = float("nan")
 SPECS: list[tuple[Callable[[], Any], str]] = [
-    (lambda: rk.Cyclic(5.0, 0.0), "period: expected a finite number > 0, got 0.0"),
-    (lambda: rk.Cyclic(5.0, -3), "period: expected a finite number > 0, got -3"),
-    (lambda: rk.Cyclic(5.0, NAN), "period: expected a finite number > 0, got nan"),
+    (lambda: rk.Cyclic(5.0, 0.0), "period: expected a finite number >= 1e-06, got 0.0"),
+    (lambda: rk.Cyclic(5.0, 9e-7), "period: expected a finite number >= 1e-06, got 9e-07"),
+    (lambda: rk.Cyclic(5.0, -3), "period: expected a finite number >= 1e-06, got -3"),
+    (lambda: rk.Cyclic(5.0, NAN), "period: expected a finite number >= 1e-06, got nan"),
     (lambda: rk.Cyclic(NAN, 5), "amplitude: expected a finite number, got nan"),
     (lambda: rk.Cyclic(1.0, 5, NAN), "shift: expected a finite number"),
     (lambda: rk.Cyclic(1.0, 5, windows=[]), r"windows: expected 1 to 8 pairs \(low, high\), got 0"),
     (lambda: rk.Cyclic(1.0, 5, windows=(0, 5)), r"windows: expected a sequence of pairs .*\(0, 5"),
     (lambda: rk.Cyclic(1.0, 5, windows=[(3, 3)]), r"windows: expected pairs .* got \(3, 3\)"),
     (lambda: rk.Cyclic(1.0, 5, windows=[(-1, 3)]), "windows: expected pairs of integers 0 <= low"),
+    (lambda: rk.Cyclic(1.0, 5, windows=[(0, 1 << 63)]), "windows: expected pairs of .* < 2.63"),
     (lambda: rk.Cyclic(1.0, 5, windows=[(0, 1)] * 9), "windows: expected 1 to 8 pairs"),
     (lambda: rk.Cyclic(1.0, 5, set=3), "set: expected the name of a token set, got 3"),
     (lambda: rk.TIP(NAN), "alpha: expected a finite number"),
@@ -49,6 +51,7 @@ SPECS: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.Schedule({0: 1.0}), r"points: expected a sequence of pairs \(t, d\), got \{0: 1"),
     (lambda: rk.Schedule([0, 1]), r"points: expected a sequence of pairs \(t, d\), got \[0, 1\]"),
     (lambda: rk.Schedule([(1, 0.0), (1, 1.0)]), "points: expected ascending integers t"),
+    (lambda: rk.Schedule([(-(1 << 62), 0.0)]), r"points: expected integers t in \(-2.62"),
     (lambda: rk.Schedule([(1, NAN)]), "points: expected a finite number, got nan"),
     (lambda: rk.SoftBudget(1.0), r"start: expected a fraction in \[0, 1\), got 1.0"),
     (lambda: rk.SoftBudget(0.5, 0.0), "margin: expected a finite number > 0"),

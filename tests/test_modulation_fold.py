@@ -15,6 +15,7 @@ from modulation_cases import (
     Loop,
     commit,
     make_state,
+    modulate,
     one,
     random_requests,
 )
@@ -129,3 +130,28 @@ def test_forced_rows_say_nothing_to_the_windows(backend, force):
     assert state.tensors.numbers[0, at.CONFIDENCE_SUM] == 10.5
     assert state.tensors.entropy[0, :4].tolist() == [1.0, 2.0, 0.0, 0.0]
     assert bool(state.stopped[0]) == (force == "stop")
+
+
+def test_all_sets_and_more_entries_than_are_taken_at_once(backend):
+    """The last set's bit is the sign of an entry; an id in every set, the last of the row."""
+    sets = {f"set {k}": [k, 2 * k + 40, 399] for k in range(1, at.MAX_SETS - 2)}
+    sets |= {"banned": [1, 2, 398], "last": range(0, 400, 2), "reflect": [4, 5, 399]}
+    state = rk.ModulationState(1, rk.TokenSets.from_ids(sets))
+    assert len(sets) == at.MAX_SETS and len(state.tensors.set_ids) > 200
+    spec = rk.Modulation(
+        constant=rk.Constant(2.0, "last"), tip=rk.TIP(3.0, 2), ban=rk.Ban("banned"),
+        schedule=rk.Schedule([(0, 0.25)], "set 29"),
+    )  # fmt: skip
+    state.add(0, spec, [], [8, 8, 5, 6])  # the switch is 5, and TIP goes on after it
+    expected = torch.zeros(1, 400)
+    expected[0, ::2] = 2.0
+    expected[0, [4, 5, 399]] -= 3.0
+    expected[0, [29, 98, 399]] += 0.25
+    expected[0, [1, 2, 398]] = -INF
+    slot = torch.tensor([0])
+    assert torch.equal(modulate(backend, torch.zeros(1, 400), state, slot), expected)
+    commit(backend, state, slot, torch.tensor([[399, 8]]), torch.tensor([2]))
+    assert torch.equal(modulate(backend, torch.zeros(1, 400), state, slot), expected)
+    commit(backend, state, slot, torch.tensor([[8]]), torch.tensor([1]))
+    expected[0, [4, 5, 399]] += 3.0
+    assert torch.equal(modulate(backend, torch.zeros(1, 400), state, slot), expected)

@@ -10,6 +10,7 @@ from .. import _checks
 from . import layout as at
 
 ID_LIMIT = 1 << 31
+LIMIT = 1 << 62  # of counts and times: sums and differences of two fit 64 bits
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Cyclic:
 
     Args:
         amplitude: of the wave, in logits; a negative one starts downwards.
-        period: tokens per period, > 0, not necessarily whole.
+        period: tokens per period, >= 1e-6, not necessarily whole.
         shift: fraction of the period by which the wave is ahead.
         windows: half-open ranges (low, high) of t outside which nothing is added, at most 8. None =
             everywhere.
@@ -41,7 +42,7 @@ class Cyclic:
     def __post_init__(self) -> None:
         """Refuses values that have no meaning."""
         _checks.check_number("amplitude", self.amplitude)
-        _checks.check_number("period", self.period, 0, exclusive=True)
+        _checks.check_number("period", self.period, 1e-6)  # t mod period is exact in every backend
         _checks.check_number("shift", self.shift)
         _check_set(self.set)
         if self.windows is None:
@@ -49,8 +50,8 @@ class Cyclic:
         pairs = _checked_pairs("windows", self.windows, at.MAX_WINDOWS, "(low, high)")
         object.__setattr__(self, "windows", pairs)
         for pair in pairs:
-            if not all(_is_whole(x) for x in pair) or not 0 <= pair[0] < pair[1]:
-                _checks.fail("windows", "pairs of integers 0 <= low < high", pair)
+            if not all(_is_whole(x) for x in pair) or not 0 <= pair[0] < pair[1] <= _checks.INT64:
+                _checks.fail("windows", "pairs of integers 0 <= low < high < 2^63", pair)
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ class Schedule:
     """``z[v] += d(t)`` for v in the set: linear between points, constant before and after them.
 
     Args:
-        points: pairs (t, d) by ascending t, 1 to 32 of them: the values of ``numpy.interp``.
+        points: pairs (t, d) by ascending t, 1 to 32 of them: the values of ``numpy.interp``. The
+            t are in (-2^62, 2^62), so that differences fit 64 bits.
         set: name of the token set.
 
     Raises:
@@ -142,6 +144,8 @@ class Schedule:
             a >= b for a, b in zip(times, times[1:], strict=False)
         ):
             _checks.fail("points", "ascending integers t", times)
+        if max(-times[0], times[-1]) >= LIMIT:
+            _checks.fail("points", "integers t in (-2^62, 2^62)", times)
         for _, value in pairs:
             _checks.check_number("points", value)
         _check_set(self.set)
@@ -303,7 +307,7 @@ def _is_whole(value: object) -> bool:
 
 
 def _check_count(name: str, value: object) -> None:
-    if not _is_whole(value) or not 0 <= value < 1 << 62:  # type: ignore[operator]
+    if not _is_whole(value) or not 0 <= value < LIMIT:  # type: ignore[operator]
         _checks.fail(name, "an integer >= 0", repr(value))
 
 

@@ -210,7 +210,7 @@ def modulate_logits_(
         slot = slot.repeat_interleave(len(parents))
     where, slot = controlled(records, slot)
     path = paths(len(logits), local_pos, draft_tokens, parents).to(logits.device)
-    record = records[slot]
+    record = records[slot, : at.ROW_WIDTH]
     p = fold_path(record, entries, load(records, slot), path)
     apply(logits, control_of(record, p), entries, temperature, dense, where)
 
@@ -219,7 +219,7 @@ def controlled(records: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
     """(rows of slots in use, slots with 0 instead of padding)."""
     inside = (slot >= 0) & (slot < len(records))
     slot = torch.where(inside, slot, 0)
-    return inside & has(records[slot], at.ACTIVE), slot
+    return inside & ((records[slot, at.PARTS] & at.ACTIVE) != 0), slot
 
 
 # ---- accepted tokens
@@ -234,7 +234,7 @@ def commit_(
     where, _ = controlled(records, slot)
     kept = where.nonzero().squeeze(-1)
     slot, tokens, length = slot[kept], tokens[kept], length[kept]
-    rows = records[slot]
+    rows = records[slot, : at.ROW_WIDTH]
     p, alive = load(records, slot), torch.ones_like(kept, dtype=torch.bool)
     for j in range(tokens.shape[1]):
         alive = alive & (j < length) & (tokens[:, j] >= 0)

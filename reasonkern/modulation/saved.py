@@ -17,11 +17,10 @@ LENGTHS = (
     (at.WINDOWS, at.CYCLIC, 0, at.MAX_WINDOWS),
     (at.POINTS, at.SCHEDULE, 1, at.MAX_POINTS),
     (at.END_LENGTH, at.BUDGET, 1, at.MAX_END),
-    (at.WAIT_LENGTH, at.MIN_THINK, 0, at.MAX_WAIT),
+    (at.WAIT_LENGTH, at.MIN_THINK, 1, at.MAX_WAIT),
     (at.CONFIDENCE_WINDOW, at.DEEPCONF, 1, at.MAX_CONFIDENCE),
     (at.ENTROPY_WINDOW, at.TRIGGER, 1, at.MAX_ENTROPY),
 )
-PROGRESS = {at.PHASE: at.CLOSED + 1, at.WAIT_AT: at.MAX_WAIT + 1}
 COUNTS = (at.T, at.SPENT, at.SWITCH, at.IGNORE, at.CONFIDENCE_PUSHED, at.ENTROPY_PUSHED)
 
 
@@ -37,20 +36,27 @@ def check_saved(state: Mapping[str, Any], own: at.Storage, sets: Sized) -> None:
     period = records.view(torch.float64)[:, at.PERIOD]
     if not (period > 0)[(records[:, at.PARTS] & at.CYCLIC) != 0].all():
         _checks.fail("state['records']", "periods above 0", period.tolist())
-    for column, end in PROGRESS.items():
-        _check(records[:, column], 0, end)
+    _check(records[:, at.PHASE], 0, at.CLOSED + 1)
     for column in COUNTS:
         _check(records[:, column], 0, _checks.INT64)
-    _check(records[:, at.PHRASE], at.DONE, at.MAX_END + 1)
+    _check_place(records[:, at.PHRASE], at.DONE, records[:, at.END_LENGTH])
+    _check_place(records[:, at.WAIT_AT], 0, records[:, at.WAIT_LENGTH])
 
 
 def _check(values: Tensor, low: int, high: int, where: Tensor | None = None) -> None:
     _checks.check_range("state['records']", values, low, high, where=where)
 
 
+def _check_place(place: Tensor, low: int, length: Tensor) -> None:
+    """A phrase is never complete: then its place is 0 again, or `at.DONE`."""
+    _check(place, low, at.MAX_END)
+    _check(place - length.clamp_min(1), -at.MAX_END - 1, 0)
+
+
 def _check_spec(records: Tensor, sets: int) -> None:
     parts = records[:, at.PARTS]
     _check(parts, 0, 2 * at.TRIGGER)
+    _check(parts & at.ACTIVE, 1, 2, where=parts != 0)
     for column, part, low, high in LENGTHS:
         given, used = records[:, column], (parts & part) != 0
         _check(given, -1, high + 1)
@@ -77,5 +83,7 @@ def _phrases(records: Tensor) -> Tensor:
         (at.WAIT, at.WAIT_LENGTH, at.MAX_WAIT),
     ):
         used = torch.arange(width) < records[:, length, None]
-        phrases.append(torch.where(used, records[:, begin : begin + width], -1))
+        ids = records[:, begin : begin + width]
+        _check(ids, 0, ID_LIMIT, where=used)  # a wait's is written without asking for its sign
+        phrases.append(torch.where(used, ids, -1))
     return torch.cat(phrases, 1)
