@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -148,6 +149,14 @@ def test_sample_overflow_of_the_temperature_is_a_bad_row(backend):
     x = torch.tensor([[1.0, 2e38, 3e38, -3e38], [0.0, 1.0, 3e38, -1.0]])
     r = replace(rows(2, 4, 1, "off"), temperature=torch.full((2,), 1e-3))
     assert sample_everywhere(backend, x, None, r).tolist() == [2, 2]
+
+
+def test_sample_where_the_inverse_of_the_temperature_overflows(backend):
+    temperature = torch.full((12,), 1e-42)
+    x = -1e-43 * torch.arange(40.0).expand(12, 40)
+    assert torch.isinf(1 / temperature).all() and torch.isfinite(x / temperature[:, None]).all()
+    r = replace(rows(12, 40, 5, "off"), temperature=temperature)
+    assert sample_everywhere(backend, x, None, r).unique().numel() > 2
 
 
 def test_a_masked_token_may_be_anything(backend):
@@ -426,6 +435,20 @@ def test_lse_of_tiles_unlike_each_other(kind):
     assert torch.equal(out.topk_logits[:, 0], logits.topk(12).values)
 
 
+def test_lse_where_every_tile_but_one_weighs_just_too_little_for_a_full_sum():
+    """The CPU kernels sum such tiles coarsely, 3 of 3.2 wrong where all logits are equal."""
+    whole = 99 * 1024  # the rest is a part of its own
+    light = (torch.linspace(-25, -21, 65).exp2() * 4 / 3.2).unsqueeze(-1)
+    logits = torch.full((65, whole + 1023), -math.log(1024))
+    logits[:, 1024:whole] += (light / 99).log()
+    logits[:, whole:] += light.log()
+    valid = torch.ones(65, 1, dtype=torch.bool)
+    draft, tree = Draft(valid.long(), valid), DraftTree([-1])
+    out = verify_tree(logits[:, None], draft, tree, temperature=1.0, seed=1, position=0)
+    error = (out.lse[:, 0].double() - logits.double().logsumexp(-1)).abs()
+    assert error.max() <= 2**-23
+
+
 @pytest.mark.parametrize("change", ["mask", "control"])
 def test_the_largest_logits_are_not_those_of_a_changed_row(change):
     """A draw may end with them where no other token can win, but not where they were forbidden."""
@@ -451,10 +474,14 @@ def test_the_largest_logits_are_not_those_of_a_changed_row(change):
 @pytest.mark.parametrize("level", ["baseline", "v3"])
 def test_lse_of_narrower_instruction_sets(level):
     """They add more numbers per lane. A process takes its level once."""
-    tests = [test_lse_where_all_but_the_top_is_far_below, test_lse_of_tiles_unlike_each_other]
+    tests = [
+        test_lse_where_all_but_the_top_is_far_below,
+        test_lse_of_tiles_unlike_each_other,
+        test_lse_where_every_tile_but_one_weighs_just_too_little_for_a_full_sum,
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *(f"{__file__}::{t.__name__}" for t in tests),
          "-p", "no:cacheprovider"],
         env={**os.environ, "REASONKERN_CPU": level}, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 0 and "13 passed" in done.stdout, done.stdout
+    assert done.returncode == 0 and "14 passed" in done.stdout, done.stdout

@@ -160,7 +160,7 @@ RK_INLINE void offer_group(const F (&v)[kGroup], const U (&words)[kGroup], int64
 static void choose(const float* x, int64_t n, const float* maxima, int64_t first, const Choice& c,
                    Best& best) {
   constexpr int64_t kStep = kBlocks * kGroup * kLanes;
-  const F inverse = splat(1.0f / c.temperature);
+  const F inverse = splat(inverse_temperature(c.temperature));
   for (int64_t i = 0; i < n; i += kStep) {
     const float lowest = c.least_logit(best.score);
     if (maxima[i / kTile] < lowest) {

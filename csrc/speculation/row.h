@@ -16,6 +16,12 @@ RK_HOST_DEVICE bool comes_before(float value, int id, float other, int other_id)
   return (value > other) | ((value == other) & (uint32_t(id) < uint32_t(other_id)));  // no branch
 }
 
+// 1/T for bounds of z/T; NaN where it is not finite: no comparison with such a bound holds.
+RK_HOST_DEVICE float inverse_temperature(float temperature) {
+  const float inverse = 1.0f / temperature;
+  return inverse < kInf ? inverse : inverse - inverse;
+}
+
 // exp(value - top) in units of 2^-40, rounded down; 0 more than 27.7 below the top.
 RK_HOST_DEVICE int64_t mass_of(float value, float top) {
   return int64_t(noise::mul(noise::exp_of(noise::add(value, -top)), 0x1p40f));

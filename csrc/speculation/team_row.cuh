@@ -245,7 +245,7 @@ __device__ Best draw(Team& team, const Row& row, const Draw& d, float top_logit,
     const float g = gumbel_noise(d.seed, d.position, uint32_t(token), d.stream);
     best.offer(noise::add(team.shared()->log_weight[i], g), int(token));
   }
-  const float inverse = 1.0f / d.temperature;
+  const float inverse = inverse_temperature(d.temperature);
   row.template each<2>([&](int v, float (&x)[4]) {
     // What rounding can add to a perturbed value, to its bounds, and to z times 1/T.
     const float bar = best.score - 2e-3f - 1e-6f * fabsf(best.score);

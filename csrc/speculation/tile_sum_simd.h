@@ -223,8 +223,9 @@ RK_INLINE double other_tile_sum(const float* x, const F (&tops)[kGroup], float t
 // fast elsewhere. A tile for which that was wrong, or that weighs more than all before it, is
 // summed again while it is at hand, to 1.2 ulp a token.
 static float tile_maxima(const float* x, int64_t n, float* maxima, ExpSum* sum) {
-  // Coarse sums of all tiles that weigh so little leave the sum within 2^-23.
-  const double little = 0x1p-23 / kCoarse * double(kTile) / double(n);
+  // Coarse sums of all tiles that weigh so little leave the sum within 2^-24, and that of a row,
+  // whose unfinished last tile is measured by itself, within 2^-23.
+  const double little = 0x1p-24 / kCoarse * double(kTile) / double(n);
   bool bad = false, coarse = true, fast = true;
   float all = -kInf;
   for (int64_t at = 0; at < n; at += kTile) {
