@@ -238,7 +238,7 @@ CPU_CASES = (
     case_of("flat", "float32", (8, 1), Gate("time", 1.5, "softmax"), peer="softmax"),
     case_of("peaked", "bfloat16", (8, 1), peer="softmax"),
     case_of("flat", "bfloat16", (8, 1), peer="softmax"),
-    case_of("peaked", "float32", (4, DEPTH + 1), peer="sample"),
+    case_of("peaked", "float32", (4, DEPTH + 1), Gate("time", 1.1, "sample"), peer="sample"),
     case_of("flat", "float32", (4, DEPTH + 1), Gate("time", 1.1, "sample"), peer="sample"),
 )
 CUDA_CASES = (

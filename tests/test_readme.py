@@ -50,7 +50,7 @@ def test_links(page: Path) -> None:
 
 # ---- the numbers
 
-CPU_RESULT = "amd-epyc-zen5-2core/2026-11-26-034cd11.json"
+CPU_RESULT = "amd-epyc-zen5-2core/2026-11-26-a37cea3.json"
 GPU_RESULT = "h200/2026-11-26-13ad90a.json"
 LOSS = "policy_loss/dapo-{}inplace/{}x151936/{}"
 
