@@ -121,6 +121,7 @@ class Run:
             self.clock.read()
             self._drop()
         self._catch_up()
+        self.clock.read(wait=True)
         found = self._look_ups()
         found.subtract(self._before)
         self.statistics.misses += found.pop(0, 0)
@@ -167,13 +168,18 @@ class Run:
 
     def _now(self) -> _Now:
         width = 1 if self.table is None else self.table.orders[0]
-        rows = []
+        count, contexts = len(self.requests), []
         for r in self.requests:
             last = [] if r.done else r.text[-width:]
-            context = [-1] * (width - len(last)) + last
-            rows.append([len(r.text), r.end - len(r.text), *context])
-        values = torch.tensor(rows, device=self.model.device)
-        return _Now(values[:, 0], values[:, 1], values[:, 2:])
+            contexts += [-1] * (width - len(last)) + last
+        lengths = [len(r.text) for r in self.requests]
+        left = [r.end - len(r.text) for r in self.requests]
+        # One copy, and out of pinned memory: it does not wait for what the last step still does.
+        pinned = self.model.device.type == "cuda"
+        values = torch.tensor(lengths + left + contexts, pin_memory=pinned)
+        values = values.to(self.model.device, non_blocking=pinned)
+        position, left, context = values.split((count, count, count * width))
+        return _Now(position, left, context.view(count, width))
 
     def _drafted(self, now: _Now) -> tuple[Draft, DraftTree, Tensor | None]:
         """With all drafted tokens (B, more nodes), -1 = none, where a `BestTree` asks for them."""
