@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..speculation import verify_op as _verify_op  # noqa: F401  (defines compact_kv_)
 
-
 ALIGNED = 8  # a pass sees a multiple of so many slots, or fused attention pads its mask per layer
 
 
