@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from generation_cases import (
+    DEVICES,
     LEAST,
     MODEL,
     NEW,
@@ -18,6 +19,7 @@ from generation_cases import (
     VOCAB,
     T,
     make_model,
+    model_on,
     table_of,
     taught,
 )
@@ -259,11 +261,12 @@ def test_auto_keeps_the_times_of_its_steps_by_batch_size():
 # ---- statistics and errors
 
 
-def test_statistics_add_up():
-    statistics, table = Statistics(), taught(4)
+@pytest.mark.parametrize("device", DEVICES)
+def test_statistics_add_up(device):
+    statistics, table = Statistics(), taught(4, device=device)
     options = {"temperature": T, "max_new_tokens": NEW, "table": table, "tree": TREES["80"]}
     for seed in range(2):
-        generate(MODEL, PROMPTS, seed=seed, statistics=statistics, **options)
+        generate(model_on(device), PROMPTS, seed=seed, statistics=statistics, **options)
     assert statistics.tokens == 2 * 4 * NEW and statistics.steps < statistics.tokens
     assert set(statistics.sizes) == {80}
     assert statistics.passes <= statistics.steps <= 4 * statistics.passes

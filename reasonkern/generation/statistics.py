@@ -103,6 +103,6 @@ class Clock:
         """Collects the events that the device has come to; with ``wait`` all of them."""
         if wait and self._open:
             self._open[-1][2].synchronize()
-        while self._open and self._open[0][2].query():
+        while self._open and (wait or self._open[0][2].query()):
             name, first, last = self._open.popleft()
             self._seconds[name] += first.elapsed_time(last) / 1e3
