@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -276,6 +277,26 @@ def test_statistics_add_up(device):
     assert timed == {"prompt", "draft", "forward", "verify", "update"}
     assert statistics.tokens_per_second > 0
     assert f"{statistics.tokens} tokens" in str(statistics) and "order 4" in str(statistics)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("tree", [rk.DraftTree.chain(1), TREES["80"]], ids=["plain", "80"])
+def test_a_step_waits_for_the_gpu_once(tree):
+    model, table, found = model_on("cuda"), taught(4, device="cuda"), []
+    for new in (8, NEW):  # a call's own waits come with both
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                out = generate(model, PROMPTS, temperature=T, max_new_tokens=new, table=table,
+                               tree=tree, eos=(VOCAB,))  # fmt: skip
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits = sum("synchronizing" in str(warning.message) for warning in caught)
+        found.append((waits, out.statistics.passes))
+    (few, short), (many, long) = found
+    assert 0 < many - few <= long - short, found
 
 
 def test_a_model_without_finite_logits():

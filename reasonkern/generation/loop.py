@@ -174,10 +174,7 @@ class Run:
             contexts += [-1] * (width - len(last)) + last
         lengths = [len(r.text) for r in self.requests]
         left = [r.end - len(r.text) for r in self.requests]
-        # One copy, and out of pinned memory: it does not wait for what the last step still does.
-        pinned = self.model.device.type == "cuda"
-        values = torch.tensor(lengths + left + contexts, pin_memory=pinned)
-        values = values.to(self.model.device, non_blocking=pinned)
+        values = _sent(lengths + left + contexts, self.model.device)
         position, left, context = values.split((count, count, count * width))
         return _Now(position, left, context.view(count, width))
 
@@ -288,12 +285,20 @@ class Run:
         if 2 * len(keep) > len(self.requests):
             return
         self.requests = [self.requests[row] for row in keep]
-        rows = torch.tensor(keep, dtype=torch.int64, device=self.model.device)
+        if not keep:
+            return
+        rows = _sent(keep, self.model.device)
         self.cache.take(rows)
         self.sampling = self.sampling.take(rows)
         self.scope = self.scope[rows]
         if self.control is not None:
             self.control = self.control[0], self.control[1][rows]
+
+
+def _sent(values: list[int], device: torch.device) -> Tensor:
+    """On the device; a copy from pinned memory does not wait for what a GPU still computes."""
+    pinned = device.type == "cuda"
+    return torch.tensor(values, pin_memory=pinned).to(device, non_blocking=pinned)
 
 
 @dataclass
