@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kSweepGroups* kGroup, 1)
     __syncthreads();
     const GradCoefs<A> c = scratch->grad;
     if (grad != nullptr && c.live) {
-      write_gradient<false>(grad, logits, vocab, 0, c, scale, threadIdx.x, blockDim.x);
+      write_gradient<false>(grad, logits, Slice{0, vocab}, c, scale, threadIdx.x, blockDim.x);
     } else if (grad != nullptr) {
       write_zeros(grad, vocab, threadIdx.x, blockDim.x);
     }
@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(kGroup, sizeof(T) == 8 ? 1 : 4)
     const RowScale<T> scale = row_scale<T>(p.scale, row);
     const auto c = saved_coefs(p, row, scale);
     if (c.live) {
-      write_gradient<true>(grad, logits_row<T>(p.rows, row) + slice.begin, slice.n, slice.begin, c,
-                           scale, threadIdx.x, blockDim.x);
+      write_gradient<true>(grad, logits_row<T>(p.rows, row) + slice.begin, slice, c, scale,
+                           threadIdx.x, blockDim.x);
     } else {
       write_zeros(grad, slice.n, threadIdx.x, blockDim.x);
     }

@@ -8,7 +8,7 @@
 
 namespace reasonkern {
 
-constexpr int kChunks = 4;  // pieces of a warp's share that are fetched one by one
+constexpr int kChunks = 2;  // pieces of a warp's share that are fetched one by one
 
 // Behind the slice.
 template <class A>
@@ -78,10 +78,8 @@ __device__ __forceinline__ Moments<acc_t<T>> staged_moments(const Stage<T>& stag
         if (at - int(threadIdx.x % 32) * Vec<T>::size == stage.begin(chunk)) {
           wait_for_turn<Sender::self>(stage.fetched + chunk++, turn);
         }
-#pragma unroll
-        for (int i = 0; i < kUnroll; ++i, at += step) {  // the last vector is padded with -inf
-          v[i] = at < stage.share.n ? load_shared(stage.shared + at) : padding<T>();
-        }
+        load_whole_vectors(v, stage.share.n, at, step,  // the last one is padded with -inf
+                           [&](int at) { return load_shared(stage.shared + at); });
       });
 }
 
@@ -93,22 +91,25 @@ __device__ __forceinline__ void write_gradient_fetch_next(T* grad, const Stage<T
                                                           const GradCoefs<acc_t<T>>& c,
                                                           const RowScale<T>& scale) {
   constexpr int N = Vec<T>::size, step = 32 * N;
+  const int lane = threadIdx.x % 32;
   const bool aligned = is_aligned(grad);
   const Floor<T> floor = floor_below<T>(c.m, scale);
+  const auto target = target_element<false>(stage.shared, stage.share, c, scale, lane, 32);
   const auto vector = [&](int at) {
-    return gradient_vector<false>(load_shared(stage.shared + at), stage.share.begin + at, c, floor,
-                                  scale);
+    return gradient_vector<false>(load_shared(stage.shared + at), c, floor, scale);
   };
   for (int i = 0; i < kChunks; ++i) {
-    int at = stage.begin(i) + int(threadIdx.x % 32) * N;
+    int at = stage.begin(i) + lane * N;
     const int end = stage.begin(i + 1);
-    if (aligned) {
-#pragma unroll 2
+    if (aligned && floor.usable) {
+#pragma unroll kUnroll
       for (; at + N <= end; at += step) store_global(grad + at, vector(at));
     }
+#pragma unroll 1
     for (; at < end; at += step) store_vector(grad, end, aligned, at, vector(at));
     if (next != nullptr) stage.fetch(next, i);
   }
+  if (target.at >= 0) grad[target.at] = target.gradient;
 }
 
 // Zeros to the gradients of inactive rows from `row` on; returns the first active one.
