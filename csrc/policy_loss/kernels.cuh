@@ -18,7 +18,7 @@ __device__ __forceinline__ void write_inactive_stats(const StatsOut<A>& out, int
 template <class T>
 __device__ __forceinline__ void write_stats(const StatsOut<acc_t<T>>& out, int64_t row,
                                             const FullMoments<acc_t<T>>& a, acc_t<T> x_y,
-                                            int64_t target, bool valid, const RowScale<T>& scale) {
+                                            bool valid, const RowScale<T>& scale) {
   using A = acc_t<T>;
   const RowStats<A> stats = row_stats(a, x_y, valid, scale);
   const A nan = stats.inv_sum;  // where the row is not finite
@@ -37,7 +37,7 @@ __device__ __forceinline__ void write_stats(const StatsOut<acc_t<T>>& out, int64
   // A row of -inf is told from one with a NaN or +inf: a shard of a vocabulary may be all masked.
   const bool empty = valid && a.m == -kInfinity<A> && !std::isnan(a.s);
   out.row_max[row] = stats.finite || empty ? a.m : nan;
-  out.is_top1[row] = stats.finite && a.argmax == target;
+  out.is_top1[row] = stats.finite && a.rivals == A(0);
 }
 
 template <class T>
@@ -53,16 +53,17 @@ __global__ void __launch_bounds__((sizeof(T) == 8 ? 1 : kStatsGroups) * kGroup, 
     }
     const T* logits = logits_row<T>(p.rows, row);
     const RowScale<T> scale = row_scale<T>(p.scale, row);
-    sweep_moments<Reuse::last>(parts, logits, vocab, tiling, scale);
-    const int64_t y = threadIdx.x == 0 ? p.rows.targets[row] : 0;
+    const int64_t y = p.rows.targets[row];
+    const bool valid = y >= 0 && y < vocab;
+    const Target<T> target{valid ? logits[y] : from_acc<T>(A(0)), int(y)};
+    sweep_moments<Reuse::last>(parts, logits, vocab, tiling, scale, target);
     __syncthreads();
     if (threadIdx.x < 32) {
-      A x_y = threadIdx.x == 0 ? target_logit(logits, y, vocab) : A(0);
       const auto total = merge_row(parts, tiling, scale);
       if (threadIdx.x == 0) {
-        const bool valid = y >= 0 && y < vocab;
+        A x_y = to_acc(target.logit);
         if (scale.softcap.value != A(0)) x_y = soft_capped(x_y, scale.softcap);
-        write_stats(p.out, row, total, x_y, y, valid, scale);
+        write_stats(p.out, row, total, x_y, valid, scale);
       }
     }
     __syncthreads();
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kSweepGroups* kGroup, 1)
       scratch->task = load_task(p, row);
       scratch->x_y = target_logit(logits, scratch->task.target, p.rows.vocab);
     }
-    sweep_moments<Reuse::again>(parts, logits, vocab, tiling, scale);
+    sweep_moments<Reuse::again>(parts, logits, vocab, tiling, scale, Target<T>{});
     __syncthreads();
     if (threadIdx.x < 32) {
       const auto total = merge_row(parts, tiling, scale);

@@ -74,7 +74,7 @@ __device__ __forceinline__ Moments<acc_t<T>> staged_moments(const Stage<T>& stag
                                                             const RowScale<T>& scale) {
   int chunk = 0;
   return share_moments<Moments<acc_t<T>>>(
-      stage.share, scale, [&](Vec<T>(&v)[kUnroll], int at, int step) {
+      stage.share, scale, Target<T>{}, [&](Vec<T>(&v)[kUnroll], int at, int step) {
         if (at - int(threadIdx.x % 32) * Vec<T>::size == stage.begin(chunk)) {
           wait_for_turn<Sender::self>(stage.fetched + chunk++, turn);
         }
