@@ -71,10 +71,11 @@ struct Stage {
 // The share's moments, as its chunks come in.
 template <class T>
 __device__ __forceinline__ Moments<acc_t<T>> staged_moments(const Stage<T>& stage, unsigned turn,
-                                                            const RowScale<T>& scale) {
+                                                            const RowScale<T>& scale,
+                                                            bool& floored) {
   int chunk = 0;
   return share_moments<Moments<acc_t<T>>>(
-      stage.share, scale, Target<T>{}, [&](Vec<T>(&v)[kUnroll], int at, int step) {
+      stage.share, scale, Target<T>{}, floored, [&](Vec<T>(&v)[kUnroll], int at, int step) {
         if (at - int(threadIdx.x % 32) * Vec<T>::size == stage.begin(chunk)) {
           wait_for_turn<Sender::self>(stage.fetched + chunk++, turn);
         }
@@ -85,7 +86,7 @@ __device__ __forceinline__ Moments<acc_t<T>> staged_moments(const Stage<T>& stag
 
 // The share's gradient, and behind each chunk the next row's (null: no such row), into the shared
 // memory that was just read: loads go on while gradients are stored.
-template <class T>
+template <bool kFloor, class T>
 __device__ __forceinline__ void write_gradient_fetch_next(T* grad, const Stage<T>& stage,
                                                           const T* next,
                                                           const GradCoefs<acc_t<T>>& c,
@@ -96,12 +97,12 @@ __device__ __forceinline__ void write_gradient_fetch_next(T* grad, const Stage<T
   const Floor<T> floor = floor_below<T>(c.m, scale);
   const auto target = target_element<false>(stage.shared, stage.share, c, scale, lane, 32);
   const auto vector = [&](int at) {
-    return gradient_vector<false>(load_shared(stage.shared + at), c, floor, scale);
+    return gradient_vector<false, kFloor>(load_shared(stage.shared + at), c, floor, scale);
   };
   for (int i = 0; i < kChunks; ++i) {
     int at = stage.begin(i) + lane * N;
     const int end = stage.begin(i + 1);
-    if (aligned && floor.usable) {
+    if (aligned && (kFloor ? floor.usable : scale.softcap.value == acc_t<T>(0))) {
 #pragma unroll kUnroll
       for (; at + N <= end; at += step) store_global(grad + at, vector(at));
     }
@@ -175,7 +176,8 @@ __global__ void __launch_bounds__(kGroup, 3)
       s.row.task = task;
       x_y = target_logit(logits - share.begin, task.target, p.rows.vocab);
     }
-    const Moments<A> part = staged_moments(stage, turn, scale);
+    bool floored;
+    const Moments<A> part = staged_moments(stage, turn, scale, floored);
     if (threadIdx.x % 32 == 0) s.warps[warp] = part;
     __syncthreads();
     if (warp == 0) {
@@ -190,8 +192,10 @@ __global__ void __launch_bounds__(kGroup, 3)
     row = next_weight != A(0) ? next : skip_inactive<T>(p, next, slice);
     logits = share_of_row(row);
     if (threadIdx.x == 0 && logits != nullptr) task = load_task(p, row);
-    if (c.live) {
-      write_gradient_fetch_next(grad, stage, logits, c, scale);
+    if (c.live && !floored && std::fabs(c.slope) < A(1)) {
+      write_gradient_fetch_next<false>(grad, stage, logits, c, scale);
+    } else if (c.live) {
+      write_gradient_fetch_next<true>(grad, stage, logits, c, scale);
     } else {
       write_zeros(grad, share.n, threadIdx.x % 32, 32);
       for (int i = 0; i < kChunks && logits != nullptr; ++i) stage.fetch(logits, i);

@@ -71,17 +71,18 @@ __device__ __forceinline__ T gradient_of(T logit, const GradCoefs<acc_t<T>>& c,
   return from_acc<T>(gradient_at<kCurve>(t, c, scale, addend) * jacobian);
 }
 
-// Of a vector without the target. kCurve: whether `curve` can be nonzero.
-template <bool kCurve, class T>
+// Of a vector without the target. kCurve: whether `curve` can be nonzero. kFloor: whether offsets
+// may be so low that a coefficient times them is infinite, unless they are kept above the floor.
+template <bool kCurve, bool kFloor, class T>
 __device__ __forceinline__ Vec<T> gradient_vector(const Vec<T>& v, const GradCoefs<acc_t<T>>& c,
                                                   const Floor<T>& floor, const RowScale<T>& scale) {
   using A = acc_t<T>;
   constexpr int N = Vec<T>::size;
-  if (!floor.usable) {
+  if (kFloor ? !floor.usable : scale.softcap.value != A(0)) {
     return make_vec<T>([&](int j) { return gradient_of<kCurve>(get_lane(v, j), c, scale, A(0)); });
   }
   A t[N], g[N];
-  lane_offsets(t, v, c.origin, floor, scale);
+  lane_offsets<kFloor>(t, v, c.origin, floor, scale);
 #pragma unroll
   for (int j = 0; j < N; ++j) g[j] = gradient_at<kCurve>(t[j], c, scale, A(0));
   return pack<T>(g);
@@ -131,13 +132,13 @@ __device__ __forceinline__ void write_gradient(T* grad, const T* p, Slice slice,
       for (int i = 0; i < U; ++i) v[i] = load_global(p + at + i * step);
 #pragma unroll
       for (int i = 0; i < U; ++i) {
-        store_global(grad + at + i * step, gradient_vector<kCurve>(v[i], c, floor, scale));
+        store_global(grad + at + i * step, gradient_vector<kCurve, true>(v[i], c, floor, scale));
       }
     }
   }
   for (; at < n; at += step) {
     const Vec<T> v = load_vector<Reuse::last>(p, n, aligned, at);
-    store_vector(grad, n, grad_aligned, at, gradient_vector<kCurve>(v, c, floor, scale));
+    store_vector(grad, n, grad_aligned, at, gradient_vector<kCurve, true>(v, c, floor, scale));
   }
   if (target.at >= 0) grad[target.at] = target.gradient;
 }

@@ -143,6 +143,7 @@ struct Running {
   acc_t<T> origin, limit;
   Floor<T> floor;
   Top<T> top;  // of the lane
+  bool floored;  // whether offsets are kept above the floor
 };
 template <class M, class T>
 __device__ __forceinline__ void raise_running(Running<M, T>& r, acc_t<T> m,
@@ -153,24 +154,29 @@ __device__ __forceinline__ void raise_running(Running<M, T>& r, acc_t<T> m,
   r.floor = floor_below<T>(m, scale);
 }
 
-// The first `live` vectors of a tile.
-template <bool kUnit, class M, class T>
+template <class M, class T>
+__device__ __forceinline__ bool is_plain(const Running<M, T>& r, const RowScale<T>& scale) {
+  return r.floored ? r.floor.usable : scale.softcap.value == acc_t<T>(0);
+}
+
+// The first `live` vectors of the lane's tile; what pads the others is not to be added.
+template <bool kUnit, bool kFloor, class M, class T>
 __device__ __forceinline__ void absorb_below(Running<M, T>& r, const Vec<T> (&v)[kUnroll], int live,
                                              const RowScale<T>& scale) {
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     if (i >= live) break;
     acc_t<T> t[Vec<T>::size];
-    lane_offsets(t, v[i], r.origin, r.floor, scale);
+    lane_offsets<kFloor>(t, v[i], r.origin, r.floor, scale);
 #pragma unroll
     for (int j = 0; j < Vec<T>::size; ++j) add(r.sums, exponential<kUnit>(t[j], scale), t[j]);
   }
 }
 
-// Counts the elements at the maximum and leaves -inf in their place.
+// Counts the elements at the maximum and leaves `low` in their place.
 template <class T, class M>
-__device__ __forceinline__ void take_out_top(M& a, Vec<T>& v) {
-  const T top = from_acc<T>(a.m), low = from_acc<T>(-kInfinity<acc_t<T>>);
+__device__ __forceinline__ void take_out_top(M& a, Vec<T>& v, T low) {
+  const T top = from_acc<T>(a.m);
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -189,7 +195,7 @@ __device__ __forceinline__ void take_out_top(M& a, Vec<T>& v) {
   }
 }
 
-// Tiles that are soft-capped, or for which no floor is usable. Not unrolled, vectors move up
+// Tiles that are soft-capped, or need a floor where none is usable. Not unrolled, vectors move up
 // instead: it must cost the others no registers.
 template <class M, class T>
 __device__ __forceinline__ void absorb_any(Running<M, T>& r, Vec<T> (&v)[kUnroll],
@@ -228,9 +234,10 @@ __device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll]
   if (raised) raise_running(r, warp_highest, scale);
   if (!(r.sums.m > -kInfinity<A>)) {
     if (highest != highest) r.sums.s = highest;  // no sum moves, but warp_max passed over the NaN
+    if (!r.floored) r.sums.u = std::numeric_limits<A>::quiet_NaN();
     return false;
   }
-  if (!r.floor.usable) {
+  if (!is_plain(r, scale)) {
     absorb_any(r, v, scale);
     return false;
   }
@@ -239,7 +246,7 @@ __device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll]
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     // Where a NaN hides a maximum beside it the sums become NaN anyway.
-    if (top_is<T>(tops[i], top)) take_out_top(r.sums, v[i]);
+    if (top_is<T>(tops[i], top)) take_out_top(r.sums, v[i], r.floor.value);
   }
   return true;
 }
@@ -269,7 +276,7 @@ __device__ __forceinline__ void note_rivals(FullMoments<acc_t<T>>& a, const Vec<
 
 // Adds kUnroll vectors per lane, which it may use up, the first `live` of which are not all
 // padding; vector i starts at row position index + i * step. Called by whole warps, whose lanes
-// share the maximum and `live`.
+// share the maximum.
 template <class M, class T>
 __device__ __forceinline__ void absorb(Running<M, T>& r, Vec<T> (&v)[kUnroll], int live,
                                        const RowScale<T>& scale, const Target<T>& target, int index,
@@ -283,34 +290,43 @@ __device__ __forceinline__ void absorb(Running<M, T>& r, Vec<T> (&v)[kUnroll], i
   r.top = higher<T>(r.top, top);
   const acc_t<T> highest = top_value<T>(top);  // NaN if any element is
   note_rivals<T>(r.sums, v, highest, target, index, step);
-  if (!all_lanes(highest < r.limit && r.floor.usable) &&
+  if (!all_lanes(highest < r.limit && is_plain(r, scale)) &&
       !lay_below(r, v, tops, highest, scale)) {
     return;
   }
-  if (sizeof(T) == 2 || scale.temperature.value == acc_t<T>(1)) {
-    absorb_below<true>(r, v, live, scale);
+  if (r.floored) {
+    absorb_below<false, true>(r, v, live, scale);
+  } else if (sizeof(T) == 2 || scale.temperature.value == acc_t<T>(1)) {
+    absorb_below<true, false>(r, v, live, scale);
   } else {
-    absorb_below<false>(r, v, live, scale);
+    absorb_below<false, false>(r, v, live, scale);
   }
 }
 
 // The moments of the calling warp's share of a slice in every lane. load(v, at, step) fills v with
-// the vectors at positions at, at + step, ... of the share.
+// the vectors at positions at, at + step, ... of the share. Offsets are taken without a floor
+// first; where that makes a NaN, of 0 * -inf, the share is read again. `floored` says so.
 template <class M, class T, class Load>
 __device__ __forceinline__ M share_moments(Slice share, const RowScale<T>& scale,
-                                           const Target<T>& target, Load load) {
+                                           const Target<T>& target, bool& floored, Load load) {
   constexpr int N = Vec<T>::size, step = 32 * N;
   const int lane = threadIdx.x % 32;
   Running<M, T> r;
-  clear(r.sums);
-  raise_running(r, r.sums.m, scale);
-  r.top = top_of(padding<T>());
-  for (int at = 0; at < share.n; at += kUnroll * step) {
-    Vec<T> v[kUnroll];
-    load(v, at + lane * N, step);
-    absorb(r, v, (share.n - at + step - 1) / step, scale, target,
-           share.begin + at + lane * N, step);
+#pragma unroll 1
+  for (r.floored = false;; r.floored = true) {
+    clear(r.sums);
+    raise_running(r, r.sums.m, scale);
+    r.top = top_of(padding<T>());
+#pragma unroll 1
+    for (int at = 0; at < share.n; at += kUnroll * step) {
+      Vec<T> v[kUnroll];
+      load(v, at + lane * N, step);
+      absorb(r, v, (share.n - at - lane * N + step - 1) / step, scale, target,
+             share.begin + at + lane * N, step);
+    }
+    if (r.floored || all_lanes(r.sums.u == r.sums.u)) break;
   }
+  floored = r.floored;
   acc_t<T> top = top_value<T>(r.top);
   if (scale.softcap.value != acc_t<T>(0)) top = soft_capped(top, scale.softcap);
   top = warp_max(top);
@@ -328,7 +344,8 @@ __device__ __forceinline__ void sweep_moments(M* parts, const T* row, int64_t vo
   const bool aligned = is_aligned(row);
   for (int k = group; k < tiling.slices; k += groups) {
     const Slice share = share_of(slice_of(tiling, vocab, k), tiling, warp);
-    const M a = share_moments<M>(share, scale, target, [&](Vec<T>(&v)[kUnroll], int at, int step) {
+    bool floored;
+    const M a = share_moments<M>(share, scale, target, floored, [&](Vec<T>(&v)[kUnroll], int at, int step) {
       load_vectors<reuse>(v, row + share.begin, share.n, aligned, at, step);
     });
     if (threadIdx.x % 32 == 0) parts[k * warps + warp] = a;
