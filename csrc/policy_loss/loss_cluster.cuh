@@ -47,22 +47,19 @@ struct Stage {
     if (from == to) return;
     __syncwarp();
     if (lane == 0) {
-      expect_bytes(fetched + i, unsigned(whole - from) * unsigned(sizeof(T)));
-      if (whole > from) {
-        copy_bulk(shared + from, p + from, unsigned(whole - from) * unsigned(sizeof(T)),
-                  fetched + i);
-      }
+      const unsigned bytes = unsigned(whole - from) * unsigned(sizeof(T));
+      expect_bytes(fetched + i, bytes);
+      if (bytes > 0) copy_bulk(shared + from, p + from, bytes, fetched + i);
     }
-    if (whole == to) return;
-    const int first = whole - (whole - from) % (32 * N);
-    for (int at = first + lane * N; at < to; at += kUnroll * 32 * N) {
-      Vec<T> v[kUnroll];
-      load_vectors<Reuse::last>(v, p, to, false, at, 32 * N);
-#pragma unroll
-      for (int k = 0; k < kUnroll; ++k) {
-        const int position = at + k * 32 * N;
-        if (position >= whole && position < to) store_shared(shared + position, v[k]);
-      }
+    if (whole < to) read_rest(p, whole, to, lane);
+  }
+
+  // By lanes, as they use it.
+  __device__ __forceinline__ void read_rest(const T* p, int from, int to, int lane) const {
+    constexpr int N = Vec<T>::size;
+#pragma unroll 1
+    for (int at = from + (lane - from / N % 32 + 32) % 32 * N; at < to; at += 32 * N) {
+      store_shared(shared + at, load_vector<Reuse::last>(p, to, false, at));
     }
     fence_for_bulk();
   }

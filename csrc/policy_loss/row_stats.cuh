@@ -327,6 +327,7 @@ __device__ __forceinline__ M share_moments(Slice share, const RowScale<T>& scale
     if (r.floored || all_lanes(r.sums.u == r.sums.u)) break;
   }
   floored = r.floored;
+  __syncwarp();  // or each shuffle asks who is there
   acc_t<T> top = top_value<T>(r.top);
   if (scale.softcap.value != acc_t<T>(0)) top = soft_capped(top, scale.softcap);
   top = warp_max(top);
