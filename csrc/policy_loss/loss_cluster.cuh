@@ -76,8 +76,9 @@ __device__ __forceinline__ Moments<acc_t<T>> staged_moments(const Stage<T>& stag
         if (at - int(threadIdx.x % 32) * Vec<T>::size == stage.begin(chunk)) {
           wait_for_turn<Sender::self>(stage.fetched + chunk++, turn);
         }
-        load_whole_vectors(v, stage.share.n, at, step,  // the last one is padded with -inf
-                           [&](int at) { return load_shared(stage.shared + at); });
+        const T* end = stage.shared + stage.share.n;  // the last vector is padded with -inf
+        load_whole_vectors(v, stage.shared + at, end + (-stage.share.n & (Vec<T>::size - 1)), step,
+                           load_shared<T>);
       });
 }
 
@@ -100,7 +101,12 @@ __device__ __forceinline__ void write_gradient_fetch_next(T* grad, const Stage<T
     int at = stage.begin(i) + lane * N;
     const int end = stage.begin(i + 1);
     if (aligned && (kFloor ? floor.usable : scale.softcap.value == acc_t<T>(0))) {
-#pragma unroll kUnroll
+      constexpr int U = 3;
+      for (; at + (U - 1) * step + N <= end; at += U * step) {
+#pragma unroll
+        for (int k = 0; k < U; ++k) store_global(grad + at + k * step, vector(at + k * step));
+      }
+#pragma unroll 1
       for (; at + N <= end; at += step) store_global(grad + at, vector(at));
     }
 #pragma unroll 1
