@@ -144,28 +144,40 @@ __global__ void __launch_bounds__(kGroup, sizeof(T) == 8 ? 1 : 4)
   }
 }
 
-// ---- scale_rows_: a row whose factor is 1 is not touched
+// ---- scale_rows_: a row whose factor is 1 is not touched; as a rule that is every row, so that a
+// block looks at the factors of several rows at once
+
+constexpr int kScaleRows = 8;
 
 template <class T>
 __global__ void __launch_bounds__(kGroup)
     scale_kernel(Rows rows, const acc_t<T>* factors, Tiling tiling) {
+  using A = acc_t<T>;
   constexpr int N = Vec<T>::size;
-  const int64_t blocks = rows.rows * tiling.slices;
+  const int64_t blocks = (rows.rows + kScaleRows - 1) / kScaleRows * tiling.slices;
   for (int64_t i = blockIdx.x; i < blocks; i += gridDim.x) {
-    const int64_t row = i / tiling.slices;
-    const acc_t<T> factor = factors[row];
-    if (factor == acc_t<T>(1)) continue;
     const Slice slice = slice_of(tiling, rows.vocab, int(i % tiling.slices));
-    T* x = grad_row_pointer<T>(rows, row) + slice.begin;
-    const bool aligned = is_aligned(x);
-    for (int at = threadIdx.x * N; at < slice.n; at += blockDim.x * N) {
-      const Vec<T> v =
-          aligned && at + N <= slice.n ? load_global(x + at) : load_elements(x, slice.n, at);
-      acc_t<T> y[N];
-      unpack(v, y);
+    const int64_t first = i / tiling.slices * kScaleRows;
+    bool all_one = true;
 #pragma unroll
-      for (int j = 0; j < N; ++j) y[j] *= factor;
-      store_vector(x, slice.n, aligned, at, pack<T>(y));
+    for (int k = 0; k < kScaleRows; ++k) {
+      all_one &= first + k >= rows.rows || factors[first + k] == A(1);
+    }
+    if (all_one) continue;
+    for (int64_t row = first; row < first + kScaleRows && row < rows.rows; ++row) {
+      const A factor = factors[row];
+      if (factor == A(1)) continue;
+      T* x = grad_row_pointer<T>(rows, row) + slice.begin;
+      const bool aligned = is_aligned(x);
+      for (int at = threadIdx.x * N; at < slice.n; at += blockDim.x * N) {
+        const Vec<T> v =
+            aligned && at + N <= slice.n ? load_global(x + at) : load_elements(x, slice.n, at);
+        A y[N];
+        unpack(v, y);
+#pragma unroll
+        for (int j = 0; j < N; ++j) y[j] *= factor;
+        store_vector(x, slice.n, aligned, at, pack<T>(y));
+      }
     }
   }
 }

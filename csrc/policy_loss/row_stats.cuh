@@ -163,13 +163,20 @@ __device__ __forceinline__ bool is_plain(const Running<M, T>& r, const RowScale<
 template <bool kUnit, bool kFloor, class M, class T>
 __device__ __forceinline__ void absorb_below(Running<M, T>& r, const Vec<T> (&v)[kUnroll], int live,
                                              const RowScale<T>& scale) {
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    if (i >= live) break;
+  const auto add_vector = [&](const Vec<T>& x) {
     acc_t<T> t[Vec<T>::size];
-    lane_offsets<kFloor>(t, v[i], r.origin, r.floor, scale);
+    lane_offsets<kFloor>(t, x, r.origin, r.floor, scale);
 #pragma unroll
     for (int j = 0; j < Vec<T>::size; ++j) add(r.sums, exponential<kUnit>(t[j], scale), t[j]);
+  };
+  if (sizeof(T) < 8 && !kFloor && live >= kUnroll) {  // as a rule: no tests
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) add_vector(v[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      if (i < live) add_vector(v[i]);
+    }
   }
 }
 
