@@ -1,0 +1,134 @@
+// What a block needs to know of a request: the record of its slot and the sets, in shared memory,
+// and the drafts before its row, in registers.
+#pragma once
+
+#include "../common/reduce.cuh"
+#include "fold.h"
+
+namespace reasonkern {
+namespace modulation {
+
+constexpr int kSharedEntries = 128;  // more of them stay where they are
+
+struct SlotShared {
+  int64_t record[kRowWidth], sets[Sets::kEntries + kSharedEntries];
+};
+
+__device__ inline unsigned lane_of() { return threadIdx.x % 32; }
+
+__device__ inline bool fits(const State& s) { return s.entries <= kSharedEntries; }
+
+// The set that entry k belongs to.
+__device__ inline int set_of(const Sets& sets, int64_t k) {
+  int set = 0;
+  while (set < kMaxSets - 1 && sets.bounds[set + 1] <= k) ++set;
+  return set;
+}
+
+// The state of one slot on its way to shared memory: all reads are under way before one is waited
+// for. All threads of the block take part.
+class SlotCopy {
+ public:
+  __device__ SlotCopy(const State& s, int64_t slot)
+      : state_(s), used_(slot >= 0 && slot < s.slots) {
+    const int places = fits(s) ? Sets::kEntries + int(s.entries) : kMaxSets + 1;
+    ask(s.sets.bounds, places, sets_);
+    if (used_) ask(s.record_of(slot), kRowWidth, record_);
+  }
+
+  __device__ Sets take_sets(SlotShared& to) const {
+    put(sets_, Sets::kEntries + kSharedEntries, to.sets);
+    __syncthreads();
+    return {to.sets, fits(state_) ? to.sets + Sets::kEntries : state_.sets.entries};
+  }
+
+  // Whether the slot is controlled; its record comes with it.
+  __device__ bool take_record(SlotShared& to) const {
+    if (!used_) return false;
+    put(record_, kRowWidth, to.record);
+    __syncthreads();
+    return (to.record[kParts] & kActive) != 0;
+  }
+
+ private:
+  // A thread's share where the block is one warp.
+  static constexpr int kSetsEach = (Sets::kEntries + kSharedEntries + 31) / 32;
+  static constexpr int kRecordEach = (kRowWidth + 31) / 32;
+
+  template <int N>
+  __device__ static void ask(const int64_t* from, int count, int64_t (&to)[N]) {
+    from += threadIdx.x, count -= int(threadIdx.x);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      to[k] = count > 0 ? *from : 0;
+      from += blockDim.x, count -= int(blockDim.x);
+    }
+  }
+
+  template <int N>
+  __device__ static void put(const int64_t (&from)[N], int count, int64_t* to) {
+    to += threadIdx.x, count -= int(threadIdx.x);
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      if (count > 0) *to = from[k];
+      to += blockDim.x, count -= int(blockDim.x);
+    }
+  }
+
+  const State& state_;
+  bool used_;
+  int64_t sets_[kSetsEach], record_[kRecordEach];
+};
+
+// Tokens that may lie on the path to a row, the first 32 of them held by a warp, one by each lane.
+struct Drafts {
+  const int64_t* tokens;
+  const int32_t* parents;  // of a tree's nodes; null: all are on the path
+  int64_t count;
+  int64_t token;
+  int parent;
+
+  __device__ Drafts(const RowsParams& p, unsigned row, unsigned request)
+      : tokens(p.draft_tokens), parents(p.parents), count(0), token(-1), parent(-1) {
+    if (parents != nullptr) {
+      tokens += request * p.nodes;
+      count = row - request * p.nodes + 1;
+      if (lane_of() < count) parent = parents[lane_of()];
+    } else if (p.local_pos != nullptr) {
+      count = p.local_pos[row];
+      tokens += row + 1 - count;
+    }
+    if (lane_of() < count) token = tokens[lane_of()];
+  }
+
+  // Of the 32 from `first` on, those on the path, which is walked from below. The root's token is
+  // no draft.
+  __device__ unsigned path(int64_t first) const {
+    if (parents == nullptr) return count - first < 32 ? (1u << (count - first)) - 1 : kFullMask;
+    unsigned bits = 0;
+    for (int64_t i = count - 1; i > 0; i = i < 32 ? shuffle_from(parent, int(i)) : parents[i]) {
+      if (i >= first && i < first + 32) bits |= 1u << (i - first);
+    }
+    return bits;
+  }
+};
+
+// Committed progress advanced by the drafts, up to the first -1. Parents come before children.
+__device__ inline Progress fold_drafts(const Drafts& d, const Sets& sets, const int64_t* record) {
+  Progress p = load_progress(record);
+  for (int64_t first = 0; first < d.count; first += 32) {
+    int64_t own = d.token;
+    if (first > 0) own = first + lane_of() < d.count ? d.tokens[first + lane_of()] : -1;
+    const unsigned switched = __ballot_sync(kFullMask, own >= 0 && switches(sets, record, own));
+    for (unsigned path = d.path(first); path != 0; path &= path - 1) {
+      const int k = __ffs(int(path)) - 1;
+      const int64_t token = shuffle_from(own, k);
+      if (token < 0) return p;
+      fold(record, p, token, switched >> k & 1);
+    }
+  }
+  return p;
+}
+
+}  // namespace modulation
+}  // namespace reasonkern
