@@ -232,23 +232,19 @@ __global__ void __launch_bounds__(kCommitThreads, 1) commit_kernel(CommitParams 
   to.progress = s.record;
   Progress at = load_progress(s.record);
   const bool watched = (s.record[kParts] & (kDeepConf | kTrigger)) != 0;
-  for (int64_t j = 0; j < count; j += 32) {
+  bool ended = false;
+  for (int64_t j = 0; j < count && !ended; j += 32) {
     if (j > 0) own = j + lane_of() < steps ? p.tokens[first + j + lane_of()] : -1;
-    const unsigned switched = __ballot_sync(kFullMask, own >= 0 && switches(sets, s.record, own));
-    bool ends = false;
-    for (int k = 0; k < 32 && j + k < count && !ends; ++k) {
-      const int64_t token = shuffle_from(own, k);
-      ends = token < 0;
-      if (ends) break;
+    const unsigned here = count - j < 32 ? (1u << (count - j)) - 1 : kFullMask;
+    ended = fold_lanes(sets, s.record, at, own, here, watched, [&](int k, int64_t token, bool sw) {
       const bool says = watched && token != forced_id(s.record, at);
-      fold(s.record, at, token, switched >> k & 1);
-      if (!says) continue;
+      fold(s.record, at, token, sw);
+      if (!says) return;
       if (threadIdx.x == 0) push_statistics(p, s.record, to, first + j + k);
       __syncwarp();
       at.stopped = s.record[kStopped];
       __syncwarp();
-    }
-    if (ends) break;
+    });
   }
   if (threadIdx.x == 0) store_progress(s.record, at);
   __syncthreads();

@@ -113,19 +113,57 @@ struct Drafts {
   }
 };
 
+// The lanes up to the last of some, which are not none.
+__device__ inline unsigned up_to_last(unsigned lanes) {
+  for (int width = 1; width < 32; width *= 2) lanes |= lanes >> width;
+  return lanes;
+}
+
+// Whether the token is more than a count to a request outside a phrase.
+__device__ inline bool is_mark(const int64_t* record, const Progress& p, int64_t token) {
+  if (p.phase == kBefore) return token == record[kThinkStart];
+  if (p.phase != kThinking) return false;
+  return token == record[kThinkEnd] ||
+         ((record[kParts] & kMinThink) && must_think(record, p) && token == record[kWait]);
+}
+
+// Advances progress by the tokens that the lanes of `path` hold, in order, up to the first -1;
+// returns whether there was one. Mostly no token of a warp is one that a request waits for, and
+// then their number is all that counts. Else, and where `each` is asked for, step(k, token, switches)
+// folds the one of lane k.
+template <class Step>
+__device__ bool fold_lanes(const Sets& sets, const int64_t* record, Progress& p, int64_t own,
+                           unsigned path, bool each, Step step) {
+  const unsigned ends = __ballot_sync(kFullMask, own < 0) & path;
+  if (ends != 0) path &= (ends & (0 - ends)) - 1;
+  const unsigned switched =
+      __ballot_sync(kFullMask, own >= 0 && switches(sets, record, own)) & path;
+  const bool marks = own >= 0 && is_mark(record, p, own);
+  const int count = __popc(path);
+  const bool tracks = (record[kParts] & kBudget) && p.phrase != kDone &&
+                      p.spent + count > record[kTrackFrom];
+  if (!each && !tracks && p.wait == 0 && (__ballot_sync(kFullMask, marks) & path) == 0) {
+    if (switched != 0) p.switched = p.t + __popc(path & up_to_last(switched));
+    p.t += count;
+    if (p.phase == kThinking) p.spent += count;
+    return ends != 0;
+  }
+  for (; path != 0; path &= path - 1) {
+    const int k = __ffs(int(path)) - 1;
+    step(k, shuffle_from(own, k), switched >> k & 1);
+  }
+  return ends != 0;
+}
+
 // Committed progress advanced by the drafts, up to the first -1. Parents come before children.
 __device__ inline Progress fold_drafts(const Drafts& d, const Sets& sets, const int64_t* record) {
   Progress p = load_progress(record);
-  for (int64_t first = 0; first < d.count; first += 32) {
+  bool ended = false;
+  for (int64_t first = 0; first < d.count && !ended; first += 32) {
     int64_t own = d.token;
     if (first > 0) own = first + lane_of() < d.count ? d.tokens[first + lane_of()] : -1;
-    const unsigned switched = __ballot_sync(kFullMask, own >= 0 && switches(sets, record, own));
-    for (unsigned path = d.path(first); path != 0; path &= path - 1) {
-      const int k = __ffs(int(path)) - 1;
-      const int64_t token = shuffle_from(own, k);
-      if (token < 0) return p;
-      fold(record, p, token, switched >> k & 1);
-    }
+    ended = fold_lanes(sets, record, p, own, d.path(first), false,
+                       [&](int, int64_t token, bool switches) { fold(record, p, token, switches); });
   }
   return p;
 }
