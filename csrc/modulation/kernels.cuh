@@ -181,11 +181,10 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams 
   const unsigned row = blockIdx.x;
   const unsigned request = p.parents == nullptr ? row : row / unsigned(p.nodes);
   const Line<E> line{static_cast<E*>(p.logits) + int64_t(row) * p.stride, p.vocab};
-  const int64_t slot = p.slot[request];
   const Drafts drafts(p, row, request);
   const float temperature = p.temperature == nullptr ? 1.0f : p.temperature[row];
   Held<E> held(p.state);
-  const SlotCopy copy(p.state, slot);
+  const SlotCopy copy(p.state, p.slot + request);
   held.ask(line);
   if (threadIdx.x == 0) s.wait.written = s.end.written = false;
   const Sets sets = copy.take_sets(s.slot);
@@ -221,13 +220,13 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams 
 __global__ void __launch_bounds__(kCommitThreads, 1) commit_kernel(CommitParams p) {
   SlotShared& s = *dynamic_shared<SlotShared>();
   const unsigned b = blockIdx.x;
-  const int64_t slot = p.slot[b], length = p.length[b], steps = p.steps;
+  const int64_t length = p.length[b], steps = p.steps;
   const int64_t first = b * steps, count = length < steps ? length : steps;
   int64_t own = lane_of() < steps ? p.tokens[first + lane_of()] : -1;
-  const SlotCopy copy(p.state, slot);
+  const SlotCopy copy(p.state, p.slot + b);
   const Sets sets = copy.take_sets(s);
   if (!copy.take_record(s)) return;
-  int64_t* record = p.records + slot * kRecordWidth;
+  int64_t* record = p.records + copy.number * kRecordWidth;
   Written to = written_of(record);
   to.progress = s.record;
   Progress at = load_progress(s.record);

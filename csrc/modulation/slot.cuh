@@ -8,11 +8,13 @@
 namespace reasonkern {
 namespace modulation {
 
-constexpr int kSharedEntries = 128;  // more of them stay where they are
-
 struct SlotShared {
-  int64_t record[kRowWidth], sets[Sets::kEntries + kSharedEntries];
+  static constexpr int kSets = 192;  // bounds and entries
+  int64_t record[kRowWidth], sets[kSets];
 };
+
+// More of them stay where they are.
+constexpr int kSharedEntries = SlotShared::kSets - Sets::kEntries;
 
 __device__ inline unsigned lane_of() { return threadIdx.x % 32; }
 
@@ -25,19 +27,31 @@ __device__ inline int set_of(const Sets& sets, int64_t k) {
   return set;
 }
 
-// The state of one slot on its way to shared memory: all reads are under way before one is waited
-// for. All threads of the block take part.
+// The state of one slot on its way to shared memory: the first warp brings it, and all its reads are
+// under way before one is waited for. All threads of the block call the two takes.
 class SlotCopy {
  public:
-  __device__ SlotCopy(const State& s, int64_t slot)
-      : state_(s), used_(slot >= 0 && slot < s.slots) {
-    const int places = fits(s) ? Sets::kEntries + int(s.entries) : kMaxSets + 1;
-    ask(s.sets.bounds, places, sets_);
-    if (used_) ask(s.record_of(slot), kRowWidth, record_);
+  int64_t number;  // of the slot
+
+  // The number is read last: a compiler looks at it as soon as it is asked for, and waits.
+  __device__ SlotCopy(const State& s, const int64_t* slot) : state_(s) {
+    const bool mine = threadIdx.x < 32;
+    const int places = !mine ? 0 : fits(s) ? Sets::kEntries + int(s.entries) : kMaxSets + 1;
+#pragma unroll
+    for (int k = 0; k < kSetsEach; ++k) {
+      const int i = int(threadIdx.x) + 32 * k;
+      sets_[k] = i < places ? s.sets.bounds[i] : 0;
+    }
+    number = *slot;
+    used_ = number >= 0 && number < s.slots;
+    if (!used_ || !mine) return;
+    const int64_t* record = s.record_of(number) + threadIdx.x;
+#pragma unroll
+    for (int k = 0; k < kRecordEach; ++k) record_[k] = record[32 * k];
   }
 
   __device__ Sets take_sets(SlotShared& to) const {
-    put(sets_, Sets::kEntries + kSharedEntries, to.sets);
+    put(sets_, to.sets);
     __syncthreads();
     return {to.sets, fits(state_) ? to.sets + Sets::kEntries : state_.sets.entries};
   }
@@ -45,34 +59,20 @@ class SlotCopy {
   // Whether the slot is controlled; its record comes with it.
   __device__ bool take_record(SlotShared& to) const {
     if (!used_) return false;
-    put(record_, kRowWidth, to.record);
+    put(record_, to.record);
     __syncthreads();
     return (to.record[kParts] & kActive) != 0;
   }
 
  private:
-  // A thread's share where the block is one warp.
-  static constexpr int kSetsEach = (Sets::kEntries + kSharedEntries + 31) / 32;
-  static constexpr int kRecordEach = (kRowWidth + 31) / 32;
+  static constexpr int kSetsEach = SlotShared::kSets / 32, kRecordEach = kRowWidth / 32;
+  static_assert(kRowWidth % 32 == 0 && SlotShared::kSets % 32 == 0, "whole turns of a warp");
 
   template <int N>
-  __device__ static void ask(const int64_t* from, int count, int64_t (&to)[N]) {
-    from += threadIdx.x, count -= int(threadIdx.x);
+  __device__ static void put(const int64_t (&from)[N], int64_t* to) {
+    if (threadIdx.x >= 32) return;
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      to[k] = count > 0 ? *from : 0;
-      from += blockDim.x, count -= int(blockDim.x);
-    }
-  }
-
-  template <int N>
-  __device__ static void put(const int64_t (&from)[N], int count, int64_t* to) {
-    to += threadIdx.x, count -= int(threadIdx.x);
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      if (count > 0) *to = from[k];
-      to += blockDim.x, count -= int(blockDim.x);
-    }
+    for (int k = 0; k < N; ++k) to[int(threadIdx.x) + 32 * k] = from[k];
   }
 
   const State& state_;
