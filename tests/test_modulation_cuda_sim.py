@@ -121,6 +121,41 @@ def test_one_id_in_every_part(simulated, launch):
     assert (got[::3, 38] == -INF).all() and (got[1::3, 40] > logits[1::3, 40] + 3.0).all()
 
 
+def quiet_tokens(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """Mostly ids that no request waits for, now and then one that it does, or an end."""
+    g = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(9, 14, shape, generator=g)
+    likely = torch.tensor([-1, 0, 1, 2, 7, 8, START, END])
+    waited = likely[torch.randint(len(likely), shape, generator=g)]
+    return torch.where(torch.rand(shape, generator=g) < 0.04, waited, tokens)
+
+
+@pytest.mark.parametrize("launch", LAUNCHES[:2], ids=lambda x: x["order"])
+def test_more_drafts_than_a_warp_holds(simulated, launch):
+    """Trees and chains that pass 32 tokens; most of a warp's tokens are counted, not folded."""
+    state, r = requests(6, 9), random.Random(0)
+    nodes = [-1] + [max(0, i - r.choice([1] * 9 + [5])) for i in range(1, 72)]
+    parents = torch.tensor(nodes, dtype=torch.int32)
+    logits = torch.randn(6 * 72, VOCAB, generator=torch.Generator().manual_seed(1))
+    drafts, heat = quiet_tokens((6, 72), 2), torch.full((6 * 72,), 0.5)
+    tree = (torch.arange(6), None, drafts, parents, heat)
+    chain = (
+        torch.arange(6).repeat_interleave(72), torch.arange(72).repeat(6), drafts.flatten(), None,
+        heat,
+    )  # fmt: skip
+    depth = [0] * 72
+    for i in range(1, 72):
+        depth[i] = depth[nodes[i]] + 1
+    assert max(depth) > 32
+    for rows in (tree, chain):
+        expected, got = logits.clone(), logits.clone()
+        reference("modulate_logits_", expected, *rows, *state.tensors, True)
+        with simulated.using(**launch):
+            simulated.modulate_logits_(got, *rows, *state.tensors, True)
+        assert_same_bits(got, expected)
+        assert (got != logits).any(-1).float().mean() > 0.2
+
+
 @pytest.mark.parametrize("launch", LAUNCHES[:3], ids=lambda x: x["order"])
 def test_no_launch_changes_a_commit(simulated, launch):
     states = [requests(20, 5) for _ in range(2)]
@@ -138,6 +173,18 @@ def test_no_launch_changes_a_commit(simulated, launch):
     for expected, got in zip(states[0].tensors, states[1].tensors, strict=True):
         assert_same_bits(got, expected)
     assert states[1].stopped.any()
+
+
+def test_more_tokens_than_a_warp_holds(simulated):
+    states = [requests(20, 5) for _ in range(2)]
+    tokens, length = quiet_tokens((20, 70), 3), torch.arange(20) * 4 - 3
+    length[0] = 0
+    for statistics in (None, torch.rand(20, 70, generator=torch.Generator().manual_seed(0))):
+        rows = (torch.arange(20), tokens, length, statistics, statistics)
+        reference("commit_", *rows, *states[0].tensors)
+        simulated.commit_(*rows, *states[1].tensors)
+    for expected, got in zip(states[0].tensors, states[1].tensors, strict=True):
+        assert_same_bits(got, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

@@ -14,6 +14,13 @@
 #define RK_DEVICE_CALL __device__
 #endif
 
+// Before a loop of a few turns at most, whose unrolled code would be read for nothing.
+#if defined(__CUDACC__)
+#define RK_ROLLED _Pragma("unroll 1")
+#else
+#define RK_ROLLED
+#endif
+
 namespace reasonkern {
 
 // The rounded product: on a device never fused with a sum, so that both round alike. (The host's

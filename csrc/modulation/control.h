@@ -36,7 +36,7 @@ RK_HOST_DEVICE double wave(double amplitude, double period, double shift, int64_
 RK_HOST_DEVICE bool in_windows(const int64_t* record, int64_t t) {
   const int64_t n = record[kWindows];
   bool inside = n == 0;
-  for (int64_t k = 0; k < n; ++k) {
+  RK_ROLLED for (int64_t k = 0; k < n; ++k) {
     inside |= t >= record[kWindow + 2 * k] && t < record[kWindow + 2 * k + 1];
   }
   return inside;
@@ -48,7 +48,7 @@ RK_HOST_DEVICE double scheduled(const int64_t* record, int64_t t) {
   const int64_t last = record[kPoints] - 1;
   if (t <= points[0]) return number(points, 1);
   if (t >= points[2 * last]) return number(points, int(2 * last + 1));
-  while (t >= points[2]) points += 2;
+  RK_ROLLED while (t >= points[2]) points += 2;
   const double share = double(t - points[0]) / double(points[2] - points[0]);
   return number(points, 1) + product(share, number(points, 3) - number(points, 1));
 }
@@ -114,16 +114,6 @@ RK_HOST_DEVICE double added_to(const RowControl& c, int64_t member) {
     if (c.sets[k] >= 0 && (member >> c.sets[k] & 1)) sum += c.added[k];
   }
   return sum;
-}
-
-// Bits of the sets of the parts before part k: an entry of part k's set that is in one of them has
-// had its turn.
-RK_HOST_DEVICE int64_t sets_before(const RowControl& c, int k) {
-  int64_t bits = 0;
-  for (int j = 0; j < k; ++j) {
-    if (c.sets[j] >= 0) bits |= int64_t(1) << c.sets[j];
-  }
-  return bits;
 }
 
 // Adding 0 leaves the bits alone, the sign of 0 included.

@@ -101,6 +101,19 @@ void modulate_tree(const RowsParams& p, int64_t b) {
   }
 }
 
+// Committed progress advanced by the drafts before row r's logits, up to the first -1.
+Progress fold_chain(const RowsParams& r, int64_t slot, int64_t row) {
+  const int64_t* record = r.state.record_of(slot);
+  Progress p = load_progress(record);
+  const int64_t drafts = r.local_pos == nullptr ? 0 : r.local_pos[row];
+  for (int64_t j = row - drafts + 1; j <= row; ++j) {
+    const int64_t token = r.draft_tokens[j];
+    if (token < 0) break;
+    fold(r.state.sets, record, p, token);
+  }
+  return p;
+}
+
 constexpr int64_t kTogether = 16;  // rows: what one of them waits for does not hold up the others
 
 template <class E>

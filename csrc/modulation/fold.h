@@ -80,46 +80,23 @@ RK_HOST_DEVICE void fold_phase(const int64_t* record, Progress& p, int64_t token
   }
 }
 
+// Whether the token is one that TIP waits for.
+RK_HOST_DEVICE bool switches(const Sets& sets, const int64_t* record, int64_t token) {
+  return (record[kParts] & kTip) && holds(sets, record[kAddedSets + 1], token);
+}
+
 // `token` >= 0.
-RK_HOST_DEVICE void fold(const Sets& sets, const int64_t* record, Progress& p, int64_t token) {
+RK_HOST_DEVICE void fold(const int64_t* record, Progress& p, int64_t token, bool switches) {
   const int64_t parts = record[kParts];
   if (parts & kMinThink) fold_wait(record, p, token);
   if (parts & kBudget) fold_phrase(record, p, token);
   fold_phase(record, p, token);
   ++p.t;
-  if ((parts & kTip) && holds(sets, record[kAddedSets + 1], token)) p.switched = p.t;
+  if (switches) p.switched = p.t;
 }
 
-// ---- along a path of drafts
-
-// Committed progress advanced by the drafts before row r's logits, up to the first -1.
-RK_HOST_DEVICE Progress fold_chain(const RowsParams& r, int64_t slot, int64_t row) {
-  const int64_t* record = r.state.record_of(slot);
-  Progress p = load_progress(record);
-  const int64_t drafts = r.local_pos == nullptr ? 0 : r.local_pos[row];
-  for (int64_t j = row - drafts + 1; j <= row; ++j) {
-    const int64_t token = r.draft_tokens[j];
-    if (token < 0) break;
-    fold(r.state.sets, record, p, token);
-  }
-  return p;
-}
-
-// The same for node `node` of request b. Ancestors are found from below, once per token: paths are
-// short and a list of them would not fit the registers.
-RK_HOST_DEVICE Progress fold_tree(const RowsParams& r, int64_t slot, int64_t b, int64_t node) {
-  const int64_t* record = r.state.record_of(slot);
-  Progress p = load_progress(record);
-  int64_t depth = 0;
-  for (int64_t i = node; i > 0; i = r.parents[i]) ++depth;
-  for (int64_t above = depth - 1; above >= 0; --above) {
-    int64_t i = node;
-    for (int64_t k = 0; k < above; ++k) i = r.parents[i];
-    const int64_t token = r.draft_tokens[b * r.nodes + i];
-    if (token < 0) break;
-    fold(r.state.sets, record, p, token);
-  }
-  return p;
+RK_HOST_DEVICE void fold(const Sets& sets, const int64_t* record, Progress& p, int64_t token) {
+  fold(record, p, token, switches(sets, record, token));
 }
 
 }  // namespace modulation

@@ -1,27 +1,27 @@
-// The kernels of logit control: a block per row. What a row needs of its slot is brought into
-// shared memory at once, since reading it column by column would be a chain of waits; one thread
-// folds the drafts and decides; all threads write the sets.
+// The kernels of logit control: a block per row. Their time is that of reads that wait for one
+// another. So what does not depend on the slot is asked for beside it, and its record, in one go,
+// beside the logits of the sets. Every thread folds the drafts and decides for itself: it takes as
+// long as if one did, and nothing has to be handed over.
 #pragma once
 
 #include "../common/reduce.cuh"
 #include "apply.h"
 #include "commit.h"
+#include "slot.cuh"
 
 namespace reasonkern {
 namespace modulation {
 
 constexpr unsigned kMaxRowThreads = 512, kCommitThreads = 32;
 
-constexpr int kSharedEntries = 128;  // more of them stay where they are
-
-struct SlotShared {
-  int64_t record[kRowWidth], sets[Sets::kEntries + kSharedEntries];
+struct Moved {  // a logit of the minimum, as the sets leave it
+  bool written;
+  double value;
 };
 
 struct RowShared {
   SlotShared slot;
-  RowControl control;
-  bool forced;
+  Moved wait, end;
   double top[kMaxRowThreads / 32];  // of each warp
 };
 
@@ -30,24 +30,6 @@ inline unsigned row_threads(int64_t entries, bool dense) {
   unsigned threads = dense ? kMaxRowThreads : 32;
   while (threads < kMaxRowThreads && threads < entries) threads *= 2;
   return threads;
-}
-
-// The state of one slot, number 0, in shared memory, and none for padding. All threads of the block
-// call it. The sets come while the slot is waited for, and the record in one go.
-__device__ inline State take_slot(const State& s, const int64_t* slot, SlotShared& to) {
-  const int64_t own = *slot;
-  const int first = int(threadIdx.x), step = int(blockDim.x);
-  const bool fits = s.entries <= kSharedEntries;
-  const int places = fits ? Sets::kEntries + int(s.entries) : kMaxSets + 1;
-#pragma unroll 4
-  for (int i = first; i < places; i += step) to.sets[i] = s.sets.bounds[i];
-  const Sets sets{to.sets, fits ? to.sets + Sets::kEntries : s.sets.entries};
-  if (own < 0 || own >= s.slots) return {to.record, sets, 0, s.entries};
-  const int64_t* record = s.record_of(own);
-#pragma unroll 9
-  for (int i = first; i < kRowWidth; i += step) to.record[i] = record[i];
-  __syncthreads();
-  return {to.record, sets, 1, s.entries};
 }
 
 template <class E>
@@ -60,65 +42,119 @@ struct Line {  // a row of logits
   __device__ void set(int64_t id, Value z) const { logits[id] = from_acc<E>(z); }
 };
 
-// Whether something finite is left without the set; a warp asks, mostly once.
+// The entry of the sets that is the thread's, and its logit: asked for before they are known to
+// matter.
 template <class E>
-__device__ bool survives_ban(const Line<E>& line, const Sets& sets, int64_t ban) {
+struct Held {
+  int64_t entry;  // -1: none
+  E logit;
+
+  __device__ explicit Held(const State& s) : entry(-1), logit() {
+    if (fits(s) && threadIdx.x < s.entries) entry = s.sets.entries[threadIdx.x];
+  }
+
+  __device__ void ask(const Line<E>& line) {
+    if (any() && id() >= line.vocab) entry = -1;
+    if (any()) logit = line.logits[id()];
+  }
+
+  __device__ bool any() const { return entry != -1; }
+  __device__ int64_t id() const { return Sets::id_of(entry); }
+  __device__ int64_t member() const { return Sets::member_of(entry); }
+};
+
+// Whether something finite is left without the set. Each warp finds out for itself: by what it
+// holds, then by all of the row.
+template <class E>
+__device__ bool survives_ban(const Line<E>& line, const Held<E>& held, const Sets& sets,
+                             int64_t ban) {
+  const bool other = held.any() && (held.member() >> ban & 1) == 0;
+  if (__any_sync(kFullMask, other && is_finite(to_acc(held.logit)))) return true;
   constexpr int kEach = 8;
-  for (int64_t first = threadIdx.x; first - threadIdx.x < line.vocab; first += 32 * kEach) {
-    bool left = false;
+  for (int64_t first = lane_of(); first - lane_of() < line.vocab; first += 32 * kEach) {
+    unsigned finite = 0;
 #pragma unroll
     for (int k = 0; k < kEach; ++k) {
       const int64_t id = first + 32 * k;
-      left |= id < line.vocab && is_finite(line.get(id)) && !holds(sets, ban, id);
+      if (id < line.vocab && is_finite(line.get(id))) finite |= 1u << k;
+    }
+    bool left = false;
+    for (int k = 0; k < kEach && !left; ++k) {
+      left = (finite >> k & 1) && !holds(sets, ban, first + 32 * k);
     }
     if (__any_sync(kFullMask, left)) return true;
   }
   return false;
 }
 
-// By the first warp: the row's control, a ban that does not apply taken out, and the force applied.
+// What the sets do to a row. An entry is written once, in the first of its sets that are used.
 template <class E>
-__device__ void decide(const RowsParams& one, const Line<E>& line, RowShared& s) {
-  if (threadIdx.x == 0) {
-    const unsigned row = blockIdx.x, nodes = unsigned(one.nodes);
-    const Progress progress = one.parents == nullptr ? fold_chain(one, 0, row)
-                                                     : fold_tree(one, 0, row / nodes, row % nodes);
-    s.control = control_of(one.state.records, progress);
-    const int64_t id = s.control.force;
-    s.forced = id >= 0 && id < line.vocab && can_force(line.get(id));
-    if (s.forced) line.set(id, typename Line<E>::Value(kForced));
-  }
-  __syncwarp();
-  const int64_t ban = s.control.ban;
-  if (s.forced || ban < 0) return;
-  if (!survives_ban(line, one.state.sets, ban) && threadIdx.x == 0) s.control.ban = -1;
-}
+struct SetWriter {
+  typedef typename Line<E>::Value Value;
+  const Line<E>& line;
+  const RowControl& c;
+  RowShared& shared;
+  unsigned used;
 
-// Every entry is written by one thread, in the first of its sets. NaN keeps its bits.
-template <class E>
-__device__ void write_sets(const Line<E>& line, const RowControl& c, const Sets& sets) {
-  typedef typename Line<E>::Value T;
-  if (c.ban >= 0) {
-    const int64_t last = sets.bounds[c.ban + 1];
-    for (int64_t k = sets.bounds[c.ban] + threadIdx.x; k < last; k += blockDim.x) {
-      const int64_t id = sets.id(k);
-      if (id < line.vocab && line.get(id) == line.get(id)) line.set(id, T(-kInfinity));
-    }
-  }
-  const int64_t bans = c.ban >= 0 ? int64_t(1) << c.ban : 0;
+  __device__ SetWriter(const Line<E>& line, const RowControl& c, RowShared& shared)
+      : line(line), c(c), shared(shared), used(c.ban >= 0 ? 1u << c.ban : 0) {
 #pragma unroll
-  for (int part = 0; part < kAdders; ++part) {
-    if (c.sets[part] < 0) continue;
-    const int64_t done = bans | sets_before(c, part);
-    const int64_t last = sets.bounds[c.sets[part] + 1];
-    for (int64_t k = sets.bounds[c.sets[part]] + threadIdx.x; k < last; k += blockDim.x) {
-      const int64_t id = sets.id(k), member = sets.member(k);
-      if (id >= line.vocab || (member & done)) continue;
-      const T z = line.get(id);
-      if (z == z) line.set(id, with_added(z, added_to(c, member)));
+    for (int part = 0; part < kAdders; ++part) {
+      if (c.sets[part] >= 0) used |= 1u << c.sets[part];
     }
   }
-}
+
+  // NaN keeps its bits.
+  __device__ void write(int set, int64_t id, int64_t member, Value z) const {
+    const unsigned acting = unsigned(member) & used;
+    if ((acting & (0 - acting)) != 1u << set || z != z) return;
+    const bool bans = c.ban >= 0 && (member >> c.ban & 1);
+    const E after = from_acc<E>(bans ? Value(-kInfinity) : with_added(z, added_to(c, member)));
+    line.logits[id] = after;
+    if (id == c.wait) shared.wait = {true, double(to_acc(after))};
+    if (id == c.end) shared.end = {true, double(to_acc(after))};
+  }
+
+  __device__ void write_held(const Held<E>& held, int set) const {
+    if (held.any()) write(set, held.id(), held.member(), to_acc(held.logit));
+  }
+
+  // The entries from number `first` on.
+  __device__ void write_rest(const Sets& sets, int64_t first) const {
+    for (unsigned left = used; left != 0; left &= left - 1) {
+      const int set = __ffs(int(left)) - 1;
+      const int64_t begin = sets.bounds[set] > first ? sets.bounds[set] : first;
+      for (int64_t k = begin + threadIdx.x; k < sets.bounds[set + 1]; k += blockDim.x) {
+        const int64_t id = sets.id(k);
+        if (id < line.vocab) write(set, id, sets.member(k), line.get(id));
+      }
+    }
+  }
+};
+
+// The minimum's two logits, asked for by one thread before they are known to be moved.
+template <class E>
+struct Minimum {
+  E wait, end;
+
+  __device__ Minimum(const int64_t* record, const Line<E>& line) : wait(), end() {
+    if (threadIdx.x != 0 || (record[kParts] & kMinThink) == 0) return;
+    const int64_t from = record[kThinkEnd], to = record[kWait];
+    if (from < 0 || from >= line.vocab || to >= line.vocab) return;
+    end = line.logits[from], wait = line.logits[to];
+  }
+
+  __device__ void move(const Line<E>& line, const RowControl& c, const RowShared& s,
+                       float temperature) const {
+    typedef typename Line<E>::Value Value;
+    if (c.end < 0 || c.end >= line.vocab || c.wait >= line.vocab) return;
+    const Value to = s.wait.written ? Value(s.wait.value) : to_acc(wait);
+    const Value from = s.end.written ? Value(s.end.value) : to_acc(end);
+    if (!can_wait(to)) return;
+    line.set(c.wait, merged(to, from, temperature));
+    line.set(c.end, -Value(kInfinity));
+  }
+};
 
 // The largest finite logit, for the first thread.
 template <class E>
@@ -144,36 +180,72 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams 
   RowShared& s = *dynamic_shared<RowShared>();
   const unsigned row = blockIdx.x;
   const unsigned request = p.parents == nullptr ? row : row / unsigned(p.nodes);
-  RowsParams one = p;
-  one.state = take_slot(p.state, p.slot + request, s.slot);
-  if (!one.state.controls(0)) return;
   const Line<E> line{static_cast<E*>(p.logits) + int64_t(row) * p.stride, p.vocab};
-  if (threadIdx.x < 32) decide(one, line, s);
-  __syncthreads();
-  if (s.forced) return;
-  const RowControl& c = s.control;
-  write_sets(line, c, one.state.sets);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    move_to_wait(line, c, p.vocab, p.temperature == nullptr ? 1.0f : p.temperature[row]);
+  const Drafts drafts(p, row, request);
+  const float temperature = p.temperature == nullptr ? 1.0f : p.temperature[row];
+  Held<E> held(p.state);
+  const SlotCopy copy(p.state, p.slot + request);
+  held.ask(line);
+  if (threadIdx.x == 0) s.wait.written = s.end.written = false;
+  const Sets sets = copy.take_sets(s.slot);
+  const int held_set = set_of(sets, threadIdx.x);
+  if (!copy.take_record(s.slot)) return;
+  const int64_t* record = s.slot.record;
+  const Minimum<E> minimum(record, line);
+  RowControl c = control_of(record, fold_drafts(drafts, sets, record));
+  if (c.force >= 0 && c.force < p.vocab && can_force(line.get(c.force))) {
+    __syncthreads();
+    if (threadIdx.x == 0) line.set(c.force, typename Line<E>::Value(kForced));
+    return;
   }
+  if (c.ban >= 0) {
+    if (!survives_ban(line, held, sets, c.ban)) c.ban = -1;
+    __syncthreads();
+  }
+  const SetWriter<E> writer(line, c, s);
+  writer.write_held(held, held_set);
+  const int64_t written = fits(p.state) ? blockDim.x : 0;
+  if (written < p.state.entries) writer.write_rest(sets, written);
+  __syncthreads();
+  if (threadIdx.x == 0) minimum.move(line, c, s, temperature);
   if (!p.dense || c.soft < 0 || c.soft >= p.vocab) return;
   __syncthreads();
   const auto top = largest(line, s.top);
   if (threadIdx.x == 0) line.set(c.soft, raised(line.get(c.soft), top, c.weight, c.margin));
 }
 
-// A warp per row of tokens; one thread folds them.
+// ---- commits
+
+// A warp per row of tokens.
 __global__ void __launch_bounds__(kCommitThreads, 1) commit_kernel(CommitParams p) {
   SlotShared& s = *dynamic_shared<SlotShared>();
   const unsigned b = blockIdx.x;
-  CommitParams one = p;
-  one.state = take_slot(p.state, p.slot + b, s);
-  if (!one.state.controls(0)) return;
-  int64_t* record = p.records + p.slot[b] * kRecordWidth;
+  const int64_t length = p.length[b], steps = p.steps;
+  const int64_t first = b * steps, count = length < steps ? length : steps;
+  int64_t own = lane_of() < steps ? p.tokens[first + lane_of()] : -1;
+  const SlotCopy copy(p.state, p.slot + b);
+  const Sets sets = copy.take_sets(s);
+  if (!copy.take_record(s)) return;
+  int64_t* record = p.records + copy.number * kRecordWidth;
   Written to = written_of(record);
   to.progress = s.record;
-  if (threadIdx.x == 0) commit_row(one, b, s.record, to);
+  Progress at = load_progress(s.record);
+  const bool watched = (s.record[kParts] & (kDeepConf | kTrigger)) != 0;
+  bool ended = false;
+  for (int64_t j = 0; j < count && !ended; j += 32) {
+    if (j > 0) own = j + lane_of() < steps ? p.tokens[first + j + lane_of()] : -1;
+    const unsigned here = count - j < 32 ? (1u << (count - j)) - 1 : kFullMask;
+    ended = fold_lanes(sets, s.record, at, own, here, watched, [&](int k, int64_t token, bool sw) {
+      const bool says = watched && token != forced_id(s.record, at);
+      fold(s.record, at, token, sw);
+      if (!says) return;
+      if (threadIdx.x == 0) push_statistics(p, s.record, to, first + j + k);
+      __syncwarp();
+      at.stopped = s.record[kStopped];
+      __syncwarp();
+    });
+  }
+  if (threadIdx.x == 0) store_progress(s.record, at);
   __syncthreads();
   if (threadIdx.x < kProgressWidth) record[threadIdx.x] = s.record[threadIdx.x];
 }

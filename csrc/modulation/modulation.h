@@ -93,9 +93,13 @@ constexpr int64_t kDone = -1;  // kPhrase, once the budget's phrase is complete 
 
 // The double of a column.
 RK_HOST_DEVICE double number(const int64_t* record, int column) {
+#if defined(__CUDA_ARCH__)
+  return __longlong_as_double(record[column]);
+#else
   double x;
   std::memcpy(&x, record + column, sizeof(x));
   return x;
+#endif
 }
 
 // All sets, in one array: bounds, the largest id of sets and slots, entries.
@@ -106,8 +110,11 @@ struct Sets {
 
   // An entry's id, ascending within a set, is its lower half; bit s of the upper half: set s holds
   // it.
-  RK_HOST_DEVICE int64_t id(int64_t k) const { return entries[k] & 0xffffffff; }
-  RK_HOST_DEVICE int64_t member(int64_t k) const { return int64_t(uint64_t(entries[k]) >> 32); }
+  RK_HOST_DEVICE static int64_t id_of(int64_t entry) { return entry & 0xffffffff; }
+  RK_HOST_DEVICE static int64_t member_of(int64_t entry) { return int64_t(uint64_t(entry) >> 32); }
+
+  RK_HOST_DEVICE int64_t id(int64_t k) const { return id_of(entries[k]); }
+  RK_HOST_DEVICE int64_t member(int64_t k) const { return member_of(entries[k]); }
 };
 
 // What rows read. `commit` alone writes to records.

@@ -1,0 +1,172 @@
+// What a block needs to know of a request: the record of its slot and the sets, in shared memory,
+// and the drafts before its row, in registers.
+#pragma once
+
+#include "../common/reduce.cuh"
+#include "fold.h"
+
+namespace reasonkern {
+namespace modulation {
+
+struct SlotShared {
+  static constexpr int kSets = 192;  // bounds and entries
+  int64_t record[kRowWidth], sets[kSets];
+};
+
+// More of them stay where they are.
+constexpr int kSharedEntries = SlotShared::kSets - Sets::kEntries;
+
+__device__ inline unsigned lane_of() { return threadIdx.x % 32; }
+
+__device__ inline bool fits(const State& s) { return s.entries <= kSharedEntries; }
+
+// The set that entry k belongs to.
+__device__ inline int set_of(const Sets& sets, int64_t k) {
+  int set = 0;
+  while (set < kMaxSets - 1 && sets.bounds[set + 1] <= k) ++set;
+  return set;
+}
+
+// The state of one slot on its way to shared memory: the first warp brings it, and all its reads are
+// under way before one is waited for. All threads of the block call the two takes.
+class SlotCopy {
+ public:
+  int64_t number;  // of the slot
+
+  // The number is read last: a compiler looks at it as soon as it is asked for, and waits.
+  __device__ SlotCopy(const State& s, const int64_t* slot) : state_(s) {
+    const bool mine = threadIdx.x < 32;
+    const int places = !mine ? 0 : fits(s) ? Sets::kEntries + int(s.entries) : kMaxSets + 1;
+#pragma unroll
+    for (int k = 0; k < kSetsEach; ++k) {
+      const int i = int(threadIdx.x) + 32 * k;
+      sets_[k] = i < places ? s.sets.bounds[i] : 0;
+    }
+    number = *slot;
+    used_ = number >= 0 && number < s.slots;
+    if (!used_ || !mine) return;
+    const int64_t* record = s.record_of(number) + threadIdx.x;
+#pragma unroll
+    for (int k = 0; k < kRecordEach; ++k) record_[k] = record[32 * k];
+  }
+
+  __device__ Sets take_sets(SlotShared& to) const {
+    put(sets_, to.sets);
+    __syncthreads();
+    return {to.sets, fits(state_) ? to.sets + Sets::kEntries : state_.sets.entries};
+  }
+
+  // Whether the slot is controlled; its record comes with it.
+  __device__ bool take_record(SlotShared& to) const {
+    if (!used_) return false;
+    put(record_, to.record);
+    __syncthreads();
+    return (to.record[kParts] & kActive) != 0;
+  }
+
+ private:
+  static constexpr int kSetsEach = SlotShared::kSets / 32, kRecordEach = kRowWidth / 32;
+  static_assert(kRowWidth % 32 == 0 && SlotShared::kSets % 32 == 0, "whole turns of a warp");
+
+  template <int N>
+  __device__ static void put(const int64_t (&from)[N], int64_t* to) {
+    if (threadIdx.x >= 32) return;
+#pragma unroll
+    for (int k = 0; k < N; ++k) to[int(threadIdx.x) + 32 * k] = from[k];
+  }
+
+  const State& state_;
+  bool used_;
+  int64_t sets_[kSetsEach], record_[kRecordEach];
+};
+
+// Tokens that may lie on the path to a row, the first 32 of them held by a warp, one by each lane.
+struct Drafts {
+  const int64_t* tokens;
+  const int32_t* parents;  // of a tree's nodes; null: all are on the path
+  int64_t count;
+  int64_t token;
+  int parent;
+
+  __device__ Drafts(const RowsParams& p, unsigned row, unsigned request)
+      : tokens(p.draft_tokens), parents(p.parents), count(0), token(-1), parent(-1) {
+    if (parents != nullptr) {
+      tokens += request * p.nodes;
+      count = row - request * p.nodes + 1;
+      if (lane_of() < count) parent = parents[lane_of()];
+    } else if (p.local_pos != nullptr) {
+      count = p.local_pos[row];
+      tokens += row + 1 - count;
+    }
+    if (lane_of() < count) token = tokens[lane_of()];
+  }
+
+  // Of the 32 from `first` on, those on the path, which is walked from below. The root's token is
+  // no draft.
+  __device__ unsigned path(int64_t first) const {
+    if (parents == nullptr) return count - first < 32 ? (1u << (count - first)) - 1 : kFullMask;
+    unsigned bits = 0;
+    for (int64_t i = count - 1; i > 0; i = i < 32 ? shuffle_from(parent, int(i)) : parents[i]) {
+      if (i >= first && i < first + 32) bits |= 1u << (i - first);
+    }
+    return bits;
+  }
+};
+
+// The lanes up to the last of some, which are not none.
+__device__ inline unsigned up_to_last(unsigned lanes) {
+  for (int width = 1; width < 32; width *= 2) lanes |= lanes >> width;
+  return lanes;
+}
+
+// Whether the token is more than a count to a request outside a phrase.
+__device__ inline bool is_mark(const int64_t* record, const Progress& p, int64_t token) {
+  if (p.phase == kBefore) return token == record[kThinkStart];
+  if (p.phase != kThinking) return false;
+  return token == record[kThinkEnd] ||
+         ((record[kParts] & kMinThink) && must_think(record, p) && token == record[kWait]);
+}
+
+// Advances progress by the tokens that the lanes of `path` hold, in order, up to the first -1;
+// returns whether there was one. Mostly no token of a warp is one that a request waits for, and
+// then their number is all that counts. Else, and where `each` is asked for, step(k, token, switches)
+// folds the one of lane k.
+template <class Step>
+__device__ bool fold_lanes(const Sets& sets, const int64_t* record, Progress& p, int64_t own,
+                           unsigned path, bool each, Step step) {
+  const unsigned ends = __ballot_sync(kFullMask, own < 0) & path;
+  if (ends != 0) path &= (ends & (0 - ends)) - 1;
+  const unsigned switched =
+      __ballot_sync(kFullMask, own >= 0 && switches(sets, record, own)) & path;
+  const bool marks = own >= 0 && is_mark(record, p, own);
+  const int count = __popc(path);
+  const bool tracks = (record[kParts] & kBudget) && p.phrase != kDone &&
+                      p.spent + count > record[kTrackFrom];
+  if (!each && !tracks && p.wait == 0 && (__ballot_sync(kFullMask, marks) & path) == 0) {
+    if (switched != 0) p.switched = p.t + __popc(path & up_to_last(switched));
+    p.t += count;
+    if (p.phase == kThinking) p.spent += count;
+    return ends != 0;
+  }
+  for (; path != 0; path &= path - 1) {
+    const int k = __ffs(int(path)) - 1;
+    step(k, shuffle_from(own, k), switched >> k & 1);
+  }
+  return ends != 0;
+}
+
+// Committed progress advanced by the drafts, up to the first -1. Parents come before children.
+__device__ inline Progress fold_drafts(const Drafts& d, const Sets& sets, const int64_t* record) {
+  Progress p = load_progress(record);
+  bool ended = false;
+  for (int64_t first = 0; first < d.count && !ended; first += 32) {
+    int64_t own = d.token;
+    if (first > 0) own = first + lane_of() < d.count ? d.tokens[first + lane_of()] : -1;
+    ended = fold_lanes(sets, record, p, own, d.path(first), false,
+                       [&](int, int64_t token, bool switches) { fold(record, p, token, switches); });
+  }
+  return p;
+}
+
+}  // namespace modulation
+}  // namespace reasonkern
