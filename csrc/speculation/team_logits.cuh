@@ -47,15 +47,16 @@ struct Elements {
   __device__ float at(int64_t i) const { return float(to_acc(data[i])); }
 
   // x[j]: logits from i + j * step on, of `count`. All loads come before a use, without a branch
-  // among them, hence of the last quad where there is none. `whole`: 16-byte words are aligned and
-  // full; else logits are read one by one and filled up with -inf.
+  // among them, hence of the first quad again where there is none. `whole`: 16-byte words are
+  // aligned and full; else logits are read one by one and filled up with -inf.
   template <int kAhead>
   __device__ void load(int i, int step, int count, bool whole, float (&x)[kAhead][4]) const {
     if (whole) {
       Quad<E> quad[kAhead];
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        quad[j] = *reinterpret_cast<const Quad<E>*>(data + min(i + j * step, count - 4));
+        quad[j] =
+            *reinterpret_cast<const Quad<E>*>(data + (i + j * step < count ? i + j * step : i));
       }
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) unpack(quad[j], x[j]);
@@ -77,7 +78,8 @@ struct Elements {
     if (whole) {
 #pragma unroll
       for (int j = 0; j < kChunks; ++j) {
-        chunk[j] = *reinterpret_cast<const Chunk*>(data + min(i + j * step, count - kChunk));
+        chunk[j] =
+            *reinterpret_cast<const Chunk*>(data + (i + j * step < count ? i + j * step : i));
       }
     } else {
 #pragma unroll
@@ -168,7 +170,7 @@ struct Elements<AnyElement> {
 
 constexpr int kGroupTokens = 16, kGroupQuads = kGroupTokens / 4;
 
-// Tokens that a thread reads at a time, as they came; those behind the slice are its last ones, or
+// Tokens that a thread reads at a time, as they came; those behind the slice are its first ones, or
 // -inf.
 template <class E>
 struct Group {
