@@ -92,15 +92,13 @@ __device__ __forceinline__ Floor<T> floor_below(acc_t<T> m, const RowScale<T>& s
   const A lowest_offset = sizeof(T) == 2 ? scale.floor * scale.temperature.value : scale.floor;
   const A below = m + std::fmin(lowest_offset, std::fabs(m) * A(-0x1p-6));
   const float lowest = std::is_same<T, bf16>::value ? -0x1.fep127f : -65504.0f;
-  return {from_acc<T>(below),
-          scale.softcap.value == A(0) && (sizeof(T) > 2 || below > A(lowest))};
+  return {from_acc<T>(below), scale.softcap.value == A(0) && (sizeof(T) > 2 || below > A(lowest))};
 }
 
 // The offsets of a vector's lanes, not below a floor or as they come.
 template <bool kFloor, class T>
-__device__ __forceinline__ void lane_offsets(acc_t<T> (&t)[Vec<T>::size], Vec<T> v,
-                                             acc_t<T> origin, const Floor<T>& floor,
-                                             const RowScale<T>& scale) {
+__device__ __forceinline__ void lane_offsets(acc_t<T> (&t)[Vec<T>::size], Vec<T> v, acc_t<T> origin,
+                                             const Floor<T>& floor, const RowScale<T>& scale) {
   if constexpr (kFloor && sizeof(T) == 2) {
 #pragma unroll
     for (std::uint32_t& pair : v.word) pair = max_pair<T>(pair, pair_of(floor.value));
@@ -108,8 +106,8 @@ __device__ __forceinline__ void lane_offsets(acc_t<T> (&t)[Vec<T>::size], Vec<T>
   unpack(v, t);
 #pragma unroll
   for (int j = 0; j < Vec<T>::size; ++j) {
-    t[j] = kFloor && sizeof(T) > 2 ? floored_offset(t[j], origin, scale)
-                                   : offset(t[j], origin, scale);
+    t[j] =
+        kFloor && sizeof(T) > 2 ? floored_offset(t[j], origin, scale) : offset(t[j], origin, scale);
   }
 }
 

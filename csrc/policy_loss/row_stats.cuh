@@ -142,7 +142,7 @@ struct Running {
   M sums;
   acc_t<T> origin, limit;
   Floor<T> floor;
-  Top<T> top;  // of the lane
+  Top<T> top;    // of the lane
   bool floored;  // whether offsets are kept above the floor
 };
 template <class M, class T>
@@ -163,20 +163,13 @@ __device__ __forceinline__ bool is_plain(const Running<M, T>& r, const RowScale<
 template <bool kUnit, bool kFloor, class M, class T>
 __device__ __forceinline__ void absorb_below(Running<M, T>& r, const Vec<T> (&v)[kUnroll], int live,
                                              const RowScale<T>& scale) {
-  const auto add_vector = [&](const Vec<T>& x) {
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) {
+    if (i >= live) break;
     acc_t<T> t[Vec<T>::size];
-    lane_offsets<kFloor>(t, x, r.origin, r.floor, scale);
+    lane_offsets<kFloor>(t, v[i], r.origin, r.floor, scale);
 #pragma unroll
     for (int j = 0; j < Vec<T>::size; ++j) add(r.sums, exponential<kUnit>(t[j], scale), t[j]);
-  };
-  if (sizeof(T) < 8 && !kFloor && live >= kUnroll) {  // as a rule: no tests
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) add_vector(v[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
-      if (i < live) add_vector(v[i]);
-    }
   }
 }
 
@@ -353,9 +346,10 @@ __device__ __forceinline__ void sweep_moments(M* parts, const T* row, int64_t vo
   for (int k = group; k < tiling.slices; k += groups) {
     const Slice share = share_of(slice_of(tiling, vocab, k), tiling, warp);
     bool floored;
-    const M a = share_moments<M>(share, scale, target, floored, [&](Vec<T>(&v)[kUnroll], int at, int step) {
-      load_vectors<reuse>(v, row + share.begin, share.n, aligned, at, step);
-    });
+    const M a =
+        share_moments<M>(share, scale, target, floored, [&](Vec<T>(&v)[kUnroll], int at, int step) {
+          load_vectors<reuse>(v, row + share.begin, share.n, aligned, at, step);
+        });
     if (threadIdx.x % 32 == 0) parts[k * warps + warp] = a;
   }
 }
