@@ -27,8 +27,8 @@ __device__ inline int set_of(const Sets& sets, int64_t k) {
   return set;
 }
 
-// The state of one slot on its way to shared memory: the first warp brings it, and all its reads are
-// under way before one is waited for. All threads of the block call the two takes.
+// The state of one slot on its way to shared memory: the first warp brings it, and all its reads
+// are under way before one is waited for. All threads of the block call the two takes.
 class SlotCopy {
  public:
   int64_t number;  // of the slot
@@ -129,8 +129,8 @@ __device__ inline bool is_mark(const int64_t* record, const Progress& p, int64_t
 
 // Advances progress by the tokens that the lanes of `path` hold, in order, up to the first -1;
 // returns whether there was one. Mostly no token of a warp is one that a request waits for, and
-// then their number is all that counts. Else, and where `each` is asked for, step(k, token, switches)
-// folds the one of lane k.
+// then their number is all that counts. Else, and where `each` is asked for, step(k, token,
+// switches) folds the one of lane k.
 template <class Step>
 __device__ bool fold_lanes(const Sets& sets, const int64_t* record, Progress& p, int64_t own,
                            unsigned path, bool each, Step step) {
@@ -140,8 +140,8 @@ __device__ bool fold_lanes(const Sets& sets, const int64_t* record, Progress& p,
       __ballot_sync(kFullMask, own >= 0 && switches(sets, record, own)) & path;
   const bool marks = own >= 0 && is_mark(record, p, own);
   const int count = __popc(path);
-  const bool tracks = (record[kParts] & kBudget) && p.phrase != kDone &&
-                      p.spent + count > record[kTrackFrom];
+  const bool tracks =
+      (record[kParts] & kBudget) && p.phrase != kDone && p.spent + count > record[kTrackFrom];
   if (!each && !tracks && p.wait == 0 && (__ballot_sync(kFullMask, marks) & path) == 0) {
     if (switched != 0) p.switched = p.t + __popc(path & up_to_last(switched));
     p.t += count;
@@ -162,8 +162,9 @@ __device__ inline Progress fold_drafts(const Drafts& d, const Sets& sets, const 
   for (int64_t first = 0; first < d.count && !ended; first += 32) {
     int64_t own = d.token;
     if (first > 0) own = first + lane_of() < d.count ? d.tokens[first + lane_of()] : -1;
-    ended = fold_lanes(sets, record, p, own, d.path(first), false,
-                       [&](int, int64_t token, bool switches) { fold(record, p, token, switches); });
+    ended =
+        fold_lanes(sets, record, p, own, d.path(first), false,
+                   [&](int, int64_t token, bool switches) { fold(record, p, token, switches); });
   }
   return p;
 }
