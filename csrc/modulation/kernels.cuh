@@ -186,6 +186,7 @@ __device__ typename Line<E>::Value largest(const Line<E>& line, double* tops) {
 
 template <class E>
 __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams p) {
+  wait_for_kernels_before();
   RowShared& s = *dynamic_shared<RowShared>();
   const unsigned row = blockIdx.x;
   const unsigned request = p.parents == nullptr ? row : row / unsigned(p.nodes);
@@ -233,6 +234,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams 
 
 // A warp per row of tokens.
 __global__ void __launch_bounds__(kCommitThreads, 1) commit_kernel(CommitParams p) {
+  wait_for_kernels_before();
   SlotShared& s = *dynamic_shared<SlotShared>();
   const unsigned b = blockIdx.x;
   const int64_t length = p.length[b], steps = p.steps;
