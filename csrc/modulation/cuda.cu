@@ -35,8 +35,9 @@ struct CudaBackend {
   static void launch_rows(void (*kernel)(RowsParams), const RowsParams& p, int32_t device) {
     check_grid(p.rows, "logits");
     const LaunchScope scope(device);
-    launch<true>(kernel, unsigned(p.rows), row_threads(p.state.entries, p.dense), 1,
-                 sizeof(RowShared), scope.stream, p);
+    const dim3 grid(unsigned(p.rows / p.nodes), unsigned(p.nodes));
+    launch<true>(kernel, grid, row_threads(p.state.entries, p.dense), 1, sizeof(RowShared),
+                 scope.stream, p);
   }
 
   static void check_grid(int64_t rows, const char* name) {

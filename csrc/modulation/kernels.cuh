@@ -24,6 +24,7 @@ struct RowShared {
   SlotShared slot;
   Moved wait, end;
   double merged;  // of both unless a set writes to one
+  float temperature;
   bool forced, raises;
   double top[kMaxRowThreads / 32];  // of each warp
 };
@@ -142,26 +143,26 @@ struct SetWriter {
 // What the minimum comes to unless a set writes to one of its logits: by one thread, before it is
 // known to apply.
 template <class E>
-__device__ void foresee(const Line<E>& line, RowShared& s, float temperature) {
+__device__ void foresee(const Line<E>& line, RowShared& s, const float* temperature) {
   const int64_t* record = s.slot.record;
   if ((record[kParts] & kMinThink) == 0) return;
   const int64_t from = record[kThinkEnd], to = record[kWait];
   if (from < 0 || from >= line.vocab || to >= line.vocab) return;
   const auto wait = line.get(to), end = line.get(from);
   s.wait.value = wait, s.end.value = end;
-  s.merged = merged(wait, end, temperature);
+  s.temperature = temperature == nullptr ? 1.0f : *temperature;
+  s.merged = merged(wait, end, s.temperature);
 }
 
 // As in apply.h, with what was foreseen.
 template <class E>
-__device__ void move_to_wait(const Line<E>& line, const RowControl& c, const RowShared& s,
-                             float temperature) {
+__device__ void move_to_wait(const Line<E>& line, const RowControl& c, const RowShared& s) {
   typedef typename Line<E>::Value T;
   if (c.end < 0 || c.end >= line.vocab || c.wait >= line.vocab) return;
   const T wait = T(s.wait.value), end = T(s.end.value);
   if (!can_wait(wait)) return;
   const bool late = s.wait.by_set || s.end.by_set;
-  line.set(c.wait, late ? merged(wait, end, temperature) : T(s.merged));
+  line.set(c.wait, late ? merged(wait, end, s.temperature) : T(s.merged));
   line.set(c.end, -T(kInfinity));
 }
 
@@ -188,13 +189,13 @@ template <class E>
 __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams p) {
   wait_for_kernels_before();
   RowShared& s = *dynamic_shared<RowShared>();
-  const unsigned row = blockIdx.x;
-  const unsigned request = p.parents == nullptr ? row : row / unsigned(p.nodes);
-  const Line<E> line{static_cast<E*>(p.logits) + int64_t(row) * p.stride, p.vocab};
-  const Drafts drafts(p, row, request);
-  const float temperature = p.temperature == nullptr ? 1.0f : p.temperature[row];
+  const unsigned request = blockIdx.x, node = blockIdx.y;
+  const int64_t row = request * p.nodes + node;
+  SlotCopy copy(p.state, p.slot + request);
   Held<E> held(p.state);
-  const SlotCopy copy(p.state, p.slot + request);
+  const Drafts drafts(p, request, node);
+  copy.ask_record();
+  const Line<E> line{static_cast<E*>(p.logits) + row * p.stride, p.vocab};
   held.ask(line);
   if (threadIdx.x == 0) s.wait.by_set = s.end.by_set = false;
   const Sets sets = copy.take_sets(s.slot);
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams 
     if (!forced && c.ban >= 0 && !survives_ban(line, held, sets, c.ban)) c.ban = -1;
     if (threadIdx.x == 0) s.forced = forced, s.raises = c.soft >= 0 && c.soft < p.vocab;
   } else if (threadIdx.x == row_writers()) {
-    foresee(line, s, temperature);
+    foresee(line, s, p.temperature == nullptr ? nullptr : p.temperature + row);
   }
   __syncthreads();
   if (s.forced) {
@@ -223,7 +224,7 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams 
     if (written < p.state.entries) writer.write_rest(sets, written);
   }
   __syncthreads();
-  if (threadIdx.x == 0) move_to_wait(line, c, s, temperature);
+  if (threadIdx.x == 0) move_to_wait(line, c, s);
   if (!p.dense || !s.raises) return;
   __syncthreads();
   const auto top = largest(line, s.top);
@@ -237,10 +238,11 @@ __global__ void __launch_bounds__(kCommitThreads, 1) commit_kernel(CommitParams 
   wait_for_kernels_before();
   SlotShared& s = *dynamic_shared<SlotShared>();
   const unsigned b = blockIdx.x;
+  SlotCopy copy(p.state, p.slot + b);
   const int64_t length = p.length[b], steps = p.steps;
   const int64_t first = b * steps, count = length < steps ? length : steps;
   int64_t own = lane_of() < steps ? p.tokens[first + lane_of()] : -1;
-  const SlotCopy copy(p.state, p.slot + b);
+  copy.ask_record();
   const Sets sets = copy.take_sets(s);
   if (!copy.take_record(s)) return;
   int64_t* record = p.records + copy.number * kRecordWidth;
@@ -262,6 +264,7 @@ __global__ void __launch_bounds__(kCommitThreads, 1) commit_kernel(CommitParams 
       __syncwarp();
     });
   }
+  __syncwarp();  // all have read it
   if (threadIdx.x == 0) store_progress(s.record, at);
   __syncthreads();
   if (threadIdx.x < kProgressWidth) record[threadIdx.x] = s.record[threadIdx.x];

@@ -31,21 +31,23 @@ __device__ inline int set_of(const Sets& sets, int64_t k) {
 // are under way before one is waited for. All threads of the block call the two takes.
 class SlotCopy {
  public:
-  int64_t number;  // of the slot
+  const int64_t number;  // of the slot
 
-  // The number is read last: a compiler looks at it as soon as it is asked for, and waits.
-  __device__ SlotCopy(const State& s, const int64_t* slot) : state_(s) {
-    const bool mine = threadIdx.x < 32;
-    const int places = !mine ? 0 : fits(s) ? Sets::kEntries + int(s.entries) : kMaxSets + 1;
+  __device__ SlotCopy(const State& s, const int64_t* slot) : number(*slot), state_(s) {
+    const int places = threadIdx.x >= 32 ? 0
+                       : fits(s)         ? Sets::kEntries + int(s.entries)
+                                         : kMaxSets + 1;
 #pragma unroll
     for (int k = 0; k < kSetsEach; ++k) {
       const int i = int(threadIdx.x) + 32 * k;
       sets_[k] = i < places ? s.sets.bounds[i] : 0;
     }
-    number = *slot;
-    used_ = number >= 0 && number < s.slots;
-    if (!used_ || !mine) return;
-    const int64_t* record = s.record_of(number) + threadIdx.x;
+  }
+
+  __device__ void ask_record() {
+    used_ = number >= 0 && number < state_.slots;
+    if (!used_ || threadIdx.x >= 32) return;
+    const int64_t* record = state_.record_of(number) + threadIdx.x;
 #pragma unroll
     for (int k = 0; k < kRecordEach; ++k) record_[k] = record[32 * k];
   }
@@ -88,15 +90,17 @@ struct Drafts {
   int64_t token;
   int parent;
 
-  __device__ Drafts(const RowsParams& p, unsigned row, unsigned request)
+  // Of node `node` of request `request`.
+  __device__ Drafts(const RowsParams& p, unsigned request, unsigned node)
       : tokens(p.draft_tokens), parents(p.parents), count(0), token(-1), parent(-1) {
+    if (tokens == nullptr) return;
     if (parents != nullptr) {
       tokens += request * p.nodes;
-      count = row - request * p.nodes + 1;
+      count = node + 1;
       if (lane_of() < count) parent = parents[lane_of()];
     } else if (p.local_pos != nullptr) {
-      count = p.local_pos[row];
-      tokens += row + 1 - count;
+      count = p.local_pos[request];
+      tokens += request + 1 - count;
     }
     if (lane_of() < count) token = tokens[lane_of()];
   }
