@@ -1,9 +1,10 @@
 """Benchmarks of generation: the demo's model solves problems, by what drafts.
 
-Two models: "demo" as `python -m reasonkern demo` fine-tunes it (60 steps, a vocabulary of 32,768),
-and "learnt", the same model with the columns of its tokenizer's pieces alone, which ten times the
-steps teach to write traces like those it was trained on. Times are gated on "demo" alone: a pass of
-"learnt" takes about as long as the loop's own Python.
+Three models: "demo" as `python -m reasonkern demo` fine-tunes it (60 steps, V = 32,768);
+"learnt", the same model with the columns of its tokenizer's pieces alone, which ten times the steps
+teach to write traces like those it was trained on; and, on a GPU, "deep", of three times the layers
+and 150 steps. On a CPU times are gated on "demo" alone: a pass of "learnt" takes about as long as
+the loop's own Python. On a GPU the passes of all three are bound by their launches.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from functools import cache
 from io import StringIO
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from time import perf_counter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,21 +35,32 @@ from reasonkern.generation import SlotCache, Statistics, generate
 from reasonkern.generation.passes import tree_pass
 
 TEMPERATURE, NODES, CAPACITY = 0.6, 80, 1 << 16
-STEPS = {"demo": 60, "learnt": 600}
+
+
+class Training(NamedTuple):
+    """How a model comes about."""
+
+    steps: int
+    layers: int = 4
+    pieces: bool = False  # the columns of its tokenizer's pieces alone
+
+
+MODELS = {"demo": Training(60), "learnt": Training(600, pieces=True), "deep": Training(150, 12)}
 
 
 # ---- inputs
 
 
 @cache
-def trained(label: str) -> tuple[Transformer, Any]:
-    """The model and its tokenizer; minutes, once per process."""
-    config = Config(out=Path(mkdtemp()), steps=STEPS[label], minutes=1e6)
+def trained(label: str, device: str) -> tuple[Transformer, Any]:
+    """The model and its tokenizer; once per process: minutes on a CPU."""
+    steps, layers, pieces = MODELS[label]
+    config = Config(out=Path(mkdtemp()), steps=steps, layers=layers, minutes=1e6, device=device)
     context = prepare(config)
-    if label == "learnt":
+    if pieces:
         columns = FIRST_PIECE + len(context.tokenizer.pieces)
         sizes = config.window, config.width, config.layers
-        context.model = seeded(columns, *sizes, config.seed)
+        context.model = seeded(columns, *sizes, config.seed).to(context.device)
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):  # its progress
         fine_tune(context)
     return context.model.eval(), context.tokenizer
@@ -71,7 +84,7 @@ class Work:
 
 def inputs(case: Case, seed: int) -> Work:
     """New problems of the kind the model was trained on."""
-    model, tokenizer = trained(case.label)
+    model, tokenizer = trained(case.label, case.device)
     if case.dtype != "float32":
         model = deepcopy(model).to(DTYPES[case.dtype])
     batch, trajectories, problems = case.shape[:3]
@@ -113,12 +126,20 @@ def solve(
 # ---- providers: every call starts with an empty table or suffix tree
 
 
+def table_of(model: Decoding) -> rk.NgramTable:
+    return rk.NgramTable(CAPACITY, vocab_size=model.vocab_size, device=model.device)
+
+
 def runner(case: Case, work: Work, drafts: Any) -> Runner:
     """`drafts` makes the keywords of `solve`; what was accepted goes into the provider's row."""
     about: dict[str, Any] = {}
 
     def call() -> list[list[int]]:
+        begin = perf_counter()
         texts, rounds = solve(work, **drafts())
+        about["tokens_per_second"] = round(work.tokens / (perf_counter() - begin), 1)
+        about["equal"] = sum(a == b for a, b in zip(texts, work.texts, strict=True))
+        about["texts"] = len(texts)
         tokens = steps = 0
         about["accepted_by_trajectory"] = sofar = []
         for statistics in rounds:
@@ -140,9 +161,7 @@ def _padded(texts: list[list[int]]) -> Tensor:
 
 def ours(case: Case, work: Work) -> Runner:
     tree: rk.DraftTree | str = "auto" if case.op == "generate" else rk.DraftTree.default(NODES)
-    vocab = work.model.vocab_size
-    make = lambda: {"table": rk.NgramTable(CAPACITY, vocab_size=vocab), "tree": tree}  # noqa: E731
-    return runner(case, work, make)
+    return runner(case, work, lambda: {"table": table_of(work.model), "tree": tree})
 
 
 def plain(case: Case, work: Work) -> Runner:
@@ -166,7 +185,7 @@ def arctic(case: Case, work: Work) -> Runner:
 def flips(case: Case, work: Work) -> Runner:
     """Texts by a tree of 80 nodes; then each token again from a pass over one node per request."""
     about: dict[str, Any] = {}
-    table = rk.NgramTable(CAPACITY, vocab_size=work.model.vocab_size)
+    table = table_of(work.model)
 
     def call() -> None:
         texts, _ = solve(work, table, rk.DraftTree.default(NODES))
@@ -186,7 +205,8 @@ def _differences(work: Work, prompt: list[int], texts: list[list[int]], seeds: T
     cache, count = SlotCache(len(texts), model.device), 0
     longest = max(map(len, texts))
     rows = [prompt + text + [EOS] * (longest - len(text)) for text in texts]
-    ids, ends = torch.tensor(rows), torch.tensor([len(prompt) + len(text) for text in texts])
+    ends = torch.tensor([len(prompt) + len(text) for text in texts], device=model.device)
+    ids, seeds = torch.tensor(rows, device=model.device), seeds.to(model.device)
     for n in range(ids.shape[1] - 1):
         logits = model(tree_pass(ids[:, n : n + 1], chain, cache, n))[:, 0]
         cache.lengths = cache.lengths + 1
@@ -204,32 +224,31 @@ def truth(case: Case, work: Work) -> Truth:
     return Truth({"texts": _padded(work.texts)}, {"texts": Tolerance(0.0, 0.0)})
 
 
-PEERS = ("prompt-lookup", "arctic")
+PEERS = {"prompt-lookup": "transformers", "arctic": "arctic-inference"}  # packages they need
 
 
 def case_of(
     op: str, label: str, batch: int, trajectories: int, problems: int, *gates: Gate,
-    providers: tuple[str, ...] = ("reasonkern",), dtype: str = "float32",
+    providers: tuple[str, ...] = ("reasonkern",), dtype: str = "float32", device: str = "cpu",
 ) -> Case:  # fmt: skip
     """Shape: requests at a time, trajectories per problem, problems."""
+    pairs = 1 if op != "generate" else 3 if device == "cuda" else None  # there a call takes seconds
     return Case(
-        op, (batch, trajectories, problems), dtype, "cpu", passes=1, providers=providers, threads=1,
-        label=label, gates=gates, memory=False, pairs=None if op == "generate" else 1,
+        op, (batch, trajectories, problems), dtype, device, passes=1, providers=providers,
+        threads=1 if device == "cpu" else None, label=label, gates=gates, memory=False, pairs=pairs,
     )  # fmt: skip
+
+
+FASTER = Gate("time", 1.0, "plain")
+FASTER_THAN_PEERS = tuple(Gate("time", 1.0, name, needs=package) for name, package in PEERS.items())
 
 
 def cases_of(label: str) -> tuple[Case, ...]:
     accepted = (
-        Gate("accepted", 1.25, "prompt-lookup", needs="transformers"),
-        Gate("accepted", 1.0, "arctic", needs="arctic-inference"),
+        Gate("accepted", 1.25, "prompt-lookup", needs=PEERS["prompt-lookup"]),
+        Gate("accepted", 1.0, "arctic", needs=PEERS["arctic"]),
     )
-    faster: tuple[Gate, ...] = ()
-    if label == "demo":
-        faster = (
-            Gate("time", 1.0, "plain"),
-            Gate("time", 1.0, "prompt-lookup", needs="transformers"),
-            Gate("time", 1.0, "arctic", needs="arctic-inference"),
-        )
+    faster = (FASTER, *FASTER_THAN_PEERS) if label == "demo" else ()
     return (
         case_of("accepted", label, 1, 4, 4, *accepted, providers=("reasonkern", *PEERS)),
         case_of("generate", label, 1, 4, 2, *faster, providers=("reasonkern", "plain", *PEERS)),
@@ -237,6 +256,29 @@ def cases_of(label: str) -> tuple[Case, ...]:
         case_of("accepted", label, 1, 16, 2),
         case_of("flips", label, 4, 4, 4, providers=("tree",), dtype="bfloat16"),
         case_of("flips", label, 4, 4, 4, providers=("tree",)),
+    )
+
+
+def gpu_cases_of(label: str) -> tuple[Case, ...]:
+    """Where a pass is bound by its launches 80 nodes take about the time of one."""
+    twice = Gate("speedup", 2.0, "plain", min_pairs=3)
+    peers = FASTER_THAN_PEERS if label == "demo" else ()
+    pair, every = ("reasonkern", "plain"), ("reasonkern", "plain", *PEERS)
+    return (
+        case_of(
+            "generate",
+            label,
+            1,
+            16,
+            1,
+            twice,
+            *peers,
+            providers=every if peers else pair,
+            device="cuda",
+        ),
+        case_of("generate", label, 16, 16, 1, FASTER, providers=pair, device="cuda"),
+        case_of("flips", label, 4, 4, 4, providers=("tree",), dtype="bfloat16", device="cuda"),
+        case_of("flips", label, 4, 4, 4, providers=("tree",), device="cuda"),
     )
 
 
@@ -248,7 +290,6 @@ PROVIDERS = (
     Provider("prompt-lookup", dict.fromkeys(OPS, prompt_lookup)),
     Provider("arctic", dict.fromkeys(OPS, arctic)),
 )
-FAMILY = Family(
-    "generation", cases_of("demo") + cases_of("learnt"), {p.name: p for p in PROVIDERS}, inputs,
-    truth,
-)  # fmt: skip
+CASES = [case for label in ("demo", "learnt") for case in cases_of(label)]
+CASES += [case for label in MODELS for case in gpu_cases_of(label)]
+FAMILY = Family("generation", tuple(CASES), {p.name: p for p in PROVIDERS}, inputs, truth)

@@ -15,7 +15,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 
-PACKAGES = ("triton", "trl", "liger-kernel", "transformers", "arctic-inference")
+PACKAGES = ("triton", "trl", "liger-kernel", "quack-kernels", "transformers", "arctic-inference")
 
 
 def describe() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.case import DTYPES, Case, Family, Gate, Provider, Tolerance, Truth
-from benchmarks.peers import compile, eager, liger, ours, trl
+from benchmarks.peers import compile, eager, liger, ours, quack, trl
 
 # Llama 2, Llama 3, Qwen 2.5/3, Gemma 2/3: the vocabularies people train.
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144)
@@ -48,7 +48,8 @@ def providers_of(op: str, dtype: str, device: str) -> tuple[str, ...]:
     subject = ("reasonkern",) if device == "cpu" else ("ours-cuda", "ours-triton")
     # torch.logsumexp of half-precision logits answers in half precision: no yardstick.
     yardstick = ("logsumexp",) if op == "token_stats" and dtype == "float32" else ()
-    return (*subject, *yardstick, *PEERS)
+    more = ("quack",) if op == "token_stats" and device == "cuda" else ()
+    return (*subject, *yardstick, *PEERS, *more)
 
 
 def loss_case(
@@ -304,6 +305,7 @@ PROVIDERS = (
         passes=2,
     ),
     Provider("logsumexp", {"token_stats": eager.logsumexp_runner}),
+    Provider("quack", {"token_stats": quack.token_stats_runner}),
     *(
         Provider(
             name,

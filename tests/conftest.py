@@ -95,6 +95,19 @@ def make_backend(name: str) -> Backend:
     return Backend(name, "cuda" if gpu and name in ("triton", "cuda") else "cpu", function)
 
 
+@pytest.fixture
+def force_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Has CUDA tensors go to one backend; what Triton does not take still falls back."""
+
+    def force(backend: str) -> None:
+        def choose(name: str, device: object = None, *, triton_serves: bool = True) -> str:
+            return backend if triton_serves or backend != "triton" else "reference"
+
+        monkeypatch.setattr(_load, "choose_cuda_backend", choose)
+
+    return force
+
+
 @pytest.fixture(scope="session")
 def _backends() -> dict[str, Backend | str]:
     return {}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from speculation_cases import random_tree
 
@@ -36,6 +38,18 @@ def make_model(seed: int = 0, scale: float = 15.0) -> Decoding:
 
 
 MODEL = make_model()
+DEVICES = (
+    "cpu",
+    pytest.param("cuda", marks=[
+        pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+    ]),
+)  # fmt: skip
+
+
+@cache
+def model_on(device: str) -> Decoding:
+    """`MODEL`, or a copy of it on another device: its texts are the same."""
+    return MODEL if device == "cpu" else Decoding(deepcopy(MODEL.model).to(device))
 
 
 def table_of(**changes: Any) -> rk.NgramTable:
@@ -52,9 +66,9 @@ def lesson(requests: int, temperature: float) -> dict[str, Any]:
     return table.state_dict()
 
 
-def taught(requests: int, temperature: float = T) -> rk.NgramTable:
+def taught(requests: int, temperature: float = T, device: str = "cpu") -> rk.NgramTable:
     """A table that has seen other trajectories of the prompts."""
-    table = table_of()
+    table = table_of(device=device)
     table.load_state_dict(lesson(requests, temperature))
     return table
 

@@ -228,7 +228,7 @@ def test_the_cases_of_generation_run(op, monkeypatch):
     made = arithmetic.generate(2, samples=2)
     learnt = Tokenizer.learn(trace.prompt + trace.text for trace in made)
     model = seeded(FIRST_PIECE + len(learnt.pieces), 96, 32, 1, 0).eval()
-    monkeypatch.setattr(generation, "trained", lambda label: (model, learnt))
+    monkeypatch.setattr(generation, "trained", lambda label, device: (model, learnt))
     case = next(c for c in generation.FAMILY.cases if c.op == op)
     case = dataclasses.replace(case, shape=(*case.shape[:2], 1), pairs=1)
     record = engine.run_case(generation.FAMILY, case, FAST)

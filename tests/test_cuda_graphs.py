@@ -18,6 +18,7 @@ from torch import Tensor
 
 import reasonkern as rk
 from reasonkern import _load
+from reasonkern.modulation import layout as at
 
 BATCH, VOCAB, ORDERS = 5, 300, (3, 2)
 TREE = random_tree(9, 4)
@@ -143,6 +144,16 @@ def rejection_step(p: Place) -> tuple[Tensor, ...]:
     return step(p, "rejection")
 
 
+def state_of(p: Place) -> tuple[Tensor, ...]:
+    """The state's tensors, the statistics among its integers as the numbers that they are."""
+    records, sets = p.state.tensors
+    total = p.state.tensors.numbers[:, at.CONFIDENCE_SUM]
+    rings = records[:, at.CONFIDENCE_RING :].view(torch.float32)
+    integers = records[:, : at.CONFIDENCE_RING].clone()
+    integers[:, at.CONFIDENCE_SUM] = 0
+    return integers, total, rings, sets
+
+
 def modulated(p: Place) -> tuple[Tensor, ...]:
     """Control of the tree's rows and a commit; the state's tensors are results too."""
     rows = p.buffers["logits"].flatten(0, 1).clone()
@@ -156,7 +167,7 @@ def modulated(p: Place) -> tuple[Tensor, ...]:
     entropy, confidence = p.buffers["statistics"].unbind(0)
     emitted = p.take("slot", "emitted", "length").values()
     rk.commit_(p.state, *emitted, entropy=entropy, confidence=confidence)
-    return (rows, first, *p.state.tensors)
+    return (rows, first, *state_of(p))
 
 
 def controlled(p: Place) -> tuple[Tensor, ...]:
@@ -167,7 +178,7 @@ def controlled(p: Place) -> tuple[Tensor, ...]:
     rk.commit_(
         p.state, slot, out.tokens, out.length, entropy=out.entropy, confidence=out.confidence
     )
-    return (*row, *given(*out), *p.state.tensors)
+    return (*row, *given(*out), *state_of(p))
 
 
 def token_stats(p: Place) -> tuple[Tensor, ...]:
@@ -213,10 +224,10 @@ def captured(call: Callable[[Place], tuple[Tensor, ...]], place: Place) -> Calla
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
-def test_a_captured_call_gives_what_the_cpu_gives(call, backend, monkeypatch):
+def test_a_captured_call_gives_what_the_cpu_gives(call, backend, force_backend):
     if problem := _load.reason(backend):
         pytest.skip(problem)
-    monkeypatch.setattr(_load, "choose_cuda_backend", lambda *_: backend)
+    force_backend(backend)
     there, here = Place.on("cuda"), Place.on("cpu")
     replay = captured(call, there)
     there.clear()

@@ -17,7 +17,7 @@ B, T = 7, 41
 
 @pytest.fixture(params=["reference", "cpu", "triton"])
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
-    """Triton in blocks of 16 tokens, so that 41 tokens cross blocks."""
+    """Triton in blocks of 16 tokens, so that 40 and 41 tokens cross blocks."""
     if request.param == "triton":
         kernels = pytest.importorskip("reasonkern.shaping.triton_kernels")
         monkeypatch.setattr(kernels, "GAE_BLOCK", 16)
@@ -53,15 +53,15 @@ def definition(
     return out[0], out[1]
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(length: int = T) -> tuple[Tensor, Tensor, Tensor]:
     """Rows: full, random holes, leading and trailing padding, one token, none, first, last."""
-    reward, value = randn(B, T, seed=1).to(dtype), 3 * randn(B, T, seed=2).to(dtype)
-    mask = torch.rand(B, T, generator=torch.Generator().manual_seed(3)) < 0.6
+    reward, value = randn(B, length, seed=1).float(), 3 * randn(B, length, seed=2).float()
+    mask = torch.rand(B, length, generator=torch.Generator().manual_seed(3)) < 0.6
     mask[0], mask[4] = True, False
     mask[2, :5], mask[2, -20:] = False, False
-    mask[3] = torch.arange(T) == 17
-    mask[5] = torch.arange(T) == 0
-    mask[6] = torch.arange(T) == T - 1
+    mask[3] = torch.arange(length) == 17
+    mask[5] = torch.arange(length) == 0
+    mask[6] = torch.arange(length) == length - 1
     return reward, value, mask
 
 
@@ -71,11 +71,12 @@ GIVEN = torch.tensor([2.0, -1.0, 9.0, 0.5, 4.0, 3.0, -2.0])
 
 
 def arguments(
-    end: str, masked: bool, per_row: bool, truncated: bool, gamma: float, lam: float
-) -> tuple[Any, ...]:
+    end: str, masked: bool, per_row: bool, truncated: bool, gamma: float, lam: float,
+    length: int = T,
+) -> tuple[Any, ...]:  # fmt: skip
     """What follows reward and value in the operator's schema."""
     return (
-        inputs()[2] if masked else None,
+        inputs(length)[2] if masked else None,
         ROW_LAM if per_row else None,
         ROW_LAM.flip(0) if per_row else None,
         GIVEN if end == "given" else None,
@@ -87,18 +88,20 @@ def arguments(
     )
 
 
+# Rows of 40 tokens start and end with whole quads of the Triton kernel, those of 41 do not.
 CASES = [
-    (end, masked, per_row, truncated, gamma, lam)
+    (end, masked, per_row, truncated, gamma, lam, length)
     for end in ("zero", "last", "given")
     for masked, per_row in ((True, False), (False, True), (True, True))
     for truncated, gamma, lam in ((True, 0.97, 0.9), (False, 1.0, 1.0))
+    for length in (T, 40)
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_equals_the_definition(backend: Backend, case: tuple[Any, ...]) -> None:
-    end, masked, per_row, truncated, gamma, lam = case
-    reward, value, mask = inputs()
+    end, masked, per_row, truncated, gamma, lam, length = case
+    reward, value, mask = inputs(length)
     rest = arguments(*case)
 
     def exact(r: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,14 +138,28 @@ def test_cases_are_hard() -> None:
     assert (ends["zero"] != ends["last"]).any() and (ends["given"] != ends["last"]).any()
 
 
-def test_one_triton_block_of_the_real_size() -> None:
-    """Triton's own block size, a row that takes two of them."""
+@pytest.mark.parametrize(("length", "masked"), [(2052, False), (2051, True)])
+def test_triton_blocks_of_the_real_size(length: int, masked: bool) -> None:
+    """Rows that take two of them, of whole quads or not."""
     triton = make_backend("triton")
-    reward, value = randn(1, 1100, seed=4).float(), randn(1, 1100, seed=5).float()
-    args = (reward, value, None, None, None, None, None, 0.99, 0.95, 1.0, True)
-    got = triton("gae", *(triton.to(x) for x in args))
-    for a, b in zip(got, reference.gae(reward.double(), value.double(), *args[2:]), strict=True):
+    reward, value = randn(1, length, seed=4).float(), randn(1, length, seed=5).float()
+    mask = torch.rand(1, length, generator=torch.Generator().manual_seed(9)) < 0.6
+    rest = (mask if masked else None, None, None, None, None, 0.99, 0.95, 1.0, True)
+    got = triton("gae", *(triton.to(x) for x in (reward, value, *rest)))
+    for a, b in zip(got, reference.gae(reward.double(), value.double(), *rest), strict=True):
         torch.testing.assert_close(a.double().cpu(), b, rtol=1e-4, atol=1e-4)
+
+
+def test_where_rows_are_of_whole_quads() -> None:
+    """Only there does the Triton kernel load 16 bytes at a time."""
+    aligned = pytest.importorskip("reasonkern.shaping.triton_kernels").quads_are_aligned
+    x, mask = torch.zeros(3, 48), torch.zeros(3 * 40 + 1, dtype=torch.bool)
+    quads, shifted = x[:, 4:44], x[:, 3:43]
+    assert aligned(quads, quads, None) and aligned(quads, quads, mask[:-1].view(3, 40))
+    assert not aligned(quads, shifted, None) and not aligned(shifted, quads, None)
+    assert not aligned(quads, quads, mask[1:].view(3, 40))
+    for odd in (torch.zeros(3, 41), torch.zeros(3, 41)[:, :40]):  # rows that end, or start, inside
+        assert not aligned(odd, odd, None)
 
 
 @pytest.mark.parametrize(

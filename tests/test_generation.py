@@ -9,6 +9,7 @@ import pytest
 import torch
 from generation_cases import (
     BATCHES,
+    DEVICES,
     LEAST,
     MODEL,
     NEW,
@@ -17,6 +18,7 @@ from generation_cases import (
     VOCAB,
     T,
     make_model,
+    model_on,
     table_of,
     taught,
     whole_text,
@@ -34,27 +36,30 @@ from reasonkern.generation import chain_proposal, generate, loop
 from reasonkern.generation.cache import SlotCache
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("options", [
     {"temperature": 0.0}, {"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9, "min_p": 0.02},
 ], ids=str)  # fmt: skip
-def test_plain_decoding_samples_from_whole_texts(options):
-    texts, statistics = generate(MODEL, PROMPTS, max_new_tokens=20, seed=5, **options)
+def test_plain_decoding_samples_from_whole_texts(options, device):
+    texts, statistics = generate(model_on(device), PROMPTS, max_new_tokens=20, seed=5, **options)
     for prompt, text, seed in zip(PROMPTS, texts, rk.request_seeds(5, 4), strict=True):
         expected = whole_text(MODEL.model, prompt, 20, seed=seed[None], **options)
         assert text == expected
     assert statistics.mean_accepted == 1 and statistics.passes == 20
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("requests", BATCHES)
 @pytest.mark.parametrize("temperature", [0.0, T])
 @pytest.mark.parametrize("tree", TREES)
-def test_speculation_gives_the_plain_text(requests, temperature, tree):
+def test_speculation_gives_the_plain_text(requests, temperature, tree, device):
     given, each = BATCHES[requests]
     options = {
         "temperature": temperature, "max_new_tokens": NEW, "num_trajectories": each, "seed": 1,
     }  # fmt: skip
     expected = generate(MODEL, given, **options).texts
-    found = generate(MODEL, given, table=taught(requests, temperature), tree=TREES[tree], **options)
+    table = taught(requests, temperature, device)
+    found = generate(model_on(device), given, table=table, tree=TREES[tree], **options)
     assert found.texts == expected
     if tree != "auto":  # which may decide against it
         assert found.statistics.mean_accepted > LEAST
@@ -115,13 +120,14 @@ class Adversary:
         return found
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("requests", BATCHES)
-def test_any_drafter_gives_the_plain_text(requests):
+def test_any_drafter_gives_the_plain_text(requests, device):
     given, each = BATCHES[requests]
     options = {"temperature": 0.8, "max_new_tokens": NEW, "num_trajectories": each, "seed": 3}
     expected = generate(MODEL, given, **options).texts
     drafter = Adversary(expected, [p for p in given for _ in range(each)])
-    found = generate(MODEL, given, drafter=drafter, **options)
+    found = generate(model_on(device), given, drafter=drafter, **options)
     assert found.texts == expected
     assert found.statistics.mean_accepted > LEAST
 
@@ -150,14 +156,16 @@ def test_the_demos_trained_model(tmp_path):
             assert tree == "auto" or found.statistics.mean_accepted > LEAST
 
 
-def test_eos_inside_a_path():
+@pytest.mark.parametrize("device", DEVICES)
+def test_eos_inside_a_path(device):
     """Ids that the plain text has come upon in the middle of accepted drafts."""
     options = {"temperature": T, "max_new_tokens": NEW, "num_trajectories": 4, "seed": 1}
     free = generate(MODEL, PROMPTS, **options).texts
     eos = sorted({text[17] for text in free} | {text[31] for text in free})[:3]
     expected = [_cut(text, eos) for text in free]
     assert len({len(text) for text in expected}) > 4
-    found = generate(MODEL, PROMPTS, table=taught(16), tree=TREES["80"], eos=eos, **options)
+    table = taught(16, device=device)
+    found = generate(model_on(device), PROMPTS, table=table, tree=TREES["80"], eos=eos, **options)
     assert found.texts == expected
     assert found.statistics.mean_accepted > LEAST
     assert sum(map(len, found.texts)) == found.statistics.tokens
@@ -190,10 +198,11 @@ def test_a_stop_inside_a_path_and_what_is_emitted():
     assert found.statistics.mean_accepted > LEAST and max(inside) > 3
 
 
-def test_half_precision_text_is_what_sample_draws_from_the_logits_it_was_given(monkeypatch):
+@pytest.mark.parametrize("device", DEVICES)
+def test_half_precision_text_is_what_sample_draws_from_its_logits(device, monkeypatch):
     """Equality is of the verifier given its logits: in bfloat16 too."""
     for dtype in (torch.float32, torch.bfloat16):
-        model = Decoding(make_model().model.to(dtype))
+        model = Decoding(make_model().model.to(device, dtype))
         rows: dict[tuple[int, int], Tensor] = {}
         right = loop.verify_tree
 
@@ -205,12 +214,12 @@ def test_half_precision_text_is_what_sample_draws_from_the_logits_it_was_given(m
                     keeps[b, int(position[b]) + j] = logits[b, out.path[b, j]]
             return out
 
-        given, table = PROMPTS[:1], taught(1)
+        given, table = PROMPTS[:1], taught(1, device=device)
         monkeypatch.setattr(loop, "verify_tree", keep)
         found = generate(model, given, temperature=T, max_new_tokens=NEW, seed=4,
                          table=table, tree=TREES["default"])  # fmt: skip
         monkeypatch.setattr(loop, "verify_tree", right)
-        seed = rk.request_seeds(4, 1)
+        seed = rk.request_seeds(4, 1, device=device)
         for index, token in enumerate(found.texts[0], start=len(given[0])):
             row = rows[0, index][None]
             assert token == int(rk.sample(row, temperature=T, seed=seed, position=index))

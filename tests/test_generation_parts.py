@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from generation_cases import (
+    DEVICES,
     LEAST,
     MODEL,
     NEW,
@@ -18,6 +20,7 @@ from generation_cases import (
     VOCAB,
     T,
     make_model,
+    model_on,
     table_of,
     taught,
 )
@@ -259,11 +262,12 @@ def test_auto_keeps_the_times_of_its_steps_by_batch_size():
 # ---- statistics and errors
 
 
-def test_statistics_add_up():
-    statistics, table = Statistics(), taught(4)
+@pytest.mark.parametrize("device", DEVICES)
+def test_statistics_add_up(device):
+    statistics, table = Statistics(), taught(4, device=device)
     options = {"temperature": T, "max_new_tokens": NEW, "table": table, "tree": TREES["80"]}
     for seed in range(2):
-        generate(MODEL, PROMPTS, seed=seed, statistics=statistics, **options)
+        generate(model_on(device), PROMPTS, seed=seed, statistics=statistics, **options)
     assert statistics.tokens == 2 * 4 * NEW and statistics.steps < statistics.tokens
     assert set(statistics.sizes) == {80}
     assert statistics.passes <= statistics.steps <= 4 * statistics.passes
@@ -273,6 +277,26 @@ def test_statistics_add_up():
     assert timed == {"prompt", "draft", "forward", "verify", "update"}
     assert statistics.tokens_per_second > 0
     assert f"{statistics.tokens} tokens" in str(statistics) and "order 4" in str(statistics)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("tree", [rk.DraftTree.chain(1), TREES["80"]], ids=["plain", "80"])
+def test_a_step_waits_for_the_gpu_once(tree):
+    model, table, found = model_on("cuda"), taught(4, device="cuda"), []
+    for new in (8, NEW):  # a call's own waits come with both
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                out = generate(model, PROMPTS, temperature=T, max_new_tokens=new, table=table,
+                               tree=tree, eos=(VOCAB,))  # fmt: skip
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits = sum("synchronizing" in str(warning.message) for warning in caught)
+        found.append((waits, out.statistics.passes))
+    (few, short), (many, long) = found
+    assert 0 < many - few <= long - short, found
 
 
 def test_a_model_without_finite_logits():

@@ -174,7 +174,7 @@ def test_saving_moving_and_going_on():
     with pytest.raises(ValueError, match="slot: expected a slot that is free, got 3"):
         loaded.add(3, requests[3][0], [])
     moved = make_state(2).to("meta")
-    assert moved.device.type == "meta" and not moved.kernel_checks
+    assert moved.device.type == "meta" and moved.checked_by_kernel is None
 
 
 def test_bad_states():

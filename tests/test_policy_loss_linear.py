@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
 
 @pytest.fixture(params=["cpu", "cuda", "triton"])
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def device(request: pytest.FixtureRequest, force_backend: Callable[[str], None]) -> str:
     """Where the operands are: on a GPU with the row operators of one backend or the other."""
     backend = request.param
     if backend == "cpu":
@@ -51,7 +52,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         pytest.skip("no GPU")
     if problem := _load.reason(backend):
         pytest.skip(problem)
-    monkeypatch.setattr(_load, "choose_cuda_backend", lambda *_: backend)
+    force_backend(backend)
     return "cuda"
 
 

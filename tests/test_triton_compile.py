@@ -93,6 +93,8 @@ def compile_all():
             made = compile_one(find(name), variant, cc, dtype)
             row = {"kernel": name, "variant": variant, "cc": cc, "dtype": dtype}
             row["layouts"] = reduction_layouts(made.asm["ttgir"])
+            row["wide loads"] = made.asm["ptx"].count("ld.global.v4")
+            row["shared"] = made.metadata.shared
             rows.append(row | resources(made))
     return rows
 
@@ -161,6 +163,14 @@ def test_statistics_and_loss_add_a_row_in_the_same_order(report, variant, cc, dt
     }
     assert len(layouts["stats_kernel"]) == 1
     assert layouts["stats_kernel"] == layouts["loss_kernel"]
+
+
+@pytest.mark.parametrize("cc", [80, 90, 100])
+def test_gae_keeps_its_quads_in_registers(report, cc):
+    """Aligned rows: loads of whole quads, and shared memory for no more than a float per warp."""
+    case = {"kernel": "gae_kernel", "variant": "plain", "cc": cc}
+    (row,) = [row for row in report["compiled"] if case.items() <= row.items()]
+    assert row["wide loads"] >= 4 and row["shared"] <= 1024
 
 
 @pytest.mark.parametrize("softcap", [False, True])

@@ -159,7 +159,9 @@ def forced(backend: str, ops: set[str]) -> Iterator[None]:
     """Overrides the package's choice, which goes by evidence that a benchmark is yet to give."""
     from reasonkern import _load
 
-    def choose(name: str, device: object = None) -> str:
+    def choose(name: str, device: object = None, *, triton_serves: bool = True) -> str:
+        if not triton_serves:
+            raise Skip(f"Triton's {name} does not take these arguments")
         ops.add(name)
         return backend
 

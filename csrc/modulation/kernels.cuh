@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(kCommitThreads, 1) commit_kernel(CommitParams 
       __syncwarp();
     });
   }
-  __syncwarp();  // all have read it
+  __syncthreads();  // all have read what is replaced
   if (threadIdx.x == 0) store_progress(s.record, at);
   __syncthreads();
   if (threadIdx.x < kProgressWidth) record[threadIdx.x] = s.record[threadIdx.x];

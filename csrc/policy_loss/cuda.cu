@@ -67,10 +67,10 @@ struct CudaBackend {
     const LaunchScope scope(device);
     dispatch_element<T, bf16, fp16>(type, [&](auto element) {
       using E = typename decltype(element)::type;
-      const LaunchConfig c =
-          rowwise_config(rows.rows, rows.vocab, sizeof(E), describe(scale_kernel<E>, device));
-      launch(scale_kernel<E>, grid_blocks(rows.rows, c.tiling.slices), c.block, 1, 0, scope.stream,
-             rows, factors, c.tiling);
+      const Device gpu = describe(scale_kernel<E>, device);
+      const LaunchConfig c = rowwise_config(rows.rows, rows.vocab, sizeof(E), gpu);
+      const unsigned all = grid_blocks((rows.rows + kScaleRows - 1) / kScaleRows, c.tiling.slices);
+      launch(scale_kernel<E>, all, c.block, 1, 0, scope.stream, rows, factors, c.tiling);
     });
   }
 
@@ -84,7 +84,8 @@ struct CudaBackend {
   template <class T>
   static void policy_metrics(const MetricsParams<T>& p, int32_t device) {
     const LaunchScope scope(device);
-    launch(metrics_kernel<T>, 1, kMetricsBlock, 1, metrics_shared_bytes(kMetricsBlock),
+    const unsigned cluster = describe(metrics_kernel<T>, device).arch >= 90 ? kMetricsCluster : 1;
+    launch(metrics_kernel<T>, cluster, kMetricsBlock, cluster, metrics_shared_bytes(kMetricsBlock),
            scope.stream, p);
   }
 };

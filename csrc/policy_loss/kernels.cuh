@@ -18,7 +18,7 @@ __device__ __forceinline__ void write_inactive_stats(const StatsOut<A>& out, int
 template <class T>
 __device__ __forceinline__ void write_stats(const StatsOut<acc_t<T>>& out, int64_t row,
                                             const FullMoments<acc_t<T>>& a, acc_t<T> x_y,
-                                            int64_t target, bool valid, const RowScale<T>& scale) {
+                                            bool valid, const RowScale<T>& scale) {
   using A = acc_t<T>;
   const RowStats<A> stats = row_stats(a, x_y, valid, scale);
   const A nan = stats.inv_sum;  // where the row is not finite
@@ -37,7 +37,7 @@ __device__ __forceinline__ void write_stats(const StatsOut<acc_t<T>>& out, int64
   // A row of -inf is told from one with a NaN or +inf: a shard of a vocabulary may be all masked.
   const bool empty = valid && a.m == -kInfinity<A> && !std::isnan(a.s);
   out.row_max[row] = stats.finite || empty ? a.m : nan;
-  out.is_top1[row] = stats.finite && a.argmax == target;
+  out.is_top1[row] = stats.finite && a.rivals == A(0);
 }
 
 template <class T>
@@ -53,16 +53,17 @@ __global__ void __launch_bounds__((sizeof(T) == 8 ? 1 : kStatsGroups) * kGroup, 
     }
     const T* logits = logits_row<T>(p.rows, row);
     const RowScale<T> scale = row_scale<T>(p.scale, row);
-    sweep_moments<Reuse::last>(parts, logits, vocab, tiling, scale);
-    const int64_t y = threadIdx.x == 0 ? p.rows.targets[row] : 0;
+    const int64_t y = p.rows.targets[row];
+    const bool valid = y >= 0 && y < vocab;
+    const Target<T> target{valid ? logits[y] : from_acc<T>(A(0)), int(y)};
+    sweep_moments<Reuse::last>(parts, logits, vocab, tiling, scale, target);
     __syncthreads();
     if (threadIdx.x < 32) {
-      A x_y = threadIdx.x == 0 ? target_logit(logits, y, vocab) : A(0);
       const auto total = merge_row(parts, tiling, scale);
       if (threadIdx.x == 0) {
-        const bool valid = y >= 0 && y < vocab;
+        A x_y = to_acc(target.logit);
         if (scale.softcap.value != A(0)) x_y = soft_capped(x_y, scale.softcap);
-        write_stats(p.out, row, total, x_y, y, valid, scale);
+        write_stats(p.out, row, total, x_y, valid, scale);
       }
     }
     __syncthreads();
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kSweepGroups* kGroup, 1)
       scratch->task = load_task(p, row);
       scratch->x_y = target_logit(logits, scratch->task.target, p.rows.vocab);
     }
-    sweep_moments<Reuse::again>(parts, logits, vocab, tiling, scale);
+    sweep_moments<Reuse::again>(parts, logits, vocab, tiling, scale, Target<T>{});
     __syncthreads();
     if (threadIdx.x < 32) {
       const auto total = merge_row(parts, tiling, scale);
@@ -100,7 +101,7 @@ __global__ void __launch_bounds__(kSweepGroups* kGroup, 1)
     __syncthreads();
     const GradCoefs<A> c = scratch->grad;
     if (grad != nullptr && c.live) {
-      write_gradient<false>(grad, logits, vocab, 0, c, scale, threadIdx.x, blockDim.x);
+      write_gradient<false>(grad, logits, Slice{0, vocab}, c, scale, threadIdx.x, blockDim.x);
     } else if (grad != nullptr) {
       write_zeros(grad, vocab, threadIdx.x, blockDim.x);
     }
@@ -135,36 +136,48 @@ __global__ void __launch_bounds__(kGroup, sizeof(T) == 8 ? 1 : 4)
     const RowScale<T> scale = row_scale<T>(p.scale, row);
     const auto c = saved_coefs(p, row, scale);
     if (c.live) {
-      write_gradient<true>(grad, logits_row<T>(p.rows, row) + slice.begin, slice.n, slice.begin, c,
-                           scale, threadIdx.x, blockDim.x);
+      write_gradient<true>(grad, logits_row<T>(p.rows, row) + slice.begin, slice, c, scale,
+                           threadIdx.x, blockDim.x);
     } else {
       write_zeros(grad, slice.n, threadIdx.x, blockDim.x);
     }
   }
 }
 
-// ---- scale_rows_: a row whose factor is 1 is not touched
+// ---- scale_rows_: a row whose factor is 1 is not touched; as a rule that is every row, so that a
+// block looks at the factors of several rows at once
+
+constexpr int kScaleRows = 8;
 
 template <class T>
 __global__ void __launch_bounds__(kGroup)
     scale_kernel(Rows rows, const acc_t<T>* factors, Tiling tiling) {
+  using A = acc_t<T>;
   constexpr int N = Vec<T>::size;
-  const int64_t blocks = rows.rows * tiling.slices;
+  const int64_t blocks = (rows.rows + kScaleRows - 1) / kScaleRows * tiling.slices;
   for (int64_t i = blockIdx.x; i < blocks; i += gridDim.x) {
-    const int64_t row = i / tiling.slices;
-    const acc_t<T> factor = factors[row];
-    if (factor == acc_t<T>(1)) continue;
     const Slice slice = slice_of(tiling, rows.vocab, int(i % tiling.slices));
-    T* x = grad_row_pointer<T>(rows, row) + slice.begin;
-    const bool aligned = is_aligned(x);
-    for (int at = threadIdx.x * N; at < slice.n; at += blockDim.x * N) {
-      const Vec<T> v =
-          aligned && at + N <= slice.n ? load_global(x + at) : load_elements(x, slice.n, at);
-      acc_t<T> y[N];
-      unpack(v, y);
+    const int64_t first = i / tiling.slices * kScaleRows;
+    bool all_one = true;
 #pragma unroll
-      for (int j = 0; j < N; ++j) y[j] *= factor;
-      store_vector(x, slice.n, aligned, at, pack<T>(y));
+    for (int k = 0; k < kScaleRows; ++k) {
+      all_one &= first + k >= rows.rows || factors[first + k] == A(1);
+    }
+    if (all_one) continue;
+    for (int64_t row = first; row < first + kScaleRows && row < rows.rows; ++row) {
+      const A factor = factors[row];
+      if (factor == A(1)) continue;
+      T* x = grad_row_pointer<T>(rows, row) + slice.begin;
+      const bool aligned = is_aligned(x);
+      for (int at = threadIdx.x * N; at < slice.n; at += blockDim.x * N) {
+        const Vec<T> v =
+            aligned && at + N <= slice.n ? load_global(x + at) : load_elements(x, slice.n, at);
+        A y[N];
+        unpack(v, y);
+#pragma unroll
+        for (int j = 0; j < N; ++j) y[j] *= factor;
+        store_vector(x, slice.n, aligned, at, pack<T>(y));
+      }
     }
   }
 }

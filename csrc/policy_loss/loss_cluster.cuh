@@ -8,7 +8,7 @@
 
 namespace reasonkern {
 
-constexpr int kChunks = 4;  // pieces of a warp's share that are fetched one by one
+constexpr int kChunks = 2;  // pieces of a warp's share that are fetched one by one
 
 // Behind the slice.
 template <class A>
@@ -47,22 +47,19 @@ struct Stage {
     if (from == to) return;
     __syncwarp();
     if (lane == 0) {
-      expect_bytes(fetched + i, unsigned(whole - from) * unsigned(sizeof(T)));
-      if (whole > from) {
-        copy_bulk(shared + from, p + from, unsigned(whole - from) * unsigned(sizeof(T)),
-                  fetched + i);
-      }
+      const unsigned bytes = unsigned(whole - from) * unsigned(sizeof(T));
+      expect_bytes(fetched + i, bytes);
+      if (bytes > 0) copy_bulk(shared + from, p + from, bytes, fetched + i);
     }
-    if (whole == to) return;
-    const int first = whole - (whole - from) % (32 * N);
-    for (int at = first + lane * N; at < to; at += kUnroll * 32 * N) {
-      Vec<T> v[kUnroll];
-      load_vectors<Reuse::last>(v, p, to, false, at, 32 * N);
-#pragma unroll
-      for (int k = 0; k < kUnroll; ++k) {
-        const int position = at + k * 32 * N;
-        if (position >= whole && position < to) store_shared(shared + position, v[k]);
-      }
+    if (whole < to) read_rest(p, whole, to, lane);
+  }
+
+  // By lanes, as they use it.
+  __device__ __forceinline__ void read_rest(const T* p, int from, int to, int lane) const {
+    constexpr int N = Vec<T>::size;
+#pragma unroll 1
+    for (int at = from + (lane - from / N % 32 + 32) % 32 * N; at < to; at += 32 * N) {
+      store_shared(shared + at, load_vector<Reuse::last>(p, to, false, at));
     }
     fence_for_bulk();
   }
@@ -71,44 +68,52 @@ struct Stage {
 // The share's moments, as its chunks come in.
 template <class T>
 __device__ __forceinline__ Moments<acc_t<T>> staged_moments(const Stage<T>& stage, unsigned turn,
-                                                            const RowScale<T>& scale) {
+                                                            const RowScale<T>& scale,
+                                                            bool& floored) {
   int chunk = 0;
   return share_moments<Moments<acc_t<T>>>(
-      stage.share, scale, [&](Vec<T>(&v)[kUnroll], int at, int step) {
+      stage.share, scale, Target<T>{}, floored, [&](Vec<T>(&v)[kUnroll], int at, int step) {
         if (at - int(threadIdx.x % 32) * Vec<T>::size == stage.begin(chunk)) {
           wait_for_turn<Sender::self>(stage.fetched + chunk++, turn);
         }
-#pragma unroll
-        for (int i = 0; i < kUnroll; ++i, at += step) {  // the last vector is padded with -inf
-          v[i] = at < stage.share.n ? load_shared(stage.shared + at) : padding<T>();
-        }
+        const T* end = stage.shared + stage.share.n;  // the last vector is padded with -inf
+        load_whole_vectors(v, stage.shared + at, end + (-stage.share.n & (Vec<T>::size - 1)), step,
+                           load_shared<T>);
       });
 }
 
 // The share's gradient, and behind each chunk the next row's (null: no such row), into the shared
 // memory that was just read: loads go on while gradients are stored.
-template <class T>
+template <bool kFloor, class T>
 __device__ __forceinline__ void write_gradient_fetch_next(T* grad, const Stage<T>& stage,
                                                           const T* next,
                                                           const GradCoefs<acc_t<T>>& c,
                                                           const RowScale<T>& scale) {
   constexpr int N = Vec<T>::size, step = 32 * N;
+  const int lane = threadIdx.x % 32;
   const bool aligned = is_aligned(grad);
   const Floor<T> floor = floor_below<T>(c.m, scale);
+  const auto target = target_element<false>(stage.shared, stage.share, c, scale, lane, 32);
   const auto vector = [&](int at) {
-    return gradient_vector<false>(load_shared(stage.shared + at), stage.share.begin + at, c, floor,
-                                  scale);
+    return gradient_vector<false, kFloor>(load_shared(stage.shared + at), c, floor, scale);
   };
   for (int i = 0; i < kChunks; ++i) {
-    int at = stage.begin(i) + int(threadIdx.x % 32) * N;
+    int at = stage.begin(i) + lane * N;
     const int end = stage.begin(i + 1);
-    if (aligned) {
-#pragma unroll 2
+    if (aligned && (kFloor ? floor.usable : scale.softcap.value == acc_t<T>(0))) {
+      constexpr int U = 3;
+      for (; at + (U - 1) * step + N <= end; at += U * step) {
+#pragma unroll
+        for (int k = 0; k < U; ++k) store_global(grad + at + k * step, vector(at + k * step));
+      }
+#pragma unroll 1
       for (; at + N <= end; at += step) store_global(grad + at, vector(at));
     }
+#pragma unroll 1
     for (; at < end; at += step) store_vector(grad, end, aligned, at, vector(at));
     if (next != nullptr) stage.fetch(next, i);
   }
+  if (target.at >= 0) grad[target.at] = target.gradient;
 }
 
 // Zeros to the gradients of inactive rows from `row` on; returns the first active one.
@@ -174,7 +179,8 @@ __global__ void __launch_bounds__(kGroup, 3)
       s.row.task = task;
       x_y = target_logit(logits - share.begin, task.target, p.rows.vocab);
     }
-    const Moments<A> part = staged_moments(stage, turn, scale);
+    bool floored;
+    const Moments<A> part = staged_moments(stage, turn, scale, floored);
     if (threadIdx.x % 32 == 0) s.warps[warp] = part;
     __syncthreads();
     if (warp == 0) {
@@ -189,8 +195,10 @@ __global__ void __launch_bounds__(kGroup, 3)
     row = next_weight != A(0) ? next : skip_inactive<T>(p, next, slice);
     logits = share_of_row(row);
     if (threadIdx.x == 0 && logits != nullptr) task = load_task(p, row);
-    if (c.live) {
-      write_gradient_fetch_next(grad, stage, logits, c, scale);
+    if (c.live && !floored && std::fabs(c.slope) < A(1)) {
+      write_gradient_fetch_next<false>(grad, stage, logits, c, scale);
+    } else if (c.live) {
+      write_gradient_fetch_next<true>(grad, stage, logits, c, scale);
     } else {
       write_zeros(grad, share.n, threadIdx.x % 32, 32);
       for (int i = 0; i < kChunks && logits != nullptr; ++i) stage.fetch(logits, i);

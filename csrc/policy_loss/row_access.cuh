@@ -94,13 +94,28 @@ __device__ __forceinline__ Vec<T> load_vector(const T* p, int n, bool aligned, i
   return aligned ? load_global<reuse>(p + position) : load_words(p + position);
 }
 
+// Vectors at p, p + step, ...: those before `end`, and padding; none lies across it.
+template <class T, int U, class Load>
+__device__ __forceinline__ void load_whole_vectors(Vec<T> (&v)[U], const T* p, const T* end,
+                                                   int step, Load load) {
+  if (p + (U - 1) * step < end) {
+#pragma unroll
+    for (int i = 0; i < U; ++i) v[i] = load(p + i * step);
+  } else {
+#pragma unroll
+    for (int i = 0; i < U; ++i) {
+      v[i] = padding<T>();
+      if (p + i * step < end) v[i] = load(p + i * step);
+    }
+  }
+}
+
 // All loads are issued before the first is looked at.
 template <Reuse reuse, class T, int U>
 __device__ __forceinline__ void load_vectors(Vec<T> (&v)[U], const T* p, int n, bool aligned,
                                              int position, int step) {
-  if (aligned && position + (U - 1) * step + Vec<T>::size <= n) {
-#pragma unroll
-    for (int i = 0; i < U; ++i) v[i] = load_global<reuse>(p + position + i * step);
+  if (aligned && n % Vec<T>::size == 0) {
+    load_whole_vectors(v, p + position, p + n, step, load_global<reuse, T>);
   } else {
 #pragma unroll
     for (int i = 0; i < U; ++i) v[i] = load_vector<reuse>(p, n, aligned, position + i * step);

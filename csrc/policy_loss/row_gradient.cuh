@@ -44,47 +44,47 @@ __device__ __forceinline__ GradCoefs<A> zero_row() {
   return {A(0), A(0), A(0), A(0), A(0), A(0), A(0), A(0), -1, false};
 }
 
-// Vector v holds row elements [position, position + N). kCurve: whether `curve` can be nonzero.
 template <bool kCurve, class T>
-__device__ __forceinline__ Vec<T> gradient_vector(const Vec<T>& v, int position,
-                                                  const GradCoefs<acc_t<T>>& c,
+__device__ __forceinline__ acc_t<T> gradient_at(acc_t<T> t, const GradCoefs<acc_t<T>>& c,
+                                                const RowScale<T>& scale, acc_t<T> addend) {
+  using A = acc_t<T>;
+  A p = exponential<false>(t, scale);
+  if constexpr (sizeof(T) > 2) p *= c.inv_sum;
+  A factor = std::fma(c.slope, t, c.base);
+  if constexpr (kCurve) factor = std::fma(c.curve, p, factor);
+  const A g = std::fma(p, factor, addend);
+  return sizeof(T) > 2 ? c.scale * g : g;
+}
+
+// Of one logit, however it is scaled.
+template <bool kCurve, class T>
+__device__ __forceinline__ T gradient_of(T logit, const GradCoefs<acc_t<T>>& c,
+                                         const RowScale<T>& scale, acc_t<T> addend) {
+  using A = acc_t<T>;
+  A x = to_acc(logit), jacobian = A(1);
+  if (scale.softcap.value != A(0)) {
+    const A tanh_x = soft_tanh(x, scale.softcap);
+    jacobian = std::fma(-tanh_x, tanh_x, A(1));
+    x = soft_capped(x, scale.softcap);
+  }
+  const A t = floored_offset(x, c.origin, scale);
+  return from_acc<T>(gradient_at<kCurve>(t, c, scale, addend) * jacobian);
+}
+
+// Of a vector without the target. kCurve: whether `curve` can be nonzero. kFloor: whether offsets
+// may be so low that a coefficient times them is infinite, unless they are kept above the floor.
+template <bool kCurve, bool kFloor, class T>
+__device__ __forceinline__ Vec<T> gradient_vector(const Vec<T>& v, const GradCoefs<acc_t<T>>& c,
                                                   const Floor<T>& floor, const RowScale<T>& scale) {
   using A = acc_t<T>;
   constexpr int N = Vec<T>::size;
+  if (kFloor ? !floor.usable : scale.softcap.value != A(0)) {
+    return make_vec<T>([&](int j) { return gradient_of<kCurve>(get_lane(v, j), c, scale, A(0)); });
+  }
   A t[N], g[N];
-  if (floor.usable) {
-    lane_offsets(t, v, c.origin, floor, scale);
-  } else {
-    unpack(v, t);
-    if (scale.softcap.value != A(0)) soft_cap(t, scale.softcap);
+  lane_offsets<kFloor>(t, v, c.origin, floor, scale);
 #pragma unroll
-    for (int j = 0; j < N; ++j) t[j] = floored_offset(t[j], c.origin, scale);
-  }
-  const auto element = [&](int j, A addend) {
-    A p = exponential<false>(t[j], scale);
-    if constexpr (sizeof(T) > 2) p *= c.inv_sum;
-    A factor = std::fma(c.slope, t[j], c.base);
-    if constexpr (kCurve) factor = std::fma(c.curve, p, factor);
-    const A g = std::fma(p, factor, addend);
-    return sizeof(T) > 2 ? c.scale * g : g;
-  };
-#pragma unroll
-  for (int j = 0; j < N; ++j) g[j] = element(j, A(0));
-  const unsigned lane = unsigned(c.target - position);
-  if (lane < unsigned(N)) {  // one vector of the row
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      if (lane == unsigned(j)) g[j] = element(j, c.at_target);
-    }
-  }
-  if (scale.softcap.value != A(0)) {
-    unpack(v, t);
-#pragma unroll
-    for (int j = 0; j < N; ++j) {
-      const A tanh_x = soft_tanh(t[j], scale.softcap);
-      g[j] *= std::fma(-tanh_x, tanh_x, A(1));
-    }
-  }
+  for (int j = 0; j < N; ++j) g[j] = gradient_at<kCurve>(t[j], c, scale, A(0));
   return pack<T>(g);
 }
 
@@ -96,28 +96,51 @@ __device__ __forceinline__ void write_zeros(T* p, int n, int thread, int threads
   for (int at = thread * N; at < n; at += threads * N) store_vector(p, n, aligned, at, zero);
 }
 
-// Reads p[0, n) from global memory and writes its gradient to grad[0, n), which may be p itself:
-// every vector is read and written by one thread. `begin` is the slice's position in the row.
+// The target's gradient, which its vector's owner writes last, over what it wrote there as to any
+// other element; read first, for the gradient may be written over the logits.
+template <class T>
+struct TargetElement {
+  int at;  // in the slice, -1: another thread's
+  T gradient;
+};
 template <bool kCurve, class T>
-__device__ __forceinline__ void write_gradient(T* grad, const T* p, int n, int begin,
+__device__ __forceinline__ TargetElement<T> target_element(const T* p, Slice slice,
+                                                           const GradCoefs<acc_t<T>>& c,
+                                                           const RowScale<T>& scale, int thread,
+                                                           int threads) {
+  const int at = c.target - slice.begin;
+  if (unsigned(at) >= unsigned(slice.n) || at / Vec<T>::size % threads != thread) return {-1, T{}};
+  return {at, gradient_of<kCurve>(p[at], c, scale, c.at_target)};
+}
+
+// Reads p[0, n) from global memory and writes its gradient to grad[0, n), which may be p itself:
+// every vector is read and written by one thread.
+template <bool kCurve, class T>
+__device__ __forceinline__ void write_gradient(T* grad, const T* p, Slice slice,
                                                const GradCoefs<acc_t<T>>& c,
                                                const RowScale<T>& scale, int thread, int threads) {
   constexpr int N = Vec<T>::size, U = 2;
+  const int n = slice.n, step = threads * N;
   const bool aligned = is_aligned(p), grad_aligned = is_aligned(grad);
   const Floor<T> floor = floor_below<T>(c.m, scale);
-  const int step = threads * N;
-  for (int at = thread * N; at < n; at += U * step) {
-    Vec<T> v[U];
-    load_vectors<Reuse::last>(v, p, n, aligned, at, step);
+  const auto target = target_element<kCurve>(p, slice, c, scale, thread, threads);
+  int at = thread * N;
+  if (aligned && grad_aligned && floor.usable) {
+    for (; at + (U - 1) * step + N <= n; at += U * step) {
+      Vec<T> v[U];
 #pragma unroll
-    for (int i = 0; i < U; ++i) {
-      const int position = at + i * step;
-      if (position < n) {
-        store_vector(grad, n, grad_aligned, position,
-                     gradient_vector<kCurve>(v[i], begin + position, c, floor, scale));
+      for (int i = 0; i < U; ++i) v[i] = load_global(p + at + i * step);
+#pragma unroll
+      for (int i = 0; i < U; ++i) {
+        store_global(grad + at + i * step, gradient_vector<kCurve, true>(v[i], c, floor, scale));
       }
     }
   }
+  for (; at < n; at += step) {
+    const Vec<T> v = load_vector<Reuse::last>(p, n, aligned, at);
+    store_vector(grad, n, grad_aligned, at, gradient_vector<kCurve, true>(v, c, floor, scale));
+  }
+  if (target.at >= 0) grad[target.at] = target.gradient;
 }
 
 }  // namespace reasonkern

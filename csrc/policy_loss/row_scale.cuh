@@ -77,46 +77,39 @@ __device__ __forceinline__ Settle<T, A> settle(acc_t<T> m, const RowScale<T>& sc
   }
 }
 
-// A floor for 16-bit logits before they are unpacked, two at a time: so far below m that exp is 0
-// (by 170 T at least after rounding, hence the share of |m|), and finite. `usable` is false where
-// the type has no such number, and with a soft-cap, which comes after unpacking; then
+// A logit so far below m that exp is 0 (by 170 T at least after rounding, hence the share of |m|);
+// 16-bit logits are kept above it before they are unpacked, two at a time. `usable` is false where
+// the type has no such finite number, and with a soft-cap, which comes after unpacking; then
 // `floored_offset` does it one by one.
 template <class T>
 struct Floor {
-  std::uint32_t pair;
+  T value;
   bool usable;
 };
 template <class T>
 __device__ __forceinline__ Floor<T> floor_below(acc_t<T> m, const RowScale<T>& scale) {
-  Floor<T> f;
-  if constexpr (sizeof(T) == 2) {
-    const float lowest = std::is_same<T, bf16>::value ? -0x1.fep127f : -65504.0f;
-    const float lowest_offset = scale.floor * scale.temperature.value;
-    const float below = m + std::fmin(lowest_offset, std::fabs(m) * -0x1p-6f);
-    f.usable = scale.softcap.value == 0.0f && below > lowest;
-    f.pair = pair_of(from_acc<T>(below));
-  } else {
-    f.usable = scale.softcap.value == acc_t<T>(0);
-  }
-  return f;
+  using A = acc_t<T>;
+  const A lowest_offset = sizeof(T) == 2 ? scale.floor * scale.temperature.value : scale.floor;
+  const A below = m + std::fmin(lowest_offset, std::fabs(m) * A(-0x1p-6));
+  const float lowest = std::is_same<T, bf16>::value ? -0x1.fep127f : -65504.0f;
+  return {from_acc<T>(below),
+          scale.softcap.value == A(0) && (sizeof(T) > 2 || below > A(lowest))};
 }
 
-// The offsets of a vector's lanes, with the floor's help.
-template <class T>
-__device__ __forceinline__ void lane_offsets(acc_t<T> (&t)[Vec<T>::size], const Vec<T>& v,
+// The offsets of a vector's lanes, not below a floor or as they come.
+template <bool kFloor, class T>
+__device__ __forceinline__ void lane_offsets(acc_t<T> (&t)[Vec<T>::size], Vec<T> v,
                                              acc_t<T> origin, const Floor<T>& floor,
                                              const RowScale<T>& scale) {
-  if constexpr (sizeof(T) == 2) {
-    Vec<T> floored;
+  if constexpr (kFloor && sizeof(T) == 2) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) floored.word[i] = max_pair<T>(v.word[i], floor.pair);
-    unpack(floored, t);
+    for (std::uint32_t& pair : v.word) pair = max_pair<T>(pair, pair_of(floor.value));
+  }
+  unpack(v, t);
 #pragma unroll
-    for (int j = 0; j < Vec<T>::size; ++j) t[j] = offset(t[j], origin, scale);
-  } else {
-    unpack(v, t);
-#pragma unroll
-    for (int j = 0; j < Vec<T>::size; ++j) t[j] = floored_offset(t[j], origin, scale);
+  for (int j = 0; j < Vec<T>::size; ++j) {
+    t[j] = kFloor && sizeof(T) > 2 ? floored_offset(t[j], origin, scale)
+                                   : offset(t[j], origin, scale);
   }
 }
 

@@ -3,7 +3,7 @@
 //
 // Bit rule. A row is cut into slices and a slice into one contiguous share a warp (Tiling); lane l
 // takes vectors l, l + 32, ... of the share, kUnroll at a time, whatever the row's address. A warp
-// moves its maximum together; the warps of a slice merge, then the slices of the row. The order,
+// moves its origin together; the warps of a slice merge, then the slices of the row. The order,
 // hence every bit of the moments, depends on V and the element type only and is shared by all
 // kernels; fma and mul_rn leave the compiler no contraction to choose. A misaligned row is read
 // element by element in the same order: slower, equal bits.
@@ -27,11 +27,9 @@ struct Moments {
 
 template <class A>
 struct FullMoments : Moments<A> {
-  A q, w;      // sum e^2 over the others, sum e t^2
-  int argmax;  // the smallest index of the maximum
+  A q, w;    // sum e^2 over the others, sum e t^2
+  A rivals;  // not 0: an element is larger than the target, or as large and before it
 };
-
-constexpr int kNoIndex = std::numeric_limits<int>::max();
 
 template <class A>
 __device__ __forceinline__ void clear(Moments<A>& a) {
@@ -41,8 +39,7 @@ __device__ __forceinline__ void clear(Moments<A>& a) {
 template <class A>
 __device__ __forceinline__ void clear(FullMoments<A>& a) {
   clear(static_cast<Moments<A>&>(a));
-  a.q = a.w = A(0);
-  a.argmax = kNoIndex;
+  a.q = a.w = a.rivals = A(0);
 }
 
 template <class A>
@@ -55,16 +52,6 @@ __device__ __forceinline__ void add(FullMoments<A>& a, A e, A t) {
   add(static_cast<Moments<A>&>(a), e, t);
   a.q = std::fma(e, e, a.q);
   a.w = std::fma(mul_rn(e, t), t, a.w);
-}
-
-template <class A>
-__device__ __forceinline__ void count_top(Moments<A>& a, int) {
-  a.n += A(1);
-}
-template <class A>
-__device__ __forceinline__ void count_top(FullMoments<A>& a, int index) {
-  a.n += A(1);
-  if (index < a.argmax) a.argmax = index;
 }
 
 // The origin rises by -d: alpha is the exponential of d. The elements at the maximum become as the
@@ -81,7 +68,6 @@ __device__ __forceinline__ void rescale(FullMoments<A>& a, A d, A alpha, A e, A 
   const A n = mul_rn(a.n, e), u = std::fma(n, top, a.u);
   a.w = mul_rn(alpha, std::fma(d, std::fma(d, a.s + n, A(2) * u), std::fma(n * top, top, a.w)));
   a.q = mul_rn(mul_rn(alpha, alpha), std::fma(n, e, a.q));
-  a.argmax = kNoIndex;
   rescale(static_cast<Moments<A>&>(a), d, alpha, e, top);
 }
 
@@ -110,7 +96,7 @@ __device__ __forceinline__ void join(FullMoments<A>& a, const FullMoments<A>& b)
   join(static_cast<Moments<A>&>(a), static_cast<const Moments<A>&>(b));
   a.q += b.q;
   a.w += b.w;
-  if (b.argmax < a.argmax) a.argmax = b.argmax;
+  a.rivals += b.rivals;
 }
 
 template <class A>
@@ -141,67 +127,90 @@ __device__ __forceinline__ M merge_lanes(M a, const RowScale<T>& scale, int widt
   return join_lanes(a, width);
 }
 
-// A warp's moments on the way, with what follows from their maximum.
+// The row's target, whose rivals FullMoments looks for.
+template <class T>
+struct Target {
+  T logit;
+  int index;
+};
+
+// A warp's moments on the way, with what follows from their maximum. It need not be that of all
+// elements so far: one above it has an exponential above 1, which does no harm up to `limit`, and
+// beyond that the maximum rises. Only at the end it rises to `top`.
 template <class M, class T>
 struct Running {
   M sums;
-  acc_t<T> origin;
+  acc_t<T> origin, limit;
   Floor<T> floor;
+  Top<T> top;  // of the lane
+  bool floored;  // whether offsets are kept above the floor
 };
 template <class M, class T>
 __device__ __forceinline__ void raise_running(Running<M, T>& r, acc_t<T> m,
                                               const RowScale<T>& scale) {
   raise_max(r.sums, m, scale);
   r.origin = origin(m, scale);
+  r.limit = std::fma(acc_t<T>(2), scale.residual, m);  // an exponential of 4
   r.floor = floor_below<T>(m, scale);
 }
 
-// The first `live` vectors of a tile, whose elements all lie below the maximum.
-template <bool kUnit, class M, class T>
+template <class M, class T>
+__device__ __forceinline__ bool is_plain(const Running<M, T>& r, const RowScale<T>& scale) {
+  return r.floored ? r.floor.usable : scale.softcap.value == acc_t<T>(0);
+}
+
+// The first `live` vectors of the lane's tile; what pads the others is not to be added.
+template <bool kUnit, bool kFloor, class M, class T>
 __device__ __forceinline__ void absorb_below(Running<M, T>& r, const Vec<T> (&v)[kUnroll], int live,
                                              const RowScale<T>& scale) {
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    if (i >= live) break;
+  const auto add_vector = [&](const Vec<T>& x) {
     acc_t<T> t[Vec<T>::size];
-    lane_offsets(t, v[i], r.origin, r.floor, scale);
+    lane_offsets<kFloor>(t, x, r.origin, r.floor, scale);
 #pragma unroll
     for (int j = 0; j < Vec<T>::size; ++j) add(r.sums, exponential<kUnit>(t[j], scale), t[j]);
+  };
+  if (sizeof(T) < 8 && !kFloor && live >= kUnroll) {  // as a rule: no tests
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) add_vector(v[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+      if (i < live) add_vector(v[i]);
+    }
   }
 }
 
-// Counts the elements at the maximum and leaves -inf in their place.
+// Counts the elements at the maximum and leaves `low` in their place.
 template <class T, class M>
-__device__ __forceinline__ void take_out_top(M& a, Vec<T>& v, int index) {
-  const T top = from_acc<T>(a.m), low = from_acc<T>(-kInfinity<acc_t<T>>);
+__device__ __forceinline__ void take_out_top(M& a, Vec<T>& v, T low) {
+  const T top = from_acc<T>(a.m);
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i, index += 2) {
+    for (int i = 0; i < 4; ++i) {
       const std::uint32_t mask = equal_pair<T>(v.word[i], pair_of(top));
       if (mask == 0) continue;
-      if (mask & 0xffffu) count_top(a, index);
-      if (mask >> 16) count_top(a, index + 1);
+      a.n += (mask & 0xffffu ? 1.0f : 0.0f) + (mask >> 16 ? 1.0f : 0.0f);
       v.word[i] = (v.word[i] & ~mask) | (pair_of(low) & mask);
     }
   } else {
     v = make_vec<T>([&](int j) {
       const T x = get_lane(v, j);
       if (x != top) return x;
-      count_top(a, index + j);
+      a.n += acc_t<T>(1);
       return low;
     });
   }
 }
 
-// Tiles that are soft-capped, or for which no floor is usable. Not unrolled, vectors move up
+// Tiles that are soft-capped, or need a floor where none is usable. Not unrolled, vectors move up
 // instead: it must cost the others no registers.
 template <class M, class T>
 __device__ __forceinline__ void absorb_any(Running<M, T>& r, Vec<T> (&v)[kUnroll],
-                                           const RowScale<T>& scale, int index, int step) {
+                                           const RowScale<T>& scale) {
   using A = acc_t<T>;
   constexpr int N = Vec<T>::size;
 #pragma unroll 1
-  for (int i = 0; i < kUnroll; ++i, index += step) {
+  for (int i = 0; i < kUnroll; ++i) {
     A x[N];
     unpack(v[0], x);
     if (scale.softcap.value != A(0)) soft_cap(x, scale.softcap);
@@ -209,7 +218,7 @@ __device__ __forceinline__ void absorb_any(Running<M, T>& r, Vec<T> (&v)[kUnroll
     for (int j = 0; j < N; ++j) {
       if (x[j] == r.sums.m) {
         x[j] = -kInfinity<A>;
-        count_top(r.sums, index + j);
+        r.sums.n += A(1);
       }
       const A t = floored_offset(x[j], r.origin, scale);
       add(r.sums, exponential<false>(t, scale), t);
@@ -219,85 +228,132 @@ __device__ __forceinline__ void absorb_any(Running<M, T>& r, Vec<T> (&v)[kUnroll
   }
 }
 
-// Raises the warp's maximum to the tile's and takes out the elements at it, so that the others lie
-// below; false: the tile was dealt with here.
+// Raises the warp's maximum to the tile's where that is beyond the limit and takes out the elements
+// at it; false: the tile was dealt with here.
 template <class M, class T>
 __device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll],
                                           const Top<T> (&tops)[kUnroll], acc_t<T> highest,
-                                          const RowScale<T>& scale, int index, int step) {
+                                          const RowScale<T>& scale) {
   using A = acc_t<T>;
   if (scale.softcap.value != A(0)) highest = soft_capped(highest, scale.softcap);
   const A warp_highest = warp_max(highest);
-  if (warp_highest > r.sums.m) raise_running(r, warp_highest, scale);
+  const bool raised = warp_highest > r.limit;
+  if (raised) raise_running(r, warp_highest, scale);
   if (!(r.sums.m > -kInfinity<A>)) {
     if (highest != highest) r.sums.s = highest;  // no sum moves, but warp_max passed over the NaN
+    if (!r.floored) r.sums.u = std::numeric_limits<A>::quiet_NaN();
     return false;
   }
-  if (!r.floor.usable) {
-    absorb_any(r, v, scale, index, step);
+  if (!is_plain(r, scale)) {
+    absorb_any(r, v, scale);
     return false;
   }
+  if (!raised) return true;
   const T top = from_acc<T>(r.sums.m);
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     // Where a NaN hides a maximum beside it the sums become NaN anyway.
-    if (top_is<T>(tops[i], top)) take_out_top(r.sums, v[i], index + i * step);
+    if (top_is<T>(tops[i], top)) take_out_top(r.sums, v[i], r.floor.value);
   }
   return true;
 }
 
+template <class T>
+__device__ __forceinline__ void note_rivals(Moments<acc_t<T>>&, const Vec<T> (&)[kUnroll], acc_t<T>,
+                                            const Target<T>&, int, int) {}
+template <class T>
+__device__ __forceinline__ void note_rivals(FullMoments<acc_t<T>>& a, const Vec<T> (&v)[kUnroll],
+                                            acc_t<T> highest, const Target<T>& target, int index,
+                                            int step) {
+  using A = acc_t<T>;
+  const A logit = to_acc(target.logit);
+  if (!(highest >= logit) || a.rivals != A(0)) return;
+  bool rival = highest > logit;
+  if (!rival && index < target.index) {
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i) {
+#pragma unroll
+      for (int j = 0; j < Vec<T>::size; ++j) {
+        rival |= to_acc(get_lane(v[i], j)) == logit && index + i * step + j < target.index;
+      }
+    }
+  }
+  if (rival) a.rivals = A(1);
+}
+
 // Adds kUnroll vectors per lane, which it may use up, the first `live` of which are not all
 // padding; vector i starts at row position index + i * step. Called by whole warps, whose lanes
-// share the maximum and `live`.
+// share the maximum.
 template <class M, class T>
 __device__ __forceinline__ void absorb(Running<M, T>& r, Vec<T> (&v)[kUnroll], int live,
-                                       const RowScale<T>& scale, int index, int step) {
+                                       const RowScale<T>& scale, const Target<T>& target, int index,
+                                       int step) {
   Top<T> tops[kUnroll], top;
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     tops[i] = top_of(v[i]);
     top = i == 0 ? tops[0] : higher<T>(top, tops[i]);
   }
+  r.top = higher<T>(r.top, top);
   const acc_t<T> highest = top_value<T>(top);  // NaN if any element is
-  if (!all_lanes(highest < r.sums.m && r.floor.usable) &&
-      !lay_below(r, v, tops, highest, scale, index, step)) {
+  note_rivals<T>(r.sums, v, highest, target, index, step);
+  if (!all_lanes(highest < r.limit && is_plain(r, scale)) &&
+      !lay_below(r, v, tops, highest, scale)) {
     return;
   }
-  if (sizeof(T) == 2 || scale.temperature.value == acc_t<T>(1)) {
-    absorb_below<true>(r, v, live, scale);
+  if (r.floored) {
+    absorb_below<false, true>(r, v, live, scale);
+  } else if (sizeof(T) == 2 || scale.temperature.value == acc_t<T>(1)) {
+    absorb_below<true, false>(r, v, live, scale);
   } else {
-    absorb_below<false>(r, v, live, scale);
+    absorb_below<false, false>(r, v, live, scale);
   }
 }
 
 // The moments of the calling warp's share of a slice in every lane. load(v, at, step) fills v with
-// the vectors at positions at, at + step, ... of the share.
+// the vectors at positions at, at + step, ... of the share. Offsets are taken without a floor
+// first; where that makes a NaN, of 0 * -inf, the share is read again. `floored` says so.
 template <class M, class T, class Load>
-__device__ __forceinline__ M share_moments(Slice share, const RowScale<T>& scale, Load load) {
+__device__ __forceinline__ M share_moments(Slice share, const RowScale<T>& scale,
+                                           const Target<T>& target, bool& floored, Load load) {
   constexpr int N = Vec<T>::size, step = 32 * N;
   const int lane = threadIdx.x % 32;
   Running<M, T> r;
-  clear(r.sums);
-  r.origin = r.sums.m;
-  r.floor = floor_below<T>(r.sums.m, scale);
-  for (int at = 0; at < share.n; at += kUnroll * step) {
-    Vec<T> v[kUnroll];
-    load(v, at + lane * N, step);
-    absorb(r, v, (share.n - at + step - 1) / step, scale, share.begin + at + lane * N, step);
+#pragma unroll 1
+  for (r.floored = false;; r.floored = true) {
+    clear(r.sums);
+    raise_running(r, r.sums.m, scale);
+    r.top = top_of(padding<T>());
+#pragma unroll 1
+    for (int at = 0; at < share.n; at += kUnroll * step) {
+      Vec<T> v[kUnroll];
+      load(v, at + lane * N, step);
+      absorb(r, v, (share.n - at - lane * N + step - 1) / step, scale, target,
+             share.begin + at + lane * N, step);
+    }
+    if (r.floored || all_lanes(r.sums.u == r.sums.u)) break;
   }
+  floored = r.floored;
+  __syncwarp();  // or each shuffle asks who is there
+  acc_t<T> top = top_value<T>(r.top);
+  if (scale.softcap.value != acc_t<T>(0)) top = soft_capped(top, scale.softcap);
+  top = warp_max(top);
+  if (top > r.sums.m) raise_max(r.sums, top, scale);
   return join_lanes(r.sums);
 }
 
 // Warp partials of the slices of a row, one block; groups of threads take the slices in turn.
 template <Reuse reuse, class M, class T>
 __device__ __forceinline__ void sweep_moments(M* parts, const T* row, int64_t vocab,
-                                              const Tiling& tiling, const RowScale<T>& scale) {
+                                              const Tiling& tiling, const RowScale<T>& scale,
+                                              const Target<T>& target) {
   const int warps = tiling.group / 32, groups = blockDim.x / tiling.group;
   const int group = threadIdx.x / tiling.group, warp = threadIdx.x / 32 % warps;
   const bool aligned = is_aligned(row);
   for (int k = group; k < tiling.slices; k += groups) {
     const Slice share = share_of(slice_of(tiling, vocab, k), tiling, warp);
-    const M a = share_moments<M>(share, scale, [&](Vec<T>(&v)[kUnroll], int at, int step) {
+    bool floored;
+    const M a = share_moments<M>(share, scale, target, floored, [&](Vec<T>(&v)[kUnroll], int at, int step) {
       load_vectors<reuse>(v, row + share.begin, share.n, aligned, at, step);
     });
     if (threadIdx.x % 32 == 0) parts[k * warps + warp] = a;

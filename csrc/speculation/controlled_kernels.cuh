@@ -51,22 +51,21 @@ class Epilogue {
         top_(top),
         bound_(is_asked_ ? bound_of(tops.allowed) : 0.0f) {}
 
-  __device__ void raw(int, const float (&x)[4]) {
-    if (is_asked_) add(sums_.raw, x, top_.raw);
+  __device__ float floor() const { return -kInf; }
+
+  template <class Row, class Group>
+  __device__ void raw(const Row&, const Group& group, float) {
+    if (!is_asked_) return;
+    group.each([&](int, const float (&x)[4], int) { add(sums_.raw, x, top_.raw); });
   }
 
-  __device__ void allowed(int v, const float (&x)[4]) {
+  template <class Row, class Group>
+  __device__ void allowed(const Row& row, const Group& group) {
     if (!is_asked_) return;
-    add(sums_.law, x, top_.value);
-    add_candidates(shared_, bound_, v, x);
-    if (temperature_ == 0) return;
-    float d[4];
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      const float value = noise::divide(x[k], temperature_);
-      d[k] = cut_.keeps(value, v + k) ? noise::add(value, -kept_top_) : -kInf;
-    }
-    sums_.kept.add(d);
+    group.each([&](int v, float (&x)[4], int) {
+      row.apply_mask(v, x);
+      allowed(v, x);
+    });
   }
 
   __device__ void kept(float temperature, float top, Cut cut) {
@@ -84,10 +83,9 @@ class Epilogue {
       return -kInf;
     }
     if (!is_swept_) {
-      row.template each<2>([&](int v, float (&x)[4]) {
-        raw(v, x);
-        row.apply_mask(v, x);
-        allowed(v, x);
+      row.each_group([&](const auto& group) {
+        raw(row, group, 0);
+        allowed(row, group);
       });
     }
     rank_candidates<true>(team, row, kConfidenceTokens);
@@ -109,6 +107,19 @@ class Epilogue {
   }
 
  private:
+  __device__ void allowed(int v, const float (&x)[4]) {
+    add(sums_.law, x, top_.value);
+    add_candidates(shared_, bound_, v, x);
+    if (temperature_ == 0) return;
+    float d[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      const float value = noise::divide(x[k], temperature_);
+      d[k] = cut_.keeps(value, v + k) ? noise::add(value, -kept_top_) : -kInf;
+    }
+    sums_.kept.add(d);
+  }
+
   __device__ float bound_of(float thread_top) {
     __syncthreads();  // the candidates before are ranked, `group_top` is read
     start_candidates(shared_, thread_top);
@@ -234,9 +245,9 @@ class ControlledVisit {
     __syncthreads();  // the statistics before are read
     start_candidates(shared_, thread_top);
     __syncthreads();
-    RawStatistics raw(team, top.raw, p_.topk);
+    RawStatistics raw(team, top.raw, p_.topk, row.vocab);
     raw.finish(team, row);
-    return join(team, top, {-kInf, -1}, raw.sum(), raw.top());
+    return join(team, top, {-kInf, -1}, raw.sum());
   }
 
   __device__ void clear(int64_t b) {

@@ -49,6 +49,7 @@ struct TeamShared {
   int64_t accepted;  // child that passed the coins, or -1
   bool patched;
   float group_top[kGroups];
+  unsigned best;  // key of a value that the draw's best one is not below
   int count;
   float value[kCandidates];  // candidates of the top-k statistics
   int id[kCandidates];
@@ -60,16 +61,13 @@ constexpr unsigned stage_offset() {
   return unsigned(sizeof(Shared) + 15) / 16 * 16;
 }
 
-// op over the values of lanes 0 ... n - 1, which the lanes above repeat; n is a power of two up to
-// 8. Every lane gets the same bits, as from warp_reduce.
+// op over the values of lanes 0 ... n - 1, which the lanes above repeat; n is a power of two. Ops
+// commute to the bit, hence every lane gets the same ones.
 template <class T, class Op>
 __device__ __forceinline__ T reduce_lanes(T value, unsigned n, Op op) {
-  const unsigned lane = threadIdx.x % 32;
 #pragma unroll 1
   for (unsigned offset = 1; offset < n; offset *= 2) {
-    const T other = shuffle_xor(value, int(offset));
-    const bool upper = (lane & offset) != 0;
-    value = op(upper ? other : value, upper ? value : other);
+    value = op(value, shuffle_xor(value, int(offset)));
   }
   return value;
 }
@@ -133,7 +131,7 @@ class Team {
   __device__ T reduce_block(T value, Op op) {
     static_assert(sizeof(T) <= kPartBytes, "TeamShared::parts");
     auto* parts = shared_->parts[block_turn_++ % 2];
-    value = warp_reduce(value, op);
+    value = reduce_lanes(value, 32, op);
     if (threadIdx.x % 32 == 0) std::memcpy(aligned(parts[threadIdx.x / 32]), &value, sizeof(T));
     __syncthreads();
     const unsigned warps = blockDim.x / 32;
@@ -259,6 +257,15 @@ class Team {
   int guess_ = -1;                   // node of the copy in the other slot
   bool met_ = false;
 };
+
+// Integers in the order of floats; 0 is below them all.
+__device__ __forceinline__ unsigned key_of(float value) {
+  const unsigned bits = noise::word_of(value);
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float value_of(unsigned key) {
+  return noise::float_of(key >> 31 ? key & 0x7fffffffu : ~key);
+}
 
 struct Sum {
   __device__ int64_t operator()(int64_t a, int64_t b) const { return a + b; }

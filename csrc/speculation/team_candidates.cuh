@@ -16,21 +16,20 @@ __device__ __forceinline__ void clear_tops(TeamShared& s, int k) {
     put_top(s, i, -kInf, -1);
 }
 
-// The largest logits of groups of threads; whoever uses them, or adds candidates, is behind a
-// barrier.
+// The largest logits of groups of threads, and a new draw; whoever uses them, or adds candidates,
+// is behind a barrier.
 __device__ inline void start_candidates(TeamShared& s, float thread_top) {
   const int width = max(1, int(blockDim.x) / kGroups);  // a power of two
   for (int offset = 1; offset < width; offset *= 2) {
     thread_top = fmaxf(thread_top, __shfl_xor_sync(kFullMask, thread_top, offset));
   }
   if (threadIdx.x % unsigned(width) == 0) s.group_top[threadIdx.x / unsigned(width)] = thread_top;
-  if (threadIdx.x == 0) s.count = 0;
+  if (threadIdx.x == 0) s.count = 0, s.best = 0;
 }
 
-// Integers in the order of floats, which differ by their lowest bits.
+// Keys that differ by their lowest bits.
 __device__ __forceinline__ unsigned key_of_group(float top, int group) {
-  const unsigned bits = noise::word_of(top);
-  return ((bits >> 31 ? ~bits : bits | 0x80000000u) & ~unsigned(kGroups - 1)) | unsigned(group);
+  return (key_of(top) & ~unsigned(kGroups - 1)) | unsigned(group);
 }
 
 // At most the k-th largest of the groups' tops, by every warp; -inf if there are fewer.
@@ -46,7 +45,7 @@ __device__ inline float candidate_bound(const TeamShared& s, int k) {
   }
   key &= ~unsigned(kGroups - 1);
   if (key <= 0x007fffffu) return -kInf;  // the key of -inf, or none
-  return noise::float_of(key >> 31 ? key & 0x7fffffffu : ~key);
+  return value_of(key);
 }
 
 // Keeps logits at or above the bound.

@@ -84,9 +84,11 @@ struct ControlledRow : TeamRow<AnyElement> {
                            const modulation::Sets& sets, ControlShared& shared)
       : TeamRow(team, rows, b, node), sets(sets), shared(shared) {}
 
+  __device__ bool may_change() const { return shared.active || TeamRow::may_change(); }
+
   __device__ bool apply_mask(int v, float (&x)[4]) const {
     const bool masked = TeamRow::apply_mask(v, x);
-    if (!may_change(v)) return masked;
+    if (!is_marked(v)) return masked;
     const Four after = changed(v, Four{{x[0], x[1], x[2], x[3]}});
 #pragma unroll
     for (int k = 0; k < 4; ++k) x[k] = after.lane[k];
@@ -95,7 +97,7 @@ struct ControlledRow : TeamRow<AnyElement> {
 
   __device__ float at(int64_t v) const {
     const float x = TeamRow::at(v);
-    return may_change(v) ? changed(v, x) : x;
+    return is_marked(v) ? changed(v, x) : x;
   }
 
   // Whether a ban is what leaves nothing finite in a row whose largest logit has no id.
@@ -125,7 +127,7 @@ struct ControlledRow : TeamRow<AnyElement> {
   }
 
  private:
-  __device__ bool may_change(int64_t v) const {
+  __device__ bool is_marked(int64_t v) const {
     if (!shared.active) return false;
     const int64_t group = v >> shared.map_shift;
     return (shared.map[group / 32] >> (group % 32) & 1) != 0;

@@ -33,9 +33,12 @@ __device__ __forceinline__ float top_of(const float (&x)[4]) {  // NaN if a lane
   return max_nan(max_nan(x[0], x[1]), max_nan(x[2], x[3]));
 }
 
-// Logits as floats.
+// A row's logits: four of them as floats, or chunks as they came.
 template <class E>
 struct Elements {
+  using Chunk = Vec<E>;
+  static constexpr int kChunk = Vec<E>::size;
+
   const E* data;
 
   __device__ Elements(const void* data, ElementType) : data(static_cast<const E*>(data)) {}
@@ -44,15 +47,16 @@ struct Elements {
   __device__ float at(int64_t i) const { return float(to_acc(data[i])); }
 
   // x[j]: logits from i + j * step on, of `count`. All loads come before a use, without a branch
-  // among them, hence of the last quad where there is none. `whole`: quads are aligned and full;
-  // else they are read one by one and filled with -inf.
+  // among them, hence of the first quad again where there is none. `whole`: 16-byte words are
+  // aligned and full; else logits are read one by one and filled up with -inf.
   template <int kAhead>
   __device__ void load(int i, int step, int count, bool whole, float (&x)[kAhead][4]) const {
     if (whole) {
       Quad<E> quad[kAhead];
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
-        quad[j] = *reinterpret_cast<const Quad<E>*>(data + min(i + j * step, count - 4));
+        quad[j] =
+            *reinterpret_cast<const Quad<E>*>(data + (i + j * step < count ? i + j * step : i));
       }
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) unpack(quad[j], x[j]);
@@ -68,9 +72,34 @@ struct Elements {
     }
   }
 
-  __device__ bool is_aligned() const {
-    return reinterpret_cast<std::uintptr_t>(data) % sizeof(Quad<E>) == 0;
+  // The same of chunks.
+  template <int kChunks>
+  __device__ void load(int i, int step, int count, bool whole, Chunk (&chunk)[kChunks]) const {
+    if (whole) {
+#pragma unroll
+      for (int j = 0; j < kChunks; ++j) {
+        chunk[j] =
+            *reinterpret_cast<const Chunk*>(data + (i + j * step < count ? i + j * step : i));
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kChunks; ++j) {
+        chunk[j] = make_vec<E>([&](int k) {
+          const int at = i + j * step + k;
+          return at < count ? data[at] : from_acc<E>(-kInf);
+        });
+      }
+    }
   }
+
+  __device__ static float top_of_all(const Chunk* chunk, int count) {
+    Top<E> top = top_of(chunk[0]);
+#pragma unroll
+    for (int j = 1; j < count; ++j) top = higher<E>(top, top_of(chunk[j]));
+    return float(top_value<E>(top));
+  }
+
+  __device__ static void to_floats(const Chunk& chunk, float (&x)[kChunk]) { unpack(chunk, x); }
 };
 
 // Any element type, told apart where logits are loaded: one kernel instead of four.
@@ -84,6 +113,11 @@ constexpr int blocks_inside() {
 
 template <>
 struct Elements<AnyElement> {
+  struct Chunk {
+    float x[4];
+  };
+  static constexpr int kChunk = 4;
+
   const void* data;
   ElementType type;
 
@@ -115,10 +149,54 @@ struct Elements<AnyElement> {
     visit([&](const auto& elements) { elements.load(i, step, count, whole, x); });
   }
 
-  __device__ bool is_aligned() const {
-    bool aligned = false;
-    visit([&](const auto& elements) { aligned = elements.is_aligned(); });
-    return aligned;
+  template <int kChunks>
+  __device__ void load(int i, int step, int count, bool whole, Chunk (&chunk)[kChunks]) const {
+    float x[kChunks][4];
+    load(i, step, count, whole, x);
+    std::memcpy(chunk, x, sizeof(x));
+  }
+
+  __device__ static float top_of_all(const Chunk* chunk, int count) {
+    float top = top_of(chunk[0].x);
+#pragma unroll
+    for (int j = 1; j < count; ++j) top = max_nan(top, top_of(chunk[j].x));
+    return top;
+  }
+
+  __device__ static void to_floats(const Chunk& chunk, float (&x)[4]) {
+    std::memcpy(x, chunk.x, sizeof(x));
+  }
+};
+
+constexpr int kGroupTokens = 16, kGroupQuads = kGroupTokens / 4;
+
+// Tokens that a thread reads at a time, as they came; those behind the slice are its first ones, or
+// -inf.
+template <class E>
+struct Group {
+  static constexpr int kChunk = Elements<E>::kChunk;
+
+  typename Elements<E>::Chunk chunk[kGroupTokens / kChunk];
+  int first, step, last;  // chunk j: from first + j * step on; the slice's end
+
+  __device__ float top() const {  // NaN if a lane is
+    return Elements<E>::top_of_all(chunk, kGroupTokens / kChunk);
+  }
+
+  // body(v, x, quad) for the quads inside the slice.
+  template <class Body>
+  __device__ void each(const Body& body) const {
+#pragma unroll
+    for (int j = 0; j < kGroupTokens / kChunk; ++j) {
+      if (first + j * step >= last) return;
+      float x[kChunk];
+      Elements<E>::to_floats(chunk[j], x);
+#pragma unroll
+      for (int k = 0; k < kChunk; k += 4) {
+        float quad[4] = {x[k], x[k + 1], x[k + 2], x[k + 3]};
+        body(first + j * step + k, quad, (j * kChunk + k) / 4);
+      }
+    }
   }
 };
 
@@ -137,7 +215,10 @@ struct TeamRow {
         mask(rows.mask == nullptr ? nullptr
                                   : rows.mask + b * rows.mask_stride_b + node * rows.mask_stride_n),
         vocab(int(rows.vocab)),
-        whole((slice.last - slice.first) % 4 == 0 && mine.is_aligned()) {}
+        whole((slice.last - slice.first) % 4 == 0 && slice.bytes % 16 == 0 &&
+              reinterpret_cast<std::uintptr_t>(mine.data) % 16 == 0) {}
+
+  __device__ bool may_change() const { return mask != nullptr; }
 
   // False: nothing has changed.
   __device__ bool apply_mask(int v, float (&x)[4]) const {
@@ -176,6 +257,26 @@ struct TeamRow {
       for (int j = 0; j < kAhead; ++j) {
         if (i + j * step < count) body(slice.first + i + j * step, x[j]);
       }
+    }
+  }
+
+  // The first token of a quad of the group that begins at v.
+  __device__ static int quad_of(int v, int quad) {
+    constexpr int kChunk = Group<E>::kChunk;
+    return v + 4 * quad / kChunk * kChunk * int(blockDim.x) + 4 * quad % kChunk;
+  }
+
+  // body(group) for this thread's share of the slice, in order.
+  template <class Body>
+  __device__ void each_group(const Body& body) const {
+    constexpr int kChunk = Group<E>::kChunk;
+    const Elements<E> from = mine;
+    const int step = kChunk * int(blockDim.x), count = slice.last - slice.first;
+    for (int i = kChunk * int(threadIdx.x); i < count; i += kGroupTokens / kChunk * step) {
+      Group<E> group;
+      from.load(i, step, count, whole, group.chunk);
+      group.first = slice.first + i, group.step = step, group.last = slice.last;
+      body(group);
     }
   }
 };

@@ -30,15 +30,22 @@ struct ThreadTops {
   float raw, allowed;
 };
 
-// The lowest token of the quad at v whose allowed logit is `value`.
+// The lowest token of the group at `first` whose allowed logit is `value`, or -1.
 template <class Row>
-__device__ int find_in_quad(const Row& row, int v, float value) {
-  float x[4];
-  row.read(v, x);
-  row.apply_mask(v, x);
+__device__ int find_in_group(const Row& row, int first, float value) {
+#pragma unroll 1
+  for (int quad = 0; quad < kGroupQuads; ++quad) {
+    const int v = row.quad_of(first, quad);
+    if (v >= row.slice.last) break;
+    float x[4];
+    row.read(v, x);
+    row.apply_mask(v, x);
 #pragma unroll
-  for (int k = 3; k >= 0; --k) v = x[k] == value ? v / 4 * 4 + k : v;
-  return v;
+    for (int k = 0; k < 4; ++k) {
+      if (x[k] == value) return v + k;
+    }
+  }
+  return -1;
 }
 
 // Where a logit is NaN or +inf: the largest finite ones.
@@ -54,32 +61,54 @@ __device__ RowTop finite_top(Team& team, const Row& row, int bad) {
   return team.reduce_block(top, JoinTop());
 }
 
-// The block's part of a RowTop, for every thread. Also starts the block's candidates, with `raw`
-// tops, see team_statistics.cuh.
+// The largest allowed logit of a group, NaN if one is.
+template <class Row, class Group>
+__device__ __forceinline__ float allowed_top(const Row& row, const Group& group, float raw) {
+  float top = -kInf;
+  bool changed = false;
+  group.each([&](int v, float (&x)[4], int) {
+    changed |= row.apply_mask(v, x);
+    top = max_nan(top, top_of(x));
+  });
+  return changed ? top : raw;
+}
+
+// The block's part of a RowTop, for every thread; the id is only that which the thread found, or
+// -1: JoinTop brings them together. Also starts the block's candidates, with `raw` tops, see
+// team_statistics.cuh.
 template <class Row>
 __device__ RowTop find_block_top(Team& team, const Row& row, ThreadTops& tops) {
   float raw = -kInf, allowed = -kInf, value = -kInf;
-  int quad = -1;
-  row.each([&](int v, float (&x)[4]) {
-    float top = top_of(x);
-    raw = max_nan(raw, top);
-    if (row.apply_mask(v, x)) top = top_of(x);
+  int first = -1;
+  row.each_group([&](const auto& group) {
+    const float group_raw = group.top();
+    const float top = row.may_change() ? allowed_top(row, group, group_raw) : group_raw;
+    raw = max_nan(raw, group_raw);
     allowed = max_nan(allowed, top);
-    if (top > value) value = top, quad = v;
+    if (top > value) value = top, first = group.first;
   });
   tops = {raw, allowed};
-  RowTop top{raw, -kInf, -1, int(!(allowed < kInf)) | int(!(raw < kInf)) << 1};
-  if (quad >= 0 && value < kInf) top.value = value, top.id = find_in_quad(row, quad, value);
   start_candidates(*team.shared(), raw);
-  top = team.reduce_block(top, JoinTop());
-  return (top.bad & 1) != 0 ? finite_top(team, row, top.bad) : top;
+  const int bad = int(!(allowed < kInf)) | int(!(raw < kInf)) << 1;
+  RowTop top = team.reduce_block(RowTop{raw, value < kInf ? value : -kInf, -1, bad}, JoinTop());
+  if ((top.bad & 1) != 0) return finite_top(team, row, top.bad);
+  if (value == top.value && first >= 0) top.id = find_in_group(row, first, value);
+  return top;
 }
 
-// Of the row, for every thread of the team.
+// The row's, for every thread of the team; the id as above.
+template <class Row>
+__device__ RowTop find_row_top(Team& team, const Row& row, ThreadTops& tops) {
+  const RowTop mine = find_block_top(team, row, tops);
+  RowTop top = reduce_lanes(team.exchange(mine), cluster_size(), JoinTop());
+  top.id = top.value == mine.value ? mine.id : -1;
+  return top;
+}
+
+// The row's, with its id.
 template <class Row>
 __device__ RowTop find_top(Team& team, const Row& row, ThreadTops& tops) {
-  const RowTop top = find_block_top(team, row, tops);
-  return reduce_lanes(team.exchange(top), cluster_size(), JoinTop());
+  return team.reduce(find_block_top(team, row, tops), JoinTop());
 }
 
 // ---- filters: the cut is searched for by weight
@@ -110,11 +139,6 @@ struct AddWeights {
 };
 
 // One by one: less to keep in registers at a time.
-__device__ __forceinline__ Weights warp_reduce(Weights x, AddWeights) {
-#pragma unroll
-  for (int64_t& w : x.w) w = warp_reduce(w, Sum());
-  return x;
-}
 __device__ __forceinline__ Weights reduce_lanes(Weights x, unsigned n, AddWeights) {
 #pragma unroll
   for (int64_t& w : x.w) w = reduce_lanes(w, n, Sum());
@@ -193,9 +217,14 @@ __device__ Cut filter_cut(Team& team, const Row& row, const Request& r, float to
 
 // ---- a draw
 
+// Who sees a row's tokens while one is drawn: groups whose largest logit is not below `floor`, as
+// they came and as they are drawn from.
 struct Nothing {
-  __device__ void raw(int, const float (&)[4]) {}
-  __device__ void allowed(int, const float (&)[4]) {}
+  __device__ float floor() const { return kInf; }
+  template <class Row, class Group>
+  __device__ void raw(const Row&, const Group&, float) {}
+  template <class Row, class Group>
+  __device__ void allowed(const Row&, const Group&) {}
   __device__ void kept(float, float, Cut) {}
   __device__ void swept() {}
 };
@@ -230,40 +259,126 @@ __device__ __forceinline__ T lane_of(const T (&x)[4], int k) {
   return k & 2 ? high : low;
 }
 
-// The largest value plus noise of this thread's share. Tokens whose bound is below a value already
-// seen are passed over: nothing that could win is. `likely` is the token of the largest logit, of
-// the row or of the slice. `also` sees every token, as it came and as it is drawn from.
+constexpr float kMinNoise = -2.8116f;  // below that of the largest uniform number
+
+// Perturbed values below the bar cannot be the best, whose value is at least `score`: what rounding
+// adds to a value, to its bounds and to z times 1/T is less than the distance.
+__device__ __forceinline__ float bar_of(float score) {
+  return score - 2e-3f - 1e-6f * fabsf(score);
+}
+
+// Logits below it stay below the bar. (A tiny temperature rounds.)
+__device__ __forceinline__ float floor_of(float bar, float temperature) {
+  return temperature < 0x1p-100f ? -kInf : (bar - kMaxNoise) * temperature;
+}
+
+// Words above it bring a value no further up than by `step`: -ln u bounds the noise.
+__device__ __forceinline__ uint32_t word_limit(float step) {
+  if (!(step > 0)) return 0xffffffffu;
+  const float words = exp2_approx<true>(32.0f - 1.44269504f * step);
+  return uint32_t(fminf(words, 0x1.fffffep31f)) + 1;
+}
+
+// Not above the noise of a word: ln(1 - u) - ln u.
+__device__ __forceinline__ float least_noise(uint32_t word) {
+  return __logf(float(~word)) - __logf(float(word | 1));
+}
+
+// How far a draw has come: the best value of the thread, and what the block's is not below.
+struct Bar {
+  unsigned key;
+  float bar, floor;
+
+  __device__ void raise(unsigned other, float temperature) {
+    if (other <= key) return;
+    key = other, bar = bar_of(value_of(key)), floor = floor_of(bar, temperature);
+  }
+};
+
+// Raises the block's bar by what the first quads are worth at least: a flat row's later tokens are
+// then passed over, who would be the best so far one after the other. By whole warps.
+template <class Row>
+__device__ void look_ahead(Team& team, const Row& row, const Draw& d, float inverse, Bar& bar) {
+  const int v = row.slice.first + 4 * int(threadIdx.x);
+  unsigned key = 0;
+  if (v < row.slice.last) {
+    float x[4], least = -kInf;
+    row.read(v, x);
+    row.apply_mask(v, x);
+    const PhiloxWords words = noise_block(d.seed, d.position, d.stream, uint32_t(v / 4));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) least = fmaxf(least, fmaf(x[k], inverse, least_noise(words.w[k])));
+    key = key_of(least);
+  }
+  key = __reduce_max_sync(kFullMask, key);
+  if (key > bar.key && threadIdx.x % 32 == 0) atomicMax(&team.shared()->best, key);
+  bar.raise(key, d.temperature);
+}
+
+// Offers the tokens of a quad.
+template <class Row>
+__device__ __forceinline__ void offer_quad(const Team& team, const Row& row, const Draw& d, int v,
+                                           float inverse, float bar, Best& best) {
+  float x[4];
+  row.read(v, x);
+  row.apply_mask(v, x);
+  const PhiloxWords words = noise_block(d.seed, d.position, d.stream, uint32_t(v / 4));
+  unsigned likely = 0;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (!(fmaf(x[k], inverse, noise_bound(words.w[k])) < bar)) likely |= 1u << k;
+  }
+#pragma unroll 1  // rarely entered: one copy
+  for (; likely != 0; likely &= likely - 1) {
+    const int k = __ffs(int(likely)) - 1;
+    offer(team, d, lane_of(x, k), lane_of(words.w, k), v + k, best);
+  }
+}
+
+// The largest value plus noise of this thread's share, if it may be the block's. Tokens are passed
+// over whose bound is below a value that the block has seen: nothing that could win is. `top`: the
+// row's largest logit. `also` sees every token, as it came and as it is drawn from.
 template <class Row, class Also>
-__device__ Best draw(Team& team, const Row& row, const Draw& d, float top_logit, int likely,
-                     Also& also) {
+__device__ Best draw(Team& team, const Row& row, const Draw& d, float top, Also& also) {
+  TeamShared& s = *team.shared();
   Best best{-kInf, -1};
-  offer(team, d, top_logit, noise_word(d.seed, d.position, d.stream, uint32_t(likely)), likely,
-        best);
   for (int i = 0; i < d.skip_count; ++i) {
-    const int64_t token = team.shared()->skip[i];
+    const int64_t token = s.skip[i];
     if (token < 0 || token >= row.vocab) continue;
     const float g = gumbel_noise(d.seed, d.position, uint32_t(token), d.stream);
-    best.offer(noise::add(team.shared()->log_weight[i], g), int(token));
+    best.offer(noise::add(s.log_weight[i], g), int(token));
   }
   const float inverse = inverse_temperature(d.temperature);
-  row.template each<2>([&](int v, float (&x)[4]) {
-    // What rounding can add to a perturbed value, to its bounds, and to z times 1/T.
-    const float bar = best.score - 2e-3f - 1e-6f * fabsf(best.score);
-    also.raw(v, x);
-    row.apply_mask(v, x);
-    also.allowed(v, x);
-    if (top_of(x) * inverse + kMaxNoise < bar) return;
-    const PhiloxWords words = noise_block(d.seed, d.position, d.stream, uint32_t(v / 4));
-    unsigned likely_lanes = 0;
+  Bar bar{0, -kInf, -kInf};
+  if (d.skip_count > 0) {  // the top may be among them
+    bar.raise(key_of(best.score), d.temperature);
+  } else {
+    bar.raise(key_of(noise::divide(top, d.temperature) + kMinNoise), d.temperature);
+    if (!(d.cut.value > -kInf)) look_ahead(team, row, d, inverse, bar);
+  }
+  row.each_group([&](const auto& group) {
+    const float group_top = group.top();
+    if (group_top < fminf(bar.floor, also.floor())) return;
+    also.raw(row, group, group_top);
+    also.allowed(row, group);
+    const float top = row.may_change() ? allowed_top(row, group, group_top) : group_top;
+    bar.raise(*const_cast<volatile unsigned*>(&s.best), d.temperature);
+    if (top < bar.floor) return;
+    const uint32_t limit = word_limit(bar.bar - top * inverse);
+    unsigned likely = 0;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (!(fmaf(x[k], inverse, noise_bound(words.w[k])) < bar)) likely_lanes |= 1u << k;
+    for (int quad = 0; quad < kGroupQuads; ++quad) {
+      const uint32_t block = uint32_t(row.quad_of(group.first, quad) / 4);
+      const PhiloxWords words = noise_block(d.seed, d.position, d.stream, block);
+      const uint32_t least = min(min(words.w[0], words.w[1]), min(words.w[2], words.w[3]));
+      if (least <= limit) likely |= 1u << quad;
     }
-#pragma unroll 1  // rarely entered: one copy
-    for (; likely_lanes != 0; likely_lanes &= likely_lanes - 1) {
-      const int k = __ffs(int(likely_lanes)) - 1;
-      offer(team, d, lane_of(x, k), lane_of(words.w, k), v + k, best);
+#pragma unroll 1
+    for (; likely != 0; likely &= likely - 1) {
+      const int v = row.quad_of(group.first, __ffs(int(likely)) - 1);
+      if (v < group.last) offer_quad(team, row, d, v, inverse, bar.bar, best);
     }
+    if (key_of(best.score) > bar.key) atomicMax(&s.best, key_of(best.score));
   });
   also.swept();
   return best;
@@ -288,26 +403,24 @@ __device__ Draw target_draw(Team& team, const Row& row, const Request& r, const 
 struct Found {
   RowTop top;
   Best best;
-  double sum;  // of exp(x - sum_top) over the raw logits: one block's
-  float sum_top;
+  double sum;  // of exp(x - top) over the raw logits
 };
 
-struct BestSum {
+struct Share {
   Best best;
   double sum;
-  __device__ BestSum operator()(const BestSum& a, const BestSum& b) const {
-    return {TakeBest()(a.best, b.best), a.sum + b.sum};
+  int id, unused;  // of the top
+  __device__ Share operator()(const Share& a, const Share& b) const {
+    return {TakeBest()(a.best, b.best), a.sum + b.sum,
+            uint32_t(a.id) < uint32_t(b.id) ? a.id : b.id, 0};
   }
 };
 
-// `top` is the block's or the row's; the sum stays that of the block whose lane it is.
-__device__ inline Found join(Team& team, const RowTop& top, const Best& best, double sum,
-                             float sum_top) {
-  const BestSum block = team.reduce_block(BestSum{best, sum}, BestSum());
-  Found found = team.exchange(Found{top, block.best, block.sum, sum_top});
-  found.top = reduce_lanes(found.top, cluster_size(), JoinTop());
-  found.best = reduce_lanes(found.best, cluster_size(), TakeBest());
-  return found;
+// `top` is the row's, whose id is this thread's, or -1.
+__device__ inline Found join(Team& team, RowTop top, const Best& best, double sum) {
+  const Share share = team.reduce(Share{best, sum, top.id, 0}, Share());
+  top.id = share.id;
+  return {top, share.best, share.sum};
 }
 
 // accepted: the child that passed the coins, or -1.

@@ -60,46 +60,77 @@ __device__ __forceinline__ void merge_tops(const TeamShared& s, int k, int count
   }
 }
 
+// All logits below it, however many, are worth no more than 2^-22 of the sum of exp.
+__device__ __forceinline__ float least_of(float top, int vocab) {
+  return top - 0.6931472f * float(22 + 32 - __clz(vocab));
+}
+
 // Sees a row's tokens while one is drawn, as they came. exp in base 2: its error of 2^-22 of a
-// token is the smallest part of the sum's.
+// token, and the 2^-22 of the sum that groups are worth that lie too low, are its largest.
 class RawStatistics {
  public:
-  // Behind find_block_top, or start_candidates and a barrier. `top`: the largest logit of the block
-  // or of the row.
-  __device__ RawStatistics(Team& team, float top, int k)
+  static constexpr bool kSeesAllowed = false;
+
+  // Behind find_row_top, or start_candidates and a barrier. `top`: the row's largest logit.
+  __device__ RawStatistics(Team& team, float top, int k, int vocab)
       : shared_(*team.shared()),
         top_(top > -kInf ? top : 0.0f),
+        least_(least_of(top_, vocab)),
         bound_(candidate_bound(shared_, k)),
         k_(k) {
     clear_tops(shared_, k);
   }
 
-  __device__ void raw(int v, const float (&x)[4]) {
-    float sum = 0;
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      sum += exp2_approx<true>(noise::mul(noise::add(x[k], -top_), 1.44269504f));
+  __device__ float floor() const { return fminf(least_, bound_); }
+
+  template <class Row, class Group>
+  __device__ void raw(const Row& row, const Group& group, float top) {
+    if (!(top < least_)) {
+      float sum = 0;
+      group.each([&](int, const float (&x)[4], int) {
+        sum += (weight(x[0]) + weight(x[1])) + (weight(x[2]) + weight(x[3]));
+      });
+      sum_ += double(sum);
     }
-    sum_ += double(sum);
-    if (top_of(x) >= bound_) add_candidates(shared_, bound_, v, x);
+    if (top < bound_) return;
+    unsigned hits = 0;
+    group.each([&](int, const float (&x)[4], int quad) {
+      if (top_of(x) >= bound_) hits |= 1u << quad;
+    });
+#pragma unroll 1  // rarely entered: one copy
+    for (; hits != 0; hits &= hits - 1) {
+      const int v = row.quad_of(group.first, __ffs(int(hits)) - 1);
+      float x[4];
+      row.read(v, x);
+      add_candidates(shared_, bound_, v, x);
+    }
   }
-  __device__ void allowed(int, const float (&)[4]) {}
+  template <class Row, class Group>
+  __device__ void allowed(const Row&, const Group&) {}
   __device__ void kept(float, float, Cut) {}
   __device__ void swept() { is_swept_ = true; }
 
   // Whatever was drawn: the sweep, if there was none, and this block's list.
   template <class Row>
   __device__ void finish(Team& team, const Row& row) {
-    if (!is_swept_) row.each([&](int v, float (&x)[4]) { raw(v, x); });
+    if (!is_swept_) {
+      row.each_group([&](const auto& group) {
+        const float top = group.top();
+        if (!(top < floor())) raw(row, group, top);
+      });
+    }
     rank_candidates<false>(team, row, k_);
   }
 
   __device__ double sum() const { return sum_; }
-  __device__ float top() const { return top_; }
 
  private:
+  __device__ float weight(float x) const {
+    return exp2_approx<true>(noise::mul(noise::add(x, -top_), 1.44269504f));
+  }
+
   TeamShared& shared_;
-  const float top_, bound_;
+  const float top_, least_, bound_;
   const int k_;
   double sum_ = 0;
   bool is_swept_ = false;
@@ -116,12 +147,7 @@ __device__ inline void write_statistics(Team& team, const Found& found, int k, i
   if (cluster_rank() != 0) return;
   merge_tops(*team.shared(), k, count,
              [&](int place, float value, int id) { ids[place] = id, logits[place] = value; });
-  if (threadIdx.x >= 32) return;
-  // A block that saw nothing but -inf has no top: its sum of 0 takes no weight, which may overflow.
-  const double top = found.top.raw;
-  const double weight = found.sum > 0 ? exp(double(found.sum_top) - top) : 0.0;
-  const double sum = reduce_lanes(found.sum * weight, cluster_size(), Sum());
-  if (threadIdx.x == 0) *lse = float(top + log(sum));
+  if (threadIdx.x == 0) *lse = float(double(found.top.raw) + log(found.sum));
 }
 
 }  // namespace reasonkern

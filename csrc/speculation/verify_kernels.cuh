@@ -67,14 +67,14 @@ __device__ int64_t accept_or_reject(const VerifyParams& p, Team& team, const Row
   return s.accepted;
 }
 
-// This thread's share of a draw; `top` is the row's where it is filtered, else the slice's will do.
+// This thread's share of a draw.
 template <class Row, class Also>
 __device__ Best sample_share(Team& team, const Row& row, const Request& r, const RowTop& top,
                              Also& also) {
   if (r.temperature == 0 || is_bad(top, r.temperature)) return {-kInf, -1};
   const Draw d = target_draw(team, row, r, top, r.position);
   also.kept(d.temperature, d.top, d.cut);
-  return draw(team, row, d, top.value, top.id, also);
+  return draw(team, row, d, top.value, also);
 }
 
 // The same at a node; or the child that passed the coins, and no draw.
@@ -91,7 +91,7 @@ __device__ Choice choose_share(const VerifyParams& p, Team& team, const Row& row
   Draw d = target_draw(team, row, r, top, r.position + uint64_t(at.depth));
   also.kept(d.temperature, d.top, d.cut);
   if (p.q_ids != nullptr) choice.accepted = int(accept_or_reject(p, team, row, r, d, at));
-  if (choice.accepted < 0) choice.best = draw(team, row, d, top.value, top.id, also);
+  if (choice.accepted < 0) choice.best = draw(team, row, d, top.value, also);
   return choice;
 }
 
@@ -106,13 +106,10 @@ __global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) sample_kerne
     const Request& request = team.begin(p.requests, b);
     const TeamRow<E> row(team, p.rows, b, 0);
     ThreadTops unused;
-    RowTop top = find_block_top(team, row, unused);
-    if (request.filters(row.vocab)) {  // behind find_block_top's barrier
-      top = reduce_lanes(team.exchange(top), cluster_size(), JoinTop());
-    }
+    const RowTop top = find_row_top(team, row, unused);
     Nothing nothing;
     const Best best = sample_share(team, row, request, top, nothing);
-    const Found found = join(team, top, best, 0, 0);
+    const Found found = join(team, top, best, 0);
     if (team.leads()) p.token[b] = outcome_of(found.top, found.best, request.temperature).token;
   }
   team.leave();
@@ -191,14 +188,11 @@ struct PlainVisit {
   __device__ Visited choose(Team& team, const Place& at) {
     const TeamRow<E> row(team, p.rows, at.b, at.node);
     ThreadTops tops;
-    RowTop top = find_block_top(team, row, tops);
-    RawStatistics raw(team, top.raw, p.topk);
-    if (p.q_ids != nullptr || request.filters(row.vocab)) {
-      top = reduce_lanes(team.exchange(top), cluster_size(), JoinTop());
-    }
+    const RowTop top = find_row_top(team, row, tops);
+    RawStatistics raw(team, top.raw, p.topk, row.vocab);
     const Choice choice = choose_share(p, team, row, request, top, at, raw);
     raw.finish(team, row);
-    const Found found = join(team, top, choice.best, raw.sum(), raw.top());
+    const Found found = join(team, top, choice.best, raw.sum());
     return {outcome_of(found.top, found.best, request.temperature, choice.accepted), found};
   }
 

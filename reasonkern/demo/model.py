@@ -96,11 +96,14 @@ class Decoding:
 
     def __call__(self, given: Pass) -> Tensor:
         """Logits (B, N, V)."""
+        # What attention would make of a mask of bools, once for all layers.
         seen = given.seen[:, None]
+        mask = seen.new_zeros(seen.shape, dtype=self.model.head.dtype)
+        mask.masked_fill_(~seen, -torch.inf)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             k, v = given.cache.update(k, v, layer)
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
         # Nodes beyond the window are drafts that no text has room for.
         positions = given.positions.clamp_max(self.window - 1)

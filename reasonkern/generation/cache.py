@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..speculation import verify_op as _verify_op  # noqa: F401  (defines compact_kv_)
 
+ALIGNED = 8  # a pass sees a multiple of so many slots, or fused attention pads its mask per layer
+
 
 class SlotCache:
     """Committed tokens of request b fill its slots below ``lengths[b]``; a pass writes behind them.
@@ -22,21 +24,23 @@ class SlotCache:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self._layers: list[list[Tensor]] = []  # [key, value], (B, slots, H, D), any D each
         self._capacity = self._used = 0
+        self._every = self.lengths[:0]  # 0, 1, … of all slots of a request
+        self._first = self.lengths[:, None]  # slot 0 of each request among those of all
         self._rows = self.lengths  # where the pass writes, in units of a slot of all requests
 
-    def open(self, nodes: int, longest: int) -> tuple[Tensor, int]:
+    def open(self, nodes: int, longest: int) -> tuple[Tensor, Tensor]:
         """Makes room for a pass of ``nodes`` nodes; ``longest`` is the largest of ``lengths``.
 
         Returns:
-            The slots (B, nodes) of the nodes, and how many slots the pass sees.
+            The slots (B, nodes) of the nodes, and all slots (S,) that the pass sees.
         """
-        self._used = longest + nodes
+        used = longest + nodes
+        self._used = used + -used % ALIGNED
         if self._used > self._capacity:
             self._grow(max(self._used, 2 * self._capacity))
-        slots = self.lengths[:, None] + torch.arange(nodes, device=self.lengths.device)
-        first = torch.arange(len(slots), device=slots.device)[:, None] * self._capacity
-        self._rows = (first + slots).flatten()
-        return slots, self._used
+        slots = self.lengths[:, None] + self._every[:nodes]
+        self._rows = (self._first + slots).flatten()
+        return slots, self._every[: self._used]
 
     def _grow(self, capacity: int) -> None:
         for layer in self._layers:
@@ -45,6 +49,12 @@ class SlotCache:
                 layer[index] = old.new_zeros(len(old), capacity, *old.shape[2:])
                 layer[index][:, : old.shape[1]] = old
         self._capacity = capacity
+        self._every = torch.arange(capacity, device=self.lengths.device)
+        self._number()
+
+    def _number(self) -> None:
+        requests = torch.arange(len(self.lengths), device=self.lengths.device)
+        self._first = requests[:, None] * self._capacity
 
     def update(
         self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any
@@ -78,6 +88,7 @@ class SlotCache:
     def take(self, rows: Tensor) -> None:
         """Makes the batch consist of these requests, (R,); one may be taken several times."""
         self.lengths = self.lengths[rows]
+        self._number()
         for layer in self._layers:
             layer[:] = [x[rows] for x in layer]
 

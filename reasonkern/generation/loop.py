@@ -121,6 +121,7 @@ class Run:
             self.clock.read()
             self._drop()
         self._catch_up()
+        self.clock.read(wait=True)
         found = self._look_ups()
         found.subtract(self._before)
         self.statistics.misses += found.pop(0, 0)
@@ -167,13 +168,15 @@ class Run:
 
     def _now(self) -> _Now:
         width = 1 if self.table is None else self.table.orders[0]
-        rows = []
+        count, contexts = len(self.requests), []
         for r in self.requests:
             last = [] if r.done else r.text[-width:]
-            context = [-1] * (width - len(last)) + last
-            rows.append([len(r.text), r.end - len(r.text), *context])
-        values = torch.tensor(rows, device=self.model.device)
-        return _Now(values[:, 0], values[:, 1], values[:, 2:])
+            contexts += [-1] * (width - len(last)) + last
+        lengths = [len(r.text) for r in self.requests]
+        left = [r.end - len(r.text) for r in self.requests]
+        values = _sent(lengths + left + contexts, self.model.device)
+        position, left, context = values.split((count, count, count * width))
+        return _Now(position, left, context.view(count, width))
 
     def _drafted(self, now: _Now) -> tuple[Draft, DraftTree, Tensor | None]:
         """With all drafted tokens (B, more nodes), -1 = none, where a `BestTree` asks for them."""
@@ -282,12 +285,20 @@ class Run:
         if 2 * len(keep) > len(self.requests):
             return
         self.requests = [self.requests[row] for row in keep]
-        rows = torch.tensor(keep, dtype=torch.int64, device=self.model.device)
+        if not keep:
+            return
+        rows = _sent(keep, self.model.device)
         self.cache.take(rows)
         self.sampling = self.sampling.take(rows)
         self.scope = self.scope[rows]
         if self.control is not None:
             self.control = self.control[0], self.control[1][rows]
+
+
+def _sent(values: list[int], device: torch.device) -> Tensor:
+    """On the device; a copy from pinned memory does not wait for what a GPU still computes."""
+    pinned = device.type == "cuda"
+    return torch.tensor(values, pin_memory=pinned).to(device, non_blocking=pinned)
 
 
 @dataclass

@@ -88,10 +88,9 @@ def _pass(
 ) -> Pass:
     batch, nodes = tokens.shape
     lengths = cache.lengths[:, None]
-    slots, used = cache.open(nodes, longest)
-    every = torch.arange(used, device=tokens.device)
+    slots, every = cache.open(nodes, longest)
     positions = lengths + depths
-    seen = (every < lengths)[:, None].expand(batch, nodes, used).contiguous()
+    seen = (every < lengths)[:, None].expand(batch, nodes, len(every)).contiguous()
     seen.scatter_(2, slots[:, None].expand(batch, nodes, nodes), mask.expand(batch, nodes, nodes))
-    slot_positions = every.expand(batch, used).contiguous().scatter_(1, slots, positions)
+    slot_positions = every.expand(batch, len(every)).scatter(1, slots, positions)
     return Pass(tokens, positions, seen, slot_positions, cache, logits)

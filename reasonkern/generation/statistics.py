@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -78,30 +78,31 @@ class Statistics:
 
 
 class Clock:
-    """Adds the time of phases to a `Statistics`; on a GPU by events, which are read later."""
+    """Adds the time of phases to a `Statistics`; on a GPU by events, which no step waits for."""
 
     def __init__(self, statistics: Statistics, device: torch.device) -> None:
         self._seconds = statistics.seconds
-        self._cuda = device.type == "cuda"
-        self._open: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._open: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Times the body."""
-        if not self._cuda:
+        if self._stream is None:
             begin = time.perf_counter()
             yield
             self._seconds[name] += time.perf_counter() - begin
             return
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
+        first.record(self._stream)
         yield
-        last.record()
+        last.record(self._stream)
         self._open.append((name, first, last))
 
-    def read(self) -> None:
-        """Collects the events; to be called where the device has been waited for anyway."""
-        for name, first, last in self._open:
-            last.synchronize()
+    def read(self, wait: bool = False) -> None:
+        """Collects the events that the device has come to; with ``wait`` all of them."""
+        if wait and self._open:
+            self._open[-1][2].synchronize()
+        while self._open and (wait or self._open[0][2].query()):
+            name, first, last = self._open.popleft()
             self._seconds[name] += first.elapsed_time(last) / 1e3
-        self._open.clear()

@@ -273,7 +273,7 @@ def commit_(
     complete = (entropy is not None or not state.uses(at.TRIGGER)) and (
         confidence is not None or not state.uses(at.DEEPCONF)
     )
-    if state.kernel_checks and complete:  # as in modulate_logits_
+    if state.checked_by_kernel is not None and complete:  # as in modulate_logits_
         try:
             _commit(*given, *state.tensors)
             return

@@ -137,11 +137,10 @@ class ModulationState:
         self.max_id = max(self.sets.max_id, *self._ids)
         self.tensors.sets[at.LARGEST_ID] = self.max_id
         self.needs_heat, self.needs_dense = self.uses(at.MIN_THINK), self.uses(at.SOFT)
-        self.kernel_checks = self.device.type == "cpu" and _op.has_cpu_kernels()
         # What `modulate_logits_` asks of a state whose kernels check; in one, for its sake.
-        self.checked_by_kernel = (
-            (*self.tensors, self.needs_heat, self.needs_dense) if self.kernel_checks else None
-        )
+        self.checked_by_kernel = None
+        if self.device.type == "cpu" and _op.has_cpu_kernels():
+            self.checked_by_kernel = (*self.tensors, self.needs_heat, self.needs_dense)
 
     def uses(self, part: int) -> bool:
         """Whether a slot has a part, given as a bit of ``layout``."""

@@ -174,7 +174,7 @@ def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -
     ctx.set_materialize_grads(False)
 
 
-def _stats_grads(*grads: Tensor | None) -> list[Tensor | None]:
+def stats_grads(*grads: Tensor | None) -> list[Tensor | None]:
     """(logprob, entropy, lse, collision) gradients; they arrive with any strides, 0 included."""
     return [None if g is None else g.contiguous() for g in grads[:4]]
 
@@ -186,7 +186,7 @@ def _token_stats_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     scaling = row_temperature, ctx.temperature, ctx.softcap
     with torch.no_grad():
         grad = torch.ops.reasonkern.token_stats_backward(
-            logits, targets, *scaling, *saved, *_stats_grads(*grads)
+            logits, targets, *scaling, *saved, *stats_grads(*grads)
         )
     return once_differentiable(grad), None, None, None, None, None
 

@@ -39,10 +39,13 @@ class _InplaceLoss(torch.autograd.Function):
         torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(logits, args[8])
         ctx.mark_non_differentiable(*rest)
+        ctx.set_materialize_grads(False)  # zeros for three outputs would be three launches
         return (row_loss, *rest)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 17
         op.claim_backward(ctx)
         logits, loss_scale = ctx.saved_tensors
         gradient = op.scale_saved_gradient(logits.detach(), grad, loss_scale)
@@ -60,17 +63,20 @@ class _InplaceTokenStats(torch.autograd.Function):
             logits, args[0], args[2], logprob, entropy, collision, max_prob, row_max
         )
         ctx.scaling = args[3:]
+        ctx.set_materialize_grads(False)
         return logprob, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(g is None for g in grads):
+            return (None,) * 6
         op.claim_backward(ctx)
         logits, targets, row_temperature, *stats = ctx.saved_tensors
         gradient = logits.detach()
         with torch.no_grad():
             torch.ops.reasonkern.token_stats_backward_(
                 gradient, targets, row_temperature, *ctx.scaling, *stats,
-                grad_logprob.contiguous(), grad_entropy.contiguous(), None, None,
+                *op.stats_grads(*grads, None, None),
             )  # fmt: skip
         torch.autograd.graph.increment_version(logits)
         return (op.once_differentiable(gradient), *(None,) * 5)

@@ -13,10 +13,51 @@ from .._triton import check_dtype, check_launchable, kernel
 
 SELECT_BLOCK, SELECT_OPTIONS = 1024, {"num_warps": 4}
 
+# Eight tokens per thread. With sixteen the kernel spills where there is a mask.
+GAE_BLOCK, GAE_OPTIONS = 2048, {"num_warps": 8}
 
-# On an H200, [256, 8192] takes 74 us in blocks of 1024 tokens with 4 warps, 79 us in blocks of 4096
-# with 8: it is the scans that cost, not the carry from block to block.
-GAE_BLOCK, GAE_OPTIONS = 1024, {"num_warps": 4}
+
+# ---- gae
+# A block is [n, 4]: quads from its end, each four neighbouring tokens, in order, of one thread.
+
+
+@triton.jit
+def row_start(x, offset, alignment: tl.constexpr):
+    # Only this lets the compiler use wide loads: it knows nothing of the strides.
+    return tl.multiple_of(x + offset, alignment)
+
+
+@triton.jit
+def tokens_of(quads):
+    even, odd = tl.split(tl.reshape(quads, [quads.shape[0], 2, 2]))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def quads_of(first, second, third, fourth):
+    pairs = tl.join(tl.join(first, third), tl.join(second, fourth))
+    return tl.reshape(pairs, [first.shape[0], 4])
+
+
+@triton.jit
+def next_of(quads, after):
+    """What the next token has; `after` is that of the tokens behind the quads."""
+    _, second, third, fourth = tokens_of(quads)
+    return quads_of(second, third, fourth, after)
+
+
+@triton.jit
+def from_the_end(quads):
+    first, second, third, fourth = tokens_of(quads)
+    return tl.reshape(quads_of(fourth, third, second, first), [4 * quads.shape[0]])
+
+
+@triton.jit
+def in_quads(tokens):
+    fourth, third, second, first = tokens_of(tl.reshape(tokens, [tokens.shape[0] // 4, 4]))
+    return quads_of(first, second, third, fourth)
 
 
 @triton.jit
@@ -26,23 +67,17 @@ def compose(decay_later, sum_later, decay, sum_):
 
 
 @triton.jit
-def nearest(found_later, value_later, found, value):
-    """The value of the nearest token behind that counts."""
-    return tl.maximum(found, found_later), tl.where(found > 0, value, value_later)
-
-
-@triton.jit
-def first_lane(x, lanes):
-    return tl.sum(tl.where(lanes == 0, x, 0.0), 0)
+def nearer(a, b):
+    return tl.minimum(a, b)
 
 
 @triton.jit
 def scan(delta, decay, on, carry):
     """Advantages of a block: a masked token hands on what it was given."""
-    decays, sums = tl.associative_scan(
-        (tl.where(on, decay, 1.0), tl.where(on, delta, 0.0)), 0, compose, reverse=True
-    )
-    return sums + decays * carry
+    # Not with reverse=True, which turns the lanes of every operand around by ten shuffles.
+    decays = from_the_end(tl.where(on, decay, 1.0))
+    decays, sums = tl.associative_scan((decays, from_the_end(tl.where(on, delta, 0.0))), 0, compose)
+    return in_quads(sums + decays * carry)
 
 
 @kernel
@@ -50,56 +85,62 @@ def gae_kernel(
     reward, value, mask, row_decay, row_decay_value, bootstrap_value, truncated, advantage, returns,
     length: tl.int32, reward_stride: tl.int64, value_stride: tl.int64,
     gamma: tl.float32, decay: tl.float32, decay_value: tl.float32, bootstrap_last: tl.int32,
-    SAME: tl.constexpr, BLOCK: tl.constexpr,
+    SAME: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    reward += row * reward_stride
-    value += row * value_stride
-    out = row * length
+    reward = row_start(reward, row * reward_stride, 16 if ALIGNED else 1)
+    value = row_start(value, row * value_stride, 16 if ALIGNED else 1)
+    advantage = row_start(advantage, row * length, 16 if ALIGNED else 1)
+    returns = row_start(returns, row * length, 16 if ALIGNED else 1)
+    if mask is not None:
+        mask = row_start(mask, row * length, 4 if ALIGNED else 1)
     gamma = tl.cast(gamma, tl.float32)
     decay = tl.cast(decay, tl.float32) if row_decay is None else tl.load(row_decay + row)
     decay_value = tl.cast(decay_value, tl.float32)
     if row_decay_value is not None:
         decay_value = tl.load(row_decay_value + row)
     bootstrapped = True if truncated is None else tl.load(truncated + row)
-    # What stands behind the last token: V of the next one, and whether there was a next one.
-    following = tl.cast(0.0, tl.float32)
+    # What stands behind the last token that counts: its own V or a given one.
+    own = bootstrapped & (bootstrap_last != 0)
+    given = tl.cast(0.0, tl.float32)
     if bootstrap_value is not None:
-        following = tl.where(bootstrapped, tl.load(bootstrap_value + row), 0.0)
-    at_end = bootstrapped & (bootstrap_last != 0)
-    met = tl.cast(0.0, tl.float32)  # 1 once a token has been met
+        given = tl.where(bootstrapped, tl.load(bootstrap_value + row), 0.0)
+    nearest = length + 0  # the first token behind the block that counts
     carry = tl.cast(0.0, tl.float32)
     carry_value = tl.cast(0.0, tl.float32)
-    lanes = tl.arange(0, BLOCK)
+    quads = BLOCK - 4 - 4 * tl.arange(0, BLOCK // 4)
     blocks = tl.cdiv(length, BLOCK)
     for i in range(blocks):
-        t = (blocks - 1 - i) * BLOCK + lanes
+        start = (blocks - 1 - i) * BLOCK
+        t = (start + quads)[:, None] + tl.arange(0, 4)[None, :]
+        after = start + quads + 4
         on = t < length
-        behind = t + 1 < length
-        r = tl.load(reward + t, mask=on, other=0.0)
-        v = tl.load(value + t, mask=on, other=0.0)
-        v_next = tl.load(value + t + 1, mask=behind, other=0.0)
+        inside = (start + quads < length)[:, None] if ALIGNED else on
+        r = tl.load(reward + t, mask=inside, other=0.0)
+        v = tl.load(value + t, mask=inside, other=0.0)
         if mask is not None:
-            on = on & (tl.load(mask + out + t, mask=on, other=0) != 0)
-            behind = behind & (tl.load(mask + out + t + 1, mask=behind, other=0) != 0)
-            found, v_next = tl.associative_scan(
-                (tl.where(behind, 1.0, 0.0), v_next), 0, nearest, reverse=True
-            )
-            v_next = tl.where(found > 0, v_next, following)
-            known = tl.maximum(found, met)
+            counts = tl.load(mask + t, mask=inside, other=0).to(tl.int8)
+            counts_after = tl.load(mask + after, mask=after < length, other=0).to(tl.int8)
+            on = counts != 0
+            behind = tl.where(next_of(counts, counts_after) != 0, t + 1, length)
+            behind = in_quads(tl.associative_scan(from_the_end(behind), 0, nearer))
+            behind = tl.minimum(behind, nearest)
+            v_next = tl.load(value + behind, mask=behind < length, other=0.0)
+            nearest = tl.minimum(nearest, tl.min(tl.where(on, t, length)))
         else:  # the next token is the next one that counts
-            v_next = tl.where(behind, v_next, following)
-            known = tl.where(behind, 1.0, 0.0)
-        delta = r + gamma * tl.where(at_end & (known == 0.0), v, v_next) - v
+            behind = t + 1
+            v_next = next_of(v, tl.load(value + after, mask=after < length, other=0.0))
+        v_next = tl.where(behind < length, v_next, tl.where(own, v, given))
+        delta = r + gamma * v_next - v
         a = scan(delta, decay, on, carry)
         b = a if SAME else scan(delta, decay_value, on, carry_value)
-        inside = t < length
-        tl.store(advantage + out + t, tl.where(on, a, 0.0), mask=inside)
-        tl.store(returns + out + t, tl.where(on, b + v, 0.0), mask=inside)
-        carry = first_lane(a, lanes)
-        carry_value = first_lane(b, lanes)
-        following = first_lane(v_next, lanes)
-        met = first_lane(known, lanes)
+        tl.store(advantage + t, tl.where(on, a, 0.0), mask=inside)
+        tl.store(returns + t, tl.where(on, b + v, 0.0), mask=inside)
+        carry = tl.sum(tl.where(t == start, a, 0.0))
+        carry_value = tl.sum(tl.where(t == start, b, 0.0))
+
+
+# ---- elliptical_select
 
 
 @kernel
@@ -143,6 +184,12 @@ def select_kernel(
 # ---- launchers
 
 
+def quads_are_aligned(reward, value, mask):
+    """Whether every row starts at a quad and ends with one; the outputs are contiguous."""
+    starts = [x.data_ptr() % 16 == 0 and x.stride(0) % 4 == 0 for x in (reward, value)]
+    return reward.shape[1] % 4 == 0 and all(starts) and (mask is None or mask.data_ptr() % 4 == 0)
+
+
 def gae(
     reward, value, mask, row_lam, row_lam_value, bootstrap_value, truncated, gamma, lam, lam_value,
     bootstrap_last,
@@ -160,8 +207,8 @@ def gae(
             gae_kernel[(batch,)](
                 reward, value, mask, row_decay, row_decay_value, bootstrap_value, truncated,
                 advantage, returns, length, reward.stride(0), value.stride(0), gamma, gamma * lam,
-                gamma * lam_value, int(bootstrap_last), SAME=same, BLOCK=GAE_BLOCK,
-                **GAE_OPTIONS,
+                gamma * lam_value, int(bootstrap_last), SAME=same,
+                ALIGNED=quads_are_aligned(reward, value, mask), BLOCK=GAE_BLOCK, **GAE_OPTIONS,
             )  # fmt: skip
     return advantage, returns
 

@@ -17,6 +17,7 @@ inline float max(float x, float y) { return std::fmax(x, y); }
 inline float min(float x, float y) { return std::fmin(x, y); }
 inline int max(int x, int y) { return std::max(x, y); }
 inline int min(int x, int y) { return std::min(x, y); }
+inline unsigned min(unsigned x, unsigned y) { return std::min(x, y); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
