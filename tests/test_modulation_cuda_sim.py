@@ -18,8 +18,8 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 INF, NAN = float("inf"), float("nan")
 PARENTS = torch.tensor([-1, 0, 0, 1, 3], dtype=torch.int32)
 LAUNCHES = [
-    {"threads": 64, "order": "forward"},
-    {"threads": 96, "order": "reverse"},
+    {"threads": 32, "order": "forward"},
+    {"threads": 64, "order": "reverse"},
     {"threads": 128, "order": "random", "seed": 3},
     {"threads": 512, "order": "random", "seed": 4},
 ]
@@ -214,7 +214,7 @@ def test_no_program_changes_a_row(monkeypatch, config, dtype):
 def test_launch_decisions(simulated):
     threads = simulated.module().row_threads
     entries = (0, 32, 33, 100, 512, 100_000)
-    assert [threads(k, False) for k in entries] == [64, 64, 128, 256, 512, 512]
+    assert [threads(k, False) for k in entries] == [32, 32, 64, 128, 512, 512]
     assert threads(8, True) == 512
 
 

@@ -1,8 +1,7 @@
 // The kernels of logit control: a block per row. Their time is that of reads that wait for one
 // another. So what does not depend on the slot is asked for beside it, and its record, in one go,
 // beside the logits of the sets. Every thread folds the drafts and decides for itself: it takes as
-// long as if one did, and nothing has to be handed over. A warp of its own meanwhile computes what
-// the minimum of thinking comes to, which takes as long again.
+// long as if one did, and nothing has to be handed over.
 #pragma once
 
 #include "../common/reduce.cuh"
@@ -15,29 +14,23 @@ namespace modulation {
 
 constexpr unsigned kMaxRowThreads = 512, kCommitThreads = 32;
 
-struct Moved {  // a logit of the minimum
+struct Moved {  // a logit of the minimum, as the sets leave it
+  bool written;
   double value;
-  bool by_set;
 };
 
 struct RowShared {
   SlotShared slot;
   Moved wait, end;
-  double merged;  // of both unless a set writes to one
-  float temperature;
-  bool forced, raises;
   double top[kMaxRowThreads / 32];  // of each warp
 };
 
-// Threads of a row: a warp that writes and one that foresees, more writers where that shortens the
-// way through sets or logits.
+// Threads of a row: a warp, more of them where that shortens the way through sets or logits.
 inline unsigned row_threads(int64_t entries, bool dense) {
-  unsigned threads = dense ? kMaxRowThreads : 64;
-  while (threads < kMaxRowThreads && threads < entries + 32) threads *= 2;
+  unsigned threads = dense ? kMaxRowThreads : 32;
+  while (threads < kMaxRowThreads && threads < entries) threads *= 2;
   return threads;
 }
-
-__device__ inline unsigned row_writers() { return blockDim.x - 32; }
 
 template <class E>
 struct Line {  // a row of logits
@@ -57,8 +50,7 @@ struct Held {
   E logit;
 
   __device__ explicit Held(const State& s) : entry(-1), logit() {
-    if (fits(s) && threadIdx.x < s.entries && threadIdx.x < row_writers())
-      entry = s.sets.entries[threadIdx.x];
+    if (fits(s) && threadIdx.x < s.entries) entry = s.sets.entries[threadIdx.x];
   }
 
   __device__ void ask(const Line<E>& line) {
@@ -119,8 +111,8 @@ struct SetWriter {
     const bool bans = c.ban >= 0 && (member >> c.ban & 1);
     const E after = from_acc<E>(bans ? Value(-kInfinity) : with_added(z, added_to(c, member)));
     line.logits[id] = after;
-    if (id == c.wait) shared.wait = {double(to_acc(after)), true};
-    if (id == c.end) shared.end = {double(to_acc(after)), true};
+    if (id == c.wait) shared.wait = {true, double(to_acc(after))};
+    if (id == c.end) shared.end = {true, double(to_acc(after))};
   }
 
   __device__ void write_held(const Held<E>& held, int set) const {
@@ -132,7 +124,7 @@ struct SetWriter {
     for (unsigned left = used; left != 0; left &= left - 1) {
       const int set = __ffs(int(left)) - 1;
       const int64_t begin = sets.bounds[set] > first ? sets.bounds[set] : first;
-      for (int64_t k = begin + threadIdx.x; k < sets.bounds[set + 1]; k += row_writers()) {
+      for (int64_t k = begin + threadIdx.x; k < sets.bounds[set + 1]; k += blockDim.x) {
         const int64_t id = sets.id(k);
         if (id < line.vocab) write(set, id, sets.member(k), line.get(id));
       }
@@ -140,31 +132,29 @@ struct SetWriter {
   }
 };
 
-// What the minimum comes to unless a set writes to one of its logits: by one thread, before it is
-// known to apply.
+// The minimum's two logits, asked for by one thread before they are known to be moved.
 template <class E>
-__device__ void foresee(const Line<E>& line, RowShared& s, const float* temperature) {
-  const int64_t* record = s.slot.record;
-  if ((record[kParts] & kMinThink) == 0) return;
-  const int64_t from = record[kThinkEnd], to = record[kWait];
-  if (from < 0 || from >= line.vocab || to >= line.vocab) return;
-  const auto wait = line.get(to), end = line.get(from);
-  s.wait.value = wait, s.end.value = end;
-  s.temperature = temperature == nullptr ? 1.0f : *temperature;
-  s.merged = merged(wait, end, s.temperature);
-}
+struct Minimum {
+  E wait, end;
 
-// As in apply.h, with what was foreseen.
-template <class E>
-__device__ void move_to_wait(const Line<E>& line, const RowControl& c, const RowShared& s) {
-  typedef typename Line<E>::Value T;
-  if (c.end < 0 || c.end >= line.vocab || c.wait >= line.vocab) return;
-  const T wait = T(s.wait.value), end = T(s.end.value);
-  if (!can_wait(wait)) return;
-  const bool late = s.wait.by_set || s.end.by_set;
-  line.set(c.wait, late ? merged(wait, end, s.temperature) : T(s.merged));
-  line.set(c.end, -T(kInfinity));
-}
+  __device__ Minimum(const int64_t* record, const Line<E>& line) : wait(), end() {
+    if (threadIdx.x != 0 || (record[kParts] & kMinThink) == 0) return;
+    const int64_t from = record[kThinkEnd], to = record[kWait];
+    if (from < 0 || from >= line.vocab || to >= line.vocab) return;
+    end = line.logits[from], wait = line.logits[to];
+  }
+
+  __device__ void move(const Line<E>& line, const RowControl& c, const RowShared& s,
+                       float temperature) const {
+    typedef typename Line<E>::Value Value;
+    if (c.end < 0 || c.end >= line.vocab || c.wait >= line.vocab) return;
+    const Value to = s.wait.written ? Value(s.wait.value) : to_acc(wait);
+    const Value from = s.end.written ? Value(s.end.value) : to_acc(end);
+    if (!can_wait(to)) return;
+    line.set(c.wait, merged(to, from, temperature));
+    line.set(c.end, -Value(kInfinity));
+  }
+};
 
 // The largest finite logit, for the first thread.
 template <class E>
@@ -195,37 +185,32 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams 
   Held<E> held(p.state);
   const Drafts drafts(p, request, node);
   copy.ask_record();
+  const float temperature = p.temperature == nullptr ? 1.0f : p.temperature[row];
   const Line<E> line{static_cast<E*>(p.logits) + row * p.stride, p.vocab};
   held.ask(line);
-  if (threadIdx.x == 0) s.wait.by_set = s.end.by_set = false;
+  if (threadIdx.x == 0) s.wait.written = s.end.written = false;
   const Sets sets = copy.take_sets(s.slot);
-  const int held_set = set_of(sets, threadIdx.x);
+  const int held_set = held.any() ? set_of(sets, threadIdx.x) : 0;
   if (!copy.take_record(s.slot)) return;
   const int64_t* record = s.slot.record;
-  const bool writes = threadIdx.x < row_writers();
-  RowControl c{};
-  if (writes) {
-    c = control_of(record, fold_drafts(drafts, sets, record));
-    const bool forced = c.force >= 0 && c.force < p.vocab && can_force(line.get(c.force));
-    if (!forced && c.ban >= 0 && !survives_ban(line, held, sets, c.ban)) c.ban = -1;
-    if (threadIdx.x == 0) s.forced = forced, s.raises = c.soft >= 0 && c.soft < p.vocab;
-  } else if (threadIdx.x == row_writers()) {
-    foresee(line, s, p.temperature == nullptr ? nullptr : p.temperature + row);
-  }
-  __syncthreads();
-  if (s.forced) {
+  const Minimum<E> minimum(record, line);
+  RowControl c = control_of(record, fold_drafts(drafts, sets, record));
+  if (c.force >= 0 && c.force < p.vocab && can_force(line.get(c.force))) {
+    __syncthreads();
     if (threadIdx.x == 0) line.set(c.force, typename Line<E>::Value(kForced));
     return;
   }
-  if (writes) {
-    const SetWriter<E> writer(line, c, s);
-    writer.write_held(held, held_set);
-    const int64_t written = fits(p.state) ? row_writers() : 0;
-    if (written < p.state.entries) writer.write_rest(sets, written);
+  if (c.ban >= 0) {
+    if (!survives_ban(line, held, sets, c.ban)) c.ban = -1;
+    __syncthreads();
   }
+  const SetWriter<E> writer(line, c, s);
+  writer.write_held(held, held_set);
+  const int64_t written = fits(p.state) ? blockDim.x : 0;
+  if (written < p.state.entries) writer.write_rest(sets, written);
   __syncthreads();
-  if (threadIdx.x == 0) move_to_wait(line, c, s);
-  if (!p.dense || !s.raises) return;
+  if (threadIdx.x == 0) minimum.move(line, c, s, temperature);
+  if (!p.dense || c.soft < 0 || c.soft >= p.vocab) return;
   __syncthreads();
   const auto top = largest(line, s.top);
   if (threadIdx.x == 0) line.set(c.soft, raised(line.get(c.soft), top, c.weight, c.margin));

@@ -20,10 +20,12 @@ __device__ inline unsigned lane_of() { return threadIdx.x % 32; }
 
 __device__ inline bool fits(const State& s) { return s.entries <= kSharedEntries; }
 
-// The set that entry k belongs to.
+// The set that entry k belongs to: the last one that begins at it or before.
 __device__ inline int set_of(const Sets& sets, int64_t k) {
+  static_assert(kMaxSets == 32, "halved down to one");
   int set = 0;
-  while (set < kMaxSets - 1 && sets.bounds[set + 1] <= k) ++set;
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2) set += sets.bounds[set + half] <= k ? half : 0;
   return set;
 }
 
