@@ -16,7 +16,7 @@ struct SlotShared {
 // More of them stay where they are.
 constexpr int kSharedEntries = SlotShared::kSets - Sets::kEntries;
 
-__device__ inline unsigned lane_of() { return threadIdx.x % 32; }
+__device__ inline int lane_of() { return int(threadIdx.x % 32); }
 
 __device__ inline bool fits(const State& s) { return s.entries <= kSharedEntries; }
 
@@ -88,7 +88,7 @@ class SlotCopy {
 struct Drafts {
   const int64_t* tokens;
   const int32_t* parents;  // of a tree's nodes; null: all are on the path
-  int64_t count;
+  int count;
   int64_t token;
   int parent;
 
@@ -98,23 +98,24 @@ struct Drafts {
     if (tokens == nullptr) return;
     if (parents != nullptr) {
       tokens += request * p.nodes;
-      count = node + 1;
+      count = int(node) + 1;
       if (lane_of() < count) parent = parents[lane_of()];
     } else if (p.local_pos != nullptr) {
-      count = p.local_pos[request];
-      tokens += request + 1 - count;
+      count = int(p.local_pos[request]);
+      tokens += int64_t(request) + 1 - count;
     }
     if (lane_of() < count) token = tokens[lane_of()];
   }
 
   // Of the 32 from `first` on, those on the path, which is walked from below. The root's token is
   // no draft.
-  __device__ unsigned path(int64_t first) const {
+  __device__ unsigned path(int first) const {
     if (parents == nullptr) return count - first < 32 ? (1u << (count - first)) - 1 : kFullMask;
     unsigned bits = 0;
-    for (int64_t i = count - 1; i > 0; i = i < 32 ? shuffle_from(parent, int(i)) : parents[i]) {
-      if (i >= first && i < first + 32) bits |= 1u << (i - first);
-    }
+    int i = count - 1;
+    for (; i >= 32; i = parents[i]) bits |= i >= first && i < first + 32 ? 1u << (i - first) : 0;
+    if (first > 0) return bits;
+    for (; i > 0; i = shuffle_from(parent, i)) bits |= 1u << i;
     return bits;
   }
 };
@@ -123,6 +124,21 @@ struct Drafts {
 __device__ inline unsigned up_to_last(unsigned lanes) {
   for (int width = 1; width < 32; width *= 2) lanes |= lanes >> width;
   return lanes;
+}
+
+// As `switches`, for a lane's own token, which may be none. All lanes halve the set alike.
+__device__ inline bool lane_switches(const Sets& sets, const int64_t* record, int64_t token) {
+  if ((record[kParts] & kTip) == 0) return false;
+  const int64_t set = record[kAddedSets + 1];
+  const int64_t* entry = sets.entries + sets.bounds[set];
+  int count = int(sets.bounds[set + 1] - sets.bounds[set]);
+  if (count == 0) return false;
+  RK_ROLLED while (count > 1) {
+    const int half = count / 2;
+    if (Sets::id_of(entry[half]) <= token) entry += half;
+    count -= half;
+  }
+  return Sets::id_of(*entry) == token;
 }
 
 // Whether the token is more than a count to a request outside a phrase.
@@ -142,8 +158,7 @@ __device__ bool fold_lanes(const Sets& sets, const int64_t* record, Progress& p,
                            unsigned path, bool each, Step step) {
   const unsigned ends = __ballot_sync(kFullMask, own < 0) & path;
   if (ends != 0) path &= (ends & (0 - ends)) - 1;
-  const unsigned switched =
-      __ballot_sync(kFullMask, own >= 0 && switches(sets, record, own)) & path;
+  const unsigned switched = __ballot_sync(kFullMask, lane_switches(sets, record, own)) & path;
   const bool marks = own >= 0 && is_mark(record, p, own);
   const int count = __popc(path);
   const bool tracks =
@@ -165,7 +180,7 @@ __device__ bool fold_lanes(const Sets& sets, const int64_t* record, Progress& p,
 __device__ inline Progress fold_drafts(const Drafts& d, const Sets& sets, const int64_t* record) {
   Progress p = load_progress(record);
   bool ended = false;
-  for (int64_t first = 0; first < d.count && !ended; first += 32) {
+  for (int first = 0; first < d.count && !ended; first += 32) {
     int64_t own = d.token;
     if (first > 0) own = first + lane_of() < d.count ? d.tokens[first + lane_of()] : -1;
     ended =
