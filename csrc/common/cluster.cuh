@@ -1,6 +1,6 @@
-// Shared memory and thread-block clusters: the hardware-only features behind thin wrappers. Below
-// sm_90 a cluster is one block. Static __shared__ variables are not used anywhere: the simulator
-// keeps several blocks alive at once, so all shared memory is dynamic.
+// Shared memory, thread-block clusters, early launches: the hardware-only features behind thin
+// wrappers. Below sm_90 a cluster is one block. Static __shared__ variables are not used anywhere:
+// the simulator keeps several blocks alive at once, so all shared memory is dynamic.
 #pragma once
 
 #include "vec.h"
@@ -68,6 +68,15 @@ __device__ __forceinline__ void cluster_wait() {
 __device__ __forceinline__ void cluster_sync() {
   cluster_arrive();
   cluster_wait();
+}
+
+// For a kernel that may be launched early (launch in stream.h): lets the next such kernel be
+// launched, and waits until those before are over and what they wrote can be read.
+__device__ __forceinline__ void wait_for_kernels_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 }  // namespace reasonkern

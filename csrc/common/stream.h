@@ -61,30 +61,38 @@ Device describe(void (*kernel)(Params...), int32_t device) {
 }
 
 // Launches on `stream` with `cluster` blocks per cluster along x (1: none; at most 8, what is
-// portable) and checks the launch.
-template <class... Params, class... Args>
+// portable) and checks the launch. `early`: blocks may start while the kernel before is running;
+// one that calls wait_for_kernels_before first thing can be launched so.
+template <bool early = false, class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, unsigned cluster,
             std::size_t shared_bytes, cudaStream_t stream, Args... args) {
   // More must be asked for: all there may be, or a thread that launches the kernel with less room
   // would take this one's between the two calls.
   constexpr std::size_t kUnrequested = 48 * 1024;
+  int device = 0;
+  STD_CUDA_CHECK(cudaGetDevice(&device));
   if (shared_bytes > kUnrequested) {
-    int device = 0;
-    STD_CUDA_CHECK(cudaGetDevice(&device));
     STD_CUDA_CHECK(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)));
   }
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {cluster, 1, 1};
+  cudaLaunchAttribute attributes[2]{};
+  unsigned count = 0;
+  if (cluster > 1) {
+    attributes[count].id = cudaLaunchAttributeClusterDimension;
+    attributes[count++].val.clusterDim = {cluster, 1, 1};
+  }
+  if (early && code_arch(reinterpret_cast<const void*>(kernel), device) >= 90) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = grid;
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1 ? 1 : 0;
+  config.attrs = attributes;
+  config.numAttrs = count;
   STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }

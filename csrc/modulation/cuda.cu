@@ -27,16 +27,17 @@ struct CudaBackend {
   static void commit(const CommitParams& p, int32_t device) {
     check_grid(p.batch, "tokens");
     const LaunchScope scope(device);
-    launch(commit_kernel, unsigned(p.batch), kCommitThreads, 1, sizeof(SlotShared), scope.stream,
-           p);
+    launch<true>(commit_kernel, unsigned(p.batch), kCommitThreads, 1, sizeof(SlotShared),
+                 scope.stream, p);
   }
 
  private:
   static void launch_rows(void (*kernel)(RowsParams), const RowsParams& p, int32_t device) {
     check_grid(p.rows, "logits");
     const LaunchScope scope(device);
-    launch(kernel, unsigned(p.rows), row_threads(p.state.entries, p.dense), 1, sizeof(RowShared),
-           scope.stream, p);
+    const dim3 grid(unsigned(p.rows / p.nodes), unsigned(p.nodes));
+    launch<true>(kernel, grid, row_threads(p.state.entries, p.dense), 1, sizeof(RowShared),
+                 scope.stream, p);
   }
 
   static void check_grid(int64_t rows, const char* name) {

@@ -177,18 +177,20 @@ __device__ typename Line<E>::Value largest(const Line<E>& line, double* tops) {
 
 template <class E>
 __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams p) {
+  wait_for_kernels_before();
   RowShared& s = *dynamic_shared<RowShared>();
-  const unsigned row = blockIdx.x;
-  const unsigned request = p.parents == nullptr ? row : row / unsigned(p.nodes);
-  const Line<E> line{static_cast<E*>(p.logits) + int64_t(row) * p.stride, p.vocab};
-  const Drafts drafts(p, row, request);
-  const float temperature = p.temperature == nullptr ? 1.0f : p.temperature[row];
+  const unsigned request = blockIdx.x, node = blockIdx.y;
+  const int64_t row = request * p.nodes + node;
+  SlotCopy copy(p.state, p.slot + request);
   Held<E> held(p.state);
-  const SlotCopy copy(p.state, p.slot + request);
+  const Drafts drafts(p, request, node);
+  copy.ask_record();
+  const float temperature = p.temperature == nullptr ? 1.0f : p.temperature[row];
+  const Line<E> line{static_cast<E*>(p.logits) + row * p.stride, p.vocab};
   held.ask(line);
   if (threadIdx.x == 0) s.wait.written = s.end.written = false;
   const Sets sets = copy.take_sets(s.slot);
-  const int held_set = set_of(sets, threadIdx.x);
+  const int held_set = held.any() ? set_of(sets, threadIdx.x) : 0;
   if (!copy.take_record(s.slot)) return;
   const int64_t* record = s.slot.record;
   const Minimum<E> minimum(record, line);
@@ -218,12 +220,14 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams 
 
 // A warp per row of tokens.
 __global__ void __launch_bounds__(kCommitThreads, 1) commit_kernel(CommitParams p) {
+  wait_for_kernels_before();
   SlotShared& s = *dynamic_shared<SlotShared>();
   const unsigned b = blockIdx.x;
+  SlotCopy copy(p.state, p.slot + b);
   const int64_t length = p.length[b], steps = p.steps;
   const int64_t first = b * steps, count = length < steps ? length : steps;
   int64_t own = lane_of() < steps ? p.tokens[first + lane_of()] : -1;
-  const SlotCopy copy(p.state, p.slot + b);
+  copy.ask_record();
   const Sets sets = copy.take_sets(s);
   if (!copy.take_record(s)) return;
   int64_t* record = p.records + copy.number * kRecordWidth;

@@ -16,36 +16,40 @@ struct SlotShared {
 // More of them stay where they are.
 constexpr int kSharedEntries = SlotShared::kSets - Sets::kEntries;
 
-__device__ inline unsigned lane_of() { return threadIdx.x % 32; }
+__device__ inline int lane_of() { return int(threadIdx.x % 32); }
 
 __device__ inline bool fits(const State& s) { return s.entries <= kSharedEntries; }
 
-// The set that entry k belongs to.
+// The set that entry k belongs to: the last one that begins at it or before.
 __device__ inline int set_of(const Sets& sets, int64_t k) {
+  static_assert(kMaxSets == 32, "halved down to one");
   int set = 0;
-  while (set < kMaxSets - 1 && sets.bounds[set + 1] <= k) ++set;
+#pragma unroll
+  for (int half = 16; half > 0; half /= 2) set += sets.bounds[set + half] <= k ? half : 0;
   return set;
 }
 
-// The state of one slot on its way to shared memory: the first warp brings it, and all its reads are
-// under way before one is waited for. All threads of the block call the two takes.
+// The state of one slot on its way to shared memory: the first warp brings it, and all its reads
+// are under way before one is waited for. All threads of the block call the two takes.
 class SlotCopy {
  public:
-  int64_t number;  // of the slot
+  const int64_t number;  // of the slot
 
-  // The number is read last: a compiler looks at it as soon as it is asked for, and waits.
-  __device__ SlotCopy(const State& s, const int64_t* slot) : state_(s) {
-    const bool mine = threadIdx.x < 32;
-    const int places = !mine ? 0 : fits(s) ? Sets::kEntries + int(s.entries) : kMaxSets + 1;
+  __device__ SlotCopy(const State& s, const int64_t* slot) : number(*slot), state_(s) {
+    const int places = threadIdx.x >= 32 ? 0
+                       : fits(s)         ? Sets::kEntries + int(s.entries)
+                                         : kMaxSets + 1;
 #pragma unroll
     for (int k = 0; k < kSetsEach; ++k) {
       const int i = int(threadIdx.x) + 32 * k;
       sets_[k] = i < places ? s.sets.bounds[i] : 0;
     }
-    number = *slot;
-    used_ = number >= 0 && number < s.slots;
-    if (!used_ || !mine) return;
-    const int64_t* record = s.record_of(number) + threadIdx.x;
+  }
+
+  __device__ void ask_record() {
+    used_ = number >= 0 && number < state_.slots;
+    if (!used_ || threadIdx.x >= 32) return;
+    const int64_t* record = state_.record_of(number) + threadIdx.x;
 #pragma unroll
     for (int k = 0; k < kRecordEach; ++k) record_[k] = record[32 * k];
   }
@@ -84,31 +88,34 @@ class SlotCopy {
 struct Drafts {
   const int64_t* tokens;
   const int32_t* parents;  // of a tree's nodes; null: all are on the path
-  int64_t count;
+  int count;
   int64_t token;
   int parent;
 
-  __device__ Drafts(const RowsParams& p, unsigned row, unsigned request)
+  // Of node `node` of request `request`.
+  __device__ Drafts(const RowsParams& p, unsigned request, unsigned node)
       : tokens(p.draft_tokens), parents(p.parents), count(0), token(-1), parent(-1) {
+    if (tokens == nullptr) return;
     if (parents != nullptr) {
       tokens += request * p.nodes;
-      count = row - request * p.nodes + 1;
+      count = int(node) + 1;
       if (lane_of() < count) parent = parents[lane_of()];
     } else if (p.local_pos != nullptr) {
-      count = p.local_pos[row];
-      tokens += row + 1 - count;
+      count = int(p.local_pos[request]);
+      tokens += int64_t(request) + 1 - count;
     }
     if (lane_of() < count) token = tokens[lane_of()];
   }
 
   // Of the 32 from `first` on, those on the path, which is walked from below. The root's token is
   // no draft.
-  __device__ unsigned path(int64_t first) const {
+  __device__ unsigned path(int first) const {
     if (parents == nullptr) return count - first < 32 ? (1u << (count - first)) - 1 : kFullMask;
     unsigned bits = 0;
-    for (int64_t i = count - 1; i > 0; i = i < 32 ? shuffle_from(parent, int(i)) : parents[i]) {
-      if (i >= first && i < first + 32) bits |= 1u << (i - first);
-    }
+    int i = count - 1;
+    for (; i >= 32; i = parents[i]) bits |= i >= first && i < first + 32 ? 1u << (i - first) : 0;
+    if (first > 0) return bits;
+    for (; i > 0; i = shuffle_from(parent, i)) bits |= 1u << i;
     return bits;
   }
 };
@@ -117,6 +124,21 @@ struct Drafts {
 __device__ inline unsigned up_to_last(unsigned lanes) {
   for (int width = 1; width < 32; width *= 2) lanes |= lanes >> width;
   return lanes;
+}
+
+// As `switches`, for a lane's own token, which may be none. All lanes halve the set alike.
+__device__ inline bool lane_switches(const Sets& sets, const int64_t* record, int64_t token) {
+  if ((record[kParts] & kTip) == 0) return false;
+  const int64_t set = record[kAddedSets + 1];
+  const int64_t* entry = sets.entries + sets.bounds[set];
+  int count = int(sets.bounds[set + 1] - sets.bounds[set]);
+  if (count == 0) return false;
+  RK_ROLLED while (count > 1) {
+    const int half = count / 2;
+    if (Sets::id_of(entry[half]) <= token) entry += half;
+    count -= half;
+  }
+  return Sets::id_of(*entry) == token;
 }
 
 // Whether the token is more than a count to a request outside a phrase.
@@ -129,19 +151,18 @@ __device__ inline bool is_mark(const int64_t* record, const Progress& p, int64_t
 
 // Advances progress by the tokens that the lanes of `path` hold, in order, up to the first -1;
 // returns whether there was one. Mostly no token of a warp is one that a request waits for, and
-// then their number is all that counts. Else, and where `each` is asked for, step(k, token, switches)
-// folds the one of lane k.
+// then their number is all that counts. Else, and where `each` is asked for, step(k, token,
+// switches) folds the one of lane k.
 template <class Step>
 __device__ bool fold_lanes(const Sets& sets, const int64_t* record, Progress& p, int64_t own,
                            unsigned path, bool each, Step step) {
   const unsigned ends = __ballot_sync(kFullMask, own < 0) & path;
   if (ends != 0) path &= (ends & (0 - ends)) - 1;
-  const unsigned switched =
-      __ballot_sync(kFullMask, own >= 0 && switches(sets, record, own)) & path;
+  const unsigned switched = __ballot_sync(kFullMask, lane_switches(sets, record, own)) & path;
   const bool marks = own >= 0 && is_mark(record, p, own);
   const int count = __popc(path);
-  const bool tracks = (record[kParts] & kBudget) && p.phrase != kDone &&
-                      p.spent + count > record[kTrackFrom];
+  const bool tracks =
+      (record[kParts] & kBudget) && p.phrase != kDone && p.spent + count > record[kTrackFrom];
   if (!each && !tracks && p.wait == 0 && (__ballot_sync(kFullMask, marks) & path) == 0) {
     if (switched != 0) p.switched = p.t + __popc(path & up_to_last(switched));
     p.t += count;
@@ -159,11 +180,12 @@ __device__ bool fold_lanes(const Sets& sets, const int64_t* record, Progress& p,
 __device__ inline Progress fold_drafts(const Drafts& d, const Sets& sets, const int64_t* record) {
   Progress p = load_progress(record);
   bool ended = false;
-  for (int64_t first = 0; first < d.count && !ended; first += 32) {
+  for (int first = 0; first < d.count && !ended; first += 32) {
     int64_t own = d.token;
     if (first > 0) own = first + lane_of() < d.count ? d.tokens[first + lane_of()] : -1;
-    ended = fold_lanes(sets, record, p, own, d.path(first), false,
-                       [&](int, int64_t token, bool switches) { fold(record, p, token, switches); });
+    ended =
+        fold_lanes(sets, record, p, own, d.path(first), false,
+                   [&](int, int64_t token, bool switches) { fold(record, p, token, switches); });
   }
   return p;
 }

@@ -14,9 +14,9 @@ using cuda_sim::state_of;
 namespace {
 
 template <class Params>
-void start(void (*kernel)(Params), int64_t blocks, unsigned threads, std::size_t shared_bytes,
+void start(void (*kernel)(Params), dim3 blocks, unsigned threads, std::size_t shared_bytes,
            const Fields& launch, const Params& p) {
-  cuda_sim::launch(kernel, unsigned(blocks), threads, 1, shared_bytes,
+  cuda_sim::launch(kernel, blocks, threads, 1, shared_bytes,
                    static_cast<cuda_sim::Order>(launch.number<int>("order")),
                    launch.number<uint64_t>("seed"), p);
 }
@@ -37,7 +37,8 @@ void modulate(const std::string& dtype, const py::dict& launch, const py::dict& 
   f.point(p.temperature, "temperature");
   p.dense = f.number<bool>("dense");
   const unsigned threads = l.number<unsigned>("threads");
-  const auto run = [&](auto kernel) { start(kernel, p.rows, threads, sizeof(RowShared), l, p); };
+  const dim3 grid(unsigned(p.rows / p.nodes), unsigned(p.nodes));
+  const auto run = [&](auto kernel) { start(kernel, grid, threads, sizeof(RowShared), l, p); };
   if (dtype == "float32") return run(modulate_kernel<float>);
   if (dtype == "bfloat16") return run(modulate_kernel<bf16>);
   if (dtype == "float16") return run(modulate_kernel<fp16>);
@@ -57,7 +58,7 @@ void commit(const py::dict& launch, const py::dict& args) {
   p.steps = f.number<int64_t>("steps");
   f.point(p.entropy, "entropy");
   f.point(p.confidence, "confidence");
-  start(commit_kernel, p.batch, kCommitThreads, sizeof(SlotShared), l, p);
+  start(commit_kernel, unsigned(p.batch), kCommitThreads, sizeof(SlotShared), l, p);
 }
 
 }  // namespace
