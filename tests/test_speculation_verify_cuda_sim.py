@@ -42,6 +42,25 @@ def test_launch_shapes_change_nothing(simulated, blocks, threads, order):
         same(simulated, random_step(1, batch=5, vocab=304, rejection=blocks != 2))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("label", ["peaked", "flat", "ties"])
+@pytest.mark.parametrize(("vocab", "top_p"), [(6112, 1.0), (6112, 0.9), (6107, 1.0)])
+def test_rows_of_many_groups(simulated, dtype, label, vocab, top_p):
+    """A thread takes several groups of 16 tokens: nearly all of a peaked row are passed over, in a
+    flat one the bar rises from group to group. 6107: slices are not of whole words."""
+    blocks, threads = 2, 32
+    assert vocab > 3 * 16 * blocks * threads
+    x = torch.randn(3, 2, vocab, generator=torch.Generator().manual_seed(8))
+    if label == "peaked":
+        x[..., 5], x[..., -7] = 30.0, 29.5
+    elif label == "ties":
+        x = x.clamp(-0.5, 0.5)
+    step = random_step(1, batch=3, vocab=vocab, nodes=2, filters="off", bad=False, limits=False)
+    step = replace(step, logits=x.to(dtype), rows=replace(step.rows, top_p=torch.full((3,), top_p)))
+    with simulated.using(blocks=blocks, threads=threads, order="random", seed=2, teams=1):
+        same(simulated, step)
+
+
 @pytest.mark.parametrize("order", ["forward", "reverse", "random"])
 @pytest.mark.parametrize("blocks", [1, 2, 4])
 def test_a_team_takes_requests_of_either_kind(simulated, blocks, order):

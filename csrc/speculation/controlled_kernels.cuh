@@ -125,7 +125,7 @@ class Epilogue {
     start_candidates(shared_, thread_top);
     clear_tops(shared_, kConfidenceTokens);
     __syncthreads();
-    return candidate_bound(shared_, kConfidenceTokens);
+    return candidate_bound(shared_.my_groups, block_groups(), kConfidenceTokens);
   }
 
   __device__ static void add(MomentSum& sum, const float (&x)[4], float top) {
@@ -138,12 +138,13 @@ class Epilogue {
   // By every block, in the same order: a walk's copies of the windows must not differ.
   __device__ void find_confidence(Team& team, double log_sum, float* confidence) {
     TeamShared& s = shared_;
-    const int count = team.share_tops(kConfidenceTokens, true);
+    team.send_tops(kConfidenceTokens, true);
+    team.receive_tops();
     for (int i = int(threadIdx.x); i < kConfidenceTokens; i += int(blockDim.x)) {
       s.group_top[i] = -kInf;
     }
     __syncthreads();
-    merge_tops(s, kConfidenceTokens, count,
+    merge_tops(s, kConfidenceTokens, int(cluster_size()),
                [&](int place, float value, int) { s.group_top[place] = value; });
     __syncthreads();
     if (threadIdx.x != 0) return;
@@ -216,10 +217,12 @@ class ControlledVisit {
     if (cluster_rank() == 0) clear(b);
   }
 
-  __device__ Visited choose(Team& team, const Place& at) {
+  template <class Work>
+  __device__ Visited choose(Team& team, const Place& at, const Work& meanwhile) {
     ControlledRow row(team, p_.rows, at.b, at.node, p_.control.state.sets, shared_);
     ThreadTops tops;
     const RowTop top = find_controlled_top(team, row, slot_, request_.temperature, tops);
+    meanwhile();
     Epilogue epilogue(team, top, tops, p_.statistics);
     const Choice choice = choose_share(p_, team, row, request_, top, at, epilogue);
     const Best best = team.reduce(choice.best, TakeBest());
@@ -245,9 +248,11 @@ class ControlledVisit {
     __syncthreads();  // the statistics before are read
     start_candidates(shared_, thread_top);
     __syncthreads();
-    RawStatistics raw(team, top.raw, p_.topk, row.vocab);
+    RawStatistics raw(team, top.raw, p_.topk, row.vocab, shared_.my_groups, block_groups());
     raw.finish(team, row);
-    return join(team, top, {-kInf, -1}, raw.sum());
+    const Found found = join(team, top, {-kInf, -1}, raw.sum(), [] {});
+    team.send_tops(p_.topk, false);
+    return found;
   }
 
   __device__ void clear(int64_t b) {

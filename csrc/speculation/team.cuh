@@ -46,9 +46,10 @@ struct TeamShared {
   double s[kMaxEntry], r[kMaxEntry];  // rejection state
   int64_t skip[kMaxEntry], mass[kMaxEntry];
   float log_weight[kMaxEntry];
-  int64_t accepted;  // child that passed the coins, or -1
+  int64_t accepted;                   // child that passed the coins, or -1
+  int32_t children[32], drafted[32];  // of the likeliest child of a walk's node
   bool patched;
-  float group_top[kGroups];
+  alignas(16) float group_top[kGroups], my_groups[kGroups];  // of the row; of the block
   unsigned best;  // key of a value that the draw's best one is not below
   int count;
   float value[kCandidates];  // candidates of the top-k statistics
@@ -70,6 +71,20 @@ __device__ __forceinline__ T reduce_lanes(T value, unsigned n, Op op) {
     value = op(value, shuffle_xor(value, int(offset)));
   }
   return value;
+}
+
+struct Sum {
+  __device__ int64_t operator()(int64_t a, int64_t b) const { return a + b; }
+};
+
+// Of integers from 0 to 2^62, by 21 bits at a time.
+__device__ __forceinline__ int64_t reduce_lanes(int64_t value, unsigned n, Sum) {
+  if (threadIdx.x % 32 >= n) value = 0;
+  constexpr unsigned kMask = (1u << 21) - 1;
+  const unsigned low = __reduce_add_sync(kFullMask, unsigned(value) & kMask);
+  const unsigned middle = __reduce_add_sync(kFullMask, unsigned(value >> 21) & kMask);
+  const unsigned high = __reduce_add_sync(kFullMask, unsigned(value >> 42));
+  return (int64_t(high) << 42) + (int64_t(middle) << 21) + int64_t(low);
 }
 
 // A block's share of a row: tokens [first, last), which are copied to shared memory if the launch
@@ -135,18 +150,22 @@ class Team {
     if (threadIdx.x % 32 == 0) std::memcpy(aligned(parts[threadIdx.x / 32]), &value, sizeof(T));
     __syncthreads();
     const unsigned warps = blockDim.x / 32;
-    std::memcpy(&value, aligned(parts[threadIdx.x % 32 % warps]), sizeof(T));
+    std::memcpy(&value, aligned(parts[threadIdx.x & (warps - 1)]), sizeof(T));
     return reduce_lanes(value, warps, op);
   }
 
   // The block's value to all blocks; lane i gets that of block i % cluster_size(). A barrier of the
   // block lies between two calls. Two inboxes in turn: who sends to one again has heard from all
-  // blocks in the other one, so all have read it.
-  template <class T>
-  __device__ T exchange(const T& mine) {
+  // blocks in the other one, so all have read it. `meanwhile` is done while the values are on their
+  // way. with_groups: the blocks' `my_groups` go to `group_top`, those of a block side by side.
+  template <bool with_groups = false, class T, class Work>
+  __device__ T exchange(const T& mine, const Work& meanwhile) {
     static_assert(sizeof(T) <= kPartBytes, "TeamShared::inbox");
     const unsigned size = cluster_size(), turn = turn_;
-    if (size == 1) return mine;
+    if (size == 1) {
+      meanwhile();
+      return mine;
+    }
     meet();
     ++turn_;
     struct alignas(16) Part {
@@ -157,35 +176,46 @@ class Team {
     if (threadIdx.x < size) {
       send(reinterpret_cast<Part*>(inbox[cluster_rank()]), box, threadIdx.x, part);
     }
-    if (threadIdx.x == 0) expect_bytes(box, size * unsigned(sizeof(Part)));
+    if (with_groups) send_groups(box);
+    if (threadIdx.x == 0) {
+      expect_bytes(box, size * unsigned(sizeof(Part)) + (with_groups ? kGroups * 4 : 0));
+    }
+    meanwhile();
     wait_for_turn<Sender::peers>(box, turn / 2);
-    std::memcpy(&part, aligned(inbox[threadIdx.x % size]), sizeof(Part));
+    std::memcpy(&part, aligned(inbox[threadIdx.x & (size - 1)]), sizeof(Part));
     return part.value;
   }
 
   template <class T, class Op>
   __device__ T reduce(T value, Op op) {
-    return reduce_lanes(exchange(reduce_block(value, op)), cluster_size(), op);
+    return reduce_lanes(exchange(reduce_block(value, op), [] {}), cluster_size(), op);
   }
 
-  // This block's list to the first block, or to all; returns how many logits are in the lists that
-  // came here. A call of `exchange` lies between two calls, and a barrier behind the list's writes.
-  __device__ int share_tops(int k, bool with_all) {
+  // This block's list of the k largest logits to the first block, or to all. A call of `exchange`
+  // lies between two calls, or between `receive_tops` and this one; a barrier behind the list's
+  // writes.
+  __device__ void send_tops(int k, bool to_all) {
     TeamShared& s = *shared_;
     const unsigned size = cluster_size(), pairs = unsigned(k + 1) / 2;
-    const bool receives = with_all || cluster_rank() == 0;
     if (size == 1) {
       for (unsigned i = threadIdx.x; i < pairs; i += blockDim.x) s.tops[0][i] = s.top[i];
-      __syncthreads();
-      return int(2 * pairs);
+      return;
     }
-    for (unsigned i = threadIdx.x; i < pairs * (with_all ? size : 1); i += blockDim.x) {
+    for (unsigned i = threadIdx.x; i < pairs * (to_all ? size : 1); i += blockDim.x) {
       send(&s.tops[cluster_rank()][i % pairs], &s.tops_arrived, i / pairs, s.top[i % pairs]);
     }
-    if (!receives) return 0;
-    if (threadIdx.x == 0) expect_bytes(&s.tops_arrived, size * pairs * unsigned(sizeof(TopPair)));
-    wait_for_turn<Sender::peers>(&s.tops_arrived, tops_turn_++);
-    return int(2 * pairs * size);
+    if (threadIdx.x == 0 && (to_all || cluster_rank() == 0)) {
+      expect_bytes(&s.tops_arrived, size * pairs * unsigned(sizeof(TopPair)));
+    }
+  }
+
+  // Waits for the lists, by blocks to which they were sent.
+  __device__ void receive_tops() {
+    if (cluster_size() == 1) {
+      __syncthreads();
+    } else {
+      wait_for_turn<Sender::peers>(&shared_->tops_arrived, tops_turn_++);
+    }
   }
 
   // Starts the copy of this block's slice of a row, which is the next one to be read, unless it was
@@ -222,6 +252,17 @@ class Team {
   template <class Void>
   __device__ static Void* aligned(Void* part) {
     return static_cast<Void*>(__builtin_assume_aligned(part, 16));
+  }
+
+  __device__ void send_groups(Mailbox* box) {
+    const unsigned size = cluster_size(), all = kGroups / 4;  // words of the row's groups
+    if (threadIdx.x >= all) return;
+    const unsigned peer = threadIdx.x * size / all, at = threadIdx.x * size % all / size * 4;
+    struct alignas(16) Word {
+      float x[4];
+    };
+    send(reinterpret_cast<Word*>(shared_->group_top + cluster_rank() * (kGroups / size) + at), box,
+         peer, *reinterpret_cast<const Word*>(shared_->my_groups + at));
   }
 
   __device__ void copy(const Slice& slice, unsigned slot) {
@@ -266,11 +307,6 @@ __device__ __forceinline__ unsigned key_of(float value) {
 __device__ __forceinline__ float value_of(unsigned key) {
   return noise::float_of(key >> 31 ? key & 0x7fffffffu : ~key);
 }
-
-struct Sum {
-  __device__ int64_t operator()(int64_t a, int64_t b) const { return a + b; }
-  __device__ double operator()(double a, double b) const { return a + b; }
-};
 
 struct TakeBest {
   __device__ Best operator()(Best a, const Best& b) const {

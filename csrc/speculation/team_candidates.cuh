@@ -1,10 +1,14 @@
-// Candidates for the k largest logits of a block's slice: those at or above a bound that k of them
-// reach.
+// Candidates for the k largest logits of a row, or of a block's slice: those at or above a bound
+// that k of them reach.
 #pragma once
 
 #include "team.cuh"
 
 namespace reasonkern {
+
+struct Larger {
+  __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
+};
 
 __device__ __forceinline__ void put_top(TeamShared& s, int place, float value, int id) {
   s.top[place / 2].value[place % 2] = value;
@@ -16,16 +20,21 @@ __device__ __forceinline__ void clear_tops(TeamShared& s, int k) {
     put_top(s, i, -kInf, -1);
 }
 
-// The largest logits of groups of threads, and a new draw; whoever uses them, or adds candidates,
-// is behind a barrier.
-__device__ inline void start_candidates(TeamShared& s, float thread_top) {
-  const int width = max(1, int(blockDim.x) / kGroups);  // a power of two
-  for (int offset = 1; offset < width; offset *= 2) {
-    thread_top = fmaxf(thread_top, __shfl_xor_sync(kFullMask, thread_top, offset));
+// The largest logits of `groups` groups of threads, a power of two, and a new draw; whoever uses
+// them, or adds candidates, is behind a barrier.
+__device__ inline void start_candidates(TeamShared& s, float thread_top, int groups = kGroups) {
+  const unsigned width = max(1, int(blockDim.x) / groups);
+  if (width == 32) {
+    thread_top = value_of(__reduce_max_sync(kFullMask, key_of(thread_top)));
+  } else {
+    thread_top = reduce_lanes(thread_top, width, Larger());
   }
-  if (threadIdx.x % unsigned(width) == 0) s.group_top[threadIdx.x / unsigned(width)] = thread_top;
+  if (threadIdx.x % width == 0) s.my_groups[threadIdx.x / width] = thread_top;
   if (threadIdx.x == 0) s.count = 0, s.best = 0;
 }
+
+// Of a block.
+__device__ __forceinline__ int block_groups() { return min(int(blockDim.x), kGroups); }
 
 // Keys that differ by their lowest bits.
 __device__ __forceinline__ unsigned key_of_group(float top, int group) {
@@ -33,10 +42,10 @@ __device__ __forceinline__ unsigned key_of_group(float top, int group) {
 }
 
 // At most the k-th largest of the groups' tops, by every warp; -inf if there are fewer.
-__device__ inline float candidate_bound(const TeamShared& s, int k) {
-  const int groups = min(int(blockDim.x), kGroups), lane = int(threadIdx.x % 32);
-  unsigned low = lane < groups ? key_of_group(s.group_top[lane], lane) : 0;
-  unsigned high = lane + 32 < groups ? key_of_group(s.group_top[lane + 32], lane + 32) : 0;
+__device__ inline float candidate_bound(const float* group_top, int groups, int k) {
+  const int lane = int(threadIdx.x % 32);
+  unsigned low = lane < groups ? key_of_group(group_top[lane], lane) : 0;
+  unsigned high = lane + 32 < groups ? key_of_group(group_top[lane + 32], lane + 32) : 0;
   unsigned key = 0;
   for (int i = 0; i < k; ++i) {
     key = __reduce_max_sync(kFullMask, low > high ? low : high);

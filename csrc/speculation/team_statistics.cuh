@@ -2,7 +2,7 @@
 // candidates for the k largest while it sweeps its slice, and ranks them against each other.
 #pragma once
 
-#include "team_row.cuh"
+#include "team_draw.cuh"
 
 namespace reasonkern {
 
@@ -40,21 +40,23 @@ __device__ void rank_candidates(Team& team, const Row& row, int k) {
   }
 }
 
-// Calls body(place, value, id) for the largest logits in the lists of `count` that came here.
+// Calls body(place, value, id) for the k largest logits in the lists of `lists` blocks.
 template <class Body>
-__device__ __forceinline__ void merge_tops(const TeamShared& s, int k, int count,
+__device__ __forceinline__ void merge_tops(const TeamShared& s, int k, int lists,
                                            const Body& body) {
   const int pairs = (k + 1) / 2;
-  for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) {
+  for (int i = int(threadIdx.x); i < 2 * pairs * lists; i += int(blockDim.x)) {
     const TopPair& pair = s.tops[i / 2 / pairs][i / 2 % pairs];
     const float value = pair.value[i % 2];
     const int id = pair.id[i % 2];
     if (id < 0) continue;
     int place = 0;
-    for (int j = 0; j < count / 2; ++j) {
-      const TopPair other = s.tops[j / pairs][j % pairs];
-      place += comes_before(other.value[0], other.id[0], value, id);
-      place += comes_before(other.value[1], other.id[1], value, id);
+    for (int list = 0; list < lists; ++list) {
+      for (int j = 0; j < pairs; ++j) {
+        const TopPair other = s.tops[list][j];
+        if (!comes_before(other.value[0], other.id[0], value, id)) break;  // lists are in order
+        place += 1 + comes_before(other.value[1], other.id[1], value, id);
+      }
     }
     if (place < k) body(place, value, id);
   }
@@ -71,12 +73,13 @@ class RawStatistics {
  public:
   static constexpr bool kSeesAllowed = false;
 
-  // Behind find_row_top, or start_candidates and a barrier. `top`: the row's largest logit.
-  __device__ RawStatistics(Team& team, float top, int k, int vocab)
+  // `top`: the row's largest logit; k of `groups` groups of its tokens bound the candidates.
+  __device__ RawStatistics(Team& team, float top, int k, int vocab, const float* group_top,
+                           int groups)
       : shared_(*team.shared()),
         top_(top > -kInf ? top : 0.0f),
         least_(least_of(top_, vocab)),
-        bound_(candidate_bound(shared_, k)),
+        bound_(candidate_bound(group_top, groups, k)),
         k_(k) {
     clear_tops(shared_, k);
   }
@@ -122,7 +125,8 @@ class RawStatistics {
     rank_candidates<false>(team, row, k_);
   }
 
-  __device__ double sum() const { return sum_; }
+  // In units of 2^-40; 0 of a row that is not sound.
+  __device__ int64_t sum() const { return sum_ <= 0x1p22 ? int64_t(sum_ * 0x1p40) : 0; }
 
  private:
   __device__ float weight(float x) const {
@@ -140,14 +144,20 @@ __device__ __forceinline__ bool is_sound(const RowTop& top) {
   return (top.bad & 2) == 0 && top.raw > -kInf;
 }
 
-// By the team, for a sound row; the lists are ranked, and `found` is of `join`.
-__device__ inline void write_statistics(Team& team, const Found& found, int k, int64_t* ids,
+// ln of a sum in units of 2^-40, within 2^-23. A double's logarithm takes longer than all its sums.
+__device__ __forceinline__ double log_of(int64_t sum) {
+  const float x = float(sum);
+  const int n = noise::binade(x);
+  const float f = noise::add(noise::mantissa(x, n), -1.0f);
+  return double(n - 40) * 0.693147180559945309 + double(noise::log_series(f));
+}
+
+// By the first block, for a sound row whose lists have come; `found` is of `join`.
+__device__ inline void write_statistics(const Team& team, const Found& found, int k, int64_t* ids,
                                         float* logits, float* lse) {
-  const int count = team.share_tops(k, false);
-  if (cluster_rank() != 0) return;
-  merge_tops(*team.shared(), k, count,
+  merge_tops(*team.shared(), k, int(cluster_size()),
              [&](int place, float value, int id) { ids[place] = id, logits[place] = value; });
-  if (threadIdx.x == 0) *lse = float(double(found.top.raw) + log(found.sum));
+  if (threadIdx.x == 0) *lse = float(double(found.top.raw) + log_of(found.sum));
 }
 
 }  // namespace reasonkern

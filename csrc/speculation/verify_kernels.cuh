@@ -105,11 +105,10 @@ __global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) sample_kerne
     team.fetch(p.rows, b, 0);
     const Request& request = team.begin(p.requests, b);
     const TeamRow<E> row(team, p.rows, b, 0);
-    ThreadTops unused;
-    const RowTop top = find_row_top(team, row, unused);
+    const RowTop top = find_row_top(team, row, [] {});
     Nothing nothing;
     const Best best = sample_share(team, row, request, top, nothing);
-    const Found found = join(team, top, best, 0);
+    const Found found = join(team, top, best, 0, [] {});
     if (team.leads()) p.token[b] = outcome_of(found.top, found.best, request.temperature).token;
   }
   team.leave();
@@ -129,6 +128,16 @@ struct Children {
 
   __device__ Children(const VerifyParams& p, const Place& at)
       : Children(p, at, p.child_ptr[at.node]) {}
+
+  __device__ Children() : child(0), token(-1) {}
+
+  // Those that a warp left, behind a barrier.
+  __device__ explicit Children(const TeamShared& s)
+      : child(s.children[threadIdx.x % 32]), token(s.drafted[threadIdx.x % 32]) {}
+
+  __device__ void leave(TeamShared& s) const {
+    s.children[threadIdx.x] = child, s.drafted[threadIdx.x] = token;
+  }
 
   // The likeliest one; 0 if it may not be entered.
   __device__ int first() const { return __shfl_sync(kFullMask, token >= 0 ? child : 0, 0); }
@@ -150,12 +159,21 @@ __device__ inline int find_child(const VerifyParams& p, const Place& at, const C
   return found;
 }
 
-__device__ __forceinline__ bool is_eos(const VerifyParams& p, int64_t token) {
-  const int lane = int(threadIdx.x % 32);
-  bool hit = false;
-  for (int i = lane; i < p.eos_count; i += 32) hit |= p.eos[i] == token;
-  return __any_sync(kFullMask, hit) != 0;
-}
+// One to a lane, read ahead; those beyond 32 when they are asked for.
+struct EndTokens {
+  int mine;
+
+  __device__ explicit EndTokens(const VerifyParams& p) : mine(-1) {
+    const int64_t id = threadIdx.x % 32 < p.eos_count ? p.eos[threadIdx.x % 32] : -1;
+    if (id < p.rows.vocab) mine = int(id);
+  }
+
+  __device__ bool contain(const VerifyParams& p, int64_t token) const {
+    bool hit = mine == token;
+    for (int i = int(threadIdx.x % 32) + 32; i < p.eos_count; i += 32) hit |= p.eos[i] == token;
+    return __any_sync(kFullMask, hit) != 0;
+  }
+};
 
 // Empties the outputs of request b, by the team's first block.
 __device__ inline void clear_outputs(const VerifyParams& p, int64_t b) {
@@ -185,14 +203,18 @@ struct PlainVisit {
   __device__ PlainVisit(const VerifyParams& p, const Request& request, int64_t)
       : p(p), request(request) {}
 
-  __device__ Visited choose(Team& team, const Place& at) {
+  template <class Work>
+  __device__ Visited choose(Team& team, const Place& at, const Work& meanwhile) {
     const TeamRow<E> row(team, p.rows, at.b, at.node);
-    ThreadTops tops;
-    const RowTop top = find_row_top(team, row, tops);
-    RawStatistics raw(team, top.raw, p.topk, row.vocab);
+    const RowTop top = find_row_top(team, row, meanwhile);
+    const bool alone = cluster_size() == 1;
+    TeamShared& s = *team.shared();
+    RawStatistics raw(team, top.raw, p.topk, row.vocab, alone ? s.my_groups : s.group_top,
+                      alone ? block_groups() : kGroups);
     const Choice choice = choose_share(p, team, row, request, top, at, raw);
     raw.finish(team, row);
-    const Found found = join(team, top, choice.best, raw.sum());
+    const Found found =
+        join(team, top, choice.best, raw.sum(), [&] { team.send_tops(p.topk, false); });
     return {outcome_of(found.top, found.best, request.temperature, choice.accepted), found};
   }
 
@@ -206,31 +228,41 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
   const int limit = int(allowed < p.depth + 1 ? allowed : p.depth + 1);
   const Request& request = team.begin(p.requests, b);
   int32_t status = 0;
-  int length = 0;
   Place at{b, active && limit > 0 ? 0 : -1, 0};
   if (at.node >= 0) team.fetch(p.rows, b, at.node);
   if (first_block) clear_outputs(p, b);
   Visit visit(p, request, b);
+  TeamShared& shared = *team.shared();
+  const EndTokens ends(p);
+  Children children;
+  if (at.node >= 0) children = Children(p, at);
   while (at.node >= 0) {
-    Children children(p, at);
-    team.guess(p.rows, b, children.first());
-    const Visited row = visit.choose(team, at);
+    const int node = at.node, likely = children.first();
+    team.guess(p.rows, b, likely);
+    const Visited row = visit.choose(team, at, [&] {
+      if (likely > 0 && threadIdx.x < 32) Children(p, {b, likely, at.depth + 1}).leave(shared);
+    });
     const int64_t token = row.outcome.token, out = b * (p.depth + 1) + at.depth;
     if (row.outcome.bad) status |= kBadRow;
-    if (token < 0) break;
-    ++length;
-    const int node = at.node;
-    at = {b, length < limit ? find_child(p, at, children, token) : -1, at.depth + 1};
-    if (is_eos(p, token)) status |= kEos, at.node = -1;
-    if (at.node >= 0) team.fetch(p.rows, b, at.node);  // the next row is on its way meanwhile
-    if (team.leads()) p.out_tokens[out] = token, p.path[out] = node;
-    visit.emitted(token);
-    if (!is_sound(row.found.top)) continue;
+    if (token < 0) at.node = -1;
+    if (token >= 0) {
+      at = {b, at.depth + 1 < limit ? find_child(p, at, children, token) : -1, at.depth + 1};
+      if (ends.contain(p, token)) status |= kEos, at.node = -1;
+      if (at.node >= 0) {  // the next row is on its way meanwhile
+        team.fetch(p.rows, b, at.node);
+        children = at.node == likely ? Children(shared) : Children(p, at);
+      }
+      if (team.leads()) p.out_tokens[out] = token, p.path[out] = node;
+      visit.emitted(token);
+    }
+    if (!first_block) continue;
+    team.receive_tops();
+    if (token < 0 || !is_sound(row.found.top)) continue;
     write_statistics(team, row.found, p.topk, p.topk_ids + out * p.topk,
                      p.topk_logits + out * p.topk, p.lse + out);
   }
-  if (active && p.max_length != nullptr && length >= p.max_length[b]) status |= kCapped;
-  if (team.leads()) p.length[b] = length, p.status[b] = status;
+  if (active && p.max_length != nullptr && at.depth >= p.max_length[b]) status |= kCapped;
+  if (team.leads()) p.length[b] = at.depth, p.status[b] = status;
 }
 
 template <class E>

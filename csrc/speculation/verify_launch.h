@@ -11,9 +11,12 @@ namespace reasonkern {
 
 constexpr int kTeamBlocks = 8;  // of a cluster, at most: the largest portable one
 
-// Tokens of a row that each of the blocks takes: words of the mask, hence whole vectors.
+// Tokens of a row that each of the blocks, a power of two, takes: words of the mask, hence whole
+// vectors. No division: a device takes long for one.
 RK_HOST_DEVICE int64_t slice_tokens(int64_t vocab, unsigned blocks) {
-  return (vocab + 32 * blocks - 1) / (32 * blocks) * 32;
+  int shift = 5;
+  while (blocks >> (shift - 5) > 1) ++shift;
+  return (vocab + (int64_t(1) << shift) - 1) >> shift << 5;
 }
 
 struct TeamShape {

@@ -1,0 +1,228 @@
+// A draw from a row by a team, and what its blocks tell each other of it.
+#pragma once
+
+#include "team_row.cuh"
+
+namespace reasonkern {
+
+// Who sees a row's tokens while one is drawn: groups whose largest logit is not below `floor`, as
+// they came and as they are drawn from.
+struct Nothing {
+  __device__ float floor() const { return kInf; }
+  template <class Row, class Group>
+  __device__ void raw(const Row&, const Group&, float) {}
+  template <class Row, class Group>
+  __device__ void allowed(const Row&, const Group&) {}
+  __device__ void kept(float, float, Cut) {}
+  __device__ void swept() {}
+};
+
+struct Draw {
+  float temperature, top;
+  Cut cut;
+  uint64_t seed, position;
+  uint32_t stream;
+  int skip_count;  // tokens of TeamShared::skip, which have log-weights of their own
+};
+
+// An upper bound of the noise of a word: -ln u, whose logarithm is bounded by the float's own bits.
+__device__ __forceinline__ float noise_bound(uint32_t word) {
+  return fmaf(float(int32_t(noise::word_of(noise::from_word(word)))), -8.26295832e-8f, 110.2105f);
+}
+
+__device__ __forceinline__ void offer(const Team& team, const Draw& d, float logit, uint32_t word,
+                                      int token, Best& best) {
+  const float value = noise::divide(logit, d.temperature);
+  if (!d.cut.keeps(value, token)) return;
+  for (int i = 0; i < d.skip_count; ++i) {
+    if (team.shared()->skip[i] == token) return;
+  }
+  best.offer(noise::add(value, noise::gumbel_of(word)), token);
+}
+
+// x[k] without an index at run time, which would move x to memory.
+template <class T>
+__device__ __forceinline__ T lane_of(const T (&x)[4], int k) {
+  const T low = k & 1 ? x[1] : x[0], high = k & 1 ? x[3] : x[2];
+  return k & 2 ? high : low;
+}
+
+constexpr float kMinNoise = -2.8116f;  // below that of the largest uniform number
+
+// Perturbed values below the bar cannot be the best, whose value is at least `score`: what rounding
+// adds to a value, to its bounds and to z times 1/T is less than the distance.
+__device__ __forceinline__ float bar_of(float score) {
+  return score - 2e-3f - 1e-6f * fabsf(score);
+}
+
+// Logits below it stay below the bar. (A tiny temperature rounds.)
+__device__ __forceinline__ float floor_of(float bar, float temperature) {
+  return temperature < 0x1p-100f ? -kInf : (bar - kMaxNoise) * temperature;
+}
+
+// Words above it bring a value no further up than by `step`: -ln u bounds the noise.
+__device__ __forceinline__ uint32_t word_limit(float step) {
+  if (!(step > 0)) return 0xffffffffu;
+  const float words = exp2_approx<true>(32.0f - 1.44269504f * step);
+  return uint32_t(fminf(words, 0x1.fffffep31f)) + 1;
+}
+
+// Not above the noise of a word: ln(1 - u) - ln u.
+__device__ __forceinline__ float least_noise(uint32_t word) {
+  return __logf(float(~word)) - __logf(float(word | 1));
+}
+
+// How far a draw has come: the best value of the thread, and what the block's is not below.
+struct Bar {
+  unsigned key;
+  float bar, floor;
+
+  __device__ void raise(unsigned other, float temperature) {
+    if (other <= key) return;
+    key = other, bar = bar_of(value_of(key)), floor = floor_of(bar, temperature);
+  }
+};
+
+// Raises the block's bar by what the first quads are worth at least: a flat row's later tokens are
+// then passed over, who would be the best so far one after the other. By whole warps.
+template <class Row>
+__device__ void look_ahead(Team& team, const Row& row, const Draw& d, float inverse, Bar& bar) {
+  const int v = row.slice.first + 4 * int(threadIdx.x);
+  float x[4] = {-kInf, -kInf, -kInf, -kInf};
+  if (v < row.slice.last) row.read(v, x), row.apply_mask(v, x);
+  if (!__any_sync(kFullMask, !(top_of(x) < bar.floor))) return;
+  const PhiloxWords words = noise_block(d.seed, d.position, d.stream, uint32_t(v / 4));
+  float least = -kInf;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) least = fmaxf(least, fmaf(x[k], inverse, least_noise(words.w[k])));
+  const unsigned key = __reduce_max_sync(kFullMask, key_of(least));
+  if (key > bar.key && threadIdx.x % 32 == 0) atomicMax(&team.shared()->best, key);
+  bar.raise(key, d.temperature);
+}
+
+// Offers the tokens of a quad.
+template <class Row>
+__device__ __forceinline__ void offer_quad(const Team& team, const Row& row, const Draw& d, int v,
+                                           float inverse, float bar, Best& best) {
+  float x[4];
+  row.read(v, x);
+  row.apply_mask(v, x);
+  const PhiloxWords words = noise_block(d.seed, d.position, d.stream, uint32_t(v / 4));
+  unsigned likely = 0;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (!(fmaf(x[k], inverse, noise_bound(words.w[k])) < bar)) likely |= 1u << k;
+  }
+#pragma unroll 1  // rarely entered: one copy
+  for (; likely != 0; likely &= likely - 1) {
+    const int k = __ffs(int(likely)) - 1;
+    offer(team, d, lane_of(x, k), lane_of(words.w, k), v + k, best);
+  }
+}
+
+// The largest value plus noise of this thread's share, if it may be the block's. Tokens are passed
+// over whose bound is below a value that the block has seen: nothing that could win is. `top`: the
+// row's largest logit. `also` sees every token, as it came and as it is drawn from.
+template <class Row, class Also>
+__device__ Best draw(Team& team, const Row& row, const Draw& d, float top, Also& also) {
+  TeamShared& s = *team.shared();
+  Best best{-kInf, -1};
+  for (int i = 0; i < d.skip_count; ++i) {
+    const int64_t token = s.skip[i];
+    if (token < 0 || token >= row.vocab) continue;
+    const float g = gumbel_noise(d.seed, d.position, uint32_t(token), d.stream);
+    best.offer(noise::add(s.log_weight[i], g), int(token));
+  }
+  const float inverse = inverse_temperature(d.temperature);
+  Bar bar{0, -kInf, -kInf};
+  if (d.skip_count > 0) {  // the top may be among them
+    bar.raise(key_of(best.score), d.temperature);
+  } else {
+    bar.raise(key_of(noise::divide(top, d.temperature) + kMinNoise), d.temperature);
+    if (!(d.cut.value > -kInf)) look_ahead(team, row, d, inverse, bar);
+  }
+  row.each_group([&](const auto& group) {
+    const float group_top = group.top();
+    if (group_top < fminf(bar.floor, also.floor())) return;
+    also.raw(row, group, group_top);
+    also.allowed(row, group);
+    const float top = row.may_change() ? allowed_top(row, group, group_top) : group_top;
+    bar.raise(*const_cast<volatile unsigned*>(&s.best), d.temperature);
+    if (top < bar.floor) return;
+    const uint32_t limit = word_limit(bar.bar - top * inverse);
+    unsigned likely = 0;
+#pragma unroll
+    for (int quad = 0; quad < kGroupQuads; ++quad) {
+      const uint32_t block = uint32_t(row.quad_of(group.first, quad) / 4);
+      const PhiloxWords words = noise_block(d.seed, d.position, d.stream, block);
+      const uint32_t least = min(min(words.w[0], words.w[1]), min(words.w[2], words.w[3]));
+      if (least <= limit) likely |= 1u << quad;
+    }
+#pragma unroll 1
+    for (; likely != 0; likely &= likely - 1) {
+      const int v = row.quad_of(group.first, __ffs(int(likely)) - 1);
+      if (v < group.last) offer_quad(team, row, d, v, inverse, bar.bar, best);
+    }
+    if (key_of(best.score) > bar.key) atomicMax(&s.best, key_of(best.score));
+  });
+  also.swept();
+  return best;
+}
+
+// A row is bad when z/T of its top, or a logit, is not finite.
+__device__ __forceinline__ bool is_bad(const RowTop& top, float temperature) {
+  const float value = temperature == 0 ? top.value : noise::divide(top.value, temperature);
+  return (top.bad & 1) != 0 || !(fabsf(value) < kInf);
+}
+
+// A draw from the filtered row with the target's noise.
+template <class Row>
+__device__ Draw target_draw(Team& team, const Row& row, const Request& r, const RowTop& top,
+                            uint64_t position) {
+  const float value = noise::divide(top.value, r.temperature);
+  return {r.temperature, value, filter_cut(team, row, r, value), r.seed, position, kTarget, 0};
+}
+
+struct Found {
+  RowTop top;
+  Best best;
+  int64_t sum;  // of exp(x - top) over the raw logits, in units of 2^-40
+};
+
+struct Share {
+  Best best;
+  int64_t sum;
+  int id, unused;  // of the top
+};
+
+struct JoinShares {};
+
+// Overload, see that of RowTop.
+__device__ __forceinline__ Share reduce_lanes(Share x, unsigned n, JoinShares) {
+  const unsigned key = key_of(x.best.score + 0.0f), top = __reduce_max_sync(kFullMask, key);
+  x.best.id = int(__reduce_min_sync(kFullMask, key == top ? unsigned(x.best.id) : ~0u));
+  x.best.score = value_of(top);
+  x.id = int(__reduce_min_sync(kFullMask, unsigned(x.id)));
+  x.sum = reduce_lanes(x.sum, n, Sum());
+  return x;
+}
+
+// `top` is the row's, whose id is this thread's find, or -1.
+template <class Work>
+__device__ Found join(Team& team, RowTop top, const Best& best, int64_t sum,
+                      const Work& meanwhile) {
+  Share share = team.reduce_block(Share{best, sum, top.id, 0}, JoinShares());
+  share = reduce_lanes(team.exchange(share, meanwhile), cluster_size(), JoinShares());
+  top.id = share.id;
+  return {top, share.best, share.sum};
+}
+
+// accepted: the child that passed the coins, or -1.
+__device__ __forceinline__ Outcome outcome_of(const RowTop& top, const Best& best,
+                                              float temperature, int accepted = -1) {
+  if (is_bad(top, temperature)) return {top.id, true};
+  if (accepted >= 0) return {accepted, false};
+  return {temperature == 0 ? top.id : best.id, false};
+}
+
+}  // namespace reasonkern
