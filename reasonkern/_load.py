@@ -145,11 +145,41 @@ def define_composite(
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"reasonkern::{name}", fake, lib=LIBRARY)
     if autograd is not None:
-        backward, setup_context = autograd
-        torch.library.register_autograd(
-            f"reasonkern::{name}", backward, setup_context=setup_context, lib=LIBRARY
-        )
+        LIBRARY.impl(name, _differentiable(name, autograd), "Autograd", with_keyset=True)
     return implementation
+
+
+def _differentiable(name: str, autograd: Autograd) -> Implementation:
+    """What `torch.library.register_autograd` registers, for schemas without defaults.
+
+    Its own looks for arguments left out at their defaults, which costs more than a small op.
+    """
+    op = getattr(torch.ops.reasonkern, name).default
+
+    def below(keyset: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *given: Any) -> Any:
+            *args, keyset = given  # last: needs_input_grad[k] is that of argument k
+            output = below(keyset, *args)
+            autograd.setup_context(ctx, args, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            return *autograd.backward(ctx, *grads), None
+
+    Node.__name__ = Node.__qualname__ = f"Backward_{name}"
+
+    def dispatched(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Node.apply(*args, keyset)  # type: ignore[no-untyped-call]
+        return below(keyset, *args)
+
+    return dispatched
 
 
 def register_op(name: str, backends: Mapping[str, Implementation | None]) -> None:

@@ -43,7 +43,8 @@ class Row(NamedTuple):
 
 
 STATS = ("token_stats", "token_stats_backward", "token_stats_backward_")
-FUSED = ("policy_loss", "policy_loss_", "scale_rows_", "policy_metrics", "objective_map")
+ON_ROWS = ("policy_metrics", "objective_map", "sequence_map")
+FUSED = ("policy_loss", "policy_loss_", "scale_rows_", *ON_ROWS)
 ROWS = (
     Row(("token_stats",), "logprob, entropy, lse, Σp², varentropy, max p, top-1",
         "`log_softmax`, `gather`, `-(p * logp).sum(-1)`, …", STATS, "logprob, entropy, lse, Σp²"),

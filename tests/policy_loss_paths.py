@@ -18,7 +18,7 @@ FORMS = ("padded", "packed")
 class Calls(TorchDispatchMode):
     """Names of the package's operators over logits, and the largest new tensor of any operator."""
 
-    OVER_ROWS = ("policy_metrics", "objective_map")
+    OVER_ROWS = ("policy_metrics", "objective_map", "sequence_map")
 
     def __init__(self) -> None:
         super().__init__()

@@ -148,6 +148,24 @@ def test_contract_objective_map(dtype: torch.dtype) -> None:
     run_contract(OPS.objective_map.default, samples, differentiable_outputs=1, views=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_contract_sequence_map(dtype: torch.dtype) -> None:
+    r = [rows(dtype, seed) for seed in range(8)]
+    leaves = [x.detach().clone().requires_grad_() for x in r[:2]]
+    values = [0.9, 1.1, 3.0, 3.0, 0.1, 0.1, 0.1, 0.1, 20.0]
+    hyper = torch.tensor(values, dtype=dtype)[:, None]
+    offsets = torch.tensor([0, 2, B * T])
+    packed = [x.view(1, -1) for x in (*r[2:6], r[6].exp(), r[7])]
+    flat = [x.detach().view(1, -1).requires_grad_() for x in leaves]
+    none = (None, None, None, None)
+    samples = [
+        (*leaves, r[2], r[3], r[4], *none, None, values, 0, 0, False),
+        (*flat, *packed, offsets, hyper, values, 1, 3, True),
+        (*leaves, None, r[3], r[4], *none, None, values, 2, 0, False),
+    ]
+    run_contract(OPS.sequence_map.default, samples, differentiable_outputs=1, views=False)
+
+
 def test_every_operator_has_a_contract_test() -> None:
     assert set(op.SCHEMAS) == {
         "token_stats",
@@ -157,6 +175,7 @@ def test_every_operator_has_a_contract_test() -> None:
         "policy_loss_",
         "scale_rows_",
         "objective_map",
+        "sequence_map",
         "policy_metrics",
         "conflict_runs",  # test_policy_loss_conflict.py
     }

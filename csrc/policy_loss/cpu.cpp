@@ -25,6 +25,17 @@ void for_each_row(const Rows& rows, const Body& body) {
   });
 }
 
+template <class T>
+void map_sequence(const SequenceParams<T>& p, SequenceRange range) {
+  SequenceSums sums{};
+  for (int64_t r = range.begin; r < range.end; ++r) sums = sums + sequence_sums(p, r);
+  const double log_ratio = sequence_log_ratio(p.kind, sums);
+  double slope = 0;
+  for (int64_t r = range.begin; r < range.end; ++r) slope += sequence_slope(p, r, log_ratio);
+  slope /= std::max(1.0, sums.length);
+  for (int64_t r = range.begin; r < range.end; ++r) map_sequence_row(p, r, log_ratio, slope);
+}
+
 struct CpuBackend {
   template <class T>
   static void token_stats(LogitsType type, const StatsParams<T>& p, int32_t) {
@@ -70,6 +81,13 @@ struct CpuBackend {
     });
   }
 
+  template <class T>
+  static void sequence_map(const SequenceParams<T>& p, int32_t) {
+    torch::stable::parallel_for(0, p.sequences, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t s = begin; s < end; ++s) map_sequence(p, sequence_range(p, s));
+    });
+  }
+
   // Chunks of rows are merged in order, whichever thread took them.
   template <class T>
   static void policy_metrics(const MetricsParams<T>& p, int32_t) {
@@ -105,4 +123,5 @@ STABLE_TORCH_LIBRARY_IMPL(reasonkern, CPU, m) {
   m.impl("scale_rows_", TORCH_BOX(&Ops::scale_rows_));
   m.impl("policy_metrics", TORCH_BOX(&Ops::policy_metrics));
   m.impl("objective_map", TORCH_BOX(&Ops::objective_map));
+  m.impl("sequence_map", TORCH_BOX(&Ops::sequence_map));
 }

@@ -4,6 +4,7 @@
 #include "metrics.cuh"
 #include "objective_map.cuh"
 #include "operators.h"
+#include "sequence_map.cuh"
 
 namespace reasonkern {
 namespace {
@@ -82,6 +83,13 @@ struct CudaBackend {
   }
 
   template <class T>
+  static void sequence_map(const SequenceParams<T>& p, int32_t device) {
+    const LaunchScope scope(device);
+    launch(sequence_kernel<T>, grid_blocks(p.sequences, 1), kSequenceBlock, 1,
+           sequence_shared_bytes(kSequenceBlock), scope.stream, p);
+  }
+
+  template <class T>
   static void policy_metrics(const MetricsParams<T>& p, int32_t device) {
     const LaunchScope scope(device);
     const unsigned cluster = describe(metrics_kernel<T>, device).arch >= 90 ? kMetricsCluster : 1;
@@ -103,4 +111,5 @@ STABLE_TORCH_LIBRARY_IMPL(reasonkern_cuda, CUDA, m) {
   m.impl("scale_rows_", TORCH_BOX(&Ops::scale_rows_));
   m.impl("policy_metrics", TORCH_BOX(&Ops::policy_metrics));
   m.impl("objective_map", TORCH_BOX(&Ops::objective_map));
+  m.impl("sequence_map", TORCH_BOX(&Ops::sequence_map));
 }

@@ -5,7 +5,7 @@
 
 #include <cstdint>
 
-#include "objective.h"
+#include "policy_loss.h"
 
 namespace reasonkern {
 
@@ -90,15 +90,6 @@ RK_HOST_DEVICE void merge(Metrics& a, const Metrics& b) {
   a.ratio_max = b.ratio_max > a.ratio_max ? b.ratio_max : a.ratio_max;
   for (int k = 0; k < kNumCounts; ++k) a.counts[k] += b.counts[k];
   for (int k = 0; k < kNumSums; ++k) a.sums[k] += b.sums[k];
-}
-
-template <typename T>
-RK_HOST_DEVICE Hyper<double> load_hyper(const MetricsParams<T>& p, int64_t row) {
-  if (p.device_hyper == nullptr) return p.hyper;
-  const T* h = p.device_hyper + (p.hyper_rows == 1 ? 0 : row);
-  const int64_t n = p.hyper_rows;
-  return {double(h[0]),     double(h[n]),     double(h[2 * n]), double(h[3 * n]), double(h[4 * n]),
-          double(h[5 * n]), double(h[6 * n]), double(h[7 * n]), double(h[8 * n])};
 }
 
 // k1, k2, k3 of d = ln(other / policy).

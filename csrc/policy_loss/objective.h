@@ -159,6 +159,22 @@ RK_HOST_DEVICE Term<T> kl_term(int kl_kind, bool unbiased, T logp, T ref_logprob
   return {r.value * k.value, r.value * (r.slope * k.value + k.dlogp)};
 }
 
+// `weighted` has the loss and the derivative of weight * loss; zeros for a row that is not finite.
+template <typename T>
+RK_HOST_DEVICE RowLoss<T> combine(Term<T> weighted, T logp, T entropy, T weight, T entropy_weight,
+                                  T entropy_coef) {
+  RowLoss<T> out;
+  out.token_loss = weighted.value;
+  out.dlogp = weighted.dlogp;
+  out.dentropy = -entropy_coef * entropy_weight;
+  out.row_loss = weight * weighted.value + out.dentropy * entropy;
+  out.finite = std::isfinite(logp) && std::isfinite(out.row_loss) &&
+               std::isfinite(out.token_loss) && std::isfinite(out.dlogp) &&
+               std::isfinite(out.dentropy);
+  if (!out.finite) out.row_loss = out.token_loss = out.dlogp = out.dentropy = T(0);
+  return out;
+}
+
 template <typename T>
 RK_HOST_DEVICE RowLoss<T> objective_row(int kind, int kl_kind, bool kl_unbiased, T logp, T entropy,
                                         const RowInputs<T>& in, const Hyper<T>& h) {
@@ -177,16 +193,8 @@ RK_HOST_DEVICE RowLoss<T> objective_row(int kind, int kl_kind, bool kl_unbiased,
         kl_term(kl_kind, kl_unbiased, logp, in.ref_logprob, old_logprob, h.log_ratio_clamp);
     l = {l.value + h.kl_coef * k.value, l.dlogp + h.kl_coef * k.dlogp};
   }
-  RowLoss<T> out;
-  out.token_loss = l.value;
-  out.dlogp = in.weight * l.dlogp;
-  out.dentropy = -h.entropy_coef * in.entropy_weight;
-  out.row_loss = in.weight * l.value + out.dentropy * entropy;
-  out.finite = std::isfinite(logp) && std::isfinite(out.row_loss) &&
-               std::isfinite(out.token_loss) && std::isfinite(out.dlogp) &&
-               std::isfinite(out.dentropy);
-  if (!out.finite) out.row_loss = out.token_loss = out.dlogp = out.dentropy = T(0);
-  return out;
+  return combine({l.value, in.weight * l.dlogp}, logp, entropy, in.weight, in.entropy_weight,
+                 h.entropy_coef);
 }
 
 // Coefficients of one gradient row, with d = z_v - m and p = exp(d) * inv_sum:

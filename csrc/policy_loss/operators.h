@@ -7,6 +7,7 @@
 //   ... scale_rows(LogitsType, const Rows&, const T* factors, device)
 //   ... policy_metrics(const MetricsParams<T>&, device)
 //   ... objective_map(const MapParams<T>&, device)
+//   ... sequence_map(const SequenceParams<T>&, device)
 //
 // T is the accumulator type; kFloat64 comes with double and the other types with float.
 #pragma once
@@ -17,6 +18,7 @@
 #include "metrics.h"
 #include "objective_map.h"
 #include "row_tensors.h"
+#include "sequence_map.h"
 
 namespace reasonkern {
 
@@ -151,6 +153,48 @@ class Operators {
       if (logprob.numel() > 0) Backend::objective_map(p, logprob.get_device_index());
     });
     return {out[0], out[1], out[2], out[3], finite};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sequence_map(
+      const Tensor& logprob, const Tensor& entropy, const MaybeTensor& old_logprob,
+      const Tensor& advantage, const Tensor& weight, const MaybeTensor& entropy_weight,
+      const MaybeTensor& importance, const MaybeTensor& ref_logprob, const MaybeTensor& cu_seqlens,
+      const MaybeTensor& hyper, const std::vector<double>& values, int64_t kind, int64_t kl_kind,
+      bool kl_unbiased) {
+    check_rows(logprob, "logprob");
+    std::vector<Tensor> out;
+    for (int k = 0; k < 5; ++k) out.push_back(new_rows(logprob, logprob.scalar_type()));
+    Tensor finite = new_rows(logprob, ScalarType::Bool);
+    dispatch_acc(logits_type(logprob, "logprob"), [&](auto acc) {
+      using T = decltype(acc);
+      const RowTensors<T> from(logprob);
+      const auto to = [&](int k) { return out[k].mutable_data_ptr<T>(); };
+      SequenceParams<T> p{};
+      p.rows = logprob.numel();
+      p.sequences = logprob.size(0);
+      if (cu_seqlens.has_value()) {
+        p.sequences = cu_seqlens->numel() - 1;
+        check_tensor(*cu_seqlens, "cu_seqlens", ScalarType::Long, cu_seqlens->sizes(), logprob);
+        STD_TORCH_CHECK(p.sequences > 0, "cu_seqlens: expected offsets of a sequence, got none");
+        p.offsets = cu_seqlens->const_data_ptr<int64_t>();
+      }
+      p.logprob = from.read(logprob, "logprob");
+      p.entropy = from.read(entropy, "entropy");
+      read_objective(from, p, old_logprob, advantage, weight, entropy_weight, importance,
+                     ref_logprob);
+      fill_hyper<T>(p, p.rows, logprob, hyper, values);
+      p.kind = static_cast<int>(kind);
+      p.kl_kind = static_cast<int>(kl_kind);
+      p.kl_unbiased = kl_unbiased;
+      p.row_loss = to(0);
+      p.token_loss = to(1);
+      p.dlogp = to(2);
+      p.dentropy = to(3);
+      p.log_ratio = to(4);
+      p.finite = finite.mutable_data_ptr<bool>();
+      if (p.rows > 0) Backend::sequence_map(p, logprob.get_device_index());
+    });
+    return {out[0], out[1], out[2], out[3], finite, out[4]};
   }
 
   static Tensor policy_metrics(const Tensor& logprob, const Tensor& entropy,

@@ -69,16 +69,19 @@ struct LossParams {
   T *row_loss, *token_loss, *logprob, *entropy;  // (rows)
 };
 
-template <typename T>
-RK_HOST_DEVICE Hyper<T> load_hyper(const LossParams<T>& p, int64_t row) {
+// Params: LossParams, MetricsParams or SequenceParams, whose fields of these names agree.
+template <class Params>
+RK_HOST_DEVICE auto load_hyper(const Params& p, int64_t row) {
+  typedef decltype(p.hyper.low) N;
   if (p.device_hyper == nullptr) return p.hyper;
-  const T* h = p.device_hyper + (p.hyper_rows == 1 ? 0 : row);
+  const auto* h = p.device_hyper + (p.hyper_rows == 1 ? 0 : row);
   const int64_t n = p.hyper_rows;
-  return {h[0], h[n], h[2 * n], h[3 * n], h[4 * n], h[5 * n], h[6 * n], h[7 * n], h[8 * n]};
+  return Hyper<N>{N(h[0]),     N(h[n]),     N(h[2 * n]), N(h[3 * n]), N(h[4 * n]),
+                  N(h[5 * n]), N(h[6 * n]), N(h[7 * n]), N(h[8 * n])};
 }
 
-template <typename T>
-RK_HOST_DEVICE RowInputs<T> load_row_inputs(const LossParams<T>& p, int64_t row) {
+template <template <class> class Params, typename T>
+RK_HOST_DEVICE RowInputs<T> load_row_inputs(const Params<T>& p, int64_t row) {
   RowInputs<T> in;
   in.advantage = p.advantage[row];
   in.weight = p.weight[row];

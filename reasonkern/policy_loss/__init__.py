@@ -212,9 +212,9 @@ def policy_loss(
     shape = targets.shape
     return PolicyLossOutput(
         out.row_loss.sum(),
-        out.token_loss.detach().view(shape),
-        out.logprob.detach().view(shape),
-        out.entropy.detach().view(shape),
+        out.token_loss.view(shape),
+        out.logprob.view(shape),
+        out.entropy.view(shape),
         loss_metrics(context, *out[2:]),
     )
 

@@ -131,10 +131,13 @@ def row_tensor(
 
     With as many segments as packed tokens, `sequence_first` reads (N,) as one value per segment.
     """
-    check_tensor(name, x)
-    batch, tokens = logits.shape[:2]
-    _checks.check_device(name, x, logits, "logits")
     shape = logits.shape[:2]
+    dtype = accumulator_dtype(logits.dtype)
+    if not sequence_first and _checks.is_contiguous(x, shape, dtype, logits.device):
+        return x.detach() if x.requires_grad else x
+    check_tensor(name, x)
+    batch, tokens = shape
+    _checks.check_device(name, x, logits, "logits")
     per_token = x.shape == shape or (batch == 1 and x.shape == (tokens,))
     if per_sequence and (sequence_first or not per_token):
         x = _spread(name, x, shape, segments)
@@ -148,7 +151,7 @@ def row_tensor(
         elif per_sequence:
             expected += f", or one per sequence, {(batch,)}"
         _checks.fail(name, expected, f"shape {tuple(x.shape)}")
-    return x.detach().to(accumulator_dtype(logits.dtype)).contiguous()
+    return x.detach().to(dtype).contiguous()
 
 
 def _spread(name: str, x: Tensor, shape: torch.Size, segments: Segments | None) -> Tensor:

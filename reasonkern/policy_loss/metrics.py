@@ -168,19 +168,17 @@ def loss_metrics(
     log_ratio: Tensor | None = None,
 ) -> PolicyMetrics:
     """Metrics of one call, of the fields of its `paths.PathOutput` after the losses."""
-    with torch.no_grad():
-        logprob, entropy = logprob.detach(), entropy.detach()
-        kind = objective.kind if objective.level == "token" else CLIP
-        flat = torch.ops.reasonkern.policy_metrics(
-            logprob, entropy, context.old_logprob, context.advantage, context.weight,
-            context.entropy_weight, factor, context.ref_logprob, log_ratio, finite, hyper, values,
-            kind, not objective.leaves_out_ratio, objective.kl is not None,
-        )  # fmt: skip
+    flat = torch.ops.reasonkern.policy_metrics(
+        logprob, entropy, context.old_logprob, context.advantage, context.weight,
+        context.entropy_weight, factor, context.ref_logprob, log_ratio, finite, hyper, values,
+        objective.kind if objective.level == "token" else CLIP, not objective.leaves_out_ratio,
+        objective.kl is not None,
+    )  # fmt: skip
     return _unflatten(flat, context.ref_logprob is not None, context.parallel)
 
 
 def _unflatten(flat: Tensor, has_ref: bool, parallel: Parallel | None) -> PolicyMetrics:
-    sums, ratio_range, moments = torch.split(flat, [len(SUMS), 2, 4 * len(PAIRS)])
+    sums, ratio_range, moments = flat.split_with_sizes((len(SUMS), 2, 4 * len(PAIRS)))
     return PolicyMetrics(sums, ratio_range, moments.view(len(PAIRS), 4), has_ref, parallel)
 
 

@@ -137,12 +137,19 @@ class ObjectiveFields:
             math.inf if self.log_ratio_clamp is None else self.log_ratio_clamp,
         )
 
-    def pack(self, rows: Tensor) -> tuple[list[float], Tensor | None]:
+    def pack_sequence(self, rows: Tensor) -> tuple[list[float], Tensor | None]:
+        """`pack` for the map of sequences, where VESPO's shape stands for the four bounds."""
+        numbers = self.numbers()
+        return self.pack(rows, (*(self.vespo_shape or numbers[:4]), *numbers[4:]))
+
+    def pack(
+        self, rows: Tensor, numbers: tuple[Number, ...] | None = None
+    ) -> tuple[list[float], Tensor | None]:
         """``(values, hyper)`` for rows like ``rows`` (B, T), of its dtype and device.
 
         ``hyper`` is None when all numbers are floats, else (9, 1), or (9, B*T) with per-row fields.
         """
-        numbers = self.numbers()
+        numbers = self.numbers() if numbers is None else numbers
         if not any(isinstance(x, Tensor) for x in numbers):
             return [float(x) for x in numbers], None
         per_row = any(isinstance(x, Tensor) and x.ndim > 0 for x in numbers)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _load
-from . import conflict, metrics, reference, reference_objective
+from . import conflict, metrics, reference, reference_objective, sequence
 
 LOGITS_ARGS = "Tensor targets, Tensor? mask, Tensor? row_temperature"
 GRAD_ARGS = (
@@ -43,6 +43,11 @@ SCHEMAS = {
     "Tensor weight, Tensor? entropy_weight, Tensor? importance, Tensor? ref_logprob, "
     "Tensor? hyper, float[] values, int kind, int kl_kind, bool kl_unbiased) -> (Tensor row_loss, "
     "Tensor token_loss, Tensor dlogp, Tensor dentropy, Tensor finite)",
+    "sequence_map": "(Tensor logprob, Tensor entropy, Tensor? old_logprob, Tensor advantage, "
+    "Tensor weight, Tensor? entropy_weight, Tensor? importance, Tensor? ref_logprob, "
+    "Tensor? cu_seqlens, Tensor? hyper, float[] values, int kind, int kl_kind, bool kl_unbiased) "
+    "-> (Tensor row_loss, Tensor token_loss, Tensor dlogp, Tensor dentropy, Tensor finite, "
+    "Tensor log_ratio)",
     "policy_metrics": "(Tensor logprob, Tensor entropy, Tensor? old_logprob, Tensor advantage, "
     "Tensor weight, Tensor? entropy_weight, Tensor? importance, Tensor? ref_logprob, "
     "Tensor? log_ratio, Tensor? finite, Tensor? hyper, float[] values, int kind, bool clips, "
@@ -72,6 +77,15 @@ def _objective_map(logprob: Tensor, entropy: Tensor, *args: Any) -> tuple[Tensor
     return tuple(reference_objective.objective_rows(*inputs))
 
 
+def _sequence_map(logprob: Tensor, entropy: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    *rows, cu_seqlens, hyper, values, kind, kl_kind, kl_unbiased = args
+    h = reference_objective.unpack_hyper(values, hyper, logprob.shape)
+    segments = sequence.Segments.of(logprob, cu_seqlens)
+    inputs: tuple[Any, ...] = (kind, kl_kind, kl_unbiased, logprob, entropy, *rows, segments, h)
+    mapped, log_ratio = sequence.sequence_rows(*inputs)
+    return (*mapped, log_ratio)
+
+
 REFERENCE: dict[str, Callable[..., Any]] = {
     "token_stats": reference.token_stats,
     "token_stats_backward": reference.token_stats_backward,
@@ -80,6 +94,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "policy_loss_": _policy_loss_,
     "scale_rows_": reference.scale_rows_,
     "objective_map": _objective_map,
+    "sequence_map": _sequence_map,
     "policy_metrics": metrics.metric_rows,
     "conflict_runs": conflict.conflict_runs,
 }
@@ -120,6 +135,10 @@ FAKE: dict[str, Callable[..., Any]] = {
     "policy_loss_": _fake_policy_loss_,
     "scale_rows_": lambda x, scale: None,
     "objective_map": _fake_objective_map,
+    "sequence_map": lambda logprob, *args: (
+        *_fake_objective_map(logprob),
+        logprob.new_empty(logprob.shape),
+    ),
     "policy_metrics": lambda logprob, *args: logprob.new_empty(
         len(metrics.SUMS) + 2 + 4 * len(metrics.PAIRS), dtype=torch.float64
     ),
@@ -223,29 +242,32 @@ def scale_saved_gradient(grad_logits: Tensor, grad: Tensor, loss_scale: Tensor |
 
 def _save_slopes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*output[2:4])
+    ctx.others = (None,) * (len(inputs) - 2)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _objective_map_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+def _map_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     dlogp, dentropy = ctx.saved_tensors
     if grad is None:
-        return (None,) * 13
-    return (grad * dlogp, grad * dentropy, *(None,) * 11)
+        return (None, None, *ctx.others)
+    return (grad * dlogp, grad * dentropy, *ctx.others)
 
 
 AUTOGRAD = {
     "token_stats": _load.Autograd(_token_stats_vjp, _save_stats),
     "policy_loss": _load.Autograd(_policy_loss_vjp, _save_grad),
-    "objective_map": _load.Autograd(_objective_map_vjp, _save_slopes),
+    "objective_map": _load.Autograd(_map_vjp, _save_slopes),
+    "sequence_map": _load.Autograd(_map_vjp, _save_slopes),
 }
 
 
 # ---- registrations
 
 TRITON = {name: _load.lazy(f"{__package__}.triton_kernels", name) for name in SCHEMAS}
-# float64 sums over O(N) rows; a build with nvcc has a kernel.
-TRITON["policy_metrics"] = REFERENCE["policy_metrics"]
+# float64 sums over O(N) rows; a build with nvcc has kernels.
+for _name in ("policy_metrics", "sequence_map"):
+    TRITON[_name] = REFERENCE[_name]
 
 for _name, _schema in SCHEMAS.items():
     _load.define_op(

@@ -21,13 +21,11 @@ from .parallel import VocabShard
 from .reference_objective import (
     Hyper,
     RowLoss,
-    Term,
-    combine,
     kl_term,
     objective_rows,
     unpack_hyper,
 )
-from .sequence import importance_weights, opsm_keeps, sequence_term
+from .sequence import KINDS, importance_weights, opsm_keeps, sequence_rows
 
 
 class _InplaceLoss(torch.autograd.Function):
@@ -98,7 +96,7 @@ class _FiniteGradient(torch.autograd.Function):
 
 
 class PathOutput(NamedTuple):
-    """What both paths return, (B, T) each; ``row_loss`` with autograd."""
+    """What both paths return, (B, T) each; ``row_loss`` alone with autograd."""
 
     row_loss: Tensor
     token_loss: Tensor
@@ -165,8 +163,10 @@ def fused_args(
 ) -> tuple[Any, ...]:
     """What the operator `policy_loss` takes after the logits."""
     values, hyper = o.pack(context.weight)
-    h = unpack_hyper(values, hyper, targets.shape)
-    importance = _factor(o, context.old_logprob, context.weight, context, h)
+    importance = None
+    if _has_factor(o, context):
+        h = unpack_hyper(values, hyper, targets.shape)
+        importance = _factor(o, context.old_logprob, context.weight, context, h)
     return (
         targets, context.old_logprob, context.advantage, context.weight, context.entropy_weight,
         importance, context.ref_logprob,
@@ -204,8 +204,8 @@ def loss_of_statistics(
 ) -> PathOutput:
     """The O(N) map of the two-phase path, differentiable through the statistics; as `fused`."""
     values, hyper = o.pack(context.weight)
-    if _is_plain(o, context):
-        return _local_rows(o, logprob, entropy, context, None, values, hyper)
+    if _has_operator(o, context) and not _has_factor(o, context):
+        return _operator_rows(o, logprob, entropy, context, None, values, hyper)
     # Nonfinite rows take no part: their derivative is cut off here, their loss in the map.
     finite = torch.isfinite(logprob) & torch.isfinite(entropy)
     lp = torch.where(finite, logprob, 0.0)
@@ -215,12 +215,12 @@ def loss_of_statistics(
         o, context = adapt(o, lp, ent, finite, context, h)
         values, hyper = o.pack(context.weight)
         h = unpack_hyper(values, hyper, logprob.shape)
-    if o.level == "token" and not o.is_penalised:
+    if _has_operator(o, context):
         with torch.no_grad():
             old = lp.detach() if context.old_logprob is None else context.old_logprob
             weight = torch.where(finite, context.weight, 0.0)
             factor = _selection(o, lp.detach(), old, weight, context, h)
-        return _local_rows(o, logprob, entropy, context, factor, values, hyper)
+        return _operator_rows(o, logprob, entropy, context, factor, values, hyper)
     log_ratio = None
     if o.level == "custom":
         row_loss, token_loss, finite = _custom_rows(o, lp, ent, finite, context, h)
@@ -234,13 +234,20 @@ def loss_of_statistics(
     return PathOutput(row_loss, *rest, finite, None, o, values, hyper, log_ratio)
 
 
-def _is_plain(o: Objective, context: RowContext) -> bool:
-    """Token-local, with nothing to work out from other rows or to multiply in."""
+def _has_operator(o: Objective, context: RowContext) -> bool:
+    """Whether one operator maps the statistics; it cannot add up pieces on other ranks."""
+    if o.level == "sequence":
+        return not context.segments.is_pieces
+    return o.level == "token" and not o.is_penalised
+
+
+def _has_factor(o: Objective, context: RowContext) -> bool:
+    """Whether there is something to work out from other rows or to multiply in."""
     extras = (o.rule, o.opsm, o.importance, o.selection, context.importance)
-    return o.level == "token" and not o.is_penalised and all(x is None for x in extras)
+    return any(x is not None for x in extras)
 
 
-def _local_rows(
+def _operator_rows(
     o: Objective,
     logprob: Tensor,
     entropy: Tensor,
@@ -249,38 +256,49 @@ def _local_rows(
     values: list[float],
     hyper: Tensor | None,
 ) -> PathOutput:
-    """Token-local objectives of given statistics, by one operator."""
-    row_loss, token_loss, _, _, finite = torch.ops.reasonkern.objective_map(
+    """Objectives of given statistics, by one operator."""
+    rows = (
         logprob, entropy, context.old_logprob, context.advantage, context.weight,
-        context.entropy_weight, factor, context.ref_logprob, hyper, values, o.kind, *_kl(o),
+        context.entropy_weight, factor, context.ref_logprob,
     )  # fmt: skip
+    log_ratio = None
+    if o.level == "token":
+        row_loss, token_loss, _, _, finite = torch.ops.reasonkern.objective_map(
+            *rows, hyper, values, o.kind, *_kl(o)
+        )
+    else:
+        numbers, of_rows = values, hyper
+        if o.vespo_shape is not None:
+            numbers, of_rows = o.pack_sequence(context.weight)
+        row_loss, token_loss, _, _, finite, log_ratio = torch.ops.reasonkern.sequence_map(
+            *rows, context.segments.offsets, of_rows, numbers, KINDS[o.name], *_kl(o)
+        )
     rest = logprob.detach(), entropy.detach(), finite, factor, o, values, hyper
-    return PathOutput(row_loss, token_loss, *rest)
+    return PathOutput(row_loss, token_loss, *rest, log_ratio if o.name == "gspo" else None)
 
 
 def _mapped_rows(
     o: Objective, lp: Tensor, ent: Tensor, finite: Tensor, context: RowContext, h: Hyper
 ) -> tuple[RowLoss, Tensor | None]:
-    """The map's rows, and the log-ratio of `PathOutput`."""
+    """What no operator maps: the map's rows, and the log-ratio of `PathOutput`."""
     weight = torch.where(finite, context.weight, 0.0)
     entropy_weight = context.entropy_weight
     if entropy_weight is not None:
         entropy_weight = torch.where(finite, entropy_weight, 0.0)
     old = lp if context.old_logprob is None else context.old_logprob
     factor = _selection(o, lp, old, weight, context, h)
-    if o.level == "token":  # with a penalty, which the operator does not know
-        rows = objective_rows(
-            o.kind, *_kl(o), lp, ent, context.old_logprob, context.advantage, weight,
-            entropy_weight, factor, context.ref_logprob, h, o.log_ratio_penalty,
-        )  # fmt: skip
-        return rows, None
-    policy_weight = weight if factor is None else weight * factor
-    term = sequence_term(
-        o, lp, old, context.advantage, policy_weight, weight != 0, context.segments, h
-    )
-    value = term.value if factor is None else factor * term.value
-    term_and_kl = _add_kl(o, Term(value, term.dlogp), lp, old, weight, context, h)
-    return combine(term_and_kl, lp, ent, weight, entropy_weight, h), term.log_ratio
+    rows: tuple[Any, ...] = (
+        lp, ent, context.old_logprob, context.advantage, weight, entropy_weight, factor,
+        context.ref_logprob,
+    )  # fmt: skip
+    args: tuple[Any, ...]
+    if o.level == "token":  # with a penalty
+        args = (o.kind, *_kl(o), *rows, h, o.log_ratio_penalty)
+        return objective_rows(*args), None
+    h = unpack_hyper(*o.pack_sequence(context.weight), lp.shape)
+    args = (KINDS[o.name], *_kl(o), *rows, context.segments, h)
+    mapped, log_ratio = sequence_rows(*args)
+    return mapped, log_ratio if o.name == "gspo" else None
 
 
 def _custom_rows(
@@ -310,22 +328,6 @@ def _custom_rows(
     kept = finite & context.active & torch.isfinite(row_loss)
     row_loss, token_loss = (torch.where(kept, x, 0.0) for x in (row_loss, token_loss))
     return row_loss.to(lp.dtype), token_loss.to(lp.dtype), kept
-
-
-def _add_kl(
-    o: Objective,
-    term: Term,
-    lp: Tensor,
-    old: Tensor,
-    weight: Tensor,
-    context: RowContext,
-    h: Hyper,
-) -> Term:
-    kl_kind, unbiased = _kl(o)
-    if not kl_kind or context.ref_logprob is None:
-        return term
-    k = kl_term(kl_kind, unbiased, lp, context.ref_logprob, old, h)
-    return Term(term.value + h.kl_coef * k.value, term.dlogp + weight * h.kl_coef * k.dlogp)
 
 
 def _kl(o: Objective) -> tuple[int, bool]:

@@ -13,11 +13,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .objective import Objective
 from .objective_fields import Importance
 from .parallel import Parallel, group_total
-from .reference_objective import Hyper, clamped_exp, clip_term
+from .reference_objective import (
+    Hyper,
+    RowLoss,
+    Term,
+    clamped_exp,
+    clip_term,
+    combine,
+    kl_term,
+)
 
+GSPO, GMPO, VESPO = range(3)
+KINDS = {"gspo": GSPO, "gmpo": GMPO, "vespo": VESPO}
 LOG_W_MIN, LOG_W_MAX = math.log(1e-8), 20.0  # VESPO's limits on ln w
 
 
@@ -47,6 +56,11 @@ class Segments:
         """Whether other ranks have other pieces of these sequences."""
         return self.parallel is not None and self.parallel.segment_group is not None
 
+    @property
+    def offsets(self) -> Tensor | None:
+        """``cu_seqlens`` as the operators take them."""
+        return None if self.cu_seqlens is None else self.cu_seqlens.to(torch.int64).contiguous()
+
     def count(self, rows: Tensor) -> int:
         """Number of sequences among rows (B, T)."""
         return rows.shape[0] if self.cu_seqlens is None else self.cu_seqlens.numel() - 1
@@ -61,8 +75,7 @@ class Segments:
         if self.cu_seqlens is None or self.ids is None:
             return group_total(x.sum(-1, keepdim=True), group).expand_as(x)
         # Each segment is summed by one thread in order: deterministic, unlike index_add on CUDA.
-        offsets = self.cu_seqlens.to(torch.int64)
-        sums = torch.segment_reduce(x.reshape(-1), "sum", offsets=offsets, unsafe=True)
+        sums = torch.segment_reduce(x.reshape(-1), "sum", offsets=self.offsets, unsafe=True)
         return group_total(sums, group)[self.ids]
 
 
@@ -113,11 +126,11 @@ class SequenceTerm(NamedTuple):
 
     value: Tensor
     dlogp: Tensor
-    log_ratio: Tensor | None  # what the objective clips, where it is the mean of the sequence
+    log_ratio: Tensor  # of the sequence, on each of its rows: what its ratio is the exponential of
 
 
 def sequence_term(
-    objective: Objective,
+    kind: int,
     logp: Tensor,
     old: Tensor,
     advantage: Tensor,
@@ -128,20 +141,16 @@ def sequence_term(
 ) -> SequenceTerm:
     """``policy_weight`` is weight * selection * importance; the means run over active rows."""
     log_r = torch.where(active, logp - old, 0.0).double()
-    length = segments.sum(active).clamp_min(1)
     a = advantage.double()
-    if objective.vespo_shape is not None:
-        k_pos, lam_pos, k_neg, lam_neg = objective.vespo_shape
-        k = torch.where(a < 0, _like(a, k_neg), _like(a, k_pos))
-        lam = torch.where(a < 0, _like(a, lam_neg), _like(a, lam_pos))
+    if kind == VESPO:
+        k_pos, lam_pos, k_neg, lam_neg = (_like(a, x) for x in h[:4])
+        k, lam = torch.where(a < 0, k_neg, k_pos), torch.where(a < 0, lam_neg, lam_pos)
         log_w = segments.sum(log_r).clamp(LOG_W_MIN, LOG_W_MAX)
         factor = a * torch.exp(lam + k * log_w - lam * torch.exp(log_w))
-        value, dlogp = -factor * logp, -policy_weight * factor
-        return SequenceTerm(value.to(logp.dtype), dlogp.to(logp.dtype), None)
-    log_ratio = None
-    if objective.name == "gspo":
+        return SequenceTerm(-factor * logp, -policy_weight * factor, log_w)
+    length = segments.sum(active).clamp_min(1)
+    if kind == GSPO:
         mean = segments.sum(log_r) / length
-        log_ratio = mean.to(logp.dtype).contiguous()
         ratio, slope = clamped_exp(mean, h.log_ratio_clamp)
         value, ds = clip_term(ratio, slope, a, h)
         moved = active
@@ -150,13 +159,52 @@ def sequence_term(
         at_least = torch.clamp_min(log_r, _log(h.ratio_min))
         clipped = torch.where(a > 0, at_most, at_least)
         moved = active & (clipped == log_r)
-        ratio = torch.exp(segments.sum(torch.where(active, clipped, 0.0)) / length)
+        mean = segments.sum(torch.where(active, clipped, 0.0)) / length
+        ratio = torch.exp(mean)
         value = ds = -ratio * a
     # A = 0 gives 0 whatever the ratio, as long as there is one.
     value = torch.where((a == 0) & ~ratio.isnan(), 0.0, value)
-    ds = torch.where(active & (a != 0), ds, 0.0)
-    dlogp = torch.where(moved, segments.sum(policy_weight * ds) / length, 0.0)
-    return SequenceTerm(value.to(logp.dtype), dlogp.to(logp.dtype), log_ratio)
+    ds = torch.where(a != 0, ds, 0.0)
+    share = torch.where(active, policy_weight * ds, 0.0)
+    dlogp = torch.where(moved, segments.sum(share) / length, 0.0)
+    return SequenceTerm(value, dlogp, mean)
+
+
+def sequence_rows(
+    kind: int,
+    kl_kind: int,
+    kl_unbiased: bool,
+    logprob: Tensor,
+    entropy: Tensor,
+    old_logprob: Tensor | None,
+    advantage: Tensor,
+    weight: Tensor,
+    entropy_weight: Tensor | None,
+    importance: Tensor | None,
+    ref_logprob: Tensor | None,
+    segments: Segments,
+    h: Hyper,
+) -> tuple[RowLoss, Tensor]:
+    """The rows of sequence-level objectives, and the log-ratio of each row's sequence.
+
+    Rows whose statistics are not finite take no part. For VESPO the first four numbers of ``h`` are
+    k and lambda for A >= 0, then for A < 0.
+    """
+    stated = torch.isfinite(logprob) & torch.isfinite(entropy)
+    lp, ent, weight = (torch.where(stated, x, 0.0) for x in (logprob, entropy, weight))
+    if entropy_weight is not None:
+        entropy_weight = torch.where(stated, entropy_weight, 0.0)
+    old = lp if old_logprob is None else old_logprob
+    policy_weight = weight if importance is None else weight * importance
+    term = sequence_term(kind, lp, old, advantage, policy_weight, weight != 0, segments, h)
+    value, dlogp, log_ratio = (x.to(lp.dtype) for x in term)
+    if importance is not None:
+        value = importance * value
+    if kl_kind and ref_logprob is not None:
+        k = kl_term(kl_kind, kl_unbiased, lp, ref_logprob, old, h)
+        value, dlogp = value + h.kl_coef * k.value, dlogp + weight * h.kl_coef * k.dlogp
+    rows = combine(Term(value, dlogp), lp, ent, weight, entropy_weight, h)
+    return rows._replace(finite=rows.finite & stated), log_ratio.contiguous()
 
 
 def _like(x: Tensor, number: float | Tensor) -> Tensor:

@@ -147,4 +147,20 @@ def objective_map(logprob: Tensor, *values: Any) -> tuple[Tensor, ...]:
     return tuple(out.values())
 
 
+def sequence_map(logprob: Tensor, *values: Any) -> tuple[Tensor, ...]:
+    names = ("entropy", "old_logprob", "advantage", "weight", "entropy_weight", "importance")
+    names += ("ref_logprob", "cu_seqlens", "hyper", "values", "kind", "kl_kind", "kl_unbiased")
+    args = {"logprob": logprob, **dict(zip(names, values, strict=True))}
+    args["hyper_rows"] = 0 if args["hyper"] is None else args["hyper"].shape[1]
+    offsets = args["cu_seqlens"]
+    args["sequences"] = logprob.shape[0] if offsets is None else offsets.numel() - 1
+    out = {name: torch.empty_like(logprob) for name in ("row_loss", "token_loss", "dlogp")}
+    out["dentropy"] = torch.empty_like(logprob)
+    out["finite"] = torch.empty_like(logprob, dtype=torch.bool)
+    out["log_ratio"] = torch.empty_like(logprob)
+    if logprob.numel():
+        _start("sequence_map", logprob.dtype, args | out | {"rows": logprob.numel()})
+    return tuple(out.values())
+
+
 from cuda_sim.table_backend import table_draft, table_update_  # noqa: E402, F401

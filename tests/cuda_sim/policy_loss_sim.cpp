@@ -5,6 +5,7 @@
 #include "policy_loss/kernels.cuh"
 #include "policy_loss/metrics.cuh"
 #include "policy_loss/objective_map.cuh"
+#include "policy_loss/sequence_map.cuh"
 
 namespace py = pybind11;
 using namespace reasonkern;
@@ -96,8 +97,8 @@ void token_stats_backward(const Launch& l, const Fields& f) {
   l.start(grad_kernel<E>, unsigned(l.slices), l.group, 1, 0, p, t);
 }
 
-template <class A>
-void fill_objective(LossParams<A>& p, const Fields& f) {
+template <class Params>
+void fill_objective(Params& p, const Fields& f) {
   f.point(p.old_logprob, "old_logprob");
   f.point(p.advantage, "advantage");
   f.point(p.weight, "weight");
@@ -107,7 +108,7 @@ void fill_objective(LossParams<A>& p, const Fields& f) {
   f.point(p.device_hyper, "hyper");
   f.point(p.row_loss, "row_loss");
   f.point(p.token_loss, "token_loss");
-  const auto v = f.number<std::array<A, kNumHyper>>("values");
+  const auto v = f.number<std::array<decltype(p.hyper.low), kNumHyper>>("values");
   p.hyper = {v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], v[8]};
   p.hyper_rows = f.number<std::int64_t>("hyper_rows");
   p.kind = f.number<int>("kind");
@@ -157,6 +158,22 @@ void scale_rows(const Launch& l, const Fields& f) {
 }
 
 template <class E>
+void sequence_map(const Launch& l, const Fields& f) {
+  SequenceParams<acc_t<E>> p{};
+  p.rows = f.number<std::int64_t>("rows");
+  p.sequences = f.number<std::int64_t>("sequences");
+  f.point(p.offsets, "cu_seqlens");
+  fill_objective(p, f);
+  f.point(p.logprob, "logprob");
+  f.point(p.entropy, "entropy");
+  f.point(p.dlogp, "dlogp");
+  f.point(p.dentropy, "dentropy");
+  f.point(p.log_ratio, "log_ratio");
+  f.point(p.finite, "finite");
+  l.start(sequence_kernel<acc_t<E>>, 1, l.group, 1, sequence_shared_bytes(l.group), p);
+}
+
+template <class E>
 void policy_metrics(const Launch& l, const Fields& f) {
   MetricsParams<acc_t<E>> p{};
   p.rows = f.number<std::int64_t>("rows");
@@ -188,6 +205,7 @@ void run_typed(const std::string& op, const Launch& l, const Fields& f) {
   if (op == "policy_loss") return policy_loss<E>(l, f);
   if (op == "scale_rows") return scale_rows<E>(l, f);
   if (op == "objective_map") return objective_map<E>(l, f);
+  if (op == "sequence_map") return sequence_map<E>(l, f);
   if (op == "policy_metrics") return policy_metrics<E>(l, f);
   throw std::invalid_argument("op: got " + op);
 }
