@@ -144,11 +144,12 @@ def test_launch_decisions(simulated):
     def blocks(batch, vocab=151_936, size=2, arch=90, inside=2, shared=227):
         return shape(batch, vocab, size, 14_000, inside, 132, arch, shared * 1024)
 
-    assert [blocks(b)[0] for b in (1, 8, 32, 33, 64, 132, 256)] == [8, 8, 8, 8, 4, 4, 4]
+    assert [blocks(b)[0] for b in (1, 8, 28, 32, 64, 132, 256)] == [8, 8, 8, 4, 4, 4, 4]
     assert [blocks(256, vocab)[0] for vocab in (32_000, 128_256, 262_144)] == [1, 4, 8]
-    assert [blocks(b, inside=1)[0] for b in (1, 8, 32, 256)] == [8, 8, 4, 2]
+    assert [blocks(b, inside=1)[0] for b in (1, 8, 14, 16, 32, 256)] == [8, 8, 8, 4, 4, 2]
     assert blocks(256) == (4, 1, 14_000 + 37_984 * 2)
-    assert blocks(32) == (8, 2, 14_000 + 2 * 38_016)
+    assert blocks(28) == (8, 2, 14_000 + 2 * 38_016)
+    assert blocks(32) == (4, 1, 14_000 + 37_984 * 2)  # no second wave of teams
     assert blocks(1, 1 << 21, 4) == (8, 0, 14_000)  # a slice of a MiB
     assert blocks(1, 1 << 18, 4) == (8, 1, 14_000 + (1 << 17))
     assert blocks(1, 1 << 18, 4, arch=120, shared=99) == (8, 0, 14_000)  # less room in a block

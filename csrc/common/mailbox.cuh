@@ -80,6 +80,15 @@ __device__ __forceinline__ void copy_bulk(void* shared, const void* global, unsi
 #endif
 }
 
+// Starts the way of such bytes to the L2 cache.
+__device__ __forceinline__ void prefetch_bulk(const void* global, unsigned bytes) {
+#if defined(__CUDACC__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(global)),
+               "r"(bytes)
+               : "memory");
+#endif
+}
+
 // Orders the calling thread's stores to shared memory, mailboxes included, before later bulk copies
 // over or through them.
 __device__ __forceinline__ void fence_for_bulk() {

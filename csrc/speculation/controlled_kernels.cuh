@@ -185,8 +185,8 @@ static __global__ void __launch_bounds__(kTeamThreads, blocks_inside<AnyElement>
     sample_controlled_kernel(SampleParams p) {
   ControlShared& shared = *dynamic_shared<ControlShared>();
   Team team(&shared, stage_offset<ControlShared>());
-  const int64_t teams = gridDim.x / cluster_size();
-  for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += teams) {
+  const int64_t teams = quotient(gridDim.x, cluster_size());
+  for (int64_t b = quotient(blockIdx.x, cluster_size()); b < p.rows.batch; b += teams) {
     team.fetch(p.rows, b, 0);
     const Request& request = team.begin(p.requests, b);
     const TeamSlot slot(p.control, b);
@@ -275,8 +275,8 @@ class ControlledVisit {
 static __global__ void __launch_bounds__(kTeamThreads, blocks_inside<AnyElement>())
     verify_controlled_kernel(VerifyParams p) {
   Team team(dynamic_shared<ControlShared>(), stage_offset<ControlShared>());
-  const int64_t teams = gridDim.x / cluster_size();
-  for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += teams) {
+  const int64_t teams = quotient(gridDim.x, cluster_size());
+  for (int64_t b = quotient(blockIdx.x, cluster_size()); b < p.rows.batch; b += teams) {
     verify_request<ControlledVisit>(p, team, b);
   }
   team.leave();

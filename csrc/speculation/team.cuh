@@ -62,6 +62,11 @@ constexpr unsigned stage_offset() {
   return unsigned(sizeof(Shared) + 15) / 16 * 16;
 }
 
+// a / b for a power of two b; a device takes long for a division.
+__device__ __forceinline__ unsigned quotient(unsigned a, unsigned b) {
+  return a >> (31 - __clz(int(b)));
+}
+
 // op over the values of lanes 0 ... n - 1, which the lanes above repeat; n is a power of two. Ops
 // commute to the bit, hence every lane gets the same ones.
 template <class T, class Op>
@@ -201,8 +206,10 @@ class Team {
       for (unsigned i = threadIdx.x; i < pairs; i += blockDim.x) s.tops[0][i] = s.top[i];
       return;
     }
-    for (unsigned i = threadIdx.x; i < pairs * (to_all ? size : 1); i += blockDim.x) {
-      send(&s.tops[cluster_rank()][i % pairs], &s.tops_arrived, i / pairs, s.top[i % pairs]);
+    static_assert(kMaxTopK / 2 <= 32, "a pair to a lane");
+    const unsigned lane = threadIdx.x % 32;
+    for (unsigned to = threadIdx.x / 32; to < (to_all ? size : 1); to += blockDim.x / 32) {
+      if (lane < pairs) send(&s.tops[cluster_rank()][lane], &s.tops_arrived, to, s.top[lane]);
     }
     if (threadIdx.x == 0 && (to_all || cluster_rank() == 0)) {
       expect_bytes(&s.tops_arrived, size * pairs * unsigned(sizeof(TopPair)));
@@ -228,15 +235,19 @@ class Team {
     }
   }
 
-  // Where there is room for a second slice: starts the copy of a row that may be the next one. A
-  // guess that was wrong has long come by then.
+  // Starts the copy of a row that may be the next one, where there is no room for a second slice
+  // its way to the L2. A guess that was wrong has long come by the next one.
   __device__ void guess(const LogitRows& rows, int64_t b, int64_t node) {
-    if (rows.stages < 2) return;
     drain();
     if (node <= 0) return;
     const Slice slice(rows, b, node);
-    if (slice.staged) guess_ = int(node);
-    copy(slice, slot_ ^ 1);
+    if (!slice.staged) return;
+    if (rows.stages < 2) {
+      if (threadIdx.x == 0) prefetch_bulk(slice.data, slice.bytes);
+    } else {
+      guess_ = int(node);
+      copy(slice, slot_ ^ 1);
+    }
   }
 
   // Where the slice is; waits for the copy.
@@ -257,12 +268,14 @@ class Team {
   __device__ void send_groups(Mailbox* box) {
     const unsigned size = cluster_size(), all = kGroups / 4;  // words of the row's groups
     if (threadIdx.x >= all) return;
-    const unsigned peer = threadIdx.x * size / all, at = threadIdx.x * size % all / size * 4;
+    const unsigned peer = threadIdx.x * size / all,
+                   at = quotient(threadIdx.x * size % all, size) * 4;
     struct alignas(16) Word {
       float x[4];
     };
-    send(reinterpret_cast<Word*>(shared_->group_top + cluster_rank() * (kGroups / size) + at), box,
-         peer, *reinterpret_cast<const Word*>(shared_->my_groups + at));
+    send(
+        reinterpret_cast<Word*>(shared_->group_top + cluster_rank() * quotient(kGroups, size) + at),
+        box, peer, *reinterpret_cast<const Word*>(shared_->my_groups + at));
   }
 
   __device__ void copy(const Slice& slice, unsigned slot) {

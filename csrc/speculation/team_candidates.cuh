@@ -23,13 +23,13 @@ __device__ __forceinline__ void clear_tops(TeamShared& s, int k) {
 // The largest logits of `groups` groups of threads, a power of two, and a new draw; whoever uses
 // them, or adds candidates, is behind a barrier.
 __device__ inline void start_candidates(TeamShared& s, float thread_top, int groups = kGroups) {
-  const unsigned width = max(1, int(blockDim.x) / groups);
+  const unsigned width = max(1, int(quotient(blockDim.x, unsigned(groups))));
   if (width == 32) {
     thread_top = value_of(__reduce_max_sync(kFullMask, key_of(thread_top)));
   } else {
     thread_top = reduce_lanes(thread_top, width, Larger());
   }
-  if (threadIdx.x % width == 0) s.my_groups[threadIdx.x / width] = thread_top;
+  if (threadIdx.x % width == 0) s.my_groups[quotient(threadIdx.x, width)] = thread_top;
   if (threadIdx.x == 0) s.count = 0, s.best = 0;
 }
 
@@ -57,15 +57,25 @@ __device__ inline float candidate_bound(const float* group_top, int groups, int 
   return value_of(key);
 }
 
+// x[k] without an index at run time, which would move x to memory.
+template <class T>
+__device__ __forceinline__ T lane_of(const T (&x)[4], int k) {
+  const T low = k & 1 ? x[1] : x[0], high = k & 1 ? x[3] : x[2];
+  return k & 2 ? high : low;
+}
+
 // Keeps logits at or above the bound.
 __device__ __forceinline__ void add_candidates(TeamShared& s, float bound, int v,
                                                const float (&x)[4]) {
+  unsigned hits = 0;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    if (x[j] >= bound && x[j] > -kInf) {
-      const int slot = atomicAdd(&s.count, 1);
-      if (slot < kCandidates) s.value[slot] = x[j], s.id[slot] = v + j;
-    }
+    if (x[j] >= bound && x[j] > -kInf) hits |= 1u << j;
+  }
+#pragma unroll 1  // rarely entered: one copy
+  for (; hits != 0; hits &= hits - 1) {
+    const int j = __ffs(int(hits)) - 1, slot = atomicAdd(&s.count, 1);
+    if (slot < kCandidates) s.value[slot] = lane_of(x, j), s.id[slot] = v + j;
   }
 }
 

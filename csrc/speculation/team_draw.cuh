@@ -40,13 +40,6 @@ __device__ __forceinline__ void offer(const Team& team, const Draw& d, float log
   best.offer(noise::add(value, noise::gumbel_of(word)), token);
 }
 
-// x[k] without an index at run time, which would move x to memory.
-template <class T>
-__device__ __forceinline__ T lane_of(const T (&x)[4], int k) {
-  const T low = k & 1 ? x[1] : x[0], high = k & 1 ? x[3] : x[2];
-  return k & 2 ? high : low;
-}
-
 constexpr float kMinNoise = -2.8116f;  // below that of the largest uniform number
 
 // Perturbed values below the bar cannot be the best, whose value is at least `score`: what rounding
@@ -84,13 +77,14 @@ struct Bar {
 };
 
 // Raises the block's bar by what the first quads are worth at least: a flat row's later tokens are
-// then passed over, who would be the best so far one after the other. By whole warps.
+// then passed over, who would be the best so far one after the other. By whole warps. A few likely
+// quads, as peaked rows have, say little.
 template <class Row>
 __device__ void look_ahead(Team& team, const Row& row, const Draw& d, float inverse, Bar& bar) {
   const int v = row.slice.first + 4 * int(threadIdx.x);
   float x[4] = {-kInf, -kInf, -kInf, -kInf};
   if (v < row.slice.last) row.read(v, x), row.apply_mask(v, x);
-  if (!__any_sync(kFullMask, !(top_of(x) < bar.floor))) return;
+  if (__popc(__ballot_sync(kFullMask, !(top_of(x) < bar.floor))) < 8) return;
   const PhiloxWords words = noise_block(d.seed, d.position, d.stream, uint32_t(v / 4));
   float least = -kInf;
 #pragma unroll
@@ -103,11 +97,11 @@ __device__ void look_ahead(Team& team, const Row& row, const Draw& d, float inve
 // Offers the tokens of a quad.
 template <class Row>
 __device__ __forceinline__ void offer_quad(const Team& team, const Row& row, const Draw& d, int v,
-                                           float inverse, float bar, Best& best) {
+                                           const PhiloxWords& words, float inverse, float bar,
+                                           Best& best) {
   float x[4];
   row.read(v, x);
   row.apply_mask(v, x);
-  const PhiloxWords words = noise_block(d.seed, d.position, d.stream, uint32_t(v / 4));
   unsigned likely = 0;
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -121,10 +115,10 @@ __device__ __forceinline__ void offer_quad(const Team& team, const Row& row, con
 }
 
 // The largest value plus noise of this thread's share, if it may be the block's. Tokens are passed
-// over whose bound is below a value that the block has seen: nothing that could win is. `top`: the
-// row's largest logit. `also` sees every token, as it came and as it is drawn from.
+// over whose bound is below a value that the block has seen: nothing that could win is. `also` sees
+// every token, as it came and as it is drawn from.
 template <class Row, class Also>
-__device__ Best draw(Team& team, const Row& row, const Draw& d, float top, Also& also) {
+__device__ Best draw(Team& team, const Row& row, const Draw& d, Also& also) {
   TeamShared& s = *team.shared();
   Best best{-kInf, -1};
   for (int i = 0; i < d.skip_count; ++i) {
@@ -138,7 +132,7 @@ __device__ Best draw(Team& team, const Row& row, const Draw& d, float top, Also&
   if (d.skip_count > 0) {  // the top may be among them
     bar.raise(key_of(best.score), d.temperature);
   } else {
-    bar.raise(key_of(noise::divide(top, d.temperature) + kMinNoise), d.temperature);
+    bar.raise(key_of(d.top + kMinNoise), d.temperature);
     if (!(d.cut.value > -kInf)) look_ahead(team, row, d, inverse, bar);
   }
   row.each_group([&](const auto& group) {
@@ -150,18 +144,13 @@ __device__ Best draw(Team& team, const Row& row, const Draw& d, float top, Also&
     bar.raise(*const_cast<volatile unsigned*>(&s.best), d.temperature);
     if (top < bar.floor) return;
     const uint32_t limit = word_limit(bar.bar - top * inverse);
-    unsigned likely = 0;
-#pragma unroll
+#pragma unroll 1  // the code of a row runs once or twice: fetching it takes longer than its loops
     for (int quad = 0; quad < kGroupQuads; ++quad) {
-      const uint32_t block = uint32_t(row.quad_of(group.first, quad) / 4);
-      const PhiloxWords words = noise_block(d.seed, d.position, d.stream, block);
+      const int v = row.quad_of(group.first, quad);
+      if (v >= group.last) break;
+      const PhiloxWords words = noise_block(d.seed, d.position, d.stream, uint32_t(v / 4));
       const uint32_t least = min(min(words.w[0], words.w[1]), min(words.w[2], words.w[3]));
-      if (least <= limit) likely |= 1u << quad;
-    }
-#pragma unroll 1
-    for (; likely != 0; likely &= likely - 1) {
-      const int v = row.quad_of(group.first, __ffs(int(likely)) - 1);
-      if (v < group.last) offer_quad(team, row, d, v, inverse, bar.bar, best);
+      if (least <= limit) offer_quad(team, row, d, v, words, inverse, bar.bar, best);
     }
     if (key_of(best.score) > bar.key) atomicMax(&s.best, key_of(best.score));
   });

@@ -25,15 +25,21 @@ struct JoinTop {
   }
 };
 
+// Of tops whose ids nobody asks for.
+struct JoinTopValues {};
+
 // Overload: values that lanes repeat change neither a maximum nor a minimum.
-__device__ __forceinline__ RowTop reduce_lanes(RowTop x, unsigned, JoinTop) {
-  const unsigned key = key_of(x.value + 0.0f);  // -0 counts as 0
-  const unsigned top = __reduce_max_sync(kFullMask, key);
-  x.id = int(__reduce_min_sync(kFullMask, key == top ? unsigned(x.id) : ~0u));
-  x.value = value_of(top);
+__device__ __forceinline__ RowTop reduce_lanes(RowTop x, unsigned, JoinTopValues) {
+  x.value = value_of(__reduce_max_sync(kFullMask, key_of(x.value + 0.0f)));  // -0 counts as 0
   x.raw = value_of(__reduce_max_sync(kFullMask, key_of(x.raw)));
   x.bad = int(__any_sync(kFullMask, x.bad & 1)) | (__any_sync(kFullMask, x.bad & 2) ? 2 : 0);
   return x;
+}
+
+__device__ __forceinline__ RowTop reduce_lanes(RowTop x, unsigned n, JoinTop) {
+  const RowTop top = reduce_lanes(x, n, JoinTopValues());
+  const unsigned id = x.value == top.value ? unsigned(x.id) : ~0u;
+  return {top.raw, top.value, int(__reduce_min_sync(kFullMask, id)), top.bad};
 }
 
 // Of this thread's share: the largest logits, NaN if one is; the largest allowed one that is none,
@@ -100,7 +106,7 @@ __device__ RowTop find_block_top(Team& team, const Row& row, ThreadTops& tops, i
   start_candidates(*team.shared(), tops.raw, groups);
   const float value = tops.value < kInf ? tops.value : -kInf;
   const int bad = int(!(tops.allowed < kInf)) | int(!(tops.raw < kInf)) << 1;
-  const RowTop top = team.reduce_block(RowTop{tops.raw, value, -1, bad}, JoinTop());
+  const RowTop top = team.reduce_block(RowTop{tops.raw, value, -1, bad}, JoinTopValues());
   return (top.bad & 1) != 0 ? finite_top(team, row, top.bad) : top;
 }
 
@@ -116,13 +122,13 @@ __device__ int find_id(const Row& row, const ThreadTops& tops, const RowTop& top
 template <class Row, class Work>
 __device__ RowTop find_row_top(Team& team, const Row& row, const Work& meanwhile) {
   ThreadTops tops;
-  const RowTop mine = find_block_top(team, row, tops, kGroups / int(cluster_size()));
+  const RowTop mine = find_block_top(team, row, tops, int(quotient(kGroups, cluster_size())));
   int id = -1;
   RowTop top = team.template exchange<true>(mine, [&] {
     id = find_id(row, tops, mine);
     meanwhile();
   });
-  top = reduce_lanes(top, cluster_size(), JoinTop());
+  top = reduce_lanes(top, cluster_size(), JoinTopValues());
   top.id = top.value == mine.value ? id : -1;
   return top;
 }
@@ -248,8 +254,10 @@ __device__ int64_t kept_mass(Team& team, const Row& row, float temperature, floa
 template <class Row>
 __device__ Cut filter_cut(Team& team, const Row& row, const Request& r, float top) {
   Cut cut{-kInf, kLastId};
+  if (!r.filters(row.vocab)) return cut;
 #pragma unroll 1  // one copy of the search
-  for (const bool by_mass : {false, true}) {
+  for (int pass = 0; pass < 2; ++pass) {
+    const bool by_mass = pass == 1;
     if (by_mass ? r.top_p >= 1 : !filters_by_rank(r.top_k, row.vocab)) continue;
     double limit = double(r.top_k);
     if (by_mass) {

@@ -40,25 +40,27 @@ __device__ void rank_candidates(Team& team, const Row& row, int k) {
   }
 }
 
-// Calls body(place, value, id) for the k largest logits in the lists of `lists` blocks.
+// Calls body(place, value, id) for the k largest logits in the lists of `lists` blocks; a list to a
+// warp.
 template <class Body>
 __device__ __forceinline__ void merge_tops(const TeamShared& s, int k, int lists,
                                            const Body& body) {
-  const int pairs = (k + 1) / 2;
-  for (int i = int(threadIdx.x); i < 2 * pairs * lists; i += int(blockDim.x)) {
-    const TopPair& pair = s.tops[i / 2 / pairs][i / 2 % pairs];
-    const float value = pair.value[i % 2];
-    const int id = pair.id[i % 2];
-    if (id < 0) continue;
-    int place = 0;
-    for (int list = 0; list < lists; ++list) {
-      for (int j = 0; j < pairs; ++j) {
-        const TopPair other = s.tops[list][j];
-        if (!comes_before(other.value[0], other.id[0], value, id)) break;  // lists are in order
-        place += 1 + comes_before(other.value[1], other.id[1], value, id);
+  const int pairs = (k + 1) / 2, warps = int(blockDim.x / 32);
+  for (int mine = int(threadIdx.x / 32); mine < lists; mine += warps) {
+    for (int i = int(threadIdx.x % 32); i < 2 * pairs; i += 32) {
+      const float value = s.tops[mine][i / 2].value[i % 2];
+      const int id = s.tops[mine][i / 2].id[i % 2];
+      if (id < 0) continue;
+      int place = 0;
+      for (int list = 0; list < lists && place < k; ++list) {
+        for (int j = 0; j < pairs; ++j) {
+          const TopPair other = s.tops[list][j];
+          if (!comes_before(other.value[0], other.id[0], value, id)) break;  // lists are in order
+          place += 1 + comes_before(other.value[1], other.id[1], value, id);
+        }
       }
+      if (place < k) body(place, value, id);
     }
-    if (place < k) body(place, value, id);
   }
 }
 
@@ -87,26 +89,18 @@ class RawStatistics {
   __device__ float floor() const { return fminf(least_, bound_); }
 
   template <class Row, class Group>
-  __device__ void raw(const Row& row, const Group& group, float top) {
-    if (!(top < least_)) {
-      float sum = 0;
-      group.each([&](int, const float (&x)[4], int) {
-        sum += (weight(x[0]) + weight(x[1])) + (weight(x[2]) + weight(x[3]));
-      });
-      sum_ += double(sum);
-    }
-    if (top < bound_) return;
-    unsigned hits = 0;
-    group.each([&](int, const float (&x)[4], int quad) {
-      if (top_of(x) >= bound_) hits |= 1u << quad;
-    });
-#pragma unroll 1  // rarely entered: one copy
-    for (; hits != 0; hits &= hits - 1) {
-      const int v = row.quad_of(group.first, __ffs(int(hits)) - 1);
+  __device__ void raw(const Row& row, const Group& group, float) {
+    float sum = 0;
+#pragma unroll 1  // as in `draw`
+    for (int quad = 0; quad < kGroupQuads; ++quad) {
+      const int v = row.quad_of(group.first, quad);
+      if (v >= group.last) break;
       float x[4];
       row.read(v, x);
-      add_candidates(shared_, bound_, v, x);
+      sum += (weight(x[0]) + weight(x[1])) + (weight(x[2]) + weight(x[3]));
+      if (top_of(x) >= bound_) add_candidates(shared_, bound_, v, x);
     }
+    sum_ += double(sum);
   }
   template <class Row, class Group>
   __device__ void allowed(const Row&, const Group&) {}

@@ -74,7 +74,7 @@ __device__ Best sample_share(Team& team, const Row& row, const Request& r, const
   if (r.temperature == 0 || is_bad(top, r.temperature)) return {-kInf, -1};
   const Draw d = target_draw(team, row, r, top, r.position);
   also.kept(d.temperature, d.top, d.cut);
-  return draw(team, row, d, top.value, also);
+  return draw(team, row, d, also);
 }
 
 // The same at a node; or the child that passed the coins, and no draw.
@@ -91,7 +91,7 @@ __device__ Choice choose_share(const VerifyParams& p, Team& team, const Row& row
   Draw d = target_draw(team, row, r, top, r.position + uint64_t(at.depth));
   also.kept(d.temperature, d.top, d.cut);
   if (p.q_ids != nullptr) choice.accepted = int(accept_or_reject(p, team, row, r, d, at));
-  if (choice.accepted < 0) choice.best = draw(team, row, d, top.value, also);
+  if (choice.accepted < 0) choice.best = draw(team, row, d, also);
   return choice;
 }
 
@@ -100,8 +100,8 @@ __device__ Choice choose_share(const VerifyParams& p, Team& team, const Row& row
 template <class E>
 __global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) sample_kernel(SampleParams p) {
   Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>());
-  const int64_t teams = gridDim.x / cluster_size();
-  for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += teams) {
+  const int64_t teams = quotient(gridDim.x, cluster_size());
+  for (int64_t b = quotient(blockIdx.x, cluster_size()); b < p.rows.batch; b += teams) {
     team.fetch(p.rows, b, 0);
     const Request& request = team.begin(p.requests, b);
     const TeamRow<E> row(team, p.rows, b, 0);
@@ -136,7 +136,7 @@ struct Children {
       : child(s.children[threadIdx.x % 32]), token(s.drafted[threadIdx.x % 32]) {}
 
   __device__ void leave(TeamShared& s) const {
-    s.children[threadIdx.x] = child, s.drafted[threadIdx.x] = token;
+    s.children[threadIdx.x % 32] = child, s.drafted[threadIdx.x % 32] = token;
   }
 
   // The likeliest one; 0 if it may not be entered.
@@ -239,8 +239,10 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
   while (at.node >= 0) {
     const int node = at.node, likely = children.first();
     team.guess(p.rows, b, likely);
-    const Visited row = visit.choose(team, at, [&] {
-      if (likely > 0 && threadIdx.x < 32) Children(p, {b, likely, at.depth + 1}).leave(shared);
+    const Visited row = visit.choose(team, at, [&] {  // by the last warp: the first one sends
+      if (likely > 0 && threadIdx.x / 32 == blockDim.x / 32 - 1) {
+        Children(p, {b, likely, at.depth + 1}).leave(shared);
+      }
     });
     const int64_t token = row.outcome.token, out = b * (p.depth + 1) + at.depth;
     if (row.outcome.bad) status |= kBadRow;
@@ -268,8 +270,8 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
 template <class E>
 __global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) verify_kernel(VerifyParams p) {
   Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>());
-  const int64_t teams = gridDim.x / cluster_size();
-  for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += teams) {
+  const int64_t teams = quotient(gridDim.x, cluster_size());
+  for (int64_t b = quotient(blockIdx.x, cluster_size()); b < p.rows.batch; b += teams) {
     verify_request<PlainVisit<E>>(p, team, b);
   }
   team.leave();

@@ -25,6 +25,14 @@ struct TeamShape {
   std::size_t shared;  // bytes of a block
 };
 
+// Blocks that are resident at once in clusters. A cluster lies within one of the device's groups of
+// 14 to 18 multiprocessors, where the largest ones leave a rest; those behind would wait for a
+// whole walk.
+inline int64_t resident_blocks(unsigned cluster, int inside, int multiprocessors) {
+  const int64_t all = int64_t(inside) * multiprocessors;
+  return cluster < kTeamBlocks ? all : all * 7 / 8;
+}
+
 // Enough blocks to occupy the device, and to have a slice leave room for other teams beside it.
 // `scratch`: what a block needs besides its slice; `inside`: blocks that the registers of a
 // multiprocessor leave room for. Below sm_90 there are neither clusters nor copies in bulk.
@@ -32,14 +40,17 @@ inline TeamShape team_shape(int64_t batch, int64_t vocab, int element_bytes, std
                             int inside, const Device& device) {
   if (device.arch < 90) return {1, 0, scratch};
   const std::size_t room = (device.shared_per_block + 1024) / inside - 1024;
-  const int64_t at_once = int64_t(inside) * device.multiprocessors;
+  const auto resident = [&](unsigned cluster) {
+    return batch * cluster <= resident_blocks(cluster, inside, device.multiprocessors);
+  };
   unsigned blocks = 1;
   const auto shared = [&](int stages) {
     return scratch + stages * slice_tokens(vocab, blocks) * element_bytes;
   };
-  while (blocks < kTeamBlocks && (batch * blocks * 2 <= at_once || shared(1) > room)) blocks *= 2;
-  // A wrong guess costs bandwidth, which a device that is not full has left.
-  const bool guesses = batch * blocks <= at_once && shared(2) <= room;
+  while (blocks < kTeamBlocks && (resident(blocks * 2) || shared(1) > room)) blocks *= 2;
+  // A wrong guess takes shared memory's room and bandwidth, which a device that is not full has
+  // left.
+  const bool guesses = resident(blocks) && shared(2) <= room;
   const int stages = guesses ? 2 : shared(1) <= device.shared_per_block ? 1 : 0;
   return {blocks, stages, shared(stages)};
 }
