@@ -62,6 +62,61 @@ def test_no_launch_changes_a_bit(launch):
         assert torch.equal(tensors(got)[name], tensor), name
 
 
+def one_each(rows):
+    """Rows of contexts of their own, so that each key is of one row."""
+    batch = random_batch(7, rows=rows, window=4, tokens=50, scopes=1)
+    batch.context[:, 0] = torch.arange(rows)
+    assert len(batch.context[:, 2:].unique(dim=0)) > 0.8 * rows
+    return batch
+
+
+def test_keys_of_one_row():
+    """New keys, then entries that have all the tokens, some or none; a token twice in a row."""
+    from cuda_sim import table_backend
+
+    got, expected = table("exact"), table("exact")
+    with table_backend.using(blocks=4, threads=64, order="random", seed=5):
+        batch = one_each(20)
+        batch.ids[3] = batch.ids[3, 0]
+        assert (batch.ids[3] >= 0).all() and len(batch.ids[3].unique()) == 1
+        again = batch.take(slice(None))
+        again.ids = batch.ids.clone()
+        again.ids[::2] = (again.ids[::2] + 25).clamp(max=49) * (again.ids[::2] >= 0)
+        again.ids[1::4, 1:] = (again.ids[1::4, 1:] + 7) % 50
+        for rows in (batch, again):
+            run_update(reference, expected, rows)
+            run_update(simulated, got, rows)
+    for name, tensor in tensors(expected).items():
+        assert torch.equal(tensors(got)[name], tensor), name
+
+
+@pytest.mark.parametrize("orders", [(4, 2, 1), (8, 5, 3, 1), (6,)], ids=str)
+def test_windows(orders):
+    """Both kernels of the draft, with missing tokens and some that are no token of any table."""
+    from cuda_sim import table_backend
+
+    window = orders[0]
+    options = {"orders": orders, "topk": 4, "max_count": 9, "max_scopes": 4}
+    drawn = NgramTable(64, vocab_size=50, **options)
+    batch = random_batch(3, rows=60, window=window, tokens=2, scopes=4)
+    run_update(reference, drawn, batch)
+    requests = random_requests(4, batch=6, window=window, tokens=2)
+    requests.context[:4] = batch.context[1:5]
+    requests.scope[:4] = batch.scope[1:5]
+    requests.context[2, 0] = 2**32 + 1  # its lower half is a token
+    copy = NgramTable(64, vocab_size=50, **options)
+    copy.load_state_dict(drawn.state_dict())
+    with table_backend.using(blocks=3, threads=96, order="random", seed=2):
+        for kind in (0, 1, 2):
+            drafts = [
+                run_draft(op, t, DraftTree.default(12), requests, kind)
+                for op, t in ((simulated, drawn), (reference, copy))
+            ]
+            assert_same_bits(*drafts)
+            assert drafts[0][1].sum() > len(requests.context)  # more than roots
+    assert torch.equal(tensors(drawn)["counters"], tensors(copy)["counters"])
+
+
 def test_both_sides_agree_on_few():
     from cuda_sim import table_backend
 

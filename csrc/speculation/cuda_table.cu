@@ -1,13 +1,15 @@
 // CUDA operators of the table. Merging is two launches; between them, where the items are many, is
 // a sort, which reasonkern/speculation/table_sorted.py does.
 #include "../common/stream.h"
-#include "table_merge.cuh"
+#include "table_few.cuh"
 #include "table_operators.h"
 
 namespace reasonkern {
 namespace {
 
 constexpr int kKeyThreads = 128, kMergeThreads = 128, kFewThreads = 256;
+constexpr int kFewShare =
+    5;  // items a block, on average; a block of more than warps has two rounds
 
 unsigned blocks(int64_t work, int64_t per_block) {
   const int64_t wanted = (work + per_block - 1) / per_block;
@@ -17,8 +19,9 @@ unsigned blocks(int64_t work, int64_t per_block) {
 struct CudaTable {
   static void draft(const DraftParams& p, int32_t device) {
     const LaunchScope scope(device);
-    launch(table_draft_kernel, dim3(blocks(p.batch, 1)), dim3(kDraftThreads), 1,
-           draft_shared_bytes(p.nodes), scope.stream, p);
+    with_draft_kernel(p, [&](auto kernel, unsigned shared) {
+      launch(kernel, dim3(blocks(p.batch, 1)), dim3(kDraftThreads), 1, shared, scope.stream, p);
+    });
   }
 };
 
@@ -71,7 +74,7 @@ void table_merge_few_(Tensor context, Tensor keys, Tensor slots, Tensor extra, T
   m.sums = data<int64_t>(sums);
   const LaunchScope launch_scope(context.get_device_index());
   launch_keys(m, launch_scope.stream);
-  launch(table_few_kernel, dim3(blocks(m.items, kFewThreads / 32)), dim3(kFewThreads), 1,
+  launch(table_few_kernel, dim3(blocks(m.items, kFewShare)), dim3(kFewThreads), 1,
          few_shared_bytes(m.items, kFewThreads), launch_scope.stream, m);
 }
 
@@ -94,8 +97,8 @@ void table_merge_(Tensor context, Tensor keys, Tensor slots, Tensor extra, Tenso
   m.totals = data<int64_t>(totals);
   if (m.items == 0) return;
   const LaunchScope launch_scope(context.get_device_index());
-  launch(table_merge_kernel, dim3(blocks(m.items, kMergeThreads / 32)), dim3(kMergeThreads), 1, 0,
-         launch_scope.stream, m);
+  launch(table_merge_kernel, dim3(blocks(m.items, kMergeThreads / 32)), dim3(kMergeThreads), 1,
+         merge_shared_bytes(kMergeThreads), launch_scope.stream, m);
 }
 
 }  // namespace

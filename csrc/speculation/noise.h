@@ -25,7 +25,10 @@ RK_HOST_DEVICE PhiloxWords noise_block(uint64_t seed, uint64_t position, uint32_
 
 RK_HOST_DEVICE uint32_t noise_word(uint64_t seed, uint64_t position, uint32_t stream,
                                    uint32_t token) {
-  return noise_block(seed, position, stream, token >> 2).w[token & 3];
+  const PhiloxWords words = noise_block(seed, position, stream, token >> 2);
+  const uint32_t low = (token & 1) != 0 ? words.w[1] : words.w[0];  // no index: in registers
+  const uint32_t high = (token & 1) != 0 ? words.w[3] : words.w[2];
+  return (token & 2) != 0 ? high : low;
 }
 
 namespace noise {

@@ -14,73 +14,69 @@ __device__ __forceinline__ void count(int64_t* counter, int64_t n) {
 
 // ---- drafting
 
+// The newest tokens up to a node, its own first; -1: missing.
+template <int kWindow>
+struct alignas(16) Window {
+  int32_t tokens[kWindow];
+};
+
 // What every level of a request reads, in shared memory: from global memory each first touch would
 // wait on the way from a level to the next.
+template <int kWindow>
 struct DraftShared {
-  int64_t* context;  // window
-  int32_t* seen;     // look-ups: hits by order, misses
-  int32_t *tokens, *parents, *depths, *child_index, *level_nodes, *child_ptr;  // by node
+  int32_t* seen;             // look-ups: hits by order, misses
+  Window<kWindow>* windows;  // by node, as the rest
+  int32_t *child_index, *level_nodes, *child_ptr;
 
-  static constexpr unsigned kHead = 8 * kMaxWindow + 4 * 8;  // bytes before the tokens
+  static constexpr unsigned kHead = 32;  // bytes before the windows
 
   __device__ explicit DraftShared(int nodes)
-      : context(dynamic_shared<int64_t>()),
-        seen(dynamic_shared<int32_t>(8 * kMaxWindow)),
-        tokens(dynamic_shared<int32_t>(kHead)),
-        parents(tokens + nodes),
-        depths(parents + nodes),
-        child_index(depths + nodes),
+      : seen(dynamic_shared<int32_t>()),
+        windows(dynamic_shared<Window<kWindow>>(kHead)),
+        child_index(dynamic_shared<int32_t>(kHead + sizeof(Window<kWindow>) * unsigned(nodes))),
         level_nodes(child_index + nodes),
         child_ptr(level_nodes + nodes) {}
 
+  static unsigned bytes(int nodes) {
+    return kHead + (sizeof(Window<kWindow>) + 3 * 4) * unsigned(nodes) + 4;
+  }
+
   __device__ void load_tree(const DraftParams& p) const {
-    const int levels = p.level_ptr[p.levels];
     for (int i = int(threadIdx.x); i <= p.nodes; i += int(blockDim.x)) {
       child_ptr[i] = p.child_ptr[i];
-      if (i < p.nodes) parents[i] = p.parents[i], depths[i] = p.depths[i];
       if (i + 1 < p.nodes) child_index[i] = p.child_index[i];
-      if (i < levels) level_nodes[i] = p.level_nodes[i];
+      if (i < p.inner_nodes) level_nodes[i] = p.level_nodes[i];
     }
-    if (threadIdx.x <= kMaxOrders) seen[threadIdx.x] = 0;
   }
 };
-
-inline unsigned draft_shared_bytes(int nodes) {
-  return DraftShared::kHead + 4 * (6 * unsigned(nodes) + 1);
-}
 
 // A request's constants, of every thread.
 struct DraftRequest {
   int64_t index, seed, position;
   float temperature;
-  uint64_t start;  // of the hashes
-  bool known;      // the scope
+  int32_t context;  // lane i: the i-th newest token
+  int32_t order;    // of the lane's look-ups, eight lanes each; 0: none
+  uint64_t start;   // of the hashes
 
   __device__ DraftRequest(const DraftParams& p, int64_t index)
       : index(index),
         seed(p.seed[index]),
         position(p.position[index]),
-        temperature(p.temperature[index]) {
+        temperature(p.temperature[index]),
+        context(-1),
+        order(0) {
+    const int lane = int(threadIdx.x % 32), back = p.table.window - 1 - lane;
+    // What fits no token is in no entry either: as good as missing.
+    const int64_t token = back >= 0 ? p.context[index * p.context_stride + back] : -1;
+    if (token <= INT32_MAX) context = int32_t(token);
     const int64_t scope = p.scope == nullptr ? 0 : p.scope[index];
-    known = scope >= 0 && scope < p.table.scopes;
-    start = known ? hash_start(scope, p.table.epochs[scope]) : 0;
+    if (scope < 0 || scope >= p.table.scopes) return;
+    start = hash_start(scope, p.table.epochs[scope]);
+    if (lane / kWays < p.table.num_orders) order = p.table.orders[lane / kWays];
   }
 };
 
-// Tokens back from a node: through its ancestors, then through the context.
-struct Window {
-  const DraftShared& shared;
-  int node, at;
-
-  __device__ int64_t operator()() {
-    if (node == 0) return shared.context[at--];
-    const int64_t token = shared.tokens[node];
-    node = shared.parents[node];
-    return token;
-  }
-};
-
-// The way's candidates are on their way to the L2 while its key is compared: one wait, not two.
+// The slots of the way are on their way to the L2 while its key is compared: one wait, not two.
 __device__ __forceinline__ void prefetch_slots(const Table& t, int64_t entry) {
 #if defined(__CUDACC__)
   const int32_t* slots = t.slots + entry * t.topk;
@@ -90,43 +86,45 @@ __device__ __forceinline__ void prefetch_slots(const Table& t, int64_t entry) {
 }
 
 // The entry of the longest order that is in the table: eight lanes to an order, one to a way.
-// Returns the order, or -1; every lane gets the same.
-__device__ __forceinline__ int find_entry(const DraftParams& p, const DraftShared& s,
-                                          const DraftRequest& request, int node, int64_t& entry) {
-  const Table& t = p.table;
-  const int lane = threadIdx.x % 32, order = lane / kWays, way = lane % kWays;
-  int64_t at = 0;
+// Returns the order's number, or -1; every lane gets the same. A level's time is that of its
+// dependent instructions, so no step branches.
+template <int kWindow>
+__device__ __forceinline__ int find_entry(const Table& t, const DraftRequest& request,
+                                          const Window<kWindow>& window, int64_t& entry) {
+  uint64_t h = request.start;
+  bool present = request.order > 0;
+#pragma unroll
+  for (int i = 0; i < kWindow; ++i) {
+    const bool inside = i < request.order;
+    const uint64_t next = hash_step(h, uint32_t(window.tokens[i]));
+    present = present && (!inside || window.tokens[i] >= 0);
+    h = inside ? next : h;
+  }
+  const uint64_t key = key_of(h, request.order);
+  const int64_t at = set_of(key, t.sets) * kWays + threadIdx.x % kWays;
   bool match = false;
-  if (request.known && order < t.num_orders) {
-    Window window{s, node, t.window - 1};
-    uint64_t h = request.start;
-    bool present = true;
-    for (int i = 0; i < t.orders[order] && present; ++i) {
-      const int64_t token = window();
-      present = token >= 0;
-      h = hash_step(h, uint64_t(token));
-    }
-    const uint64_t key = key_of(h, t.orders[order]);
-    at = set_of(key, t.sets) * kWays + way;
-    if (present) prefetch_slots(t, at);
-    match = present && t.keys[at] == key;
+  if (present) {
+    const uint64_t held = t.keys[at];
+    prefetch_slots(t, at);
+    match = held == key;
   }
   const unsigned found = __ballot_sync(kFullMask, match);
   const int first = found == 0 ? 0 : __ffs(int(found)) - 1;
-  entry = __shfl_sync(kFullMask, at, first);
+  entry = shuffle_from(at, first);
   return found == 0 ? -1 : first / kWays;
 }
 
-// How many lanes hold something that goes before this lane's candidate. All shuffles are under way
-// at once; lanes from kMaxTopk on hold nothing.
-__device__ __forceinline__ int rank_among(bool used, float score, int32_t id) {
-  const unsigned there = __ballot_sync(kFullMask, used);
+// How many lanes hold something that goes before this lane's candidate: a larger number. All
+// shuffles are under way at once; lanes from topk on hold nothing.
+__device__ __forceinline__ int rank_among(bool used, float score, int32_t id, int topk) {
+  const uint32_t word = noise::word_of(noise::add(score, 0.0f));  // 0 and -0 are the same
+  const uint32_t high = word ^ (uint32_t(int32_t(word) >> 31) | 0x80000000u);
+  const uint64_t mine = used ? uint64_t(high) << 32 | uint32_t(~id) : 0;
   int rank = 0;
 #pragma unroll
   for (int other = 0; other < kMaxTopk; ++other) {
-    const float its_score = __shfl_sync(kFullMask, score, other);
-    const int32_t its_id = __shfl_sync(kFullMask, id, other);
-    rank += (there >> other & 1) != 0 && goes_before(its_score, its_id, score, id);
+    if (other % 4 == 0 && other >= topk) break;
+    rank += shuffle_from(mine, other) > mine;
   }
   return rank;
 }
@@ -153,82 +151,102 @@ __device__ __forceinline__ void store_law(const DraftParams& p, int64_t node_at,
 }
 
 // A warp draws the children of a node from an entry; lane k holds slot k.
-__device__ __forceinline__ void draw_children(const DraftParams& p, const DraftShared& s,
-                                              const DraftRequest& request, int node,
-                                              int64_t entry) {
+template <int kWindow>
+__device__ __forceinline__ void draw_children(const DraftParams& p, const DraftShared<kWindow>& s,
+                                              const DraftRequest& request, int node, int level,
+                                              Window<kWindow> window, int64_t entry) {
   const Table& t = p.table;
   const int lane = threadIdx.x % 32;
+  const int first = s.child_ptr[node], children = s.child_ptr[node + 1] - first;
   const ChildDraw draw =
-      draw_at(p.kind, request.seed, request.position, s.depths[node], request.temperature);
+      draw_at(p.kind, request.seed, request.position, level, request.temperature);
   float probability = 1, score = 0;
   int32_t id = -1;
   if (lane < t.topk) id = read_slot(t, entry * t.topk + lane, entry, probability);
   const bool used = id >= 0;
   if (used) score = score_of(draw, probability, id);
-  const int rank = rank_among(used, score, id);
-  const int first = s.child_ptr[node], children = s.child_ptr[node + 1] - first;
-  if (used && rank < children) s.tokens[s.child_index[first + rank]] = id;
+  const int rank = rank_among(used, score, id, t.topk);
+  if (used && rank < children) {
+#pragma unroll
+    for (int i = kWindow - 1; i > 0; --i) window.tokens[i] = window.tokens[i - 1];
+    window.tokens[0] = id;
+    s.windows[s.child_index[first + rank]] = window;
+  }
   if (p.kind == kRejection) {
     store_law(p, request.index * p.nodes + node, draw, used, id, probability, rank);
   }
 }
 
 // Before the first level: everything is empty but the root.
-__device__ __forceinline__ void start_request(const DraftParams& p, const DraftShared& s,
-                                              int64_t request) {
-  const int64_t* context = p.context + request * p.context_stride;
-  const int64_t last = context[p.table.window - 1];
-  for (int i = int(threadIdx.x); i < p.table.window; i += int(blockDim.x))
-    s.context[i] = context[i];
-  for (int node = threadIdx.x; node < p.nodes; node += blockDim.x) {
-    s.tokens[node] = node == 0 && last >= 0 ? int32_t(last) : -1;
+template <int kWindow>
+__device__ __forceinline__ void start_request(const DraftParams& p, const DraftShared<kWindow>& s,
+                                              const DraftRequest& request) {
+  for (int node = 1 + int(threadIdx.x); node < p.nodes; node += int(blockDim.x)) {
+    s.windows[node].tokens[0] = -1;
   }
+  if (threadIdx.x < kWindow) s.windows[0].tokens[threadIdx.x] = request.context;
   if (p.kind != kRejection) return;
   const int64_t slots = int64_t(p.nodes) * p.table.topk;
   for (int64_t i = threadIdx.x; i < slots; i += blockDim.x) {
-    p.q_ids[request * slots + i] = -1;
-    p.q_logprob[request * slots + i] = -INFINITY;
+    p.q_ids[request.index * slots + i] = -1;
+    p.q_logprob[request.index * slots + i] = -INFINITY;
   }
 }
 
-// A warp per node of a level.
-__device__ __forceinline__ void draft_levels(const DraftParams& p, const DraftShared& s,
+// A warp per node of a level; the nodes of level d have depth d, the first is the root.
+template <int kWindow>
+__device__ __forceinline__ void draft_levels(const DraftParams& p, const DraftShared<kWindow>& s,
                                              const DraftRequest& request) {
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  int begin = 0;
+  int begin = 0, end = 1;
   for (int level = 0; level < p.levels; ++level) {
-    const int end = p.level_ptr[level + 1];
+    const int next = level + 1 < p.levels ? p.level_ptr[level + 2] : end;
     for (int i = begin + warp; i < end; i += warps) {
       const int node = s.level_nodes[i];
-      if (s.tokens[node] < 0) continue;
+      const Window<kWindow> window = s.windows[node];
+      if (window.tokens[0] < 0) continue;
       int64_t entry;
-      const int order = find_entry(p, s, request, node, entry);
+      const int order = find_entry(p.table, request, window, entry);
+      if (order >= 0) draw_children(p, s, request, node, level, window, entry);
       if (threadIdx.x % 32 == 0) atomicAdd(s.seen + (order < 0 ? int(kMisses) : order), 1);
-      if (order >= 0) draw_children(p, s, request, node, entry);
     }
-    begin = end;
+    begin = end, end = next;
     __syncthreads();
   }
 }
 
 constexpr int kDraftThreads = 512;  // a warp for each node of a level of the usual trees
 
-__global__ void __launch_bounds__(kDraftThreads) table_draft_kernel(DraftParams p) {
-  const DraftShared s(p.nodes);
-  s.load_tree(p);
+// kWindow: at least the table's.
+template <int kWindow>
+__global__ void __launch_bounds__(kDraftThreads, 2) table_draft_kernel(DraftParams p) {
+  const DraftShared<kWindow> s(p.nodes);
+  if (threadIdx.x <= kMaxOrders) s.seen[threadIdx.x] = 0;
   for (int64_t index = blockIdx.x; index < p.batch; index += gridDim.x) {
     const DraftRequest request(p, index);
-    start_request(p, s, index);
+    if (index == blockIdx.x) s.load_tree(p);  // on its way together with the request
+    start_request(p, s, request);
     __syncthreads();
     draft_levels(p, s, request);
     for (int node = threadIdx.x; node < p.nodes; node += blockDim.x) {
-      const int32_t token = s.tokens[node], root = s.tokens[0];
+      const int32_t token = s.windows[node].tokens[0], root = s.windows[0].tokens[0];
       p.tokens[index * p.nodes + node] = token >= 0 ? token : root >= 0 ? root : 0;
       p.valid[index * p.nodes + node] = token >= 0;
     }
     __syncthreads();
   }
   if (threadIdx.x <= kMaxOrders) count(p.table.counters + threadIdx.x, s.seen[threadIdx.x]);
+}
+
+// Calls launch(kernel, bytes of shared memory) with the kernel of a table's window.
+template <class Launch>
+void with_draft_kernel(const DraftParams& p, const Launch& launch) {
+  constexpr int kUsual = 4;
+  if (p.table.window <= kUsual) {
+    launch(table_draft_kernel<kUsual>, DraftShared<kUsual>::bytes(p.nodes));
+  } else {
+    launch(table_draft_kernel<kMaxWindow>, DraftShared<kMaxWindow>::bytes(p.nodes));
+  }
 }
 
 }  // namespace reasonkern

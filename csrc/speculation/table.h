@@ -40,12 +40,12 @@ struct DraftParams {
   const float* temperature;
   const int64_t *seed, *position;
   int64_t vocab;
-  int32_t batch, nodes, levels, kind;
-  bool strict;       // a bad row is an error; else it is ignored
-  int64_t* tokens;   // batch x nodes
-  bool* valid;       // batch x nodes
-  int64_t* q_ids;    // batch x nodes x topk, rejection only
-  float* q_logprob;  // batch x nodes x topk, rejection only
+  int32_t batch, nodes, inner_nodes, levels, kind;  // inner: with children
+  bool strict;                                      // a bad row is an error; else it is ignored
+  int64_t* tokens;                                  // batch x nodes
+  bool* valid;                                      // batch x nodes
+  int64_t* q_ids;                                   // batch x nodes x topk, rejection only
+  float* q_logprob;                                 // batch x nodes x topk, rejection only
 };
 
 struct UpdateParams {
@@ -190,15 +190,20 @@ RK_HOST_DEVICE void store_slot(const Table& t, int64_t at, int32_t id, int64_t t
   if (t.high != nullptr) t.high[at] = code == 0 ? 0 : uint8_t(uint32_t(id) >> kIdBits);
 }
 
+// Id and probability of a packed slot.
+RK_HOST_DEVICE int32_t read_word(const Table& t, int64_t at, uint32_t word, float& p) {
+  const uint32_t code = word >> kIdBits;
+  p = noise::mul(float(decode(code)), 0x1p-24f);
+  return code == 0 ? -1 : packed_id(t, at, word);
+}
+
 // Id and probability of a slot, as drafting and verification use them.
 RK_HOST_DEVICE int32_t read_slot(const Table& t, int64_t at, int64_t entry, float& p) {
   if (t.sums != nullptr) {
     p = noise::mul(noise::divide(float(t.sums[at]), float(t.counts[entry])), 0x1p-30f);
     return t.sums[at] > 0 ? t.slots[at] : -1;
   }
-  const uint32_t word = uint32_t(t.slots[at]), code = word >> kIdBits;
-  p = noise::mul(float(decode(code)), 0x1p-24f);
-  return code == 0 ? -1 : packed_id(t, at, word);
+  return read_word(t, at, uint32_t(t.slots[at]), p);
 }
 
 // ---- scores
@@ -226,8 +231,11 @@ RK_HOST_DEVICE float tempered(const ChildDraw& d, float p) {
 }
 
 RK_HOST_DEVICE float score_of(const ChildDraw& d, float p, int32_t id) {
-  if (!d.noisy) return -noise::minus_log(p);
-  return noise::add(tempered(d, p), gumbel_noise(d.seed, d.position, uint32_t(id), d.stream));
+  const float log_p = -noise::minus_log(p);
+  if (!d.noisy) return log_p;
+  // Before the division, which branches: the two chains of instructions run side by side.
+  const float gumbel = gumbel_noise(d.seed, d.position, uint32_t(id), d.stream);
+  return noise::add(noise::divide(log_p, d.temperature), gumbel);
 }
 
 // Whether one candidate goes before another: by score or sum, then by id.

@@ -1,5 +1,5 @@
 // Device code of the table's update: rows to keys, then a warp per set merges the set's keys in
-// order. Where the items are few a warp finds its own by looking through all keys; where they are
+// order. Where the items are few a block picks those of its sets (table_few.cuh); where they are
 // many they are sorted outside, by reasonkern/speculation/table_sorted.py. Results are those of
 // reference_table.py to the bit.
 #pragma once
@@ -83,7 +83,9 @@ __global__ void table_keys_kernel(MergeParams m) {
       m.keys[row * t.num_orders + slot] = (present ? key_of(h, order) : kLeftOut) ^ kSignBit;
     }
   }
-  if (slot == 0) {
+  merged += __shfl_xor_sync(kFullMask, merged, kRowLanes);
+  rejected += __shfl_xor_sync(kFullMask, rejected, kRowLanes);
+  if (lane == 0) {
     count(t.counters + kRows, merged);
     count(t.counters + kRejected, rejected);
   }
@@ -91,249 +93,157 @@ __global__ void table_keys_kernel(MergeParams m) {
 
 // ---- a key's merge
 
-// The way of a key, or the one it takes; lane w looks at way w. Every lane gets the same.
-__device__ __forceinline__ int64_t claim_entry(const Table& t, uint64_t key, bool& found) {
-  const int lane = threadIdx.x % 32;
-  const int64_t first = set_of(key, t.sets) * kWays;
-  uint64_t order = ~uint64_t(0), held = 0;
-  if (lane < kWays) {
-    held = t.keys[first + lane];
-    const uint64_t age = uint32_t(uint32_t(t.ages[first + lane]) - uint32_t(*t.clock) - 1);
-    order = held == 0 ? 0 : 1 + (age << 16 | uint16_t(t.counts[first + lane]));
-  }
-  const unsigned match = __ballot_sync(kFullMask, lane < kWays && held == key);
-  found = match != 0;
-  if (found) return first + __ffs(int(match)) - 1;
-  int way = 0;
-  for (int other = 1; other < kWays; ++other) {
-    const uint64_t best = __shfl_sync(kFullMask, order, way);
-    if (__shfl_sync(kFullMask, order, other) < best) way = other;
-  }
-  if (lane == way) {
-    count(t.counters + kEvictions, held != 0);
-    t.keys[first + way] = key;
-  }
-  return first + way;
-}
+// The entry of a key, or the one it takes, and what it remembers. Every lane has the same.
+struct Claim {
+  int64_t entry;
+  int32_t count;  // 0: new
 
-// The best candidates so far: lane k holds the one of rank k.
-struct RankedSum {
-  int32_t id;
-  int64_t sum;  // 0: none
+  // Lane w looks at way w.
+  __device__ Claim(const Table& t, uint64_t key) : count(0) {
+    const int lane = threadIdx.x % 32;
+    const int64_t first = set_of(key, t.sets) * kWays;
+    uint64_t order = ~uint64_t(0), held = 0;
+    int32_t its_count = 0;
+    if (lane < kWays) {
+      prefetch_slots(t, first + lane);
+      held = t.keys[first + lane];
+      its_count = t.counts[first + lane];
+      const uint64_t age = uint32_t(uint32_t(t.ages[first + lane]) - uint32_t(*t.clock) - 1);
+      order = held == 0 ? 0 : 1 + (age << 16 | uint16_t(its_count));
+    }
+    const unsigned match = __ballot_sync(kFullMask, lane < kWays && held == key);
+    int way = match == 0 ? 0 : __ffs(int(match)) - 1;
+    if (match != 0) {
+      count = shuffle_from(its_count, way);
+    } else {
+      for (int other = 1; other < kWays; ++other) {
+        if (shuffle_from(order, other) < shuffle_from(order, way)) way = other;
+      }
+      if (lane == way) {
+        reasonkern::count(t.counters + kEvictions, held != 0);
+        t.keys[first + way] = key;
+      }
+    }
+    entry = first + way;
+  }
 };
 
-__device__ __forceinline__ void insert(RankedSum& best, int topk, int32_t id, int64_t sum) {
-  const int lane = threadIdx.x % 32;
-  const bool stays = lane < topk && best.sum > 0 && goes_before(best.sum, best.id, sum, id);
-  const int rank = __popc(__ballot_sync(kFullMask, stays));
-  const int32_t id_above = __shfl_up_sync(kFullMask, best.id, 1);
-  const int64_t sum_above = __shfl_up_sync(kFullMask, best.sum, 1);
-  if (lane == rank) {
-    best = {id, sum};
-  } else if (lane > rank) {
-    best = {id_above, sum_above};
-  }
-}
+// A token and its sum.
+struct RankedSum {
+  int32_t id;   // -1: none
+  int32_t pad;  // written to shared memory whole
+  int64_t sum;
+};
 
-// A key's merge by a warp: find its entry, add the sums of its tokens one by one, each token once
-// and with a sum above 0, store.
+// Shared memory of a warp that merges.
+constexpr unsigned kMergeBytes = kMaxTopk * sizeof(RankedSum);
+
+// A key's merge by a warp: find its entry, add the sums of its tokens, sixteen at a time, each
+// token once, store. The upper lanes bring tokens, the lower ones hold what the entry had and the
+// best.
 class KeyMerge {
  public:
-  __device__ KeyMerge(const UpdateParams& p, uint64_t key, int64_t rows) : p_(p) {
-    const Table& t = p.table;
-    bool found;
-    entry_ = claim_entry(t, key, found);
-    const int64_t n = found ? t.counts[entry_] : 0;
-    total_ = n + rows;
-    if (found && lane() < t.topk) old_ = load_slot(t, entry_ * t.topk + lane(), n);
+  __device__ KeyMerge(const UpdateParams& p, uint64_t key, int64_t rows, RankedSum* scratch)
+      : p_(p), claim_(p.table, key), total_(claim_.count + rows), scratch_(scratch) {
+    if (claim_.count > 0 && lane() < p.table.topk) {
+      old_ = load_slot(p.table, claim_.entry * p.table.topk + lane(), claim_.count);
+    }
   }
 
-  __device__ void add(int32_t token, int64_t sum) {
-    const unsigned same = __ballot_sync(kFullMask, old_.id == token);
-    if (same != 0) {
-      const int owner = __ffs(int(same)) - 1;
-      sum += __shfl_sync(kFullMask, old_.sum, owner);
-      if (lane() == owner) old_.id = -1;
+  // load(k, id, sum) gives lane i token i % 16 of part k; id -1 or sum 0: none.
+  template <class Load>
+  __device__ void run(int64_t parts, const Load& load) {
+    for (int64_t part = 0; part <= parts; ++part) {
+      int32_t id;
+      int64_t sum;
+      if (part < parts) {
+        load(part, id, sum);
+        join(id, sum);
+      } else {  // what no row has
+        if (!__any_sync(kFullMask, old_.id >= 0)) break;
+        id = __shfl_sync(kFullMask, old_.id, lane() % kMaxTopk);
+        sum = shuffle_from(old_.sum, lane() % kMaxTopk);
+      }
+      rank(id, sum);
     }
-    insert(best_, p_.table.topk, token, sum);
+    store();
+  }
+
+ private:
+  static constexpr unsigned kLower = (1u << kMaxTopk) - 1;
+
+  __device__ static int lane() { return int(threadIdx.x % 32); }
+  __device__ static bool upper() { return lane() >= kMaxTopk; }
+
+  // A token that the entry has takes its sum over.
+  __device__ void join(int32_t id, int64_t& sum) {
+    if (sum == 0) id = -1;
+    const int32_t mine = upper() ? id : old_.id;
+    const unsigned same = __match_any_sync(kFullMask, mine >= 0 ? mine : -1 - lane());
+    const int64_t before = shuffle_from(old_.sum, __ffs(int(same)) - 1);
+    if (upper() && (same & kLower) != 0) sum += before;
+    if (!upper() && (same & ~kLower) != 0) old_.id = -1;
+  }
+
+  // Ranks the upper lanes' tokens among the best so far.
+  __device__ void rank(int32_t id, int64_t sum) {
+    const int first = __any_sync(kFullMask, best_.sum > 0) ? 0 : kMaxTopk;
+    if (!upper()) id = best_.id, sum = best_.sum;
+    if (id < 0) sum = 0;
+    int before = 0;
+#pragma unroll 4
+    for (int other = first; other < 2 * kMaxTopk; ++other) {
+      const int64_t its = shuffle_from(sum, other);
+      before += goes_before(its, __shfl_sync(kFullMask, id, other), sum, id);
+    }
+    if (sum > 0 && before < kMaxTopk) scratch_[before] = {id, 0, sum};
+    const int all = __popc(__ballot_sync(kFullMask, sum > 0));
+    __syncwarp();
+    best_ = {-1, 0, 0};
+    if (lane() < p_.table.topk && lane() < all) best_ = scratch_[lane()];
+    __syncwarp();
   }
 
   __device__ void store() {
     const Table& t = p_.table;
-    for (int k = 0; k < t.topk; ++k) {  // tokens that the rows do not have
-      const int32_t id = __shfl_sync(kFullMask, old_.id, k);
-      const int64_t sum = __shfl_sync(kFullMask, old_.sum, k);
-      if (id >= 0) insert(best_, t.topk, id, sum);
-    }
     if (lane() < t.topk) {
-      store_slot(t, entry_ * t.topk + lane(), best_.id, best_.sum, total_, p_.max_count);
+      store_slot(t, claim_.entry * t.topk + lane(), best_.id, best_.sum, total_, p_.max_count);
     }
     if (lane() == 0) {
-      t.counts[entry_] = int16_t(total_ < p_.max_count ? total_ : p_.max_count);
-      t.ages[entry_] = int32_t(uint32_t(*t.clock));
+      t.counts[claim_.entry] = int16_t(total_ < p_.max_count ? total_ : p_.max_count);
+      t.ages[claim_.entry] = int32_t(uint32_t(*t.clock));
     }
     __syncwarp();
   }
-
- private:
-  __device__ static int lane() { return int(threadIdx.x % 32); }
 
   const UpdateParams& p_;
-  int64_t entry_, total_;
+  const Claim claim_;
+  const int64_t total_;
+  RankedSum* const scratch_;
   Slot old_{-1, 0};
-  RankedSum best_{-1, 0};
+  RankedSum best_{-1, 0, 0};
 };
 
-// ---- few items: no sort, each warp looks through all keys
+// ---- sorted items
 
-// Sums by token, in shared or global memory: an open hash that the lanes of a warp fill together.
-struct TokenSums {
-  int32_t* ids;  // -1: free
-  int64_t* sums;
-  uint32_t size;  // more than there are tokens
+inline unsigned merge_shared_bytes(unsigned threads) { return threads / 32 * kMergeBytes; }
 
-  __device__ void clear() const {
-    for (uint32_t i = threadIdx.x % 32; i < size; i += 32) ids[i] = -1, sums[i] = 0;
-    __syncwarp();
-  }
-
-  __device__ void add(int32_t id, int64_t value) const {
-    uint32_t at = uint32_t(uint64_t(uint32_t(id) * 0x9e3779b9u) * size >> 32);
-    while (true) {
-      const int32_t held = atomicCAS(ids + at, -1, id);
-      if (held == -1 || held == id) break;
-      at = at + 1 < size ? at + 1 : 0;
-    }
-    count(sums + at, value);
-  }
-};
-
-// Where a key stands among all items of the call.
-struct KeyPlace {
-  int before;     // items of lower keys
-  int rows;       // items of the key
-  uint64_t next;  // the lowest higher key of the set; kLeftOut: none
-  bool leads;     // no item of the set has a lower key, or the same one and comes first
-};
-
-__device__ inline KeyPlace place_of_key(const MergeParams& m, const uint64_t* keys, uint64_t key,
-                                        int item) {
-  const int64_t sets = m.update.table.sets, set = set_of(key, sets);
-  KeyPlace place{0, 0, kLeftOut, true};
-  for (int j = int(threadIdx.x % 32); j < m.items; j += 32) {
-    const uint64_t other = keys[j];
-    place.before += other < key;
-    place.rows += other == key;
-    if (other == kLeftOut || set_of(other, sets) != set) continue;
-    if (other < key || (other == key && j < item)) place.leads = false;
-    if (other > key && other < place.next) place.next = other;
-  }
-  return warp_reduce(place, [](KeyPlace a, const KeyPlace& b) {
-    a.before += b.before, a.rows += b.rows;
-    a.next = a.next < b.next ? a.next : b.next;
-    a.leads = a.leads && b.leads;
-    return a;
-  });
-}
-
-__device__ __forceinline__ int nth_bit(unsigned bits, int n) {
-  for (; n > 0; --n) bits &= bits - 1;
-  return __ffs(int(bits)) - 1;
-}
-
-// Adds up the candidates of the items of a key.
-__device__ inline void sum_tokens(const MergeParams& m, const uint64_t* keys, uint64_t key,
-                                  const TokenSums& sums) {
-  const UpdateParams& p = m.update;
-  const int lane = int(threadIdx.x % 32);
-  for (int first = 0; first < m.items; first += 32) {
-    const unsigned hits =
-        __ballot_sync(kFullMask, first + lane < m.items && keys[first + lane] == key);
-    for (int i = lane; i < __popc(hits) * p.width; i += 32) {
-      const int64_t item = first + nth_bit(hits, i / p.width);
-      const int64_t at = item / p.table.num_orders * p.width + i % p.width;
-      const int32_t value = m.values[at];
-      if (value > 0) sums.add(int32_t(p.ids[at]), value);
-    }
-  }
-  __syncwarp();
-}
-
-// Items of a call that a block holds the keys of, and sums that a warp has room for beside them.
-constexpr int kFewItems = 4096, kWarpSums = 256;
-
-// Bytes of a block of `threads`: keys, then sums and their ids by warp.
-inline unsigned few_shared_bytes(int64_t items, unsigned threads) {
-  return unsigned(items) * 8 + threads / 32 * kWarpSums * 12;
-}
-
-__device__ inline TokenSums sums_of_warp(const MergeParams& m, const KeyPlace& place) {
-  const uint32_t size = 2 * uint32_t(place.rows) * uint32_t(m.update.width);
-  if (size > kWarpSums) {
-    const int64_t begin = 2 * int64_t(place.before) * m.update.width;
-    return {m.sum_ids + begin, m.sums + begin, size};
-  }
-  const unsigned warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  auto* sums = dynamic_shared<int64_t>(unsigned(m.items) * 8) + warp * kWarpSums;
-  auto* ids = dynamic_shared<int32_t>(unsigned(m.items) * 8 + warps * kWarpSums * 8);
-  return {ids + warp * kWarpSums, sums, size};
-}
-
-// The warp of the first item of a set merges the set's keys, in order.
-__device__ inline void merge_set(const MergeParams& m, const uint64_t* keys, int item) {
-  uint64_t key = keys[item];
-  if (key == kLeftOut) return;
-  KeyPlace place = place_of_key(m, keys, key, item);
-  if (!place.leads) return;
-  while (true) {
-    const TokenSums sums = sums_of_warp(m, place);
-    sums.clear();
-    KeyMerge merge(m.update, key, place.rows);
-    sum_tokens(m, keys, key, sums);
-    for (uint32_t first = 0; first < sums.size; first += 32) {
-      const uint32_t i = first + threadIdx.x % 32;
-      const int32_t id = i < sums.size ? sums.ids[i] : -1;
-      const int64_t sum = id >= 0 ? sums.sums[i] : 0;
-      unsigned there = __ballot_sync(kFullMask, id >= 0);
-      for (; there != 0; there &= there - 1) {
-        const int lane = __ffs(int(there)) - 1;
-        merge.add(__shfl_sync(kFullMask, id, lane), __shfl_sync(kFullMask, sum, lane));
-      }
-    }
-    merge.store();
-    key = place.next;
-    if (key == kLeftOut) return;
-    place = place_of_key(m, keys, key, item);
-  }
-}
-
-// A warp per item.
-__global__ void __launch_bounds__(256) table_few_kernel(MergeParams m) {
-  uint64_t* keys = dynamic_shared<uint64_t>();
-  for (int i = int(threadIdx.x); i < m.items; i += int(blockDim.x)) keys[i] = m.keys[i] ^ kSignBit;
-  __syncthreads();
-  const int warps = int(blockDim.x / 32);
-  for (int item = int(blockIdx.x) * warps + int(threadIdx.x / 32); item < m.items;
-       item += int(gridDim.x) * warps) {
-    merge_set(m, keys, item);
-  }
-}
-
-// ---- many items: sorted outside
-
-// Items [begin, end) have one key; its pairs come in order of their ids.
+// Items [begin, end) have one key; its pairs come in order of their ids. The first lane of a token
+// adds up its pairs.
 __device__ __forceinline__ void merge_key(const MergeParams& m, int64_t begin, int64_t end) {
-  KeyMerge merge(m.update, m.keys[begin] ^ kSignBit, end - begin);
-  int64_t at = begin * m.update.width;
-  const int64_t stop = end * m.update.width;
-  while (at < stop) {
-    const int64_t pair = m.pairs[at];
-    int64_t sum = 0;
-    for (; at < stop && m.pairs[at] == pair; ++at) sum += m.totals[at];
+  auto* scratch = dynamic_shared<RankedSum>() + threadIdx.x / 32 * kMaxTopk;
+  KeyMerge merge(m.update, m.keys[begin] ^ kSignBit, end - begin, scratch);
+  const int64_t start = begin * m.update.width, stop = end * m.update.width;
+  const int64_t parts = (stop - start + kMaxTopk - 1) / kMaxTopk;
+  merge.run(parts, [&](int64_t part, int32_t& id, int64_t& sum) {
+    int64_t at = start + part * kMaxTopk + threadIdx.x % kMaxTopk;
+    id = -1, sum = 0;
+    const int64_t pair = at < stop ? m.pairs[at] : -1;
     const uint64_t token = uint64_t(pair) & kPairIdMask;
-    if (token != kPairIdMask && sum > 0) merge.add(int32_t(token), sum);
-  }
-  merge.store();
+    if (token == kPairIdMask || (at > start && m.pairs[at - 1] == pair)) return;
+    id = int32_t(token);
+    for (; at < stop && m.pairs[at] == pair; ++at) sum += m.totals[at];
+  });
 }
 
 __device__ __forceinline__ bool same_set(const MergeParams& m, int64_t a, int64_t b) {

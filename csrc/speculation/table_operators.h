@@ -111,6 +111,7 @@ struct TableOperators {
     p.position = data<int64_t>(position);
     p.batch = int32_t(batch);
     p.nodes = int32_t(nodes);
+    p.inner_nodes = int32_t(level_nodes.numel());
     p.levels = int32_t(level_ptr.numel() - 1);
     p.kind = int32_t(kind);
     p.vocab = vocab_size;

@@ -32,7 +32,7 @@ SCHEMAS = {
 
 # The update on a device: both kernels, or one by one around the sort of `table_sorted.update`.
 _UPDATE_ARGS = SCHEMAS["table_update_"].partition(") ->")[0]
-FEW_ITEMS = 4096  # pairs of a row and an order, kFewItems of table_merge.cuh
+FEW_ITEMS = 4096  # pairs of a row and an order, kFewItems of table_few.cuh
 CUDA_STEPS = {
     "table_merge_few_": f"{_UPDATE_ARGS}) -> ()",
     "table_keys": f"{_UPDATE_ARGS}) -> (Tensor items, Tensor values)",

@@ -55,6 +55,7 @@ def table_draft(context: Tensor, *values: Any) -> tuple[Tensor, ...]:
         "q_logprob": context.new_empty(law, dtype=torch.float32),
     }
     sizes = {"batch": batch, "nodes": nodes, "levels": len(fields["level_ptr"]) - 1}
+    sizes["inner_nodes"] = len(fields["level_nodes"])
     _run("draft", fields | out | sizes)
     return tuple(out.values())
 

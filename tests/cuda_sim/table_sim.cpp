@@ -2,7 +2,7 @@
 // Pointers come as integers in dicts whose keys are the fields of table.h; a missing key is null.
 #include "cuda_sim.h"
 #include "fields.h"
-#include "speculation/table_merge.cuh"
+#include "speculation/table_few.cuh"
 
 namespace py = pybind11;
 using namespace reasonkern;
@@ -76,6 +76,7 @@ DraftParams draft_of(const Fields& f) {
   f.point(p.q_logprob, "q_logprob");
   p.batch = f.number<int>("batch");
   p.nodes = f.number<int>("nodes");
+  p.inner_nodes = f.number<int>("inner_nodes");
   p.levels = f.number<int>("levels");
   p.kind = f.number<int>("kind");
   return p;
@@ -90,14 +91,17 @@ void run(const std::string& op, const py::dict& launch, const py::dict& args) {
   };
   if (op == "draft") {
     const DraftParams p = draft_of(f);
-    return start(table_draft_kernel, draft_shared_bytes(p.nodes), p);
+    return with_draft_kernel(p, [&](auto kernel, unsigned shared) { start(kernel, shared, p); });
   }
   if (op == "few") {
     const MergeParams m = merge_of(f);
     return start(table_few_kernel, few_shared_bytes(m.items, l.number<unsigned>("threads")), m);
   }
   if (op == "keys") return start(table_keys_kernel, 0, merge_of(f));
-  if (op == "merge") return start(table_merge_kernel, 0, merge_of(f));
+  if (op == "merge") {
+    return start(table_merge_kernel, merge_shared_bytes(l.number<unsigned>("threads")),
+                 merge_of(f));
+  }
   throw std::invalid_argument("op: got " + op);
 }
 

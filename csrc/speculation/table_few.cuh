@@ -1,0 +1,221 @@
+// Device code of an update of few items, without a sort: each block picks the items of its share of
+// the sets, and a warp per set finds the items of the set among those.
+#pragma once
+
+#include "table_merge.cuh"
+
+namespace reasonkern {
+
+// Sums by token, in shared or global memory: an open hash that the lanes of a warp fill together.
+struct TokenSums {
+  int32_t* ids;  // -1: free
+  int64_t* sums;
+  uint32_t size;  // more than there are tokens
+
+  __device__ void clear() const {
+    for (uint32_t i = threadIdx.x % 32; i < size; i += 32) ids[i] = -1, sums[i] = 0;
+    __syncwarp();
+  }
+
+  __device__ void add(int32_t id, int64_t value) const {
+    uint32_t at = uint32_t(uint64_t(uint32_t(id) * 0x9e3779b9u) * size >> 32);
+    while (true) {
+      const int32_t held = atomicCAS(ids + at, -1, id);
+      if (held == -1 || held == id) break;
+      at = at + 1 < size ? at + 1 : 0;
+    }
+    count(sums + at, value);
+  }
+};
+
+// Items of a call that a block has room for, and sums that a warp has room for beside them.
+constexpr int kFewItems = 4096, kWarpSums = 256;
+
+// The items of a block, in any order, in shared memory; then the sums of its warps.
+struct Share {
+  int* size;
+  uint64_t* keys;
+  uint16_t* items;
+
+  static constexpr unsigned kHead = 8, kItemBytes = 10;  // bytes: of the size, of an item
+
+  __device__ explicit Share(int64_t items)
+      : size(dynamic_shared<int>()),
+        keys(dynamic_shared<uint64_t>(kHead)),
+        items(dynamic_shared<uint16_t>(kHead + 8 * unsigned(items))) {}
+
+  __host__ __device__ static unsigned warps_at(int64_t items) {
+    return (kHead + kItemBytes * unsigned(items) + 15) / 16 * 16;
+  }
+
+  __device__ static RankedSum* scratch(int64_t items) {
+    return dynamic_shared<RankedSum>(warps_at(items)) + threadIdx.x / 32 * kMaxTopk;
+  }
+
+  __device__ void pick(const MergeParams& m) const {
+    if (threadIdx.x == 0) *size = 0;
+    __syncthreads();
+    constexpr int kAtOnce = 4;  // on their way from memory
+    const int threads = int(blockDim.x);
+    for (int first = int(threadIdx.x); first < m.items; first += kAtOnce * threads) {
+      uint64_t loaded[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int i = first + j * threads;
+        loaded[j] = i < m.items ? m.keys[i] ^ kSignBit : kLeftOut;
+      }
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int64_t set = set_of(loaded[j], m.update.table.sets);
+        if (loaded[j] == kLeftOut || block_of(set) != blockIdx.x) continue;
+        const int at = atomicAdd(size, 1);
+        keys[at] = loaded[j], items[at] = uint16_t(first + j * threads);
+      }
+    }
+    __syncthreads();
+  }
+
+ private:
+  // A set's block: all sets have about as many.
+  __device__ static unsigned block_of(int64_t set) {
+    return unsigned(uint64_t(uint32_t(set) * 0x9e3779b9u) * gridDim.x >> 32);
+  }
+};
+
+// Bytes of a block of `threads`: items, then by warp what merges, sums and their ids.
+inline unsigned few_shared_bytes(int64_t items, unsigned threads) {
+  return Share::warps_at(items) + threads / 32 * (kMergeBytes + kWarpSums * 12);
+}
+
+// Where a key stands among the items of its block.
+struct KeyPlace {
+  int rows;       // items of the key
+  int last;       // one of them
+  bool leads;     // no item of the set has a lower key, or the same one and comes first
+  uint64_t next;  // the lowest higher key of the set; kLeftOut: none
+};
+
+__device__ inline KeyPlace place_of_key(const MergeParams& m, const Share& share, uint64_t key,
+                                        int item) {
+  const int64_t sets = m.update.table.sets, set = set_of(key, sets);
+  const int lane = int(threadIdx.x % 32), size = *share.size;
+  KeyPlace place{0, 0, true, kLeftOut};
+  bool follows = false;
+  RK_ROLLED
+  for (int first = 0; first < size; first += 32) {
+    const int j = first + lane;
+    const uint64_t other = j < size ? share.keys[j] : kLeftOut;
+    const bool near = other != kLeftOut && set_of(other, sets) == set;
+    const unsigned same = __ballot_sync(kFullMask, other == key);
+    place.rows += __popc(same);
+    if (same != 0) place.last = first + __ffs(int(same)) - 1;
+    if (near && (other < key || (other == key && j < item))) place.leads = false;
+    if (near && other > key) follows = true, place.next = other < place.next ? other : place.next;
+  }
+  place.leads = all_lanes(place.leads);
+  if (__any_sync(kFullMask, follows)) {
+    place.next = warp_reduce(place.next, [](uint64_t a, uint64_t b) { return a < b ? a : b; });
+  }
+  return place;
+}
+
+__device__ __forceinline__ int nth_bit(unsigned bits, int n) {
+  for (; n > 0; --n) bits &= bits - 1;
+  return __ffs(int(bits)) - 1;
+}
+
+// Adds up the candidates of the items of a key.
+__device__ inline void sum_tokens(const MergeParams& m, const Share& share, uint64_t key,
+                                  const TokenSums& sums) {
+  const UpdateParams& p = m.update;
+  const int lane = int(threadIdx.x % 32), size = *share.size;
+  RK_ROLLED
+  for (int first = 0; first < size; first += 32) {
+    const unsigned hits =
+        __ballot_sync(kFullMask, first + lane < size && share.keys[first + lane] == key);
+    RK_ROLLED
+    for (int i = lane; i < __popc(hits) * p.width; i += 32) {
+      const int item = share.items[first + nth_bit(hits, i / p.width)];
+      const int64_t at = int64_t(item / p.table.num_orders) * p.width + i % p.width;
+      const int32_t value = m.values[at];
+      if (value > 0) sums.add(int32_t(p.ids[at]), value);
+    }
+  }
+  __syncwarp();
+}
+
+// Items of the call whose keys are lower.
+__device__ inline int lower_items(const MergeParams& m, uint64_t key) {
+  int lower = 0;
+  RK_ROLLED
+  for (int i = int(threadIdx.x % 32); i < m.items; i += 32) lower += (m.keys[i] ^ kSignBit) < key;
+  return warp_reduce(lower, [](int a, int b) { return a + b; });
+}
+
+// Room for the sums of a key with `rows` items: what only a large one needs is in global memory.
+__device__ inline TokenSums sums_of_warp(const MergeParams& m, uint64_t key, int rows) {
+  const uint32_t size = 2 * uint32_t(rows) * uint32_t(m.update.width);
+  if (size > kWarpSums) {
+    const int64_t begin = 2 * int64_t(lower_items(m, key)) * m.update.width;
+    return {m.sum_ids + begin, m.sums + begin, size};
+  }
+  const unsigned warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const unsigned begin = Share::warps_at(m.items) + warps * kMergeBytes;
+  auto* sums = dynamic_shared<int64_t>(begin) + warp * kWarpSums;
+  auto* ids = dynamic_shared<int32_t>(begin + warps * kWarpSums * 8);
+  return {ids + warp * kWarpSums, sums, size};
+}
+
+// The tokens of an item's row, sixteen lanes twice; false where a token comes twice.
+__device__ inline bool load_row(const MergeParams& m, int item, int32_t& id, int64_t& sum) {
+  const UpdateParams& p = m.update;
+  const int slot = int(threadIdx.x % kMaxTopk);
+  const int64_t at = int64_t(item / p.table.num_orders) * p.width + slot;
+  sum = slot < p.width ? m.values[at] : 0;
+  id = sum > 0 ? int32_t(p.ids[at]) : -1 - slot;
+  return !__any_sync(kFullMask, __popc(__match_any_sync(kFullMask, id)) > 2);
+}
+
+// The usual key is of one row; the tokens of others are summed first.
+__device__ inline void merge_rows(const MergeParams& m, const Share& share, uint64_t key,
+                                  const KeyPlace& place) {
+  int32_t row_id;
+  int64_t row_sum;
+  const bool alone = place.rows == 1 && load_row(m, share.items[place.last], row_id, row_sum);
+  TokenSums sums{nullptr, nullptr, kMaxTopk};
+  if (!alone) {
+    sums = sums_of_warp(m, key, place.rows);
+    sums.clear();
+    sum_tokens(m, share, key, sums);
+  }
+  KeyMerge merge(m.update, key, place.rows, Share::scratch(m.items));
+  merge.run((sums.size + kMaxTopk - 1) / kMaxTopk, [&](int64_t part, int32_t& id, int64_t& sum) {
+    id = row_id, sum = row_sum;
+    if (alone) return;
+    const uint32_t i = uint32_t(part) * kMaxTopk + threadIdx.x % kMaxTopk;
+    id = i < sums.size ? sums.ids[i] : -1;
+    sum = id >= 0 ? sums.sums[i] : 0;
+  });
+}
+
+// The warp of the first item of a set merges the set's keys, in order.
+__device__ inline void merge_set(const MergeParams& m, const Share& share, int item) {
+  const uint64_t lowest = share.keys[item];
+  for (uint64_t key = lowest; key != kLeftOut;) {
+    const KeyPlace place = place_of_key(m, share, key, item);
+    if (key == lowest && !place.leads) return;
+    merge_rows(m, share, key, place);
+    key = place.next;
+  }
+}
+
+// A warp per item of a block's share.
+__global__ void __launch_bounds__(256) table_few_kernel(MergeParams m) {
+  const Share share(m.items);
+  share.pick(m);
+  for (int item = int(threadIdx.x / 32); item < *share.size; item += int(blockDim.x / 32)) {
+    merge_set(m, share, item);
+  }
+}
+
+}  // namespace reasonkern
