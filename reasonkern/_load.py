@@ -170,7 +170,8 @@ def _differentiable(name: str, autograd: Autograd) -> Implementation:
 
         @staticmethod
         def backward(ctx: Any, *grads: Any) -> Any:
-            return *autograd.backward(ctx, *grads), None
+            given = autograd.backward(ctx, *grads)
+            return (*given, None) if isinstance(given, tuple) else (given, None)
 
     Node.__name__ = Node.__qualname__ = f"Backward_{name}"
 
