@@ -23,33 +23,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 TARGET = ROOT / "reasonkern" / "_evidence.py"
 GPU_BACKENDS = ("cuda", "triton")
 # (op, backend) -> since when the kernel is another one. Delete what a newer result speaks for.
-WRITTEN_ANEW = {
-    **{
-        (op, "cuda"): "2026-11-27T02:00"
-        for op in (
-            "commit_",
-            "modulate_logits_",
-            "policy_loss",
-            "policy_loss_",
-            "policy_metrics",
-            "sample",
-            "sample_controlled",
-            "scale_rows_",
-            "table_draft",
-            "table_update_",
-            "token_stats",
-            "token_stats_backward",
-            "token_stats_backward_",
-            "verify_controlled",
-            "verify_tree",
-        )
-    },
-    ("gae", "triton"): "2026-11-27T00:00",
-    **{
-        (op, "triton"): "2026-11-26T22:40"
-        for op in ("modulate_logits_", "commit_", "sample_controlled", "verify_controlled")
-    },
-}
+WRITTEN_ANEW: dict[tuple[str, str], str] = {}
 
 HEAD = '''"""Which backend has run, and matched, on which GPU architecture.
 
