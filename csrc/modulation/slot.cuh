@@ -101,8 +101,9 @@ struct Drafts {
       count = int(node) + 1;
       if (lane_of() < count) parent = parents[lane_of()];
     } else if (p.local_pos != nullptr) {
-      count = int(p.local_pos[request]);
-      tokens += int64_t(request) + 1 - count;
+      const int64_t drafts = p.local_pos[request], most = int64_t(request) + 1;
+      count = drafts > 0 && drafts <= most ? int(drafts) : 0;  // a padding row may hold anything
+      tokens += most - count;
     }
     if (lane_of() < count) token = tokens[lane_of()];
   }

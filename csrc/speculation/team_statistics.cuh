@@ -73,8 +73,6 @@ __device__ __forceinline__ float least_of(float top, int vocab) {
 // token, and the 2^-22 of the sum that groups are worth that lie too low, are its largest.
 class RawStatistics {
  public:
-  static constexpr bool kSeesAllowed = false;
-
   // `top`: the row's largest logit; k of `groups` groups of its tokens bound the candidates.
   __device__ RawStatistics(Team& team, float top, int k, int vocab, const float* group_top,
                            int groups)
