@@ -145,9 +145,11 @@ __device__ __forceinline__ Moments<acc_t<T>> exchange(ClusterScratch<acc_t<T>>& 
   return merge_lanes(lane_part(slices, int(size)), scale);
 }
 
+// Empty below sm_90, where no launch configuration asks for it.
 template <class T>
 __global__ void __launch_bounds__(kGroup, 3)
     loss_cluster_kernel(LossParams<acc_t<T>> p, Tiling tiling) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using A = acc_t<T>;
   const unsigned rank = cluster_rank(), clusters = gridDim.x / cluster_size();
   const int warp = threadIdx.x / 32;
@@ -204,6 +206,7 @@ __global__ void __launch_bounds__(kGroup, 3)
       for (int i = 0; i < kChunks && logits != nullptr; ++i) stage.fetch(logits, i);
     }
   }
+#endif
 }
 
 }  // namespace reasonkern

@@ -154,9 +154,27 @@ __device__ __forceinline__ void raise_running(Running<M, T>& r, acc_t<T> m,
   r.floor = floor_below<T>(m, scale);
 }
 
+// What follows from the maximum: kept where registers are left for it, on sm_90.
+template <class M, class T>
+__device__ __forceinline__ acc_t<T> limit_of(const Running<M, T>& r, const RowScale<T>& scale) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+  return std::fma(acc_t<T>(2), scale.residual, r.sums.m);
+#else
+  return r.limit;
+#endif
+}
+template <class M, class T>
+__device__ __forceinline__ Floor<T> floor_of(const Running<M, T>& r, const RowScale<T>& scale) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+  return floor_below<T>(r.sums.m, scale);
+#else
+  return r.floor;
+#endif
+}
+
 template <class M, class T>
 __device__ __forceinline__ bool is_plain(const Running<M, T>& r, const RowScale<T>& scale) {
-  return r.floored ? r.floor.usable : scale.softcap.value == acc_t<T>(0);
+  return r.floored ? floor_of(r, scale).usable : scale.softcap.value == acc_t<T>(0);
 }
 
 // The first `live` vectors of the lane's tile; what pads the others is not to be added.
@@ -167,7 +185,7 @@ __device__ __forceinline__ void absorb_below(Running<M, T>& r, const Vec<T> (&v)
   for (int i = 0; i < kUnroll; ++i) {
     if (i >= live) break;
     acc_t<T> t[Vec<T>::size];
-    lane_offsets<kFloor>(t, v[i], r.origin, r.floor, scale);
+    lane_offsets<kFloor>(t, v[i], r.origin, floor_of(r, scale), scale);
 #pragma unroll
     for (int j = 0; j < Vec<T>::size; ++j) add(r.sums, exponential<kUnit>(t[j], scale), t[j]);
   }
@@ -230,7 +248,7 @@ __device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll]
   using A = acc_t<T>;
   if (scale.softcap.value != A(0)) highest = soft_capped(highest, scale.softcap);
   const A warp_highest = warp_max(highest);
-  const bool raised = warp_highest > r.limit;
+  const bool raised = warp_highest > limit_of(r, scale);
   if (raised) raise_running(r, warp_highest, scale);
   if (!(r.sums.m > -kInfinity<A>)) {
     if (highest != highest) r.sums.s = highest;  // no sum moves, but warp_max passed over the NaN
@@ -246,7 +264,7 @@ __device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll]
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     // Where a NaN hides a maximum beside it the sums become NaN anyway.
-    if (top_is<T>(tops[i], top)) take_out_top(r.sums, v[i], r.floor.value);
+    if (top_is<T>(tops[i], top)) take_out_top(r.sums, v[i], floor_of(r, scale).value);
   }
   return true;
 }
@@ -290,7 +308,7 @@ __device__ __forceinline__ void absorb(Running<M, T>& r, Vec<T> (&v)[kUnroll], i
   r.top = higher<T>(r.top, top);
   const acc_t<T> highest = top_value<T>(top);  // NaN if any element is
   note_rivals<T>(r.sums, v, highest, target, index, step);
-  if (!all_lanes(highest < r.limit && is_plain(r, scale)) &&
+  if (!all_lanes(highest < limit_of(r, scale) && is_plain(r, scale)) &&
       !lay_below(r, v, tops, highest, scale)) {
     return;
   }
