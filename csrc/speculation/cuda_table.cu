@@ -7,9 +7,7 @@
 namespace reasonkern {
 namespace {
 
-constexpr int kKeyThreads = 128, kMergeThreads = 128, kFewThreads = 256;
-constexpr int kFewShare =
-    5;  // items a block, on average; a block of more than warps has two rounds
+constexpr int kKeyThreads = 128, kMergeThreads = 128;
 
 unsigned blocks(int64_t work, int64_t per_block) {
   const int64_t wanted = (work + per_block - 1) / per_block;
@@ -27,7 +25,19 @@ struct CudaTable {
 
 void launch_keys(const MergeParams& m, cudaStream_t stream) {
   const int64_t rows = kKeyThreads / kRowLanes;
-  launch(table_keys_kernel, dim3(blocks(m.update.rows, rows)), dim3(kKeyThreads), 1, 0, stream, m);
+  launch<true>(table_keys_kernel, dim3(blocks(m.update.rows, rows)), dim3(kKeyThreads), 1, 0,
+               stream, m);
+}
+
+// A round of a block is an item a warp, and the longest block decides: as many warps as there are
+// items in all but one block of thousands. More blocks would each go through all the bins.
+void launch_few(const MergeParams& m, cudaStream_t stream) {
+  constexpr int kBlocks = 128, kLeastWarps = 8, kMostWarps = 32;
+  const int64_t share = (m.items + kBlocks - 1) / kBlocks;
+  const int64_t warps = share <= kLeastWarps / 4 ? kLeastWarps : share <= 6 ? 16 : kMostWarps;
+  const unsigned threads = unsigned(32 * warps);
+  launch<true>(table_few_kernel, dim3(blocks(m.items, share)), dim3(threads), 1,
+               few_shared_bytes(m.items, threads), stream, m);
 }
 
 std::tuple<Tensor, Tensor> table_keys(Tensor context, Tensor keys, Tensor slots, Tensor extra,
@@ -66,16 +76,18 @@ void table_merge_few_(Tensor context, Tensor keys, Tensor slots, Tensor extra, T
   const int64_t candidates = m.items * m.update.width;
   const Tensor items = room(m.items, ScalarType::Long);
   const Tensor values = room(ids.numel(), ScalarType::Int);
+  const Tensor bins = room((m.items + kBinsAtOnce - 1) / kBinsAtOnce * kBinsAtOnce / 2,
+                           ScalarType::Int);  // of half the width
   const Tensor sum_ids = room(2 * candidates, ScalarType::Int);
   const Tensor sums = room(2 * candidates, ScalarType::Long);
   m.keys = data<uint64_t>(items);
   m.values = data<int32_t>(values);
+  m.bins = reinterpret_cast<uint16_t*>(data<int32_t>(bins));
   m.sum_ids = data<int32_t>(sum_ids);
   m.sums = data<int64_t>(sums);
   const LaunchScope launch_scope(context.get_device_index());
   launch_keys(m, launch_scope.stream);
-  launch(table_few_kernel, dim3(blocks(m.items, kFewShare)), dim3(kFewThreads), 1,
-         few_shared_bytes(m.items, kFewThreads), launch_scope.stream, m);
+  launch_few(m, launch_scope.stream);
 }
 
 void table_merge_(Tensor context, Tensor keys, Tensor slots, Tensor extra, Tensor counts,

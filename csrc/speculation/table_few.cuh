@@ -28,19 +28,23 @@ struct TokenSums {
   }
 };
 
-// Items of a call that a block has room for, and sums that a warp has room for beside them.
-constexpr int kFewItems = 4096, kWarpSums = 256;
+// Items of a call that a block has room for, and sums that it has room for beside them, for each of
+// its warps: together, for a few keys are of many rows and most of one.
+constexpr int kFewItems = 4096, kWarpSums = 64;
+constexpr int kBinsAtOnce = 8;  // of a thread's load
 
 // The items of a block, in any order, in shared memory; then the sums of its warps.
 struct Share {
   int* size;
+  uint32_t* used;  // of the room for sums
   uint64_t* keys;
   uint16_t* items;
 
-  static constexpr unsigned kHead = 8, kItemBytes = 10;  // bytes: of the size, of an item
+  static constexpr unsigned kHead = 8, kItemBytes = 10;  // bytes: of the sizes, of an item
 
   __device__ explicit Share(int64_t items)
       : size(dynamic_shared<int>()),
+        used(dynamic_shared<uint32_t>(4)),
         keys(dynamic_shared<uint64_t>(kHead)),
         items(dynamic_shared<uint16_t>(kHead + 8 * unsigned(items))) {}
 
@@ -49,36 +53,31 @@ struct Share {
   }
 
   __device__ static RankedSum* scratch(int64_t items) {
-    return dynamic_shared<RankedSum>(warps_at(items)) + threadIdx.x / 32 * kMaxTopk;
+    return dynamic_shared<RankedSum>(warps_at(items)) + threadIdx.x / 32 * kMergeSums;
   }
 
+  // The block's bins are the same part of all as the block is of the grid.
   __device__ void pick(const MergeParams& m) const {
-    if (threadIdx.x == 0) *size = 0;
+    if (threadIdx.x == 0) *size = 0, *used = 0;
     __syncthreads();
-    constexpr int kAtOnce = 4;  // on their way from memory
-    const int threads = int(blockDim.x);
-    for (int first = int(threadIdx.x); first < m.items; first += kAtOnce * threads) {
-      uint64_t loaded[kAtOnce];
+    const uint32_t low = first_bin(blockIdx.x), bins = first_bin(blockIdx.x + 1) - low;
+    const int step = kBinsAtOnce * int(blockDim.x);
+    for (int i = kBinsAtOnce * int(threadIdx.x); i < m.items; i += step) {
+      const auto loaded = load_global<Reuse::again>(m.bins + i);
 #pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int i = first + j * threads;
-        loaded[j] = i < m.items ? m.keys[i] ^ kSignBit : kLeftOut;
-      }
-#pragma unroll
-      for (int j = 0; j < kAtOnce; ++j) {
-        const int64_t set = set_of(loaded[j], m.update.table.sets);
-        if (loaded[j] == kLeftOut || block_of(set) != blockIdx.x) continue;
-        const int at = atomicAdd(size, 1);
-        keys[at] = loaded[j], items[at] = uint16_t(first + j * threads);
+      for (int j = 0; j < kBinsAtOnce; ++j) {
+        if (get_lane(loaded, j) - low < bins && i + j < m.items) add(m, i + j);
       }
     }
     __syncthreads();
   }
 
  private:
-  // A set's block: all sets have about as many.
-  __device__ static unsigned block_of(int64_t set) {
-    return unsigned(uint64_t(uint32_t(set) * 0x9e3779b9u) * gridDim.x >> 32);
+  __device__ static uint32_t first_bin(unsigned block) { return block * kLastBin / gridDim.x; }
+
+  __device__ void add(const MergeParams& m, int item) const {
+    const int at = atomicAdd(size, 1);
+    keys[at] = m.keys[item] ^ kSignBit, items[at] = uint16_t(item);
   }
 };
 
@@ -152,45 +151,58 @@ __device__ inline int lower_items(const MergeParams& m, uint64_t key) {
   return warp_reduce(lower, [](int a, int b) { return a + b; });
 }
 
-// Room for the sums of a key with `rows` items: what only a large one needs is in global memory.
-__device__ inline TokenSums sums_of_warp(const MergeParams& m, uint64_t key, int rows) {
+// Room for the sums of a key with `rows` items; where the block has none left, in global memory.
+__device__ inline TokenSums room_for_sums(const MergeParams& m, const Share& share, uint64_t key,
+                                          int rows) {
   const uint32_t size = 2 * uint32_t(rows) * uint32_t(m.update.width);
-  if (size > kWarpSums) {
+  const unsigned warps = blockDim.x / 32;
+  uint32_t at = 0;
+  if (threadIdx.x % 32 == 0) at = atomicAdd(share.used, size);
+  at = __shfl_sync(kFullMask, at, 0);
+  if (at + size > warps * kWarpSums) {
     const int64_t begin = 2 * int64_t(lower_items(m, key)) * m.update.width;
     return {m.sum_ids + begin, m.sums + begin, size};
   }
-  const unsigned warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const unsigned begin = Share::warps_at(m.items) + warps * kMergeBytes;
-  auto* sums = dynamic_shared<int64_t>(begin) + warp * kWarpSums;
+  auto* sums = dynamic_shared<int64_t>(begin);
   auto* ids = dynamic_shared<int32_t>(begin + warps * kWarpSums * 8);
-  return {ids + warp * kWarpSums, sums, size};
+  return {ids + at, sums + at, size};
 }
 
-// The tokens of an item's row, sixteen lanes twice; false where a token comes twice.
-__device__ inline bool load_row(const MergeParams& m, int item, int32_t& id, int64_t& sum) {
-  const UpdateParams& p = m.update;
-  const int slot = int(threadIdx.x % kMaxTopk);
-  const int64_t at = int64_t(item / p.table.num_orders) * p.width + slot;
-  sum = slot < p.width ? m.values[at] : 0;
-  id = sum > 0 ? int32_t(p.ids[at]) : -1 - slot;
-  return !__any_sync(kFullMask, __popc(__match_any_sync(kFullMask, id)) > 2);
-}
+// The tokens of an item's row, sixteen lanes twice.
+struct RowTokens {
+  int32_t id;
+  int64_t sum;
+
+  __device__ RowTokens(const MergeParams& m, int item) : id(-1), sum(0) {
+    const UpdateParams& p = m.update;
+    const int slot = int(threadIdx.x % kMaxTopk);
+    if (slot >= p.width) return;
+    const int64_t at = int64_t(item / p.table.num_orders) * p.width + slot;
+    id = int32_t(p.ids[at]);
+    sum = m.values[at];
+  }
+
+  // Whether no token comes twice.
+  __device__ bool distinct() const {
+    const int32_t mine = sum > 0 ? id : -1 - int(threadIdx.x % kMaxTopk);
+    return !__any_sync(kFullMask, __popc(__match_any_sync(kFullMask, mine)) > 2);
+  }
+};
 
 // The usual key is of one row; the tokens of others are summed first.
 __device__ inline void merge_rows(const MergeParams& m, const Share& share, uint64_t key,
-                                  const KeyPlace& place) {
-  int32_t row_id;
-  int64_t row_sum;
-  const bool alone = place.rows == 1 && load_row(m, share.items[place.last], row_id, row_sum);
+                                  const Way& way, const RowTokens& row, const KeyPlace& place) {
+  const bool alone = place.rows == 1 && row.distinct();
   TokenSums sums{nullptr, nullptr, kMaxTopk};
   if (!alone) {
-    sums = sums_of_warp(m, key, place.rows);
+    sums = room_for_sums(m, share, key, place.rows);
     sums.clear();
     sum_tokens(m, share, key, sums);
   }
-  KeyMerge merge(m.update, key, place.rows, Share::scratch(m.items));
+  KeyMerge merge(m.update, key, way, place.rows, Share::scratch(m.items));
   merge.run((sums.size + kMaxTopk - 1) / kMaxTopk, [&](int64_t part, int32_t& id, int64_t& sum) {
-    id = row_id, sum = row_sum;
+    id = row.id, sum = row.sum;
     if (alone) return;
     const uint32_t i = uint32_t(part) * kMaxTopk + threadIdx.x % kMaxTopk;
     id = i < sums.size ? sums.ids[i] : -1;
@@ -198,20 +210,25 @@ __device__ inline void merge_rows(const MergeParams& m, const Share& share, uint
   });
 }
 
-// The warp of the first item of a set merges the set's keys, in order.
+// The warp of the first item of a set merges the set's keys, in order. Before it knows whether it
+// is that warp, what the usual key needs is on its way from memory.
 __device__ inline void merge_set(const MergeParams& m, const Share& share, int item) {
   const uint64_t lowest = share.keys[item];
   for (uint64_t key = lowest; key != kLeftOut;) {
+    const Way way(m.update.table, key);
+    RowTokens row(m, share.items[item]);
     const KeyPlace place = place_of_key(m, share, key, item);
     if (key == lowest && !place.leads) return;
-    merge_rows(m, share, key, place);
+    if (place.rows == 1 && place.last != item) row = RowTokens(m, share.items[place.last]);
+    merge_rows(m, share, key, way, row, place);
     key = place.next;
   }
 }
 
 // A warp per item of a block's share.
-__global__ void __launch_bounds__(256) table_few_kernel(MergeParams m) {
+__global__ void __launch_bounds__(1024) table_few_kernel(MergeParams m) {
   const Share share(m.items);
+  wait_for_kernels_before();
   share.pick(m);
   for (int item = int(threadIdx.x / 32); item < *share.size; item += int(blockDim.x / 32)) {
     merge_set(m, share, item);

@@ -18,6 +18,7 @@ struct MergeParams {
   UpdateParams update;
   uint64_t* keys;         // items, sign bit flipped; sorted where there are pairs
   int32_t* values;        // rows x width, units of 2^-30
+  uint16_t* bins;         // few items: where their sets belong, padded to whole vectors
   const int64_t* pairs;   // items x width, sorted: (rank of the key, id)
   const int64_t* totals;  // items x width: values of the pairs
   int32_t* sum_ids;       // few items: room for 2 x items x width
@@ -26,6 +27,14 @@ struct MergeParams {
 };
 
 // ---- rows to keys
+
+constexpr uint32_t kLastBin = 0xffff;  // of the items that are not merged
+
+// Which bin of a fixed number: all have about as many sets.
+__device__ __forceinline__ uint16_t bin_of(uint64_t key, int64_t sets) {
+  const uint32_t bin = uint32_t(set_of(key, sets)) * 0x9e3779b9u >> 16;
+  return uint16_t(key == kLeftOut ? kLastBin : bin < kLastBin ? bin : kLastBin - 1);
+}
 
 constexpr int kRowLanes = 16;  // of a row: one to a candidate, one to a token, one to an order
 static_assert(kRowLanes >= kMaxTopk && kRowLanes >= kMaxWindow && kRowLanes >= kMaxOrders, "lanes");
@@ -45,6 +54,7 @@ __device__ __forceinline__ int64_t sum_of_row(int64_t x) {
 __global__ void table_keys_kernel(MergeParams m) {
   const UpdateParams& p = m.update;
   const Table& t = p.table;
+  wait_for_kernels_before();
   if (blockIdx.x == 0 && threadIdx.x == 0) ++*t.clock;
   const int lane = threadIdx.x % 32, slot = lane % kRowLanes, first = lane - slot;
   int merged = 0, rejected = 0;
@@ -54,6 +64,7 @@ __global__ void table_keys_kernel(MergeParams m) {
     const bool inside = row < p.rows, candidate = inside && slot < p.width;
     const int64_t scope = p.scope == nullptr || !inside ? 0 : p.scope[row];
     const bool known = scope >= 0 && scope < t.scopes;
+    const int32_t epoch = known ? t.epochs[scope] : 0;  // on its way beside the row
     const int64_t id = candidate ? p.ids[row * p.width + slot] : -1;
     float x = candidate ? p.logits[row * p.width + slot] : 0.0f;
     if (p.lse != nullptr && candidate) x = noise::add(x, -p.lse[row]);
@@ -72,7 +83,7 @@ __global__ void table_keys_kernel(MergeParams m) {
     rejected += inside && active && !fine;
 
     const int order = slot < t.num_orders ? t.orders[slot] : 0;
-    uint64_t h = known ? hash_start(scope, t.epochs[scope]) : 0;
+    uint64_t h = hash_start(scope, epoch);
     bool present = active && fine;
     for (int i = 0; i < t.window; ++i) {
       const int64_t past = shuffle_from(token, first + t.window - 1 - i);
@@ -80,7 +91,9 @@ __global__ void table_keys_kernel(MergeParams m) {
       if (i < order) h = hash_step(h, uint64_t(past));
     }
     if (inside && order > 0) {
-      m.keys[row * t.num_orders + slot] = (present ? key_of(h, order) : kLeftOut) ^ kSignBit;
+      const uint64_t key = present ? key_of(h, order) : kLeftOut;
+      m.keys[row * t.num_orders + slot] = key ^ kSignBit;
+      if (m.bins != nullptr) m.bins[row * t.num_orders + slot] = bin_of(key, t.sets);
     }
   }
   merged += __shfl_xor_sync(kFullMask, merged, kRowLanes);
@@ -93,38 +106,45 @@ __global__ void table_keys_kernel(MergeParams m) {
 
 // ---- a key's merge
 
+// What lane w knows of way w of a key's set.
+struct Way {
+  int64_t first;      // the set's first entry
+  uint64_t held = 0;  // key
+  uint64_t order = ~uint64_t(0);  // of eviction: the lowest goes
+  int32_t count = 0;
+
+  __device__ Way(const Table& t, uint64_t key) : first(set_of(key, t.sets) * kWays) {
+    const int lane = int(threadIdx.x % 32);
+    if (lane >= kWays) return;
+    prefetch_slots(t, first + lane);
+    held = t.keys[first + lane];
+    count = t.counts[first + lane];
+    const uint64_t age = uint32_t(uint32_t(t.ages[first + lane]) - uint32_t(*t.clock) - 1);
+    order = held == 0 ? 0 : 1 + (age << 16 | uint16_t(count));
+  }
+};
+
 // The entry of a key, or the one it takes, and what it remembers. Every lane has the same.
 struct Claim {
   int64_t entry;
   int32_t count;  // 0: new
 
-  // Lane w looks at way w.
-  __device__ Claim(const Table& t, uint64_t key) : count(0) {
-    const int lane = threadIdx.x % 32;
-    const int64_t first = set_of(key, t.sets) * kWays;
-    uint64_t order = ~uint64_t(0), held = 0;
-    int32_t its_count = 0;
-    if (lane < kWays) {
-      prefetch_slots(t, first + lane);
-      held = t.keys[first + lane];
-      its_count = t.counts[first + lane];
-      const uint64_t age = uint32_t(uint32_t(t.ages[first + lane]) - uint32_t(*t.clock) - 1);
-      order = held == 0 ? 0 : 1 + (age << 16 | uint16_t(its_count));
-    }
-    const unsigned match = __ballot_sync(kFullMask, lane < kWays && held == key);
+  __device__ Claim(const Table& t, uint64_t key, const Way& mine) : count(0) {
+    const int lane = int(threadIdx.x % 32);
+    const unsigned match = __ballot_sync(kFullMask, lane < kWays && mine.held == key);
     int way = match == 0 ? 0 : __ffs(int(match)) - 1;
     if (match != 0) {
-      count = shuffle_from(its_count, way);
+      count = shuffle_from(mine.count, way);
     } else {
       for (int other = 1; other < kWays; ++other) {
-        if (shuffle_from(order, other) < shuffle_from(order, way)) way = other;
+        if (shuffle_from(mine.order, other) < shuffle_from(mine.order, way)) way = other;
       }
       if (lane == way) {
-        reasonkern::count(t.counters + kEvictions, held != 0);
-        t.keys[first + way] = key;
+        reasonkern::count(t.counters + kEvictions, mine.held != 0);
+        t.keys[mine.first + way] = key;
       }
     }
-    entry = first + way;
+    entry = mine.first + way;
   }
 };
 
@@ -136,15 +156,17 @@ struct RankedSum {
 };
 
 // Shared memory of a warp that merges.
-constexpr unsigned kMergeBytes = kMaxTopk * sizeof(RankedSum);
+constexpr int kMergeSums = 2 * kMaxTopk;
+constexpr unsigned kMergeBytes = kMergeSums * sizeof(RankedSum);
 
 // A key's merge by a warp: find its entry, add the sums of its tokens, sixteen at a time, each
 // token once, store. The upper lanes bring tokens, the lower ones hold what the entry had and the
 // best.
 class KeyMerge {
  public:
-  __device__ KeyMerge(const UpdateParams& p, uint64_t key, int64_t rows, RankedSum* scratch)
-      : p_(p), claim_(p.table, key), total_(claim_.count + rows), scratch_(scratch) {
+  __device__ KeyMerge(const UpdateParams& p, uint64_t key, const Way& way, int64_t rows,
+                      RankedSum* scratch)
+      : p_(p), claim_(p.table, key, way), total_(claim_.count + rows), scratch_(scratch) {
     if (claim_.count > 0 && lane() < p.table.topk) {
       old_ = load_slot(p.table, claim_.entry * p.table.topk + lane(), claim_.count);
     }
@@ -185,19 +207,24 @@ class KeyMerge {
     if (!upper() && (same & ~kLower) != 0) old_.id = -1;
   }
 
-  // Ranks the upper lanes' tokens among the best so far.
+  // Ranks the upper lanes' tokens among the best so far. All lanes read the same one at a time.
   __device__ void rank(int32_t id, int64_t sum) {
     const int first = __any_sync(kFullMask, best_.sum > 0) ? 0 : kMaxTopk;
     if (!upper()) id = best_.id, sum = best_.sum;
     if (id < 0) sum = 0;
+    scratch_[lane()] = {id, 0, sum};
+    __syncwarp();
     int before = 0;
-#pragma unroll 4
-    for (int other = first; other < 2 * kMaxTopk; ++other) {
-      const int64_t its = shuffle_from(sum, other);
-      before += goes_before(its, __shfl_sync(kFullMask, id, other), sum, id);
+#pragma unroll 1
+    for (int part = first; part < kMergeSums; part += kMaxTopk) {
+#pragma unroll
+      for (int i = 0; i < kMaxTopk; ++i) {
+        const RankedSum other = scratch_[part + i];
+        before += int(other.sum > sum) | (int(other.sum == sum) & int(other.id < id));
+      }
     }
-    if (sum > 0 && before < kMaxTopk) scratch_[before] = {id, 0, sum};
     const int all = __popc(__ballot_sync(kFullMask, sum > 0));
+    if (sum > 0 && before < kMaxTopk) scratch_[before] = {id, 0, sum};
     __syncwarp();
     best_ = {-1, 0, 0};
     if (lane() < p_.table.topk && lane() < all) best_ = scratch_[lane()];
@@ -231,8 +258,9 @@ inline unsigned merge_shared_bytes(unsigned threads) { return threads / 32 * kMe
 // Items [begin, end) have one key; its pairs come in order of their ids. The first lane of a token
 // adds up its pairs.
 __device__ __forceinline__ void merge_key(const MergeParams& m, int64_t begin, int64_t end) {
-  auto* scratch = dynamic_shared<RankedSum>() + threadIdx.x / 32 * kMaxTopk;
-  KeyMerge merge(m.update, m.keys[begin] ^ kSignBit, end - begin, scratch);
+  auto* scratch = dynamic_shared<RankedSum>() + threadIdx.x / 32 * kMergeSums;
+  const uint64_t key = m.keys[begin] ^ kSignBit;
+  KeyMerge merge(m.update, key, Way(m.update.table, key), end - begin, scratch);
   const int64_t start = begin * m.update.width, stop = end * m.update.width;
   const int64_t parts = (stop - start + kMaxTopk - 1) / kMaxTopk;
   merge.run(parts, [&](int64_t part, int32_t& id, int64_t& sum) {

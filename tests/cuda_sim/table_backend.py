@@ -66,11 +66,11 @@ def _update_fields(context: Tensor, *values: Any) -> dict[str, Any]:
     return fields | {"rows": len(context), "width": fields["ids"].shape[1]}
 
 
-def _keys(*args: Any) -> tuple[Tensor, Tensor]:
+def _keys(*args: Any, **room: Tensor) -> tuple[Tensor, Tensor]:
     fields = _update_fields(*args)
     items = fields["context"].new_empty(fields["rows"] * len(fields["orders"]))
     values = torch.empty(fields["ids"].shape, dtype=torch.int32)
-    _run("keys", fields | {"items": items, "values": values})
+    _run("keys", fields | {"items": items, "values": values} | room)
     return items, values
 
 
@@ -81,11 +81,13 @@ def _merge(*args: Any) -> None:
 
 
 def _merge_few(*args: Any) -> None:
-    items, values = _keys(*args)
     fields = _update_fields(*args)
+    whole_vectors = -(-fields["rows"] * len(fields["orders"]) // 8) * 8
+    bins = torch.empty(whole_vectors, dtype=torch.int16)
+    items, values = _keys(*args, bins=bins)
     room = 2 * items.numel() * fields["width"]
     sums = {"sum_ids": torch.empty(room, dtype=torch.int32), "token_sums": items.new_empty(room)}
-    _run("few", fields | {"items": items, "values": values} | sums)
+    _run("few", fields | {"items": items, "values": values, "bins": bins} | sums)
 
 
 def table_update_(*args: Any) -> None:

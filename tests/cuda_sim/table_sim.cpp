@@ -47,6 +47,7 @@ MergeParams merge_of(const Fields& f) {
   p.max_count = f.number<int>("max_count");
   f.point(m.keys, "items");
   f.point(m.values, "values");
+  f.point(m.bins, "bins");
   f.point(m.pairs, "pairs");
   f.point(m.totals, "totals");
   f.point(m.sum_ids, "sum_ids");
