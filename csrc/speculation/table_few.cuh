@@ -64,21 +64,25 @@ struct Share {
     const int step = kBinsAtOnce * int(blockDim.x);
     for (int i = kBinsAtOnce * int(threadIdx.x); i < m.items; i += step) {
       const auto loaded = load_global<Reuse::again>(m.bins + i);
+      uint32_t mine = 0;
 #pragma unroll
       for (int j = 0; j < kBinsAtOnce; ++j) {
-        if (get_lane(loaded, j) - low < bins && i + j < m.items) add(m, i + j);
+        if (get_lane(loaded, j) - low < bins && i + j < m.items) mine |= 1u << j;
       }
+      RK_ROLLED
+      for (; mine != 0; mine &= mine - 1) {
+        items[atomicAdd(size, 1)] = uint16_t(i + __ffs(int(mine)) - 1);
+      }
+    }
+    __syncthreads();
+    for (int i = int(threadIdx.x); i < *size; i += int(blockDim.x)) {
+      keys[i] = m.keys[items[i]] ^ kSignBit;
     }
     __syncthreads();
   }
 
  private:
   __device__ static uint32_t first_bin(unsigned block) { return block * kLastBin / gridDim.x; }
-
-  __device__ void add(const MergeParams& m, int item) const {
-    const int at = atomicAdd(size, 1);
-    keys[at] = m.keys[item] ^ kSignBit, items[at] = uint16_t(item);
-  }
 };
 
 // Bytes of a block of `threads`: items, then by warp what merges, sums and their ids.
@@ -174,13 +178,12 @@ struct RowTokens {
   int32_t id;
   int64_t sum;
 
-  __device__ RowTokens(const MergeParams& m, int item) : id(-1), sum(0) {
+  __device__ RowTokens(const MergeParams& m, int item) {
     const UpdateParams& p = m.update;
-    const int slot = int(threadIdx.x % kMaxTopk);
-    if (slot >= p.width) return;
-    const int64_t at = int64_t(item / p.table.num_orders) * p.width + slot;
+    const int slot = int(threadIdx.x % kMaxTopk), last = p.width - 1;
+    const int64_t row = item / p.table.num_orders, at = row * p.width + (slot < last ? slot : last);
     id = int32_t(p.ids[at]);
-    sum = m.values[at];
+    sum = slot < p.width ? m.values[at] : 0;
   }
 
   // Whether no token comes twice.

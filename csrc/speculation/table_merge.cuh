@@ -106,21 +106,30 @@ __global__ void table_keys_kernel(MergeParams m) {
 
 // ---- a key's merge
 
-// What lane w knows of way w of a key's set.
+// What a lane knows of one way of a key's set: way w of lanes w, w + 8, ... Only loaded, so that it
+// can be on its way from memory while something else is found out.
 struct Way {
-  int64_t first;      // the set's first entry
-  uint64_t held = 0;  // key
-  uint64_t order = ~uint64_t(0);  // of eviction: the lowest goes
-  int32_t count = 0;
+  int64_t first;  // the set's first entry
+  uint64_t held;  // key
+  int64_t clock;
+  int32_t count, age;
+
+  __device__ static int number() { return int(threadIdx.x % kWays); }
 
   __device__ Way(const Table& t, uint64_t key) : first(set_of(key, t.sets) * kWays) {
-    const int lane = int(threadIdx.x % 32);
-    if (lane >= kWays) return;
-    prefetch_slots(t, first + lane);
-    held = t.keys[first + lane];
-    count = t.counts[first + lane];
-    const uint64_t age = uint32_t(uint32_t(t.ages[first + lane]) - uint32_t(*t.clock) - 1);
-    order = held == 0 ? 0 : 1 + (age << 16 | uint16_t(count));
+    const int64_t entry = first + number();
+    held = t.keys[entry];
+    count = t.counts[entry];
+    age = t.ages[entry];
+    clock = *t.clock;
+    prefetch_slots(t, entry);
+  }
+
+  // Of eviction: the lowest goes.
+  __device__ uint64_t order() const {
+    const uint64_t calls = uint32_t(uint32_t(age) - uint32_t(clock) - 1);
+    const uint64_t order = held == 0 ? 0 : 1 + (calls << 16 | uint16_t(count));
+    return order * kWays + number();
   }
 };
 
@@ -130,16 +139,19 @@ struct Claim {
   int32_t count;  // 0: new
 
   __device__ Claim(const Table& t, uint64_t key, const Way& mine) : count(0) {
-    const int lane = int(threadIdx.x % 32);
-    const unsigned match = __ballot_sync(kFullMask, lane < kWays && mine.held == key);
-    int way = match == 0 ? 0 : __ffs(int(match)) - 1;
+    const unsigned match = __ballot_sync(kFullMask, mine.held == key);
+    int way = __ffs(int(match)) - 1;
     if (match != 0) {
-      count = shuffle_from(mine.count, way);
+      count = __shfl_sync(kFullMask, mine.count, way);
     } else {
-      for (int other = 1; other < kWays; ++other) {
-        if (shuffle_from(mine.order, other) < shuffle_from(mine.order, way)) way = other;
+      uint64_t lowest = mine.order();
+#pragma unroll
+      for (int offset = 1; offset < kWays; offset *= 2) {
+        const uint64_t other = shuffle_xor(lowest, offset);
+        lowest = other < lowest ? other : lowest;
       }
-      if (lane == way) {
+      way = int(lowest % kWays);
+      if (int(threadIdx.x % 32) == way) {
         reasonkern::count(t.counters + kEvictions, mine.held != 0);
         t.keys[mine.first + way] = key;
       }
@@ -149,7 +161,7 @@ struct Claim {
 };
 
 // A token and its sum.
-struct RankedSum {
+struct alignas(16) RankedSum {
   int32_t id;   // -1: none
   int32_t pad;  // written to shared memory whole
   int64_t sum;
