@@ -1,4 +1,4 @@
-// Device code of the table's drafts: one block per request, level by level, a warp per node.
+// Device code of the table's drafts: one block per request, a warp per chain of first children.
 // Results are those of reasonkern/speculation/reference_table.py to the bit.
 #pragma once
 
@@ -20,22 +20,25 @@ struct alignas(16) Window {
   int32_t tokens[kWindow];
 };
 
-// What every level of a request reads, in shared memory: from global memory each first touch would
-// wait on the way from a level to the next.
+constexpr int32_t kUndecided = -2;  // the own token of a node whose parent was not drawn from yet
+
+// What a request's warps read and hand to each other, in shared memory.
 template <int kWindow>
 struct DraftShared {
   int32_t* seen;             // look-ups: hits by order, misses
+  int32_t* taken;            // nodes that a warp has looked at
   Window<kWindow>* windows;  // by node, as the rest
-  int32_t *child_index, *level_nodes, *child_ptr;
+  int32_t *child_index, *parents, *child_ptr;
 
   static constexpr unsigned kHead = 32;  // bytes before the windows
 
   __device__ explicit DraftShared(int nodes)
       : seen(dynamic_shared<int32_t>()),
+        taken(seen + kMaxOrders + 1),
         windows(dynamic_shared<Window<kWindow>>(kHead)),
         child_index(dynamic_shared<int32_t>(kHead + sizeof(Window<kWindow>) * unsigned(nodes))),
-        level_nodes(child_index + nodes),
-        child_ptr(level_nodes + nodes) {}
+        parents(child_index + nodes),
+        child_ptr(parents + nodes) {}
 
   static unsigned bytes(int nodes) {
     return kHead + (sizeof(Window<kWindow>) + 3 * 4) * unsigned(nodes) + 4;
@@ -45,8 +48,35 @@ struct DraftShared {
     for (int i = int(threadIdx.x); i <= p.nodes; i += int(blockDim.x)) {
       child_ptr[i] = p.child_ptr[i];
       if (i + 1 < p.nodes) child_index[i] = p.child_index[i];
-      if (i < p.inner_nodes) level_nodes[i] = p.level_nodes[i];
+      if (i < p.nodes) parents[i] = p.parents[i];
     }
+  }
+
+  __device__ int children(int node) const { return child_ptr[node + 1] - child_ptr[node]; }
+
+  // Whether a chain of first children starts at the node.
+  __device__ bool is_head(int node) const {
+    return children(node) > 0 && (node == 0 || child_index[child_ptr[parents[node]]] != node);
+  }
+
+  // The warp's next node; all that come before it are another's, or done.
+  __device__ int take() const {
+    int node = 0;
+    if (threadIdx.x % 32 == 0) node = atomicAdd(taken, 1);
+    return __shfl_sync(kFullMask, node, 0);
+  }
+
+  // Shows a node's own token to others, after what the lane has stored of its window.
+  __device__ void decide(int node, int32_t token) const {
+    *const_cast<volatile int32_t*>(windows[node].tokens) = token;
+  }
+
+  __device__ Window<kWindow> await(int node) const {
+    const volatile int32_t* token = windows[node].tokens;
+    while (*token == kUndecided) __nanosleep(100);
+    __threadfence_block();
+    __syncwarp();
+    return windows[node];
   }
 };
 
@@ -85,12 +115,10 @@ __device__ __forceinline__ void prefetch_slots(const Table& t, int64_t entry) {
 #endif
 }
 
-// The entry of the longest order that is in the table: eight lanes to an order, one to a way.
-// Returns the order's number, or -1; every lane gets the same. A level's time is that of its
-// dependent instructions, so no step branches.
+// The key of the lane's order; 0, which is no key: there is none.
 template <int kWindow>
-__device__ __forceinline__ int find_entry(const Table& t, const DraftRequest& request,
-                                          const Window<kWindow>& window, int64_t& entry) {
+__device__ __forceinline__ uint64_t key_of_window(const DraftRequest& request,
+                                                  const Window<kWindow>& window) {
   uint64_t h = request.start;
   bool present = request.order > 0;
 #pragma unroll
@@ -100,33 +128,46 @@ __device__ __forceinline__ int find_entry(const Table& t, const DraftRequest& re
     present = present && (!inside || window.tokens[i] >= 0);
     h = inside ? next : h;
   }
-  const uint64_t key = key_of(h, request.order);
+  return present ? key_of(h, request.order) : 0;
+}
+
+// The entry of the longest order that is in the table: eight lanes to an order, one to a way.
+// Returns the order's number, or -1; every lane gets the same. A draft's time is that of its
+// dependent instructions, so no step branches.
+__device__ __forceinline__ int find_entry(const Table& t, uint64_t key, int64_t& entry) {
   const int64_t at = set_of(key, t.sets) * kWays + threadIdx.x % kWays;
-  bool match = false;
-  if (present) {
-    const uint64_t held = t.keys[at];
-    prefetch_slots(t, at);
-    match = held == key;
-  }
-  const unsigned found = __ballot_sync(kFullMask, match);
+  const uint64_t held = t.keys[at];
+  prefetch_slots(t, at);
+  const unsigned found = __ballot_sync(kFullMask, held == key && key != 0);
   const int first = found == 0 ? 0 : __ffs(int(found)) - 1;
   entry = shuffle_from(at, first);
   return found == 0 ? -1 : first / kWays;
 }
 
-// How many lanes hold something that goes before this lane's candidate: a larger number. All
-// shuffles are under way at once; lanes from topk on hold nothing.
+constexpr unsigned kLowerLanes = (1u << kMaxTopk) - 1;
+
+// What a lane knows of slot lane % 16 of an entry: both halves of a warp the same.
+struct Candidate {
+  int32_t id = -1;
+  int rank = kMaxTopk;  // among the used ones; of an unused one, more than they have
+};
+
+// How many lanes hold something that goes before this lane's candidate, a larger number: each half
+// of the warp counts half of the candidates. Lanes from topk on hold nothing.
 __device__ __forceinline__ int rank_among(bool used, float score, int32_t id, int topk) {
+  static_assert(kMaxTopk == 16, "half a warp");
   const uint32_t word = noise::word_of(noise::add(score, 0.0f));  // 0 and -0 are the same
   const uint32_t high = word ^ (uint32_t(int32_t(word) >> 31) | 0x80000000u);
   const uint64_t mine = used ? uint64_t(high) << 32 | uint32_t(~id) : 0;
+  const int share = (topk + 1) / 2, first = threadIdx.x % 32 < kMaxTopk ? 0 : share;
   int rank = 0;
 #pragma unroll
-  for (int other = 0; other < kMaxTopk; ++other) {
-    if (other % 4 == 0 && other >= topk) break;
-    rank += shuffle_from(mine, other) > mine;
+  for (int i = 0; i < kMaxTopk / 2; ++i) {
+    if (i % 2 == 0 && i >= share) break;
+    const uint64_t other = shuffle_from(mine, (first + i) % kMaxTopk);
+    rank += i < share && other > mine;
   }
-  return rank;
+  return rank + __shfl_xor_sync(kFullMask, rank, kMaxTopk);
 }
 
 // Lane k stores slot k of a node's law, normalised over the slots in slot order.
@@ -150,40 +191,81 @@ __device__ __forceinline__ void store_law(const DraftParams& p, int64_t node_at,
   }
 }
 
-// A warp draws the children of a node from an entry; lane k holds slot k.
-template <int kWindow>
-__device__ __forceinline__ void draw_children(const DraftParams& p, const DraftShared<kWindow>& s,
-                                              const DraftRequest& request, int node, int level,
-                                              Window<kWindow> window, int64_t entry) {
+// Ranks an entry's candidates for the children of a node.
+__device__ __forceinline__ Candidate draw_candidates(const DraftParams& p,
+                                                     const DraftRequest& request, int node,
+                                                     int level, int64_t entry) {
   const Table& t = p.table;
-  const int lane = threadIdx.x % 32;
-  const int first = s.child_ptr[node], children = s.child_ptr[node + 1] - first;
+  const int slot = int(threadIdx.x % kMaxTopk), last = t.topk - 1;
   const ChildDraw draw =
       draw_at(p.kind, request.seed, request.position, level, request.temperature);
-  float probability = 1, score = 0;
-  int32_t id = -1;
-  if (lane < t.topk) id = read_slot(t, entry * t.topk + lane, entry, probability);
-  const bool used = id >= 0;
-  if (used) score = score_of(draw, probability, id);
-  const int rank = rank_among(used, score, id, t.topk);
-  if (used && rank < children) {
+  Candidate mine;
+  float probability;
+  mine.id = read_slot(t, entry * t.topk + (slot < last ? slot : last), entry, probability);
+  const bool used = slot <= last && mine.id >= 0;
+  const float score = score_of(draw, probability, mine.id);
+  const int rank = rank_among(used, score, mine.id, t.topk);
+  if (used) mine.rank = rank;
+  if (p.kind == kRejection) {
+    const int64_t at = request.index * p.nodes + node;
+    store_law(p, at, draw, used, mine.id, probability, rank);
+  }
+  return mine;
+}
+
+// A node's children take the candidates by rank.
+template <int kWindow>
+__device__ __forceinline__ void decide_children(const DraftShared<kWindow>& s, int node,
+                                                const Window<kWindow>& window,
+                                                const Candidate& mine) {
+  const int lane = int(threadIdx.x % 32), children = s.children(node);
+  const int32_t* child = s.child_index + s.child_ptr[node];
+  const bool taken = lane < kMaxTopk && mine.rank < children;
+  if (taken) {
+#pragma unroll
+    for (int i = kWindow - 1; i > 0; --i) {
+      s.windows[child[mine.rank]].tokens[i] = window.tokens[i - 1];
+    }
+  }
+  __threadfence_block();
+  if (taken) s.decide(child[mine.rank], mine.id);
+  const int used = __popc(__ballot_sync(kFullMask, mine.rank < kMaxTopk) & kLowerLanes);
+  for (int i = used + lane; i < children; i += 32) s.decide(child[i], -1);
+}
+
+// A warp drafts from a node to its first child, that one's first child and so on, without a stop:
+// the longest such chain is what a draft takes. Other children start chains of their own.
+template <int kWindow>
+__device__ __forceinline__ void draft_chain(const DraftParams& p, const DraftShared<kWindow>& s,
+                                            const DraftRequest& request, int node) {
+  int level = p.depths[node];
+  Window<kWindow> window = s.await(node);
+  for (; s.children(node) > 0; ++level) {
+    Candidate mine;
+    if (window.tokens[0] >= 0) {
+      int64_t entry;
+      const int order = find_entry(p.table, key_of_window(request, window), entry);
+      if (threadIdx.x % 32 == 0) atomicAdd(s.seen + (order < 0 ? int(kMisses) : order), 1);
+      if (order >= 0) mine = draw_candidates(p, request, node, level, entry);
+    }
+    decide_children(s, node, window, mine);
+    const unsigned best = __ballot_sync(kFullMask, mine.rank == 0);
+    const int32_t token = __shfl_sync(kFullMask, mine.id, best == 0 ? 0 : __ffs(int(best)) - 1);
 #pragma unroll
     for (int i = kWindow - 1; i > 0; --i) window.tokens[i] = window.tokens[i - 1];
-    window.tokens[0] = id;
-    s.windows[s.child_index[first + rank]] = window;
-  }
-  if (p.kind == kRejection) {
-    store_law(p, request.index * p.nodes + node, draw, used, id, probability, rank);
+    window.tokens[0] = best == 0 ? -1 : token;
+    node = s.child_index[s.child_ptr[node]];
   }
 }
 
-// Before the first level: everything is empty but the root.
+// Before the first chain: nothing is decided but the root.
 template <int kWindow>
 __device__ __forceinline__ void start_request(const DraftParams& p, const DraftShared<kWindow>& s,
                                               const DraftRequest& request) {
   for (int node = 1 + int(threadIdx.x); node < p.nodes; node += int(blockDim.x)) {
-    s.windows[node].tokens[0] = -1;
+    s.windows[node].tokens[0] = kUndecided;
   }
+  if (threadIdx.x == 0) *s.taken = int(blockDim.x / 32);
   if (threadIdx.x < kWindow) s.windows[0].tokens[threadIdx.x] = request.context;
   if (p.kind != kRejection) return;
   const int64_t slots = int64_t(p.nodes) * p.table.topk;
@@ -193,29 +275,17 @@ __device__ __forceinline__ void start_request(const DraftParams& p, const DraftS
   }
 }
 
-// A warp per node of a level; the nodes of level d have depth d, the first is the root.
+// Warps take nodes in order, and chains where nodes are their heads. Whoever waits for a node waits
+// for a chain that was taken before: none waits for ever.
 template <int kWindow>
-__device__ __forceinline__ void draft_levels(const DraftParams& p, const DraftShared<kWindow>& s,
+__device__ __forceinline__ void draft_chains(const DraftParams& p, const DraftShared<kWindow>& s,
                                              const DraftRequest& request) {
-  const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  int begin = 0, end = 1;
-  for (int level = 0; level < p.levels; ++level) {
-    const int next = level + 1 < p.levels ? p.level_ptr[level + 2] : end;
-    for (int i = begin + warp; i < end; i += warps) {
-      const int node = s.level_nodes[i];
-      const Window<kWindow> window = s.windows[node];
-      if (window.tokens[0] < 0) continue;
-      int64_t entry;
-      const int order = find_entry(p.table, request, window, entry);
-      if (order >= 0) draw_children(p, s, request, node, level, window, entry);
-      if (threadIdx.x % 32 == 0) atomicAdd(s.seen + (order < 0 ? int(kMisses) : order), 1);
-    }
-    begin = end, end = next;
-    __syncthreads();
+  for (int node = int(threadIdx.x / 32); node < p.nodes; node = s.take()) {
+    if (s.is_head(node)) draft_chain(p, s, request, node);
   }
 }
 
-constexpr int kDraftThreads = 512;  // a warp for each node of a level of the usual trees
+constexpr int kDraftThreads = 512;  // a warp for each chain of the usual trees, but few
 
 // kWindow: at least the table's.
 template <int kWindow>
@@ -227,7 +297,8 @@ __global__ void __launch_bounds__(kDraftThreads, 2) table_draft_kernel(DraftPara
     if (index == blockIdx.x) s.load_tree(p);  // on its way together with the request
     start_request(p, s, request);
     __syncthreads();
-    draft_levels(p, s, request);
+    draft_chains(p, s, request);
+    __syncthreads();
     for (int node = threadIdx.x; node < p.nodes; node += blockDim.x) {
       const int32_t token = s.windows[node].tokens[0], root = s.windows[0].tokens[0];
       p.tokens[index * p.nodes + node] = token >= 0 ? token : root >= 0 ? root : 0;

@@ -384,6 +384,7 @@ CUDA_SIM_ATOMIC(atomicExch, v[0])
 CUDA_SIM_ATOMIC(atomicCAS, old == v[0] ? v[1] : old)
 
 inline void __threadfence() {}
+inline void __threadfence_block() {}
 inline void __nanosleep(unsigned) { cuda_sim::yield(); }
 
 #include "cuda_sim_async.h"
