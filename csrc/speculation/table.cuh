@@ -83,18 +83,21 @@ struct DraftShared {
 // A request's constants, of every thread.
 struct DraftRequest {
   int64_t index, seed, position;
-  float temperature;
-  int32_t context;  // lane i: the i-th newest token
-  int32_t order;    // of the lane's look-ups, eight lanes each; 0: none
-  uint64_t start;   // of the hashes
+  float temperature, reciprocal;
+  int32_t context;    // lane i: the i-th newest token
+  int32_t order;      // of the lane's look-ups, eight lanes each; 0: none
+  int32_t orders[2];  // of the keys that the lane works out of its candidate
+  uint64_t start;     // of the hashes
 
   __device__ DraftRequest(const DraftParams& p, int64_t index)
       : index(index),
         seed(p.seed[index]),
         position(p.position[index]),
         temperature(p.temperature[index]),
+        reciprocal(noise::divide(1.0f, temperature)),
         context(-1),
-        order(0) {
+        order(0),
+        orders{0, 0} {
     const int lane = int(threadIdx.x % 32), back = p.table.window - 1 - lane;
     // What fits no token is in no entry either: as good as missing.
     const int64_t token = back >= 0 ? p.context[index * p.context_stride + back] : -1;
@@ -103,6 +106,23 @@ struct DraftRequest {
     if (scope < 0 || scope >= p.table.scopes) return;
     start = hash_start(scope, p.table.epochs[scope]);
     if (lane / kWays < p.table.num_orders) order = p.table.orders[lane / kWays];
+    const int pair = lane / kMaxTopk * 2;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (pair + i < p.table.num_orders) orders[i] = p.table.orders[pair + i];
+    }
+  }
+
+  // log_p over the temperature, rounded as a division is (Markstein): the reciprocal is rounded to
+  // nearest, the first step leaves less than a unit of error, the second none. Where nothing can
+  // overflow; log_p is 0, or between 2^-25 and 2^6.
+  __device__ float tempered(float log_p) const {
+    if (!(temperature > 0x1p-40f && temperature < 0x1p40f)) {
+      return noise::divide(log_p, temperature);
+    }
+    float q = noise::mul(log_p, reciprocal);
+    q = __fmaf_rn(__fmaf_rn(-temperature, q, log_p), reciprocal, q);
+    return __fmaf_rn(__fmaf_rn(-temperature, q, log_p), reciprocal, q);
   }
 };
 
@@ -149,8 +169,48 @@ constexpr unsigned kLowerLanes = (1u << kMaxTopk) - 1;
 // What a lane knows of slot lane % 16 of an entry: both halves of a warp the same.
 struct Candidate {
   int32_t id = -1;
-  int rank = kMaxTopk;  // among the used ones; of an unused one, more than they have
+  int rank = kMaxTopk;         // among the used ones; of an unused one, more than they have
+  uint64_t keys[2] = {0, 0};  // of the two orders of the lane's half: of a child with this token
+
+  // The lane's key of the child that takes a candidate, whose lower lane is given.
+  __device__ uint64_t key_of_child(int taken) const {
+    const int from = taken + int(threadIdx.x % 32) / kMaxTopk * kMaxTopk;
+    const uint64_t first = shuffle_from(keys[0], from), second = shuffle_from(keys[1], from);
+    return threadIdx.x / kWays % 2 == 0 ? first : second;
+  }
 };
+
+// The keys of the children of a node, each half of the warp of two orders, before it is known which
+// are drawn: beside the noise, which takes as long and waits as much.
+template <int kWindow>
+__device__ __forceinline__ void set_keys(const DraftRequest& request,
+                                         const Window<kWindow>& window, Candidate& mine) {
+  uint64_t h = request.start, hashes[2] = {0, 0};
+  bool present = true, whole[2] = {false, false};
+#pragma unroll
+  for (int i = 0; i < kWindow; ++i) {
+    const int32_t token = i == 0 ? mine.id : window.tokens[i == 0 ? 0 : i - 1];
+    h = hash_step(h, uint32_t(token));
+    present = present && token >= 0;
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if (request.orders[k] == i + 1) hashes[k] = h, whole[k] = present;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    const uint64_t key = key_of(hashes[k], request.orders[k]);
+    mine.keys[k] = whole[k] ? key : 0;
+  }
+}
+
+// score_of, without a branch between its two chains of instructions.
+__device__ __forceinline__ float score_at(const DraftRequest& request, const ChildDraw& draw,
+                                          float p, int32_t id) {
+  if (!draw.noisy) return score_of(draw, p, id);
+  const float tempered = request.tempered(-noise::minus_log(p));
+  return noise::add(tempered, gumbel_noise(draw.seed, draw.position, uint32_t(id), draw.stream));
+}
 
 // How many lanes hold something that goes before this lane's candidate, a larger number: each half
 // of the warp counts half of the candidates. Lanes from topk on hold nothing.
@@ -192,8 +252,10 @@ __device__ __forceinline__ void store_law(const DraftParams& p, int64_t node_at,
 }
 
 // Ranks an entry's candidates for the children of a node.
+template <int kWindow>
 __device__ __forceinline__ Candidate draw_candidates(const DraftParams& p,
-                                                     const DraftRequest& request, int node,
+                                                     const DraftRequest& request,
+                                                     const Window<kWindow>& window, int node,
                                                      int level, int64_t entry) {
   const Table& t = p.table;
   const int slot = int(threadIdx.x % kMaxTopk), last = t.topk - 1;
@@ -203,7 +265,8 @@ __device__ __forceinline__ Candidate draw_candidates(const DraftParams& p,
   float probability;
   mine.id = read_slot(t, entry * t.topk + (slot < last ? slot : last), entry, probability);
   const bool used = slot <= last && mine.id >= 0;
-  const float score = score_of(draw, probability, mine.id);
+  set_keys(request, window, mine);
+  const float score = score_at(request, draw, probability, mine.id);
   const int rank = rank_among(used, score, mine.id, t.topk);
   if (used) mine.rank = rank;
   if (p.kind == kRejection) {
@@ -240,17 +303,20 @@ __device__ __forceinline__ void draft_chain(const DraftParams& p, const DraftSha
                                             const DraftRequest& request, int node) {
   int level = p.depths[node];
   Window<kWindow> window = s.await(node);
+  uint64_t key = key_of_window(request, window);
   for (; s.children(node) > 0; ++level) {
     Candidate mine;
     if (window.tokens[0] >= 0) {
       int64_t entry;
-      const int order = find_entry(p.table, key_of_window(request, window), entry);
+      const int order = find_entry(p.table, key, entry);
       if (threadIdx.x % 32 == 0) atomicAdd(s.seen + (order < 0 ? int(kMisses) : order), 1);
-      if (order >= 0) mine = draw_candidates(p, request, node, level, entry);
+      if (order >= 0) mine = draw_candidates(p, request, window, node, level, entry);
     }
     decide_children(s, node, window, mine);
     const unsigned best = __ballot_sync(kFullMask, mine.rank == 0);
-    const int32_t token = __shfl_sync(kFullMask, mine.id, best == 0 ? 0 : __ffs(int(best)) - 1);
+    const int from = best == 0 ? 0 : __ffs(int(best)) - 1;
+    const int32_t token = __shfl_sync(kFullMask, mine.id, from);
+    key = mine.key_of_child(from);
 #pragma unroll
     for (int i = kWindow - 1; i > 0; --i) window.tokens[i] = window.tokens[i - 1];
     window.tokens[0] = best == 0 ? -1 : token;
