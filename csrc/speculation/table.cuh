@@ -114,15 +114,14 @@ struct DraftRequest {
   }
 
   // log_p over the temperature, rounded as a division is (Markstein): the reciprocal is rounded to
-  // nearest, the first step leaves less than a unit of error, the second none. Where nothing can
-  // overflow; log_p is 0, or between 2^-25 and 2^6.
-  __device__ float tempered(float log_p) const {
-    if (!(temperature > 0x1p-40f && temperature < 0x1p40f)) {
-      return noise::divide(log_p, temperature);
-    }
+  // nearest, the first step leaves less than a unit of error, the second none. log_p is 0, or
+  // between 2^-25 and 2^6; at temperatures where something could overflow it is divided.
+  __device__ float tempered(float log_p, bool needed) const {
     float q = noise::mul(log_p, reciprocal);
     q = __fmaf_rn(__fmaf_rn(-temperature, q, log_p), reciprocal, q);
-    return __fmaf_rn(__fmaf_rn(-temperature, q, log_p), reciprocal, q);
+    q = __fmaf_rn(__fmaf_rn(-temperature, q, log_p), reciprocal, q);
+    const bool usual = temperature > 0x1p-40f && temperature < 0x1p40f;
+    return usual || !needed ? q : noise::divide(log_p, temperature);
   }
 };
 
@@ -151,18 +150,29 @@ __device__ __forceinline__ uint64_t key_of_window(const DraftRequest& request,
   return present ? key_of(h, request.order) : 0;
 }
 
-// The entry of the longest order that is in the table: eight lanes to an order, one to a way.
-// Returns the order's number, or -1; every lane gets the same. A draft's time is that of its
-// dependent instructions, so no step branches.
-__device__ __forceinline__ int find_entry(const Table& t, uint64_t key, int64_t& entry) {
-  const int64_t at = set_of(key, t.sets) * kWays + threadIdx.x % kWays;
-  const uint64_t held = t.keys[at];
-  prefetch_slots(t, at);
-  const unsigned found = __ballot_sync(kFullMask, held == key && key != 0);
-  const int first = found == 0 ? 0 : __ffs(int(found)) - 1;
-  entry = shuffle_from(at, first);
-  return found == 0 ? -1 : first / kWays;
-}
+// A look-up of the longest order that is in the table, eight lanes to an order, one to a way: first
+// the loads, then the answer. A draft's time is that of its dependent instructions, so no step
+// branches.
+class LookUp {
+ public:
+  __device__ LookUp(const Table& t, uint64_t key)
+      : key_(key), at_(set_of(key, t.sets) * kWays + threadIdx.x % kWays), held_(t.keys[at_]) {
+    prefetch_slots(t, at_);
+  }
+
+  // Returns the order's number, or -1; every lane gets the same.
+  __device__ int find(int64_t& entry) const {
+    const unsigned found = __ballot_sync(kFullMask, held_ == key_ && key_ != 0);
+    const int first = found == 0 ? 0 : __ffs(int(found)) - 1;
+    entry = shuffle_from(at_, first);
+    return found == 0 ? -1 : first / kWays;
+  }
+
+ private:
+  uint64_t key_;
+  int64_t at_;
+  uint64_t held_;
+};
 
 constexpr unsigned kLowerLanes = (1u << kMaxTopk) - 1;
 
@@ -204,12 +214,13 @@ __device__ __forceinline__ void set_keys(const DraftRequest& request,
   }
 }
 
-// score_of, without a branch between its two chains of instructions.
+// score_of, without branches that would part its chains of instructions and that of the keys.
 __device__ __forceinline__ float score_at(const DraftRequest& request, const ChildDraw& draw,
                                           float p, int32_t id) {
-  if (!draw.noisy) return score_of(draw, p, id);
-  const float tempered = request.tempered(-noise::minus_log(p));
-  return noise::add(tempered, gumbel_noise(draw.seed, draw.position, uint32_t(id), draw.stream));
+  const float log_p = -noise::minus_log(p);
+  const float gumbel = gumbel_noise(draw.seed, draw.position, uint32_t(id), draw.stream);
+  const float noisy = noise::add(request.tempered(log_p, draw.noisy), gumbel);
+  return draw.noisy ? noisy : log_p;
 }
 
 // How many lanes hold something that goes before this lane's candidate, a larger number: each half
@@ -223,7 +234,7 @@ __device__ __forceinline__ int rank_among(bool used, float score, int32_t id, in
   int rank = 0;
 #pragma unroll
   for (int i = 0; i < kMaxTopk / 2; ++i) {
-    if (i % 2 == 0 && i >= share) break;
+    if (i == 6 && share <= 6) break;  // as usual
     const uint64_t other = shuffle_from(mine, (first + i) % kMaxTopk);
     rank += i < share && other > mine;
   }
@@ -276,7 +287,7 @@ __device__ __forceinline__ Candidate draw_candidates(const DraftParams& p,
   return mine;
 }
 
-// A node's children take the candidates by rank.
+// A node's children take the candidates by rank; `window`: a child's, but for its own token.
 template <int kWindow>
 __device__ __forceinline__ void decide_children(const DraftShared<kWindow>& s, int node,
                                                 const Window<kWindow>& window,
@@ -286,11 +297,9 @@ __device__ __forceinline__ void decide_children(const DraftShared<kWindow>& s, i
   const bool taken = lane < kMaxTopk && mine.rank < children;
   if (taken) {
 #pragma unroll
-    for (int i = kWindow - 1; i > 0; --i) {
-      s.windows[child[mine.rank]].tokens[i] = window.tokens[i - 1];
-    }
+    for (int i = 1; i < kWindow; ++i) s.windows[child[mine.rank]].tokens[i] = window.tokens[i];
   }
-  __threadfence_block();
+  if (children > 1) __threadfence_block();  // an only child is the warp's own
   if (taken) s.decide(child[mine.rank], mine.id);
   const int used = __popc(__ballot_sync(kFullMask, mine.rank < kMaxTopk) & kLowerLanes);
   for (int i = used + lane; i < children; i += 32) s.decide(child[i], -1);
@@ -303,24 +312,30 @@ __device__ __forceinline__ void draft_chain(const DraftParams& p, const DraftSha
                                             const DraftRequest& request, int node) {
   int level = p.depths[node];
   Window<kWindow> window = s.await(node);
-  uint64_t key = key_of_window(request, window);
-  for (; s.children(node) > 0; ++level) {
+  LookUp look_up(p.table, key_of_window(request, window));
+  for (bool more = true; more; ++level) {
+    const int child = s.child_index[s.child_ptr[node]];
+    more = s.children(child) > 0;
     Candidate mine;
-    if (window.tokens[0] >= 0) {
+    int order = -1;
+    const bool there = window.tokens[0] >= 0;
+    if (there) {
       int64_t entry;
-      const int order = find_entry(p.table, key, entry);
-      if (threadIdx.x % 32 == 0) atomicAdd(s.seen + (order < 0 ? int(kMisses) : order), 1);
+      order = look_up.find(entry);
       if (order >= 0) mine = draw_candidates(p, request, window, node, level, entry);
     }
-    decide_children(s, node, window, mine);
     const unsigned best = __ballot_sync(kFullMask, mine.rank == 0);
     const int from = best == 0 ? 0 : __ffs(int(best)) - 1;
+    look_up = LookUp(p.table, mine.key_of_child(from));  // the rest is done while it is on its way
     const int32_t token = __shfl_sync(kFullMask, mine.id, from);
-    key = mine.key_of_child(from);
 #pragma unroll
     for (int i = kWindow - 1; i > 0; --i) window.tokens[i] = window.tokens[i - 1];
     window.tokens[0] = best == 0 ? -1 : token;
-    node = s.child_index[s.child_ptr[node]];
+    decide_children(s, node, window, mine);
+    if (there && threadIdx.x % 32 == 0) {
+      atomicAdd(s.seen + (order < 0 ? int(kMisses) : order), 1);
+    }
+    node = child;
   }
 }
 
