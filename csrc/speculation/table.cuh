@@ -80,6 +80,20 @@ struct DraftShared {
   }
 };
 
+// Has the compiler work out x here, and neither later, where it is used, nor anew.
+__device__ __forceinline__ float settled(float x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+f"(x));
+#endif
+  return x;
+}
+__device__ __forceinline__ uint64_t settled(uint64_t x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+l"(x));
+#endif
+  return x;
+}
+
 // A request's constants, of every thread.
 struct DraftRequest {
   int64_t index, seed, position;
@@ -94,7 +108,7 @@ struct DraftRequest {
         seed(p.seed[index]),
         position(p.position[index]),
         temperature(p.temperature[index]),
-        reciprocal(noise::divide(1.0f, temperature)),
+        reciprocal(settled(noise::divide(1.0f, temperature))),
         context(-1),
         order(0),
         orders{0, 0} {
@@ -115,13 +129,16 @@ struct DraftRequest {
 
   // log_p over the temperature, rounded as a division is (Markstein): the reciprocal is rounded to
   // nearest, the first step leaves less than a unit of error, the second none. log_p is 0, or
-  // between 2^-25 and 2^6; at temperatures where something could overflow it is divided.
-  __device__ float tempered(float log_p, bool needed) const {
+  // between 2^-25 and 2^6: nothing overflows.
+  __device__ float tempered(float log_p) const {
     float q = noise::mul(log_p, reciprocal);
     q = __fmaf_rn(__fmaf_rn(-temperature, q, log_p), reciprocal, q);
-    q = __fmaf_rn(__fmaf_rn(-temperature, q, log_p), reciprocal, q);
-    const bool usual = temperature > 0x1p-40f && temperature < 0x1p40f;
-    return usual || !needed ? q : noise::divide(log_p, temperature);
+    return __fmaf_rn(__fmaf_rn(-temperature, q, log_p), reciprocal, q);
+  }
+
+  // Whether it has to be divided.
+  __device__ bool extreme() const {
+    return temperature > 0 && !(temperature > 0x1p-40f && temperature < 0x1p40f);
   }
 };
 
@@ -210,17 +227,25 @@ __device__ __forceinline__ void set_keys(const DraftRequest& request,
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     const uint64_t key = key_of(hashes[k], request.orders[k]);
-    mine.keys[k] = whole[k] ? key : 0;
+    mine.keys[k] = settled(whole[k] ? key : 0);
   }
 }
 
-// score_of, without branches that would part its chains of instructions and that of the keys.
-__device__ __forceinline__ float score_at(const DraftRequest& request, const ChildDraw& draw,
-                                          float p, int32_t id) {
+// The score of a candidate and its children's keys: score_of, but the branch comes first, with a
+// logarithm of its own, and parts nothing. The chains of instructions run side by side.
+template <int kWindow>
+__device__ __forceinline__ float set_score(const DraftRequest& request,
+                                           const Window<kWindow>& window, const ChildDraw& draw,
+                                           float p, Candidate& mine) {
+  float tempered = 0;
+  const bool extreme = request.extreme();
+  if (extreme) tempered = noise::divide(-noise::minus_log(settled(p)), draw.temperature);
+  set_keys(request, window, mine);
   const float log_p = -noise::minus_log(p);
-  const float gumbel = gumbel_noise(draw.seed, draw.position, uint32_t(id), draw.stream);
-  const float noisy = noise::add(request.tempered(log_p, draw.noisy), gumbel);
-  return draw.noisy ? noisy : log_p;
+  if (!extreme) tempered = request.tempered(log_p);
+  const float gumbel =
+      settled(gumbel_noise(draw.seed, draw.position, uint32_t(mine.id), draw.stream));
+  return draw.noisy ? noise::add(tempered, gumbel) : log_p;
 }
 
 // How many lanes hold something that goes before this lane's candidate, a larger number: each half
@@ -276,8 +301,7 @@ __device__ __forceinline__ Candidate draw_candidates(const DraftParams& p,
   float probability;
   mine.id = read_slot(t, entry * t.topk + (slot < last ? slot : last), entry, probability);
   const bool used = slot <= last && mine.id >= 0;
-  set_keys(request, window, mine);
-  const float score = score_at(request, draw, probability, mine.id);
+  const float score = set_score(request, window, draw, probability, mine);
   const int rank = rank_among(used, score, mine.id, t.topk);
   if (used) mine.rank = rank;
   if (p.kind == kRejection) {
@@ -370,7 +394,8 @@ constexpr int kDraftThreads = 512;  // a warp for each chain of the usual trees,
 
 // kWindow: at least the table's.
 template <int kWindow>
-__global__ void __launch_bounds__(kDraftThreads, 2) table_draft_kernel(DraftParams p) {
+__global__ void __launch_bounds__(kDraftThreads, kWindow <= 4 ? 2 : 1)
+    table_draft_kernel(DraftParams p) {
   const DraftShared<kWindow> s(p.nodes);
   if (threadIdx.x <= kMaxOrders) s.seen[threadIdx.x] = 0;
   for (int64_t index = blockIdx.x; index < p.batch; index += gridDim.x) {
