@@ -1,6 +1,7 @@
 // CUDA operators of the table. Merging is two launches; between them, where the items are many, is
 // a sort, which reasonkern/speculation/table_sorted.py does.
 #include "../common/stream.h"
+#include "table_draft.cuh"
 #include "table_few.cuh"
 #include "table_operators.h"
 

@@ -122,8 +122,11 @@ RK_HOST_DEVICE int bit_length(uint32_t x) {
 
 // The mean total / n, rounded half up: to 2^-24, then to 11 bits.
 RK_HOST_DEVICE uint32_t encode(int64_t total, int64_t n) {
-  const uint64_t half = uint64_t(total) + 32 * uint64_t(n);
-  const uint32_t mean = uint32_t(n == 1 ? half / 64 : half / (64 * uint64_t(n)));
+  const uint64_t units = (uint64_t(total) + 32 * uint64_t(n)) / 64;
+  const bool small = units <= UINT32_MAX;  // up to 255 occurrences: a short division
+  const uint32_t mean = n == 1  ? uint32_t(units)
+                        : small ? uint32_t(units) / uint32_t(n)
+                                : uint32_t(units / uint64_t(n));
   const int excess = bit_length(mean) - 11;
   const int shift = excess > 0 ? excess : 0;
   return uint32_t(shift << 10) + ((mean + (1u << shift >> 1)) >> shift);

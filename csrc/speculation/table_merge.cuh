@@ -193,6 +193,10 @@ class KeyMerge {
       if (part < parts) {
         load(part, id, sum);
         join(id, sum);
+        if (parts == 1) {  // the lower lanes are free for what the row has not
+          best_ = {old_.id, 0, old_.sum};
+          old_.id = -1;
+        }
       } else {  // what no row has
         if (!__any_sync(kFullMask, old_.id >= 0)) break;
         id = __shfl_sync(kFullMask, old_.id, lane() % kMaxTopk);

@@ -2,6 +2,7 @@
 // Pointers come as integers in dicts whose keys are the fields of table.h; a missing key is null.
 #include "cuda_sim.h"
 #include "fields.h"
+#include "speculation/table_draft.cuh"
 #include "speculation/table_few.cuh"
 
 namespace py = pybind11;

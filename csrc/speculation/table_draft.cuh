@@ -1,0 +1,126 @@
+// Device code of the table's drafts: one block per request, a warp per chain of first children.
+// Results are those of reasonkern/speculation/reference_table.py to the bit.
+#pragma once
+
+#include "table.cuh"
+
+namespace reasonkern {
+
+// A node's children take the candidates by rank; `window`: a child's, but for its own token.
+template <int kWindow>
+__device__ __forceinline__ void decide_children(const DraftShared<kWindow>& s, int node,
+                                                const Window<kWindow>& window,
+                                                const Candidate& mine) {
+  const int lane = int(threadIdx.x % 32), children = s.children(node);
+  const int32_t* child = s.child_index + s.child_ptr[node];
+  const bool taken = lane < kMaxTopk && mine.rank < children;
+  if (taken) {
+#pragma unroll
+    for (int i = 1; i < kWindow; ++i) s.windows[child[mine.rank]].tokens[i] = window.tokens[i];
+  }
+  if (children > 1) __threadfence_block();  // an only child is the warp's own
+  if (taken) s.decide(child[mine.rank], mine.id);
+  const int used = __popc(__ballot_sync(kFullMask, mine.rank < kMaxTopk) & kLowerLanes);
+  for (int i = used + lane; i < children; i += 32) s.decide(child[i], -1);
+}
+
+// A warp drafts from a node to its first child, that one's first child and so on, without a stop:
+// the longest such chain is what a draft takes. Other children start chains of their own.
+template <int kWindow>
+__device__ __forceinline__ void draft_chain(const DraftParams& p, const DraftShared<kWindow>& s,
+                                            const DraftRequest& request, int node) {
+  int level = p.depths[node];
+  Window<kWindow> window = s.await(node);
+  LookUp look_up(p.table, key_of_window(request, window));
+  for (bool more = true; more; ++level) {
+    const int child = s.child_index[s.child_ptr[node]];
+    more = s.children(child) > 0;
+    Candidate mine;
+    int order = -1;
+    const bool there = window.tokens[0] >= 0;
+    if (there) {
+      int64_t entry;
+      order = look_up.find(entry);
+      if (order >= 0) mine = draw_candidates(p, request, window, node, level, entry);
+    }
+    const unsigned best = __ballot_sync(kFullMask, mine.rank == 0);
+    const int from = best == 0 ? 0 : __ffs(int(best)) - 1;
+    if (more && best != 0) {  // the rest is done while it is on its way
+      look_up = LookUp(p.table, mine.key_of_child(from));
+    }
+    const int32_t token = __shfl_sync(kFullMask, mine.id, from);
+#pragma unroll
+    for (int i = kWindow - 1; i > 0; --i) window.tokens[i] = window.tokens[i - 1];
+    window.tokens[0] = best == 0 ? -1 : token;
+    decide_children(s, node, window, mine);
+    if (there && threadIdx.x % 32 == 0) {
+      atomicAdd(s.seen + (order < 0 ? int(kMisses) : order), 1);
+    }
+    node = child;
+  }
+}
+
+// Before the first chain: nothing is decided but the root.
+template <int kWindow>
+__device__ __forceinline__ void start_request(const DraftParams& p, const DraftShared<kWindow>& s,
+                                              const DraftRequest& request) {
+  for (int node = 1 + int(threadIdx.x); node < p.nodes; node += int(blockDim.x)) {
+    s.windows[node].tokens[0] = kUndecided;
+  }
+  if (threadIdx.x == 0) *s.taken = int(blockDim.x / 32);
+  if (threadIdx.x < kWindow) s.windows[0].tokens[threadIdx.x] = request.context;
+  if (p.kind != kRejection) return;
+  const int64_t slots = int64_t(p.nodes) * p.table.topk;
+  for (int64_t i = threadIdx.x; i < slots; i += blockDim.x) {
+    p.q_ids[request.index * slots + i] = -1;
+    p.q_logprob[request.index * slots + i] = -INFINITY;
+  }
+}
+
+// Warps take nodes in order, and chains where nodes are their heads. Whoever waits for a node waits
+// for a chain that was taken before: none waits for ever.
+template <int kWindow>
+__device__ __forceinline__ void draft_chains(const DraftParams& p, const DraftShared<kWindow>& s,
+                                             const DraftRequest& request) {
+  for (int node = int(threadIdx.x / 32); node < p.nodes; node = s.take()) {
+    if (s.is_head(node)) draft_chain(p, s, request, node);
+  }
+}
+
+constexpr int kDraftThreads = 512;  // a warp for each chain of the usual trees, but few
+
+// kWindow: at least the table's.
+template <int kWindow>
+__global__ void __launch_bounds__(kDraftThreads, kWindow <= 4 ? 2 : 1)
+    table_draft_kernel(DraftParams p) {
+  const DraftShared<kWindow> s(p.nodes);
+  if (threadIdx.x <= kMaxOrders) s.seen[threadIdx.x] = 0;
+  for (int64_t index = blockIdx.x; index < p.batch; index += gridDim.x) {
+    const DraftRequest request(p, index);
+    if (index == blockIdx.x) s.load_tree(p);  // on its way together with the request
+    start_request(p, s, request);
+    __syncthreads();
+    draft_chains(p, s, request);
+    __syncthreads();
+    for (int node = threadIdx.x; node < p.nodes; node += blockDim.x) {
+      const int32_t token = s.windows[node].tokens[0], root = s.windows[0].tokens[0];
+      p.tokens[index * p.nodes + node] = token >= 0 ? token : root >= 0 ? root : 0;
+      p.valid[index * p.nodes + node] = token >= 0;
+    }
+    __syncthreads();
+  }
+  if (threadIdx.x <= kMaxOrders) count(p.table.counters + threadIdx.x, s.seen[threadIdx.x]);
+}
+
+// Calls launch(kernel, bytes of shared memory) with the kernel of a table's window.
+template <class Launch>
+void with_draft_kernel(const DraftParams& p, const Launch& launch) {
+  constexpr int kUsual = 4;
+  if (p.table.window <= kUsual) {
+    launch(table_draft_kernel<kUsual>, DraftShared<kUsual>::bytes(p.nodes));
+  } else {
+    launch(table_draft_kernel<kMaxWindow>, DraftShared<kMaxWindow>::bytes(p.nodes));
+  }
+}
+
+}  // namespace reasonkern
