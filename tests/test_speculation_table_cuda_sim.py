@@ -117,6 +117,39 @@ def test_windows(orders):
     assert torch.equal(tensors(drawn)["counters"], tensors(copy)["counters"])
 
 
+# Node 1, a first child, is a leaf; chains start at 2, 3, 5 and 8.
+SPARSE = [-1, 0, 0, 0, 2, 2, 4, 3, 3, 5, 8, 6, 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("topk", "storage"), [(5, "packed"), (12, "exact"), (16, "packed")], ids=str
+)
+def test_chains_and_temperatures(topk, storage):
+    """Warps wait for each other's nodes; candidates on both halves; where no reciprocal serves."""
+    from cuda_sim import table_backend
+
+    options = {"orders": (3, 2, 1), "topk": topk, "max_count": 9, "storage": storage}
+    drawn, copy = (NgramTable(64, vocab_size=50, **options) for _ in range(2))
+    batch = random_batch(6, rows=60, window=3, tokens=4, topk=topk, scopes=1)
+    run_update(reference, drawn, batch)
+    copy.load_state_dict(drawn.state_dict())
+    requests = random_requests(8, batch=5, window=3, tokens=4)
+    requests.context[:] = batch.context[1:6]
+    requests.scope.zero_()
+    requests.temperature[:] = torch.tensor([1e-38, 1e-20, 0.6, 1e20, 3e38])
+    tree = DraftTree(SPARSE)
+    for launch in ({"threads": 32}, {"threads": 128, "order": "random"}, {"order": "reverse"}):
+        with table_backend.using(blocks=2, **launch):
+            for kind in (0, 1, 2):
+                drafts = [
+                    run_draft(op, t, tree, requests, kind)
+                    for op, t in ((simulated, drawn), (reference, copy))
+                ]
+                assert_same_bits(*drafts)
+                assert drafts[0][1].sum() > len(SPARSE)  # more than one tree's worth
+    assert torch.equal(tensors(drawn)["counters"], tensors(copy)["counters"])
+
+
 def test_both_sides_agree_on_few():
     from cuda_sim import table_backend
 

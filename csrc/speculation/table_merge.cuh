@@ -296,7 +296,7 @@ __device__ __forceinline__ bool same_set(const MergeParams& m, int64_t a, int64_
 }
 
 // The warp at the first item of a set merges the set's keys, in order.
-__global__ void __launch_bounds__(128) table_merge_kernel(MergeParams m) {
+__global__ void __launch_bounds__(128, 8) table_merge_kernel(MergeParams m) {
   const int64_t warps = int64_t(gridDim.x) * (blockDim.x / 32);
   const int64_t first = int64_t(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   for (int64_t item = first; item < m.items; item += warps) {
