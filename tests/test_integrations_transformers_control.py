@@ -126,7 +126,7 @@ def test_transformers_keeps_raw_logits_and_refuses_a_second_use(model: Any) -> N
     for wrong in (None, {}, rk.Cyclic(1.0, 2), [rk.Cyclic(1.0, 2)], "spec"):
         with pytest.raises(ValueError, match="spec: expected a Modulation, or a sequence of them"):
             processor(wrong, SETS)
-    with pytest.raises(ValueError, match="sets: expected a TokenSets, got dict"):
+    with pytest.raises(ValueError, match="sets: expected a TokenSets or None, got dict"):
         processor(spec, {"reflect": [5]})
     with pytest.raises(ValueError, match="prompt_length: expected an integer .* got '4'"):
         processor(spec, SETS, prompt_length="4")
