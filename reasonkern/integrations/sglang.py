@@ -46,7 +46,7 @@ require_arguments("sglang", TESTED, _Base.__call__, "logits", "custom_param_list
 
 
 class ModulationLogitProcessor(_Base):
-    """Applies each request's `Modulation`; a subclass gives `vocab_size` and, for named sets, `sets`.
+    """Applies each request's `Modulation`; a subclass gives `vocab_size` and the named `sets`.
 
     SGLang makes instances at will, so what a request has generated is kept by class and device, for
     as long as SGLang keeps the request, for at most `max_requests` at a time.

@@ -53,7 +53,7 @@ require_arguments("vllm", TESTED, _Base.apply, "logits", "ctx")
 
 
 class ModulationLogitsProcessor(_Base):
-    """Applies each request's `Modulation`; a subclass gives `vocab_size` and, for named sets, `sets`.
+    """Applies each request's `Modulation`; a subclass gives `vocab_size` and the named `sets`.
 
     A row sees the committed tokens, which vLLM keeps on the device, and the draft tokens before it,
     so a draft row gets the control that it would get without speculation. A step is two launches
