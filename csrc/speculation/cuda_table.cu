@@ -30,11 +30,11 @@ void launch_keys(const MergeParams& m, cudaStream_t stream) {
                stream, m);
 }
 
-// A round of a block is an item a warp, and the longest block decides: as many warps as there are
-// items in all but one block of thousands. More blocks would each go through all the bins.
+// In a round of a block each warp has an item, and the longest block decides: hence so many warps
+// that one block in thousands has more items. Each block goes through all bins: hence few blocks.
 void launch_few(const MergeParams& m, cudaStream_t stream) {
   constexpr int kBlocks = 128, kLeastWarps = 8, kMostWarps = 32;
-  const int64_t share = (m.items + kBlocks - 1) / kBlocks;
+  const int64_t share = 1 + (m.items - 1) / kBlocks;  // of no items, too
   const int64_t warps = share <= kLeastWarps / 4 ? kLeastWarps : share <= 6 ? 16 : kMostWarps;
   const unsigned threads = unsigned(32 * warps);
   launch<true>(table_few_kernel, dim3(blocks(m.items, share)), dim3(threads), 1,

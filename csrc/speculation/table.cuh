@@ -68,7 +68,8 @@ struct DraftShared {
 
   // Shows a node's own token to others, after what the lane has stored of its window.
   __device__ void decide(int node, int32_t token) const {
-    *const_cast<volatile int32_t*>(windows[node].tokens) = token;
+    volatile int32_t* const newest = windows[node].tokens;
+    *newest = token;
   }
 
   __device__ Window<kWindow> await(int node) const {
