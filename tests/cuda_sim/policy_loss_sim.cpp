@@ -75,7 +75,8 @@ void token_stats(const Launch& l, const Fields& f) {
   f.point(p.out.is_top1, "is_top1");
   f.point(p.out.row_max, "row_max");
   const Tiling t = cut(p.rows.vocab, sizeof(E), l.slices, l.group);
-  l.start(stats_kernel<E>, 1, l.groups * l.group, 1, sweep_shared_bytes(t), p, t);
+  l.start(stats_kernel<E>, 1, l.groups * l.group, 1, sweep_shared_bytes(t), p, t,
+          unsigned(l.blocks + 1) / 2);
 }
 
 template <class E>
