@@ -240,6 +240,11 @@ PYBIND11_MODULE(policy_loss_sim, m) {
   m.def("stats_config", [](std::int64_t rows, std::int64_t vocab, std::int64_t element_bytes) {
     return describe(stats_config(rows, vocab, element_bytes, {90, 132, 0}));
   });
+  m.def("stats_turns", [](std::int64_t rows, std::int64_t vocab, std::int64_t element_bytes) {
+    const Device gpu{90, 132, 0};
+    const Turns t = stats_turns(rows, stats_config(rows, vocab, element_bytes, gpu), gpu);
+    return std::pair<unsigned, unsigned>(t.blocks, t.again);
+  });
   m.def("rowwise_config", [](std::int64_t rows, std::int64_t vocab, std::int64_t element_bytes) {
     return describe(rowwise_config(rows, vocab, element_bytes, {90, 132, 0}));
   });
