@@ -153,6 +153,12 @@ def test_launch_configuration(sim: Any) -> None:
         1024, 512, 256,
     ]  # fmt: skip
     assert sim.module().stats_config(64, 151_936, 8)["block"] == 256
+    # Few rows: one a block; many: up to four, and single ones for the blocks that end first.
+    for rows, each in ((1, 1), (64, 1), (528, 1), (3167, 1), (3168, 2), (8192, 4), (2**33, 4)):
+        blocks, again = sim.module().stats_turns(rows, 151_936, 2)
+        assert blocks < 2**31 and 0 < again <= blocks
+        assert rows == 2**33 or rows == blocks + again * (each - 1)
+        assert each == 1 or blocks - again >= (each - 1) * 264 or again == blocks
     for rows, vocab, slices in ((8192, 151_936, 1), (8192, 262_144, 2), (64, 32_000, 8)):
         assert sim.module().rowwise_config(rows, vocab, 2)["slices"] == slices
     assert not sim.module().loss_config(10**6, 4, True, hopper, opt_in)["resident"]

@@ -21,10 +21,11 @@ struct CudaBackend {
     const LaunchScope scope(device);
     dispatch_element<T, bf16, fp16>(type, [&](auto element) {
       using E = typename decltype(element)::type;
-      const LaunchConfig c =
-          stats_config(p.rows.rows, p.rows.vocab, sizeof(E), describe(stats_kernel<E>, device));
-      launch(stats_kernel<E>, grid_blocks(p.rows.rows, 1), c.block, 1, c.shared_bytes, scope.stream,
-             p, c.tiling);
+      const Device gpu = describe(stats_kernel<E>, device);
+      const LaunchConfig c = stats_config(p.rows.rows, p.rows.vocab, sizeof(E), gpu);
+      const Turns turns = stats_turns(p.rows.rows, c, gpu);
+      launch(stats_kernel<E>, turns.blocks, c.block, 1, c.shared_bytes, scope.stream, p, c.tiling,
+             turns.again);
     });
   }
 

@@ -17,9 +17,12 @@ __device__ __forceinline__ void write_inactive_stats(const StatsOut<A>& out, int
 
 template <class T>
 __device__ __forceinline__ void write_stats(const StatsOut<acc_t<T>>& out, int64_t row,
-                                            const FullMoments<acc_t<T>>& a, acc_t<T> x_y,
-                                            bool valid, const RowScale<T>& scale) {
+                                            const FullMoments<acc_t<T>>& a, const Target<T>& target,
+                                            const RowScale<T>& scale) {
   using A = acc_t<T>;
+  const bool valid = target.index >= 0;
+  A x_y = to_acc(target.logit);
+  if (scale.softcap.value != A(0)) x_y = soft_capped(x_y, scale.softcap);
   const RowStats<A> stats = row_stats(a, x_y, valid, scale);
   const A nan = stats.inv_sum;  // where the row is not finite
   // In double: what is near 1, or a difference, keeps the accuracy of the sums.
@@ -40,33 +43,50 @@ __device__ __forceinline__ void write_stats(const StatsOut<acc_t<T>>& out, int64
   out.is_top1[row] = stats.finite && a.rivals == A(0);
 }
 
+// Block b takes row b and, if it is one of the first `again`, more: the first `again` rows behind
+// those of the grid are the blocks' second ones, and so on.
+__device__ __forceinline__ int64_t next_row(int64_t row, int64_t rows, unsigned again) {
+  if (row >= gridDim.x) return row + again;
+  return blockIdx.x < again ? row + gridDim.x : rows;
+}
+
+// A row's target, -1 if it is none.
+__device__ __forceinline__ int target_of(const Rows& rows, int64_t row) {
+  const int64_t y = rows.targets[row];
+  return y >= 0 && y < rows.vocab ? int(y) : -1;
+}
+
+// While one warp, another for each row, finishes a row, the others read the next one.
 template <class T>
 __global__ void __launch_bounds__((sizeof(T) == 8 ? 1 : kStatsGroups) * kGroup, 1)
-    stats_kernel(StatsParams<acc_t<T>> p, Tiling tiling) {
+    stats_kernel(StatsParams<acc_t<T>> p, Tiling tiling, unsigned again) {
   using A = acc_t<T>;
-  FullMoments<A>* parts = dynamic_shared<FullMoments<A>>();
-  const int64_t vocab = p.rows.vocab;
-  for (int64_t row = blockIdx.x; row < p.rows.rows; row += gridDim.x) {
+  const unsigned warp = threadIdx.x / 32;
+  int64_t row = blockIdx.x;
+  int y = row < p.rows.rows ? target_of(p.rows, row) : 0;
+  unsigned turn = 0;
+  while (row < p.rows.rows) {
     if (p.mask != nullptr && !p.mask[row]) {
       if (threadIdx.x == 0) write_inactive_stats(p.out, row);
-      continue;
-    }
-    const T* logits = logits_row<T>(p.rows, row);
-    const RowScale<T> scale = row_scale<T>(p.scale, row);
-    const int64_t y = p.rows.targets[row];
-    const bool valid = y >= 0 && y < vocab;
-    const Target<T> target{valid ? logits[y] : from_acc<T>(A(0)), int(y)};
-    sweep_moments<Reuse::last>(parts, logits, vocab, tiling, scale, target);
-    __syncthreads();
-    if (threadIdx.x < 32) {
-      const auto total = merge_row(parts, tiling, scale);
-      if (threadIdx.x == 0) {
-        A x_y = to_acc(target.logit);
-        if (scale.softcap.value != A(0)) x_y = soft_capped(x_y, scale.softcap);
-        write_stats(p.out, row, total, x_y, valid, scale);
+      row = next_row(row, p.rows.rows, again);
+      if (row < p.rows.rows) y = target_of(p.rows, row);
+    } else {
+      auto* parts =
+          dynamic_shared<FullMoments<A>>() + turn % 2 * tiling.slices * (tiling.group / 32);
+      const RowScale<T> scale = row_scale<T>(p.scale, row);
+      const T* logits = pinned(logits_row<T>(p.rows, row));
+      const Target<T> target{y >= 0 ? logits[y] : from_acc<T>(A(0)), y};
+      sweep_moments<Reuse::last>(parts, logits, int(p.rows.vocab), tiling, scale, target);
+      const int64_t next = next_row(row, p.rows.rows, again);
+      if (next < p.rows.rows) y = target_of(p.rows, next);
+      __syncthreads();
+      if (warp == turn % (blockDim.x / 32)) {
+        const auto total = merge_row(parts, tiling, scale);
+        if (threadIdx.x % 32 == 0) write_stats(p.out, row, total, target, scale);
       }
+      ++turn;
+      row = next;
     }
-    __syncthreads();
   }
 }
 

@@ -56,7 +56,7 @@ inline Tiling choose_tiling(int64_t vocab, int64_t element_bytes) {
 // Shared memory of a block that walks whole rows: one partial per warp of every slice, for two
 // rows, and the row scratch; the bound covers float64 statistics.
 inline std::size_t sweep_shared_bytes(const Tiling& t) {
-  return std::size_t(t.slices) * (t.group / 32) * 56 + 512;
+  return std::size_t(t.slices) * (t.group / 32) * 2 * 56 + 512;
 }
 
 inline std::size_t cluster_shared_bytes(const Tiling& t, int64_t element_bytes) {
@@ -76,6 +76,21 @@ inline LaunchConfig stats_config(int64_t rows, int64_t vocab, int64_t element_by
   int groups = 1;
   while (groups < most && rows * groups * 2 <= 4 * int64_t(device.multiprocessors)) groups *= 2;
   return sweep_config(t, unsigned(groups));
+}
+
+// Rows among the blocks of the statistics: block b takes row b, the first `again` blocks more, one
+// each time round. A block that takes several reads on while it finishes one; the last rows, as
+// many as are left for the blocks that end first, are single ones, which the device balances.
+struct Turns {
+  unsigned blocks, again;
+};
+inline Turns stats_turns(int64_t rows, const LaunchConfig& c, const Device& device) {
+  const int64_t at_once = 4 * int64_t(device.multiprocessors) * kGroup / c.block;
+  const int64_t most = rows / (3 * at_once), each = most < 1 ? 1 : most > 4 ? 4 : most;
+  const int64_t again = (rows - (each - 1) * at_once / 2) / each,
+                blocks = rows - again * (each - 1);
+  if (blocks > INT32_MAX) return {INT32_MAX, INT32_MAX};
+  return {unsigned(blocks), unsigned(again)};
 }
 
 // The fused loss: a cluster where the row fits on chip, else two sweeps of one block per row, one

@@ -65,7 +65,7 @@ struct Stage {
   }
 };
 
-// The share's moments, as its chunks come in.
+// The moments of the share's lanes, as its chunks come in.
 template <class T>
 __device__ __forceinline__ Moments<acc_t<T>> staged_moments(const Stage<T>& stage, unsigned turn,
                                                             const RowScale<T>& scale,
@@ -182,8 +182,7 @@ __global__ void __launch_bounds__(kGroup, 3)
       x_y = target_logit(logits - share.begin, task.target, p.rows.vocab);
     }
     bool floored;
-    const Moments<A> part = staged_moments(stage, turn, scale, floored);
-    if (threadIdx.x % 32 == 0) s.warps[warp] = part;
+    store_joined(s.warps + warp, staged_moments(stage, turn, scale, floored));
     __syncthreads();
     if (warp == 0) {
       const auto total = exchange(s, turn, int(blockDim.x) / 32, scale);

@@ -3,6 +3,7 @@
 
 #include <limits>
 
+#include "../common/reduce.cuh"
 #include "../common/vec.h"
 #include "launch_config.h"
 #include "policy_loss.h"
@@ -110,15 +111,51 @@ __device__ __forceinline__ void load_whole_vectors(Vec<T> (&v)[U], const T* p, c
   }
 }
 
-// All loads are issued before the first is looked at.
+// An address in global memory that is computed once; the compiler would derive it at every load.
+template <class T>
+__device__ __forceinline__ const T* pinned(const T* p) {
+#if defined(__CUDACC__)
+  std::size_t address = __cvta_generic_to_global(p);
+  asm("" : "+l"(address));
+  p = static_cast<const T*>(__cvta_global_to_generic(address));
+#endif
+  return p;
+}
+
+// n elements of a row from `begin` on, which a warp reads by vectors.
+template <class T>
+struct Piece {
+  const T* row;
+  int begin, n;
+  bool whole;  // all of its vectors are aligned and whole
+
+  __device__ __forceinline__ Piece(const T* row, int begin, int n)
+      : row(row),
+        begin(begin),
+        n(n),
+        whole(all_lanes(is_aligned(row + begin) && n % Vec<T>::size == 0)) {}
+};
+
+// The vectors at `position`, `position + step`, ... All loads are issued before the first is looked
+// at.
 template <Reuse reuse, class T, int U>
-__device__ __forceinline__ void load_vectors(Vec<T> (&v)[U], const T* p, int n, bool aligned,
-                                             int position, int step) {
-  if (aligned && n % Vec<T>::size == 0) {
-    load_whole_vectors(v, p + position, p + n, step, load_global<reuse, T>);
-  } else {
+__device__ __forceinline__ void load_vectors(Vec<T> (&v)[U], const Piece<T>& piece, int position,
+                                             int step) {
+  const T* from = pinned(piece.row + (piece.begin + position));
+  const int left = piece.n - position;
+  if (piece.whole && left > (U - 1) * step) {
 #pragma unroll
-    for (int i = 0; i < U; ++i) v[i] = load_vector<reuse>(p, n, aligned, position + i * step);
+    for (int i = 0; i < U; ++i) v[i] = load_global<reuse>(from + i * step);
+  } else if (piece.whole) {
+#pragma unroll
+    for (int i = 0; i < U; ++i) {
+      v[i] = padding<T>();
+      if (left > i * step) v[i] = load_global<reuse>(from + i * step);
+    }
+  } else {
+    const bool aligned = is_aligned(from);
+#pragma unroll
+    for (int i = 0; i < U; ++i) v[i] = load_vector<reuse>(from, left, aligned, i * step);
   }
 }
 
@@ -143,8 +180,8 @@ struct Slice {
 };
 
 __device__ __forceinline__ Slice slice_of(const Tiling& t, int64_t vocab, int slice) {
-  const int64_t begin = slice * t.slice_len, left = vocab - begin;
-  return {int(begin), int(left < 0 ? 0 : left < t.slice_len ? left : t.slice_len)};
+  const int len = int(t.slice_len), begin = slice * len, left = int(vocab) - begin;
+  return {begin, left < 0 ? 0 : left < len ? left : len};
 }
 
 // The part of a slice that one warp of its group takes.

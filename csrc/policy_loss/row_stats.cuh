@@ -30,6 +30,10 @@ struct FullMoments : Moments<A> {
   A q, w;    // sum e^2 over the others, sum e t^2
   A rivals;  // not 0: an element is larger than the target, or as large and before it
 };
+template <class M>
+constexpr bool kFull = false;
+template <class A>
+constexpr bool kFull<FullMoments<A>> = true;
 
 template <class A>
 __device__ __forceinline__ void clear(Moments<A>& a) {
@@ -119,7 +123,36 @@ __device__ __forceinline__ M join_lanes(M a, int width = 32) {
   return a;
 }
 
-// The same for lanes with maxima of their own: one exponential each, then plain sums. Lanes without
+// The same, stored by lane 0.
+template <class A>
+__device__ __forceinline__ void store_joined(Moments<A>* to, const Moments<A>& a) {
+  const Moments<A> sums = join_lanes(a);
+  if (threadIdx.x % 32 == 0) *to = sums;
+}
+// One sum of two over a pair of lanes: of a in the lane whose bit `offset` is 0, of b in the other.
+template <class A>
+__device__ __forceinline__ A fold(A a, A b, int offset) {
+  const bool upper = threadIdx.x & offset;
+  return (upper ? b : a) + shuffle_xor(upper ? a : b, offset);
+}
+// The same bits by a third of the shuffles: the sums part, and lane k has sum k.
+template <class A>
+__device__ __forceinline__ void store_joined(FullMoments<A>* to, const FullMoments<A>& a) {
+  A w = a.w + shuffle_xor(a.w, 1);
+  A x = fold(fold(a.n, a.s, 1), fold(a.u, a.q, 1), 2);
+  w += shuffle_xor(w, 2);
+  x = fold(x, w, 4);
+  x += shuffle_xor(x, 8);
+  x += shuffle_xor(x, 16);
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) to->m = a.m, to->n = x, to->rivals = a.rivals;
+  if (lane == 1) to->s = x;
+  if (lane == 2) to->u = x;
+  if (lane == 3) to->q = x;
+  if (lane == 4) to->w = x;
+}
+
+// The sums of lanes with maxima of their own: one exponential each, then plain sums. Lanes without
 // elements change no bit.
 template <class M, class T>
 __device__ __forceinline__ M merge_lanes(M a, const RowScale<T>& scale, int width = 32) {
@@ -135,55 +168,54 @@ struct Target {
 };
 
 // A warp's moments on the way, with what follows from their maximum. It need not be that of all
-// elements so far: one above it has an exponential above 1, which does no harm up to `limit`, and
+// elements so far: one above it has an exponential above 1, which does no harm up to a limit, and
 // beyond that the maximum rises. Only at the end it rises to `top`.
 template <class M, class T>
 struct Running {
   M sums;
-  acc_t<T> origin, limit;
-  Floor<T> floor;
+  acc_t<T> origin;
+  acc_t<T> bar;  // tiles below it are but summed: the limit, or what the target's rivals reach
   Top<T> top;    // of the lane
+  Target<T> target;
+  bool rival;    // whether one was seen
   bool floored;  // whether offsets are kept above the floor
 };
+template <class M, class T>
+__device__ __forceinline__ acc_t<T> limit_of(const Running<M, T>& r, const RowScale<T>& scale) {
+  return std::fma(acc_t<T>(2), scale.residual, r.sums.m);  // an exponential of 4
+}
+
+// Not kept: few tiles need it.
+template <class M, class T>
+__device__ __forceinline__ Floor<T> floor_of(const Running<M, T>& r, const RowScale<T>& scale) {
+  return floor_below<T>(r.sums.m, scale);
+}
+template <class M, class T>
+__device__ __forceinline__ bool is_plain(const Running<M, T>& r, const RowScale<T>& scale) {
+  return r.floored ? floor_of(r, scale).usable : scale.softcap.value == acc_t<T>(0);
+}
+template <class M, class T>
+__device__ __forceinline__ acc_t<T> find_bar(const Running<M, T>& r, const RowScale<T>& scale) {
+  if (!is_plain(r, scale)) return -kInfinity<acc_t<T>>;
+  const acc_t<T> limit = limit_of(r, scale);
+  return kFull<M> && !r.rival ? std::fmin(limit, to_acc(r.target.logit)) : limit;
+}
 template <class M, class T>
 __device__ __forceinline__ void raise_running(Running<M, T>& r, acc_t<T> m,
                                               const RowScale<T>& scale) {
   raise_max(r.sums, m, scale);
   r.origin = origin(m, scale);
-  r.limit = std::fma(acc_t<T>(2), scale.residual, m);  // an exponential of 4
-  r.floor = floor_below<T>(m, scale);
+  r.bar = find_bar(r, scale);
 }
 
-// What follows from the maximum: kept where registers are left for it, on sm_90.
-template <class M, class T>
-__device__ __forceinline__ acc_t<T> limit_of(const Running<M, T>& r, const RowScale<T>& scale) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-  return std::fma(acc_t<T>(2), scale.residual, r.sums.m);
-#else
-  return r.limit;
-#endif
-}
-template <class M, class T>
-__device__ __forceinline__ Floor<T> floor_of(const Running<M, T>& r, const RowScale<T>& scale) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
-  return floor_below<T>(r.sums.m, scale);
-#else
-  return r.floor;
-#endif
-}
-
-template <class M, class T>
-__device__ __forceinline__ bool is_plain(const Running<M, T>& r, const RowScale<T>& scale) {
-  return r.floored ? floor_of(r, scale).usable : scale.softcap.value == acc_t<T>(0);
-}
-
-// The first `live` vectors of the lane's tile; what pads the others is not to be added.
+// The vectors of the lane's tile that lie before the end, `left` elements behind the first one's
+// start; what pads the others is not to be added.
 template <bool kUnit, bool kFloor, class M, class T>
-__device__ __forceinline__ void absorb_below(Running<M, T>& r, const Vec<T> (&v)[kUnroll], int live,
-                                             const RowScale<T>& scale) {
+__device__ __forceinline__ void absorb_below(Running<M, T>& r, const Vec<T> (&v)[kUnroll], int left,
+                                             int step, const RowScale<T>& scale) {
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
-    if (i >= live) break;
+    if (i * step >= left) break;
     acc_t<T> t[Vec<T>::size];
     lane_offsets<kFloor>(t, v[i], r.origin, floor_of(r, scale), scale);
 #pragma unroll
@@ -193,24 +225,28 @@ __device__ __forceinline__ void absorb_below(Running<M, T>& r, const Vec<T> (&v)
 
 // Counts the elements at the maximum and leaves `low` in their place.
 template <class T, class M>
-__device__ __forceinline__ void take_out_top(M& a, Vec<T>& v, T low) {
+__device__ __forceinline__ void take_out_top(M& a, Vec<T> (&v)[kUnroll], T low) {
+  using A = acc_t<T>;
   const T top = from_acc<T>(a.m);
-  if constexpr (sizeof(T) == 2) {
+  std::uint32_t count = 0;  // of 16-bit lanes: one in each half
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const std::uint32_t mask = equal_pair<T>(v.word[i], pair_of(top));
-      if (mask == 0) continue;
-      a.n += (mask & 0xffffu ? 1.0f : 0.0f) + (mask >> 16 ? 1.0f : 0.0f);
-      v.word[i] = (v.word[i] & ~mask) | (pair_of(low) & mask);
+  for (int i = 0; i < kUnroll; ++i) {
+    if constexpr (sizeof(T) == 2) {
+#pragma unroll
+      for (std::uint32_t& w : v[i].word) {
+        const std::uint32_t mask = equal_pair<T>(w, pair_of(top));
+        count += mask & 0x10001u;
+        w = (w & ~mask) | (pair_of(low) & mask);
+      }
+    } else {
+      v[i] = make_vec<T>([&](int j) {
+        const T x = get_lane(v[i], j);
+        count += x == top;
+        return x == top ? low : x;
+      });
     }
-  } else {
-    v = make_vec<T>([&](int j) {
-      const T x = get_lane(v, j);
-      if (x != top) return x;
-      a.n += acc_t<T>(1);
-      return low;
-    });
   }
+  a.n += A((count & 0xffffu) + (count >> 16));
 }
 
 // Tiles that are soft-capped, or need a floor where none is usable. Not unrolled, vectors move up
@@ -242,9 +278,8 @@ __device__ __forceinline__ void absorb_any(Running<M, T>& r, Vec<T> (&v)[kUnroll
 // Raises the warp's maximum to the tile's where that is beyond the limit and takes out the elements
 // at it; false: the tile was dealt with here.
 template <class M, class T>
-__device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll],
-                                          const Top<T> (&tops)[kUnroll], acc_t<T> highest,
-                                          const RowScale<T>& scale) {
+__device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll], Top<T> tile_top,
+                                          acc_t<T> highest, const RowScale<T>& scale) {
   using A = acc_t<T>;
   if (scale.softcap.value != A(0)) highest = soft_capped(highest, scale.softcap);
   const A warp_highest = warp_max(highest);
@@ -259,98 +294,95 @@ __device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll]
     absorb_any(r, v, scale);
     return false;
   }
-  if (!raised) return true;
   const T top = from_acc<T>(r.sums.m);
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    // Where a NaN hides a maximum beside it the sums become NaN anyway.
-    if (top_is<T>(tops[i], top)) take_out_top(r.sums, v[i], floor_of(r, scale).value);
-  }
+  // Where a NaN hides a maximum beside it the sums become NaN anyway.
+  if (!raised || !top_is<T>(tile_top, top)) return true;
+  take_out_top(r.sums, v, floor_of(r, scale).value);
   return true;
 }
 
-template <class T>
-__device__ __forceinline__ void note_rivals(Moments<acc_t<T>>&, const Vec<T> (&)[kUnroll], acc_t<T>,
-                                            const Target<T>&, int, int) {}
-template <class T>
-__device__ __forceinline__ void note_rivals(FullMoments<acc_t<T>>& a, const Vec<T> (&v)[kUnroll],
-                                            acc_t<T> highest, const Target<T>& target, int index,
-                                            int step) {
-  using A = acc_t<T>;
-  const A logit = to_acc(target.logit);
-  if (!(highest >= logit) || a.rivals != A(0)) return;
+// Looks for the first rival of the target; one is enough.
+template <class M, class T>
+__device__ __forceinline__ void note_rival(Running<M, T>& r, const Vec<T> (&v)[kUnroll],
+                                           acc_t<T> highest, int index, int step,
+                                           const RowScale<T>& scale) {
+  if (r.rival) return;
+  const acc_t<T> logit = to_acc(r.target.logit);
   bool rival = highest > logit;
-  if (!rival && index < target.index) {
+  if (highest == logit && index < r.target.index) {
+    int first = 0;
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i) {
+    for (int i = kUnroll - 1; i >= 0; --i) {
 #pragma unroll
-      for (int j = 0; j < Vec<T>::size; ++j) {
-        rival |= to_acc(get_lane(v[i], j)) == logit && index + i * step + j < target.index;
+      for (int j = Vec<T>::size - 1; j >= 0; --j) {
+        if (to_acc(get_lane(v[i], j)) == logit) first = i * step + j;
       }
     }
+    rival = index + first < r.target.index;
   }
-  if (rival) a.rivals = A(1);
+  if (all_lanes(!rival)) return;
+  r.rival = true;
+  r.bar = find_bar(r, scale);
 }
 
-// Adds kUnroll vectors per lane, which it may use up, the first `live` of which are not all
-// padding; vector i starts at row position index + i * step. Called by whole warps, whose lanes
-// share the maximum.
+// Adds kUnroll vectors per lane, which it may use up, those `left` elements and more behind the
+// first of which are padding; vector i starts at position index + i * step, from where the target's
+// index counts too. Called by whole warps, whose lanes share the maximum.
 template <class M, class T>
-__device__ __forceinline__ void absorb(Running<M, T>& r, Vec<T> (&v)[kUnroll], int live,
-                                       const RowScale<T>& scale, const Target<T>& target, int index,
-                                       int step) {
-  Top<T> tops[kUnroll], top;
+__device__ __forceinline__ void absorb(Running<M, T>& r, Vec<T> (&v)[kUnroll], int left,
+                                       const RowScale<T>& scale, int index, int step) {
+  Top<T> top = top_of(v[0]);
 #pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    tops[i] = top_of(v[i]);
-    top = i == 0 ? tops[0] : higher<T>(top, tops[i]);
-  }
+  for (int i = 1; i < kUnroll; ++i) top = higher<T>(top, top_of(v[i]));
   r.top = higher<T>(r.top, top);
   const acc_t<T> highest = top_value<T>(top);  // NaN if any element is
-  note_rivals<T>(r.sums, v, highest, target, index, step);
-  if (!all_lanes(highest < limit_of(r, scale) && is_plain(r, scale)) &&
-      !lay_below(r, v, tops, highest, scale)) {
-    return;
+  if (!all_lanes(highest < r.bar)) {
+    if constexpr (kFull<M>) note_rival(r, v, highest, index, step, scale);
+    if (!lay_below(r, v, top, highest, scale)) return;
   }
   if (r.floored) {
-    absorb_below<false, true>(r, v, live, scale);
+    absorb_below<false, true>(r, v, left, step, scale);
   } else if (sizeof(T) == 2 || scale.temperature.value == acc_t<T>(1)) {
-    absorb_below<true, false>(r, v, live, scale);
+    absorb_below<true, false>(r, v, left, step, scale);
   } else {
-    absorb_below<false, false>(r, v, live, scale);
+    absorb_below<false, false>(r, v, left, step, scale);
   }
 }
 
-// The moments of the calling warp's share of a slice in every lane. load(v, at, step) fills v with
-// the vectors at positions at, at + step, ... of the share. Offsets are taken without a floor
-// first; where that makes a NaN, of 0 * -inf, the share is read again. `floored` says so.
+// The moments of the lanes of the calling warp's share of a slice, of one maximum. load(v, at,
+// step) fills v with the vectors at positions at, at + step, ... of the share. Offsets are taken
+// without a floor first; where that makes a NaN, of 0 * -inf, the share is read again. `floored`
+// says so.
 template <class M, class T, class Load>
 __device__ __forceinline__ M share_moments(Slice share, const RowScale<T>& scale,
                                            const Target<T>& target, bool& floored, Load load) {
   constexpr int N = Vec<T>::size, step = 32 * N;
   const int lane = threadIdx.x % 32;
   Running<M, T> r;
+  r.target = {target.logit, target.index - share.begin};
+  r.rival = false;
 #pragma unroll 1
   for (r.floored = false;; r.floored = true) {
-    clear(r.sums);
-    raise_running(r, r.sums.m, scale);
+    clear(r.sums);  // the first tile raises the rest, and the target's logit may come until then
+    r.origin = r.bar = r.sums.m;
     r.top = top_of(padding<T>());
 #pragma unroll 1
     for (int at = 0; at < share.n; at += kUnroll * step) {
       Vec<T> v[kUnroll];
-      load(v, at + lane * N, step);
-      absorb(r, v, (share.n - at - lane * N + step - 1) / step, scale, target,
-             share.begin + at + lane * N, step);
+      const int from = at + lane * N;
+      load(v, from, step);
+      absorb(r, v, share.n - from, scale, from, step);
     }
     if (r.floored || all_lanes(r.sums.u == r.sums.u)) break;
   }
   floored = r.floored;
+  if constexpr (kFull<M>) r.sums.rivals = r.rival ? acc_t<T>(1) : acc_t<T>(0);
   __syncwarp();  // or each shuffle asks who is there
   acc_t<T> top = top_value<T>(r.top);
   if (scale.softcap.value != acc_t<T>(0)) top = soft_capped(top, scale.softcap);
   top = warp_max(top);
   if (top > r.sums.m) raise_max(r.sums, top, scale);
-  return join_lanes(r.sums);
+  return r.sums;
 }
 
 // Warp partials of the slices of a row, one block; groups of threads take the slices in turn.
@@ -358,17 +390,15 @@ template <Reuse reuse, class M, class T>
 __device__ __forceinline__ void sweep_moments(M* parts, const T* row, int64_t vocab,
                                               const Tiling& tiling, const RowScale<T>& scale,
                                               const Target<T>& target) {
-  const int warps = tiling.group / 32, groups = blockDim.x / tiling.group;
-  const int group = threadIdx.x / tiling.group, warp = threadIdx.x / 32 % warps;
-  const bool aligned = is_aligned(row);
-  for (int k = group; k < tiling.slices; k += groups) {
-    const Slice share = share_of(slice_of(tiling, vocab, k), tiling, warp);
+  const int warps = tiling.group / 32, shift = 31 - __clz(warps);
+  for (int i = threadIdx.x / 32; i < tiling.slices << shift; i += blockDim.x / 32) {
+    const Slice share = share_of(slice_of(tiling, vocab, i >> shift), tiling, i & (warps - 1));
+    const Piece<T> piece(row, share.begin, share.n);
     bool floored;
-    const M a =
-        share_moments<M>(share, scale, target, floored, [&](Vec<T>(&v)[kUnroll], int at, int step) {
-          load_vectors<reuse>(v, row + share.begin, share.n, aligned, at, step);
-        });
-    if (threadIdx.x % 32 == 0) parts[k * warps + warp] = a;
+    const M a = share_moments<M>(
+        share, scale, target, floored,
+        [&](Vec<T>(&v)[kUnroll], int at, int step) { load_vectors<reuse>(v, piece, at, step); });
+    store_joined(parts + i, a);
   }
 }
 

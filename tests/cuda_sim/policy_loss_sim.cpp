@@ -75,7 +75,8 @@ void token_stats(const Launch& l, const Fields& f) {
   f.point(p.out.is_top1, "is_top1");
   f.point(p.out.row_max, "row_max");
   const Tiling t = cut(p.rows.vocab, sizeof(E), l.slices, l.group);
-  l.start(stats_kernel<E>, 1, l.groups * l.group, 1, sweep_shared_bytes(t), p, t);
+  l.start(stats_kernel<E>, 1, l.groups * l.group, 1, sweep_shared_bytes(t), p, t,
+          unsigned(l.blocks + 1) / 2);
 }
 
 template <class E>
@@ -238,6 +239,11 @@ PYBIND11_MODULE(policy_loss_sim, m) {
   m.def("run", &run);
   m.def("stats_config", [](std::int64_t rows, std::int64_t vocab, std::int64_t element_bytes) {
     return describe(stats_config(rows, vocab, element_bytes, {90, 132, 0}));
+  });
+  m.def("stats_turns", [](std::int64_t rows, std::int64_t vocab, std::int64_t element_bytes) {
+    const Device gpu{90, 132, 0};
+    const Turns t = stats_turns(rows, stats_config(rows, vocab, element_bytes, gpu), gpu);
+    return std::pair<unsigned, unsigned>(t.blocks, t.again);
   });
   m.def("rowwise_config", [](std::int64_t rows, std::int64_t vocab, std::int64_t element_bytes) {
     return describe(rowwise_config(rows, vocab, element_bytes, {90, 132, 0}));
