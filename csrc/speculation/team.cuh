@@ -15,9 +15,10 @@ constexpr int kMaxWarps = kTeamThreads / 32;
 constexpr int kBlocksInside = 2;     // of a multiprocessor, of kernels that know the element type
 constexpr unsigned kPartBytes = 64;  // the largest value that is reduced
 constexpr int kCandidates = 512;
+constexpr int kLikelyThreads = kTeamThreads / 4;
 constexpr int kGroups = 64;  // of threads, whose largest logits bound the k-th largest
 
-// Two logits of a sorted list; id -1 and -inf behind the last.
+// Two logits of a list; id -1 and -inf behind the last.
 struct alignas(16) TopPair {
   float value[2];
   int id[2];
@@ -39,8 +40,9 @@ struct Request {
 struct TeamShared {
   alignas(16) unsigned char parts[2][kMaxWarps][kPartBytes];    // of the block's warps
   alignas(16) unsigned char inbox[2][kTeamBlocks][kPartBytes];  // from the team's blocks
-  TopPair top[kMaxTopK / 2];                                    // this block's largest, in order
-  TopPair tops[kTeamBlocks][kMaxTopK / 2];                      // those of all blocks
+  TopPair candidates[kCandidates / 2];                          // of the top-k statistics
+  TopPair top[kMaxTopK / 2];                // this block's largest, in order, if they are too many
+  TopPair tops[kTeamBlocks][kMaxTopK / 2];  // those of all blocks
   Mailbox arrived[2], tops_arrived, fetched[2];
   Request request;
   double s[kMaxEntry], r[kMaxEntry];  // rejection state
@@ -51,9 +53,9 @@ struct TeamShared {
   bool patched;
   alignas(16) float group_top[kGroups], my_groups[kGroups];  // of the row; of the block
   unsigned best;  // key of a value that the draw's best one is not below
-  int count;
-  float value[kCandidates];  // candidates of the top-k statistics
-  int id[kCandidates];
+  int count;      // of candidates
+  int likely_count;  // threads whose share is drawn from by a warp
+  uint8_t likely[kLikelyThreads];
 };
 
 // Where a slice lies behind them: bulk copies start at 16-byte addresses.
@@ -196,20 +198,22 @@ class Team {
     return reduce_lanes(exchange(reduce_block(value, op), [] {}), cluster_size(), op);
   }
 
-  // This block's list of the k largest logits to the first block, or to all. A call of `exchange`
-  // lies between two calls, or between `receive_tops` and this one; a barrier behind the list's
-  // writes.
-  __device__ void send_tops(int k, bool to_all) {
+  // A list of `count` logits among which this block's k largest are, k or k + 1 at most, to the first
+  // block, or to all. A call of `exchange` lies between two calls, or between `receive_tops` and this
+  // one; a barrier behind the list's writes.
+  __device__ void send_tops(const TopPair* list, int count, int k, bool to_all) {
+    static_assert(kMaxTopK / 2 <= 32, "a pair to a lane");
     TeamShared& s = *shared_;
-    const unsigned size = cluster_size(), pairs = unsigned(k + 1) / 2;
+    const unsigned size = cluster_size(), pairs = unsigned(k + 1) / 2, lane = threadIdx.x % 32;
+    TopPair mine = list[lane < pairs ? lane : 0];
+    if (int(2 * lane) >= count) mine.value[0] = -kInf, mine.id[0] = -1;
+    if (int(2 * lane + 1) >= count) mine.value[1] = -kInf, mine.id[1] = -1;
     if (size == 1) {
-      for (unsigned i = threadIdx.x; i < pairs; i += blockDim.x) s.tops[0][i] = s.top[i];
+      if (threadIdx.x < pairs) s.tops[0][lane] = mine;
       return;
     }
-    static_assert(kMaxTopK / 2 <= 32, "a pair to a lane");
-    const unsigned lane = threadIdx.x % 32;
     for (unsigned to = threadIdx.x / 32; to < (to_all ? size : 1); to += blockDim.x / 32) {
-      if (lane < pairs) send(&s.tops[cluster_rank()][lane], &s.tops_arrived, to, s.top[lane]);
+      if (lane < pairs) send(&s.tops[cluster_rank()][lane], &s.tops_arrived, to, mine);
     }
     if (threadIdx.x == 0 && (to_all || cluster_rank() == 0)) {
       expect_bytes(&s.tops_arrived, size * pairs * unsigned(sizeof(TopPair)));

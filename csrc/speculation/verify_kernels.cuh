@@ -71,7 +71,7 @@ __device__ int64_t accept_or_reject(const VerifyParams& p, Team& team, const Row
 template <class Row, class Also>
 __device__ Best sample_share(Team& team, const Row& row, const Request& r, const RowTop& top,
                              Also& also) {
-  if (r.temperature == 0 || is_bad(top, r.temperature)) return {-kInf, -1};
+  if (r.temperature == 0 || is_bad(top, r.temperature)) return find_top_token(row, top);
   const Draw d = target_draw(team, row, r, top, r.position);
   also.kept(d.temperature, d.top, d.cut);
   return draw(team, row, d, also);
@@ -86,8 +86,8 @@ struct Choice {
 template <class Row, class Also>
 __device__ Choice choose_share(const VerifyParams& p, Team& team, const Row& row, const Request& r,
                                const RowTop& top, const Place& at, Also& also) {
+  if (r.temperature == 0 || is_bad(top, r.temperature)) return {find_top_token(row, top), -1};
   Choice choice{{-kInf, -1}, -1};
-  if (r.temperature == 0 || is_bad(top, r.temperature)) return choice;
   Draw d = target_draw(team, row, r, top, r.position + uint64_t(at.depth));
   also.kept(d.temperature, d.top, d.cut);
   if (p.q_ids != nullptr) choice.accepted = int(accept_or_reject(p, team, row, r, d, at));
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) sample_kerne
   for (int64_t b = quotient(blockIdx.x, cluster_size()); b < p.rows.batch; b += teams) {
     team.fetch(p.rows, b, 0);
     const Request& request = team.begin(p.requests, b);
-    const TeamRow<E> row(team, p.rows, b, 0);
+    TeamRow<E> row(team, p.rows, b, 0);
     const RowTop top = find_row_top(team, row, [] {});
     Nothing nothing;
     const Best best = sample_share(team, row, request, top, nothing);
@@ -205,16 +205,16 @@ struct PlainVisit {
 
   template <class Work>
   __device__ Visited choose(Team& team, const Place& at, const Work& meanwhile) {
-    const TeamRow<E> row(team, p.rows, at.b, at.node);
+    TeamRow<E> row(team, p.rows, at.b, at.node);
     const RowTop top = find_row_top(team, row, meanwhile);
     const bool alone = cluster_size() == 1;
     TeamShared& s = *team.shared();
     RawStatistics raw(team, top.raw, p.topk, row.vocab, alone ? s.my_groups : s.group_top,
                       alone ? block_groups() : kGroups);
     const Choice choice = choose_share(p, team, row, request, top, at, raw);
-    raw.finish(team, row);
+    raw.finish(row);
     const Found found =
-        join(team, top, choice.best, raw.sum(), [&] { team.send_tops(p.topk, false); });
+        join(team, top, choice.best, raw.sum(), [&] { raw.send(team, row); });
     return {outcome_of(found.top, found.best, request.temperature, choice.accepted), found};
   }
 
