@@ -24,6 +24,12 @@ struct alignas(16) TopPair {
   int id[2];
 };
 
+// A node's child, or the absence of one, as a walk finds it.
+struct alignas(16) Child {
+  int32_t node, token;  // token: -1 where there is no child that may be entered
+  int32_t first, last;  // its own children's places in child_index
+};
+
 // What a request's rows are drawn with.
 struct Request {
   float temperature, top_p, min_p;
@@ -48,12 +54,12 @@ struct TeamShared {
   double s[kMaxEntry], r[kMaxEntry];  // rejection state
   int64_t skip[kMaxEntry], mass[kMaxEntry];
   float log_weight[kMaxEntry];
-  int64_t accepted;                   // child that passed the coins, or -1
-  int32_t children[32], drafted[32];  // of the likeliest child of a walk's node
+  int64_t accepted;       // child that passed the coins, or -1
+  Child children[2][32];  // of a walk's node and of its likeliest child, in turn
   bool patched;
   alignas(16) float group_top[kGroups], my_groups[kGroups];  // of the row; of the block
-  unsigned best;  // key of a value that the draw's best one is not below
-  int count;      // of candidates
+  unsigned best;     // key of a value that the draw's best one is not below
+  int count;         // of candidates
   int likely_count;  // threads whose share is drawn from by a warp
   uint8_t likely[kLikelyThreads];
 };
@@ -100,46 +106,50 @@ struct Slice {
   int first, last;
   const char* data;
   unsigned bytes, room;  // of this slice, of any
-  bool staged;
+  bool aligned, staged;
 
   __device__ Slice(const LogitRows& rows, int64_t b, int64_t node) {
-    const int share = int(slice_tokens(rows.vocab, cluster_size())), vocab = int(rows.vocab);
-    const int size = element_bytes(rows.type);
-    first = min(int(cluster_rank()) * share, vocab), last = min(first + share, vocab);
+    const int size = element_bytes(rows.type), vocab = int(rows.vocab);
+    first = min(int(cluster_rank()) * rows.slice, vocab), last = min(first + rows.slice, vocab);
     data = static_cast<const char*>(rows.data) +
            (b * rows.stride_b + node * rows.stride_n + first) * size;
-    bytes = unsigned(last - first) * unsigned(size), room = unsigned(share) * unsigned(size);
-    staged = rows.stages > 0 && bytes > 0 && bytes % 16 == 0 &&
-             reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
+    bytes = unsigned(last - first) * unsigned(size), room = unsigned(rows.slice) * unsigned(size);
+    aligned = bytes > 0 && bytes % 16 == 0 && reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
+    staged = rows.stages > 0 && aligned;
   }
 };
 
 class Team {
  public:
-  // `stage`: where the slice of a row lies in the block's shared memory.
-  __device__ Team(TeamShared* shared, unsigned stage) : shared_(shared), stage_(stage) {
+  // `stage`: where the slices of rows lie in the block's shared memory, which has room for
+  // `stages`.
+  __device__ Team(TeamShared* shared, unsigned stage, int stages)
+      : shared_(shared), stage_(stage), stages_(stages) {
     if (threadIdx.x == 0) {
       for (int i = 0; i < 2; ++i)
         open_mailbox(shared->arrived + i), open_mailbox(shared->fetched + i);
       open_mailbox(&shared->tops_arrived);
       fence_for_bulk();
     }
-    cluster_arrive();  // waited for where a mailbox is first looked into
+    // The mailboxes have their own fence. Waited for where one is first looked into.
+    cluster_arrive_relaxed();
   }
 
-  // Before a thread exits: another block may still send to this one.
+  // Before a thread exits. Nothing can still come from other blocks: all that they send is waited
+  // for.
   __device__ void leave() {
     meet();
     drain();
-    cluster_sync();
   }
 
   __device__ TeamShared* shared() const { return shared_; }
   __device__ bool leads() const { return cluster_rank() == 0 && threadIdx.x == 0; }
 
-  // What a request needs, to shared memory: registers are short. Readers are behind a barrier.
-  __device__ const Request& begin(const RequestParams& r, int64_t b) {
+  // Starts the copy of a request's first row. What the request needs goes to shared memory:
+  // registers are short. Readers are behind a barrier.
+  __device__ const Request& begin(const LogitRows& rows, const RequestParams& r, int64_t b) {
     __syncthreads();  // the request before is done
+    fetch(rows, b, 0);
     if (threadIdx.x == 0) {
       shared_->request = {r.temperature[b], r.top_p[b],          r.min_p[b],
                           r.top_k[b],       uint64_t(r.seed[b]), uint64_t(r.position[b])};
@@ -198,9 +208,9 @@ class Team {
     return reduce_lanes(exchange(reduce_block(value, op), [] {}), cluster_size(), op);
   }
 
-  // A list of `count` logits among which this block's k largest are, k or k + 1 at most, to the first
-  // block, or to all. A call of `exchange` lies between two calls, or between `receive_tops` and this
-  // one; a barrier behind the list's writes.
+  // A list of `count` logits among which this block's k largest are, k or k + 1 at most, to the
+  // first block, or to all. A call of `exchange` lies between two calls, or between `receive_tops`
+  // and this one; a barrier behind the list's writes.
   __device__ void send_tops(const TopPair* list, int count, int k, bool to_all) {
     static_assert(kMaxTopK / 2 <= 32, "a pair to a lane");
     TeamShared& s = *shared_;
@@ -233,25 +243,35 @@ class Team {
   // guessed. The block has read the slice before it, and a barrier lies between.
   __device__ void fetch(const LogitRows& rows, int64_t b, int64_t node) {
     if (guess_ == int(node)) {
-      slot_ ^= 1, guess_ = -1;
+      slot_ = spare(), guess_ = -1;
     } else {
+      if (spare() == slot_) drain();
       copy(Slice(rows, b, node), slot_);
     }
   }
 
   // Starts the copy of a row that may be the next one, where there is no room for a second slice
-  // its way to the L2. A guess that was wrong has long come by the next one.
+  // its way to the L2.
   __device__ void guess(const LogitRows& rows, int64_t b, int64_t node) {
     drain();
     if (node <= 0) return;
     const Slice slice(rows, b, node);
-    if (!slice.staged) return;
-    if (rows.stages < 2) {
-      if (threadIdx.x == 0) prefetch_bulk(slice.data, slice.bytes);
-    } else {
+    if (spare() != slot_ && slice.staged) {
       guess_ = int(node);
-      copy(slice, slot_ ^ 1);
+      copy(slice, spare());
+    } else if (slice.aligned && threadIdx.x == 0) {
+      prefetch_bulk(slice.data, slice.bytes);
     }
+  }
+
+  // The same once the block has read its slice, a barrier between: the guess takes its place where
+  // there is room for one only.
+  __device__ void guess_in_place(const LogitRows& rows, int64_t b, int64_t node) {
+    if (node <= 0 || stages_ != 1) return;
+    const Slice slice(rows, b, node);
+    if (!slice.staged) return;
+    guess_ = int(node);
+    copy(slice, slot_);
   }
 
   // Where the slice is; waits for the copy.
@@ -290,11 +310,18 @@ class Team {
     copy_bulk(staged(slot, slice), slice.data, slice.bytes, shared_->fetched + slot);
   }
 
-  // The copy of a wrong guess.
+  // The slot that guesses are copied to.
+  __device__ unsigned spare() const { return slot_ ^ unsigned(stages_ > 1); }
+
+  // Waits for the copy of a wrong guess: the one thread that starts the next copy, or all where they
+  // then wait for that one, by parity.
   __device__ void drain() {
-    if (guess_ >= 0 && threadIdx.x == 0) {
-      wait_for_turn<Sender::self>(shared_->fetched + (slot_ ^ 1), turn_of(slot_ ^ 1) - 1);
+    if (guess_ < 0) return;
+    const bool in_place = spare() == slot_;
+    if (threadIdx.x == 0 || in_place) {
+      wait_for_turn<Sender::self>(shared_->fetched + spare(), turn_of(spare()) - 1);
     }
+    if (in_place) __syncthreads();
     guess_ = -1;
   }
 
@@ -312,7 +339,8 @@ class Team {
   TeamShared* shared_;
   unsigned stage_, block_turn_ = 0, turn_ = 0, tops_turn_ = 0;
   unsigned slot_ = 0, fetches_ = 0;  // of slices; copies into either slot, 16 bits each
-  int guess_ = -1;                   // node of the copy in the other slot
+  const int stages_;
+  int guess_ = -1;  // node of the copy in the spare slot
   bool met_ = false;
 };
 

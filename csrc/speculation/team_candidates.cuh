@@ -37,8 +37,8 @@ __device__ __forceinline__ unsigned key_of_group(float top, int group) {
 }
 
 // At most the k-th largest of the groups' tops, by every warp; -inf if there are fewer. The smaller
-// one of the k/2-th largest of each half: two chains side by side of half the length, for one or two
-// candidates more.
+// one of the k/2-th largest of each half: two chains side by side of half the length, for one or
+// two candidates more.
 __device__ inline float candidate_bound(const float* group_top, int groups, int k) {
   const int lane = int(threadIdx.x % 32), half = groups / 2;
   unsigned low = lane < half ? key_of_group(group_top[lane], lane) : 0;

@@ -143,7 +143,8 @@ __device__ __forceinline__ void offer_quad(const Team& team, const Row& row, con
   }
 }
 
-// Offers the tokens of a group whose largest logit is `top`. Two quads at a time: Philox is a chain.
+// Offers the tokens of a group whose largest logit is `top`. Two quads at a time: Philox is a
+// chain.
 template <class Row, class Group>
 __device__ __forceinline__ void offer_group(const Team& team, const Row& row, const Draw& d,
                                             const Group& group, float top, float inverse,
