@@ -140,12 +140,12 @@ class Epilogue {
   // By every block, in the same order: a walk's copies of the windows must not differ.
   __device__ void find_confidence(Team& team, double log_sum, float* confidence) {
     TeamShared& s = shared_;
-    team.receive_tops();
+    const TopPair(*tops)[kMaxTopK / 2] = team.receive_tops();
     for (int i = int(threadIdx.x); i < kConfidenceTokens; i += int(blockDim.x)) {
       s.group_top[i] = -kInf;
     }
     __syncthreads();
-    merge_tops(s, kConfidenceTokens, int(cluster_size()),
+    merge_tops(tops, kConfidenceTokens, int(cluster_size()),
                [&](int place, float value, int) { s.group_top[place] = value; });
     __syncthreads();
     if (threadIdx.x != 0) return;
@@ -247,9 +247,7 @@ class ControlledVisit {
     __syncthreads();
     RawStatistics raw(team, top.raw, p_.topk, row.vocab, shared_.my_groups, block_groups());
     raw.finish(row);
-    const Found found = join(team, top, {-kInf, -1}, raw.sum(), [] {});
-    raw.send(team, row);  // not before all have read the lists of the epilogue
-    return found;
+    return join(team, top, {-kInf, -1}, raw.sum(), [&] { raw.send(team, row); });
   }
 
   __device__ void clear(int64_t b) {

@@ -47,9 +47,9 @@ struct TeamShared {
   alignas(16) unsigned char parts[2][kMaxWarps][kPartBytes];    // of the block's warps
   alignas(16) unsigned char inbox[2][kTeamBlocks][kPartBytes];  // from the team's blocks
   TopPair candidates[kCandidates / 2];                          // of the top-k statistics
-  TopPair top[kMaxTopK / 2];                // this block's largest, in order, if they are too many
-  TopPair tops[kTeamBlocks][kMaxTopK / 2];  // those of all blocks
-  Mailbox arrived[2], tops_arrived, fetched[2];
+  TopPair top[kMaxTopK / 2];  // this block's largest, in order, if they are too many
+  TopPair tops[2][kTeamBlocks][kMaxTopK / 2];  // lists of all blocks, of two rows in turn
+  Mailbox arrived[2], tops_arrived[2], fetched[2];
   Request request;
   double s[kMaxEntry], r[kMaxEntry];  // rejection state
   int64_t skip[kMaxEntry], mass[kMaxEntry];
@@ -58,6 +58,8 @@ struct TeamShared {
   Child children[2][32];  // of a walk's node and of its likeliest child, in turn
   bool patched;
   alignas(16) float group_top[kGroups], my_groups[kGroups];  // of the row; of the block
+  int64_t last_sum;  // of the row before, whose statistics are still to be written
+  float last_top;    // -inf: there are none
   unsigned best;     // key of a value that the draw's best one is not below
   int count;         // of candidates
   int likely_count;  // threads whose share is drawn from by a warp
@@ -126,9 +128,11 @@ class Team {
   __device__ Team(TeamShared* shared, unsigned stage, int stages)
       : shared_(shared), stage_(stage), stages_(stages) {
     if (threadIdx.x == 0) {
-      for (int i = 0; i < 2; ++i)
-        open_mailbox(shared->arrived + i), open_mailbox(shared->fetched + i);
-      open_mailbox(&shared->tops_arrived);
+      for (int i = 0; i < 2; ++i) {
+        open_mailbox(shared->arrived + i);
+        open_mailbox(shared->tops_arrived + i);
+        open_mailbox(shared->fetched + i);
+      }
       fence_for_bulk();
     }
     // The mailboxes have their own fence. Waited for where one is first looked into.
@@ -209,34 +213,39 @@ class Team {
   }
 
   // A list of `count` logits among which this block's k largest are, k or k + 1 at most, to the
-  // first block, or to all. A call of `exchange` lies between two calls, or between `receive_tops`
-  // and this one; a barrier behind the list's writes.
+  // first block, or to all. Whoever gets a list receives it before the next call, and has read it
+  // before it enters the exchange that lies before the next but one; a barrier behind the list's
+  // writes.
   __device__ void send_tops(const TopPair* list, int count, int k, bool to_all) {
     static_assert(kMaxTopK / 2 <= 32, "a pair to a lane");
-    TeamShared& s = *shared_;
     const unsigned size = cluster_size(), pairs = unsigned(k + 1) / 2, lane = threadIdx.x % 32;
+    const unsigned turn = tops_turn_++ % 2;
     TopPair mine = list[lane < pairs ? lane : 0];
     if (int(2 * lane) >= count) mine.value[0] = -kInf, mine.id[0] = -1;
     if (int(2 * lane + 1) >= count) mine.value[1] = -kInf, mine.id[1] = -1;
+    TopPair* to = &shared_->tops[turn][cluster_rank()][lane];
     if (size == 1) {
-      if (threadIdx.x < pairs) s.tops[0][lane] = mine;
+      if (threadIdx.x < pairs) *to = mine;
       return;
     }
-    for (unsigned to = threadIdx.x / 32; to < (to_all ? size : 1); to += blockDim.x / 32) {
-      if (lane < pairs) send(&s.tops[cluster_rank()][lane], &s.tops_arrived, to, mine);
+    Mailbox* box = shared_->tops_arrived + turn;
+    for (unsigned peer = threadIdx.x / 32; peer < (to_all ? size : 1); peer += blockDim.x / 32) {
+      if (lane < pairs) send(to, box, peer, mine);
     }
     if (threadIdx.x == 0 && (to_all || cluster_rank() == 0)) {
-      expect_bytes(&s.tops_arrived, size * pairs * unsigned(sizeof(TopPair)));
+      expect_bytes(box, size * pairs * unsigned(sizeof(TopPair)));
     }
   }
 
-  // Waits for the lists, by blocks to which they were sent.
-  __device__ void receive_tops() {
+  // Waits for the lists of the last call, by blocks to which they were sent.
+  __device__ auto receive_tops() -> const TopPair (*)[kMaxTopK / 2] {
+    const unsigned turn = tops_turn_ - 1;
     if (cluster_size() == 1) {
       __syncthreads();
     } else {
-      wait_for_turn<Sender::peers>(&shared_->tops_arrived, tops_turn_++);
+      wait_for_turn<Sender::peers>(shared_->tops_arrived + turn % 2, turn / 2);
     }
+    return shared_->tops[turn % 2];
   }
 
   // Starts the copy of this block's slice of a row, which is the next one to be read, unless it was
@@ -313,8 +322,8 @@ class Team {
   // The slot that guesses are copied to.
   __device__ unsigned spare() const { return slot_ ^ unsigned(stages_ > 1); }
 
-  // Waits for the copy of a wrong guess: the one thread that starts the next copy, or all where they
-  // then wait for that one, by parity.
+  // Waits for the copy of a wrong guess: the one thread that starts the next copy, or all where
+  // they then wait for that one, by parity.
   __device__ void drain() {
     if (guess_ < 0) return;
     const bool in_place = spare() == slot_;

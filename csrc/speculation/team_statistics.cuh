@@ -57,20 +57,20 @@ __device__ void send_candidates(Team& team, const Row& row, int k, bool to_all) 
 // Calls body(place, value, id) for the k largest logits in the lists of `lists` blocks; a list to a
 // warp.
 template <class Body>
-__device__ __forceinline__ void merge_tops(const TeamShared& s, int k, int lists,
+__device__ __forceinline__ void merge_tops(const TopPair (*tops)[kMaxTopK / 2], int k, int lists,
                                            const Body& body) {
   const int pairs = (k + 1) / 2, warps = int(blockDim.x / 32);
   for (int mine = int(threadIdx.x / 32); mine < lists; mine += warps) {
     for (int i = int(threadIdx.x % 32); i < 2 * pairs; i += 32) {
-      const float value = s.tops[mine][i / 2].value[i % 2];
-      const int id = s.tops[mine][i / 2].id[i % 2];
+      const float value = tops[mine][i / 2].value[i % 2];
+      const int id = tops[mine][i / 2].id[i % 2];
       if (id < 0) continue;
       int place = 0;
 #pragma unroll 1
       for (int list = 0; list < lists; ++list) {
 #pragma unroll 1
         for (int j = 0; j < pairs; ++j) {
-          const TopPair other = s.tops[list][j];
+          const TopPair other = tops[list][j];
           if (other.id[0] < 0) break;  // nothing behind it
           place += comes_before(other.value[0], other.id[0], value, id) +
                    comes_before(other.value[1], other.id[1], value, id);
@@ -171,12 +171,23 @@ __device__ __forceinline__ double log_of(int64_t sum) {
   return double(n - 40) * 0.693147180559945309 + double(noise::log_series(f));
 }
 
-// By the first block, for a sound row whose lists have come; `found` is of `join`.
-__device__ inline void write_statistics(const Team& team, const Found& found, int k, int64_t* ids,
-                                        float* logits, float* lse) {
-  merge_tops(*team.shared(), k, int(cluster_size()),
+// What `write_statistics` needs of a row that has emitted a token, by the first block.
+__device__ __forceinline__ void leave_statistics(TeamShared& s, const Found& found, bool emits) {
+  if (threadIdx.x != 0) return;
+  s.last_top = emits && is_sound(found.top) ? found.top.raw : -kInf;
+  s.last_sum = found.sum;
+}
+
+// By the first block, a barrier behind: the lists are merged while the next row's tops are on their
+// way between the blocks, which would wait for it else.
+__device__ inline void write_statistics(Team& team, int k, int64_t* ids, float* logits,
+                                        float* lse) {
+  const TopPair(*tops)[kMaxTopK / 2] = team.receive_tops();
+  const TeamShared& s = *team.shared();
+  if (!(s.last_top > -kInf)) return;
+  merge_tops(tops, k, int(cluster_size()),
              [&](int place, float value, int id) { ids[place] = id, logits[place] = value; });
-  if (threadIdx.x == 0) *lse = float(double(found.top.raw) + log_of(found.sum));
+  if (threadIdx.x == 0) *lse = float(double(s.last_top) + log_of(s.last_sum));
 }
 
 }  // namespace reasonkern

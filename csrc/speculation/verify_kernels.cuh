@@ -248,12 +248,18 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
   const int limit = int(allowed < p.depth + 1 ? allowed : p.depth + 1);
   int32_t status = 0;
   Place at{b, active && limit > 0 ? 0 : -1, 0};
-  if (at.node < 0) team.await(Slice(p.rows, b, 0));
+  const bool walks = at.node >= 0;
+  if (!walks) team.await(Slice(p.rows, b, 0));
   if (first_block) clear_outputs(p, b);
   Visit visit(p, request, b);
   TeamShared& shared = *team.shared();
   const EndTokens ends(p);
   int turn = 0;
+  const auto write_last = [&](int depth) {
+    const int64_t out = b * (p.depth + 1) + depth;
+    write_statistics(team, p.topk, p.topk_ids + out * p.topk, p.topk_logits + out * p.topk,
+                     p.lse + out);
+  };
   Range range = Range::of(p, 0);
   Children children(p, b, range.child(p));
   children.leave(shared, turn);
@@ -264,6 +270,7 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
     const Visited row = visit.choose(team, at, likely, [&] {
       if (likely > 0 && Children::is_last_warp())
         Children(p, b, grandchild).leave(shared, turn ^ 1);
+      if (first_block && at.depth > 0) write_last(at.depth - 1);
     });
     children = Children(shared, turn);
     const int64_t token = row.outcome.token, out = b * (p.depth + 1) + at.depth;
@@ -286,11 +293,11 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
       if (team.leads()) p.out_tokens[out] = token, p.path[out] = node;
       visit.emitted(token);
     }
-    if (!first_block) continue;
-    team.receive_tops();
-    if (token < 0 || !is_sound(row.found.top)) continue;
-    write_statistics(team, row.found, p.topk, p.topk_ids + out * p.topk,
-                     p.topk_logits + out * p.topk, p.lse + out);
+    if (first_block) leave_statistics(shared, row.found, token >= 0);
+  }
+  if (first_block && walks) {
+    __syncthreads();
+    write_last(at.depth - 1);
   }
   if (active && p.max_length != nullptr && at.depth >= p.max_length[b]) status |= kCapped;
   if (team.leads()) p.length[b] = at.depth, p.status[b] = status;
