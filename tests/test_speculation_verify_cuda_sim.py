@@ -83,7 +83,8 @@ def test_warps_that_fall_behind_change_nothing(simulated, blocks, seeds):
     x, r = random_logits((3, 304), 6), rows(3, 304, 6)
     expected = _load.implementation("sample", "reference")(x, None, *r.args())
     for seed in range(seeds):
-        with simulated.using(order="random", seed=seed, blocks=blocks, threads=64, teams=1):
+        shape = {"blocks": blocks, "threads": 64, "teams": 1, "stages": seed % 3}
+        with simulated.using(order="random", seed=seed, **shape):
             assert_same_bits(simulated.sample(x, None, *r.args()), expected)
             if seed < 8:
                 same(simulated, random_step(seed, batch=3, vocab=160, rejection=seed % 3 == 0))

@@ -185,10 +185,10 @@ __device__ inline RowTop find_controlled_top(Team& team, ControlledRow& row, con
 static __global__ void __launch_bounds__(kTeamThreads, blocks_inside<AnyElement>())
     sample_controlled_kernel(SampleParams p) {
   ControlShared& shared = *dynamic_shared<ControlShared>();
-  Team team(&shared, stage_offset<ControlShared>(), p.rows.stages);
+  Team team(&shared, stage_offset<ControlShared>(), p.rows);
   const int64_t teams = quotient(gridDim.x, cluster_size());
   for (int64_t b = quotient(blockIdx.x, cluster_size()); b < p.rows.batch; b += teams) {
-    const Request& request = team.begin(p.rows, p.requests, b);
+    const Request& request = team.begin(p.requests, b);
     const TeamSlot slot(p.control, b);
     slot.load(shared, false);
     ControlledRow row(team, p.rows, b, 0, p.control.state.sets, shared);
@@ -217,7 +217,7 @@ class ControlledVisit {
   }
 
   template <class Work>
-  __device__ Visited choose(Team& team, const Place& at, int, const Work& meanwhile) {
+  __device__ Visited choose(Team& team, const Place& at, const Work& meanwhile) {
     ControlledRow row(team, p_.rows, at.b, at.node, p_.control.state.sets, shared_);
     const RowTop top = find_controlled_top(team, row, slot_, request_.temperature);
     meanwhile();
@@ -269,7 +269,7 @@ class ControlledVisit {
 
 static __global__ void __launch_bounds__(kTeamThreads, blocks_inside<AnyElement>())
     verify_controlled_kernel(VerifyParams p) {
-  Team team(dynamic_shared<ControlShared>(), stage_offset<ControlShared>(), p.rows.stages);
+  Team team(dynamic_shared<ControlShared>(), stage_offset<ControlShared>(), p.rows);
   const int64_t teams = quotient(gridDim.x, cluster_size());
   for (int64_t b = quotient(blockIdx.x, cluster_size()); b < p.rows.batch; b += teams) {
     verify_request<ControlledVisit>(p, team, b);

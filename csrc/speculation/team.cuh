@@ -123,10 +123,9 @@ struct Slice {
 
 class Team {
  public:
-  // `stage`: where the slices of rows lie in the block's shared memory, which has room for
-  // `stages`.
-  __device__ Team(TeamShared* shared, unsigned stage, int stages)
-      : shared_(shared), stage_(stage), stages_(stages) {
+  // `stage`: where the slices of rows lie in the block's shared memory.
+  __device__ Team(TeamShared* shared, unsigned stage, const LogitRows& rows)
+      : shared_(shared), rows_(rows), stage_(stage) {
     if (threadIdx.x == 0) {
       for (int i = 0; i < 2; ++i) {
         open_mailbox(shared->arrived + i);
@@ -151,9 +150,10 @@ class Team {
 
   // Starts the copy of a request's first row. What the request needs goes to shared memory:
   // registers are short. Readers are behind a barrier.
-  __device__ const Request& begin(const LogitRows& rows, const RequestParams& r, int64_t b) {
+  __device__ const Request& begin(const RequestParams& r, int64_t b) {
     __syncthreads();  // the request before is done
-    fetch(rows, b, 0);
+    b_ = b;
+    fetch(0);
     if (threadIdx.x == 0) {
       shared_->request = {r.temperature[b], r.top_p[b],          r.min_p[b],
                           r.top_k[b],       uint64_t(r.seed[b]), uint64_t(r.position[b])};
@@ -250,37 +250,38 @@ class Team {
 
   // Starts the copy of this block's slice of a row, which is the next one to be read, unless it was
   // guessed. The block has read the slice before it, and a barrier lies between.
-  __device__ void fetch(const LogitRows& rows, int64_t b, int64_t node) {
-    if (guess_ == int(node)) {
+  __device__ void fetch(int node) {
+    if (guess_ == node) {
       slot_ = spare(), guess_ = -1;
     } else {
       if (spare() == slot_) drain();
-      copy(Slice(rows, b, node), slot_);
+      copy(Slice(rows_, b_, node), slot_);
     }
   }
 
-  // Starts the copy of a row that may be the next one, where there is no room for a second slice
+  // Starts the copy of a row that may be the next one; where there is no room for a second slice
   // its way to the L2.
-  __device__ void guess(const LogitRows& rows, int64_t b, int64_t node) {
+  __device__ void guess(int node) {
     drain();
     if (node <= 0) return;
-    const Slice slice(rows, b, node);
+    const Slice slice(rows_, b_, node);
     if (spare() != slot_ && slice.staged) {
-      guess_ = int(node);
+      guess_ = node;
       copy(slice, spare());
     } else if (slice.aligned && threadIdx.x == 0) {
       prefetch_bulk(slice.data, slice.bytes);
     }
+    if (slice.staged && guess_ < 0) guess_ = ~node;
   }
 
-  // The same once the block has read its slice, a barrier between: the guess takes its place where
-  // there is room for one only.
-  __device__ void guess_in_place(const LogitRows& rows, int64_t b, int64_t node) {
-    if (node <= 0 || stages_ != 1) return;
-    const Slice slice(rows, b, node);
-    if (!slice.staged) return;
-    guess_ = int(node);
-    copy(slice, slot_);
+  // Whether a guess waits for the slice of the row that is read to make room for it.
+  __device__ bool is_room_wanted() const { return guess_ < -1; }
+
+  // Makes room: nobody reads the slice's copy any more, and a barrier lies between.
+  __device__ void make_room() {
+    if (!is_room_wanted()) return;
+    guess_ = ~guess_;
+    copy(Slice(rows_, b_, guess_), slot_);
   }
 
   // Where the slice is; waits for the copy.
@@ -320,17 +321,16 @@ class Team {
   }
 
   // The slot that guesses are copied to.
-  __device__ unsigned spare() const { return slot_ ^ unsigned(stages_ > 1); }
+  __device__ unsigned spare() const { return slot_ ^ unsigned(rows_.stages > 1); }
 
   // Waits for the copy of a wrong guess: the one thread that starts the next copy, or all where
   // they then wait for that one, by parity.
   __device__ void drain() {
-    if (guess_ < 0) return;
     const bool in_place = spare() == slot_;
-    if (threadIdx.x == 0 || in_place) {
+    if (guess_ >= 0 && (threadIdx.x == 0 || in_place)) {
       wait_for_turn<Sender::self>(shared_->fetched + spare(), turn_of(spare()) - 1);
     }
-    if (in_place) __syncthreads();
+    if (guess_ >= 0 && in_place) __syncthreads();
     guess_ = -1;
   }
 
@@ -346,10 +346,11 @@ class Team {
   }
 
   TeamShared* shared_;
+  const LogitRows& rows_;
   unsigned stage_, block_turn_ = 0, turn_ = 0, tops_turn_ = 0;
   unsigned slot_ = 0, fetches_ = 0;  // of slices; copies into either slot, 16 bits each
-  const int stages_;
-  int guess_ = -1;  // node of the copy in the spare slot
+  int guess_ = -1;  // node of the copy in the spare slot, ~node while it waits for room; -1: none
+  int64_t b_ = 0;   // the request
   bool met_ = false;
 };
 

@@ -189,7 +189,7 @@ __device__ inline Best draw_skipped(const TeamShared& s, const Draw& d, int voca
 // over whose bound is below a value that the block has seen: nothing that could win is. `also` sees
 // every token, as it came and as it is drawn from.
 template <class Row, class Also>
-__device__ Best draw(Team& team, const Row& row, const Draw& d, Also& also) {
+__device__ Best draw(Team& team, Row& row, const Draw& d, Also& also) {
   TeamShared& s = *team.shared();
   Best best = draw_skipped(s, d, row.vocab);
   const float inverse = inverse_temperature(d.temperature);
@@ -210,6 +210,7 @@ __device__ Best draw(Team& team, const Row& row, const Draw& d, Also& also) {
   also.swept();
   if constexpr (!Also::kSeesAll) {
     if (list_likely(s, row, fminf(bar.floor, also.floor()))) {
+      if (team.is_room_wanted()) row.leave_copy(), team.make_room();
       each_listed_chunk(s, row, see);
       return best;
     }

@@ -227,6 +227,9 @@ struct TeamRow {
               reinterpret_cast<std::uintptr_t>(mine.data) % 16 == 0),
         tops{-kInf, -kInf} {}
 
+  // From now on the slice is read where the row is, not from its copy.
+  __device__ void leave_copy() { mine = mine.beside(slice.data); }
+
   __device__ bool may_change() const { return mask != nullptr; }
 
   // False: nothing has changed.

@@ -70,7 +70,7 @@ __device__ int64_t accept_or_reject(const VerifyParams& p, Team& team, const Row
 
 // This thread's share of a draw.
 template <class Row, class Also>
-__device__ Best sample_share(Team& team, const Row& row, const Request& r, const RowTop& top,
+__device__ Best sample_share(Team& team, Row& row, const Request& r, const RowTop& top,
                              Also& also) {
   if (r.temperature == 0 || is_bad(top, r.temperature)) return find_top_token(row, top);
   const Draw d = target_draw(team, row, r, top, r.position);
@@ -85,7 +85,7 @@ struct Choice {
 };
 
 template <class Row, class Also>
-__device__ Choice choose_share(const VerifyParams& p, Team& team, const Row& row, const Request& r,
+__device__ Choice choose_share(const VerifyParams& p, Team& team, Row& row, const Request& r,
                                const RowTop& top, const Place& at, Also& also) {
   if (r.temperature == 0 || is_bad(top, r.temperature)) return {find_top_token(row, top), -1};
   Choice choice{{-kInf, -1}, -1};
@@ -100,10 +100,10 @@ __device__ Choice choose_share(const VerifyParams& p, Team& team, const Row& row
 
 template <class E>
 __global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) sample_kernel(SampleParams p) {
-  Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>(), p.rows.stages);
+  Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>(), p.rows);
   const int64_t teams = quotient(gridDim.x, cluster_size());
   for (int64_t b = quotient(blockIdx.x, cluster_size()); b < p.rows.batch; b += teams) {
-    const Request& request = team.begin(p.rows, p.requests, b);
+    const Request& request = team.begin(p.requests, b);
     TeamRow<E> row(team, p.rows, b, 0);
     const RowTop top = find_row_top(team, row, [] {});
     Nothing nothing;
@@ -121,6 +121,8 @@ struct Range {
   __device__ static Range of(const VerifyParams& p, int node) {
     return {p.child_ptr[node], p.child_ptr[node + 1]};
   }
+
+  __device__ bool is_long() const { return last - first > 32; }
 
   // The child of this lane, from the `skip`-th on, or 0.
   __device__ int32_t child(const VerifyParams& p, int skip = 0) const {
@@ -165,12 +167,14 @@ struct Children {
   }
 };
 
-// `few`: the first of those in `range`.
-__device__ inline int find_child(const VerifyParams& p, int64_t b, const Range& range,
-                                 const Children& few, int64_t token) {
+// `few`: the first of a node's children, and all if there are no `more`.
+__device__ inline int find_child(const VerifyParams& p, const Place& at, const Children& few,
+                                 bool more, int64_t token) {
   int found = few.find(token);
+  if (found >= 0 || !more) return found;
+  const Range range = Range::of(p, at.node);
   for (int skip = 32; found < 0 && range.first + skip < range.last; skip += 32) {
-    found = Children(p, b, range.child(p, skip)).find(token);
+    found = Children(p, at.b, range.child(p, skip)).find(token);
   }
   return found;
 }
@@ -219,9 +223,8 @@ struct PlainVisit {
   __device__ PlainVisit(const VerifyParams& p, const Request& request, int64_t)
       : p(p), request(request) {}
 
-  // `likely`: the node that may be next.
   template <class Work>
-  __device__ Visited choose(Team& team, const Place& at, int likely, const Work& meanwhile) {
+  __device__ Visited choose(Team& team, const Place& at, const Work& meanwhile) {
     TeamRow<E> row(team, p.rows, at.b, at.node);
     const RowTop top = find_row_top(team, row, meanwhile);
     const bool alone = cluster_size() == 1;
@@ -232,7 +235,7 @@ struct PlainVisit {
     raw.finish(row);
     const Found found = join(team, top, choice.best, raw.sum(), [&] {
       raw.send(team, row);
-      team.guess_in_place(p.rows, at.b, likely);
+      team.make_room();
     });
     return {outcome_of(found.top, found.best, request.temperature, choice.accepted), found};
   }
@@ -242,7 +245,7 @@ struct PlainVisit {
 
 template <class Visit>
 __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
-  const Request& request = team.begin(p.rows, p.requests, b);
+  const Request& request = team.begin(p.requests, b);
   const bool active = p.valid[b * p.rows.nodes], first_block = cluster_rank() == 0;
   const int64_t allowed = p.max_length != nullptr ? p.max_length[b] : p.depth + 1;
   const int limit = int(allowed < p.depth + 1 ? allowed : p.depth + 1);
@@ -254,7 +257,6 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
   Visit visit(p, request, b);
   TeamShared& shared = *team.shared();
   const EndTokens ends(p);
-  int turn = 0;
   const auto write_last = [&](int depth) {
     const int64_t out = b * (p.depth + 1) + depth;
     write_statistics(team, p.topk, p.topk_ids + out * p.topk, p.topk_logits + out * p.topk,
@@ -262,33 +264,34 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
   };
   Range range = Range::of(p, 0);
   Children children(p, b, range.child(p));
-  children.leave(shared, turn);
+  children.leave(shared, 0);
+  bool more = range.is_long();
   while (at.node >= 0) {
     const int node = at.node, likely = children.likely();
     const int32_t grandchild = likely > 0 ? children.ahead().child(p) : 0;  // read during the sweep
-    team.guess(p.rows, b, likely);
-    const Visited row = visit.choose(team, at, likely, [&] {
+    team.guess(likely);
+    const Visited row = visit.choose(team, at, [&] {
       if (likely > 0 && Children::is_last_warp())
-        Children(p, b, grandchild).leave(shared, turn ^ 1);
+        Children(p, b, grandchild).leave(shared, (at.depth + 1) % 2);
       if (first_block && at.depth > 0) write_last(at.depth - 1);
     });
-    children = Children(shared, turn);
+    children = Children(shared, at.depth % 2);
     const int64_t token = row.outcome.token, out = b * (p.depth + 1) + at.depth;
     if (row.outcome.bad) status |= kBadRow;
     if (token < 0) at.node = -1;
     if (token >= 0) {
-      at.node = at.depth + 1 < limit ? find_child(p, b, range, children, token) : -1;
+      at.node = at.depth + 1 < limit ? find_child(p, at, children, more, token) : -1;
       ++at.depth;
       if (ends.contain(p, token)) status |= kEos, at.node = -1;
       if (at.node >= 0) {  // the next row is on its way meanwhile
-        team.fetch(p.rows, b, at.node);
-        turn ^= 1;
+        team.fetch(at.node);
         if (at.node == likely) {
-          range = children.ahead(), children = Children(shared, turn);
+          range = children.ahead(), children = Children(shared, at.depth % 2);
         } else {
           range = Range::of(p, at.node), children = Children(p, b, range.child(p));
-          children.leave(shared, turn);
+          children.leave(shared, at.depth % 2);
         }
+        more = range.is_long();
       }
       if (team.leads()) p.out_tokens[out] = token, p.path[out] = node;
       visit.emitted(token);
@@ -305,7 +308,7 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
 
 template <class E>
 __global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) verify_kernel(VerifyParams p) {
-  Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>(), p.rows.stages);
+  Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>(), p.rows);
   const int64_t teams = quotient(gridDim.x, cluster_size());
   for (int64_t b = quotient(blockIdx.x, cluster_size()); b < p.rows.batch; b += teams) {
     verify_request<PlainVisit<E>>(p, team, b);
