@@ -150,7 +150,7 @@ __device__ __forceinline__ void offer_group(const Team& team, const Row& row, co
                                             const Group& group, float top, float inverse,
                                             const Bar& bar, Best& best) {
   static_assert(Group::kQuads % 2 == 0 || Group::kQuads == 1, "pairs, or a single one");
-  constexpr int kPair = Group::kQuads == 1 ? 1 : 2;
+  constexpr int kPair = Row::kHasRoom && Group::kQuads > 1 ? 2 : 1;
   const uint32_t limit = word_limit(bar.bar - top * inverse);
 #pragma unroll 1
   for (int quad = 0; quad < Group::kQuads; quad += kPair) {
@@ -209,7 +209,7 @@ __device__ Best draw(Team& team, Row& row, const Draw& d, Also& also) {
   };
   also.swept();
   if constexpr (!Also::kSeesAll) {
-    if (list_likely(s, row, fminf(bar.floor, also.floor()))) {
+    if (list_likely(s, row, fminf(bar.floor, also.floor())) && Row::kHasRoom) {
       if (team.is_room_wanted()) row.leave_copy(), team.make_room();
       each_listed_chunk(s, row, see);
       return best;

@@ -209,6 +209,10 @@ struct ShareTops {
 
 template <class E>
 struct TeamRow {
+  // In registers: where types are told apart, neither for looking at listed shares nor for noise of
+  // two quads at a time.
+  static constexpr bool kHasRoom = !std::is_same<E, AnyElement>::value;
+
   Slice slice;
   Elements<E> mine;     // the slice's logits
   const int32_t* mask;  // of this row, or null
@@ -257,24 +261,27 @@ struct TeamRow {
     for (int k = 0; k < 4; ++k) x[k] = quad[0][k];
   }
 
-  // body(v, x) for this thread's share of the slice; kAhead loads are under way at a time.
-  template <int kAhead = 4, class Body>
-  __device__ void each(const Body& body) const {
-    const Elements<E> from = mine;
-    const int step = 4 * int(blockDim.x), count = slice.last - slice.first;
-    for (int i = 4 * int(threadIdx.x); i < count; i += kAhead * step) {
-      float x[kAhead][4];
-      from.load(i, step, count, whole, x);
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        if (i + j * step < count) body(slice.first + i + j * step, x[j]);
+  // body(v, x) for the quads of this thread's share of the slice, one by one: for what is rare.
+  template <class Body>
+  __device__ __forceinline__ void each_quad(const Body& body) const {
+    constexpr int kChunk = Group<E>::kChunk;
+    const int step = kChunk * int(blockDim.x);
+#pragma unroll 1
+    for (int v = slice.first + kChunk * int(threadIdx.x); v < slice.last; v += step) {
+#pragma unroll 1
+      for (int k = 0; k < kChunk && v + k < slice.last; k += 4) {
+        float x[4];
+        read(v + k, x);
+        body(v + k, x);
       }
     }
   }
 
   // The largest logit of this thread's share, as they came. kAhead loads are under way at a time:
   // shares of 152,000 two-byte tokens in 2, 4 or 8 blocks are 38, 19 and 10 chunks.
-  __device__ float share_top() const { return whole ? share_top<5>(true) : share_top<1>(false); }
+  __device__ float share_top() const {
+    return whole ? share_top<kHasRoom ? 5 : 2>(true) : share_top<1>(false);
+  }
 
   // Whether a token is in this thread's share.
   __device__ bool owns(int64_t v) const {

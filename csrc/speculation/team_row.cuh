@@ -29,7 +29,7 @@ __device__ __forceinline__ RowTop reduce_lanes(RowTop x, unsigned, JoinTops) {
 template <class Row>
 __device__ RowTop finite_top(Team& team, const Row& row, int bad) {
   RowTop top{-kInf, -kInf, bad};
-  row.template each<1>([&](int v, float (&x)[4]) {
+  row.each_quad([&](int v, float (&x)[4]) {
     row.apply_mask(v, x);
     for (int k = 0; k < 4; ++k) {
       if (x[k] < kInf && x[k] > top.value) top.value = x[k];
@@ -97,17 +97,10 @@ template <class Row>
 __device__ Best find_top_token(const Row& row, const RowTop& top) {
   Best best{-kInf, -1};
   if (row.tops.allowed < top.value) return best;
-  row.each_group([&](const auto& group) {
-#pragma unroll 1
-    for (int quad = 0; quad < group.kQuads && group.quad_of(quad) < group.last; ++quad) {
-      const int v = group.quad_of(quad);
-      float x[4];
-      row.read(v, x);
-      row.apply_mask(v, x);
-#pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        if (x[k] == top.value) best.offer(x[k], v + k);
-      }
+  row.each_quad([&](int v, float (&x)[4]) {
+    row.apply_mask(v, x);
+    for (int k = 0; k < 4; ++k) {
+      if (x[k] == top.value) best.offer(x[k], v + k);
     }
   });
   return best;
@@ -154,7 +147,7 @@ __device__ __forceinline__ bool has_no_mass(float value, float top) { return val
 template <class Row, class Likely, class Body>
 __device__ __forceinline__ void each_likely_quad(const Row& row, const Likely& is_likely,
                                                  const Body& body) {
-  if (!is_likely(row.tops.allowed)) return;
+  if (Row::kHasRoom && !is_likely(row.tops.allowed)) return;
   row.each_group([&](const auto& group) {
     const float raw = group.top();
     if (!is_likely(row.may_change() ? allowed_top(row, group, raw) : raw)) return;

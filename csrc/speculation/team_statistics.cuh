@@ -13,7 +13,7 @@ __device__ void rank_slowly(Team& team, const Row& row, int k) {
   Best last{kInf, -1};
   for (int place = 0; place < k; ++place) {
     Best best{-kInf, -1};
-    row.template each<1>([&](int v, float (&x)[4]) {
+    row.each_quad([&](int v, float (&x)[4]) {
       if (Allowed) row.apply_mask(v, x);
       for (int j = 0; j < 4; ++j) {
         if (comes_before(last.score, last.id, x[j], v + j)) best.offer(x[j], v + j);
@@ -132,7 +132,7 @@ class RawStatistics {
       const float top = group.top();
       if (!(top < floor())) raw(row, group, top);
     };
-    if (list_likely(shared_, row, floor())) {
+    if (list_likely(shared_, row, floor()) && Row::kHasRoom) {
       each_listed_chunk(shared_, row, see);
     } else {
       row.each_group(see);
