@@ -17,6 +17,7 @@ import pytest
 
 import reasonkern as rk
 from reasonkern import Objective
+from reasonkern.modulation.layout import Storage
 from reasonkern.speculation.tree import TreeTensors
 
 # Triton kernels import Triton, the demo its extras, integrations their trainer, __main__ runs,
@@ -77,6 +78,7 @@ def test_public_names_are_documented(name: str) -> None:
 TUPLES_OF_USERS = [
     *(thing for thing in PUBLIC.values() if inspect.isclass(thing) and issubclass(thing, tuple)),
     TreeTensors,
+    Storage,
 ]
 
 

@@ -35,8 +35,13 @@ def test_the_adapters_override_what_the_engine_calls(engine: str, source: str) -
 def test_a_class_says_which_tokens_it_controls(engine: str) -> None:
     with adapter(engine, "recorded") as module:
         base = processor_class(module)
-        with pytest.raises(ValueError, match="sets: expected a subclass that sets it to TokenSets"):
+        with pytest.raises(ValueError, match="vocab_size: expected a subclass .* 0, got None"):
             _request.controlled_tokens(base)
+        mapping = type("Mapping", (base,), {"sets": dict(SETS), "vocab_size": 10})
+        with pytest.raises(ValueError, match="sets: expected a TokenSets or None, got dict"):
+            _request.controlled_tokens(mapping)
+        without = type("Without", (base,), {"vocab_size": 10})
+        assert _request.controlled_tokens(without) == (rk.TokenSets.from_ids({}), 10)
         small = type("Small", (base,), {"sets": SETS, "vocab_size": 9})
         with pytest.raises(ValueError, match="vocab_size: expected .* above 9, got 9"):
             _request.controlled_tokens(small)

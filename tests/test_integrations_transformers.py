@@ -240,6 +240,25 @@ def test_custom_generate_stops_by_any_criterion(ours, make, transformers, tokeni
     assert torch.equal(found, plain.sequences) and int(plain.lengths[0]) == 13
 
 
+def test_an_assistant_does_nothing_in_custom_generate(ours, make):
+    """transformers keeps it back, and nothing tells of it: once this fails, it can be refused."""
+    model, given = make(), []
+
+    def custom_generate(model, input_ids, **options):
+        given.append(options)
+        return ours.custom_generate(model, input_ids, **options)
+
+    texts = [
+        model.generate(IDS[:1], max_new_tokens=4, custom_generate=custom_generate,
+                       assistant_model=assistant) for assistant in (None, make())
+    ]  # fmt: skip
+    assert torch.equal(*texts)
+    plain, assisted = given
+    assert set(plain) == set(assisted)
+    assert vars(plain["generation_config"]).keys() == vars(assisted["generation_config"]).keys()
+    assert plain["generation_config"].to_dict() == assisted["generation_config"].to_dict()
+
+
 REFUSED = {
     "processor": ({"repetition_penalty": 1.5}, "logits_processor: expected none but Temperature"),
     "beams": ({"num_beams": 2}, "generation mode: expected 'greedy_search' or 'sample'"),

@@ -106,6 +106,20 @@ def test_transformers_strategies_equal_a_processor_without_memory(
 
 
 @pytest.mark.peers
+def test_transformers_without_sets(model: Any) -> None:
+    """A budget alone, as beside sets that it does not name."""
+    spec = rk.Modulation(budget=rk.Budget(5, [4, END]), think_end=END)
+    options = {"max_new_tokens": 12, "do_sample": False}
+    bare, beside = (
+        model.generate(PROMPTS[1:2], logits_processor=[processor(spec, *sets)], **options).tolist()
+        for sets in ((), (SETS,))
+    )
+    assert bare == beside and bare[0][9:11] == [4, END]
+    with pytest.raises(ValueError, match=r"ban\.set: expected a TokenSets that has it"):
+        model.generate(PROMPTS[1:2], logits_processor=[processor(rk.Modulation(ban=rk.Ban()))])
+
+
+@pytest.mark.peers
 def test_transformers_keeps_raw_logits_and_refuses_a_second_use(model: Any) -> None:
     spec = rk.Modulation(ban=rk.Ban())
     control = processor(spec, SETS)
@@ -126,7 +140,7 @@ def test_transformers_keeps_raw_logits_and_refuses_a_second_use(model: Any) -> N
     for wrong in (None, {}, rk.Cyclic(1.0, 2), [rk.Cyclic(1.0, 2)], "spec"):
         with pytest.raises(ValueError, match="spec: expected a Modulation, or a sequence of them"):
             processor(wrong, SETS)
-    with pytest.raises(ValueError, match="sets: expected a TokenSets, got dict"):
+    with pytest.raises(ValueError, match="sets: expected a TokenSets or None, got dict"):
         processor(spec, {"reflect": [5]})
     with pytest.raises(ValueError, match="prompt_length: expected an integer .* got '4'"):
         processor(spec, SETS, prompt_length="4")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,37 @@ def test_saving_moving_and_going_on():
         loaded.add(3, requests[3][0], [])
     moved = make_state(2).to("meta")
     assert moved.device.type == "meta" and moved.checked_by_kernel is None
+
+
+def test_a_state_without_sets_is_saved_copied_and_moved():
+    state = rk.ModulationState(2)
+    state.add(1, rk.Modulation(budget=rk.Budget(1, [9, END])), [1], [3])
+    assert "TokenSets()" in repr(state) and state.max_id == END
+    buffer = io.BytesIO()
+    torch.save(state.state_dict(), buffer)
+    buffer.seek(0)
+    loaded = rk.ModulationState(2)
+    loaded.load_state_dict(torch.load(buffer))
+    for other in (loaded, copy.deepcopy(state), pickle.loads(pickle.dumps(state)).to("cpu")):
+        assert other.max_id == END and other.free == [0]
+        assert rk.modulate_logits_(Z.clone(), other, ONE + 1)[0, 9] == 3e4
+    assert rk.ModulationState(2).to("meta").device.type == "meta"
+    with pytest.raises(ValueError, match="state: expected settings .*'sets': {'reflect'"):
+        make_state(2).load_state_dict(state.state_dict())
+
+
+def test_a_state_outlives_inference_mode():
+    """Inference tensors could not be written to outside of it."""
+    with torch.inference_mode():
+        state = make_state(2)
+        state.add(0, rk.Modulation(constant=rk.Constant(1.0)), [])
+        rk.modulate_logits_(Z.clone(), state, ONE)
+    moved = state.to("cpu")
+    state.add(1, rk.Modulation(budget=rk.Budget(1, [9])), [])
+    rk.commit_(moved, ONE + 1, torch.tensor([[3]]), ONE + 1)
+    assert rk.modulate_logits_(Z.clone(), state, ONE + 1)[0, 9] == 3e4
+    with torch.inference_mode():
+        assert not any(t.is_inference() for t in rk.ModulationState(1).to("meta").tensors)
 
 
 def test_bad_states():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -82,7 +83,8 @@ SPECS: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.Modulation(
         min_think=rk.MinThink(5, 0, [1]), think_end=2, budget=rk.Budget(4, [2])),
      "min_think.tokens: expected at most budget.tokens = 4, got 5"),
-    (lambda: rk.TokenSets.from_ids({}), "sets: expected 1 to 32 of them, got 0"),
+    (lambda: rk.TokenSets.from_ids({f"{k}": [k] for k in range(33)}),
+     "sets: expected at most 32 of them, got 33"),
     (lambda: rk.TokenSets.from_ids("a"), "sets: expected a mapping from names to token ids"),
     (lambda: rk.TokenSets.from_ids({"a": []}), r"sets\['a'\]: expected at least one id"),
     (lambda: rk.TokenSets.from_ids({"a": [None]}), r"sets\['a'\]: expected token ids, .* got None"),
@@ -100,7 +102,10 @@ STATES: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.ModulationState(0, state_of().sets), "max_requests: expected an integer in"),
     (lambda: rk.ModulationState(True, state_of().sets), "max_requests: expected .* got True"),
     (lambda: state_of().load_state_dict(None), "state: expected a mapping, as state_dict returns"),
-    (lambda: rk.ModulationState(1, {"a": [1]}), "sets: expected a TokenSets, got dict"),
+    (lambda: rk.ModulationState(1, {"a": [1]}), "sets: expected a TokenSets or None, got dict"),
+    (lambda: rk.ModulationState(1).add(0, rk.Modulation(cyclic=rk.Cyclic(1.0, 5)), []),
+     r"cyclic.set: expected a TokenSets that has it \(sets=TokenSets.from_ids\(\{'reflect': ids\}\)"
+     r"\), got no sets"),
     (lambda: state_of().add(4, rk.Modulation(), []), r"slot: expected an integer in \[0, 4\)"),
     (lambda: state_of().add(True, rk.Modulation(), []), r"slot: expected an integer .* got True"),
     (lambda: state_of(rk.Modulation()).add(0, rk.Modulation(), []), "slot: expected a slot that i"),
@@ -221,12 +226,13 @@ def test_raw_operators_refuse_what_they_cannot_read():
     wrong = [
         ((Z, ONE, None, None, None, None, records[:, :9].contiguous(), sets, True), "records"),
         ((Z, ONE, None, None, None, None, records, sets.int(), True), "sets: expected dtype"),
-        ((Z, ONE, None, None, None, None, records, sets[:40], True), "sets: expected entries"),
+        ((Z, ONE, None, None, None, None, records, sets[:39], True), "sets: expected bounds"),
         ((Z, ONE, ONE, None, None, None, *read, True), "local_pos: expected draft_tokens"),
         ((Z, torch.tensor([7]), None, None, None, None, *read, True), "slot: got 7 at 0"),
         ((Z.half().to(torch.complex64), ONE, None, None, None, None, *read, True), "logits"),
     ]
     for args, message in wrong:
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(RuntimeError, match=message) as caught:
             OPS.modulate_logits_(*args)
+        assert re.match(r"\w+, csrc/", str(caught.value))  # not where the library was built
     assert not Z.any() and SETS["reflect"] == state.sets["reflect"]

@@ -155,3 +155,28 @@ def test_all_sets_and_more_entries_than_are_taken_at_once(backend):
     commit(backend, state, slot, torch.tensor([[8]]), torch.tensor([1]))
     expected[0, [4, 5, 399]] += 3.0
     assert torch.equal(modulate(backend, torch.zeros(1, 400), state, slot), expected)
+
+
+def test_a_state_without_sets(backend):
+    """Budgets and minima act in rows and commits as beside sets that they do not name."""
+    specs = [
+        rk.Modulation(budget=rk.Budget(1, [9, END]), think_end=END),
+        rk.Modulation(budget=rk.Budget(9, [9, END], rk.SoftBudget(0.0)), think_end=END),
+        rk.Modulation(min_think=rk.MinThink(9, 0, [7, 8]), think_end=END),
+    ]
+    parents = torch.tensor([-1, 0, 0, 1], dtype=torch.int32)
+    slot, drafts = torch.arange(3), torch.tensor([[1, 9, 7, END], [1, 9, 3, 9], [1, 7, 8, 8]])
+    logits = torch.randn(12, VOCAB, generator=torch.Generator().manual_seed(0))
+    bare, beside = rk.ModulationState(3), make_state(3)
+    for state in (bare, beside):
+        for i, spec in enumerate(specs):
+            state.add(i, spec, prompt_tokens=[1], generated_tokens=[3])
+    for tokens in ([[3, 9], [9, 2], [7, 8]], [[9, END], [4, 9], [7, END]]):
+        rows = [modulate(backend, logits, s, slot, None, drafts, parents) for s in (bare, beside)]
+        assert torch.equal(bits(rows[0]), bits(rows[1]))
+        changed = (rows[0] != logits).any(-1).view(3, 4)
+        assert changed.any(-1).all()
+        for state in (bare, beside):
+            commit(backend, state, slot, torch.tensor(tokens), torch.full((3,), 2))
+        assert torch.equal(bare.tensors.records, beside.tensors.records)
+    assert bare.tensors.progress[0, at.PHASE] == at.CLOSED != bare.tensors.progress[1, at.PHASE]

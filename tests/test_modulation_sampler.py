@@ -214,7 +214,7 @@ def test_windows_equal_a_literal_loop(sampler, window):
     steps, batch = effort(sampler, 12 if interpreted(sampler) else 40, 300, 5000), 3
     deepconf = [rk.DeepConf(x, window) for x in (11.9, 12.02, 0.0)]
     trigger = [rk.EntropyTrigger(25, 2.0, 1.0, 0.1, 2.0), rk.EntropyTrigger(), rk.EntropyTrigger(2)]
-    state = rk.ModulationState(batch + 1, SETS, device=sampler.device)
+    state = rk.ModulationState(batch + 1, device=sampler.device)  # without sets
     literal = [Literal(d, t) for d, t in zip(deepconf, trigger, strict=True)]
     slot = torch.tensor([2, 0, 3])
     for s, d, t in zip(slot.tolist(), deepconf, trigger, strict=True):
@@ -250,7 +250,7 @@ def test_windows_equal_a_literal_loop(sampler, window):
 
 def test_a_stopped_request_gets_its_end_in_the_same_step(sampler):
     """The second row of a step is forced when the first one's confidence stops the request."""
-    state = rk.ModulationState(1, SETS)
+    state = rk.ModulationState(1)
     deepconf = rk.DeepConf(10.0, window=1, eos=EOS)  # flat rows have a confidence of ln V
     state.add(0, rk.Modulation(deepconf=deepconf), prompt_tokens=[])
     logits = torch.zeros(1, 4, VOCAB)
@@ -392,7 +392,7 @@ def test_the_operators_refuse_a_state_of_another_layout():
     state, slot = list(small_state().tensors), torch.tensor([0, 1, 2])
     args = (random_logits((3, VOCAB), 1), None, *rows(3, VOCAB, 1).args())
     for index, name in enumerate(layout.Storage._fields):
-        for other in (lambda t: t[..., :40].contiguous(), torch.Tensor.double):
+        for other in (lambda t: t[..., :39].contiguous(), torch.Tensor.double):
             broken = [other(t) if i == index else t for i, t in enumerate(state)]
             with pytest.raises(RuntimeError, match=name):
                 torch.ops.reasonkern.sample_controlled(*args, slot, broken)

@@ -281,6 +281,16 @@ def test_saved_and_loaded_tables_draft_the_same() -> None:
     assert_same_table(other, table)
 
 
+def test_a_table_outlives_inference_mode() -> None:
+    with torch.inference_mode():
+        table = small().to("cpu")
+        run_update(define, table, random_batch(0))
+        assert not any(t.is_inference() for t in state_tensors(small().to("meta")).values())
+    table.reset(1)
+    table.load_state_dict(filled().state_dict())
+    assert_same_table(table, filled())
+
+
 def test_clear_gives_a_new_table() -> None:
     table = filled()
     table.clear()

@@ -13,7 +13,7 @@ namespace modulation {
 
 inline State describe_state(const Tensor& reference, const Tensor& records, const Tensor& sets) {
   STD_TORCH_CHECK(records.dim() == 2 && records.size(0) > 0, "records: expected slots");
-  STD_TORCH_CHECK(sets.dim() == 1 && sets.size(0) > Sets::kEntries, "sets: expected entries");
+  STD_TORCH_CHECK(sets.dim() == 1 && sets.size(0) >= Sets::kEntries, "sets: expected bounds");
   const int64_t slots = records.size(0), places = sets.size(0);
   check_tensor(records, "records", ScalarType::Long, {slots, kRecordWidth}, reference);
   check_tensor(sets, "sets", ScalarType::Long, {places}, reference);

@@ -134,7 +134,6 @@ class Operators {
     dispatch_acc(logits_type(logprob, "logprob"), [&](auto acc) {
       using T = decltype(acc);
       const RowTensors<T> from(logprob);
-      const auto to = [&](int k) { return out[k].mutable_data_ptr<T>(); };
       MapParams<T> p{};
       p.logprob = from.read(logprob, "logprob");
       p.entropy = from.read(entropy, "entropy");
@@ -142,14 +141,8 @@ class Operators {
       read_objective(from, p.loss, old_logprob, advantage, weight, entropy_weight, importance,
                      ref_logprob);
       fill_hyper<T>(p.loss, logprob.numel(), logprob, hyper, values);
-      p.loss.kind = static_cast<int>(kind);
-      p.loss.kl_kind = static_cast<int>(kl_kind);
-      p.loss.kl_unbiased = kl_unbiased;
-      p.loss.row_loss = to(0);
-      p.loss.token_loss = to(1);
-      p.dlogp = to(2);
-      p.dentropy = to(3);
-      p.finite = finite.mutable_data_ptr<bool>();
+      fill_kinds(p.loss, kind, kl_kind, kl_unbiased);
+      fill_outputs<T>(p.loss, p, out, finite);
       if (logprob.numel() > 0) Backend::objective_map(p, logprob.get_device_index());
     });
     return {out[0], out[1], out[2], out[3], finite};
@@ -168,7 +161,6 @@ class Operators {
     dispatch_acc(logits_type(logprob, "logprob"), [&](auto acc) {
       using T = decltype(acc);
       const RowTensors<T> from(logprob);
-      const auto to = [&](int k) { return out[k].mutable_data_ptr<T>(); };
       SequenceParams<T> p{};
       p.rows = logprob.numel();
       p.sequences = logprob.size(0);
@@ -183,15 +175,9 @@ class Operators {
       read_objective(from, p, old_logprob, advantage, weight, entropy_weight, importance,
                      ref_logprob);
       fill_hyper<T>(p, p.rows, logprob, hyper, values);
-      p.kind = static_cast<int>(kind);
-      p.kl_kind = static_cast<int>(kl_kind);
-      p.kl_unbiased = kl_unbiased;
-      p.row_loss = to(0);
-      p.token_loss = to(1);
-      p.dlogp = to(2);
-      p.dentropy = to(3);
-      p.log_ratio = to(4);
-      p.finite = finite.mutable_data_ptr<bool>();
+      fill_kinds(p, kind, kl_kind, kl_unbiased);
+      fill_outputs<T>(p, p, out, finite);
+      p.log_ratio = out[4].mutable_data_ptr<T>();
       if (p.rows > 0) Backend::sequence_map(p, logprob.get_device_index());
     });
     return {out[0], out[1], out[2], out[3], finite, out[4]};
@@ -278,9 +264,7 @@ class Operators {
                      ref_logprob);
       p.loss_scale = from.read_scalar(loss_scale, "loss_scale");
       fill_hyper<T>(p, rows.rows, logits, hyper, values);
-      p.kind = static_cast<int>(kind);
-      p.kl_kind = static_cast<int>(kl_kind);
-      p.kl_unbiased = kl_unbiased;
+      fill_kinds(p, kind, kl_kind, kl_unbiased);
       p.row_loss = std::get<0>(out).template mutable_data_ptr<T>();
       p.token_loss = std::get<1>(out).template mutable_data_ptr<T>();
       p.logprob = std::get<2>(out).template mutable_data_ptr<T>();

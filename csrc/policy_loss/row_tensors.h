@@ -155,6 +155,24 @@ void fill_hyper(Params& p, int64_t rows, const Tensor& beside, const MaybeTensor
   p.hyper_rows = hyper->size(1);
 }
 
+// Fields of the same names in LossParams and SequenceParams.
+template <class Params>
+void fill_kinds(Params& p, int64_t kind, int64_t kl_kind, bool kl_unbiased) {
+  p.kind = static_cast<int>(kind);
+  p.kl_kind = static_cast<int>(kl_kind);
+  p.kl_unbiased = kl_unbiased;
+}
+
+// Where a map writes; `loss` is the part of it that LossParams has, too.
+template <class T, class Loss, class Map>
+void fill_outputs(Loss& loss, Map& map, const std::vector<Tensor>& out, const Tensor& finite) {
+  loss.row_loss = out[0].mutable_data_ptr<T>();
+  loss.token_loss = out[1].mutable_data_ptr<T>();
+  map.dlogp = out[2].mutable_data_ptr<T>();
+  map.dentropy = out[3].mutable_data_ptr<T>();
+  map.finite = finite.mutable_data_ptr<bool>();
+}
+
 inline void check_rows(const Tensor& t, const char* name) {
   STD_TORCH_CHECK(t.dim() == 2, name, ": expected shape (B, T), got ", shape_text(t.sizes()));
 }

@@ -113,8 +113,7 @@ RK_HOST_DEVICE double sequence_slope(const SequenceParams<T>& p, int64_t row, do
   const Hyper<double> h = load_hyper(p, row);
   const SequenceRow<T> r = load_sequence_row(p, row, h);
   if (!r.active || p.kind == kVespo) return 0;
-  const T weight = p.importance != nullptr ? r.in.weight * r.in.importance : r.in.weight;
-  return weight * sequence_loss(p.kind, log_ratio, r.in.advantage, h).dlogp;
+  return r.in.weight * r.in.importance * sequence_loss(p.kind, log_ratio, r.in.advantage, h).dlogp;
 }
 
 // VESPO's -phi(w) A logp; fields of the numbers: k, lambda for A >= 0, then for A < 0.

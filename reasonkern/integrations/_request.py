@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import _checks
 from ..modulation import Modulation, SoftBudget, TokenSets
+from ..modulation.sets import check_set, sets_or_none
 from ..modulation.spec import PARTS
 
 NAME = "modulation"
@@ -53,7 +54,7 @@ def check_request(spec: Modulation, sets: TokenSets, vocab_size: int) -> None:
     check_windows(spec)
     for name, part in spec.parts.items():
         if hasattr(part, "set"):
-            _checks.check_choice(f"{NAME}.{name}.set", part.set, sets)
+            check_set(f"{NAME}.{name}.set", part.set, sets)
     for name, token in _ids(spec):
         if token >= vocab_size:
             _checks.fail(f"{NAME}.{name}", f"token ids in [0, {vocab_size})", token)
@@ -68,11 +69,9 @@ def check_windows(spec: Modulation) -> None:
 
 def controlled_tokens(kind: Any) -> tuple[TokenSets, int]:
     """A processor class's sets and vocabulary; refuses one that does not say them."""
-    sets, vocab_size = kind.sets, kind.vocab_size
-    if not isinstance(sets, TokenSets):
-        _checks.fail("sets", "a subclass that sets it to TokenSets", type(sets).__name__)
-    if not isinstance(vocab_size, int) or vocab_size <= sets.max_id:
-        expected = f"a subclass that sets it to the model's, above {sets.max_id}"
+    sets, vocab_size = sets_or_none(kind.sets), kind.vocab_size
+    if not isinstance(vocab_size, int) or vocab_size <= max(sets.max_id, 0):
+        expected = f"a subclass that sets it to the model's, above {max(sets.max_id, 0)}"
         _checks.fail("vocab_size", expected, vocab_size)
     return sets, vocab_size
 

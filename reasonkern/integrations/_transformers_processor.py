@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..modulation import Modulation, ModulationState, TokenSets, commit_, modulate_logits_
+from ..modulation.sets import sets_or_none
 from ._peer import import_peer
 from ._request import check_windows
 
@@ -40,7 +41,7 @@ class ModulationLogitsProcessor(LogitsProcessor):
 
     Args:
         spec: a `Modulation` for all sequences, or one for each; None leaves a sequence alone.
-        sets: the `TokenSets` that they name.
+        sets: the `TokenSets` that they name. None = they name none.
         temperature: the one given to ``generate``, which `MinThink` needs; 0 for greedy decoding.
             None = no `MinThink`.
         prompt_length: tokens before the first generated one. None = those of the first call.
@@ -57,7 +58,7 @@ class ModulationLogitsProcessor(LogitsProcessor):
     def __init__(
         self,
         spec: Modulation | Sequence[Modulation | None],
-        sets: TokenSets,
+        sets: TokenSets | None = None,
         *,
         temperature: float | None = None,
         prompt_length: int | None = None,
@@ -66,12 +67,10 @@ class ModulationLogitsProcessor(LogitsProcessor):
             _checks.check_number("temperature", temperature, 0.0)
         if prompt_length is not None:
             _checks.check_integer("prompt_length", prompt_length, 0, or_none=" or None")
-        if not isinstance(sets, TokenSets):
-            _checks.fail("sets", "a TokenSets", type(sets).__name__)
         for one in [spec] if isinstance(spec, Modulation) else _checked_specs(spec):
             if one is not None:
                 check_windows(one)
-        self.spec, self.sets = spec, sets
+        self.spec, self.sets = spec, sets_or_none(sets)
         self.temperature, self.prompt_length = temperature, prompt_length
         self.state: ModulationState | None = None
         self.folded = torch.empty(0, 0, dtype=torch.int64)  # (B, T): what the state stands for

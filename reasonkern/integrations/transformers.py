@@ -173,8 +173,10 @@ def custom_generate(
     top-k, top-p and min-p are applied here instead of by its own processors, in the same order;
     ``do_sample`` and its default of top_k=50 hold. Trajectories are ``num_return_sequences``.
     transformers hands such a function no streamer, no tokenizer and no ``assistant_model``, and
-    says nothing of it: a streamer shows the prompt alone, an assistant does nothing. Use `generate`
-    for a streamer, a ``StopStringCriteria`` in ``stopping_criteria`` for ``stop_strings``.
+    nothing that it does hand over tells of them, so they cannot be refused: a streamer shows the
+    prompt alone, an assistant does nothing. Use `generate` for a streamer, a
+    ``StopStringCriteria`` in ``stopping_criteria`` for ``stop_strings``, and `table` or `drafter`
+    for drafts.
 
     Args:
         model: given by transformers, as are the next four.

@@ -53,7 +53,7 @@ require_arguments("vllm", TESTED, _Base.apply, "logits", "ctx")
 
 
 class ModulationLogitsProcessor(_Base):
-    """Applies each request's `Modulation`; a subclass gives `sets` and `vocab_size`.
+    """Applies each request's `Modulation`; a subclass gives `vocab_size` and the named `sets`.
 
     A row sees the committed tokens, which vLLM keeps on the device, and the draft tokens before it,
     so a draft row gets the control that it would get without speculation. A step is two launches
@@ -61,7 +61,7 @@ class ModulationLogitsProcessor(_Base):
     from preemption, has its tokens read back when it comes in.
 
     Raises:
-        ValueError: no sets, or sets or a vocabulary beyond the model's.
+        ValueError: no vocabulary, or sets or a vocabulary beyond the model's.
     """
 
     sets: ClassVar[TokenSets | None] = None

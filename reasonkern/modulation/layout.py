@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._fields import documented
+
 LAYOUT = 1  # of saved states; another one once a place moves
 MAX_SETS = 32
 MAX_WINDOWS, MAX_POINTS = 8, 32  # of a cyclic part, of a schedule
@@ -57,17 +59,24 @@ BEFORE, THINKING, CLOSED = 0, 1, 2  # PHASE
 DONE = -1  # PHRASE, once the budget's phrase is complete or given up
 
 
+@documented
 class Storage(NamedTuple):
-    """Tensors of a state of S slots over sets with K entries, and views of what they hold."""
+    """Tensors of a state of S slots over sets with K entries, and views of what they hold.
+
+    Attributes:
+        records: (S, RECORD_WIDTH) int64, a row per slot: counts and places in tokens, ids, and the
+            bits of float64 numbers, in the columns that this module names; a free slot has 0 in
+            PARTS.
+        sets: (SET_ENTRIES + K,) int64, shared by the slots: MAX_SETS + 1 bounds, in entries; the
+            largest id; the entries, ids in bits 0 to 31 and the sets that hold them from SET_BITS.
+    """
 
     records: Tensor
-    """(S, RECORD_WIDTH) int64."""
     sets: Tensor
-    """(SET_ENTRIES + K,) int64."""
 
     @property
     def progress(self) -> Tensor:
-        """(S, PROGRESS_WIDTH) int64."""
+        """(S, PROGRESS_WIDTH) int64: what the committed tokens have made of each request."""
         return self.records[:, :PROGRESS_WIDTH]
 
     @property
@@ -77,17 +86,17 @@ class Storage(NamedTuple):
 
     @property
     def confidence(self) -> Tensor:
-        """(S, MAX_CONFIDENCE) float32 ring."""
+        """(S, MAX_CONFIDENCE) float32 ring of confidences, in nats."""
         return self.records[:, CONFIDENCE_RING:ENTROPY_RING].view(torch.float32)
 
     @property
     def entropy(self) -> Tensor:
-        """(S, MAX_ENTROPY) float32 ring."""
+        """(S, MAX_ENTROPY) float32 ring of entropies, in nats."""
         return self.records[:, ENTROPY_RING:].view(torch.float32)
 
     @property
     def set_ids(self) -> Tensor:
-        """(K,) int64."""
+        """(K,) int64: the entries' token ids, ascending within a set."""
         return self.sets[SET_ENTRIES:] & ((1 << SET_BITS) - 1)
 
     @property

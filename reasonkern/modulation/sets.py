@@ -18,14 +18,15 @@ VARIANTS = ("exact", "space", "all")
 class TokenSets(Mapping[str, tuple[int, ...]]):
     """Named sets of token ids: a mapping from names to ascending ids.
 
-    Built by `from_ids` or `from_tokenizer`.
+    Built by `from_ids` or `from_tokenizer`. ``sets["reflect"]`` are the ids of a set, ``len(sets)``
+    is the number of sets and ``max_id`` the largest id of all of them, -1 without a set.
     """
 
     def __init__(self, sets: Mapping[str, Iterable[int]]) -> None:
         if not isinstance(sets, Mapping):
             _checks.fail("sets", "a mapping from names to token ids", type(sets).__name__)
-        if not 1 <= len(sets) <= MAX_SETS:
-            _checks.fail("sets", f"1 to {MAX_SETS} of them", len(sets))
+        if len(sets) > MAX_SETS:
+            _checks.fail("sets", f"at most {MAX_SETS} of them", len(sets))
         self._sets = {name: _checked_set(name, ids) for name, ids in sets.items()}
 
     @classmethod
@@ -36,7 +37,7 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
             sets: ids by name, at most 32 sets, none of them empty.
 
         Raises:
-            ValueError: no set, an empty one, or something that is not a token id.
+            ValueError: an empty set, too many of them, or something that is not a token id.
 
         Example:
             >>> import reasonkern as rk
@@ -111,8 +112,8 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
         packed[:LARGEST_ID] = len(ids)
         packed[: len(bounds)] = torch.tensor(bounds)
         packed[LARGEST_ID] = self.max_id
-        member = torch.tensor([bits[i] for i in ids])
-        packed[SET_ENTRIES:] = torch.tensor(ids) | member << SET_BITS
+        member = torch.tensor([bits[i] for i in ids], dtype=torch.int64)
+        packed[SET_ENTRIES:] = torch.tensor(ids, dtype=torch.int64) | member << SET_BITS
         return packed
 
     def index(self, name: str) -> int:
@@ -121,13 +122,13 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
         Raises:
             ValueError: there is no such set.
         """
-        _checks.check_choice("set", name, self._sets)
+        check_set("set", name, self)
         return list(self._sets).index(name)
 
     @property
     def max_id(self) -> int:
-        """The largest id of all sets."""
-        return max(own[-1] for own in self._sets.values())
+        """The largest id of all sets; -1 without a set."""
+        return max((own[-1] for own in self._sets.values()), default=-1)
 
     def __getitem__(self, name: str) -> tuple[int, ...]:
         """The ids of a set, ascending."""
@@ -145,6 +146,21 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
         """Names and sizes."""
         sizes = ", ".join(f"{name}: {len(ids)} ids" for name, ids in self._sets.items())
         return f"TokenSets({sizes})"
+
+
+def sets_or_none(sets: TokenSets | None) -> TokenSets:
+    """What an argument that may be None stands for."""
+    if sets is not None and not isinstance(sets, TokenSets):
+        _checks.fail("sets", "a TokenSets or None", type(sets).__name__)
+    return TokenSets({}) if sets is None else sets
+
+
+def check_set(name: str, value: object, sets: TokenSets) -> None:
+    """The value is the name of one of the sets."""
+    if not sets:
+        cure = f"sets=TokenSets.from_ids({{{value!r}: ids}})"
+        _checks.fail(name, f"a TokenSets that has it ({cure})", "no sets")
+    _checks.check_choice(name, value, sets)
 
 
 def _checked_set(name: object, ids: Iterable[int]) -> tuple[int, ...]:

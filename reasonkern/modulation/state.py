@@ -14,7 +14,7 @@ from . import op as _op
 from .layout import Storage
 from .parts import ID_LIMIT
 from .saved import check_saved
-from .sets import TokenSets
+from .sets import TokenSets, check_set, sets_or_none
 from .spec import Modulation
 
 BITS = {
@@ -40,8 +40,10 @@ class ModulationState:
 
     Args:
         max_requests: number of slots.
-        sets: the `TokenSets` that specs name, shared by all slots.
-        device: where its tensors live.
+        sets: the `TokenSets` that specs name, shared by all slots. None = no specs name one, as
+            with `Budget` and `MinThink` alone.
+        device: where its tensors live. They are normal ones also where it is made under
+            ``torch.inference_mode``.
 
     Raises:
         ValueError: an argument of another type or out of its range.
@@ -56,13 +58,11 @@ class ModulationState:
     """
 
     def __init__(
-        self, max_requests: int, sets: TokenSets, device: torch.device | str = "cpu"
+        self, max_requests: int, sets: TokenSets | None = None, device: torch.device | str = "cpu"
     ) -> None:
         _checks.check_integer("max_requests", max_requests, 1, (1 << 31) - 1)
-        if not isinstance(sets, TokenSets):
-            _checks.fail("sets", "a TokenSets", type(sets).__name__)
-        self.max_requests, self.sets = max_requests, sets
-        self.tensors = _allocate(max_requests, sets, torch.device(device))
+        self.max_requests, self.sets = max_requests, sets_or_none(sets)
+        self.tensors = _allocate(max_requests, self.sets, torch.device(device))
         self._parts, self._ids = [0] * max_requests, [-1] * max_requests
         self._refresh()
 
@@ -176,7 +176,8 @@ class ModulationState:
 
     def to(self, device: torch.device | str) -> ModulationState:
         """Moves the state to a device; returns it."""
-        self.tensors = Storage(*(t.to(device) for t in self.tensors))
+        with torch.inference_mode(False):
+            self.tensors = Storage(*(t.to(device) for t in self.tensors))
         self._refresh()
         return self
 
@@ -216,6 +217,7 @@ class ModulationState:
         )
 
 
+@torch.inference_mode(False)  # else they could not be written to after it
 def _allocate(slots: int, sets: TokenSets, device: torch.device) -> Storage:
     records = torch.zeros(slots, at.RECORD_WIDTH, dtype=torch.int64, device=device)
     return Storage(records, sets.tensor().to(device))
@@ -307,7 +309,7 @@ def _bits(values: Sequence[float]) -> list[int]:
 def _check_with_sets(spec: Modulation, sets: TokenSets) -> None:
     for name, part in spec.parts.items():
         if hasattr(part, "set"):
-            _checks.check_choice(f"{name}.set", part.set, sets)
+            check_set(f"{name}.set", part.set, sets)
     if spec.ban is None:
         return
     banned = sets[spec.ban.set]

@@ -327,7 +327,8 @@ class NgramTable:
 
     def to(self, device: torch.device | str) -> NgramTable:
         """Moves the table to a device; returns it."""
-        self._state = Storage(*(t.to(device) for t in self._state))
+        with torch.inference_mode(False):
+            self._state = Storage(*(t.to(device) for t in self._state))
         return self
 
     def state_dict(self) -> dict[str, Any]:

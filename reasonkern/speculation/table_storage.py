@@ -43,6 +43,7 @@ def _is_integer(value: object, low: int, high: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
 
 
+@torch.inference_mode(False)  # else they could not be written to after it
 def allocate(
     capacity: int, vocab: int, topk: int, max_scopes: int, storage: str, device: torch.device
 ) -> Storage:
