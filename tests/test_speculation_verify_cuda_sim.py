@@ -132,7 +132,8 @@ def test_guesses_come_true_for_a_while(simulated, stages, order):
     step = chain(drawn.tolist(), vocab)
     right = torch.arange(batch)[:, None] >= torch.arange(nodes)
     step = replace(
-        step, logits=x, tokens=torch.where(right, step.tokens, 1), valid=torch.ones(batch, nodes, dtype=torch.bool),
+        step, logits=x, tokens=torch.where(right, step.tokens, 1),
+        valid=torch.ones(batch, nodes, dtype=torch.bool),
         rows=replace(rows(batch, vocab, 4, "off"), temperature=torch.full((batch,), 0.3)),
     )  # fmt: skip
     expected = _load.implementation("verify_tree", "reference")(*step.args())
