@@ -1,8 +1,7 @@
 // The kernels of verification. A team (a cluster of blocks) takes one request; only the rows that a
 // walk visits are read, and nothing that grows with B * N * V is written. A row's way is: its
-// slices to shared memory; a sweep for the largest logit; a sweep that draws, sums and collects the
-// top-k; one exchange between the blocks. Filters and rejection need the row's top before they
-// draw.
+// slices to shared memory; a sweep for the largest logit, which the blocks exchange; a look at what
+// may count, which draws, sums and collects the top-k; another exchange.
 #pragma once
 
 #include "team_statistics.cuh"
@@ -271,8 +270,9 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
     const int32_t grandchild = likely > 0 ? children.ahead().child(p) : 0;  // read during the sweep
     team.guess(likely);
     const Visited row = visit.choose(team, at, [&] {
-      if (likely > 0 && Children::is_last_warp())
+      if (likely > 0 && Children::is_last_warp()) {
         Children(p, b, grandchild).leave(shared, (at.depth + 1) % 2);
+      }
       if (first_block && at.depth > 0) write_last(at.depth - 1);
     });
     children = Children(shared, at.depth % 2);
