@@ -83,7 +83,8 @@ def test_warps_that_fall_behind_change_nothing(simulated, blocks, seeds):
     x, r = random_logits((3, 304), 6), rows(3, 304, 6)
     expected = _load.implementation("sample", "reference")(x, None, *r.args())
     for seed in range(seeds):
-        with simulated.using(order="random", seed=seed, blocks=blocks, threads=64, teams=1):
+        shape = {"blocks": blocks, "threads": 64, "teams": 1, "stages": seed % 3}
+        with simulated.using(order="random", seed=seed, **shape):
             assert_same_bits(simulated.sample(x, None, *r.args()), expected)
             if seed < 8:
                 same(simulated, random_step(seed, batch=3, vocab=160, rejection=seed % 3 == 0))
@@ -114,6 +115,31 @@ def test_where_a_slice_lies_changes_nothing(simulated, filters, vocab, dtype):
     step = random_step(4, batch=6, vocab=vocab, filters=filters, dtype=dtype)
     for stages in (0, 1, 2):
         with simulated.using(stages=stages, blocks=4, threads=64):
+            same(simulated, step)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_guesses_come_true_for_a_while(simulated, stages, order):
+    """One team takes walks along a chain of which 0, 1, 2 ... drafts are right. The next row takes
+    the place of a peaked one, and of one summed in full, before it is known to be visited."""
+    batch, nodes, vocab = 5, 5, 2048
+    x = torch.randn(batch, nodes, vocab, generator=torch.Generator().manual_seed(9))
+    drawn = torch.arange(nodes) * 300 + 7
+    x[:, torch.arange(nodes), drawn] = 60.0
+    x[:, 2] = x[:, 2] / 60
+    x[:, 2, drawn[2]] = 8.0  # likely enough
+    step = chain(drawn.tolist(), vocab)
+    right = torch.arange(batch)[:, None] >= torch.arange(nodes)
+    step = replace(
+        step, logits=x, tokens=torch.where(right, step.tokens, 1),
+        valid=torch.ones(batch, nodes, dtype=torch.bool),
+        rows=replace(rows(batch, vocab, 4, "off"), temperature=torch.full((batch,), 0.3)),
+    )  # fmt: skip
+    expected = _load.implementation("verify_tree", "reference")(*step.args())
+    assert expected[1].tolist() == [1, 2, 3, 4, 5]  # the length says how many guesses were right
+    for seed in range(3):
+        with simulated.using(teams=1, blocks=2, threads=64, stages=stages, order=order, seed=seed):
             same(simulated, step)
 
 

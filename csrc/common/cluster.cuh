@@ -46,12 +46,21 @@ __device__ __forceinline__ unsigned cluster_size() {
 }
 
 // The split barrier hides its latency behind the work between the halves. Every thread of every
-// block of the cluster calls arrive, then wait; writes before arrive are seen after wait.
+// block of the cluster calls arrive, then wait; writes before arrive are seen after wait, unless it
+// was the relaxed one, which does not wait for the thread's stores under way.
 __device__ __forceinline__ void cluster_arrive() {
 #if !defined(__CUDACC__)
   cuda_sim::cluster_arrive();
 #elif __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if !defined(__CUDACC__)
+  cuda_sim::cluster_arrive();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 #endif
 }
 

@@ -43,7 +43,9 @@ struct AddLawSums {
 // does nothing.
 class Epilogue {
  public:
-  __device__ Epilogue(Team& team, const RowTop& top, const ThreadTops& tops,
+  static constexpr bool kSeesAll = true;
+
+  __device__ Epilogue(Team& team, const RowTop& top, const ShareTops& tops,
                       const StatisticsParams& to)
       : to_(to),
         is_asked_(to.entropy != nullptr),
@@ -88,10 +90,10 @@ class Epilogue {
         allowed(row, group);
       });
     }
-    rank_candidates<true>(team, row, kConfidenceTokens);
     sums_ = team.reduce(sums_, AddLawSums());
     const bool law = !chosen.bad;
     const double log_sum = log(sums_.law.s);
+    send_candidates<true>(team, row, kConfidenceTokens, true);
     find_confidence(team, log_sum, confidence);
     const float entropy = !law ? -kInf : temperature_ == 0 ? 0.0f : float(sums_.kept.entropy());
     if (threadIdx.x == 0 && !law) *confidence = -kInf;
@@ -123,7 +125,7 @@ class Epilogue {
   __device__ float bound_of(float thread_top) {
     __syncthreads();  // the candidates before are ranked, `group_top` is read
     start_candidates(shared_, thread_top);
-    clear_tops(shared_, kConfidenceTokens);
+    if (threadIdx.x == 0) shared_.count = 0;
     __syncthreads();
     return candidate_bound(shared_.my_groups, block_groups(), kConfidenceTokens);
   }
@@ -138,13 +140,12 @@ class Epilogue {
   // By every block, in the same order: a walk's copies of the windows must not differ.
   __device__ void find_confidence(Team& team, double log_sum, float* confidence) {
     TeamShared& s = shared_;
-    team.send_tops(kConfidenceTokens, true);
-    team.receive_tops();
+    const TopPair(*tops)[kMaxTopK / 2] = team.receive_tops();
     for (int i = int(threadIdx.x); i < kConfidenceTokens; i += int(blockDim.x)) {
       s.group_top[i] = -kInf;
     }
     __syncthreads();
-    merge_tops(s, kConfidenceTokens, int(cluster_size()),
+    merge_tops(tops, kConfidenceTokens, int(cluster_size()),
                [&](int place, float value, int) { s.group_top[place] = value; });
     __syncthreads();
     if (threadIdx.x != 0) return;
@@ -168,14 +169,14 @@ class Epilogue {
 };
 
 __device__ inline RowTop find_controlled_top(Team& team, ControlledRow& row, const TeamSlot& slot,
-                                             float temperature, ThreadTops& tops) {
+                                             float temperature) {
   RowTop top;
   bool bans = true;
 #pragma unroll 1
   for (int round = 0; round < 2; ++round, bans = false) {
     row.prepare(slot, temperature, bans);
-    top = find_top(team, row, tops);
-    if (!row.ban_takes_all(top.id)) break;
+    top = find_top(team, row);
+    if (!row.ban_takes_all(top.value)) break;
   }
   row.raise(top.value);
   return top;
@@ -184,17 +185,15 @@ __device__ inline RowTop find_controlled_top(Team& team, ControlledRow& row, con
 static __global__ void __launch_bounds__(kTeamThreads, blocks_inside<AnyElement>())
     sample_controlled_kernel(SampleParams p) {
   ControlShared& shared = *dynamic_shared<ControlShared>();
-  Team team(&shared, stage_offset<ControlShared>());
+  Team team(&shared, stage_offset<ControlShared>(), p.rows);
   const int64_t teams = quotient(gridDim.x, cluster_size());
   for (int64_t b = quotient(blockIdx.x, cluster_size()); b < p.rows.batch; b += teams) {
-    team.fetch(p.rows, b, 0);
     const Request& request = team.begin(p.requests, b);
     const TeamSlot slot(p.control, b);
     slot.load(shared, false);
     ControlledRow row(team, p.rows, b, 0, p.control.state.sets, shared);
-    ThreadTops tops;
-    const RowTop top = find_controlled_top(team, row, slot, request.temperature, tops);
-    Epilogue epilogue(team, top, tops, p.statistics);
+    const RowTop top = find_controlled_top(team, row, slot, request.temperature);
+    Epilogue epilogue(team, top, row.tops, p.statistics);
     const Best share = sample_share(team, row, request, top, epilogue);
     const Best best = team.reduce(share, TakeBest());
     const Outcome outcome = outcome_of(top, best, request.temperature);
@@ -220,10 +219,9 @@ class ControlledVisit {
   template <class Work>
   __device__ Visited choose(Team& team, const Place& at, const Work& meanwhile) {
     ControlledRow row(team, p_.rows, at.b, at.node, p_.control.state.sets, shared_);
-    ThreadTops tops;
-    const RowTop top = find_controlled_top(team, row, slot_, request_.temperature, tops);
+    const RowTop top = find_controlled_top(team, row, slot_, request_.temperature);
     meanwhile();
-    Epilogue epilogue(team, top, tops, p_.statistics);
+    Epilogue epilogue(team, top, row.tops, p_.statistics);
     const Choice choice = choose_share(p_, team, row, request_, top, at, epilogue);
     const Best best = team.reduce(choice.best, TakeBest());
     const Outcome outcome = outcome_of(top, best, request_.temperature, choice.accepted);
@@ -233,7 +231,7 @@ class ControlledVisit {
       if (outcome.token < 0) p_.statistics.entropy_raw[out] = -kInf;  // a row that emits nothing
       p_.statistics.trigger[out] = slot_.triggers(shared_, entropy_);
     }
-    return {outcome, describe(team, row, top, tops.raw)};
+    return {outcome, describe(team, row, top)};
   }
 
   __device__ void emitted(int64_t token) {
@@ -243,16 +241,13 @@ class ControlledVisit {
 
  private:
   // The raw statistics, in a sweep of their own: `epilogue` used the candidates.
-  __device__ Found describe(Team& team, const ControlledRow& row, const RowTop& top,
-                            float thread_top) {
+  __device__ Found describe(Team& team, const ControlledRow& row, const RowTop& top) {
     __syncthreads();  // the statistics before are read
-    start_candidates(shared_, thread_top);
+    start_candidates(shared_, row.tops.raw);
     __syncthreads();
     RawStatistics raw(team, top.raw, p_.topk, row.vocab, shared_.my_groups, block_groups());
-    raw.finish(team, row);
-    const Found found = join(team, top, {-kInf, -1}, raw.sum(), [] {});
-    team.send_tops(p_.topk, false);
-    return found;
+    raw.finish(row);
+    return join(team, top, {-kInf, -1}, raw.sum(), [&] { raw.send(team, row); });
   }
 
   __device__ void clear(int64_t b) {
@@ -274,7 +269,7 @@ class ControlledVisit {
 
 static __global__ void __launch_bounds__(kTeamThreads, blocks_inside<AnyElement>())
     verify_controlled_kernel(VerifyParams p) {
-  Team team(dynamic_shared<ControlShared>(), stage_offset<ControlShared>());
+  Team team(dynamic_shared<ControlShared>(), stage_offset<ControlShared>(), p.rows);
   const int64_t teams = quotient(gridDim.x, cluster_size());
   for (int64_t b = quotient(blockIdx.x, cluster_size()); b < p.rows.batch; b += teams) {
     verify_request<ControlledVisit>(p, team, b);

@@ -15,12 +15,19 @@ constexpr int kMaxWarps = kTeamThreads / 32;
 constexpr int kBlocksInside = 2;     // of a multiprocessor, of kernels that know the element type
 constexpr unsigned kPartBytes = 64;  // the largest value that is reduced
 constexpr int kCandidates = 512;
+constexpr int kLikelyThreads = kTeamThreads / 4;
 constexpr int kGroups = 64;  // of threads, whose largest logits bound the k-th largest
 
-// Two logits of a sorted list; id -1 and -inf behind the last.
+// Two logits of a list; id -1 and -inf behind the last.
 struct alignas(16) TopPair {
   float value[2];
   int id[2];
+};
+
+// A node's child, or the absence of one, as a walk finds it.
+struct alignas(16) Child {
+  int32_t node, token;  // token: -1 where there is no child that may be entered
+  int32_t first, last;  // its own children's places in child_index
 };
 
 // What a request's rows are drawn with.
@@ -39,21 +46,24 @@ struct Request {
 struct TeamShared {
   alignas(16) unsigned char parts[2][kMaxWarps][kPartBytes];    // of the block's warps
   alignas(16) unsigned char inbox[2][kTeamBlocks][kPartBytes];  // from the team's blocks
-  TopPair top[kMaxTopK / 2];                                    // this block's largest, in order
-  TopPair tops[kTeamBlocks][kMaxTopK / 2];                      // those of all blocks
-  Mailbox arrived[2], tops_arrived, fetched[2];
+  TopPair candidates[kCandidates / 2];                          // of the top-k statistics
+  TopPair top[kMaxTopK / 2];  // this block's largest, in order, if they are too many
+  TopPair tops[2][kTeamBlocks][kMaxTopK / 2];  // lists of all blocks, of two rows in turn
+  Mailbox arrived[2], tops_arrived[2], fetched[2];
   Request request;
   double s[kMaxEntry], r[kMaxEntry];  // rejection state
   int64_t skip[kMaxEntry], mass[kMaxEntry];
   float log_weight[kMaxEntry];
-  int64_t accepted;                   // child that passed the coins, or -1
-  int32_t children[32], drafted[32];  // of the likeliest child of a walk's node
+  int64_t accepted;       // child that passed the coins, or -1
+  Child children[2][32];  // of a walk's node and of its likeliest child, in turn
   bool patched;
   alignas(16) float group_top[kGroups], my_groups[kGroups];  // of the row; of the block
-  unsigned best;  // key of a value that the draw's best one is not below
-  int count;
-  float value[kCandidates];  // candidates of the top-k statistics
-  int id[kCandidates];
+  int64_t last_sum;  // of the row before, whose statistics are still to be written
+  float last_top;    // -inf: there are none
+  unsigned best;     // key of a value that the draw's best one is not below
+  int count;         // of candidates
+  int likely_count;  // threads whose share is drawn from by a warp
+  uint8_t likely[kLikelyThreads];
 };
 
 // Where a slice lies behind them: bulk copies start at 16-byte addresses.
@@ -98,46 +108,52 @@ struct Slice {
   int first, last;
   const char* data;
   unsigned bytes, room;  // of this slice, of any
-  bool staged;
+  bool aligned, staged;
 
   __device__ Slice(const LogitRows& rows, int64_t b, int64_t node) {
-    const int share = int(slice_tokens(rows.vocab, cluster_size())), vocab = int(rows.vocab);
-    const int size = element_bytes(rows.type);
-    first = min(int(cluster_rank()) * share, vocab), last = min(first + share, vocab);
+    const int size = element_bytes(rows.type), vocab = int(rows.vocab);
+    first = min(int(cluster_rank()) * rows.slice, vocab), last = min(first + rows.slice, vocab);
     data = static_cast<const char*>(rows.data) +
            (b * rows.stride_b + node * rows.stride_n + first) * size;
-    bytes = unsigned(last - first) * unsigned(size), room = unsigned(share) * unsigned(size);
-    staged = rows.stages > 0 && bytes > 0 && bytes % 16 == 0 &&
-             reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
+    bytes = unsigned(last - first) * unsigned(size), room = unsigned(rows.slice) * unsigned(size);
+    aligned = bytes > 0 && bytes % 16 == 0 && reinterpret_cast<std::uintptr_t>(data) % 16 == 0;
+    staged = rows.stages > 0 && aligned;
   }
 };
 
 class Team {
  public:
-  // `stage`: where the slice of a row lies in the block's shared memory.
-  __device__ Team(TeamShared* shared, unsigned stage) : shared_(shared), stage_(stage) {
+  // `stage`: where the slices of rows lie in the block's shared memory.
+  __device__ Team(TeamShared* shared, unsigned stage, const LogitRows& rows)
+      : shared_(shared), rows_(rows), stage_(stage) {
     if (threadIdx.x == 0) {
-      for (int i = 0; i < 2; ++i)
-        open_mailbox(shared->arrived + i), open_mailbox(shared->fetched + i);
-      open_mailbox(&shared->tops_arrived);
+      for (int i = 0; i < 2; ++i) {
+        open_mailbox(shared->arrived + i);
+        open_mailbox(shared->tops_arrived + i);
+        open_mailbox(shared->fetched + i);
+      }
       fence_for_bulk();
     }
-    cluster_arrive();  // waited for where a mailbox is first looked into
+    // The mailboxes have their own fence. Waited for where one is first looked into.
+    cluster_arrive_relaxed();
   }
 
-  // Before a thread exits: another block may still send to this one.
+  // Before a thread exits. Nothing can still come from other blocks: all that they send is waited
+  // for.
   __device__ void leave() {
     meet();
     drain();
-    cluster_sync();
   }
 
   __device__ TeamShared* shared() const { return shared_; }
   __device__ bool leads() const { return cluster_rank() == 0 && threadIdx.x == 0; }
 
-  // What a request needs, to shared memory: registers are short. Readers are behind a barrier.
+  // Starts the copy of a request's first row. What the request needs goes to shared memory:
+  // registers are short. Readers are behind a barrier.
   __device__ const Request& begin(const RequestParams& r, int64_t b) {
     __syncthreads();  // the request before is done
+    b_ = b;
+    fetch(0);
     if (threadIdx.x == 0) {
       shared_->request = {r.temperature[b], r.top_p[b],          r.min_p[b],
                           r.top_k[b],       uint64_t(r.seed[b]), uint64_t(r.position[b])};
@@ -196,58 +212,76 @@ class Team {
     return reduce_lanes(exchange(reduce_block(value, op), [] {}), cluster_size(), op);
   }
 
-  // This block's list of the k largest logits to the first block, or to all. A call of `exchange`
-  // lies between two calls, or between `receive_tops` and this one; a barrier behind the list's
+  // A list of `count` logits among which this block's k largest are, k or k + 1 at most, to the
+  // first block, or to all. Whoever gets a list receives it before the next call, and has read it
+  // before it enters the exchange that lies before the next but one; a barrier behind the list's
   // writes.
-  __device__ void send_tops(int k, bool to_all) {
-    TeamShared& s = *shared_;
-    const unsigned size = cluster_size(), pairs = unsigned(k + 1) / 2;
+  __device__ void send_tops(const TopPair* list, int count, int k, bool to_all) {
+    static_assert(kMaxTopK / 2 <= 32, "a pair to a lane");
+    const unsigned size = cluster_size(), pairs = unsigned(k + 1) / 2, lane = threadIdx.x % 32;
+    const unsigned turn = tops_turn_++ % 2;
+    TopPair mine = list[lane < pairs ? lane : 0];
+    if (int(2 * lane) >= count) mine.value[0] = -kInf, mine.id[0] = -1;
+    if (int(2 * lane + 1) >= count) mine.value[1] = -kInf, mine.id[1] = -1;
+    TopPair* to = &shared_->tops[turn][cluster_rank()][lane];
     if (size == 1) {
-      for (unsigned i = threadIdx.x; i < pairs; i += blockDim.x) s.tops[0][i] = s.top[i];
+      if (threadIdx.x < pairs) *to = mine;
       return;
     }
-    static_assert(kMaxTopK / 2 <= 32, "a pair to a lane");
-    const unsigned lane = threadIdx.x % 32;
-    for (unsigned to = threadIdx.x / 32; to < (to_all ? size : 1); to += blockDim.x / 32) {
-      if (lane < pairs) send(&s.tops[cluster_rank()][lane], &s.tops_arrived, to, s.top[lane]);
+    Mailbox* box = shared_->tops_arrived + turn;
+    for (unsigned peer = threadIdx.x / 32; peer < (to_all ? size : 1); peer += blockDim.x / 32) {
+      if (lane < pairs) send(to, box, peer, mine);
     }
     if (threadIdx.x == 0 && (to_all || cluster_rank() == 0)) {
-      expect_bytes(&s.tops_arrived, size * pairs * unsigned(sizeof(TopPair)));
+      expect_bytes(box, size * pairs * unsigned(sizeof(TopPair)));
     }
   }
 
-  // Waits for the lists, by blocks to which they were sent.
-  __device__ void receive_tops() {
+  // Waits for the lists of the last call, by blocks to which they were sent.
+  __device__ auto receive_tops() -> const TopPair (*)[kMaxTopK / 2] {
+    const unsigned turn = tops_turn_ - 1;
     if (cluster_size() == 1) {
       __syncthreads();
     } else {
-      wait_for_turn<Sender::peers>(&shared_->tops_arrived, tops_turn_++);
+      wait_for_turn<Sender::peers>(shared_->tops_arrived + turn % 2, turn / 2);
     }
+    return shared_->tops[turn % 2];
   }
 
   // Starts the copy of this block's slice of a row, which is the next one to be read, unless it was
   // guessed. The block has read the slice before it, and a barrier lies between.
-  __device__ void fetch(const LogitRows& rows, int64_t b, int64_t node) {
-    if (guess_ == int(node)) {
-      slot_ ^= 1, guess_ = -1;
+  __device__ void fetch(int node) {
+    if (guess_ == node) {
+      slot_ = spare(), guess_ = -1;
     } else {
-      copy(Slice(rows, b, node), slot_);
+      if (spare() == slot_) drain();
+      copy(Slice(rows_, b_, node), slot_);
     }
   }
 
-  // Starts the copy of a row that may be the next one, where there is no room for a second slice
-  // its way to the L2. A guess that was wrong has long come by the next one.
-  __device__ void guess(const LogitRows& rows, int64_t b, int64_t node) {
+  // Starts the copy of a row that may be the next one; where there is no room for a second slice
+  // its way to the L2.
+  __device__ void guess(int node) {
     drain();
     if (node <= 0) return;
-    const Slice slice(rows, b, node);
-    if (!slice.staged) return;
-    if (rows.stages < 2) {
-      if (threadIdx.x == 0) prefetch_bulk(slice.data, slice.bytes);
-    } else {
-      guess_ = int(node);
-      copy(slice, slot_ ^ 1);
+    const Slice slice(rows_, b_, node);
+    if (spare() != slot_ && slice.staged) {
+      guess_ = node;
+      copy(slice, spare());
+    } else if (slice.aligned && threadIdx.x == 0) {
+      prefetch_bulk(slice.data, slice.bytes);
     }
+    if (slice.staged && guess_ < 0) guess_ = ~node;
+  }
+
+  // Whether a guess waits for the slice of the row that is read to make room for it.
+  __device__ bool is_room_wanted() const { return guess_ < -1; }
+
+  // Makes room: nobody reads the slice's copy any more, and a barrier lies between.
+  __device__ void make_room() {
+    if (!is_room_wanted()) return;
+    guess_ = ~guess_;
+    copy(Slice(rows_, b_, guess_), slot_);
   }
 
   // Where the slice is; waits for the copy.
@@ -286,11 +320,17 @@ class Team {
     copy_bulk(staged(slot, slice), slice.data, slice.bytes, shared_->fetched + slot);
   }
 
-  // The copy of a wrong guess.
+  // The slot that guesses are copied to.
+  __device__ unsigned spare() const { return slot_ ^ unsigned(rows_.stages > 1); }
+
+  // Waits for the copy of a wrong guess: the one thread that starts the next copy, or all where
+  // they then wait for that one, by parity.
   __device__ void drain() {
-    if (guess_ >= 0 && threadIdx.x == 0) {
-      wait_for_turn<Sender::self>(shared_->fetched + (slot_ ^ 1), turn_of(slot_ ^ 1) - 1);
+    const bool in_place = spare() == slot_;
+    if (guess_ >= 0 && (threadIdx.x == 0 || in_place)) {
+      wait_for_turn<Sender::self>(shared_->fetched + spare(), turn_of(spare()) - 1);
     }
+    if (guess_ >= 0 && in_place) __syncthreads();
     guess_ = -1;
   }
 
@@ -306,9 +346,11 @@ class Team {
   }
 
   TeamShared* shared_;
+  const LogitRows& rows_;
   unsigned stage_, block_turn_ = 0, turn_ = 0, tops_turn_ = 0;
   unsigned slot_ = 0, fetches_ = 0;  // of slices; copies into either slot, 16 bits each
-  int guess_ = -1;                   // node of the copy in the other slot
+  int guess_ = -1;  // node of the copy in the spare slot, ~node while it waits for room; -1: none
+  int64_t b_ = 0;   // the request
   bool met_ = false;
 };
 

@@ -10,18 +10,13 @@ struct Larger {
   __device__ float operator()(float a, float b) const { return fmaxf(a, b); }
 };
 
-__device__ __forceinline__ void put_top(TeamShared& s, int place, float value, int id) {
-  s.top[place / 2].value[place % 2] = value;
-  s.top[place / 2].id[place % 2] = id;
-}
-
-__device__ __forceinline__ void clear_tops(TeamShared& s, int k) {
-  for (int i = int(threadIdx.x); i < (k + 1) / 2 * 2; i += int(blockDim.x))
-    put_top(s, i, -kInf, -1);
+__device__ __forceinline__ void put(TopPair* list, int place, float value, int id) {
+  list[place / 2].value[place % 2] = value;
+  list[place / 2].id[place % 2] = id;
 }
 
 // The largest logits of `groups` groups of threads, a power of two, and a new draw; whoever uses
-// them, or adds candidates, is behind a barrier.
+// them is behind a barrier.
 __device__ inline void start_candidates(TeamShared& s, float thread_top, int groups = kGroups) {
   const unsigned width = max(1, int(quotient(blockDim.x, unsigned(groups))));
   if (width == 32) {
@@ -30,7 +25,7 @@ __device__ inline void start_candidates(TeamShared& s, float thread_top, int gro
     thread_top = reduce_lanes(thread_top, width, Larger());
   }
   if (threadIdx.x % width == 0) s.my_groups[quotient(threadIdx.x, width)] = thread_top;
-  if (threadIdx.x == 0) s.count = 0, s.best = 0;
+  if (threadIdx.x == 0) s.likely_count = 0, s.best = 0;
 }
 
 // Of a block.
@@ -41,18 +36,22 @@ __device__ __forceinline__ unsigned key_of_group(float top, int group) {
   return (key_of(top) & ~unsigned(kGroups - 1)) | unsigned(group);
 }
 
-// At most the k-th largest of the groups' tops, by every warp; -inf if there are fewer.
+// At most the k-th largest of the groups' tops, by every warp; -inf if there are fewer. The smaller
+// one of the k/2-th largest of each half: two chains side by side of half the length, for one or
+// two candidates more.
 __device__ inline float candidate_bound(const float* group_top, int groups, int k) {
-  const int lane = int(threadIdx.x % 32);
-  unsigned low = lane < groups ? key_of_group(group_top[lane], lane) : 0;
-  unsigned high = lane + 32 < groups ? key_of_group(group_top[lane + 32], lane + 32) : 0;
-  unsigned key = 0;
-  for (int i = 0; i < k; ++i) {
-    key = __reduce_max_sync(kFullMask, low > high ? low : high);
-    low = low == key ? 0 : low;
-    high = high == key ? 0 : high;
+  const int lane = int(threadIdx.x % 32), half = groups / 2;
+  unsigned low = lane < half ? key_of_group(group_top[lane], lane) : 0;
+  unsigned high = lane < half ? key_of_group(group_top[lane + half], lane) : 0;
+  unsigned low_key = 0, high_key = 0;
+#pragma unroll 1
+  for (int i = 0; i < k; i += 2) {
+    low_key = __reduce_max_sync(kFullMask, low);
+    high_key = __reduce_max_sync(kFullMask, high);
+    low = low == low_key ? 0 : low;
+    high = high == high_key ? 0 : high;
   }
-  key &= ~unsigned(kGroups - 1);
+  const unsigned key = min(low_key, high_key) & ~unsigned(kGroups - 1);
   if (key <= 0x007fffffu) return -kInf;  // the key of -inf, or none
   return value_of(key);
 }
@@ -75,7 +74,7 @@ __device__ __forceinline__ void add_candidates(TeamShared& s, float bound, int v
 #pragma unroll 1  // rarely entered: one copy
   for (; hits != 0; hits &= hits - 1) {
     const int j = __ffs(int(hits)) - 1, slot = atomicAdd(&s.count, 1);
-    if (slot < kCandidates) s.value[slot] = lane_of(x, j), s.id[slot] = v + j;
+    if (slot < kCandidates) put(s.candidates, slot, lane_of(x, j), v + j);
   }
 }
 

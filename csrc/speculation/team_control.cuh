@@ -100,9 +100,9 @@ struct ControlledRow : TeamRow<AnyElement> {
     return is_marked(v) ? changed(v, x) : x;
   }
 
-  // Whether a ban is what leaves nothing finite in a row whose largest logit has no id.
-  __device__ bool ban_takes_all(int top_id) const {
-    return shared.active && !shared.forced && shared.control.ban >= 0 && top_id < 0;
+  // Whether a ban is what leaves nothing finite in a row of that largest logit.
+  __device__ bool ban_takes_all(float top) const {
+    return shared.active && !shared.forced && shared.control.ban >= 0 && !(top > -kInf);
   }
 
   // Before the row is read: what control does to it, bar the soft budget. `bans`: whether it may.
@@ -124,6 +124,7 @@ struct ControlledRow : TeamRow<AnyElement> {
       shared.soft_value = modulation::raised(at(c.soft), top, c.weight, c.margin);
     }
     __syncthreads();
+    if (owns(c.soft)) tops.allowed = max_nan(tops.allowed, shared.soft_value);
   }
 
  private:

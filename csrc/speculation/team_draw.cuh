@@ -8,6 +8,7 @@ namespace reasonkern {
 // Who sees a row's tokens while one is drawn: groups whose largest logit is not below `floor`, as
 // they came and as they are drawn from.
 struct Nothing {
+  static constexpr bool kSeesAll = false;  // whatever their logits
   __device__ float floor() const { return kInf; }
   template <class Row, class Group>
   __device__ void raw(const Row&, const Group&, float) {}
@@ -94,6 +95,34 @@ __device__ void look_ahead(Team& team, const Row& row, const Draw& d, float inve
   bar.raise(key, d.temperature);
 }
 
+// Whether few threads have a logit at or above `floor` in their share: they are listed then. Starts
+// the row's candidates; a barrier. In a peaked row a few tokens count, and threads to whose shares
+// they happen to belong would look at them one after the other while all others wait.
+template <class Row>
+__device__ bool list_likely(TeamShared& s, const Row& row, float floor) {
+  const bool mine = !(row.tops.raw < floor);
+  const unsigned hits = __ballot_sync(kFullMask, mine), lane = threadIdx.x % 32;
+  const int limit = int(blockDim.x / 4);
+  if (hits != 0) {  // of the warp, by one atomic
+    int slot = 0;
+    if (lane == 0) slot = atomicAdd(&s.likely_count, __popc(hits));
+    slot = __shfl_sync(kFullMask, slot, 0) + __popc(hits & ((1u << lane) - 1));
+    if (mine && slot < limit) s.likely[slot] = uint8_t(threadIdx.x);
+  }
+  if (threadIdx.x == 0) s.count = 0;
+  __syncthreads();
+  return s.likely_count <= limit;
+}
+
+// body(chunk) for the chunks of the shares that are listed, a share to a warp.
+template <class Row, class Body>
+__device__ __forceinline__ void each_listed_chunk(const TeamShared& s, const Row& row,
+                                                  const Body& body) {
+  const int count = s.likely_count, warps = int(blockDim.x / 32);
+#pragma unroll 1
+  for (int i = int(threadIdx.x / 32); i < count; i += warps) row.each_chunk(s.likely[i], body);
+}
+
 // Offers the tokens of a quad.
 template <class Row>
 __device__ __forceinline__ void offer_quad(const Team& team, const Row& row, const Draw& d, int v,
@@ -114,28 +143,60 @@ __device__ __forceinline__ void offer_quad(const Team& team, const Row& row, con
   }
 }
 
+// Offers the tokens of a group whose largest logit is `top`. Two quads at a time: Philox is a
+// chain.
+template <class Row, class Group>
+__device__ __forceinline__ void offer_group(const Team& team, const Row& row, const Draw& d,
+                                            const Group& group, float top, float inverse,
+                                            const Bar& bar, Best& best) {
+  static_assert(Group::kQuads % 2 == 0 || Group::kQuads == 1, "pairs, or a single one");
+  constexpr int kPair = Row::kHasRoom && Group::kQuads > 1 ? 2 : 1;
+  const uint32_t limit = word_limit(bar.bar - top * inverse);
+#pragma unroll 1
+  for (int quad = 0; quad < Group::kQuads; quad += kPair) {
+    PhiloxWords words[kPair];
+    bool likely[kPair];
+#pragma unroll
+    for (int j = 0; j < kPair; ++j) {
+      const int v = group.quad_of(quad + j);
+      words[j] = noise_block(d.seed, d.position, d.stream, uint32_t(v / 4));
+      const uint32_t* w = words[j].w;
+      likely[j] = v < group.last && min(min(w[0], w[1]), min(w[2], w[3])) <= limit;
+    }
+    if (!likely[0] && !likely[kPair - 1]) continue;
+#pragma unroll 1  // rarely entered: one copy
+    for (int j = 0; j < kPair; ++j) {
+      if (j == 0 ? !likely[0] : !likely[kPair - 1]) continue;
+      const PhiloxWords chosen = j == 0 ? words[0] : words[kPair - 1];
+      offer_quad(team, row, d, group.quad_of(quad + j), chosen, inverse, bar.bar, best);
+    }
+  }
+}
+
+// The best of the tokens that are left out of a row's law and drawn by weights of their own.
+__device__ inline Best draw_skipped(const TeamShared& s, const Draw& d, int vocab) {
+  Best best{-kInf, -1};
+  for (int i = 0; i < d.skip_count; ++i) {
+    const int64_t token = s.skip[i];
+    if (token < 0 || token >= vocab) continue;
+    const float g = gumbel_noise(d.seed, d.position, uint32_t(token), d.stream);
+    best.offer(noise::add(s.log_weight[i], g), int(token));
+  }
+  return best;
+}
+
 // The largest value plus noise of this thread's share, if it may be the block's. Tokens are passed
 // over whose bound is below a value that the block has seen: nothing that could win is. `also` sees
 // every token, as it came and as it is drawn from.
 template <class Row, class Also>
-__device__ Best draw(Team& team, const Row& row, const Draw& d, Also& also) {
+__device__ Best draw(Team& team, Row& row, const Draw& d, Also& also) {
   TeamShared& s = *team.shared();
-  Best best{-kInf, -1};
-  for (int i = 0; i < d.skip_count; ++i) {
-    const int64_t token = s.skip[i];
-    if (token < 0 || token >= row.vocab) continue;
-    const float g = gumbel_noise(d.seed, d.position, uint32_t(token), d.stream);
-    best.offer(noise::add(s.log_weight[i], g), int(token));
-  }
+  Best best = draw_skipped(s, d, row.vocab);
   const float inverse = inverse_temperature(d.temperature);
   Bar bar{0, -kInf, -kInf};
-  if (d.skip_count > 0) {  // the top may be among them
-    bar.raise(key_of(best.score), d.temperature);
-  } else {
-    bar.raise(key_of(d.top + kMinNoise), d.temperature);
-    if (!(d.cut.value > -kInf)) look_ahead(team, row, d, inverse, bar);
-  }
-  row.each_group([&](const auto& group) {
+  // With tokens left out the top may be among them.
+  bar.raise(key_of(d.skip_count > 0 ? best.score : d.top + kMinNoise), d.temperature);
+  const auto see = [&](const auto& group) {
     const float group_top = group.top();
     if (group_top < fminf(bar.floor, also.floor())) return;
     also.raw(row, group, group_top);
@@ -143,18 +204,19 @@ __device__ Best draw(Team& team, const Row& row, const Draw& d, Also& also) {
     const float top = row.may_change() ? allowed_top(row, group, group_top) : group_top;
     bar.raise(*const_cast<volatile unsigned*>(&s.best), d.temperature);
     if (top < bar.floor) return;
-    const uint32_t limit = word_limit(bar.bar - top * inverse);
-#pragma unroll 1  // the code of a row runs once or twice: fetching it takes longer than its loops
-    for (int quad = 0; quad < kGroupQuads; ++quad) {
-      const int v = row.quad_of(group.first, quad);
-      if (v >= group.last) break;
-      const PhiloxWords words = noise_block(d.seed, d.position, d.stream, uint32_t(v / 4));
-      const uint32_t least = min(min(words.w[0], words.w[1]), min(words.w[2], words.w[3]));
-      if (least <= limit) offer_quad(team, row, d, v, words, inverse, bar.bar, best);
-    }
+    offer_group(team, row, d, group, top, inverse, bar, best);
     if (key_of(best.score) > bar.key) atomicMax(&s.best, key_of(best.score));
-  });
+  };
   also.swept();
+  if constexpr (!Also::kSeesAll) {
+    if (list_likely(s, row, fminf(bar.floor, also.floor())) && Row::kHasRoom) {
+      if (team.is_room_wanted()) row.leave_copy(), team.make_room();
+      each_listed_chunk(s, row, see);
+      return best;
+    }
+  }
+  if (d.skip_count == 0 && !(d.cut.value > -kInf)) look_ahead(team, row, d, inverse, bar);
+  row.each_group(see);
   return best;
 }
 
@@ -181,7 +243,6 @@ struct Found {
 struct Share {
   Best best;
   int64_t sum;
-  int id, unused;  // of the top
 };
 
 struct JoinShares {};
@@ -191,27 +252,24 @@ __device__ __forceinline__ Share reduce_lanes(Share x, unsigned n, JoinShares) {
   const unsigned key = key_of(x.best.score + 0.0f), top = __reduce_max_sync(kFullMask, key);
   x.best.id = int(__reduce_min_sync(kFullMask, key == top ? unsigned(x.best.id) : ~0u));
   x.best.score = value_of(top);
-  x.id = int(__reduce_min_sync(kFullMask, unsigned(x.id)));
   x.sum = reduce_lanes(x.sum, n, Sum());
   return x;
 }
 
-// `top` is the row's, whose id is this thread's find, or -1.
+// `top` is the row's; `meanwhile` is behind a barrier.
 template <class Work>
-__device__ Found join(Team& team, RowTop top, const Best& best, int64_t sum,
+__device__ Found join(Team& team, const RowTop& top, const Best& best, int64_t sum,
                       const Work& meanwhile) {
-  Share share = team.reduce_block(Share{best, sum, top.id, 0}, JoinShares());
+  Share share = team.reduce_block(Share{best, sum}, JoinShares());
   share = reduce_lanes(team.exchange(share, meanwhile), cluster_size(), JoinShares());
-  top.id = share.id;
   return {top, share.best, share.sum};
 }
 
 // accepted: the child that passed the coins, or -1.
 __device__ __forceinline__ Outcome outcome_of(const RowTop& top, const Best& best,
                                               float temperature, int accepted = -1) {
-  if (is_bad(top, temperature)) return {top.id, true};
-  if (accepted >= 0) return {accepted, false};
-  return {temperature == 0 ? top.id : best.id, false};
+  if (is_bad(top, temperature)) return {best.id, true};
+  return {accepted >= 0 ? accepted : best.id, false};
 }
 
 }  // namespace reasonkern

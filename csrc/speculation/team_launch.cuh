@@ -32,7 +32,7 @@ void launch_teams(void (*kernel)(Params), Params p, int32_t device) {
   const TeamShape shape =
       team_shape(p.rows.batch, p.rows.vocab, element_bytes(p.rows.type), stage_offset<Shared>(),
                  blocks_inside<E>(), describe(kernel, device));
-  p.rows.stages = shape.stages;
+  p.rows.slice = int(slice_tokens(p.rows.vocab, shape.blocks)), p.rows.stages = shape.stages;
   const unsigned teams = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20);
   launch(kernel, teams * shape.blocks, kTeamThreads, shape.blocks, shape.shared, scope.stream, p);
 }

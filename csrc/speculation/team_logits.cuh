@@ -170,24 +170,26 @@ struct Elements<AnyElement> {
 
 constexpr int kGroupTokens = 16, kGroupQuads = kGroupTokens / 4;
 
-// Tokens that a thread reads at a time, as they came; those behind the slice are its first ones, or
-// -inf.
-template <class E>
+// Tokens that a thread reads at a time, as they came: a group, or a chunk of it; those behind the
+// slice are its first ones, or -inf.
+template <class E, int kChunks = kGroupTokens / Elements<E>::kChunk>
 struct Group {
-  static constexpr int kChunk = Elements<E>::kChunk;
+  static constexpr int kChunk = Elements<E>::kChunk, kQuads = kChunks * kChunk / 4;
 
-  typename Elements<E>::Chunk chunk[kGroupTokens / kChunk];
+  typename Elements<E>::Chunk chunk[kChunks];
   int first, step, last;  // chunk j: from first + j * step on; the slice's end
 
-  __device__ float top() const {  // NaN if a lane is
-    return Elements<E>::top_of_all(chunk, kGroupTokens / kChunk);
+  __device__ float top() const { return Elements<E>::top_of_all(chunk, kChunks); }  // NaN if one is
+
+  __device__ int quad_of(int quad) const {  // its first token
+    return first + 4 * quad / kChunk * step + 4 * quad % kChunk;
   }
 
   // body(v, x, quad) for the quads inside the slice.
   template <class Body>
   __device__ void each(const Body& body) const {
 #pragma unroll
-    for (int j = 0; j < kGroupTokens / kChunk; ++j) {
+    for (int j = 0; j < kChunks; ++j) {
       if (first + j * step >= last) return;
       float x[kChunk];
       Elements<E>::to_floats(chunk[j], x);
@@ -200,13 +202,23 @@ struct Group {
   }
 };
 
+// Of a thread's share of a slice: the largest logits, NaN if one is.
+struct ShareTops {
+  float raw, allowed;
+};
+
 template <class E>
 struct TeamRow {
+  // In registers: where types are told apart, neither for looking at listed shares nor for noise of
+  // two quads at a time.
+  static constexpr bool kHasRoom = !std::is_same<E, AnyElement>::value;
+
   Slice slice;
   Elements<E> mine;     // the slice's logits
   const int32_t* mask;  // of this row, or null
   int vocab;
   bool whole;
+  ShareTops tops;  // once `find_block_top` has swept the slice
 
   // Waits until the slice has come.
   __device__ TeamRow(Team& team, const LogitRows& rows, int64_t b, int64_t node)
@@ -216,7 +228,11 @@ struct TeamRow {
                                   : rows.mask + b * rows.mask_stride_b + node * rows.mask_stride_n),
         vocab(int(rows.vocab)),
         whole((slice.last - slice.first) % 4 == 0 && slice.bytes % 16 == 0 &&
-              reinterpret_cast<std::uintptr_t>(mine.data) % 16 == 0) {}
+              reinterpret_cast<std::uintptr_t>(mine.data) % 16 == 0),
+        tops{-kInf, -kInf} {}
+
+  // From now on the slice is read where the row is, not from its copy.
+  __device__ void leave_copy() { mine = mine.beside(slice.data); }
 
   __device__ bool may_change() const { return mask != nullptr; }
 
@@ -245,25 +261,46 @@ struct TeamRow {
     for (int k = 0; k < 4; ++k) x[k] = quad[0][k];
   }
 
-  // body(v, x) for this thread's share of the slice; kAhead loads are under way at a time.
-  template <int kAhead = 4, class Body>
-  __device__ void each(const Body& body) const {
-    const Elements<E> from = mine;
-    const int step = 4 * int(blockDim.x), count = slice.last - slice.first;
-    for (int i = 4 * int(threadIdx.x); i < count; i += kAhead * step) {
-      float x[kAhead][4];
-      from.load(i, step, count, whole, x);
-#pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        if (i + j * step < count) body(slice.first + i + j * step, x[j]);
+  // body(v, x) for the quads of this thread's share of the slice, one by one: for what is rare.
+  template <class Body>
+  __device__ __forceinline__ void each_quad(const Body& body) const {
+    constexpr int kChunk = Group<E>::kChunk;
+    const int step = kChunk * int(blockDim.x);
+#pragma unroll 1
+    for (int v = slice.first + kChunk * int(threadIdx.x); v < slice.last; v += step) {
+#pragma unroll 1
+      for (int k = 0; k < kChunk && v + k < slice.last; k += 4) {
+        float x[4];
+        read(v + k, x);
+        body(v + k, x);
       }
     }
   }
 
-  // The first token of a quad of the group that begins at v.
-  __device__ static int quad_of(int v, int quad) {
+  // The largest logit of this thread's share, as they came. kAhead loads are under way at a time:
+  // shares of 152,000 two-byte tokens in 2, 4 or 8 blocks are 38, 19 and 10 chunks.
+  __device__ float share_top() const {
+    return whole ? share_top<kHasRoom ? 5 : 2>(true) : share_top<1>(false);
+  }
+
+  // Whether a token is in this thread's share.
+  __device__ bool owns(int64_t v) const {
+    const unsigned chunk = unsigned(v - slice.first) / Group<E>::kChunk;
+    return v >= slice.first && v < slice.last && (chunk & (blockDim.x - 1)) == threadIdx.x;
+  }
+
+  // body(chunk) for the chunks of the share of thread `owner`, by a warp.
+  template <class Body>
+  __device__ __forceinline__ void each_chunk(unsigned owner, const Body& body) const {
     constexpr int kChunk = Group<E>::kChunk;
-    return v + 4 * quad / kChunk * kChunk * int(blockDim.x) + 4 * quad % kChunk;
+    const int step = kChunk * int(blockDim.x), count = slice.last - slice.first;
+#pragma unroll 1
+    for (int i = kChunk * int(owner) + step * int(threadIdx.x % 32); i < count; i += 32 * step) {
+      Group<E, 1> group;
+      mine.load(i, step, count, whole, group.chunk);
+      group.first = slice.first + i, group.step = step, group.last = slice.last;
+      body(group);
+    }
   }
 
   // body(group) for this thread's share of the slice, in order.
@@ -278,6 +315,22 @@ struct TeamRow {
       group.first = slice.first + i, group.step = step, group.last = slice.last;
       body(group);
     }
+  }
+
+ private:
+  template <int kAhead>
+  __device__ __forceinline__ float share_top(bool whole) const {
+    constexpr int kChunk = Group<E>::kChunk;
+    const Elements<E> from = mine;
+    const int step = kChunk * int(blockDim.x), count = slice.last - slice.first;
+    float top = -kInf;
+#pragma unroll 1
+    for (int i = kChunk * int(threadIdx.x); i < count; i += kAhead * step) {
+      typename Elements<E>::Chunk chunk[kAhead];
+      from.load(i, step, count, whole, chunk);
+      top = max_nan(top, Elements<E>::top_of_all(chunk, kAhead));
+    }
+    return top;
   }
 };
 

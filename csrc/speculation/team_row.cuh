@@ -11,73 +11,31 @@ namespace reasonkern {
 
 struct RowTop {
   float raw;    // the largest logit, masked tokens included; not -inf only where one is finite
-  float value;  // the largest finite allowed logit, with the lowest id; -inf and -1 without one
-  int id;
-  int bad;  // bit 0: NaN or +inf among the allowed, bit 1: among all
+  float value;  // the largest finite allowed logit; -inf without one
+  int bad;      // bit 0: NaN or +inf among the allowed, bit 1: among all
 };
 
-struct JoinTop {
-  __device__ RowTop operator()(RowTop a, const RowTop& b) const {
-    if (comes_before(b.value, b.id, a.value, a.id)) a.value = b.value, a.id = b.id;
-    a.raw = fmaxf(a.raw, b.raw);
-    a.bad |= b.bad;
-    return a;
-  }
-};
+struct JoinTops {};
 
-// Of tops whose ids nobody asks for.
-struct JoinTopValues {};
-
-// Overload: values that lanes repeat change neither a maximum nor a minimum.
-__device__ __forceinline__ RowTop reduce_lanes(RowTop x, unsigned, JoinTopValues) {
+// Overload: values that lanes repeat change no maximum.
+__device__ __forceinline__ RowTop reduce_lanes(RowTop x, unsigned, JoinTops) {
   x.value = value_of(__reduce_max_sync(kFullMask, key_of(x.value + 0.0f)));  // -0 counts as 0
   x.raw = value_of(__reduce_max_sync(kFullMask, key_of(x.raw)));
   x.bad = int(__any_sync(kFullMask, x.bad & 1)) | (__any_sync(kFullMask, x.bad & 2) ? 2 : 0);
   return x;
 }
 
-__device__ __forceinline__ RowTop reduce_lanes(RowTop x, unsigned n, JoinTop) {
-  const RowTop top = reduce_lanes(x, n, JoinTopValues());
-  const unsigned id = x.value == top.value ? unsigned(x.id) : ~0u;
-  return {top.raw, top.value, int(__reduce_min_sync(kFullMask, id)), top.bad};
-}
-
-// Of this thread's share: the largest logits, NaN if one is; the largest allowed one that is none,
-// and where the first group that has it begins, or -1.
-struct ThreadTops {
-  float raw, allowed, value;
-  int first;
-};
-
-// The lowest token of the group at `first` whose allowed logit is `value`, or -1.
-template <class Row>
-__device__ int find_in_group(const Row& row, int first, float value) {
-#pragma unroll 1
-  for (int quad = 0; quad < kGroupQuads; ++quad) {
-    const int v = row.quad_of(first, quad);
-    if (v >= row.slice.last) break;
-    float x[4];
-    row.read(v, x);
-    row.apply_mask(v, x);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      if (x[k] == value) return v + k;
-    }
-  }
-  return -1;
-}
-
 // Where a logit is NaN or +inf: the largest finite ones.
 template <class Row>
 __device__ RowTop finite_top(Team& team, const Row& row, int bad) {
-  RowTop top{-kInf, -kInf, -1, bad};
-  row.template each<1>([&](int v, float (&x)[4]) {
+  RowTop top{-kInf, -kInf, bad};
+  row.each_quad([&](int v, float (&x)[4]) {
     row.apply_mask(v, x);
     for (int k = 0; k < 4; ++k) {
-      if (x[k] < kInf && x[k] > top.value) top.value = x[k], top.id = v + k;
+      if (x[k] < kInf && x[k] > top.value) top.value = x[k];
     }
   });
-  return team.reduce_block(top, JoinTop());
+  return team.reduce_block(top, JoinTops());
 }
 
 // The largest allowed logit of a group, NaN if one is.
@@ -92,53 +50,60 @@ __device__ __forceinline__ float allowed_top(const Row& row, const Group& group,
   return changed ? top : raw;
 }
 
-// The block's part of a RowTop, for every thread, without the id. Starts the block's candidates.
 template <class Row>
-__device__ RowTop find_block_top(Team& team, const Row& row, ThreadTops& tops, int groups) {
-  tops = {-kInf, -kInf, -kInf, -1};
+__device__ ShareTops find_share_tops(const Row& row) {
+  if (!row.may_change()) {
+    const float raw = row.share_top();
+    return {raw, raw};
+  }
+  ShareTops tops{-kInf, -kInf};
   row.each_group([&](const auto& group) {
     const float raw = group.top();
-    const float top = row.may_change() ? allowed_top(row, group, raw) : raw;
     tops.raw = max_nan(tops.raw, raw);
-    tops.allowed = max_nan(tops.allowed, top);
-    if (top > tops.value) tops.value = top, tops.first = group.first;
+    tops.allowed = max_nan(tops.allowed, allowed_top(row, group, raw));
   });
+  return tops;
+}
+
+// The block's part of a RowTop, for every thread. Starts the block's candidates.
+template <class Row>
+__device__ RowTop find_block_top(Team& team, Row& row, int groups) {
+  const ShareTops tops = row.tops = find_share_tops(row);
   start_candidates(*team.shared(), tops.raw, groups);
-  const float value = tops.value < kInf ? tops.value : -kInf;
+  const float value = tops.allowed < kInf ? tops.allowed : -kInf;
   const int bad = int(!(tops.allowed < kInf)) | int(!(tops.raw < kInf)) << 1;
-  const RowTop top = team.reduce_block(RowTop{tops.raw, value, -1, bad}, JoinTopValues());
+  const RowTop top = team.reduce_block(RowTop{tops.raw, value, bad}, JoinTops());
   return (top.bad & 1) != 0 ? finite_top(team, row, top.bad) : top;
 }
 
-// The id of the block's top where this thread's share has it, else -1; of a bad row's any thread's.
-template <class Row>
-__device__ int find_id(const Row& row, const ThreadTops& tops, const RowTop& top) {
-  if ((top.bad & 1) != 0 || tops.first < 0 || tops.value != top.value) return top.id;
-  return find_in_group(row, tops.first, top.value);
-}
-
-// The row's top, for every thread of the team; its id is this thread's find, or -1. `meanwhile` is
-// done while the blocks wait for each other.
+// The row's top, for every thread of the team. `meanwhile` is done while the blocks wait for each
+// other.
 template <class Row, class Work>
-__device__ RowTop find_row_top(Team& team, const Row& row, const Work& meanwhile) {
-  ThreadTops tops;
-  const RowTop mine = find_block_top(team, row, tops, int(quotient(kGroups, cluster_size())));
-  int id = -1;
-  RowTop top = team.template exchange<true>(mine, [&] {
-    id = find_id(row, tops, mine);
-    meanwhile();
-  });
-  top = reduce_lanes(top, cluster_size(), JoinTopValues());
-  top.id = top.value == mine.value ? id : -1;
-  return top;
+__device__ RowTop find_row_top(Team& team, Row& row, const Work& meanwhile) {
+  const RowTop mine = find_block_top(team, row, int(quotient(kGroups, cluster_size())));
+  const RowTop top = team.template exchange<true>(mine, meanwhile);
+  return reduce_lanes(top, cluster_size(), JoinTops());
 }
 
-// With its id; the candidates are the block's.
+// The same where the candidates are the block's.
 template <class Row>
-__device__ RowTop find_top(Team& team, const Row& row, ThreadTops& tops) {
-  RowTop top = find_block_top(team, row, tops, kGroups);
-  top.id = find_id(row, tops, top);
-  return team.reduce(top, JoinTop());
+__device__ RowTop find_top(Team& team, Row& row) {
+  return team.reduce(find_block_top(team, row, kGroups), JoinTops());
+}
+
+// The lowest token of this thread's share whose allowed logit is the row's top, which comes first
+// where no noise decides.
+template <class Row>
+__device__ Best find_top_token(const Row& row, const RowTop& top) {
+  Best best{-kInf, -1};
+  if (row.tops.allowed < top.value) return best;
+  row.each_quad([&](int v, float (&x)[4]) {
+    row.apply_mask(v, x);
+    for (int k = 0; k < 4; ++k) {
+      if (x[k] == top.value) best.offer(x[k], v + k);
+    }
+  });
+  return best;
 }
 
 // ---- filters: the cut is searched for by weight
@@ -182,12 +147,13 @@ __device__ __forceinline__ bool has_no_mass(float value, float top) { return val
 template <class Row, class Likely, class Body>
 __device__ __forceinline__ void each_likely_quad(const Row& row, const Likely& is_likely,
                                                  const Body& body) {
+  if (Row::kHasRoom && !is_likely(row.tops.allowed)) return;
   row.each_group([&](const auto& group) {
     const float raw = group.top();
     if (!is_likely(row.may_change() ? allowed_top(row, group, raw) : raw)) return;
 #pragma unroll 1  // registers are short
     for (int quad = 0; quad < kGroupQuads; ++quad) {
-      const int v = row.quad_of(group.first, quad);
+      const int v = group.quad_of(quad);
       if (v >= group.last) break;
       float x[4];
       row.read(v, x);

@@ -13,50 +13,67 @@ __device__ void rank_slowly(Team& team, const Row& row, int k) {
   Best last{kInf, -1};
   for (int place = 0; place < k; ++place) {
     Best best{-kInf, -1};
-    row.template each<1>([&](int v, float (&x)[4]) {
+    row.each_quad([&](int v, float (&x)[4]) {
       if (Allowed) row.apply_mask(v, x);
       for (int j = 0; j < 4; ++j) {
         if (comes_before(last.score, last.id, x[j], v + j)) best.offer(x[j], v + j);
       }
     });
     last = team.reduce_block(best, TakeBest());
-    if (threadIdx.x == 0) put_top(*team.shared(), place, last.score, last.id);
+    if (threadIdx.x == 0) put(team.shared()->top, place, last.score, last.id);
   }
 }
 
-// This block's list, behind the sweep that collected its candidates. Its readers are behind another
+// This block's k largest of its candidates, of which there are more. Their readers are behind a
 // barrier.
 template <bool Allowed, class Row>
 __device__ void rank_candidates(Team& team, const Row& row, int k) {
   TeamShared& s = *team.shared();
-  __syncthreads();
   if (s.count > kCandidates) return rank_slowly<Allowed>(team, row, k);
   for (int i = int(threadIdx.x); i < s.count; i += int(blockDim.x)) {
+    const float value = s.candidates[i / 2].value[i % 2];
+    const int id = s.candidates[i / 2].id[i % 2];
     int place = 0;
+#pragma unroll 1
     for (int j = 0; j < s.count; ++j) {
-      place += comes_before(s.value[j], s.id[j], s.value[i], s.id[i]);
+      const TopPair& other = s.candidates[j / 2];
+      place += comes_before(other.value[j % 2], other.id[j % 2], value, id);
     }
-    if (place < k) put_top(s, place, s.value[i], s.id[i]);
+    if (place < k) put(s.top, place, value, id);
   }
+}
+
+// This block's candidates for the k largest logits to the first block or to all, in any order where
+// they are few. A barrier lies between the sweep that collected them and this.
+template <bool Allowed, class Row>
+__device__ void send_candidates(Team& team, const Row& row, int k, bool to_all) {
+  TeamShared& s = *team.shared();
+  if (s.count <= (k + 1) / 2 * 2) return team.send_tops(s.candidates, s.count, k, to_all);
+  rank_candidates<Allowed>(team, row, k);
+  __syncthreads();
+  team.send_tops(s.top, k, k, to_all);
 }
 
 // Calls body(place, value, id) for the k largest logits in the lists of `lists` blocks; a list to a
 // warp.
 template <class Body>
-__device__ __forceinline__ void merge_tops(const TeamShared& s, int k, int lists,
+__device__ __forceinline__ void merge_tops(const TopPair (*tops)[kMaxTopK / 2], int k, int lists,
                                            const Body& body) {
   const int pairs = (k + 1) / 2, warps = int(blockDim.x / 32);
   for (int mine = int(threadIdx.x / 32); mine < lists; mine += warps) {
     for (int i = int(threadIdx.x % 32); i < 2 * pairs; i += 32) {
-      const float value = s.tops[mine][i / 2].value[i % 2];
-      const int id = s.tops[mine][i / 2].id[i % 2];
+      const float value = tops[mine][i / 2].value[i % 2];
+      const int id = tops[mine][i / 2].id[i % 2];
       if (id < 0) continue;
       int place = 0;
-      for (int list = 0; list < lists && place < k; ++list) {
+#pragma unroll 1
+      for (int list = 0; list < lists; ++list) {
+#pragma unroll 1
         for (int j = 0; j < pairs; ++j) {
-          const TopPair other = s.tops[list][j];
-          if (!comes_before(other.value[0], other.id[0], value, id)) break;  // lists are in order
-          place += 1 + comes_before(other.value[1], other.id[1], value, id);
+          const TopPair other = tops[list][j];
+          if (other.id[0] < 0) break;  // nothing behind it
+          place += comes_before(other.value[0], other.id[0], value, id) +
+                   comes_before(other.value[1], other.id[1], value, id);
         }
       }
       if (place < k) body(place, value, id);
@@ -73,6 +90,8 @@ __device__ __forceinline__ float least_of(float top, int vocab) {
 // token, and the 2^-22 of the sum that groups are worth that lie too low, are its largest.
 class RawStatistics {
  public:
+  static constexpr bool kSeesAll = false;
+
   // `top`: the row's largest logit; k of `groups` groups of its tokens bound the candidates.
   __device__ RawStatistics(Team& team, float top, int k, int vocab, const float* group_top,
                            int groups)
@@ -80,45 +99,53 @@ class RawStatistics {
         top_(top > -kInf ? top : 0.0f),
         least_(least_of(top_, vocab)),
         bound_(candidate_bound(group_top, groups, k)),
-        k_(k) {
-    clear_tops(shared_, k);
-  }
+        k_(k) {}
 
   __device__ float floor() const { return fminf(least_, bound_); }
 
+  // Integers are added, whose sum has no order. No row that is sound has more than 1 a token.
   template <class Row, class Group>
-  __device__ void raw(const Row& row, const Group& group, float) {
+  __device__ void raw(const Row& row, const Group& group, float top) {
     float sum = 0;
-#pragma unroll 1  // as in `draw`
-    for (int quad = 0; quad < kGroupQuads; ++quad) {
-      const int v = row.quad_of(group.first, quad);
-      if (v >= group.last) break;
-      float x[4];
-      row.read(v, x);
+    group.each([&](int, const float (&x)[4], int) {
       sum += (weight(x[0]) + weight(x[1])) + (weight(x[2]) + weight(x[3]));
-      if (top_of(x) >= bound_) add_candidates(shared_, bound_, v, x);
+    });
+    sum_ += sum <= float(kGroupTokens) ? int64_t(sum * 0x1p40f) : 0;
+    if (top < bound_) return;
+#pragma unroll 1  // rarely entered: one copy
+    for (int quad = 0; quad < group.kQuads && group.quad_of(quad) < group.last; ++quad) {
+      float x[4];
+      row.read(group.quad_of(quad), x);
+      if (!(top_of(x) < bound_)) add_candidates(shared_, bound_, group.quad_of(quad), x);
     }
-    sum_ += double(sum);
   }
   template <class Row, class Group>
   __device__ void allowed(const Row&, const Group&) {}
   __device__ void kept(float, float, Cut) {}
   __device__ void swept() { is_swept_ = true; }
 
-  // Whatever was drawn: the sweep, if there was none, and this block's list.
+  // Whatever was drawn: the sweep, if there was none.
   template <class Row>
-  __device__ void finish(Team& team, const Row& row) {
-    if (!is_swept_) {
-      row.each_group([&](const auto& group) {
-        const float top = group.top();
-        if (!(top < floor())) raw(row, group, top);
-      });
+  __device__ void finish(const Row& row) {
+    if (is_swept_) return;
+    const auto see = [&](const auto& group) {
+      const float top = group.top();
+      if (!(top < floor())) raw(row, group, top);
+    };
+    if (list_likely(shared_, row, floor()) && Row::kHasRoom) {
+      each_listed_chunk(shared_, row, see);
+    } else {
+      row.each_group(see);
     }
-    rank_candidates<false>(team, row, k_);
   }
 
-  // In units of 2^-40; 0 of a row that is not sound.
-  __device__ int64_t sum() const { return sum_ <= 0x1p22 ? int64_t(sum_ * 0x1p40) : 0; }
+  // Behind a barrier.
+  template <class Row>
+  __device__ void send(Team& team, const Row& row) const {
+    send_candidates<false>(team, row, k_, false);
+  }
+
+  __device__ int64_t sum() const { return sum_; }  // in units of 2^-40
 
  private:
   __device__ float weight(float x) const {
@@ -128,7 +155,7 @@ class RawStatistics {
   TeamShared& shared_;
   const float top_, least_, bound_;
   const int k_;
-  double sum_ = 0;
+  int64_t sum_ = 0;
   bool is_swept_ = false;
 };
 
@@ -144,12 +171,23 @@ __device__ __forceinline__ double log_of(int64_t sum) {
   return double(n - 40) * 0.693147180559945309 + double(noise::log_series(f));
 }
 
-// By the first block, for a sound row whose lists have come; `found` is of `join`.
-__device__ inline void write_statistics(const Team& team, const Found& found, int k, int64_t* ids,
-                                        float* logits, float* lse) {
-  merge_tops(*team.shared(), k, int(cluster_size()),
+// What `write_statistics` needs of a row that has emitted a token, by the first block.
+__device__ __forceinline__ void leave_statistics(TeamShared& s, const Found& found, bool emits) {
+  if (threadIdx.x != 0) return;
+  s.last_top = emits && is_sound(found.top) ? found.top.raw : -kInf;
+  s.last_sum = found.sum;
+}
+
+// By the first block, a barrier behind: the lists are merged while the next row's tops are on their
+// way between the blocks, which would wait for it else.
+__device__ inline void write_statistics(Team& team, int k, int64_t* ids, float* logits,
+                                        float* lse) {
+  const TopPair(*tops)[kMaxTopK / 2] = team.receive_tops();
+  const TeamShared& s = *team.shared();
+  if (!(s.last_top > -kInf)) return;
+  merge_tops(tops, k, int(cluster_size()),
              [&](int place, float value, int id) { ids[place] = id, logits[place] = value; });
-  if (threadIdx.x == 0) *lse = float(double(found.top.raw) + log_of(found.sum));
+  if (threadIdx.x == 0) *lse = float(double(s.last_top) + log_of(s.last_sum));
 }
 
 }  // namespace reasonkern

@@ -27,7 +27,8 @@ struct LogitRows {
   int64_t stride_b, stride_n;  // in elements
   const int32_t* mask;         // (B, N, ceil(V / 32)) or null: every token is allowed
   int64_t mask_stride_b, mask_stride_n;
-  int stages;  // on CUDA: slices of rows that the launch has room for in a block's shared memory
+  // On CUDA: tokens of a block's slice of a row, and slices that it has shared memory for.
+  int slice, stages;
 };
 
 // Each (B).

@@ -1,8 +1,7 @@
 // The kernels of verification. A team (a cluster of blocks) takes one request; only the rows that a
 // walk visits are read, and nothing that grows with B * N * V is written. A row's way is: its
-// slices to shared memory; a sweep for the largest logit; a sweep that draws, sums and collects the
-// top-k; one exchange between the blocks. Filters and rejection need the row's top before they
-// draw.
+// slices to shared memory; a sweep for the largest logit, which the blocks exchange; a look at what
+// may count, which draws, sums and collects the top-k; another exchange.
 #pragma once
 
 #include "team_statistics.cuh"
@@ -16,7 +15,8 @@ struct Place {
 };
 
 __device__ __forceinline__ bool is_usable(const VerifyParams& p, int64_t b, int64_t node) {
-  return p.valid[b * p.rows.nodes + node] && (p.num_nodes == nullptr || node < p.num_nodes[b]);
+  const bool inside = p.num_nodes == nullptr || node < p.num_nodes[b];
+  return inside & p.valid[b * p.rows.nodes + node];  // loads side by side
 }
 
 // ---- a row's token
@@ -69,9 +69,9 @@ __device__ int64_t accept_or_reject(const VerifyParams& p, Team& team, const Row
 
 // This thread's share of a draw.
 template <class Row, class Also>
-__device__ Best sample_share(Team& team, const Row& row, const Request& r, const RowTop& top,
+__device__ Best sample_share(Team& team, Row& row, const Request& r, const RowTop& top,
                              Also& also) {
-  if (r.temperature == 0 || is_bad(top, r.temperature)) return {-kInf, -1};
+  if (r.temperature == 0 || is_bad(top, r.temperature)) return find_top_token(row, top);
   const Draw d = target_draw(team, row, r, top, r.position);
   also.kept(d.temperature, d.top, d.cut);
   return draw(team, row, d, also);
@@ -84,10 +84,10 @@ struct Choice {
 };
 
 template <class Row, class Also>
-__device__ Choice choose_share(const VerifyParams& p, Team& team, const Row& row, const Request& r,
+__device__ Choice choose_share(const VerifyParams& p, Team& team, Row& row, const Request& r,
                                const RowTop& top, const Place& at, Also& also) {
+  if (r.temperature == 0 || is_bad(top, r.temperature)) return {find_top_token(row, top), -1};
   Choice choice{{-kInf, -1}, -1};
-  if (r.temperature == 0 || is_bad(top, r.temperature)) return choice;
   Draw d = target_draw(team, row, r, top, r.position + uint64_t(at.depth));
   also.kept(d.temperature, d.top, d.cut);
   if (p.q_ids != nullptr) choice.accepted = int(accept_or_reject(p, team, row, r, d, at));
@@ -99,12 +99,11 @@ __device__ Choice choose_share(const VerifyParams& p, Team& team, const Row& row
 
 template <class E>
 __global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) sample_kernel(SampleParams p) {
-  Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>());
+  Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>(), p.rows);
   const int64_t teams = quotient(gridDim.x, cluster_size());
   for (int64_t b = quotient(blockIdx.x, cluster_size()); b < p.rows.batch; b += teams) {
-    team.fetch(p.rows, b, 0);
     const Request& request = team.begin(p.requests, b);
-    const TeamRow<E> row(team, p.rows, b, 0);
+    TeamRow<E> row(team, p.rows, b, 0);
     const RowTop top = find_row_top(team, row, [] {});
     Nothing nothing;
     const Best best = sample_share(team, row, request, top, nothing);
@@ -114,47 +113,67 @@ __global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) sample_kerne
   team.leave();
 }
 
-// The children of a node, one to a lane and in each warp, read while the node's row is on its way.
-struct Children {
-  int32_t child, token;  // token: -1 where there is no child that may be entered
+// Places in child_index: the children of a node.
+struct Range {
+  int32_t first, last;
 
-  __device__ Children(const VerifyParams& p, const Place& at, int first) {
-    const int32_t c = first + int32_t(threadIdx.x % 32);
-    child = c < p.child_ptr[at.node + 1] ? p.child_index[c] : 0;
-    const bool usable = child > 0 && is_usable(p, at.b, child);
-    const int64_t drafted = usable ? p.tokens[at.b * p.rows.nodes + child] : -1;
-    token = drafted >= 0 && drafted < p.rows.vocab ? int32_t(drafted) : -1;
+  __device__ static Range of(const VerifyParams& p, int node) {
+    return {p.child_ptr[node], p.child_ptr[node + 1]};
   }
 
-  __device__ Children(const VerifyParams& p, const Place& at)
-      : Children(p, at, p.child_ptr[at.node]) {}
+  __device__ bool is_long() const { return last - first > 32; }
 
-  __device__ Children() : child(0), token(-1) {}
-
-  // Those that a warp left, behind a barrier.
-  __device__ explicit Children(const TeamShared& s)
-      : child(s.children[threadIdx.x % 32]), token(s.drafted[threadIdx.x % 32]) {}
-
-  __device__ void leave(TeamShared& s) const {
-    s.children[threadIdx.x % 32] = child, s.drafted[threadIdx.x % 32] = token;
-  }
-
-  // The likeliest one; 0 if it may not be entered.
-  __device__ int first() const { return __shfl_sync(kFullMask, token >= 0 ? child : 0, 0); }
-
-  // The one among these that holds a token, -1 when there is none.
-  __device__ int find(int64_t emitted) const {
-    const unsigned hits = __ballot_sync(kFullMask, token == int32_t(emitted));
-    return hits != 0 ? __shfl_sync(kFullMask, child, __ffs(int(hits)) - 1) : -1;
+  // The child of this lane, from the `skip`-th on, or 0.
+  __device__ int32_t child(const VerifyParams& p, int skip = 0) const {
+    const int32_t c = first + skip + int32_t(threadIdx.x % 32);
+    return c < last ? p.child_index[c] : 0;
   }
 };
 
-// `few`: the first of them.
+// The children of a node, one to a lane and in each warp. No load waits for another one: what the
+// child itself is read by was loaded with its parent.
+struct Children {
+  Child mine;
+
+  __device__ Children(const VerifyParams& p, int64_t b, int32_t node) : mine{node, -1, 0, 0} {
+    if (node <= 0) return;
+    const int64_t drafted = p.tokens[b * p.rows.nodes + node];
+    mine.first = p.child_ptr[node], mine.last = p.child_ptr[node + 1];
+    if (is_usable(p, b, node) && drafted >= 0 && drafted < p.rows.vocab) mine.token = int(drafted);
+  }
+
+  // Those that the last warp left, behind a barrier; the first one has more to do.
+  __device__ Children(const TeamShared& s, int turn) : mine(s.children[turn][threadIdx.x % 32]) {}
+
+  __device__ static bool is_last_warp() { return threadIdx.x / 32 == blockDim.x / 32 - 1; }
+
+  __device__ void leave(TeamShared& s, int turn) const {
+    if (is_last_warp()) s.children[turn][threadIdx.x % 32] = mine;
+  }
+
+  // The likeliest one, 0 if it may not be entered; and its children.
+  __device__ int likely() const {
+    return __shfl_sync(kFullMask, mine.token >= 0 ? mine.node : 0, 0);
+  }
+  __device__ Range ahead() const {
+    return {__shfl_sync(kFullMask, mine.first, 0), __shfl_sync(kFullMask, mine.last, 0)};
+  }
+
+  // The one among these that holds a token, -1 when there is none.
+  __device__ int find(int64_t emitted) const {
+    const unsigned hits = __ballot_sync(kFullMask, mine.token == int32_t(emitted));
+    return hits != 0 ? __shfl_sync(kFullMask, mine.node, __ffs(int(hits)) - 1) : -1;
+  }
+};
+
+// `few`: the first of a node's children, and all if there are no `more`.
 __device__ inline int find_child(const VerifyParams& p, const Place& at, const Children& few,
-                                 int64_t token) {
+                                 bool more, int64_t token) {
   int found = few.find(token);
-  for (int32_t c = p.child_ptr[at.node] + 32; found < 0 && c < p.child_ptr[at.node + 1]; c += 32) {
-    found = Children(p, at, c).find(token);
+  if (found >= 0 || !more) return found;
+  const Range range = Range::of(p, at.node);
+  for (int skip = 32; found < 0 && range.first + skip < range.last; skip += 32) {
+    found = Children(p, at.b, range.child(p, skip)).find(token);
   }
   return found;
 }
@@ -205,16 +224,18 @@ struct PlainVisit {
 
   template <class Work>
   __device__ Visited choose(Team& team, const Place& at, const Work& meanwhile) {
-    const TeamRow<E> row(team, p.rows, at.b, at.node);
+    TeamRow<E> row(team, p.rows, at.b, at.node);
     const RowTop top = find_row_top(team, row, meanwhile);
     const bool alone = cluster_size() == 1;
     TeamShared& s = *team.shared();
     RawStatistics raw(team, top.raw, p.topk, row.vocab, alone ? s.my_groups : s.group_top,
                       alone ? block_groups() : kGroups);
     const Choice choice = choose_share(p, team, row, request, top, at, raw);
-    raw.finish(team, row);
-    const Found found =
-        join(team, top, choice.best, raw.sum(), [&] { team.send_tops(p.topk, false); });
+    raw.finish(row);
+    const Found found = join(team, top, choice.best, raw.sum(), [&] {
+      raw.send(team, row);
+      team.make_room();
+    });
     return {outcome_of(found.top, found.best, request.temperature, choice.accepted), found};
   }
 
@@ -223,45 +244,63 @@ struct PlainVisit {
 
 template <class Visit>
 __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
+  const Request& request = team.begin(p.requests, b);
   const bool active = p.valid[b * p.rows.nodes], first_block = cluster_rank() == 0;
   const int64_t allowed = p.max_length != nullptr ? p.max_length[b] : p.depth + 1;
   const int limit = int(allowed < p.depth + 1 ? allowed : p.depth + 1);
-  const Request& request = team.begin(p.requests, b);
   int32_t status = 0;
   Place at{b, active && limit > 0 ? 0 : -1, 0};
-  if (at.node >= 0) team.fetch(p.rows, b, at.node);
+  const bool walks = at.node >= 0;
+  if (!walks) team.await(Slice(p.rows, b, 0));
   if (first_block) clear_outputs(p, b);
   Visit visit(p, request, b);
   TeamShared& shared = *team.shared();
   const EndTokens ends(p);
-  Children children;
-  if (at.node >= 0) children = Children(p, at);
+  const auto write_last = [&](int depth) {
+    const int64_t out = b * (p.depth + 1) + depth;
+    write_statistics(team, p.topk, p.topk_ids + out * p.topk, p.topk_logits + out * p.topk,
+                     p.lse + out);
+  };
+  Range range = Range::of(p, 0);
+  Children children(p, b, range.child(p));
+  children.leave(shared, 0);
+  bool more = range.is_long();
   while (at.node >= 0) {
-    const int node = at.node, likely = children.first();
-    team.guess(p.rows, b, likely);
-    const Visited row = visit.choose(team, at, [&] {  // by the last warp: the first one sends
-      if (likely > 0 && threadIdx.x / 32 == blockDim.x / 32 - 1) {
-        Children(p, {b, likely, at.depth + 1}).leave(shared);
+    const int node = at.node, likely = children.likely();
+    const int32_t grandchild = likely > 0 ? children.ahead().child(p) : 0;  // read during the sweep
+    team.guess(likely);
+    const Visited row = visit.choose(team, at, [&] {
+      if (likely > 0 && Children::is_last_warp()) {
+        Children(p, b, grandchild).leave(shared, (at.depth + 1) % 2);
       }
+      if (first_block && at.depth > 0) write_last(at.depth - 1);
     });
+    children = Children(shared, at.depth % 2);
     const int64_t token = row.outcome.token, out = b * (p.depth + 1) + at.depth;
     if (row.outcome.bad) status |= kBadRow;
     if (token < 0) at.node = -1;
     if (token >= 0) {
-      at = {b, at.depth + 1 < limit ? find_child(p, at, children, token) : -1, at.depth + 1};
+      at.node = at.depth + 1 < limit ? find_child(p, at, children, more, token) : -1;
+      ++at.depth;
       if (ends.contain(p, token)) status |= kEos, at.node = -1;
       if (at.node >= 0) {  // the next row is on its way meanwhile
-        team.fetch(p.rows, b, at.node);
-        children = at.node == likely ? Children(shared) : Children(p, at);
+        team.fetch(at.node);
+        if (at.node == likely) {
+          range = children.ahead(), children = Children(shared, at.depth % 2);
+        } else {
+          range = Range::of(p, at.node), children = Children(p, b, range.child(p));
+          children.leave(shared, at.depth % 2);
+        }
+        more = range.is_long();
       }
       if (team.leads()) p.out_tokens[out] = token, p.path[out] = node;
       visit.emitted(token);
     }
-    if (!first_block) continue;
-    team.receive_tops();
-    if (token < 0 || !is_sound(row.found.top)) continue;
-    write_statistics(team, row.found, p.topk, p.topk_ids + out * p.topk,
-                     p.topk_logits + out * p.topk, p.lse + out);
+    if (first_block) leave_statistics(shared, row.found, token >= 0);
+  }
+  if (first_block && walks) {
+    __syncthreads();
+    write_last(at.depth - 1);
   }
   if (active && p.max_length != nullptr && at.depth >= p.max_length[b]) status |= kCapped;
   if (team.leads()) p.length[b] = at.depth, p.status[b] = status;
@@ -269,7 +308,7 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
 
 template <class E>
 __global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) verify_kernel(VerifyParams p) {
-  Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>());
+  Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>(), p.rows);
   const int64_t teams = quotient(gridDim.x, cluster_size());
   for (int64_t b = quotient(blockIdx.x, cluster_size()); b < p.rows.batch; b += teams) {
     verify_request<PlainVisit<E>>(p, team, b);

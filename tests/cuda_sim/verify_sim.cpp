@@ -78,9 +78,9 @@ struct Launch {
   // As on a GPU: a block has room for its slice of a row, or reads it where it is.
   template <class Shared, class Params>
   void start_teams(void (*kernel)(Params), Params p) const {
-    const int64_t slice = slice_tokens(p.rows.vocab, blocks) * element_bytes(p.rows.type);
-    p.rows.stages = stages;
-    start(kernel, stage_offset<Shared>() + std::size_t(stages * slice), p);
+    p.rows.slice = int(slice_tokens(p.rows.vocab, blocks)), p.rows.stages = stages;
+    const int bytes = stages * p.rows.slice * element_bytes(p.rows.type);
+    start(kernel, stage_offset<Shared>() + std::size_t(bytes), p);
   }
 };
 
