@@ -66,18 +66,30 @@ struct DraftShared {
     return __shfl_sync(kFullMask, node, 0);
   }
 
-  // Shows a node's own token to others, after what the lane has stored of its window.
-  __device__ void decide(int node, int32_t token) const {
-    volatile int32_t* const newest = windows[node].tokens;
-    *newest = token;
+  // A word of a node's window, atomically: warps wait for it without a barrier.
+  __device__ void put(int node, int place, int32_t token) const {
+    atomicExch(windows[node].tokens + place, token);
   }
 
+  __device__ int32_t look(int node, int place) const {
+    return atomicAdd(windows[node].tokens + place, 0);
+  }
+
+  // Shows a node's own token to others, after what the lane has put of its window.
+  __device__ void decide(int node, int32_t token) const { put(node, 0, token); }
+
   __device__ Window<kWindow> await(int node) const {
-    const volatile int32_t* token = windows[node].tokens;
-    while (*token == kUndecided) __nanosleep(100);
-    __threadfence_block();
+    const int lane = int(threadIdx.x % 32);
+    if (lane == 0) {
+      while (look(node, 0) == kUndecided) __nanosleep(100);
+    }
     __syncwarp();
-    return windows[node];
+    __threadfence_block();
+    const int32_t mine = lane < kWindow ? look(node, lane) : 0;
+    Window<kWindow> window;
+#pragma unroll
+    for (int i = 0; i < kWindow; ++i) window.tokens[i] = __shfl_sync(kFullMask, mine, i);
+    return window;
   }
 };
 
@@ -114,9 +126,9 @@ struct DraftRequest {
         order(0),
         orders{0, 0} {
     const int lane = int(threadIdx.x % 32), back = p.table.window - 1 - lane;
-    // What fits no token is in no entry either: as good as missing.
+    // What is no token is in no entry either: as good as missing.
     const int64_t token = back >= 0 ? p.context[index * p.context_stride + back] : -1;
-    if (token <= INT32_MAX) context = int32_t(token);
+    if (token >= 0 && token <= INT32_MAX) context = int32_t(token);
     const int64_t scope = p.scope == nullptr ? 0 : p.scope[index];
     if (scope < 0 || scope >= p.table.scopes) return;
     start = hash_start(scope, p.table.epochs[scope]);
@@ -174,7 +186,9 @@ __device__ __forceinline__ uint64_t key_of_window(const DraftRequest& request,
 class LookUp {
  public:
   __device__ LookUp(const Table& t, uint64_t key)
-      : key_(key), at_(set_of(key, t.sets) * kWays + threadIdx.x % kWays), held_(t.keys[at_]) {
+      : key_(key), at_(set_of(key, t.sets) * kWays + threadIdx.x % kWays), held_(0) {
+    if (key == 0) return;  // else all requests would ask for the one set of no key
+    held_ = t.keys[at_];
     prefetch_slots(t, at_);
   }
 

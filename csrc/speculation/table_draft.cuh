@@ -14,11 +14,11 @@ __device__ __forceinline__ void decide_children(const DraftShared<kWindow>& s, i
   const int lane = int(threadIdx.x % 32), children = s.children(node);
   const int32_t* child = s.child_index + s.child_ptr[node];
   const bool taken = lane < kMaxTopk && mine.rank < children;
-  if (taken) {
+  if (taken && mine.rank > 0) {  // heads of chains of other warps
 #pragma unroll
-    for (int i = 1; i < kWindow; ++i) s.windows[child[mine.rank]].tokens[i] = window.tokens[i];
+    for (int i = 1; i < kWindow; ++i) s.put(child[mine.rank], i, window.tokens[i]);
   }
-  if (children > 1) __threadfence_block();  // an only child is the warp's own
+  if (children > 1) __threadfence_block();
   if (taken) s.decide(child[mine.rank], mine.id);
   const int used = __popc(__ballot_sync(kFullMask, mine.rank < kMaxTopk) & kLowerLanes);
   for (int i = used + lane; i < children; i += 32) s.decide(child[i], -1);

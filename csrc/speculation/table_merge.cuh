@@ -240,6 +240,7 @@ class KeyMerge {
       }
     }
     const int all = __popc(__ballot_sync(kFullMask, sum > 0));
+    __syncwarp();  // all have read
     if (sum > 0 && before < kMaxTopk) scratch_[before] = {id, 0, sum};
     __syncwarp();
     best_ = {-1, 0, 0};
