@@ -164,7 +164,10 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, list[Problem], rk.Token
             text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
         text += "" if text.rstrip().endswith("<think>") else "<think>\n"
         ids = tokenizer.encode(text, add_special_tokens=False)
-        sets = rk.TokenSets.from_tokenizer(tokenizer, {"reflect": PUBLISHED})
+        try:
+            sets = rk.TokenSets.from_tokenizer(tokenizer, {"reflect": args.words})
+        except ValueError as error:  # other tokenizers have other whole words
+            raise SystemExit(f"--words: {error}") from None
         return model, tokenizer, [Problem(args.prompt, ids)], sets
     model, tokenizer = train(args)
     made = arithmetic.generate(args.problems, samples=2, seed=2)
@@ -183,6 +186,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     question = "What is 17 * 23? Think step by step."
     parser.add_argument("--prompt", default=question, help="for --model")
+    parser.add_argument(
+        "--words", nargs="+", default=PUBLISHED, help="reflection words, a token each, for --model"
+    )
     parser.add_argument("--amplitude", type=float, default=4.0, help="of the wave, in logits")
     parser.add_argument("--period", type=float, default=60.0, help="of the wave, in tokens")
     parser.add_argument("--budget", type=int, default=80, help="thinking tokens")

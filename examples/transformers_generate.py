@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Generation, Generation
     model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=DTYPES[options.dtype])
     model = model.to(options.device).eval()
     ids = prompt_ids(tokenizer, options.prompt, model.device)
+    if ids.shape[1] == 0:  # transformers makes an empty tokenizer where its files are missing
+        parser.error(f"{options.folder}: expected a tokenizer that knows the prompt, got no tokens")
     table = rk.NgramTable(vocab_size=model.config.vocab_size, device=model.device)
     given: dict[str, Any] = {
         "temperature": options.temperature, "top_p": options.top_p, "seed": options.seed,

@@ -50,3 +50,7 @@ def test_a_model_of_ones_own(
     assert cyclic_reflex.main([*options, "--budget", "10", "--samples", "2"]) == 0
     out = capsys.readouterr().out
     assert "TokenSets(reflect: 5 ids)" in out and "</think>" in out
+    assert cyclic_reflex.main([*options, "--samples", "1", "--words", "Wait", "But"]) == 0
+    assert "TokenSets(reflect: 2 ids)" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"^--words: .* one token each, got reflect: 'Hmmmm'$"):
+        cyclic_reflex.main([*options, "--words", "Hmmmm"])

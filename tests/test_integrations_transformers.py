@@ -343,3 +343,11 @@ def test_the_example_on_a_local_folder(ours, folder, capsys):
     assert "4 of 4 texts are equal" in printed and "tokens per step" not in printed
     assert torch.equal(plain.sequences, found.sequences)
     assert found.statistics.passes < plain.statistics.passes or found.statistics.sizes[1] > 0
+
+
+def test_the_example_on_a_folder_without_a_tokenizer(make, tmp_path, capsys):
+    make("qwen2").save_pretrained(tmp_path)
+    example = importlib.import_module("examples.transformers_generate")
+    with pytest.raises(SystemExit):
+        example.main([str(tmp_path)])
+    assert "expected a tokenizer that knows the prompt" in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from typing import Any
 
 import pytest
@@ -363,8 +364,27 @@ def test_the_class_itself_is_no_objective() -> None:
     for given in ((), ("dapo",)):
         with pytest.raises(TypeError, match=re.escape(constructor)):
             Objective(*given)
-    with pytest.raises(TypeError, match=r"^Objective.ppo: expected .*, got clip_ratio$"):
+    expected = r"^Objective.ppo: expected ratio_min, ratio_max, kl, .*, ratio_cap, got clip_ratio$"
+    with pytest.raises(TypeError, match=expected):
         Objective.ppo(clip_ratio=0.2)
+
+
+@pytest.mark.parametrize(("name", "epsilon"), [("ppo", 0.2), ("dapo", 0.28), ("gspo", 3e-4)])
+def test_an_epsilon_alone_is_a_bound_and_warned_of(name: str, epsilon: float) -> None:
+    """It would clip nothing below: 0.2 is a legal lower bound, and ratio_max has a default."""
+    meant = f"ratio_min: expected a ratio, {1 - epsilon:.4g} for an epsilon of {epsilon:g}"
+    with pytest.warns(UserWarning, match=re.escape(meant)) as found:
+        o = getattr(Objective, name)(epsilon)
+    assert o.ratio_min == epsilon and found[0].filename == __file__
+
+
+def test_unusual_bounds_are_not_warned_of() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for constructor in {row[0] for row in OBJECTIVES}:
+            getattr(Objective, constructor)()
+        Objective.ppo(0.5), Objective.ppo(0, 1.2), Objective.ppo(None, 1.2)
+        Objective.ppo(0.2, 3.0), Objective.reinforce(0.1, 10.0), Objective.dppo_tv(0.1)
 
 
 @pytest.mark.parametrize(("changes", "message"), **cases(STATS))

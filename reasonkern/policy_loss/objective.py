@@ -6,7 +6,9 @@ because projects disagree on what epsilon means.
 
 from __future__ import annotations
 
+import inspect
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -47,7 +49,8 @@ class Objective(ObjectiveFields):
     Numeric fields are floats, 0-dim tensors (a schedule never recompiles) or per-row tensors.
 
     Raises:
-        ValueError: a value without a meaning, such as an epsilon for a ratio.
+        ValueError: a value without a meaning, such as an epsilon for a ratio; where an epsilon
+            could be one, as in ``ppo(0.2)``, there is a warning.
         TypeError: a name that no objective has, or a call of the class itself.
     """
 
@@ -58,9 +61,23 @@ class Objective(ObjectiveFields):
             raise TypeError(f"Objective: expected a constructor, Objective.dapo(), got {got}")
         for name in fields:
             if name not in ObjectiveFields.__dataclass_fields__:
-                expected = f"its arguments or {', '.join(TERMS)}"
+                own = inspect.signature(getattr(Objective, fields["name"])).parameters
+                expected = ", ".join([*(p for p in own if p != "terms"), *TERMS])
                 raise TypeError(f"Objective.{fields['name']}: expected {expected}, got {name}")
         super().__init__(**fields)
+        self._warn_of_epsilon()
+
+    def _warn_of_epsilon(self) -> None:
+        """An epsilon alone, as in ``ppo(0.2)``, is a legal lower bound, but one nobody chooses."""
+        lo, hi = self.ratio_min, self.ratio_max
+        if not isinstance(lo, (int, float)) or not isinstance(hi, (int, float)):
+            return
+        if 0 < lo < 0.5 and hi < 1.5:
+            meant = f"a ratio, {1 - lo:.4g} for an epsilon of {lo:g}"
+            got = f"{lo:g} beside ratio_max = {hi:g}"
+            warnings.warn(
+                f"objective ratio_min: expected {meant}, got {got}", UserWarning, stacklevel=4
+            )
 
     # ---- token-local objectives
 
