@@ -150,6 +150,17 @@ def test_chains_and_temperatures(topk, storage):
     assert torch.equal(tensors(drawn)["counters"], tensors(copy)["counters"])
 
 
+def test_ids_that_are_no_tokens():
+    got, requests = table(), random_requests(5, batch=4, window=4, tokens=2)
+    run_update(simulated, got, random_batch(1, rows=50, window=4, tokens=2, scopes=1))
+    drafts = []
+    for nothing in (-1, -2, -(1 << 40)):  # -2 is what a node holds until it is drawn
+        requests.context[::2, 2:] = nothing
+        drafts.append(run_draft(simulated, got, DraftTree.default(12), requests, 1))
+    assert_same_bits(drafts[0], drafts[1])
+    assert_same_bits(drafts[0], drafts[2])
+
+
 def test_both_sides_agree_on_few():
     from cuda_sim import table_backend
 
