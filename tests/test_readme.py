@@ -51,7 +51,7 @@ def test_links(page: Path) -> None:
 # ---- the numbers
 
 CPU_RESULT = "amd-epyc-zen5-2core/2026-11-26-a37cea3.json"
-GPU_RESULT = "h200/2026-11-27-12ee50e.json"
+GPU_RESULT = "h200/2026-11-27-9a9ca4f.json"
 LOSS = "policy_loss/dapo-{}inplace/{}x151936/{}"
 
 
