@@ -167,8 +167,8 @@ def test_the_last_tie_of_top_k_and_top_p(simulated):
 def test_launch_decisions(simulated):
     shape, word = simulated.module().team_shape, simulated.module().word_bytes
 
-    def blocks(batch, vocab=151_936, size=2, arch=90, inside=2, shared=227):
-        return shape(batch, vocab, size, 14_000, inside, 132, arch, shared * 1024)
+    def blocks(batch, vocab=151_936, size=2, arch=90, inside=2, shared=227, walk=True):
+        return shape(batch, vocab, size, 14_000, inside, 132, arch, shared * 1024, walk)
 
     assert [blocks(b)[0] for b in (1, 8, 28, 32, 64, 132, 256)] == [8, 8, 8, 4, 4, 4, 4]
     assert [blocks(256, vocab)[0] for vocab in (32_000, 128_256, 262_144)] == [1, 4, 8]
@@ -180,6 +180,9 @@ def test_launch_decisions(simulated):
     assert blocks(1, 1 << 18, 4) == (8, 1, 14_000 + (1 << 17))
     assert blocks(1, 1 << 18, 4, arch=120, shared=99) == (8, 0, 14_000)  # less room in a block
     assert blocks(1, arch=80) == (1, 0, 14_000)  # no clusters there
+    rows = [(1, 151_936), (132, 151_936), (133, 151_936), (256, 151_936), (256, 32_000)]
+    kinds = [blocks(batch, vocab, walk=False)[:2] for batch, vocab in rows]
+    assert kinds == [(8, 2), (4, 1), (1, 0), (1, 0), (1, 1)]  # 133 rows fill the device
     assert [word(256, 64), word(24, 16), word(6, 2), word(3, 1)] == [16, 8, 2, 1]
 
 

@@ -22,7 +22,8 @@ struct CudaBackend {
   static void sample(const SampleParams& p, int32_t device) {
     dispatch_row(p.rows.type, [&](auto element) {
       using E = typename decltype(element)::type;
-      launch_teams<TeamShared, E>(sample_kernel<E>, p, device);
+      const bool measured = blocks_inside<E>() > 1;  // the types that kernels know
+      launch_teams<TeamShared, E>(sample_kernel<E>, p, device, measured ? Reads::row : Reads::walk);
     });
   }
 

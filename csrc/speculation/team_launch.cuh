@@ -27,11 +27,11 @@ void dispatch_row(ElementType type, const Body& body) {
 
 // E: the type of the rows that the kernel was compiled for.
 template <class Shared, class E, class Params>
-void launch_teams(void (*kernel)(Params), Params p, int32_t device) {
+void launch_teams(void (*kernel)(Params), Params p, int32_t device, Reads reads = Reads::walk) {
   const LaunchScope scope(device);
   const TeamShape shape =
       team_shape(p.rows.batch, p.rows.vocab, element_bytes(p.rows.type), stage_offset<Shared>(),
-                 blocks_inside<E>(), describe(kernel, device));
+                 blocks_inside<E>(), describe(kernel, device), reads);
   p.rows.slice = int(slice_tokens(p.rows.vocab, shape.blocks)), p.rows.stages = shape.stages;
   const unsigned teams = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20);
   launch(kernel, teams * shape.blocks, kTeamThreads, shape.blocks, shape.shared, scope.stream, p);

@@ -33,11 +33,16 @@ inline int64_t resident_blocks(unsigned cluster, int inside, int multiprocessors
   return cluster < kTeamBlocks ? all : all * 7 / 8;
 }
 
+// What a team reads: rows that follow one another, or a single one.
+enum class Reads { walk, row };
+
 // Enough blocks to occupy the device, and to have a slice leave room for other teams beside it.
-// `scratch`: what a block needs besides its slice; `inside`: blocks that the registers of a
-// multiprocessor leave room for. Below sm_90 there are neither clusters nor copies in bulk.
+// Where single rows fill it by themselves, a block takes one of them straight from global memory:
+// the exchanges cost more than a longer way through a row. `scratch`: what a block needs besides
+// its slice; `inside`: blocks that the registers of a multiprocessor leave room for. Below sm_90
+// there are neither clusters nor copies in bulk.
 inline TeamShape team_shape(int64_t batch, int64_t vocab, int element_bytes, std::size_t scratch,
-                            int inside, const Device& device) {
+                            int inside, const Device& device, Reads reads = Reads::walk) {
   if (device.arch < 90) return {1, 0, scratch};
   const std::size_t room = (device.shared_per_block + 1024) / inside - 1024;
   const auto resident = [&](unsigned cluster) {
@@ -47,6 +52,7 @@ inline TeamShape team_shape(int64_t batch, int64_t vocab, int element_bytes, std
   const auto shared = [&](int stages) {
     return scratch + stages * slice_tokens(vocab, blocks) * element_bytes;
   };
+  if (reads == Reads::row && !resident(2) && shared(1) > room) return {1, 0, scratch};
   while (blocks < kTeamBlocks && (resident(blocks * 2) || shared(1) > room)) blocks *= 2;
   // A wrong guess takes shared memory's room and bandwidth, which a device that is not full has
   // left.

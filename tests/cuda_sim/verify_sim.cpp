@@ -185,8 +185,9 @@ PYBIND11_MODULE(verify_sim, m) {
   m.def("run", &run);
   m.def("compact", &run_compact);
   m.def("team_shape", [](int64_t batch, int64_t vocab, int bytes, std::size_t scratch, int inside,
-                         int units, int arch, std::size_t shared) {
-    const TeamShape shape = team_shape(batch, vocab, bytes, scratch, inside, {arch, units, shared});
+                         int units, int arch, std::size_t shared, bool walk) {
+    const TeamShape shape = team_shape(batch, vocab, bytes, scratch, inside, {arch, units, shared},
+                                       walk ? Reads::walk : Reads::row);
     return std::make_tuple(shape.blocks, shape.stages, shape.shared);
   });
   m.def("word_bytes", &word_bytes);
