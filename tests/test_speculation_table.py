@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 from fractions import Fraction
 from typing import Any
 
@@ -92,6 +93,23 @@ def bad_rows() -> Batch:
     batch.logits[9] = torch.tensor([0.0, -20.0, -20.0, -20.0])  # p = 2.2: over 31 bits
     batch.lse[9] = -0.8
     return batch
+
+
+def test_a_token_twice_in_an_entry(backend):
+    """No update leaves such an entry; one that was loaded must not have warps wait for ever."""
+    drawn = NgramTable(8, vocab_size=50, orders=(1,), topk=4, max_scopes=1)
+    drawn.update(torch.tensor([[7]]), torch.tensor([[7, 9]]), torch.tensor([[0.5, 0.3]]).log())
+    state = deepcopy(drawn.state_dict())
+    entry = int(state["counts"].nonzero())
+    state["slots"][entry, 1] = state["slots"][entry, 0]
+    drawn.load_state_dict(state)
+    one = torch.ones(1, dtype=torch.int64)
+    requests = (7 * one[:, None], one.float(), one, 0 * one, 0 * one)
+    tree = DraftTree([-1, 0, 0, 1, 2])
+    expected = run_draft(define, drawn, tree, Requests(*requests), 1)
+    here = Requests(*map(backend.to, requests))
+    got = run_draft(backend, drawn.to(backend.device), tree, here, 1)
+    assert_same_bits([x.cpu() for x in got], expected)
 
 
 def test_a_bad_row_is_ignored_and_counted(backend):

@@ -130,12 +130,15 @@ inline void store_law(const DraftParams& p, const Visit& v, const ChildDraw& dra
 }
 
 // Larger for a candidate that goes before another, so that the best one is found without branches,
-// which nobody could predict. Never 0.
-inline uint64_t rank_key(float score, int32_t id) {
+// which nobody could predict. Never 0; ids have 26 bits, and the slot tells apart even a token that
+// a loaded entry has twice.
+inline uint64_t rank_key(float score, int32_t id, int slot) {
   const uint32_t bits = noise::word_of(noise::add(score, 0.0f));  // -0 is 0
   const uint32_t ordered = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-  return uint64_t(ordered) << 32 | ~uint32_t(id);
+  return uint64_t(ordered) << 32 | ~uint32_t(id) << 4 | uint32_t(kMaxTopk - 1 - slot);
 }
+
+inline int32_t token_of(uint64_t key) { return int32_t(~(uint32_t(key) >> 4) & 0x0fffffffu); }
 
 // Gives the children of a node the best candidates that are left.
 inline void draw_children(const DraftParams& p, const Visit& v, const CandidateKernels& kernels) {
@@ -148,13 +151,13 @@ inline void draw_children(const DraftParams& p, const Visit& v, const CandidateK
   const int children = p.child_ptr[v.node + 1] - p.child_ptr[v.node];
   const int64_t row = int64_t(v.request) * p.nodes;
   uint64_t keys[kMaxTopk], last = ~uint64_t{0};
-  for (int i = 0; i < c.count; ++i) keys[i] = rank_key(c.score[i], c.id[i]);
+  for (int i = 0; i < c.count; ++i) keys[i] = rank_key(c.score[i], c.id[i], i);
   int32_t best_of_all = -1;
   for (int rank = 0; rank < std::min(children, c.count); ++rank) {
     uint64_t best = 0;
     for (int i = 0; i < c.count; ++i) best = std::max(best, keys[i] < last ? keys[i] : 0);
     last = best;
-    const int32_t token = int32_t(~uint32_t(best));
+    const int32_t token = token_of(best);
     if (rank == 0) best_of_all = token;
     p.tokens[row + child[rank]] = token;
     p.valid[row + child[rank]] = true;

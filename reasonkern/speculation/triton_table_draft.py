@@ -169,6 +169,10 @@ def draft_kernel(
             ahead = goes_before(
                 score[:, None, :], token[:, None, :], score[:, :, None], token[:, :, None]
             )
+            slot = tl.arange(0, token.shape[1])  # a loaded entry may have a token twice
+            twin = score[:, None, :] == score[:, :, None]
+            twin = twin & (token[:, None, :] == token[:, :, None])
+            ahead = ahead | (twin & (slot[None, None, :] < slot[None, :, None]))
             rank = tl.sum((ahead & used[:, None, :]).to(tl.int32), 2)
             child = tl.load(child_ptr + node, mask=mask, other=0)
             below = tl.load(child_ptr + node + 1, mask=mask, other=0) - child
