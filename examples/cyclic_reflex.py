@@ -156,8 +156,11 @@ def train(args: argparse.Namespace) -> tuple[Qwen2ForCausalLM, PreTrainedTokeniz
 
 def prepare(args: argparse.Namespace) -> tuple[Any, Any, list[Problem], rk.TokenSets]:
     if args.model is not None:
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(args.model)
+            model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
+        except (OSError, ValueError) as error:  # transformers' words name what is missing
+            raise SystemExit(f"--model {args.model}: {error}") from None
         text = args.prompt
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]

@@ -70,7 +70,10 @@ def main(arguments: Sequence[str] | None = None) -> tuple[Generation, Generation
         parser.error(f"--device {options.device}: this torch sees no GPU")
     if not (options.folder / "config.json").is_file():
         parser.error(f"{options.folder}: expected a folder with config.json, weights and tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.folder)
+    except (OSError, ValueError) as error:
+        parser.error(f"{options.folder}: expected a tokenizer, got {error}")
     model = AutoModelForCausalLM.from_pretrained(options.folder, dtype=DTYPES[options.dtype])
     model = model.to(options.device).eval()
     ids = prompt_ids(tokenizer, options.prompt, model.device)

@@ -93,6 +93,8 @@ def control_reflection(context: Context) -> None:
                 break
             runs.append(asdict(_run(context, problems, name, spec, markers)))
             update(f"{name}: {runs[-1]['reflections']:.1f} reflection tokens per text")
+    if len(runs) < len(settings):
+        print(f"stage 4: {len(runs)} of {len(settings)} settings in the time budget")
 
 
 def _run(
