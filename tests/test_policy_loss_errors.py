@@ -358,6 +358,11 @@ def test_error_of_an_objective(constructor: str, keywords: dict[str, Any], messa
         getattr(Objective, constructor)(**keywords)
 
 
+def test_gtpo_names_its_own_argument():
+    with pytest.raises(ValueError, match="conflict_weights: expected a tensor or None, got 0.2"):
+        Objective.gtpo(0.2)
+
+
 def test_the_class_itself_is_no_objective() -> None:
     """A name alone would clip nothing, and a misspelt argument would be lost."""
     constructor = "Objective: expected a constructor, Objective.dapo(), got Objective"

@@ -17,6 +17,7 @@ from torch import Tensor
 from .adaptive import BalancedBounds, CovarianceSelection, EntropyFilter, HighEntropySelection
 from .bapo import Range
 from .conflict import LN_2
+from .objective_checks import check
 from .objective_fields import ObjectiveFields
 from .reference_objective import CISPO, DPPO_KL, DPPO_TV, DRO, GPPO, SAPO, Number
 
@@ -354,6 +355,8 @@ class Objective(ObjectiveFields):
         differs. Advantages are r - mean(r) without std, weights of mode ``seq-mean-token-mean``.
         The released code sums over completions instead of averaging.
         """
+        known = conflict_weights is None or isinstance(conflict_weights, Tensor)
+        check(known, "conflict_weights", "a tensor or None", conflict_weights)
         rule = EntropyFilter(max_entropy, coef, initial_entropy)
         return cls(
             name="gtpo", kind=CISPO, ratio_min=1.0, ratio_max=1.0, selection=conflict_weights,
