@@ -161,6 +161,10 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, list[Problem], rk.Token
             model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
         except (OSError, ValueError) as error:  # transformers' words name what is missing
             raise SystemExit(f"--model {args.model}: {error}") from None
+        think_end = tokenizer.convert_tokens_to_ids(END)
+        if tokenizer.encode(END, add_special_tokens=False) != [think_end]:
+            expected = f"a reasoning model, whose tokenizer has {END} as a token"
+            raise SystemExit(f"--model {args.model}: expected {expected}")
         text = args.prompt
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
@@ -185,7 +189,9 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
-        "--model", help="a folder, or a name in the local cache; None = a small one, trained here"
+        "--model",
+        help="of a reasoning model: a folder, or a name in the local cache; None = a small one, "
+        "trained here",
     )
     question = "What is 17 * 23? Think step by step."
     parser.add_argument("--prompt", default=question, help="for --model")

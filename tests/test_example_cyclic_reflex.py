@@ -54,3 +54,6 @@ def test_a_model_of_ones_own(
     assert "TokenSets(reflect: 2 ids)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"^--words: .* one token each, got reflect: 'Hmmmm'$"):
         cyclic_reflex.main([*options, "--words", "Hmmmm"])
+    monkeypatch.setattr(cyclic_reflex, "END", "</thought>")
+    with pytest.raises(SystemExit, match=r"^--model .*: expected a reasoning model, .*</thought>"):
+        cyclic_reflex.main(options)
