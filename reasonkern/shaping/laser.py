@@ -61,7 +61,7 @@ def laser(
         _checks.check_device("target", target, length, "length")
     else:
         _checks.check_number("target", target, 0.0)
-    short = length <= target
+    short = wide(length) <= target  # a small dtype would wrap or round the target
     gained = torch.where(short, bonus if mode != "penalty" else 0.0, 0.0)
     lost = torch.where(short, 0.0, bonus if mode != "reward" else 0.0)
     return torch.where(correct, 1 + wide(gained) - wide(lost), wrong).float()
@@ -149,7 +149,7 @@ def laser_de(
     check_lengths(length, correct)
     target = _spread_targets(targets, accuracy_level(correct, group))
     out = laser(length, correct, target=target, bonus=bonus, wrong=wrong)
-    explores = ~correct & (length > target)
+    explores = ~correct & (wide(length) > target)
     if repetitive is not None:
         explores = explores & ~check_flags("repetitive", repetitive, correct, "correct")
     return torch.where(explores, wrong + bonus, out)
@@ -210,7 +210,7 @@ def adaptive_length_targets(
     out = []
     for i, n in enumerate(kept):
         counted = correct & (level == i)
-        covered = counted[:, None] & (length[:, None] <= candidates)
+        covered = counted[:, None] & (wide(length)[:, None] <= candidates)
         enough = n * covered.sum(0) >= counted.sum().clamp_min(1)
         enough[-1] = True
         out.append(candidates.take(enough.long().argmax()))
