@@ -94,13 +94,26 @@ def test_group_advantages(baseline: str, scale: str, dtype: torch.dtype) -> None
     check(got, expected)
 
 
-@pytest.mark.parametrize("baseline", ["group-mean", "leave-one-out", "length-weighted"])
-def test_equal_rewards_give_exactly_zero(baseline: str) -> None:
+@pytest.mark.parametrize("scale", ["std", "none", "batch-std"])
+@pytest.mark.parametrize(
+    "baseline", ["group-mean", "batch-mean", "leave-one-out", "length-weighted"]
+)
+def test_equal_rewards_give_exactly_zero(baseline: str, scale: str) -> None:
     for value in (0.1, 1e8 + 0.3, -1 / 3):
         r = torch.full((7,), value, dtype=torch.float64)
-        group, length = torch.zeros(7, dtype=torch.int64), torch.arange(7)
-        got = shaping.group_advantages(r, group, length=length, baseline=baseline)
-        assert torch.equal(got, torch.zeros(7, dtype=torch.float64))
+        assert value < 0 or r.mean() != value  # a plain mean is off
+        for n in range(1, 8):
+            group, length = torch.zeros(n, dtype=torch.int64), torch.arange(n)
+            kind = {"baseline": baseline, "scale": scale, "eps": 0.0}
+            got = shaping.group_advantages(r[:n], group, length=length, **kind)
+            assert torch.equal(got, torch.zeros(n, dtype=torch.float64))
+
+
+def test_nan_is_not_taken_for_zero() -> None:
+    """0 over a standard deviation that is NaN is no advantage of 0."""
+    reward, group = torch.tensor([0.0, torch.nan, 1.0, 1.0]), torch.tensor([0, 0, 1, 1])
+    assert shaping.group_advantages(reward, group, baseline="none")[:2].isnan().all()
+    assert shaping.group_advantages(reward, group, scale="batch-std").isnan().all()
 
 
 @pytest.mark.parametrize("baseline", ["group-mean", "leave-one-out", "batch-mean"])

@@ -78,7 +78,8 @@ def group_advantages(
     centred = _minus_baseline(wide(reward), groups, baseline, length)
     out = centred
     if scale != "none":
-        out = over_sigma(centred, _sigma(centred, wide(reward), groups, scale) + eps)
+        sigma = groups.std(reward) if scale == "std" else groups.batch().std(centred)
+        out = over_sigma(centred, sigma + eps)
     if scale == "std" or baseline in ("group-mean", "leave-one-out", "length-weighted"):
         out = torch.where(groups.size() > 1, out, 0.0)
     return narrow(out, reward)
@@ -86,14 +87,14 @@ def group_advantages(
 
 def over_sigma(centred: Tensor, sigma: Tensor) -> Tensor:
     """The quotient; 0 for 0 / 0, which an eps of 0 leaves in groups of equal rewards."""
-    return torch.where(centred == 0, 0.0, centred / sigma)
+    return torch.where((centred == 0) & (sigma == 0), 0.0, centred / sigma)
 
 
 def _minus_baseline(r: Tensor, groups: Groups, baseline: str, length: Tensor | None) -> Tensor:
     if baseline == "none":
         return r
     if baseline == "batch-mean":
-        return r - r.mean() if len(r) else r
+        return r - groups.batch().mean(r)
     centred = r - groups.mean(r)
     if baseline == "leave-one-out":
         # r - (S - r) / (n - 1) = n / (n - 1) (r - mean)
@@ -103,13 +104,6 @@ def _minus_baseline(r: Tensor, groups: Groups, baseline: str, length: Tensor | N
         has_length = groups.sum(length) > 0
         return torch.where(has_length, r - groups.mean(r, wide(length)), centred)
     return centred
-
-
-def _sigma(centred: Tensor, r: Tensor, groups: Groups, scale: str) -> Tensor:
-    if scale == "std":
-        return groups.std(r)
-    deviation = centred - centred.mean() if len(centred) else centred
-    return (deviation.square().sum() / max(len(centred) - 1, 1)).sqrt()
 
 
 def entropy_reshape(

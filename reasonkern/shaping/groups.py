@@ -58,6 +58,10 @@ class Groups:
         self.offsets = torch.searchsorted(dense, count)
         self.index = torch.empty_like(dense).scatter_(0, self.order, dense)
 
+    def batch(self) -> Groups:
+        """All sequences as one group."""
+        return Groups(torch.zeros_like(self.index), self.index, "group")
+
     def reduce(self, x: Tensor, how: str) -> Tensor:
         """(N,) float64: entry g is `how` (sum, max, min) of group g; 0, -inf or inf if empty."""
         ordered = wide(x)[self.order]
