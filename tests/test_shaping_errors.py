@@ -16,6 +16,7 @@ BITS, ROWS = torch.zeros(3, dtype=torch.bool), torch.zeros(3, 2)
 FEATURES = torch.zeros(3, 4)
 NAN = torch.tensor([1.0, torch.nan, 0.5])
 IDS = torch.zeros(3, 2, dtype=torch.int64)
+NO_LENGTH = r"length: expected finite numbers >= 0, got (nan|-1.0) at"
 
 WRONG: list[tuple[Callable[[], Any], str]] = [
     # shapes, dtypes, devices
@@ -74,7 +75,13 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sh.entropy_reshape(X, NAN, GROUP), r"entropy_mean: expected finite .* at \(1,\)"),
     (lambda: sh.dynamic_sampling_mask(NAN, GROUP), r"reward: expected finite .* at \(1,\)"),
     (lambda: sh.pass_at_k_reward(NAN, GROUP), r"reward: expected finite .* at \(1,\)"),
-    (lambda: sh.laser(NAN, BITS, target=1), r"length: expected finite numbers, got nan at \(1,\)"),
+    (lambda: sh.group_advantages(X, GROUP, length=NAN, baseline="length-weighted"), NO_LENGTH),
+    (lambda: sh.group_advantages(X, GROUP, length=X - 1, baseline="length-weighted"), NO_LENGTH),
+    (lambda: sh.overlong_penalty(NAN, max_length=9, buffer=3), NO_LENGTH),
+    (lambda: sh.format_length_surrogate(NAN, BITS), NO_LENGTH),
+    (lambda: sh.length_adaptive_lambda(X - 1), NO_LENGTH),
+    (lambda: sh.laser(NAN, BITS, target=1), NO_LENGTH),
+    (lambda: sh.grpo_lambda(X - 1, BITS, GROUP, alpha=0.5), NO_LENGTH),
     (lambda: sc.vote_ids(IDS, ROWS - 1), r"weights: expected finite numbers >= 0, got -1"),
     (lambda: sc.vote_ids(IDS, ROWS / 0), "weights: expected finite numbers >= 0"),
     (lambda: sc.difficulty_grade(NAN[None]), r"scores: expected finite .* got nan at \(0, 1\)"),

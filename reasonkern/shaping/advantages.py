@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._fields import documented
-from .groups import Groups, check_flags, check_vector, narrow, wide
+from .groups import Groups, check_flags, check_length, check_vector, narrow, wide
 
 BASELINES = ("group-mean", "batch-mean", "leave-one-out", "length-weighted", "none")
 SCALES = ("std", "none", "batch-std")
@@ -58,7 +58,8 @@ def group_advantages(
         group of one gives 0 where baseline or scale is taken over the group (verl gives r there).
 
     Raises:
-        ValueError: wrong shape, dtype or device, unknown baseline or scale, missing lengths.
+        ValueError: wrong shape, dtype or device, unknown baseline or scale, missing lengths; on CPU
+            also a length that is negative or not finite.
 
     Example:
         >>> import torch
@@ -74,7 +75,7 @@ def group_advantages(
     if baseline == "length-weighted":
         if length is None:
             _checks.fail("length", "a tensor for baseline='length-weighted'", None)
-        check_vector("length", length, reward, "reward")
+        check_length(length, reward, "reward")
     centred = _minus_baseline(wide(reward), groups, baseline, length)
     out = centred
     if scale != "none":

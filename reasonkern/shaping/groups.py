@@ -20,6 +20,15 @@ def check_vector(name: str, x: object, like: Tensor | None = None, like_name: st
     return x
 
 
+def check_length(length: object, like: Tensor | None = None, like_name: str = "") -> Tensor:
+    """The number of tokens of each sequence."""
+    length = check_vector("length", length, like, like_name)
+    if _checks.reads_values(length):
+        right = (length >= 0) & length.isfinite()
+        _checks.check_all("length", length, right, "finite numbers >= 0")
+    return length
+
+
 def check_flags(name: str, x: object, like: Tensor | None = None, like_name: str = "") -> Tensor:
     """One bool per sequence."""
     x = check_vector(name, x, like, like_name)

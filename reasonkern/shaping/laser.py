@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _checks
 from .._checks import check_tensor
 from .groups import Groups, check_flags, wide
-from .rewards import check_lengths
+from .rewards import check_answers
 
 MODES = ("reward", "penalty", "hybrid")
 LEVELS = ("high", "medium", "low")  # of accuracy, the order of the targets
@@ -44,7 +44,8 @@ def laser(
         (N,) float32.
 
     Raises:
-        ValueError: wrong shape or dtype, an unknown mode, or no number.
+        ValueError: wrong shape or dtype, an unknown mode, or no number; on CPU also a length that
+            is negative or not finite.
 
     Example:
         >>> import torch
@@ -52,7 +53,7 @@ def laser(
         >>> laser(torch.tensor([10, 90, 10]), torch.tensor([True, True, False]), target=50)
         tensor([ 1.5000,  1.0000, -0.5000])
     """
-    check_lengths(length, correct)
+    check_answers(length, correct)
     _checks.check_choice("mode", mode, MODES)
     for name, value in (("bonus", bonus), ("wrong", wrong)):
         _checks.check_number(name, value)
@@ -94,7 +95,8 @@ def laser_d(
         (N,) float32.
 
     Raises:
-        ValueError: wrong shape or dtype, not three targets, or no number.
+        ValueError: wrong shape or dtype, not three targets, or no number; on CPU also a length that
+            is negative or not finite.
 
     Example:
         >>> import torch
@@ -103,7 +105,7 @@ def laser_d(
         >>> laser_d(length, correct, torch.tensor([0, 0, 0]), targets=(50, 100, 200))
         tensor([1.5000, 1.0000, 1.0000])
     """
-    check_lengths(length, correct)
+    check_answers(length, correct)
     target = _spread_targets(targets, accuracy_level(correct, group))
     return laser(length, correct, target=target, bonus=bonus, wrong=wrong)
 
@@ -137,7 +139,8 @@ def laser_de(
         (N,) float32.
 
     Raises:
-        ValueError: wrong shape or dtype, not three targets, or no number.
+        ValueError: wrong shape or dtype, not three targets, or no number; on CPU also a length that
+            is negative or not finite.
 
     Example:
         >>> import torch
@@ -146,7 +149,7 @@ def laser_de(
         >>> laser_de(length, correct, torch.tensor([0, 0]), targets=(50, 100, 200))
         tensor([1.5000, 0.0000])
     """
-    check_lengths(length, correct)
+    check_answers(length, correct)
     target = _spread_targets(targets, accuracy_level(correct, group))
     out = laser(length, correct, target=target, bonus=bonus, wrong=wrong)
     explores = ~correct & (wide(length) > target)
@@ -187,7 +190,8 @@ def adaptive_length_targets(
         (3,) int64: targets for high, medium and low accuracy.
 
     Raises:
-        ValueError: wrong shape or dtype, or a number out of range.
+        ValueError: wrong shape or dtype, or a number out of range; on CPU also a length that is
+            negative or not finite.
 
     Example:
         >>> import torch
@@ -197,7 +201,7 @@ def adaptive_length_targets(
         >>> adaptive_length_targets(length, correct, group, lower=50, upper=200, step=50)
         tensor([ 50, 200, 200])
     """
-    check_lengths(length, correct)
+    check_answers(length, correct)
     for name, value in (("lower", lower), ("step", step), ("rollouts", rollouts)):
         _checks.check_integer(name, value, 1)
     _checks.check_integer("upper", upper)

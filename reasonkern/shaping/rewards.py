@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .groups import Groups, check_flags, check_vector, wide
+from .groups import Groups, check_flags, check_length, check_vector, wide
 
 
-def check_lengths(length: Tensor, correct: Tensor) -> None:
+def check_answers(length: Tensor, correct: Tensor) -> None:
     """Lengths (N,) beside (N,) bool outcomes."""
     check_flags("correct", correct)
-    check_vector("length", length, correct, "correct")
-    _checks.check_finite("length", length, expected="finite numbers")
+    check_length(length, correct, "correct")
 
 
 def overlong_penalty(
@@ -35,7 +34,8 @@ def overlong_penalty(
         (N,) float32, to be added to the reward.
 
     Raises:
-        ValueError: wrong shape or a number out of range.
+        ValueError: wrong shape or a number out of range; on CPU also a length that is negative or
+            not finite.
 
     Example:
         >>> import torch
@@ -43,7 +43,7 @@ def overlong_penalty(
         >>> overlong_penalty(torch.tensor([60, 90, 120]), max_length=100, buffer=20)
         tensor([ 0.0000, -0.5000, -1.0000])
     """
-    check_vector("length", length)
+    check_length(length)
     _checks.check_number("max_length", max_length, 0, exclusive=True)
     _checks.check_number("buffer", buffer, 0, exclusive=True)
     _checks.check_number("factor", factor, 0.0)
@@ -81,7 +81,8 @@ def grpo_lambda(
         (N,) float32. One correct answer, or equal lengths: σ(0) = 1/2.
 
     Raises:
-        ValueError: wrong shape or dtype, or a number out of range.
+        ValueError: wrong shape or dtype, or a number out of range; on CPU also a length that is
+            negative or not finite.
 
     Example:
         >>> import torch
@@ -90,7 +91,7 @@ def grpo_lambda(
         >>> grpo_lambda(length, correct, torch.tensor([0, 0, 1]), alpha=0.6)
         tensor([0.7000, 0.7000, 0.0000])
     """
-    check_lengths(length, correct)
+    check_answers(length, correct)
     _checks.check_number("alpha", alpha, 0.0)
     _checks.check_number("top_fraction", top_fraction, 0, 1)
     groups = Groups(group, correct, "correct")
@@ -155,7 +156,8 @@ def concise_gated(length: Tensor, correct: Tensor, group: Tensor, *, limit: int)
         (N,) float32.
 
     Raises:
-        ValueError: wrong shape or dtype, or a limit that is not positive.
+        ValueError: wrong shape or dtype, or a limit that is not positive; on CPU also a length that
+            is negative or not finite.
 
     Example:
         >>> import torch
@@ -164,7 +166,7 @@ def concise_gated(length: Tensor, correct: Tensor, group: Tensor, *, limit: int)
         >>> concise_gated(length, correct, torch.tensor([0, 1, 1]), limit=100)
         tensor([1.7500, 1.0000, 0.0000])
     """
-    check_lengths(length, correct)
+    check_answers(length, correct)
     _checks.check_number("limit", limit, 0, exclusive=True)
     every = Groups(group, correct, "correct").min(correct) > 0
     saved = (1 - wide(length) / limit).clamp_min(0)
@@ -205,7 +207,8 @@ def adactrl(
         (N,) float32. Where L_max is 0, short is 1.
 
     Raises:
-        ValueError: wrong shape or dtype, a tag other than -1, 0, 1 (on CPU), or no number.
+        ValueError: wrong shape or dtype, or no number; on CPU also a tag other than -1, 0, 1 and a
+            length that is negative or not finite.
 
     Example:
         >>> import torch
@@ -214,7 +217,7 @@ def adactrl(
         >>> adactrl(length, correct, torch.tensor([0, 0]), tag=torch.tensor([0, 1]))
         tensor([ 1.2500, -0.5000])
     """
-    check_lengths(length, correct)
+    check_answers(length, correct)
     check_vector("tag", tag, correct, "correct")
     _checks.check_dtype("tag", tag, torch.int64)
     _checks.check_range("tag", tag, MISSING, HARD + 1)
@@ -256,7 +259,8 @@ def format_length_surrogate(
         (N,) float32.
 
     Raises:
-        ValueError: wrong shape or dtype, or a number out of range.
+        ValueError: wrong shape or dtype, or a number out of range; on CPU also a length that is
+            negative or not finite.
 
     Example:
         >>> import torch
@@ -265,7 +269,7 @@ def format_length_surrogate(
         tensor([2., 0.])
     """
     check_flags("answer_format", answer_format)
-    check_vector("length", length, answer_format, "answer_format")
+    check_length(length, answer_format, "answer_format")
     _checks.check_number("scale", scale, 0.0, exclusive=True)
     _checks.check_number("peak", peak, 0.0, exclusive=True)
     if peak >= 1:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._checks import check_tensor
-from .groups import check_flags
+from .groups import check_flags, check_length
 
 BOOTSTRAPS = ("zero", "last", "given")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -149,7 +149,8 @@ def length_adaptive_lambda(length: Tensor, alpha: float = 0.05) -> Tensor:
         (B,) float32, for ``gae(lam=…)``.
 
     Raises:
-        ValueError: no tensor of one dimension, or alpha not above 0.
+        ValueError: no tensor of one dimension, or alpha not above 0; on CPU also a length that is
+            negative or not finite.
 
     Example:
         >>> import torch
@@ -159,6 +160,7 @@ def length_adaptive_lambda(length: Tensor, alpha: float = 0.05) -> Tensor:
     """
     if check_tensor("length", length).ndim != 1:
         _checks.fail("length", "shape (B,)", tuple(length.shape))
+    check_length(length)
     _checks.check_number("alpha", alpha, 0.0, exclusive=True)
     return (1 - 1 / (alpha * length.double())).clamp(0, 1).float()
 
