@@ -134,6 +134,24 @@ def test_bounds_of_elliptical_bonus_may_be_any_size() -> None:
     assert nothing.tolist() == [0, 0, 0]
 
 
+def test_results_are_constants_of_the_loss() -> None:
+    """Entropies of the policy are differentiable, the advantages they shape are not."""
+    x, ones = REWARD.clone().requires_grad_(), torch.ones(N, requires_grad=True)
+    kind = {"normalise": "per-component", "group": GROUP}
+    for out in (
+        shaping.group_advantages(x, GROUP),
+        shaping.group_advantages(x, GROUP, baseline="batch-mean", scale="batch-std"),
+        shaping.entropy_reshape(x, ones, GROUP),
+        shaping.mix_rewards({"a": x, "b": ones}, {"a": 1.0, "b": 1.0}, {"a": ones}),
+        shaping.mix_rewards({"a": x}, {"a": 1.0}, **kind),
+        shaping.pass_at_k_reward(x, GROUP),
+        shaping.elliptical_bonus(x[:, None], GROUP),
+        shaping.overlong_penalty(ones, max_length=2, buffer=1),
+        shaping.length_adaptive_lambda(ones),
+    ):
+        assert not out.requires_grad
+
+
 def test_groups_do_not_see_each_other() -> None:
     """Bits of a group are the same alone and beside a group of NaN and infinity."""
     r = REWARD.clone()

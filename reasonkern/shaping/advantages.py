@@ -123,7 +123,8 @@ def entropy_reshape(
             advantage. None = all.
 
     Returns:
-        (N,) in float32 (float64 for float64 advantages). Where mean H is 0 the factor is 1.
+        (N,) in float32 (float64 for float64 advantages), without a gradient. Where mean H is 0 the
+        factor is 1.
 
     Raises:
         ValueError: wrong shape, dtype or device; on CPU also an entropy of an active response that

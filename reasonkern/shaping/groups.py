@@ -37,8 +37,11 @@ def check_flags(name: str, x: object, like: Tensor | None = None, like_name: str
 
 
 def wide(x: Tensor) -> Tensor:
-    """float64: rewards, lengths and counts are few, and sums of them should be exact."""
-    return x.double()
+    """float64: rewards, lengths and counts are few, and sums of them should be exact.
+
+    Without a gradient: what is made of it is a constant of the loss.
+    """
+    return x.detach().double()
 
 
 def narrow(x: Tensor, like: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def mix_rewards(
 def _part(name: str, r: Tensor, gate: Tensor | None, groups: Groups | None, eps: float) -> Tensor:
     if gate is not None:
         check_vector(f"gates[{name!r}]", gate, r, name)
-        r = torch.where(gate != 0, r * gate, 0.0)
+        r = torch.where(gate != 0, r * wide(gate), 0.0)
     if groups is None:
         return r
     scaled = over_sigma(r - groups.mean(r), groups.std(r) + eps)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._checks import check_tensor
-from .groups import check_flags, check_length
+from .groups import check_flags, check_length, wide
 
 BOOTSTRAPS = ("zero", "last", "given")
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -162,7 +162,7 @@ def length_adaptive_lambda(length: Tensor, alpha: float = 0.05) -> Tensor:
         _checks.fail("length", "shape (B,)", tuple(length.shape))
     check_length(length)
     _checks.check_number("alpha", alpha, 0.0, exclusive=True)
-    return (1 - 1 / (alpha * length.double())).clamp(0, 1).float()
+    return (1 - 1 / (alpha * wide(length))).clamp_min(0).float()
 
 
 def tppo_masks(
