@@ -82,6 +82,12 @@ def test_adactrl() -> None:
     exact = torch.zeros(8, dtype=torch.int64)  # 5 of 8 right is not above 0.625
     five = torch.arange(8) < 5
     assert shaping.adactrl(exact, five, exact, exact + 1, length_weight=0.0)[0] == 1.5
+    for size in range(1, 30):  # nor is any other accuracy above itself
+        zeros = torch.zeros(size, dtype=torch.int64)
+        for right in range(size + 1):
+            args = (zeros, torch.arange(size) < right, zeros, zeros + 1)
+            equal = shaping.adactrl(*args, easy_above=right / size, length_weight=0.0)
+            assert equal[-1] == (1.5 if right == size else -0.5)
     with pytest.raises(ValueError, match=r"tag: expected values in \[-1, 2\), got 2"):
         shaping.adactrl(exact, five, exact, exact + 2)
 

@@ -225,13 +225,14 @@ def adactrl(
     for name, value in numbers.items():
         _checks.check_number(name, value)
     groups = Groups(group, correct, "correct")
-    gold = torch.where(groups.mean(correct) > easy_above, EASY, HARD)
+    accuracy = groups.sum(correct) / groups.size()  # rounded once: 3 of 10 are not above 0.3
+    gold = torch.where(accuracy > easy_above, EASY, HARD)
     label = torch.where(tag == MISSING, -1.0, wide(tag == gold))
     longest = groups.max(length)
     share = wide(length) / torch.where(longest > 0, longest, 1.0)
     short = torch.where(correct & (tag == EASY), (1 + torch.cos(torch.pi * share)) / 2, 0.0)
-    accuracy = torch.where(correct, 1.0, -1.0)
-    return (accuracy + tag_weight * label + length_weight * short).float()
+    outcome = torch.where(correct, 1.0, -1.0)
+    return (outcome + tag_weight * label + length_weight * short).float()
 
 
 def format_length_surrogate(
