@@ -6,11 +6,13 @@ import math
 import sys
 from collections import Counter
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from tolerance import randn
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reasonkern as rk
 from reasonkern import scaling
@@ -62,6 +64,29 @@ def test_ettrl_label_and_vote_ids() -> None:
             answer = scaling.vote(named, exact).answer
             assert got[b] == (-1 if answer is None else answer)
     assert scaling.vote_ids(ids[:, :0]).tolist() == [-1] * 200
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+def test_vote_ids_compares_no_pairs() -> None:
+    """Of thousands of samples all pairs would be gigabytes."""
+    ids = torch.arange(300).view(3, 100) % 7
+    with LargestTensor() as largest:
+        scaling.vote_ids(ids, torch.ones(3, 100))
+    assert 300 <= largest.elements <= 301
 
 
 def test_ttt_bench() -> None:
