@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -180,6 +181,25 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sc.finish_plan(3, 1, 1), "clusters: expected a list of clusters, got int"),
     (lambda: sc.select_diverse("abc", 2), "texts: expected a list of strings, got str"),
     (lambda: sc.route_peers("abc", 1), "summaries: expected a list of strings, got str"),
+    (lambda: sc.vote({"a", "b"}), "answers: expected a list of answers, one per sample, got set"),
+    (lambda: sc.finish_plan([0, 1], 1, 1), r"clusters\[0\]: expected a list of traces, got int"),
+    (lambda: sc.difficulty_grade(ROWS, thresholds=None), "thresholds: expected a list of desc"),
+    (lambda: sc.difficulty_grade(ROWS, thresholds=("a",)), r"thresholds\[0\]: expected a finite"),
+    (lambda: sh.mix_rewards({"a": X}, {"a": 1}, ["a"]), "gates: expected a mapping .* got list"),
+    (lambda: sh.mix_rewards({"a": X}, {"a": 1}, X), "gates: expected a mapping .* got Tensor"),
+    (lambda: sh.mix_rewards({"a": X}, {"a": 1}, schedule=[1]), "schedule: expected a mapping"),
+    # what they hold
+    (lambda: sc.vote([1.0, math.nan]), r"answers\[1\]: expected a string, .* got nan"),
+    (lambda: sc.temperature_vote(["7"], X[:1]), r"temperature\[0\]: expected a finite .* got tensor"),
+    (lambda: sc.temperature_vote(["7"], [None]), r"temperature\[0\]: expected a finite .* got None"),
+    (lambda: sc.temperature_vote(["7"], [math.nan]), r"temperature\[0\]: .* >= 0, got nan"),
+    (lambda: sc.subthought_split("a", [1]), r"markers: expected one word or more, .* got \[1\]"),
+    (lambda: sc.greedy_cluster([[1, 0], [math.nan, 1]]), r"scores\[1\]\[0\]: .* number, got nan"),
+    (lambda: sc.greedy_cluster([[1, 0], [None, 1]]), r"scores\[1\]\[0\]: .* number, got None"),
+    (lambda: sc.route_peers(["a", None], 1), r"summaries\[1\]: expected a string, got NoneType"),
+    (lambda: sc.select_diverse([b"a"], 1), r"texts\[0\]: expected a string, got bytes"),
+    (lambda: sc.text_similarity([1]), r"texts\[0\]: expected a string, got int"),
+    (lambda: sc.AStarFrontier().push(["a"], [1], "root"), "parent: expected a Node .* got str"),
     (lambda: sc.focal_bce(X, X + 2), r"target: expected bool or 0/1 values, got 2.0 at \(0,\)"),
 ]  # fmt: skip
 

@@ -106,6 +106,9 @@ def difficulty_grade(
     """
     if check_tensor("scores", scores).ndim != 2 or scores.shape[1] == 0:
         _checks.fail("scores", "shape (P, R), R >= 1", tuple(scores.shape))
+    _checks.check_list("thresholds", thresholds, "descending numbers")
+    for i, threshold in enumerate(thresholds):
+        _checks.check_number(f"thresholds[{i}]", threshold)
     if list(thresholds) != sorted(set(thresholds), reverse=True):
         _checks.fail("thresholds", "descending numbers", thresholds)
     x = scores.double()

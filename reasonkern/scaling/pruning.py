@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 
@@ -41,7 +42,8 @@ def greedy_cluster(
         clusters is the older one.
 
     Raises:
-        ValueError: scores that are not square, or a number out of range.
+        ValueError: scores that are not square or, where they are read, not finite, or a number out
+            of range.
 
     Example:
         >>> from reasonkern.scaling import greedy_cluster
@@ -54,6 +56,9 @@ def greedy_cluster(
     rows = scores.tolist() if isinstance(scores, Tensor) else [list(row) for row in scores]
     if any(not isinstance(row, list) or len(row) != len(rows) for row in rows):
         _checks.fail("scores", "a square matrix", f"{len(rows)} rows")
+    for i, row in enumerate(rows):
+        for j in range(i):
+            _check_score(i, j, row[j])
     _checks.check_number("tau", tau)
     for name, limit in (("max_clusters", max_clusters), ("max_members", max_members)):
         if limit is not None:
@@ -76,6 +81,16 @@ def greedy_cluster(
     return clusters
 
 
+def _check_score(i: int, j: int, score: object) -> None:
+    """A number, NumPy's among them: NaN would win or lose by its place in the row."""
+    try:
+        finite = math.isfinite(score)  # type: ignore[arg-type]
+    except (TypeError, OverflowError):
+        finite = False
+    if not finite:
+        _checks.fail(f"scores[{i}][{j}]", "a finite number", repr(score))
+
+
 def finish_plan(
     clusters: Sequence[Sequence[int]], per_cluster: int, singletons: int, *, seed: int = 0
 ) -> list[int]:
@@ -94,7 +109,7 @@ def finish_plan(
         Ascending trace indices; vote over their answers.
 
     Raises:
-        ValueError: an empty cluster or a number below 1.
+        ValueError: no lists, an empty cluster or a number below 1.
 
     Example:
         >>> from reasonkern.scaling import finish_plan
@@ -105,6 +120,8 @@ def finish_plan(
         _checks.check_integer(name, limit, 1)
     _checks.check_seed("seed", seed)
     _checks.check_list("clusters", clusters, "clusters")
+    for i, cluster in enumerate(clusters):
+        _checks.check_list(f"clusters[{i}]", cluster, "traces")
     if not all(len(cluster) for cluster in clusters):
         _checks.fail("clusters", "clusters with members", "an empty one")
     if not clusters:

@@ -39,7 +39,7 @@ class AStarFrontier:
 
     Raises:
         ValueError: a budget below 1, or (push) no lists, rewards outside [0, 1] or of another
-            number than the states.
+            number than the states, or a parent that is no node.
 
     Example:
         >>> from reasonkern.scaling import AStarFrontier
@@ -76,6 +76,8 @@ class AStarFrontier:
             _checks.fail("rewards", f"{len(states)} numbers, one per state", len(rewards))
         for i, reward in enumerate(rewards):
             _checks.check_number(f"rewards[{i}]", reward, 0, 1)
+        if parent is not None and not isinstance(parent, Node):
+            _checks.fail("parent", "a Node from pop, or None", type(parent).__name__)
         admitted = len(states) if self._left is None else min(len(states), self._left)
         for state, reward in zip(states[:admitted], rewards[:admitted], strict=True):
             node = self._node(state, float(reward), parent)

@@ -11,6 +11,14 @@ from .. import _checks
 STRATEGIES = ("dispersed", "clustered", "hybrid", "random")
 
 
+def check_texts(name: str, texts: Sequence[str]) -> None:
+    """Strings: rapidfuzz would call None as unlike as can be, and so the first choice."""
+    _checks.check_list(name, texts, "strings")
+    for i, text in enumerate(texts):
+        if not isinstance(text, str):
+            _checks.fail(f"{name}[{i}]", "a string", type(text).__name__)
+
+
 def text_similarity(texts: Sequence[str]) -> Any:
     """(n, n) float64 numpy array: 1 - InDel distance / (len a + len b), 1 for two empty texts.
 
@@ -24,10 +32,10 @@ def text_similarity(texts: Sequence[str]) -> Any:
         A symmetric array, from rapidfuzz, on all cores.
 
     Raises:
-        ValueError: no list.
+        ValueError: no list of strings.
         ImportError: rapidfuzz is not installed.
     """
-    _checks.check_list("texts", texts, "strings")
+    check_texts("texts", texts)
     try:
         from rapidfuzz import process
         from rapidfuzz.distance import Indel
@@ -60,7 +68,7 @@ def route_peers(
         For each path the indices of its peers, in the order named, without itself or repeats.
 
     Raises:
-        ValueError: no list, an unknown strategy, or top_k out of range.
+        ValueError: no list of strings, an unknown strategy, or top_k out of range.
         ImportError: rapidfuzz is not installed ("random" does not need it).
 
     Example:
@@ -69,7 +77,7 @@ def route_peers(
         [[1], [0]]
     """
     _checks.check_choice("strategy", strategy, STRATEGIES)
-    _checks.check_list("summaries", summaries, "strings")
+    check_texts("summaries", summaries)
     n = len(summaries)
     if not isinstance(top_k, int) or top_k < -1:
         _checks.fail("top_k", "an integer >= 0, or -1 for all", top_k)
@@ -109,10 +117,10 @@ def select_diverse(texts: Sequence[str], k: int) -> list[int]:
         Indices in the order chosen.
 
     Raises:
-        ValueError: no list, or k out of range.
+        ValueError: no list of strings, or k out of range.
         ImportError: rapidfuzz is not installed.
     """
-    _checks.check_list("texts", texts, "strings")
+    check_texts("texts", texts)
     _checks.check_integer("k", k, 0, len(texts))
     if k == 0:
         return []

@@ -57,7 +57,7 @@ def vote(
 
     Raises:
         ValueError: no list, an unknown tie rule, weights of another length, negative or not finite,
-            or an answer that is a tensor or not hashable.
+            or an answer that is a tensor, NaN or not hashable.
 
     Example:
         >>> from reasonkern.scaling import vote
@@ -74,10 +74,11 @@ def vote(
     votes: dict[Any, float] = {}
     for i, (answer, weight) in enumerate(zip(answers, weights, strict=True)):
         _checks.check_number(f"weights[{i}]", weight, 0.0)
-        if isinstance(answer, Tensor) or not isinstance(answer, Hashable):
-            # Tensors are hashed by identity: no two would agree.
+        if isinstance(answer, Tensor) or not isinstance(answer, Hashable) or _is_nan(answer):
+            # Tensors are hashed by identity, NaN equals nothing: no two would agree.
             expected = "a string, a number or the like (a tensor of ids goes to vote_ids)"
-            _checks.fail(f"answers[{i}]", expected, type(answer).__name__)
+            got = "nan" if _is_nan(answer) else type(answer).__name__
+            _checks.fail(f"answers[{i}]", expected, got)
         if answer is not None:
             votes[answer] = votes.get(answer, 0.0) + weight
     total = sum(votes.values())
@@ -89,6 +90,10 @@ def vote(
         return Vote(None, 0.0, votes)
     winner = others[-1] if others and tie == "latest" else first
     return Vote(winner, most / total, votes)
+
+
+def _is_nan(answer: object) -> bool:
+    return isinstance(answer, float) and answer != answer
 
 
 @documented
@@ -121,7 +126,7 @@ def temperature_vote(
 
     Args:
         answers: one per sample; None is no answer.
-        temperature: that at which each sample was drawn.
+        temperature: that at which each sample was drawn, >= 0.
         intra: σ_intra in (0, 1]. Paper: 0.8.
         cross: σ_cross in (0, 1]. Paper: 1.
 
@@ -129,7 +134,7 @@ def temperature_vote(
         `TemperatureVote`.
 
     Raises:
-        ValueError: no lists, lists of different length or a share outside (0, 1].
+        ValueError: no lists, lists of different length, no temperature or a share outside (0, 1].
 
     Example:
         >>> from reasonkern.scaling import temperature_vote
@@ -142,6 +147,8 @@ def temperature_vote(
         _checks.fail("temperature", f"{len(answers)} numbers, one per answer", len(temperature))
     for name, share in (("intra", intra), ("cross", cross)):
         _checks.check_number(name, share, 0, 1, exclusive=True)
+    for i, t in enumerate(temperature):
+        _checks.check_number(f"temperature[{i}]", t, 0.0)
     samples: dict[float, list[Hashable]] = {t: [] for t in sorted(set(temperature))}
     for answer, t in zip(answers, temperature, strict=True):
         samples[t].append(answer)
@@ -188,7 +195,7 @@ def subthought_split(text: str, markers: Sequence[str] = MARKERS) -> list[str]:
     if not isinstance(text, str):
         _checks.fail("text", "a string", type(text).__name__)
     _checks.check_list("markers", markers, "words or phrases")
-    if not markers or not all(markers):
+    if not len(markers) or not all(isinstance(m, str) and m for m in markers):
         _checks.fail("markers", "one word or more, none of them empty", markers)
     longest_first = sorted(markers, key=len, reverse=True)
     pattern = "|".join(re.escape(marker) for marker in longest_first)

@@ -49,7 +49,7 @@ def mix_rewards(
         (N,) float32 (float64 where a component is).
 
     Raises:
-        ValueError: names that do not match, no component, wrong shape or device, unknown choice.
+        ValueError: no mapping, names that do not match, no component, wrong shape or device, unknown choice.
 
     Example:
         >>> import torch
@@ -69,8 +69,11 @@ def mix_rewards(
         _checks.fail("components", "one component or more", "none")
     if set(weights) != set(names):
         _checks.fail("weights", f"the names {sorted(names)}", sorted(weights))
-    gates, schedule = gates or {}, schedule or {}
+    gates = {} if gates is None else gates
+    schedule = {} if schedule is None else schedule
     for what, given in (("gates", gates), ("schedule", schedule)):
+        if not isinstance(given, Mapping):
+            _checks.fail(what, "a mapping from names or None", type(given).__name__)
         if not set(given) <= set(names):
             _checks.fail(what, f"some of the names {sorted(names)}", sorted(given))
     first = check_vector(names[0], components[names[0]])
