@@ -188,6 +188,9 @@ def test_deepdistill() -> None:
     assert rate.tolist() == [1, 0.5, 0, 0.25] and grade.tolist() == [0, 1, 2, 2]
     expected = [0.0, 1.0, 0.0, math.sqrt(3 / 16) / 0.25]
     assert variation.tolist() == pytest.approx(expected)
+    tenths = torch.full((1, 3), 0.1, dtype=torch.float64)
+    assert tenths.std(correction=0) > 0  # from rounding
+    assert scaling.difficulty_grade(tenths).variation == 0
     assert scaling.difficulty_grade(scores, thresholds=()).grade.tolist() == [0] * 4
 
 

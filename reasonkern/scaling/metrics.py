@@ -115,7 +115,9 @@ def difficulty_grade(
     if _checks.reads_values(x):
         _checks.check_all("scores", x, (x >= 0) & x.isfinite(), "finite numbers >= 0")
     mean, std = x.mean(1), x.std(1, correction=0)
-    variation = torch.where(std > 0, std / torch.where(mean > 0, mean, 1.0), 0.0)
+    # Of equal scores the mean, and so the deviation, may be off in the last digit.
+    differ = x.amax(1) > x.amin(1)
+    variation = torch.where(differ, std / torch.where(differ, mean, 1.0), 0.0)
     grade = torch.zeros_like(mean, dtype=torch.int64)
     for threshold in thresholds:
         grade += mean < threshold
