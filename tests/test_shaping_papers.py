@@ -180,7 +180,7 @@ def test_no_sequences() -> None:
         assert out.shape == (0,)
 
 
-def test_t1() -> None:
+def test_t1(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave-one-out advantages and the moving anchor."""
     got = shaping.group_advantages(REWARD, GROUP, baseline="leave-one-out", scale="none")
     check(got, lambda i: REWARD[i].item() - mean([REWARD[j].item() for j in members(i) if j != i]
@@ -195,6 +195,18 @@ def test_t1() -> None:
     shaping.anchor_update_(anchor, policy, 1.0)
     assert all(torch.equal(a, b) for a, b in zip(anchor, before, strict=True))
     shaping.anchor_update_([], [], 0.5)
+    many = [torch.zeros(n) for n in (5, 3, 9, 0, 8, 1)]
+    calls: list[int] = []  # a copy in float32 of a whole policy in bfloat16 would not fit
+    lerp = torch._foreach_lerp_
+
+    def counted(ema: list[Tensor], new: list[Tensor], weight: float) -> None:
+        calls.append(sum(x.numel() for x in new))
+        lerp(ema, new, weight)
+
+    monkeypatch.setattr("reasonkern.shaping.advantages.COPIED", 8)
+    monkeypatch.setattr(torch, "_foreach_lerp_", counted)
+    shaping.anchor_update_(many, [torch.ones_like(x).bfloat16() for x in many], 0.5)
+    assert all((x == 0.5).all() for x in many) and calls == [8, 9, 8, 1]
     with pytest.raises(ValueError, match=r"ema_params\[0\]: expected dtype torch.float32"):
         shaping.anchor_update_([policy[0]], [policy[0]], 0.5)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,8 @@ from .groups import Groups, check_flags, check_length, check_vector, narrow, wid
 
 BASELINES = ("group-mean", "batch-mean", "leave-one-out", "length-weighted", "none")
 SCALES = ("std", "none", "batch-std")
+# Parameters of another dtype than the anchor's are copied, not all of a model at a time: 256 MB.
+COPIED = 1 << 26
 
 
 def group_advantages(
@@ -264,6 +266,19 @@ def anchor_update_(ema_params: Sequence[Tensor], params: Sequence[Tensor], decay
         _checks.check_dtype(f"ema_params[{i}]", e, torch.float32, torch.float64)
         _checks.check_shape(f"params[{i}]", p, e.shape, f"ema_params[{i}].shape")
         _checks.check_device(f"params[{i}]", p, e, f"ema_params[{i}]")
-    if ema:
-        target = [p.detach().to(e.dtype) for e, p in zip(ema, new, strict=True)]
-        torch._foreach_lerp_(ema, target, 1.0 - decay)
+    for start, stop in _portions([e.numel() for e in ema]):
+        anchors = ema[start:stop]
+        target = [p.to(e.dtype) for e, p in zip(anchors, new[start:stop], strict=True)]
+        torch._foreach_lerp_(anchors, target, 1.0 - decay)
+
+
+def _portions(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of tensors that have COPIED elements in all, or are one larger tensor."""
+    start = total = 0
+    for stop, size in enumerate(sizes):
+        if stop > start and total + size > COPIED:
+            yield start, stop
+            start, total = stop, 0
+        total += size
+    if sizes:
+        yield start, len(sizes)
