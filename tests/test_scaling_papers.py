@@ -132,6 +132,8 @@ def test_flexive() -> None:
     assert three.used.tolist() == [3, 3, 4, 4, 3]
     ten = scaling.flexible_verification(torch.arange(10)[None] < 7, agreement=0.7)
     assert ten.used.tolist() == [7] and not ten.escalate.any()
+    half = scaling.flexible_verification(votes[3:4].bool(), agreement=0.5 + 1e-12)
+    assert half.escalate.all()  # a tie settles nothing
     for agreement in (0.6, 0.75, 0.8, 1.0):  # the same, vote by vote
         many = torch.rand(300, 7, generator=torch.Generator().manual_seed(3)) < 0.7
         out = scaling.flexible_verification(many, agreement)
@@ -145,6 +147,8 @@ def test_flexive() -> None:
             )  # fmt: skip
             assert out.used[b] == used
             assert out.escalate[b] == (max(sum(row), 7 - sum(row)) < needed)
+            if not out.escalate[b]:  # the votes used say what all of them say
+                assert out.accepted[b] == (2 * sum(row[:used]) > used)
 
 
 # ---- numbers

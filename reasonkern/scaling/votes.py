@@ -296,7 +296,8 @@ class Verification(NamedTuple):
     Attributes:
         accepted: bool: more votes for than against; a tie rejects.
         escalate: bool: the votes disagree too much, ask the slow verifier.
-        used: int64: votes after which nothing could change any more; the rest need not be sampled.
+        used: int64: votes after which ``escalate`` is certain and, where it is False, ``accepted``
+            too; the rest need not be sampled.
     """
 
     accepted: Tensor
@@ -332,7 +333,8 @@ def flexible_verification(votes: Tensor, agreement: float = 1.0) -> Verification
         _checks.fail("votes", "shape (B, k), k >= 1", tuple(votes.shape))
     _checks.check_number("agreement", agreement, 0.5, 1, exclusive=True)
     k = votes.shape[1]
-    needed = math.ceil(agreement * k - 1e-9)  # 0.7 * 10 is a little more than 7
+    # 0.7 * 10 is a little more than 7; half of the votes are never enough.
+    needed = max(math.ceil(agreement * k - 1e-9), k // 2 + 1)
     yes = votes.long().cumsum(1)
     seen = torch.arange(1, k + 1, device=votes.device)
     larger, smaller = torch.maximum(yes, seen - yes), torch.minimum(yes, seen - yes)
