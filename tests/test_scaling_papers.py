@@ -351,6 +351,8 @@ def test_deepprune_judge_loss(gamma: float, alpha: float | None) -> None:
     if gamma == 0 and alpha is None:
         plain = torch.nn.functional.binary_cross_entropy_with_logits(x, y, reduction="none")
         torch.testing.assert_close(scaling.focal_bce(x, y, gamma=0.0), plain)
+    sure = scaling.focal_bce(torch.tensor([torch.inf, -torch.inf]), y[:2], gamma=gamma)
+    assert sure.tolist() == [0, 0]
     small = x[2:6].detach().requires_grad_()
     torch.autograd.gradcheck(
         lambda z: scaling.focal_bce(z, y[2:6], gamma=gamma, alpha=alpha), small

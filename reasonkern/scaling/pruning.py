@@ -169,7 +169,9 @@ def focal_bce(
     if alpha is not None:
         _checks.check_number("alpha", alpha, 0, 1)
     signed = torch.where(target != 0, logit, -logit)
-    loss = -torch.exp(gamma * logsigmoid(-signed)) * logsigmoid(signed)
+    loss = -logsigmoid(signed)
+    if gamma > 0:  # 0 times the logarithm of 0 is NaN
+        loss = torch.exp(gamma * logsigmoid(-signed)) * loss
     if alpha is not None:
         loss = loss * torch.where(target != 0, alpha, 1 - alpha).to(loss.dtype)
     return loss
