@@ -142,7 +142,9 @@ def test_pass_at_k_reward() -> None:
         return ordered[0] - ordered[1] if alone else 0.0
 
     check(got, expected)
-    assert (got > 0).sum() == 3
+    assert got.dtype == torch.float64 and (got > 0).sum() == 3
+    small = shaping.pass_at_k_reward(r.float(), GROUP)
+    assert small.dtype == torch.float32 and (small > 0).sum() == 3
 
 
 # ---- LASER

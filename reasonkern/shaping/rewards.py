@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .groups import Groups, check_flags, check_length, check_vector, wide
+from .groups import Groups, check_flags, check_length, check_vector, narrow, wide
 
 
 def check_answers(length: Tensor, correct: Tensor) -> None:
@@ -325,17 +325,18 @@ def composed_all_correct(
 def pass_at_k_reward(reward: Tensor, group: Tensor) -> Tensor:
     """Rewards a group for its best member: the margin of the best over the second best.
 
-    The pass@k advantage of verl's ``grpo_passk``: the first sample with the largest reward gets
-    max - second max, which is what the maximum over the group would lose without it; the others 0.
-    Equivalent to, for one group: ``first, second = reward.topk(2).values``, and first - second at
-    ``reward.argmax()``.
+    The first sample with the largest reward gets max - second max, which is what the maximum over
+    the group would lose without it; the others 0 (arXiv 2503.19595). verl's ``grpo_passk`` divides
+    by the group's std + 1e-6 unless ``norm_adv_by_std_in_grpo`` is off. Equivalent to, for one
+    group: ``first, second = reward.topk(2).values``, and first - second at ``reward.argmax()``.
 
     Args:
         reward: (N,), one per sequence.
         group: (N,) int64 ids.
 
     Returns:
-        (N,) float32; all 0 in a group of one and where the best is not alone.
+        (N,) float32 (float64 for float64 rewards); all 0 in a group of one and where the best is
+        not alone.
 
     Raises:
         ValueError: wrong shape or dtype; on CPU also a reward that is not finite.
@@ -353,7 +354,7 @@ def pass_at_k_reward(reward: Tensor, group: Tensor) -> Tensor:
     best = r == groups.max(r)
     chosen = best & (groups.count_before(best) == 0)
     second = groups.max(torch.where(chosen, -torch.inf, r))
-    return torch.where(chosen & (groups.size() > 1), r - second, 0.0).float()
+    return narrow(torch.where(chosen & (groups.size() > 1), r - second, 0.0), reward)
 
 
 def zero_sum_rewards(detected: Tensor, harmful: Tensor | None = None) -> tuple[Tensor, Tensor]:
