@@ -40,6 +40,9 @@ def group_advantages(
     REINFORCE++-baseline            ``group-mean``         ``batch-std``
     ==============================  =====================  =============
 
+    verl's REINFORCE++ takes mean and std over tokens, where a long answer counts more; TRL's
+    ``scale_rewards="batch"`` is the std of r over the batch, not that of r - b.
+
     Equivalent to, for equal groups of G consecutive sequences and the defaults::
 
         r = reward.view(-1, G)
@@ -56,8 +59,9 @@ def group_advantages(
         eps: added to σ. TRL: 1e-4, verl: 1e-6.
 
     Returns:
-        (N,) float32 (float64 for float64 rewards). Groups with equal rewards give exactly 0. A
-        group of one gives 0 where baseline or scale is taken over the group (verl gives r there).
+        (N,) float32 (float64 for float64 rewards), without a gradient. Where b is of the group,
+        equal rewards give exactly 0. A group of one gives 0 where baseline or scale is taken over
+        the group (verl gives r there).
 
     Raises:
         ValueError: wrong shape, dtype or device, unknown baseline or scale, missing lengths; on CPU

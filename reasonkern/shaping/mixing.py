@@ -29,7 +29,8 @@ def mix_rewards(
 
     PTA-GRPO (2510.01833: answer, plan quality, format), RLSP (2502.06773: exploration decoupled
     from correctness), AdaCtrl (2505.18822), Datarus-R1 (2508.13382: two rewards that change places
-    by a `cosine` schedule) and GDPO (2601.05242: components normalised by group before the sum).
+    by a `cosine` schedule) and GDPO (2601.05242: components normalised by group before the sum,
+    which then goes to ``group_advantages(baseline="batch-mean", scale="batch-std")``).
     Equivalent to, without ``normalise`` and ``schedule``:
     ``sum(weights[c] * gates[c] * components[c] for c in components)``.
 
@@ -49,7 +50,8 @@ def mix_rewards(
         (N,) float32 (float64 where a component is).
 
     Raises:
-        ValueError: no mapping, names that do not match, no component, wrong shape or device, unknown choice.
+        ValueError: no mapping, names that do not match, no component, wrong shape or device, or an
+            unknown choice.
 
     Example:
         >>> import torch
