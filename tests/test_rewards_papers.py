@@ -166,8 +166,10 @@ def test_laser() -> None:
 def test_laser_takes_lengths_of_any_dtype() -> None:
     """A target that the dtype of the lengths cannot hold: it wrapped around or was rounded."""
     right = torch.ones(1, dtype=torch.bool)
-    for dtype, length, target in ((torch.int8, 100, 300), (torch.int16, 30000, 40000),
-                                  (torch.bfloat16, 2048, 2049.0), (torch.float16, 2048, 1e6)):  # fmt: skip
+    for dtype, length, target in (
+        (torch.int8, 100, 300), (torch.int16, 30000, 40000), (torch.bfloat16, 2048, 2049.0),
+        (torch.float16, 2048, 1e6),
+    ):  # fmt: skip
         assert shaping.laser(torch.tensor([length], dtype=dtype), right, target=target) == 1.5
     assert shaping.laser(torch.tensor([2048]).bfloat16(), right, target=2047) == 1
     search = {"group": torch.zeros(1, dtype=torch.int64), "lower": 2047, "upper": 2051, "step": 1}

@@ -190,8 +190,8 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sh.mix_rewards({"a": X}, {"a": 1}, schedule=[1]), "schedule: expected a mapping"),
     # what they hold
     (lambda: sc.vote([1.0, math.nan]), r"answers\[1\]: expected a string, .* got nan"),
-    (lambda: sc.temperature_vote(["7"], X[:1]), r"temperature\[0\]: expected a finite .* got tensor"),
-    (lambda: sc.temperature_vote(["7"], [None]), r"temperature\[0\]: expected a finite .* got None"),
+    (lambda: sc.temperature_vote(["7"], X[:1]), r"temperature\[0\]: expected .* got tensor"),
+    (lambda: sc.temperature_vote(["7"], [None]), r"temperature\[0\]: expected .* got None"),
     (lambda: sc.temperature_vote(["7"], [math.nan]), r"temperature\[0\]: .* >= 0, got nan"),
     (lambda: sc.subthought_split("a", [1]), r"markers: expected one word or more, .* got \[1\]"),
     (lambda: sc.greedy_cluster([[1, 0], [math.nan, 1]]), r"scores\[1\]\[0\]: .* number, got nan"),

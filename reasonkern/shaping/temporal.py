@@ -212,7 +212,9 @@ def tppo_masks(
     if truncated is not None:
         check_flags("truncated", truncated, finished, "finished")
     _checks.check_integer("drop_tail", drop_tail, 0)
-    cut = ~finished if truncated is None else truncated
-    from_end = mask.flip(1).cumsum(1).flip(1)  # 1 for the last token of the row
-    tail = cut[:, None] & (from_end <= drop_tail)
-    return mask & generated_this_step & ~tail, mask & finished[:, None]
+    policy = mask & generated_this_step
+    if drop_tail:
+        cut = ~finished if truncated is None else truncated
+        from_end = mask.flip(1).cumsum(1).flip(1)  # 1 for the last token of the row
+        policy &= ~(cut[:, None] & (from_end <= drop_tail))
+    return policy, mask & finished[:, None]
