@@ -61,5 +61,9 @@ def test_elliptical_select_front() -> None:
     assert scaling.elliptical_select(h.T.contiguous().T, 4).tolist() == by_inverses(h, 4, 0.01)
     assert scaling.elliptical_select(h[None], 3).shape == (1, 3)
     assert scaling.elliptical_select(h, 0).shape == (0,)
+    with pytest.raises(
+        ValueError, match="lam: expected a ridge of at least 1e-12 h'h = 16, got 0.01"
+    ):
+        scaling.elliptical_select(1e6 * h, 4)
     with pytest.raises(ValueError, match=r"features: expected finite numbers, got nan at \(0, 2\)"):
         scaling.elliptical_select(torch.where(torch.arange(7) == 2, torch.nan, h), 1)

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import _checks
 from .._checks import check_tensor
 from ..shaping import op as op
+from ..shaping.exploration import SMALLEST_RIDGE
 
 
 def elliptical_select(features: Tensor, k: int, lam: float = 0.01) -> Tensor:
@@ -33,8 +34,9 @@ def elliptical_select(features: Tensor, k: int, lam: float = 0.01) -> Tensor:
         (k,) or (P, k) int64, in the order picked; equal scores: the lower index.
 
     Raises:
-        ValueError: wrong shape or dtype, k or lam out of range; on CPU features that are not
-            finite (on CUDA the picks are distinct but else undefined).
+        ValueError: wrong shape or dtype, k or lam out of range; on CPU features that are not finite
+            or a λ below 1e-12 of the largest h'h, where rounding would choose (on CUDA the picks
+            are distinct but else undefined).
 
     Example:
         >>> import torch
@@ -52,6 +54,11 @@ def elliptical_select(features: Tensor, k: int, lam: float = 0.01) -> Tensor:
     x = x if x.dtype == torch.float64 else x.float()
     x = x if x.stride(-1) == 1 else x.contiguous()
     _checks.check_finite("features", x, expected="finite numbers")
+    if _checks.reads_values(x) and x.numel():
+        least = SMALLEST_RIDGE * x.double().square().sum(-1).max().item()
+        if lam < least:
+            expected = f"a ridge of at least {SMALLEST_RIDGE} h'h = {least:.2g}"
+            _checks.fail("lam", expected, f"{lam}: it is rounded away")
     batched = x if x.ndim == 3 else x.unsqueeze(0)
     out: Tensor = torch.ops.reasonkern.elliptical_select(batched, k, float(lam))
     return out if x.ndim == 3 else out[0]
