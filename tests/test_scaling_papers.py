@@ -118,6 +118,10 @@ def test_role_of_temperature_sampling() -> None:
     assert scaling.temperature_vote([], []) == (None, False, {})
     silent = scaling.temperature_vote([None, "y"], [0.0, 1.0])
     assert (silent.answer, silent.done) == ("y", False)
+    # One answer of ten is no agreement: a hard question is not taken for an easy one.
+    cut = scaling.temperature_vote(["y"] + [None] * 9, [0.6] * 10)
+    assert (cut.answer, cut.done) == ("y", False)
+    assert scaling.temperature_vote(["y"] * 8 + [None] * 2, [0.6] * 10).done
 
 
 def test_flexive() -> None:

@@ -85,7 +85,7 @@ def difficulty_grade(
 ) -> Difficulty:
     """Grades problems by pass rate and its coefficient of variation: DeepDistill (2504.17565).
 
-    Equivalent to ``scores.mean(1)`` and ``scores.std(1, correction=0) / scores.mean(1)``.
+    Equivalent to ``x.mean(1)`` and ``x.std(1, correction=0) / x.mean(1)``, x = scores.double().
 
     Args:
         scores: (P, R), R >= 1 repeats of P problems, bool or numbers >= 0.
@@ -145,7 +145,7 @@ def length_statistics(length: Tensor, correct: Tensor) -> LengthStatistics:
     """What reasoning costs: tokens over all, correct and wrong answers.
 
     The test-time compute of "When Reasoning Meets Compression" (arXiv 2504.02010).
-    Equivalent to ``length.mean(), length.std(), length[correct].mean(), length[~correct].mean()``,
+    Equivalent to ``x.mean(), x.std(), x[correct].mean(), x[~correct].mean()``, x = length.double(),
     without the synchronisation of the last two.
 
     Args:

@@ -120,9 +120,10 @@ def temperature_vote(
 ) -> TemperatureVote:
     """Votes within each temperature, then across them, with early exit (arXiv 2510.02611).
 
-    A temperature is confident when its winner has a share of at least ``intra``; the question is
-    done when at least ``cross`` of the temperatures are confident of the same answer, which is then
-    the winner. Else each temperature casts one vote for its own; a tie goes to the lowest one's.
+    A temperature is confident when at least ``intra`` of its samples, those without an answer
+    included, gave its winner; the question is done when at least ``cross`` of the temperatures are
+    confident of the same answer, which is then the winner. Else each temperature casts one vote for
+    its own; a tie goes to the lowest one's.
 
     Args:
         answers: one per sample; None is no answer.
@@ -154,7 +155,11 @@ def temperature_vote(
         samples[t].append(answer)
     inside = {t: vote(given) for t, given in samples.items()}
     final = vote([v.answer for v in inside.values()])
-    confident = [v.answer for v in inside.values() if v.answer is not None and v.share >= intra]
+    confident = [
+        v.answer
+        for t, v in inside.items()
+        if v.answer is not None and v.votes[v.answer] / len(samples[t]) >= intra
+    ]
     agreed = max((confident.count(a) for a in confident), default=0)
     done = agreed > 0 and agreed >= cross * len(inside) - 1e-9  # 0.7 * 10 is more than 7
     answer = max(confident, key=confident.count) if done else final.answer
