@@ -319,6 +319,19 @@ def test_representation_based_exploration_saturation_and_remedies() -> None:
         shaping.elliptical_bonus(features, group, max_group_size=4)
 
 
+def test_representation_based_exploration_compiles_with_its_bounds() -> None:
+    """Without a graph break; a group beyond a bound is NaN then, all of it, as on CUDA."""
+    features, group = randn(8, 3, seed=9), torch.arange(8) // 3
+
+    def bounded(size: int) -> Tensor:
+        return shaping.elliptical_bonus(features, group, max_groups=3, max_group_size=size)
+
+    compiled = torch.compile(bounded, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(3), shaping.elliptical_bonus(features, group))
+    assert compiled(2).isnan().tolist() == [True] * 6 + [False] * 2
+    torch.testing.assert_close(compiled(2)[6:], compiled(3)[6:])
+
+
 def test_sparse_projection_keeps_lengths() -> None:
     from reasonkern.shaping.exploration import sparse_projection
 

@@ -53,8 +53,8 @@ def elliptical_bonus(
         seed: of the projection. The released code draws a new one in every call.
         max_groups: upper bound of the number of groups. None = found from ``group``, which
             synchronises a CUDA device; with both bounds given nothing does.
-        max_group_size: upper bound of the size of a group; None = found likewise. What exceeds a
-            bound raises ValueError on CPU and is NaN on CUDA.
+        max_group_size: upper bound of the size of a group; None = found likewise. A group beyond a
+            bound raises ValueError on CPU; on CUDA, and in torch.compile, it is NaN.
 
     Returns:
         (N,) float32 (float64 for float64 features), not normalised; 0 for a group of one or of
@@ -97,7 +97,7 @@ def elliptical_bonus(
 def _bound(name: str, given: int | None, needed: Tensor, sequences: int) -> int:
     if given is None:
         return int(needed)
-    if needed.device.type == "cpu" and given < int(needed):
+    if _checks.reads_values(needed) and given < int(needed):
         _checks.fail(name, f"at least {int(needed)}, which group has", given)
     return min(given, sequences)  # there are no more groups, and no larger ones
 
@@ -108,7 +108,7 @@ def _by_group(
     """Groups side by side, padded with zero vectors: those add 1/λ to the diagonal, no more."""
     every = torch.ones_like(groups.index, dtype=torch.bool)
     rank = groups.count_before(every)
-    fits = (groups.index < shape[0]) & (rank < shape[1])
+    fits = (groups.index < shape[0]) & (groups.size() <= shape[1])
     # What does not fit goes to a last slot that is cut off.
     slot = torch.where(fits, groups.index * shape[1] + rank, shape[0] * shape[1])
     padded = phi.new_zeros(shape[0] * shape[1] + 1, phi.shape[1]).index_copy(0, slot, phi)
@@ -126,7 +126,7 @@ def _by_group(
         ridge = lam * trace / (size - 1).clamp_min(1)
         ridge = torch.where(ridge > 0, ridge, 1.0)  # all features equal: K = 0, the bonus is 0
     lost = ridge < SMALLEST_RIDGE * trace
-    if phi.device.type == "cpu" and lost.any():
+    if _checks.reads_values(phi) and lost.any():
         _checks.fail(
             "lam", f"a ridge of at least {SMALLEST_RIDGE} tr K", f"{lam}: it is rounded away"
         )
