@@ -53,8 +53,11 @@ def greedy_cluster(
     if isinstance(scores, Tensor) and _checks.check_values("scores", scores).ndim != 2:
         _checks.fail("scores", "a square matrix", tuple(scores.shape))
     _checks.check_list("scores", scores, "rows of numbers")
+    if not isinstance(scores, Tensor):
+        for i, row in enumerate(scores):
+            _checks.check_list(f"scores[{i}]", row, "numbers")
     rows = scores.tolist() if isinstance(scores, Tensor) else [list(row) for row in scores]
-    if any(not isinstance(row, list) or len(row) != len(rows) for row in rows):
+    if any(len(row) != len(rows) for row in rows):
         _checks.fail("scores", "a square matrix", f"{len(rows)} rows")
     for i, row in enumerate(rows):
         for j in range(i):

@@ -37,10 +37,10 @@ def elliptical_bonus(
         a = (lam * eye(G) + K).inverse().diagonal()
         leverage, leave_one_out = 1 - lam * a, 1 / (lam * a) - 1
 
-    in float64. When λ is far below the eigenvalues of K, which has rank G - 1 at most, every b_i
-    saturates at G - 1 and every h_i at 1 - 1/G: the bonus then says nothing. ``lam_relative`` or
-    ``project`` avoids that. The code adds 0.01 b to the reward, in groups with a correct answer
-    only: weights and gates of `mix_rewards`.
+    in float64, the groups side by side in (groups, largest group, d). When λ is far below the
+    eigenvalues of K, which has rank G - 1 at most, every b_i saturates at G - 1 and every h_i at
+    1 - 1/G: the bonus then says nothing. ``lam_relative`` or ``project`` avoids that. The code adds
+    0.01 b to the reward, in groups with a correct answer only: weights and gates of `mix_rewards`.
 
     Args:
         features: (N, d), mean last-layer hidden state of each response, any floating dtype.

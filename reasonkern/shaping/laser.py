@@ -45,7 +45,7 @@ def laser(
 
     Raises:
         ValueError: wrong shape or dtype, an unknown mode, or no number; on CPU also a length that
-            is negative or not finite.
+            is negative or not finite and a target that is not finite.
 
     Example:
         >>> import torch
@@ -60,6 +60,7 @@ def laser(
     if isinstance(target, Tensor):
         _checks.check_shape("target", target, length.shape, "length.shape")
         _checks.check_device("target", target, length, "length")
+        _checks.check_finite("target", target, expected="finite numbers")
     else:
         _checks.check_number("target", target, 0.0)
     short = wide(length) <= target  # a small dtype would wrap or round the target
@@ -96,7 +97,7 @@ def laser_d(
 
     Raises:
         ValueError: wrong shape or dtype, not three targets, or no number; on CPU also a length that
-            is negative or not finite.
+            is negative or not finite and a target that is not finite.
 
     Example:
         >>> import torch
@@ -140,7 +141,7 @@ def laser_de(
 
     Raises:
         ValueError: wrong shape or dtype, not three targets, or no number; on CPU also a length that
-            is negative or not finite.
+            is negative or not finite and a target that is not finite.
 
     Example:
         >>> import torch
@@ -231,6 +232,7 @@ def accuracy_level(correct: Tensor, group: Tensor) -> Tensor:
 def _spread_targets(targets: Sequence[float] | Tensor, level: Tensor) -> Tensor:
     if isinstance(targets, Tensor):
         _checks.check_shape("targets", check_tensor("targets", targets), (3,), "(levels,)")
+        _checks.check_finite("targets", targets, expected="finite numbers")
         return wide(targets)[level]
     three = "three numbers, for high, medium and low accuracy"
     _checks.check_list("targets", targets, three)
