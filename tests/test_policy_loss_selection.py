@@ -47,7 +47,7 @@ def entropies(seed: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("rho", [0.2, 1 / 3, 0.07, 0.999, 1.0, 1e-4])
+@pytest.mark.parametrize("rho", [0.2, 1 / 3, 0.07, 0.999, 1.0, 1e-4, 1e-7, 1e-30])
 def test_high_entropy_equals_the_sort(dtype: torch.dtype, rho: float) -> None:
     for seed, size in enumerate((7, 8, 30, 100, 1000)):
         x, mask = entropies(seed, size, dtype)

@@ -20,6 +20,7 @@ from .parallel import check_group, gather, total
 
 Groups = Sequence[Any]  # of ranks whose elements form one batch: axes of a mesh
 DIGIT = 16
+FINEST = 10**9  # of a share: times a count of tokens it stays below 2^63
 GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64 (Steele, Lea & Flood 2014), a bijection of 64-bit words
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
@@ -61,8 +62,9 @@ def high_entropy_mask(
 def select_high(entropy: Tensor, trained: Tensor, rho: float, groups: Groups) -> Tensor:
     """`high_entropy_mask` on checked inputs."""
     count = _added(trained.sum(), groups)
-    share = Fraction(str(rho)).limit_denominator(10**6)
+    share = Fraction(str(rho)).limit_denominator(FINEST)
     rank = -torch.div(-count * share.numerator, share.denominator, rounding_mode="floor")
+    rank = torch.minimum(rank.clamp_min(1), count)
     return _at_least_kth(entropy, trained, rank, groups)
 
 
@@ -185,7 +187,7 @@ def draw_between(
 
 
 def _share(count: Tensor, fraction: float) -> Tensor:
-    share = Fraction(str(fraction)).limit_denominator(10**6)
+    share = Fraction(str(fraction)).limit_denominator(FINEST)
     of_all = torch.div(count * share.numerator, share.denominator, rounding_mode="floor")
     return of_all.clamp_min(1)
 
