@@ -225,6 +225,8 @@ def test_entropy_filter_equals_the_definition() -> None:
             expected = advantage[i].item() - 0.1 * mean if inside else 0.0
             assert found[i].item() == pytest.approx(expected, rel=1e-6, abs=1e-7)
     assert 60 < kept < 140
+    entropy.requires_grad_()  # as that of token_stats is
+    assert not rk.entropy_filter(advantage.requires_grad_(), entropy, mask).requires_grad
 
 
 ROWS = {"tokens": torch.zeros(2, 3, dtype=torch.int64), "advantage": torch.ones(2),
@@ -250,6 +252,8 @@ ERRORS: list[tuple[Any, dict[str, Any], dict[str, Any], str]] = [
     for change, message in (
         ({"entropy": torch.ones(3)}, "entropy: expected shape (B, T), got (3,)"),
         ({"advantage": torch.ones(2, 3)}, "advantage: expected shape (B,) = (2,), got (2, 3)"),
+        ({"advantage": torch.ones(2).long()}, "advantage: expected floating point, got "
+         "torch.int64"),
         ({"max_entropy": -1.0}, "max_entropy: expected a finite number >= 0, got -1.0"),
         ({"initial_entropy": torch.ones(1)}, "initial_entropy: expected a number or a 0-dim "
          "tensor, got shape (1,)"),

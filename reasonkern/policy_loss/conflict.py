@@ -159,7 +159,7 @@ def entropy_filter(
     ``torch.where(h <= max_entropy, advantage - coef * h, 0)``.
 
     Args:
-        advantage: (B,).
+        advantage: (B,), floating point.
         entropy: (B, T) nats, from `token_stats` or `policy_loss`.
         mask: (B, T) bool or 0/1: the tokens that are trained.
         max_entropy: mean entropy up to which a completion is kept, nats; ln 2.
@@ -168,11 +168,11 @@ def entropy_filter(
             ln 2 nothing is dropped. None = drop.
 
     Returns:
-        (B,) shaped advantages, of the dtype of ``advantage``.
+        (B,) shaped advantages, of the dtype of ``advantage``, without a gradient.
 
     Raises:
-        ValueError: wrong shape or number; on CPU also an entropy of a trained token that is not
-            finite (on CUDA its completion is NaN).
+        ValueError: wrong shape, dtype or number; on CPU also an entropy of a trained token that is
+            not finite (on CUDA its completion is NaN).
 
     Example:
         >>> import torch, reasonkern as rk
@@ -186,14 +186,16 @@ def entropy_filter(
     if entropy.ndim != 2:
         _checks.fail("entropy", "shape (B, T)", tuple(entropy.shape))
     _checks.check_shape("advantage", advantage, entropy.shape[:1], "(B,)")
+    if not advantage.is_floating_point():
+        _checks.fail("advantage", "floating point", advantage.dtype)
     _checks.check_shape("mask", mask, entropy.shape, "entropy.shape")
     _checks.check_mask("mask", mask)
     check_filter(max_entropy, coef, initial_entropy)
     trained = mask != 0
     _checks.check_finite("entropy", entropy, trained)
-    total = torch.where(trained, entropy.double(), 0.0).sum(1)
+    total = torch.where(trained, entropy.detach().double(), 0.0).sum(1)
     mean = total / trained.sum(1).clamp_min(1)
-    return shape_advantage(advantage, mean, max_entropy, coef, initial_entropy)
+    return shape_advantage(advantage.detach(), mean, max_entropy, coef, initial_entropy)
 
 
 def check_filter(max_entropy: float, coef: float, initial_entropy: float | Tensor | None) -> None:
