@@ -229,7 +229,7 @@ def markov_improvement(correct: Tensor, *, prior: float = 0.0) -> Improvement:
 
     def rate(state: Tensor, change: Tensor) -> Tensor:
         seen = state.sum().double() + 2 * prior
-        changed = (state & change).sum() + prior
+        changed = (state & change).sum().double() + prior
         return torch.where(seen > 0, changed / seen.clamp_min(1e-300), 0.0)
 
     improve, degrade = rate(~before, after), rate(before, ~after)

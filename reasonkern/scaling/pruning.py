@@ -176,5 +176,5 @@ def focal_bce(
     if gamma > 0:  # 0 times the logarithm of 0 is NaN
         loss = torch.exp(gamma * logsigmoid(-signed)) * loss
     if alpha is not None:
-        loss = loss * torch.where(target != 0, alpha, 1 - alpha).to(loss.dtype)
+        loss = torch.where(target != 0, alpha * loss, (1 - alpha) * loss)
     return loss
