@@ -61,7 +61,8 @@ def group_advantages(
     Returns:
         (N,) float32 (float64 for float64 rewards), without a gradient. Where b is of the group,
         equal rewards give exactly 0. A group of one gives 0 where baseline or scale is taken over
-        the group (verl gives r there).
+        the group (verl gives r there). NaN spreads over its group (TRL leaves out answers without
+        a score).
 
     Raises:
         ValueError: wrong shape, dtype or device, unknown baseline or scale, missing lengths; on CPU
@@ -248,7 +249,7 @@ def anchor_update_(ema_params: Sequence[Tensor], params: Sequence[Tensor], decay
 
     Args:
         ema_params: the anchor's parameters, float32 or float64: in bfloat16 a step below 2^-9 of
-            the value would be lost every time.
+            the value would be lost every time. Tied ones once, as ``parameters()`` gives them.
         params: the policy's parameters, same shapes and devices, any floating dtype.
         decay: in [0, 1]; 1 leaves the anchor where it is.
 
