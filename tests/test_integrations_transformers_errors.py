@@ -145,3 +145,22 @@ def test_dropout_is_named_where_a_model_is_refused_for_it(ours, make, transforme
     model = transformers.GPT2LMHeadModel(config).train()
     with pytest.raises(ValueError, match=r"in training mode \(model.eval\(\) switches dropout off"):
         ours.generate(model, IDS, temperature=0, max_new_tokens=2)
+
+
+def test_a_model_is_tried_again_once_it_is_another_one(ours, make):
+    """Known in eval(), then trained with dropout; resized embeddings; and back."""
+    import copy
+
+    model = copy.deepcopy(make("llama"))
+    options = {"temperature": 0, "max_new_tokens": 2}
+    plain = ours.generate(model, IDS, **options).sequences
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    with pytest.raises(ValueError, match=r"in training mode \(model.eval\(\) switches dropout off"):
+        ours.generate(model, IDS, **options)
+    model.eval().resize_token_embeddings(VOCAB + 2)
+    found = ours.generate(model, torch.tensor([[VOCAB + 1, 5]]), **options)
+    assert found.sequences.shape == (1, 4)
+    model.resize_token_embeddings(VOCAB)
+    assert torch.equal(ours.generate(model, IDS, **options).sequences, plain)

@@ -69,30 +69,30 @@ class CausalModel:
 
 
 class _Facts(NamedTuple):
-    """What was found out about a model."""
+    """What was found out about a model of one kind."""
 
-    kind: tuple[str, str, torch.dtype]
-    """Attention, device, dtype: facts of another kind do not hold."""
     vocab_size: int
     timings: Timings
 
 
-_known: WeakKeyDictionary[Any, _Facts] = WeakKeyDictionary()
+# By what may change of a model between calls: attention, device, dtype, training, its vocabulary.
+_known: WeakKeyDictionary[Any, dict[tuple[Any, ...], _Facts]] = WeakKeyDictionary()
 
 
 def causal_model(model: Any) -> CausalModel:
-    """The model's side of the loop; a model is tried once per attention, device and dtype.
+    """The model's side of the loop; a model is tried once per kind, see `_known`.
 
     Raises:
         ValueError: the model cannot decode trees; the message says what is missing.
     """
     _check_kind(model)
     found = CausalModel(model)
-    kind = found.config._attn_implementation, str(found.device), model.dtype
-    facts = _known.get(model)
-    if facts is None or facts.kind != kind:
-        facts = _known[model] = _Facts(kind, _tried(found), {})
-    found.vocab_size, found.timings = facts.vocab_size, facts.timings
+    config, facts = found.config, _known.setdefault(model, {})
+    vocabulary = getattr(config, "vocab_size", None)
+    kind = config._attn_implementation, found.device, model.dtype, model.training, vocabulary
+    if kind not in facts:
+        facts[kind] = _Facts(_tried(found), {})
+    found.vocab_size, found.timings = facts[kind]
     return found
 
 
