@@ -29,11 +29,12 @@ from torch import Tensor
 import reasonkern as rk
 from reasonkern.demo import arithmetic
 from reasonkern.demo.context import Config, prepare
-from reasonkern.demo.model import Decoding
+from reasonkern.demo.model import Decoding, seeded
 from reasonkern.demo.tokenizer import BOS, EOS
 from reasonkern.demo.train import fine_tune
 from reasonkern.generation import chain_proposal, generate, loop
 from reasonkern.generation.cache import SlotCache
+from reasonkern.generation.passes import tree_pass
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -226,6 +227,31 @@ def test_half_precision_text_is_what_sample_draws_from_its_logits(device, monkey
         assert found.statistics.mean_accepted > LEAST
 
 
+@pytest.mark.parametrize("end", [NEW, NEW - 1])
+def test_positions_end_where_texts_do(end):
+    """A model that has just as many as its longest text needs, which waits as padding once over."""
+    model = Decoding(seeded(VOCAB, 9 + NEW - 1, 32, 2, 0).double())
+    seen = []
+
+    class Watched(Decoding):
+        def __call__(self, given: Any) -> Tensor:
+            seen.append(given.positions.max())
+            return super().__call__(given)
+
+    watched, lengths = Watched(model.model), [len(prompt) for prompt in PROMPTS]
+    options = {"temperature": T, "max_new_tokens": NEW, "seed": 1}
+    expected = generate(model, PROMPTS, **options).texts
+    ends = [NEW, NEW, end, NEW]
+
+    def stop(request: int, text: list[int]) -> bool:
+        return len(text) - lengths[request] == ends[request]
+
+    drafter = Adversary([text + [1] * 9 for text in expected], PROMPTS)
+    found = generate(watched, PROMPTS, drafter=drafter, stop=stop, **options)
+    assert found.texts == [text[:end] for text, end in zip(expected, ends, strict=True)]
+    assert found.statistics.mean_accepted > LEAST and max(seen) == 9 + NEW - 2
+
+
 def _full_mask(tree: rk.DraftTree, *_: Any) -> Tensor:
     return torch.ones(tree.nodes, tree.nodes, dtype=torch.bool)
 
@@ -242,5 +268,6 @@ def test_a_broken_loop_gives_another_text(broken, monkeypatch):
         still = lambda self, path, accepted, moves=True: commit(self, path, accepted, False)  # noqa: E731
         monkeypatch.setattr(SlotCache, "commit", still)
     else:
-        monkeypatch.setattr(MODEL, "window", 9)
+        flat = lambda tokens, tree, *a: tree_pass(tokens, tree, *a)._replace(positions=tokens * 0)  # noqa: E731
+        monkeypatch.setattr(loop, "tree_pass", flat)
     assert generate(MODEL, PROMPTS, drafter=drafter, **options).texts != expected

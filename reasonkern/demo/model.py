@@ -105,9 +105,7 @@ class Decoding:
             k, v = given.cache.update(k, v, layer)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-        # Nodes beyond the window are drafts that no text has room for.
-        positions = given.positions.clamp_max(self.window - 1)
-        hidden = self.model.hidden(given.tokens, positions, attend)
+        hidden = self.model.hidden(given.tokens, given.positions, attend)
         return F.linear(hidden, self.model.head) if given.logits else hidden
 
 

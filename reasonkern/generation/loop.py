@@ -141,7 +141,7 @@ class Run:
         with self.clock.phase("draft"):
             now = self._now()
             draft, tree, watched = self._drafted(now)
-        out = self._verify(self._forward(draft, tree), draft, tree, now)
+        out = self._verify(self._forward(draft, tree, now), draft, tree, now)
         with self.clock.phase("verify"):  # the one wait for the device
             parts = (out.length[:, None], out.tokens, out.path)
             rows = torch.cat(parts, 1).tolist()
@@ -173,7 +173,7 @@ class Run:
             last = [] if r.done else r.text[-width:]
             contexts += [-1] * (width - len(last)) + last
         lengths = [len(r.text) for r in self.requests]
-        left = [r.end - len(r.text) for r in self.requests]
+        left = [0 if r.done else r.end - len(r.text) for r in self.requests]
         values = _sent(lengths + left + contexts, self.model.device)
         position, left, context = values.split((count, count, count * width))
         return _Now(position, left, context.view(count, width))
@@ -224,10 +224,10 @@ class Run:
         proposals = [given.get(r.index, ((), ())) for r in self.requests]
         return plant(proposals, roots, self.model.vocab_size, self.model.device)
 
-    def _forward(self, draft: Draft, tree: DraftTree) -> Tensor:
+    def _forward(self, draft: Draft, tree: DraftTree, now: _Now) -> Tensor:
         with self.clock.phase("forward"):
             longest = max(r.cached for r in self.requests)
-            given = tree_pass(draft.tokens, tree, self.cache, longest)
+            given = tree_pass(draft.tokens, tree, self.cache, longest, now.left)
             return logits_of(self.model, given)
 
     def _verify(self, logits: Tensor, draft: Draft, tree: DraftTree, now: _Now) -> Verified:
@@ -306,5 +306,5 @@ class _Now:
     """Where the requests are; padding rows have a context of -1."""
 
     position: Tensor  # (B,) tokens so far
-    left: Tensor  # (B,) tokens that may follow
+    left: Tensor  # (B,) tokens that may follow, 0 of a request that is over
     context: Tensor  # (B, W)

@@ -21,7 +21,8 @@ class Pass(NamedTuple):
 
     Attributes:
         tokens: (B, N) int64.
-        positions: (B, N) int64 position of each node in its text.
+        positions: (B, N) int64 position of each node in its text; of drafts that a text has no room
+            for, the last one that it has.
         seen: (B, N, S) bool: node n attends to slot s of the cache.
         slot_positions: (B, S) int64 position of what a slot holds; of slots that no node sees,
             anything.
@@ -69,10 +70,19 @@ def _tree_mask(tree: DraftTree, device: torch.device) -> Tensor:
     return tree.attention_mask(device)
 
 
-def tree_pass(tokens: Tensor, tree: DraftTree, cache: SlotCache, longest: int) -> Pass:
-    """The nodes of a tree whose root is the token behind the committed ones."""
+def tree_pass(
+    tokens: Tensor, tree: DraftTree, cache: SlotCache, longest: int, left: Tensor | None = None
+) -> Pass:
+    """The nodes of a tree whose root is the token behind the committed ones.
+
+    ``left`` (B,): tokens that may still follow, 0 once a text is over: a model with a table of
+    positions has none for what is beyond, and never accepted. None = any number.
+    """
     mask = _tree_mask(tree, tokens.device)
-    return _pass(tokens, mask, tree.tensors(tokens.device).depths, cache, longest, True)
+    depths = tree.tensors(tokens.device).depths
+    if left is not None:
+        depths = torch.minimum(depths, left[:, None] - 1)
+    return _pass(tokens, mask, depths, cache, longest, True)
 
 
 def prompt_pass(tokens: Tensor, cache: SlotCache, longest: int, logits: bool) -> Pass:

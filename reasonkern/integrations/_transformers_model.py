@@ -17,6 +17,7 @@ from ..speculation import DraftTree
 
 ATTENTION = ("eager", "sdpa")
 LAYERS = ("full_attention", "sliding_attention")
+MASKED = -6e4  # -inf, or the smallest number of a dtype, in the columns that are nobody's
 
 
 class CausalModel:
@@ -69,31 +70,54 @@ class CausalModel:
 
 
 class _Facts(NamedTuple):
-    """What was found out about a model."""
+    """What was found out about a model of one kind."""
 
-    kind: tuple[str, str, torch.dtype]
-    """Attention, device, dtype: facts of another kind do not hold."""
     vocab_size: int
     timings: Timings
 
 
-_known: WeakKeyDictionary[Any, _Facts] = WeakKeyDictionary()
+# By what may change of a model between calls: attention, device, dtype, training, its vocabulary.
+_known: WeakKeyDictionary[Any, dict[tuple[Any, ...], _Facts]] = WeakKeyDictionary()
 
 
 def causal_model(model: Any) -> CausalModel:
-    """The model's side of the loop; a model is tried once per attention, device and dtype.
+    """The model's side of the loop; a model is tried once per kind, see `_known`.
 
     Raises:
         ValueError: the model cannot decode trees; the message says what is missing.
     """
     _check_kind(model)
     found = CausalModel(model)
-    kind = found.config._attn_implementation, str(found.device), model.dtype
-    facts = _known.get(model)
-    if facts is None or facts.kind != kind:
-        facts = _known[model] = _Facts(kind, _tried(found), {})
-    found.vocab_size, found.timings = facts.vocab_size, facts.timings
+    config, facts = found.config, _known.setdefault(model, {})
+    vocabulary = getattr(config, "vocab_size", None)
+    kind = config._attn_implementation, found.device, model.dtype, model.training, vocabulary
+    if kind not in facts:
+        facts[kind] = _Facts(_tried(found), {})
+    found.vocab_size, found.timings = facts[kind]
     return found
+
+
+def check_length(found: CausalModel, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Refuses texts in whose course the model changes what it has computed before.
+
+    Rotary embeddings "dynamic" and "longrope" take the frequencies of a pass from its largest
+    position: those of another request, or of a draft, would reach into a text.
+    """
+    rope = getattr(found.config, "rope_parameters", None) or {}
+    layers = [rope] if "rope_type" in rope else [x for x in rope.values() if isinstance(x, dict)]
+    last = max(map(len, prompts)) + max_new_tokens - 1  # the last token is not read
+    for layer in layers:
+        kind, limit = str(layer.get("rope_type")), last
+        if "dynamic" in kind:
+            limit = found.config.max_position_embeddings
+        elif kind == "longrope":
+            limit = layer["original_max_position_embeddings"]
+        if last > limit:
+            expected = (
+                f"prompts and texts of up to {limit + 1} tokens together: its rotary embedding "
+                f"{kind!r} changes all positions of longer ones"
+            )
+            _checks.fail("model", expected, last + 1)
 
 
 def _check_kind(model: Any) -> None:
@@ -120,22 +144,24 @@ def _check_kind(model: Any) -> None:
 def _tried(found: CausalModel) -> int:
     """Columns of the logits, if tokens 0, 1, 2 give the same ones in a row and among branches.
 
-    Both ways make five nodes, so that the same kernels serve them.
+    Both ways make five nodes, so that the same kernels serve them, of two requests: some models
+    take the cache's keys only as those of one.
     """
     name = type(found.model).__name__
-    row = torch.tensor([[0, 1, 2, 0, 0]], device=found.device)
-    branches = torch.tensor([[0, 0, 1, 0, 2]], device=found.device)
+    row = torch.tensor([[0, 1, 2, 0, 0]] * 2, device=found.device)
+    branches = torch.tensor([[0, 0, 1, 0, 2]] * 2, device=found.device)
     tree = DraftTree([-1, 0, 0, 1, 2])
-    first, second = (SlotCache(1, found.device) for _ in range(2))
+    first, second = (SlotCache(2, found.device) for _ in range(2))
     try:
         straight = found(prompt_pass(row, first, 0, True))
         branched = found(tree_pass(branches, tree, second, 0))
-    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+    except (
+        TypeError, ValueError, AttributeError, RuntimeError, IndexError, AssertionError
+    ) as error:  # fmt: skip
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         message = f"model: {name} does not take a tree's mask, positions or cache ({reason})"
         raise ValueError(message) from error
-    expected, given = (x.float() for x in (straight[:, [0, 1, 2]], branched[:, [0, 2, 4]]))
-    worst = ((expected - given).abs().max() / expected.abs().max().clamp_min(1e-6)).item()
+    worst = _difference(*(x.float() for x in (straight[:, [0, 1, 2]], branched[:, [0, 2, 4]])))
     # A model that ignores the mask or the positions is off by as much as its logits differ.
     if not worst <= (0.05 if found.model.dtype in (torch.bfloat16, torch.float16) else 1e-3):
         expected_of = "the same logits for a branch of a tree as for a row of tokens"
@@ -143,3 +169,15 @@ def _tried(found: CausalModel) -> int:
         given_as = name + (dropout if found.model.training else "")
         _checks.fail("model", expected_of, f"{given_as}, which is off by {worst:.1%}")
     return straight.shape[-1]
+
+
+def _difference(expected: Tensor, given: Tensor) -> float:
+    """The largest one, relative to the largest logit; ids that a model has masked are left out."""
+    if expected.isnan().any():
+        _checks.fail("model", "logits without NaN", "NaN after tokens 0, 1, 2")
+    used = expected > MASKED
+    if not torch.equal(used, given > MASKED) or not used.any():
+        return torch.inf
+    return (
+        (expected - given)[used].abs().max() / expected[used].abs().max().clamp_min(1e-6)
+    ).item()

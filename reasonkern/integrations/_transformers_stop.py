@@ -42,6 +42,10 @@ class Criteria:
     """transformers' stopping criteria, one request and one token at a time."""
 
     def __init__(self, criteria: Sequence[Callable[..., Any]], device: torch.device) -> None:
+        for criterion in criteria:
+            if type(criterion).__name__ == "ConfidenceCriteria":
+                expected = "criteria that ask for no scores"
+                _checks.fail("stopping_criteria", expected, type(criterion).__name__)
         self._criteria, self._device = list(criteria), device
 
     def __call__(self, request: int, text: list[int]) -> bool:

@@ -18,8 +18,7 @@ follow a tree's mask and positions is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from numbers import Integral
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,8 +30,10 @@ from ..generation import Drafter, Statistics
 from ..generation.loop import Emit, Stop
 from ..modulation import ModulationState
 from ..speculation import DraftTree, NgramTable
+from . import _transformers_prepared as _prepared
 from ._peer import import_peer
-from ._transformers_model import causal_model
+from ._transformers_model import causal_model, check_length
+from ._transformers_prepared import as_list
 from ._transformers_processor import ModulationLogitsProcessor
 from ._transformers_stop import Criteria, StopStrings
 
@@ -129,11 +130,14 @@ def generate(
             something on another device; an option of another type or out of its range.
     """
     _checks.check_integer("num_trajectories", num_trajectories, 1)
+    _checks.check_integer("max_new_tokens", max_new_tokens, 1)
     found = causal_model(model)
     prompts = _prompts(found, input_ids, attention_mask)
-    own = model.generation_config.eos_token_id
-    ids = _as_list(own if eos is None else eos)
-    if eos is not None:  # a configuration may name ids that never come, transformers warns of it
+    check_length(found, prompts, max_new_tokens)
+    if eos is None:
+        ids = _prepared.ids_of(model.generation_config.eos_token_id)
+    else:
+        ids = as_list(eos)
         _checks.check_ids("eos", ids, found.vocab_size, ", the columns of the model's logits")
     filler = _pad(model, pad, ids)
     requests = len(prompts) * num_trajectories
@@ -183,8 +187,8 @@ def custom_generate(
         input_ids: (R, L).
         logits_processor: any processor but those four is refused. A model's own
             ``generation_config`` may ask for one: ``repetition_penalty=1.0`` takes Qwen2.5's away.
-        stopping_criteria: maximal length and end-of-sequence ids are known to the loop; any other
-            criterion is called after every token of a request.
+        stopping_criteria: maximal length and end-of-sequence ids are the loop's own matter; any
+            other criterion is called after every token of a request.
         generation_config: sampling or greedy search.
         table: as in `generate`. None = no table.
         tree: as in `generate`.
@@ -194,23 +198,27 @@ def custom_generate(
         scope: as in `generate`. None = one scope per distinct prompt.
         statistics: a `generation.Statistics` to add this call's to. None = nobody asks.
         model_kwargs: what else transformers prepared, the attention mask among it; a cache that
-            holds something, or inputs other than ids, are refused.
+            holds something, positions that are not counted from 0, or inputs other than ids are
+            refused.
 
     Returns:
         What transformers returns: (R, L) int64, or its output object with ``sequences``.
     """
-    # A parameter of that name would be given twice.
-    mask = model_kwargs.pop("attention_mask", None)
-    _check_config(generation_config, model_kwargs)
+    # Parameters of these names would be given twice. transformers takes a mask of ones away.
+    mask, positions = (model_kwargs.pop(name, None) for name in ("attention_mask", "position_ids"))
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    _prepared.check_config(generation_config)
+    _prepared.check_inputs(model_kwargs)
     found = causal_model(model)
     prompts = _prompts(found, input_ids, mask)
-    criteria = [c for c in stopping_criteria if not _known_to_the_loop(c)]
-    ids = _as_list(generation_config.eos_token_id)
+    _prepared.check_positions(positions, mask)
+    ids, longest, criteria = _prepared.ends(stopping_criteria, generation_config)
+    new = longest - input_ids.shape[1]
+    check_length(found, prompts, new)
     texts, _ = generation.generate(
-        found, prompts, **_sampling(logits_processor, generation_config),
-        max_new_tokens=generation_config.max_length - input_ids.shape[1], table=table, tree=tree,
-        drafter=drafter, control=control, seed=seed, eos=ids,
-        stop=Criteria(criteria, input_ids.device) if criteria else None, scope=scope,
+        found, prompts, **_prepared.sampling(logits_processor, generation_config),
+        max_new_tokens=new, table=table, tree=tree, drafter=drafter, control=control, seed=seed,
+        eos=ids, stop=Criteria(criteria, input_ids.device) if criteria else None, scope=scope,
         statistics=statistics,
     )  # fmt: skip
     sequences = _sequences(input_ids, texts, _pad(model, generation_config.pad_token_id, ids))
@@ -248,21 +256,9 @@ def _prompts(found: Any, input_ids: Tensor, mask: Tensor | None) -> list[list[in
 def _inferred_mask(config: Any, input_ids: Tensor) -> Tensor:
     """Where a mask is forgotten, padding would be read as text without a word."""
     pad = config.pad_token_id
-    if pad is None or pad in (config.bos_token_id, *_as_list(config.eos_token_id)):
+    if pad is None or pad in (config.bos_token_id, *as_list(config.eos_token_id)):
         return torch.ones_like(input_ids)
     return input_ids.ne(pad)
-
-
-def _as_list(ids: Any) -> list[int]:
-    if ids is None:
-        return []
-    if isinstance(ids, Integral):
-        ids = [ids]
-    elif isinstance(ids, Tensor):
-        ids = ids.reshape(-1).tolist()
-    if isinstance(ids, str) or not isinstance(ids, Iterable):
-        _checks.fail("eos", "an id or several", repr(ids))
-    return list(ids)
 
 
 def _pad(model: Any, pad: int | None, eos: Sequence[int]) -> int:
@@ -310,58 +306,3 @@ def _sequences(prompts: Tensor, texts: list[list[int]], pad: int) -> Tensor:
     padded = [text + [pad] * (longest - len(text)) for text in texts]
     new = torch.tensor(padded, device=prompts.device, dtype=prompts.dtype)
     return torch.cat((prompts, new), 1)
-
-
-# ---- what transformers prepared
-
-
-WARPERS = {
-    "TemperatureLogitsWarper": "temperature",
-    "TopKLogitsWarper": "top_k",
-    "TopPLogitsWarper": "top_p",
-    "MinPLogitsWarper": "min_p",
-}
-
-
-def _sampling(processors: Any, config: Any) -> dict[str, Any]:
-    """The options behind transformers' own warpers, which are left out."""
-    options: dict[str, Any] = {"temperature": 1.0 if config.do_sample else 0.0}
-    for processor in processors:
-        name = next((n for n in WARPERS if type(processor) is getattr(_transformers, n)), None)
-        if name is None:
-            expected = (
-                f"none but {', '.join(WARPERS)} (control= takes a Modulation; "
-                "repetition_penalty=1.0 leaves a model's own penalty out)"
-            )
-            _checks.fail("logits_processor", expected, type(processor).__name__)
-        if config.do_sample:
-            options[WARPERS[name]] = getattr(processor, WARPERS[name])
-    return options
-
-
-def _known_to_the_loop(criterion: Any) -> bool:
-    kinds = _transformers.generation.stopping_criteria
-    return type(criterion) in (kinds.MaxLengthCriteria, kinds.EosTokenCriteria)
-
-
-# Results of a step that the loop does not keep.
-OUTPUTS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
-PREPARED = ("position_ids", "use_cache", "logits_to_keep", "cache", "past_key_values")
-
-
-def _check_config(config: Any, model_kwargs: dict[str, Any]) -> None:
-    mode = str(getattr(config.get_generation_mode(), "value", config.get_generation_mode()))
-    _checks.check_choice("generation mode", mode, ("greedy_search", "sample"))
-    for name in OUTPUTS:
-        if config.return_dict_in_generate and getattr(config, name, False):
-            _checks.fail(name, "False", True)
-    kind = getattr(config, "cache_implementation", None)
-    if kind not in (None, "dynamic"):
-        _checks.fail("cache_implementation", "None: the loop has its own cache", repr(kind))
-    for name, value in model_kwargs.items():
-        if value is None or name in PREPARED[:3]:
-            continue
-        if name not in PREPARED:
-            _checks.fail(name, "not given: prompts are ids alone", type(value).__name__)
-        if value.get_seq_length():
-            _checks.fail(name, "empty: the loop has its own cache", f"{value.get_seq_length()} ids")
