@@ -66,7 +66,8 @@ struct DraftShared {
     return __shfl_sync(kFullMask, node, 0);
   }
 
-  // A word of a node's window, atomically: warps wait for it without a barrier.
+  // A word of a node's window, atomically: warps wait for it without a barrier. The node's own
+  // token, in place 0, comes last: it shows the others that the rest is there.
   __device__ void put(int node, int place, int32_t token) const {
     atomicExch(windows[node].tokens + place, token);
   }
@@ -74,9 +75,6 @@ struct DraftShared {
   __device__ int32_t look(int node, int place) const {
     return atomicAdd(windows[node].tokens + place, 0);
   }
-
-  // Shows a node's own token to others, after what the lane has put of its window.
-  __device__ void decide(int node, int32_t token) const { put(node, 0, token); }
 
   __device__ Window<kWindow> await(int node) const {
     const int lane = int(threadIdx.x % 32);

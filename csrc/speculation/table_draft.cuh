@@ -19,9 +19,9 @@ __device__ __forceinline__ void decide_children(const DraftShared<kWindow>& s, i
     for (int i = 1; i < kWindow; ++i) s.put(child[mine.rank], i, window.tokens[i]);
   }
   if (children > 1) __threadfence_block();
-  if (taken) s.decide(child[mine.rank], mine.id);
+  if (taken) s.put(child[mine.rank], 0, mine.id);
   const int used = __popc(__ballot_sync(kFullMask, mine.rank < kMaxTopk) & kLowerLanes);
-  for (int i = used + lane; i < children; i += 32) s.decide(child[i], -1);
+  for (int i = used + lane; i < children; i += 32) s.put(child[i], 0, -1);
 }
 
 // A warp drafts from a node to its first child, that one's first child and so on, without a stop:
