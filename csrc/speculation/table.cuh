@@ -265,12 +265,9 @@ __device__ __forceinline__ float set_score(const DraftRequest& request,
 // of the warp counts half of the candidates. Lanes from topk on hold nothing.
 __device__ __forceinline__ int rank_among(bool used, float score, int32_t id, int topk) {
   static_assert(kMaxTopk == 16, "half a warp");
-  const uint32_t word = noise::word_of(noise::add(score, 0.0f));  // 0 and -0 are the same
-  const uint32_t high = word ^ (uint32_t(int32_t(word) >> 31) | 0x80000000u);
-  // Ids have 26 bits. The slot makes ranks distinct even where a token comes twice, in a state that
-  // was loaded or is being updated: whoever waits for a node that no rank reaches waits for ever.
-  const uint32_t low = uint32_t(~id) << 4 | (kMaxTopk - 1 - threadIdx.x % kMaxTopk);
-  const uint64_t mine = used ? uint64_t(high) << 32 | low : 0;
+  // Ranks are distinct as keys are: whoever waits for a node of no rank waits for ever.
+  const uint64_t key = rank_key(score, id, threadIdx.x % kMaxTopk);
+  const uint64_t mine = used ? key : 0;
   const int share = (topk + 1) / 2, first = threadIdx.x % 32 < kMaxTopk ? 0 : share;
   int rank = 0;
 #pragma unroll

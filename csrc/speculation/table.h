@@ -241,6 +241,16 @@ RK_HOST_DEVICE float score_of(const ChildDraw& d, float p, int32_t id) {
   return noise::add(noise::divide(log_p, d.temperature), gumbel);
 }
 
+// Larger for a candidate that goes before another, so that candidates are ranked without a branch.
+// Never 0; ids have 26 bits. The slot makes keys distinct even where an entry has a token twice, in
+// a state that was loaded or is being updated.
+RK_HOST_DEVICE uint64_t rank_key(float score, int32_t id, uint32_t slot) {
+  const uint32_t bits = noise::word_of(noise::add(score, 0.0f));  // 0 and -0 are the same
+  const uint32_t ordered = bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u);
+  const uint32_t low = uint32_t(~id) << 4 | (kMaxTopk - 1 - slot);
+  return uint64_t(ordered) << 32 | low;
+}
+
 // Whether one candidate goes before another: by score or sum, then by id.
 template <class T>
 RK_HOST_DEVICE bool goes_before(T score, int32_t id, T other_score, int32_t other_id) {
