@@ -25,10 +25,10 @@ constexpr int32_t kUndecided = -2;  // the own token of a node whose parent was 
 // What a request's warps read and hand to each other, in shared memory.
 template <int kWindow>
 struct DraftShared {
-  int32_t* seen;             // look-ups: hits by order, misses
-  int32_t* taken;            // nodes that a warp has looked at
-  Window<kWindow>* windows;  // by node, as the rest
-  int32_t *child_index, *parents, *child_ptr;
+  int32_t* seen;                                       // look-ups: hits by order, misses
+  int32_t* taken;                                      // inner nodes that a warp has looked at
+  Window<kWindow>* windows;                            // by node, as the rest
+  int32_t *child_index, *parents, *inner, *child_ptr;  // inner: with children, by depth
 
   static constexpr unsigned kHead = 32;  // bytes before the windows
 
@@ -38,10 +38,11 @@ struct DraftShared {
         windows(dynamic_shared<Window<kWindow>>(kHead)),
         child_index(dynamic_shared<int32_t>(kHead + sizeof(Window<kWindow>) * unsigned(nodes))),
         parents(child_index + nodes),
-        child_ptr(parents + nodes) {}
+        inner(parents + nodes),
+        child_ptr(inner + nodes) {}
 
   static unsigned bytes(int nodes) {
-    return kHead + (sizeof(Window<kWindow>) + 3 * 4) * unsigned(nodes) + 4;
+    return kHead + (sizeof(Window<kWindow>) + 4 * 4) * unsigned(nodes) + 4;
   }
 
   __device__ void load_tree(const DraftParams& p) const {
@@ -49,21 +50,22 @@ struct DraftShared {
       child_ptr[i] = p.child_ptr[i];
       if (i + 1 < p.nodes) child_index[i] = p.child_index[i];
       if (i < p.nodes) parents[i] = p.parents[i];
+      if (i < p.inner_nodes) inner[i] = p.level_nodes[i];
     }
   }
 
   __device__ int children(int node) const { return child_ptr[node + 1] - child_ptr[node]; }
 
-  // Whether a chain of first children starts at the node.
+  // Whether a chain of first children starts at the inner node.
   __device__ bool is_head(int node) const {
-    return children(node) > 0 && (node == 0 || child_index[child_ptr[parents[node]]] != node);
+    return node == 0 || child_index[child_ptr[parents[node]]] != node;
   }
 
-  // The warp's next node; all that come before it are another's, or done.
+  // Place of the warp's next inner node; all that come before it are another's, or done.
   __device__ int take() const {
-    int node = 0;
-    if (threadIdx.x % 32 == 0) node = atomicAdd(taken, 1);
-    return __shfl_sync(kFullMask, node, 0);
+    int place = 0;
+    if (threadIdx.x % 32 == 0) place = atomicAdd(taken, 1);
+    return __shfl_sync(kFullMask, place, 0);
   }
 
   // A word of a node's window, atomically: warps wait for it without a barrier. The node's own

@@ -77,12 +77,13 @@ __device__ __forceinline__ void start_request(const DraftParams& p, const DraftS
   }
 }
 
-// Warps take nodes in order, and chains where nodes are their heads. Whoever waits for a node waits
-// for a chain that was taken before: none waits for ever.
+// Warps take inner nodes by depth, and chains where nodes are their heads. Whoever waits for a node
+// waits for a chain that was taken before, however nodes are numbered: none waits for ever.
 template <int kWindow>
 __device__ __forceinline__ void draft_chains(const DraftParams& p, const DraftShared<kWindow>& s,
                                              const DraftRequest& request) {
-  for (int node = int(threadIdx.x / 32); node < p.nodes; node = s.take()) {
+  for (int i = int(threadIdx.x / 32); i < p.inner_nodes; i = s.take()) {
+    const int node = s.inner[i];
     if (s.is_head(node)) draft_chain(p, s, request, node);
   }
 }
