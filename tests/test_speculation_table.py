@@ -95,6 +95,25 @@ def test_nodes_in_any_order(backend):
     assert expected[1][:, tree.depths > 1].any()
 
 
+def test_ids_that_are_no_tokens(backend):
+    """The newest one of a row: outside the vocabulary it finds nothing, beyond int32 it is none."""
+    requests = random_requests(2, batch=6)
+    requests.context[:, -1] = torch.tensor([50, 2**31 - 1, 2**31, 2**32 + 1, 2**62, -2])
+    requests.context[:, 0] = 2**40
+    (got, table), (expected, other) = (
+        (run_draft(op, drawn, DraftTree([-1, 0, 1]), here, 2), drawn)
+        for op, drawn, here in (
+            (backend, filled().to(backend.device), Requests(
+                *(backend.to(x) for x in list(vars(requests).values())[:5]))),
+            (define, filled(), requests),
+        )
+    )  # fmt: skip
+    assert_same_bits([x.cpu() for x in got], expected)
+    assert_same_table(table, other)
+    assert expected[0][:, 0].tolist() == [50, 2**31 - 1, 0, 0, 0, 0]
+    assert expected[1].tolist() == [[True, False, False]] * 2 + [[False] * 3] * 4
+
+
 def bad_rows() -> Batch:
     batch = random_batch(5, rows=13, vocab=40)
     batch.context[batch.context[:, -1] < 0] = 1

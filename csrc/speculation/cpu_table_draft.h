@@ -170,9 +170,9 @@ inline bool is_known(const DraftParams& p, int32_t request) {
 inline void start_request(const DraftParams& p, int32_t request) {
   const int64_t row = int64_t(request) * p.nodes;
   const int64_t last = p.context[request * p.context_stride + p.table.window - 1];
-  std::fill_n(p.tokens + row, p.nodes, std::max<int64_t>(last, 0));
+  std::fill_n(p.tokens + row, p.nodes, is_present(last) ? last : 0);
   std::fill_n(p.valid + row, p.nodes, false);
-  p.valid[row] = last >= 0;
+  p.valid[row] = is_present(last);
   if (p.kind != kRejection) return;
   std::fill_n(p.q_ids + row * p.table.topk, int64_t(p.nodes) * p.table.topk, int64_t(-1));
   std::fill_n(p.q_logprob + row * p.table.topk, int64_t(p.nodes) * p.table.topk, -INFINITY);

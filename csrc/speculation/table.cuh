@@ -126,9 +126,8 @@ struct DraftRequest {
         order(0),
         orders{0, 0} {
     const int lane = int(threadIdx.x % 32), back = p.table.window - 1 - lane;
-    // What is no token is in no entry either: as good as missing.
     const int64_t token = back >= 0 ? p.context[index * p.context_stride + back] : -1;
-    if (token >= 0 && token <= INT32_MAX) context = int32_t(token);
+    if (is_present(token)) context = int32_t(token);
     const int64_t scope = p.scope == nullptr ? 0 : p.scope[index];
     if (scope < 0 || scope >= p.table.scopes) return;
     start = hash_start(scope, p.table.epochs[scope]);

@@ -61,6 +61,10 @@ struct UpdateParams {
   bool strict;  // a bad row is an error; else it is ignored and counted
 };
 
+// Whether a draft's context has this token. Operators take any number of 64 bits: those beyond
+// int32 are missing, and others outside the vocabulary are in no entry.
+RK_HOST_DEVICE bool is_present(int64_t token) { return token >= 0 && token <= INT32_MAX; }
+
 // ---- hashing
 
 RK_HOST_DEVICE uint64_t hash_step(uint64_t h, uint64_t x) {
