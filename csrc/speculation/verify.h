@@ -16,8 +16,9 @@ RK_HOST_DEVICE int element_bytes(ElementType type) {
 
 enum StatusBit : int32_t { kEos = 1, kBadRow = 2, kCapped = 4 };  // Status in verify.py
 
-constexpr int kMaxEntry = 64;  // tokens of a draft law
-constexpr int kMaxTopK = 64;   // raw logits returned per row
+constexpr int kMaxNodes = 4096;  // of a tree, MAX_NODES in tree.py
+constexpr int kMaxEntry = 64;    // tokens of a draft law
+constexpr int kMaxTopK = 64;     // raw logits returned per row
 
 // Logits (B, N, V); sampling has N = 1.
 struct LogitRows {
