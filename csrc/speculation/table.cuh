@@ -245,8 +245,8 @@ __device__ __forceinline__ void set_keys(const DraftRequest& request, const Wind
   }
 }
 
-// The score of a candidate and its children's keys: score_of, but the branch comes first, with a
-// logarithm of its own, and parts nothing. The chains of instructions run side by side.
+// What a candidate is ranked by, and its children's keys. The branch comes first, with a logarithm
+// of its own, and parts nothing: the chains of instructions run side by side.
 template <int kWindow>
 __device__ __forceinline__ float set_score(const DraftRequest& request,
                                            const Window<kWindow>& window, const ChildDraw& draw,

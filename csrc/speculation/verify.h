@@ -96,4 +96,11 @@ struct CompactParams {
   int64_t max_blocks, block_size;
 };
 
+// Elements from the cache's start to a slot of request b.
+RK_HOST_DEVICE int64_t slot_offset(const CompactParams& p, int64_t b, int64_t slot) {
+  if (p.block_table == nullptr) return b * p.stride_block + slot * p.stride_slot;
+  const int64_t block = p.block_table[b * p.max_blocks + slot / p.block_size];
+  return block * p.stride_block + slot % p.block_size * p.stride_slot;
+}
+
 }  // namespace reasonkern
