@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from reasonkern import DraftTree, NgramTable, _load
+from reasonkern.speculation.tree import TreeTensors
 
 Op = Callable[..., Any]  # called as op("table_update_", *arguments)
 
 TOPK = 4
+# A tree: node 1, a first child, is a leaf; chains start at 2, 3, 5 and 8.
+SPARSE = [-1, 0, 0, 0, 2, 2, 4, 3, 3, 5, 8, 6, 10, 11]
 STORED = {
     "packed": {"vocab_size": 50},
     "wide": {"vocab_size": 1 << 26},
@@ -103,15 +106,34 @@ def random_requests(seed: int, batch: int = 9, window: int = 3, tokens: int = 3)
     )
 
 
+def renumbered(tree: DraftTree, names: Sequence[int]) -> TreeTensors:
+    """The tree with node i called names[i]; names[0] is 0."""
+    t, new = tree.tensors(), torch.tensor(names)
+    old = new.argsort()
+    children = [new[t.child_index[t.child_ptr[i] : t.child_ptr[i + 1]].long()] for i in old]
+    arrays = TreeTensors(
+        parents=torch.cat((new, torch.tensor([-1])))[t.parents[old].long()],
+        ranks=t.ranks[old],
+        depths=t.depths[old],
+        child_ptr=torch.tensor([0] + [len(c) for c in children]).cumsum(0),
+        child_index=torch.cat(children),
+        level_ptr=t.level_ptr,
+        level_nodes=new[t.level_nodes.long()],
+    )
+    return TreeTensors(*(a.int() for a in arrays))
+
+
 def run_draft(
-    op: Op, table: NgramTable, tree: DraftTree, requests: Requests, kind: int
+    op: Op, table: NgramTable, tree: DraftTree | TreeTensors, requests: Requests, kind: int
 ) -> tuple[Tensor, ...]:
     s = state_tensors(table)
+    if isinstance(tree, DraftTree):
+        tree = tree.tensors()
     names = ("keys", "slots", "extra", "counts", "epochs", "counters")
     r = requests
     return op(
         "table_draft", r.context, *(s[name] for name in names), list(table.orders),
-        *tree.tensors(r.context.device), r.scope, r.temperature, r.seed, r.position, kind,
+        *(x.to(r.context.device) for x in tree), r.scope, r.temperature, r.seed, r.position, kind,
         table.vocab_size, False,
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ from modulation_cases import (
     random_prompt,
     random_spec,
     row_of,
+    state_of,
 )
 from modulation_literal import Literal
 
@@ -118,6 +119,35 @@ def test_padding_and_free_slots_are_left_alone(backend):
     assert torch.equal(state.tensors.progress, before)
     empty = modulate(backend, logits[:0], state, torch.tensor([], dtype=torch.int64))
     assert empty.shape == (0, VOCAB)
+
+
+@pytest.mark.parametrize("stale", [-7, 3, 1000, 2**31 - 8, 2**40])
+def test_padding_may_hold_any_position(backend, stale):
+    state = state_of(rk.Modulation(constant=rk.Constant(1.0)))
+    logits = torch.randn(5, VOCAB, generator=torch.Generator().manual_seed(0))
+    slot, drafts = torch.tensor([0, 0, -1, -1, -1]), torch.zeros(5, dtype=torch.int64)
+    got, expected = (
+        modulate(backend, logits, state, slot, torch.tensor([0, 1, 0, x, x]), drafts, None)
+        for x in (stale, 0)
+    )
+    assert torch.equal(bits(got), bits(expected)) and not torch.equal(got[:2], logits[:2])
+
+
+def test_a_chain_of_more_than_the_rows(backend):
+    """Refused where an operator looks at values; else it counts none of them."""
+    spec = rk.Modulation(min_think=rk.MinThink(2, wait=[7]), think_end=END)
+    state = state_of(spec)
+
+    def last_row(local: int) -> torch.Tensor:
+        chain = torch.tensor([0, 0, local]), torch.ones(3, dtype=torch.int64), None
+        return modulate(backend, torch.zeros(3, VOCAB), state, torch.zeros(3).long(), *chain)[2]
+
+    assert not torch.equal(last_row(3), last_row(0))
+    if backend.name == "cpu":
+        with pytest.raises(RuntimeError, match="local_pos: got 1099511627776 at 2"):
+            last_row(2**40)
+    else:
+        assert torch.equal(last_row(2**40), last_row(0))
 
 
 # ---- the wave

@@ -211,19 +211,6 @@ def test_no_program_changes_a_row(monkeypatch, config, dtype):
     torch.testing.assert_close(got.cpu(), expected, rtol=slack, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("stale", [-7, 3, 1000, 2**31 - 8])
-def test_padding_may_hold_any_position(simulated, stale):
-    state = requests(2, 1)
-    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(0))
-    slot, local = torch.tensor([0, -1, -1, -1]), torch.tensor([0, 0, stale, stale])
-    drafts, heat = torch.zeros(4, dtype=torch.int64), torch.ones(4)
-    given = (slot, local, drafts, None, heat, *state.tensors, True)
-    cpu, rows = logits.clone(), logits.clone()
-    torch.ops.reasonkern.modulate_logits_(cpu, *given)
-    simulated.modulate_logits_(rows, *given)
-    assert_same_bits(rows, cpu)
-
-
 def test_launch_decisions(simulated):
     threads = simulated.module().row_threads
     entries = (0, 32, 33, 100, 512, 100_000)

@@ -147,6 +147,28 @@ def test_a_ban_may_take_the_top_and_the_rest_still_counts(sampler):
     assert got[2].item() < 1e-6 < 6 < got[1].item()
 
 
+def test_control_may_overflow(sampler):
+    """A logit that control makes +inf spoils the law and not what is said of the raw row."""
+    state = rk.ModulationState(1, SETS)
+    spec = rk.Modulation(constant=rk.Constant(3e38, set="reflect"))
+    state.add(0, spec, prompt_tokens=[])
+    logits, tree = random_logits((1, 2, VOCAB), 1), rk.DraftTree.chain(2)
+    logits[0, 0, 3] = 3e38
+    slot, tensors = torch.tensor([0]), list(state.tensors)
+    r, more = rows(1, VOCAB, 1, "off").args(), (None, None, None, None, 1, 1, 4)
+    draft = torch.tensor([[0, 11]]), torch.ones(1, 2).bool(), None, None
+    token, *told = call(sampler, "sample_controlled", logits[:, 0], None, *r, slot, tensors)
+    assert token.item() == 8 and told[2].item() == 0.0
+    assert [x.item() for x in (*told[:2], *told[3:5])] == [-torch.inf] * 4
+    given = logits, *draft, *tree.children, *r, *more
+    out = call(sampler, "verify_controlled", *given, slot, tensors, True)
+    assert out[0].tolist() == [[8, -1]] and out[6].item() == rk.Status.BAD_ROW
+    expected = call(sampler, "verify_tree", *given)
+    for index in (3, 4, 5):
+        assert_same_bits(out[index][:, 0], expected[index][:, 0])
+    assert_same_bits([x[:, 0] for x in out[7:]], told)
+
+
 # ---- the table
 
 

@@ -13,6 +13,7 @@ from contract import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from speculation_table_cases import (
+    SPARSE,
     STORED,
     TOPK,
     Batch,
@@ -23,6 +24,7 @@ from speculation_table_cases import (
     filled,
     random_batch,
     random_requests,
+    renumbered,
     run_draft,
     run_update,
     small,
@@ -79,6 +81,37 @@ def test_trees_of_any_shape(backend, tree):
         for op, device in ((backend, backend.device), (define, "cpu"))
     )  # fmt: skip
     assert_same_bits([x.cpu() for x in got], expected)
+
+
+def test_nodes_in_any_order(backend):
+    """An operator takes trees that `DraftTree` refuses: children before their parents."""
+    parents = [-1, 0, 0, 1, 1, 2] if backend.slow and backend.name == "triton" else SPARSE
+    tree, names = DraftTree(parents), [0, *range(len(parents) - 1, 0, -1)]
+    requests = random_requests(2, batch=2 if backend.slow else 9)
+    expected = run_draft(define, filled(), tree, requests, 2)
+    here = Requests(*(backend.to(x) for x in list(vars(requests).values())[:5]))
+    got = run_draft(backend, filled().to(backend.device), renumbered(tree, names), here, 2)
+    assert_same_bits([x.cpu()[:, names] for x in got], expected)
+    assert expected[1][:, tree.depths > 1].any()
+
+
+def test_ids_that_are_no_tokens(backend):
+    """The newest one of a row: outside the vocabulary it finds nothing, beyond int32 it is none."""
+    requests = random_requests(2, batch=6)
+    requests.context[:, -1] = torch.tensor([50, 2**31 - 1, 2**31, 2**32 + 1, 2**62, -2])
+    requests.context[:, 0] = 2**40
+    (got, table), (expected, other) = (
+        (run_draft(op, drawn, DraftTree([-1, 0, 1]), here, 2), drawn)
+        for op, drawn, here in (
+            (backend, filled().to(backend.device), Requests(
+                *(backend.to(x) for x in list(vars(requests).values())[:5]))),
+            (define, filled(), requests),
+        )
+    )  # fmt: skip
+    assert_same_bits([x.cpu() for x in got], expected)
+    assert_same_table(table, other)
+    assert expected[0][:, 0].tolist() == [50, 2**31 - 1, 0, 0, 0, 0]
+    assert expected[1].tolist() == [[True, False, False]] * 2 + [[False] * 3] * 4
 
 
 def bad_rows() -> Batch:

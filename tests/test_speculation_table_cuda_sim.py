@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from contract import assert_same_bits
-from speculation_table_cases import random_batch, random_requests, run_draft, run_update
+from speculation_table_cases import SPARSE, random_batch, random_requests, run_draft, run_update
 from speculation_table_cases import state_tensors as tensors
 
 from reasonkern import DraftTree, NgramTable, _load
@@ -115,10 +115,6 @@ def test_windows(orders):
             assert_same_bits(*drafts)
             assert drafts[0][1].sum() > len(requests.context)  # more than roots
     assert torch.equal(tensors(drawn)["counters"], tensors(copy)["counters"])
-
-
-# Node 1, a first child, is a leaf; chains start at 2, 3, 5 and 8.
-SPARSE = [-1, 0, 0, 0, 2, 2, 4, 3, 3, 5, 8, 6, 10, 11]
 
 
 @pytest.mark.parametrize(

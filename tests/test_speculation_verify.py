@@ -21,6 +21,7 @@ from tolerance import ulp
 from torch import Tensor
 
 from reasonkern import DraftTree, Status, _load
+from reasonkern.speculation.tree import MAX_NODES
 
 OUTPUTS = ("tokens", "length", "path", "topk_ids", "topk_logits", "lse", "status")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -357,6 +358,24 @@ def test_one_node_and_no_request(backend):
         max_length=None, num_nodes=None, node_mask=None,
     )  # fmt: skip
     assert backend("verify_tree", *on(backend, empty.args()))[0].shape == (0, step.tree.depth + 1)
+
+
+def test_more_nodes_than_a_tree_has_are_refused(backend):
+    def args(nodes: int) -> list[object]:
+        """A chain, of which a step of depth 0 visits the root."""
+        grid, index = (1, nodes), torch.arange(nodes + 1, dtype=torch.int32)
+        drafts = torch.zeros(grid, dtype=torch.int64), torch.ones(grid, dtype=torch.bool)
+        tree, requests = (index.clamp(max=nodes - 1), index[1:nodes]), rows(1, 3, 0, "off").args()
+        return [torch.zeros(*grid, 3), *drafts, None, None, *tree, *requests, *[None] * 4, 0, 1, 1]
+
+    assert backend("verify_tree", *on(backend, args(MAX_NODES)))[1].tolist() == [1]
+    match = f"logits: expected rows of at most {MAX_NODES} nodes, got {MAX_NODES + 1}"
+    meta = (x.to("meta") if isinstance(x, Tensor) else x for x in args(MAX_NODES + 1))
+    with pytest.raises(ValueError, match=match):
+        torch.ops.reasonkern.verify_tree(*meta)
+    if backend.name != "cuda-sim":  # which starts kernels without their operators' checks
+        with pytest.raises((ValueError, RuntimeError), match=match):
+            backend("verify_tree", *on(backend, args(MAX_NODES + 1)))
 
 
 def test_batch_order_does_not_matter(backend):

@@ -129,15 +129,7 @@ inline void store_law(const DraftParams& p, const Visit& v, const ChildDraw& dra
   }
 }
 
-// Larger for a candidate that goes before another, so that the best one is found without branches,
-// which nobody could predict. Never 0; ids have 26 bits, and the slot tells apart even a token that
-// a loaded entry has twice.
-inline uint64_t rank_key(float score, int32_t id, int slot) {
-  const uint32_t bits = noise::word_of(noise::add(score, 0.0f));  // -0 is 0
-  const uint32_t ordered = bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-  return uint64_t(ordered) << 32 | ~uint32_t(id) << 4 | uint32_t(kMaxTopk - 1 - slot);
-}
-
+// Of a `rank_key`.
 inline int32_t token_of(uint64_t key) { return int32_t(~(uint32_t(key) >> 4) & 0x0fffffffu); }
 
 // Gives the children of a node the best candidates that are left.
@@ -151,7 +143,7 @@ inline void draw_children(const DraftParams& p, const Visit& v, const CandidateK
   const int children = p.child_ptr[v.node + 1] - p.child_ptr[v.node];
   const int64_t row = int64_t(v.request) * p.nodes;
   uint64_t keys[kMaxTopk], last = ~uint64_t{0};
-  for (int i = 0; i < c.count; ++i) keys[i] = rank_key(c.score[i], c.id[i], i);
+  for (int i = 0; i < c.count; ++i) keys[i] = rank_key(c.score[i], c.id[i], uint32_t(i));
   int32_t best_of_all = -1;
   for (int rank = 0; rank < std::min(children, c.count); ++rank) {
     uint64_t best = 0;
@@ -178,9 +170,9 @@ inline bool is_known(const DraftParams& p, int32_t request) {
 inline void start_request(const DraftParams& p, int32_t request) {
   const int64_t row = int64_t(request) * p.nodes;
   const int64_t last = p.context[request * p.context_stride + p.table.window - 1];
-  std::fill_n(p.tokens + row, p.nodes, std::max<int64_t>(last, 0));
+  std::fill_n(p.tokens + row, p.nodes, is_present(last) ? last : 0);
   std::fill_n(p.valid + row, p.nodes, false);
-  p.valid[row] = last >= 0;
+  p.valid[row] = is_present(last);
   if (p.kind != kRejection) return;
   std::fill_n(p.q_ids + row * p.table.topk, int64_t(p.nodes) * p.table.topk, int64_t(-1));
   std::fill_n(p.q_logprob + row * p.table.topk, int64_t(p.nodes) * p.table.topk, -INFINITY);

@@ -41,7 +41,8 @@ static void unpack_words(const int32_t* words, int32_t* ids, float* p) {
   }
 }
 
-// `score_of` of the first n candidates; lanes beyond them hold a token and a probability too.
+// What the first n candidates are ranked by: log p, or log p over the temperature plus noise. Lanes
+// beyond them hold a token and a probability too.
 static void score_candidates(const ChildDraw& d, int n, const int32_t* ids, const float* p,
                              float* scores) {
   for (int i = 0; i < n; i += kLanes) {

@@ -79,14 +79,11 @@ inline Rows read_rows(const UpdateParams& p) {
 // The way of a key, or the one it takes: empty, else smallest (last update, count, way).
 inline int64_t claim_entry(const Table& t, uint64_t key, bool& found, int64_t& evictions) {
   const int64_t first = set_of(key, t.sets) * kWays;
-  const uint32_t now = uint32_t(*t.clock);
   int64_t victim = first;
   uint64_t smallest = ~uint64_t(0);
   for (int64_t e = first; e < first + kWays; ++e) {
     if (t.keys[e] == key) return found = true, e;
-    // Ages count from the present, modulo 2^32: the present itself is the youngest.
-    const uint64_t age = uint32_t(uint32_t(t.ages[e]) - now - 1);
-    const uint64_t order = t.keys[e] == 0 ? 0 : 1 + (age << 16 | uint16_t(t.counts[e]));
+    const uint64_t order = eviction_order(t.keys[e], t.ages[e], *t.clock, t.counts[e]);
     if (order < smallest) smallest = order, victim = e;
   }
   found = false;
@@ -140,7 +137,7 @@ inline void add_rows(const UpdateParams& p, const Rows& rows, const Item* begin,
 // candidates come sorted, so insertion beats a heap while there are few others.
 inline int64_t keep_largest(std::vector<Sum>& sums, int topk) {
   const auto before = [](const Sum& a, const Sum& b) {
-    return goes_before(a.total, a.id, b.total, b.id);
+    return a.total > b.total || (a.total == b.total && a.id < b.id);
   };
   const int64_t kept = std::min<int64_t>(topk, int64_t(sums.size()));
   if (sums.size() > 2 * kMaxTopk) {

@@ -40,12 +40,6 @@ void dispatch_element(ElementType type, const Body& body) {
   }
 }
 
-int64_t slot_offset(const CompactParams& p, int64_t b, int64_t slot) {
-  if (p.block_table == nullptr) return b * p.stride_block + slot * p.stride_slot;
-  const int64_t block = p.block_table[b * p.max_blocks + slot / p.block_size];
-  return block * p.stride_block + slot % p.block_size * p.stride_slot;
-}
-
 struct CpuBackend {
   static void sample(const SampleParams& p, int32_t) {
     dispatch_element(p.rows.type, [&](auto element) {

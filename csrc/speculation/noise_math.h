@@ -1,10 +1,12 @@
 // The floating-point half of the noise contract: logarithm, exponential and Gumbel noise in IEEE
 // single precision operations of a fixed order, so that every backend gets the same bits. One text
 // for scalars and vectors: included wherever a scope defines
-//   F, U, I            floats, unsigned and signed 32-bit integers (scalars, or vectors of one
-//   size) RK_FN              how its functions are declared mul, add           rounded once each,
-//   never contracted splat(float), from_word(U) -> F (to nearest), word_of(F) -> U and float_of(U)
-//   -> F (bits), signed_of(U) -> I, unsigned_of(I) -> U, to_float(I) -> F, select(condition, F, F)
+// - F, U and I: floats, unsigned and signed 32-bit integers (scalars, or vectors of one size);
+// - RK_FN: how its functions are declared;
+// - mul and add, rounded once each and never contracted;
+// - splat(float), from_word(U) -> F (to nearest), to_float(I) -> F;
+// - word_of(F) -> U and float_of(U) -> F (bits), signed_of(U) -> I, unsigned_of(I) -> U;
+// - select(condition, F, F), also of two U;
 // hence no include guard and no includes.
 
 // log(1 + f) for 1 + f in [sqrt(1/2), sqrt(2)): f + f^2 Q(f), relative error 3e-8 before rounding.

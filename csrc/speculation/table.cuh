@@ -25,10 +25,10 @@ constexpr int32_t kUndecided = -2;  // the own token of a node whose parent was 
 // What a request's warps read and hand to each other, in shared memory.
 template <int kWindow>
 struct DraftShared {
-  int32_t* seen;             // look-ups: hits by order, misses
-  int32_t* taken;            // nodes that a warp has looked at
-  Window<kWindow>* windows;  // by node, as the rest
-  int32_t *child_index, *parents, *child_ptr;
+  int32_t* seen;                                       // look-ups: hits by order, misses
+  int32_t* taken;                                      // inner nodes that a warp has looked at
+  Window<kWindow>* windows;                            // by node, as the rest
+  int32_t *child_index, *parents, *inner, *child_ptr;  // inner: with children, by depth
 
   static constexpr unsigned kHead = 32;  // bytes before the windows
 
@@ -38,10 +38,11 @@ struct DraftShared {
         windows(dynamic_shared<Window<kWindow>>(kHead)),
         child_index(dynamic_shared<int32_t>(kHead + sizeof(Window<kWindow>) * unsigned(nodes))),
         parents(child_index + nodes),
-        child_ptr(parents + nodes) {}
+        inner(parents + nodes),
+        child_ptr(inner + nodes) {}
 
   static unsigned bytes(int nodes) {
-    return kHead + (sizeof(Window<kWindow>) + 3 * 4) * unsigned(nodes) + 4;
+    return kHead + (sizeof(Window<kWindow>) + 4 * 4) * unsigned(nodes) + 4;
   }
 
   __device__ void load_tree(const DraftParams& p) const {
@@ -49,24 +50,26 @@ struct DraftShared {
       child_ptr[i] = p.child_ptr[i];
       if (i + 1 < p.nodes) child_index[i] = p.child_index[i];
       if (i < p.nodes) parents[i] = p.parents[i];
+      if (i < p.inner_nodes) inner[i] = p.level_nodes[i];
     }
   }
 
   __device__ int children(int node) const { return child_ptr[node + 1] - child_ptr[node]; }
 
-  // Whether a chain of first children starts at the node.
+  // Whether a chain of first children starts at the inner node.
   __device__ bool is_head(int node) const {
-    return children(node) > 0 && (node == 0 || child_index[child_ptr[parents[node]]] != node);
+    return node == 0 || child_index[child_ptr[parents[node]]] != node;
   }
 
-  // The warp's next node; all that come before it are another's, or done.
+  // Place of the warp's next inner node; all that come before it are another's, or done.
   __device__ int take() const {
-    int node = 0;
-    if (threadIdx.x % 32 == 0) node = atomicAdd(taken, 1);
-    return __shfl_sync(kFullMask, node, 0);
+    int place = 0;
+    if (threadIdx.x % 32 == 0) place = atomicAdd(taken, 1);
+    return __shfl_sync(kFullMask, place, 0);
   }
 
-  // A word of a node's window, atomically: warps wait for it without a barrier.
+  // A word of a node's window, atomically: warps wait for it without a barrier. The node's own
+  // token, in place 0, comes last: it shows the others that the rest is there.
   __device__ void put(int node, int place, int32_t token) const {
     atomicExch(windows[node].tokens + place, token);
   }
@@ -74,9 +77,6 @@ struct DraftShared {
   __device__ int32_t look(int node, int place) const {
     return atomicAdd(windows[node].tokens + place, 0);
   }
-
-  // Shows a node's own token to others, after what the lane has put of its window.
-  __device__ void decide(int node, int32_t token) const { put(node, 0, token); }
 
   __device__ Window<kWindow> await(int node) const {
     const int lane = int(threadIdx.x % 32);
@@ -126,9 +126,8 @@ struct DraftRequest {
         order(0),
         orders{0, 0} {
     const int lane = int(threadIdx.x % 32), back = p.table.window - 1 - lane;
-    // What is no token is in no entry either: as good as missing.
     const int64_t token = back >= 0 ? p.context[index * p.context_stride + back] : -1;
-    if (token >= 0 && token <= INT32_MAX) context = int32_t(token);
+    if (is_present(token)) context = int32_t(token);
     const int64_t scope = p.scope == nullptr ? 0 : p.scope[index];
     if (scope < 0 || scope >= p.table.scopes) return;
     start = hash_start(scope, p.table.epochs[scope]);
@@ -246,8 +245,8 @@ __device__ __forceinline__ void set_keys(const DraftRequest& request, const Wind
   }
 }
 
-// The score of a candidate and its children's keys: score_of, but the branch comes first, with a
-// logarithm of its own, and parts nothing. The chains of instructions run side by side.
+// What a candidate is ranked by, and its children's keys. The branch comes first, with a logarithm
+// of its own, and parts nothing: the chains of instructions run side by side.
 template <int kWindow>
 __device__ __forceinline__ float set_score(const DraftRequest& request,
                                            const Window<kWindow>& window, const ChildDraw& draw,
@@ -267,12 +266,9 @@ __device__ __forceinline__ float set_score(const DraftRequest& request,
 // of the warp counts half of the candidates. Lanes from topk on hold nothing.
 __device__ __forceinline__ int rank_among(bool used, float score, int32_t id, int topk) {
   static_assert(kMaxTopk == 16, "half a warp");
-  const uint32_t word = noise::word_of(noise::add(score, 0.0f));  // 0 and -0 are the same
-  const uint32_t high = word ^ (uint32_t(int32_t(word) >> 31) | 0x80000000u);
-  // Ids have 26 bits. The slot makes ranks distinct even where a token comes twice, in a state that
-  // was loaded or is being updated: whoever waits for a node that no rank reaches waits for ever.
-  const uint32_t low = uint32_t(~id) << 4 | (kMaxTopk - 1 - threadIdx.x % kMaxTopk);
-  const uint64_t mine = used ? uint64_t(high) << 32 | low : 0;
+  // Ranks are distinct as keys are: whoever waits for a node of no rank waits for ever.
+  const uint64_t key = rank_key(score, id, threadIdx.x % kMaxTopk);
+  const uint64_t mine = used ? key : 0;
   const int share = (topk + 1) / 2, first = threadIdx.x % 32 < kMaxTopk ? 0 : share;
   int rank = 0;
 #pragma unroll

@@ -61,6 +61,10 @@ struct UpdateParams {
   bool strict;  // a bad row is an error; else it is ignored and counted
 };
 
+// Whether a draft's context has this token. Operators take any number of 64 bits: those beyond
+// int32 are missing, and others outside the vocabulary are in no entry.
+RK_HOST_DEVICE bool is_present(int64_t token) { return token >= 0 && token <= INT32_MAX; }
+
 // ---- hashing
 
 RK_HOST_DEVICE uint64_t hash_step(uint64_t h, uint64_t x) {
@@ -84,6 +88,13 @@ RK_HOST_DEVICE uint64_t key_of(uint64_t h, int order) {
 // Increasing in the key: rows sorted by key are sorted by set.
 RK_HOST_DEVICE int64_t set_of(uint64_t key, int64_t sets) {
   return int64_t(((key >> 33) * uint64_t(sets)) >> 31);
+}
+
+// Of two ways of a set the one that goes first is lower: empty, else by (last update, count). Ages
+// count from the present, modulo 2^32: the present itself is the youngest.
+RK_HOST_DEVICE uint64_t eviction_order(uint64_t key, int32_t age, int64_t clock, int32_t count) {
+  const uint64_t calls = uint32_t(uint32_t(age) - uint32_t(clock) - 1);
+  return key == 0 ? 0 : 1 + (calls << 16 | uint16_t(count));
 }
 
 // Calls visit(k, key) for each order k whose tokens are there; `token(i)` is the i-th newest one,
@@ -193,20 +204,15 @@ RK_HOST_DEVICE void store_slot(const Table& t, int64_t at, int32_t id, int64_t t
   if (t.high != nullptr) t.high[at] = code == 0 ? 0 : uint8_t(uint32_t(id) >> kIdBits);
 }
 
-// Id and probability of a packed slot.
-RK_HOST_DEVICE int32_t read_word(const Table& t, int64_t at, uint32_t word, float& p) {
-  const uint32_t code = word >> kIdBits;
-  p = noise::mul(float(decode(code)), 0x1p-24f);
-  return code == 0 ? -1 : packed_id(t, at, word);
-}
-
 // Id and probability of a slot, as drafting and verification use them.
 RK_HOST_DEVICE int32_t read_slot(const Table& t, int64_t at, int64_t entry, float& p) {
   if (t.sums != nullptr) {
     p = noise::mul(noise::divide(float(t.sums[at]), float(t.counts[entry])), 0x1p-30f);
     return t.sums[at] > 0 ? t.slots[at] : -1;
   }
-  return read_word(t, at, uint32_t(t.slots[at]), p);
+  const uint32_t word = uint32_t(t.slots[at]), code = word >> kIdBits;
+  p = noise::mul(float(decode(code)), 0x1p-24f);
+  return code == 0 ? -1 : packed_id(t, at, word);
 }
 
 // ---- scores
@@ -233,18 +239,14 @@ RK_HOST_DEVICE float tempered(const ChildDraw& d, float p) {
   return d.temperature > 0 ? noise::divide(log_p, d.temperature) : log_p;
 }
 
-RK_HOST_DEVICE float score_of(const ChildDraw& d, float p, int32_t id) {
-  const float log_p = -noise::minus_log(p);
-  if (!d.noisy) return log_p;
-  // Before the division, which branches: the two chains of instructions run side by side.
-  const float gumbel = gumbel_noise(d.seed, d.position, uint32_t(id), d.stream);
-  return noise::add(noise::divide(log_p, d.temperature), gumbel);
-}
-
-// Whether one candidate goes before another: by score or sum, then by id.
-template <class T>
-RK_HOST_DEVICE bool goes_before(T score, int32_t id, T other_score, int32_t other_id) {
-  return score > other_score || (score == other_score && id < other_id);
+// Larger for a candidate that goes before another, so that candidates are ranked without a branch.
+// Never 0; ids have 26 bits. The slot makes keys distinct even where an entry has a token twice, in
+// a state that was loaded or is being updated.
+RK_HOST_DEVICE uint64_t rank_key(float score, int32_t id, uint32_t slot) {
+  const uint32_t bits = noise::word_of(noise::add(score, 0.0f));  // 0 and -0 are the same
+  const uint32_t ordered = bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u);
+  const uint32_t low = uint32_t(~id) << 4 | (kMaxTopk - 1 - slot);
+  return uint64_t(ordered) << 32 | low;
 }
 
 }  // namespace reasonkern

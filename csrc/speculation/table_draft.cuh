@@ -19,9 +19,9 @@ __device__ __forceinline__ void decide_children(const DraftShared<kWindow>& s, i
     for (int i = 1; i < kWindow; ++i) s.put(child[mine.rank], i, window.tokens[i]);
   }
   if (children > 1) __threadfence_block();
-  if (taken) s.decide(child[mine.rank], mine.id);
+  if (taken) s.put(child[mine.rank], 0, mine.id);
   const int used = __popc(__ballot_sync(kFullMask, mine.rank < kMaxTopk) & kLowerLanes);
-  for (int i = used + lane; i < children; i += 32) s.decide(child[i], -1);
+  for (int i = used + lane; i < children; i += 32) s.put(child[i], 0, -1);
 }
 
 // A warp drafts from a node to its first child, that one's first child and so on, without a stop:
@@ -77,12 +77,13 @@ __device__ __forceinline__ void start_request(const DraftParams& p, const DraftS
   }
 }
 
-// Warps take nodes in order, and chains where nodes are their heads. Whoever waits for a node waits
-// for a chain that was taken before: none waits for ever.
+// Warps take inner nodes by depth, and chains where nodes are their heads. Whoever waits for a node
+// waits for a chain that was taken before, however nodes are numbered: none waits for ever.
 template <int kWindow>
 __device__ __forceinline__ void draft_chains(const DraftParams& p, const DraftShared<kWindow>& s,
                                              const DraftRequest& request) {
-  for (int node = int(threadIdx.x / 32); node < p.nodes; node = s.take()) {
+  for (int i = int(threadIdx.x / 32); i < p.inner_nodes; i = s.take()) {
+    const int node = s.inner[i];
     if (s.is_head(node)) draft_chain(p, s, request, node);
   }
 }

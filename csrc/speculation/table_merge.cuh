@@ -127,9 +127,7 @@ struct Way {
 
   // Of eviction: the lowest goes.
   __device__ uint64_t order() const {
-    const uint64_t calls = uint32_t(uint32_t(age) - uint32_t(clock) - 1);
-    const uint64_t order = held == 0 ? 0 : 1 + (calls << 16 | uint16_t(count));
-    return order * kWays + number();
+    return eviction_order(held, age, clock, count) * kWays + number();
   }
 };
 

@@ -1,6 +1,6 @@
 // The operators of the table over tensors: checks, params structs, outputs. A backend supplies
 //   static void draft(const DraftParams&, int32_t device);
-//   static void update(const UpdateParams&, int32_t device);   (CPU; CUDA has operators of its own)
+// and its update from `describe_update`: CUDA has operators of its own.
 #pragma once
 
 #include <tuple>

@@ -312,7 +312,9 @@ class Team {
         box, peer, *reinterpret_cast<const Word*>(shared_->my_groups + at));
   }
 
+  // Where there are two slots a walk copies a row at most once into each.
   __device__ void copy(const Slice& slice, unsigned slot) {
+    static_assert(kMaxNodes < 1 << 16, "fetches_");
     if (!slice.staged) return;
     fetches_ += 1u << 16 * slot;
     if (threadIdx.x != 0) return;

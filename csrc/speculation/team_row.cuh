@@ -25,10 +25,12 @@ __device__ __forceinline__ RowTop reduce_lanes(RowTop x, unsigned, JoinTops) {
   return x;
 }
 
-// Where a logit is NaN or +inf: the largest finite ones.
+// Where an allowed logit is NaN or +inf: the largest finite one. The raw row may be sound, for
+// control can make a logit +inf.
 template <class Row>
-__device__ RowTop finite_top(Team& team, const Row& row, int bad) {
-  RowTop top{-kInf, -kInf, bad};
+__device__ RowTop finite_top(Team& team, const Row& row, RowTop top) {
+  top.value = -kInf;
+  if ((top.bad & 2) != 0) top.raw = -kInf;
   row.each_quad([&](int v, float (&x)[4]) {
     row.apply_mask(v, x);
     for (int k = 0; k < 4; ++k) {
@@ -73,7 +75,7 @@ __device__ RowTop find_block_top(Team& team, Row& row, int groups) {
   const float value = tops.allowed < kInf ? tops.allowed : -kInf;
   const int bad = int(!(tops.allowed < kInf)) | int(!(tops.raw < kInf)) << 1;
   const RowTop top = team.reduce_block(RowTop{tops.raw, value, bad}, JoinTops());
-  return (top.bad & 1) != 0 ? finite_top(team, row, top.bad) : top;
+  return (top.bad & 1) != 0 ? finite_top(team, row, top) : top;
 }
 
 // The row's top, for every thread of the team. `meanwhile` is done while the blocks wait for each

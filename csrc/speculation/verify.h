@@ -16,8 +16,9 @@ RK_HOST_DEVICE int element_bytes(ElementType type) {
 
 enum StatusBit : int32_t { kEos = 1, kBadRow = 2, kCapped = 4 };  // Status in verify.py
 
-constexpr int kMaxEntry = 64;  // tokens of a draft law
-constexpr int kMaxTopK = 64;   // raw logits returned per row
+constexpr int kMaxNodes = 4096;  // of a tree, MAX_NODES in tree.py
+constexpr int kMaxEntry = 64;    // tokens of a draft law
+constexpr int kMaxTopK = 64;     // raw logits returned per row
 
 // Logits (B, N, V); sampling has N = 1.
 struct LogitRows {
@@ -94,5 +95,12 @@ struct CompactParams {
   const int64_t* block_table;  // (B, max_blocks) or null: dense
   int64_t max_blocks, block_size;
 };
+
+// Elements from the cache's start to a slot of request b.
+RK_HOST_DEVICE int64_t slot_offset(const CompactParams& p, int64_t b, int64_t slot) {
+  if (p.block_table == nullptr) return b * p.stride_block + slot * p.stride_slot;
+  const int64_t block = p.block_table[b * p.max_blocks + slot / p.block_size];
+  return block * p.stride_block + slot % p.block_size * p.stride_slot;
+}
 
 }  // namespace reasonkern

@@ -318,12 +318,6 @@ __global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) verify_kerne
 
 // ---- the cache: a thread takes a word of one head and moves it for every step, in order
 
-__device__ __forceinline__ int64_t slot_offset(const CompactParams& p, int64_t b, int64_t slot) {
-  if (p.block_table == nullptr) return b * p.stride_block + slot * p.stride_slot;
-  const int64_t block = p.block_table[b * p.max_blocks + slot / p.block_size];
-  return block * p.stride_block + slot % p.block_size * p.stride_slot;
-}
-
 template <class Word>
 __global__ void __launch_bounds__(kTeamThreads, 4) compact_kernel(CompactParams p) {
   const int64_t words = p.head_dim * p.element_bytes / int64_t(sizeof(Word));

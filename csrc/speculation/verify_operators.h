@@ -178,6 +178,8 @@ inline VerifyParams make_verify(const Tensor& logits, const Tensor& tokens, cons
   p.rows = make_logit_rows(logits, node_mask, 3);
   const int64_t nodes = p.rows.nodes, links[] = {nodes + 1, nodes - 1};
   STD_TORCH_CHECK(nodes > 0, "logits: expected one row per node, got none");
+  STD_TORCH_CHECK(nodes <= kMaxNodes, "logits: expected rows of at most ", kMaxNodes,
+                  " nodes, got ", nodes);
   STD_TORCH_CHECK(depth >= 0 && depth < nodes, "depth: expected 0 to nodes - 1, got ", depth);
   STD_TORCH_CHECK(topk > 0 && topk <= kMaxTopK, "topk: expected 1 to ", kMaxTopK, ", got ", topk);
   STD_TORCH_CHECK(max_children >= 0 && max_children < nodes,

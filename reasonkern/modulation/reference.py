@@ -209,7 +209,7 @@ def modulate_logits_(
     if parents is not None:
         slot = slot.repeat_interleave(len(parents))
     where, slot = controlled(records, slot)
-    path = paths(len(logits), local_pos, draft_tokens, parents).to(logits.device)
+    path = paths(where, local_pos, draft_tokens, parents).to(logits.device)
     record = records[slot, : at.ROW_WIDTH]
     p = fold_path(record, entries, load(records, slot), path)
     apply(logits, control_of(record, p), entries, temperature, dense, where)

@@ -108,17 +108,22 @@ def _fold_phrase(record: Tensor, p: Progress, token: Tensor) -> Tensor:
 
 
 def paths(
-    rows: int, local_pos: Tensor | None, draft: Tensor | None, parents: Tensor | None
+    where: Tensor, local_pos: Tensor | None, draft: Tensor | None, parents: Tensor | None
 ) -> Tensor:
-    """(R, P) draft tokens before each row's logits, oldest first, -1 from the first -1 on."""
+    """(R, P) draft tokens before each row's logits, oldest first, -1 from the first -1 on.
+
+    Outside `where`, in padding, a chain may have any length; one of more than the rows counts none.
+    """
+    rows = len(where)
     if draft is None or (local_pos is None and parents is None) or rows == 0:
         return torch.empty(rows, 0, dtype=torch.int64)
     if parents is None:
         assert local_pos is not None
-        step = torch.arange(int(local_pos.max()), device=draft.device)
-        index = torch.arange(rows, device=draft.device).unsqueeze(-1) + 1 + step
-        index = index - local_pos.unsqueeze(-1)
-        inside = step < local_pos.unsqueeze(-1)
+        last = torch.arange(rows, device=draft.device)
+        drafts = torch.where(where & (local_pos <= last + 1), local_pos, 0)
+        step = torch.arange(int(drafts.max().clamp_min(0)), device=draft.device)
+        index = (last + 1 - drafts).unsqueeze(-1) + step
+        inside = step < drafts.unsqueeze(-1)
         tokens = draft.reshape(-1)[index.clamp(0, rows - 1)]
     else:
         nodes = _ancestors(parents.tolist()).to(draft.device)  # (N, depth)

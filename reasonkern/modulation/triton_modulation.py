@@ -70,6 +70,7 @@ def modulate_kernel(
         p = fold_tree(record, sets, p, node, on, parents, draft_tokens + request * nodes)
     elif local_pos is not None:
         drafts = tl.load(local_pos + row, mask=on, other=0)
+        drafts = tl.where(drafts <= row + 1, drafts, 0)
         p = fold_chain(record, sets, p, row, drafts, draft_tokens)
     c = control_of(record, p)
     rows = Rows(logits + row * stride, sets, vocab, on)

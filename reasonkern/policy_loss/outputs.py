@@ -21,8 +21,9 @@ class TokenStats(NamedTuple):
         collision: sum p^2.
         varentropy: variance of ln p under p, nats^2.
         max_prob: largest probability.
-        is_top1: bool: the target is the argmax (the first one among ties). Logits that differ and
-            that a soft-cap rounds to one value: C++ and CUDA tell them apart, the others do not.
+        is_top1: bool: the target is the argmax of the logits as they come (the first one among
+            ties). Logits that differ and that a soft-cap rounds to one value are ties to Triton
+            alone.
     """
 
     logprob: Tensor

@@ -99,7 +99,7 @@ def token_stats(
     empty = (row.row_max == -torch.inf) & (targets >= 0) & (targets < logits.shape[-1])
     row_max = torch.where(row.bad & ~empty, torch.nan, row.row_max)
     row_max = torch.where(row.active, row_max, 0.0)
-    is_top1 = row.active & ~row.bad & (row.d.argmax(-1) == targets)
+    is_top1 = row.active & ~row.bad & (logits.argmax(-1) == targets)
     return logprob, entropy, lse, collision, varentropy, max_prob, is_top1, row_max
 
 

@@ -17,6 +17,7 @@ from . import noise
 WAYS = 8  # keys per set
 ONE = 1 << 30  # probability 1 in the fixed point of sums
 TOTAL_LIMIT = ONE + ONE // 1000  # of a row's probabilities
+LARGEST_ID = (1 << 31) - 1  # of a context; larger numbers count as missing
 ID_BITS = 18  # of an id in a packed word; the rest is the 14-bit code of its probability
 HITS, MISSES, EVICTIONS, REJECTED, ROWS, COUNTERS = 0, 4, 5, 6, 7, 8  # counters; hits per order
 NO_NOISE, SHARED, REJECTION = 0, 1, 2  # kinds of drafts
@@ -237,13 +238,14 @@ def table_draft(
     unused = counts.new_empty(0)
     table = Storage(keys, slots, extra, counts, unused, unused, epochs, counters)
     batch, nodes, topk = context.shape[0], parents.numel(), slots.shape[1]
+    scope = context.new_zeros(batch) if scope is None else scope
+    if strict and not bool(_known(context, scope, vocab_size, epochs).all()):
+        raise RuntimeError("table_draft: a context or scope is out of range")
+    context = torch.where(context <= LARGEST_ID, context, -1)
     root = context[:, -1:].clamp_min(0)
     tokens = root.repeat(1, nodes)
     valid = torch.zeros((batch, nodes), dtype=torch.bool, device=context.device)
     valid[:, 0] = context[:, -1] >= 0
-    scope = context.new_zeros(batch) if scope is None else scope
-    if strict and not bool(_known(context, scope, vocab_size, epochs).all()):
-        raise RuntimeError("table_draft: a context or scope is out of range")
     internal = child_ptr.diff() > 0
     ids = context.new_full((batch, nodes, topk), -1)
     log_q = torch.full((batch, nodes, topk), -torch.inf, device=context.device)

@@ -21,6 +21,7 @@ from .reference_row import (
     scores,
     statistics,
 )
+from .tree import check_rows
 
 EOS, BAD_ROW, CAPPED = 1, 2, 4  # bits of the status
 
@@ -120,6 +121,7 @@ def walk(
     eos: Tensor | None, max_length: Tensor | None, node_mask: Tensor | None,
     num_nodes: Tensor | None, depth: int, max_children: int, topk: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    check_rows(logits)
     batch = torch.arange(logits.shape[0], device=logits.device)
     children = _child_table(child_ptr, child_index, max_children)
     usable = valid if num_nodes is None else valid & _below(valid, num_nodes)

@@ -237,7 +237,9 @@ class NgramTable:
 
         Returns:
             `Draft`. A node without an entry or a candidate is not valid and repeats the root's
-            token (0 in a row that ends in -1, which is padding).
+            token (0 in a row that ends in -1, which is padding). On a GPU, where they are not
+            checked, negative ids and those from 2^31 on count as -1; others outside the vocabulary
+            are in no entry.
 
         Raises:
             ValueError: wrong shape, dtype, device or mode; a negative temperature; on CPU also an

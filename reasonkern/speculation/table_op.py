@@ -15,6 +15,7 @@ from .. import _load
 from . import reference_table as reference
 from . import table_sorted
 
+# Of one tree, as `DraftTree.tensors` has them; but nodes may have any numbers, the root 0.
 TREE_ARGS = (
     "Tensor parents, Tensor ranks, Tensor depths, Tensor child_ptr, Tensor child_index, "
     "Tensor level_ptr, Tensor level_nodes"

@@ -276,6 +276,12 @@ def _check_nodes(nodes: int) -> None:
         _checks.fail("nodes", f"an integer in [1, {MAX_NODES}]", nodes)
 
 
+def check_rows(logits: Tensor) -> None:
+    """Refuses (B, N, V) logits of more nodes than a tree has, as verifying operators do."""
+    if logits.shape[1] > MAX_NODES:
+        _checks.fail("logits", f"rows of at most {MAX_NODES} nodes", logits.shape[1])
+
+
 def _checked_parents(parents: Sequence[int]) -> tuple[int, ...]:
     if not 1 <= len(parents) <= MAX_NODES:
         _checks.fail("parents", f"1 to {MAX_NODES} nodes", len(parents))

@@ -22,6 +22,7 @@ from .triton_table_entry import (
 SHARED, REJECTION = tl.constexpr(1), tl.constexpr(2)
 NODES = tl.constexpr(16)  # nodes drafted together
 MISSES = tl.constexpr(4)  # of the counters
+LARGEST_ID = tl.constexpr((1 << 31) - 1)  # of a context; larger numbers count as missing
 INF = tl.constexpr(float("inf"))
 
 
@@ -116,6 +117,7 @@ def draft_kernel(
     context = context + request * context_stride
     tokens_row, valid_row = tokens + base, valid + base
     last = tl.load(context + WINDOW - 1)
+    last = tl.where(last <= LARGEST_ID, last, -1)
     lane = tl.arange(0, LANES)
     step = tl.arange(0, NODES)
     for start in range(0, nodes, NODES):

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from .._triton import check_dtype, check_launchable, kernel
+from .tree import check_rows
 from .triton_rows import INF, Request, Row, choose, find_top, write_statistics
 
 EOS, BAD_ROW, CAPPED = (tl.constexpr(bit) for bit in (1, 2, 4))
@@ -127,6 +128,7 @@ def verify_tree(
     min_p, seed, position, eos, max_length, node_mask, num_nodes, depth, max_children, topk,
 ):  # fmt: skip
     check_runnable("verify_tree", logits)
+    check_rows(logits)
     if q_ids is not None:
         raise NotImplementedError("verify_tree: the Triton backend verifies by equality only")
     batch, nodes, vocab = logits.shape

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _load
 from . import cache, reference_verify
+from .tree import check_rows
 
 ROW_ARGS = (
     "Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, Tensor position"
@@ -40,6 +41,7 @@ def _fake_sample(logits: Tensor, *args: Any) -> Tensor:
 
 
 def _fake_verify_tree(logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    check_rows(logits)
     depth, _, topk = args[-3:]
     rows = (logits.shape[0], depth + 1)
     shapes = (rows, rows[:1], rows, (*rows, topk), (*rows, topk), rows, rows[:1])
