@@ -5,6 +5,7 @@
 
 #include "../common/mailbox.cuh"
 #include "row_objective.cuh"
+#include "row_sweep.cuh"
 
 namespace reasonkern {
 
