@@ -71,10 +71,15 @@ template <class T, class M>
 __device__ __forceinline__ void raise_max(M& a, acc_t<T> m, const RowScale<T>& scale) {
   using A = acc_t<T>;
   if (m > a.m && a.m > -kInfinity<A>) {
-    const A from = origin(a.m, scale), to = origin(m, scale);
-    const A d = max_nan(from - to, scale.floor), top = offset(a.m, from, scale);
-    const A e = sizeof(T) == 2 ? std::fma(top, A(kLn2), A(1)) : A(1);
-    rescale(a, d, exponential_of_difference(from, to, d, scale), e, top);
+    const A from = origin(a.m, scale), to = origin(m, scale), top = own_offset(a.m, from, scale);
+    const bool far = is_far<T>(from) || is_far<T>(to);
+    const A apart =
+        far ? mul_rn(a.m - m, scale.exp_scale) + (own_offset(m, to, scale) - top) : from - to;
+    const A d = max_nan(apart, scale.floor),
+            e = sizeof(T) == 2 ? std::fma(top, A(kLn2), A(1)) : A(1);
+    const A alpha =
+        far ? exponential<false>(d, scale) : exponential_of_difference(from, to, d, scale);
+    rescale(a, d, alpha, e, top);
   }
   a.m = m;
 }

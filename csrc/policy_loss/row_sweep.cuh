@@ -46,7 +46,8 @@ __device__ __forceinline__ Floor<T> floor_of(const Running<M, T>& r, const RowSc
 }
 template <class M, class T>
 __device__ __forceinline__ bool is_plain(const Running<M, T>& r, const RowScale<T>& scale) {
-  return r.floored ? floor_of(r, scale).usable : scale.softcap.value == acc_t<T>(0);
+  if (r.floored) return floor_of(r, scale).usable;
+  return scale.softcap.value == acc_t<T>(0) && !is_far<T>(r.origin);
 }
 template <class M, class T>
 __device__ __forceinline__ acc_t<T> find_bar(const Running<M, T>& r, const RowScale<T>& scale) {
@@ -103,9 +104,9 @@ __device__ __forceinline__ void take_out_top(M& a, Vec<T> (&v)[kUnroll], T low) 
   a.n += A((count & 0xffffu) + (count >> 16));
 }
 
-// Tiles that are soft-capped, or need a floor where none is usable. Not unrolled, vectors move up
-// instead: it must cost the others no registers.
-template <class M, class T>
+// Tiles that are soft-capped, far, or need a floor where none is usable. Not unrolled, vectors move
+// up instead: it must cost the others no registers.
+template <bool kFar, class M, class T>
 __device__ __forceinline__ void absorb_any(Running<M, T>& r, Vec<T> (&v)[kUnroll],
                                            const RowScale<T>& scale) {
   using A = acc_t<T>;
@@ -121,7 +122,7 @@ __device__ __forceinline__ void absorb_any(Running<M, T>& r, Vec<T> (&v)[kUnroll
         x[j] = -kInfinity<A>;
         r.sums.n += A(1);
       }
-      const A t = floored_offset(x[j], r.origin, scale);
+      const A t = floored_offset<kFar>(x[j], r.sums.m, r.origin, scale);
       add(r.sums, exponential<false>(t, scale), t);
     }
 #pragma unroll
@@ -139,13 +140,13 @@ __device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll]
   const A warp_highest = warp_max(highest);
   const bool raised = warp_highest > limit_of(r, scale);
   if (raised) raise_running(r, warp_highest, scale);
+  if (!r.floored && needs_floor(r.origin, scale)) r.sums.u = std::numeric_limits<A>::quiet_NaN();
   if (!(r.sums.m > -kInfinity<A>)) {
     if (highest != highest) r.sums.s = highest;  // no sum moves, but warp_max passed over the NaN
-    if (!r.floored) r.sums.u = std::numeric_limits<A>::quiet_NaN();
     return false;
   }
   if (!is_plain(r, scale)) {
-    absorb_any(r, v, scale);
+    is_far<T>(r.origin) ? absorb_any<true>(r, v, scale) : absorb_any<false>(r, v, scale);
     return false;
   }
   const T top = from_acc<T>(r.sums.m);
