@@ -117,12 +117,21 @@ def add_head(
     model.forward = types.MethodType(forward, model)
 
 
+# Fields of a configuration that scale or cut the logits although their names do not say logit, or
+# that are properties, and words in the names of fields about other logits than the head's.
+SHAPING = ("output_multiplier", "lm_head_multiplier", "unpadded_vocab_size", "logits_scaling")
+ELSEWHERE = ("final_logit_softcapping", "router", "attn", "attention", "to_keep")
+
+
 def _has_plain_head(model: Any) -> bool:
-    """Whether the logits are a linear map of the last hidden states, but for a soft-cap."""
+    """Whether the logits are a linear map of the last hidden states, but for a soft-cap.
+
+    A field about logits that is not known makes it False: the model's own logits are right.
+    """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    scales = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    scaled = any(getattr(config, name, None) is not None for name in scales)
-    return type(head) is torch.nn.Linear and not scaled and not hasattr(head.weight, "ds_id")
+    about_logits = (n for n in vars(config) if "logit" in n and not any(x in n for x in ELSEWHERE))
+    shaped = any(getattr(config, name, None) is not None for name in (*SHAPING, *about_logits))
+    return type(head) is torch.nn.Linear and not shaped and not hasattr(head.weight, "ds_id")
 
 
 def _score_hidden(
