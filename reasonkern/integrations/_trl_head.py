@@ -127,7 +127,7 @@ def _has_plain_head(model: Any) -> bool:
     """Whether the logits are a linear map of the last hidden states, but for a soft-cap.
 
     A field about logits that is not known makes it False: the model's own logits are right. Asked
-    at each call, because PEFT replaces the head, and FSDP2 and DeepSpeed its weight, after patching.
+    at each call: after patching PEFT may replace the head, and FSDP2 or DeepSpeed its weight.
     """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
     about_logits = (n for n in vars(config) if "logit" in n and not any(x in n for x in ELSEWHERE))
