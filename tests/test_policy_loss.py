@@ -277,6 +277,28 @@ def test_offset_3000_under_a_temperature(backend: Backend, per_row: bool) -> Non
     check_loss(backend, loss)
 
 
+@pytest.mark.parametrize("softcap", [0.0, 30.0])
+def test_huge_logits(backend: Backend, dtype: torch.dtype, softcap: float) -> None:
+    """Largest logits of 10^6 T and more, of both signs, and masks of the least finite number.
+
+    There the rounding of max x / T is more than the distances between the logits that count.
+    """
+    half = dtype == torch.float16
+    huge, least = (6e4, -65504.0) if half else (1e30, -3.38e38)
+    x, columns = randn(1, 8, 3001, seed=17), [3, 1500, 3000]
+    x[0, 0, :2900], x[0, 1, 100:] = 0.9 * least, least
+    x[0, 2, columns], x[0, 3, columns] = huge, -huge
+    x[0, 3, [0, 1, 2]] = x[0, 4] = least
+    x[0, 5] = 7 * huge / 8
+    x[0, 5, columns] = huge
+    x[0, 6, :1700], x[0, 6, 1700:] = -INF, least
+    x[0, 7] = 20 + x[0, 7].round()
+    x, y = x.to(dtype), torch.tensor([[3000, 3, 1500, 7, 0, 7, 2000, 9]])
+    t = torch.tensor([[*[1e-3 if half else 1.0] * 7, 1e-5]], dtype=acc(dtype))
+    check_stats(backend, backend.to(x), y, None, t, 1.0, softcap)
+    check_loss(backend, simple_loss(backend.to(x), y, row_temperature=t, softcap=softcap))
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.7])
 def test_scalar_temperature(backend: Backend, temperature: float) -> None:
     x, y = cases.hard_logits(1000, torch.float32, seed=11)

@@ -141,6 +141,29 @@ def test_a_model_step_compiles_as_a_whole() -> None:
     assert_close(*found, rtol=1e-6, atol=1e-7)
 
 
+BUILT: dict[str, Callable[[], Objective]] = {
+    "dapo": lambda: Objective.dapo(entropy_coef=0.1, kl=("k3", 0.1)),
+    "sapo": Objective.sapo,
+    "vespo": Objective.vespo,
+}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_an_objective_built_inside_a_dynamic_graph(name: str) -> None:
+    """With dynamic=True the constructors' default numbers are symbols, too."""
+    b = make_batch(F32)
+    given = b.given("ref_logprob")
+
+    def step(x: Tensor) -> Tensor:
+        return policy_loss(x, b.targets, objective=BUILT[name](), **given).loss
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    x, y = b.leaf(), b.leaf()
+    loss, expected = compiled(x), step(y)
+    assert_close(loss, expected)
+    assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected, y))
+
+
 SCHEDULES: dict[str, Callable[[Tensor], dict[str, Any]]] = {
     "ratio_max": lambda v: {"objective": Objective.ppo(ratio_max=v)},
     "entropy_coef": lambda v: {"objective": Objective.cispo(2.0, entropy_coef=v)},

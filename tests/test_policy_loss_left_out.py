@@ -118,6 +118,21 @@ def test_own_importance_leaves_out_nonfinite_rows() -> None:
     assert_close(out.loss, expected.loss, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("geometric_mean", [False, True])
+def test_importance_of_a_sequence_is_the_same_in_one_pass_and_in_two(geometric_mean: bool) -> None:
+    """It is of given log-probabilities: a row left out for this pass's logits counts in it."""
+    b = make_batch()
+    bad = b.logits.clone()
+    bad[0, 2, b.targets[0, 2]] = -float("inf")
+    importance = ("sequence", "truncate", None, None, geometric_mean)
+    one = Objective.ppo(importance=importance)
+    two = Objective.ppo(importance=importance, opsm=1e9)  # which drops nothing
+    assert (one.passes, two.passes) == (1, 2)
+    given = b.given("rollout_logprob")
+    losses = [policy_loss(bad, b.targets, objective=o, **given).loss for o in (one, two)]
+    assert_close(*losses, rtol=1e-13, atol=0)
+
+
 @padded_and_packed
 @pytest.mark.parametrize("name", SEQUENCE_LOSSES)
 def test_all_masked_sequences(name: str, form: str) -> None:

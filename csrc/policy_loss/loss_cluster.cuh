@@ -5,6 +5,7 @@
 
 #include "../common/mailbox.cuh"
 #include "row_objective.cuh"
+#include "row_sweep.cuh"
 
 namespace reasonkern {
 
@@ -196,7 +197,7 @@ __global__ void __launch_bounds__(kGroup, 3)
     row = next_weight != A(0) ? next : skip_inactive<T>(p, next, slice);
     logits = share_of_row(row);
     if (threadIdx.x == 0 && logits != nullptr) task = load_task(p, row);
-    if (c.live && !floored && std::fabs(c.slope) < A(1)) {
+    if (c.live && !floored && std::fabs(c.slope) < A(1) && !needs_floor(c.origin, scale)) {
       write_gradient_fetch_next<false>(grad, stage, logits, c, scale);
     } else if (c.live) {
       write_gradient_fetch_next<true>(grad, stage, logits, c, scale);

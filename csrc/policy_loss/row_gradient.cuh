@@ -57,7 +57,7 @@ __device__ __forceinline__ acc_t<T> gradient_at(acc_t<T> t, const GradCoefs<acc_
 }
 
 // Of one logit, however it is scaled.
-template <bool kCurve, class T>
+template <bool kCurve, bool kFar, class T>
 __device__ __forceinline__ T gradient_of(T logit, const GradCoefs<acc_t<T>>& c,
                                          const RowScale<T>& scale, acc_t<T> addend) {
   using A = acc_t<T>;
@@ -67,7 +67,7 @@ __device__ __forceinline__ T gradient_of(T logit, const GradCoefs<acc_t<T>>& c,
     jacobian = std::fma(-tanh_x, tanh_x, A(1));
     x = soft_capped(x, scale.softcap);
   }
-  const A t = floored_offset(x, c.origin, scale);
+  const A t = floored_offset<kFar>(x, c.m, c.origin, scale);
   return from_acc<T>(gradient_at<kCurve>(t, c, scale, addend) * jacobian);
 }
 
@@ -79,7 +79,12 @@ __device__ __forceinline__ Vec<T> gradient_vector(const Vec<T>& v, const GradCoe
   using A = acc_t<T>;
   constexpr int N = Vec<T>::size;
   if (kFloor ? !floor.usable : scale.softcap.value != A(0)) {
-    return make_vec<T>([&](int j) { return gradient_of<kCurve>(get_lane(v, j), c, scale, A(0)); });
+    const auto one_by_one = [&](auto far) {
+      return make_vec<T>(
+          [&](int j) { return gradient_of<kCurve, far>(get_lane(v, j), c, scale, A(0)); });
+    };
+    return kFloor && is_far<T>(c.origin) ? one_by_one(std::true_type())
+                                         : one_by_one(std::false_type());
   }
   A t[N], g[N];
   lane_offsets<kFloor>(t, v, c.origin, floor, scale);
@@ -110,7 +115,8 @@ __device__ __forceinline__ TargetElement<T> target_element(const T* p, Slice sli
                                                            int threads) {
   const int at = c.target - slice.begin;
   if (unsigned(at) >= unsigned(slice.n) || at / Vec<T>::size % threads != thread) return {-1, T{}};
-  return {at, gradient_of<kCurve>(p[at], c, scale, c.at_target)};
+  return {at, is_far<T>(c.origin) ? gradient_of<kCurve, true>(p[at], c, scale, c.at_target)
+                                  : gradient_of<kCurve, false>(p[at], c, scale, c.at_target)};
 }
 
 // Reads p[0, n) from global memory and writes its gradient to grad[0, n), which may be p itself:

@@ -54,11 +54,30 @@ template <class T>
 __device__ __forceinline__ acc_t<T> offset(acc_t<T> x, acc_t<T> origin, const RowScale<T>& scale) {
   return sizeof(T) == 2 ? std::fma(x, scale.exp_scale, -origin) : x - origin;
 }
-// Not below scale.floor, so that e t is 0 and not 0 * inf at a masked token. Keeps NaN.
+// Whether an origin r is so large that its rounding, 2^-7 and up, spoils the offsets of what is
+// equal to m. It may be infinite. The largest 16-bit logit below such an m has an exponential of 0.
 template <class T>
-__device__ __forceinline__ acc_t<T> floored_offset(acc_t<T> x, acc_t<T> origin,
+__device__ __forceinline__ bool is_far(acc_t<T> origin) {
+  return sizeof(T) == 2 && std::fabs(origin) >= acc_t<T>(0x1p18);
+}
+// Whether offsets from an origin, or of it, may be infinite.
+template <class T>
+__device__ __forceinline__ bool needs_floor(acc_t<T> origin, const RowScale<T>& scale) {
+  if constexpr (sizeof(T) == 2) return is_far<T>(origin);
+  return !(std::fabs(origin) < acc_t<T>(0x1p100) * scale.residual);
+}
+// The offset of m itself: what its origin was rounded by.
+template <class T>
+__device__ __forceinline__ acc_t<T> own_offset(acc_t<T> m, acc_t<T> origin,
+                                               const RowScale<T>& scale) {
+  return is_far<T>(origin) ? acc_t<T>(0) : offset(m, origin, scale);
+}
+// Not below scale.floor, so that e t is 0 and not 0 * inf at a masked token. Keeps NaN.
+template <bool kFar, class T>
+__device__ __forceinline__ acc_t<T> floored_offset(acc_t<T> x, acc_t<T> m, acc_t<T> origin,
                                                    const RowScale<T>& scale) {
-  return max_nan(offset(x, origin, scale), scale.floor);
+  const acc_t<T> t = kFar ? mul_rn(x - m, scale.exp_scale) : offset(x, origin, scale);
+  return max_nan(t, scale.floor);
 }
 
 // From offsets to (x - m) / T: (t - shift) * unit, and e * factor. The shift is the offset of m
@@ -70,7 +89,7 @@ struct Settle {
 template <class A, class T>
 __device__ __forceinline__ Settle<T, A> settle(acc_t<T> m, const RowScale<T>& scale) {
   if constexpr (sizeof(T) == 2) {
-    const A shift = offset(m, origin(m, scale), scale), x = shift * A(kLn2);
+    const A shift = own_offset(m, origin(m, scale), scale), x = shift * A(kLn2);
     return {shift, std::fma(x, std::fma(x, A(0.5), A(-1)), A(1)), A(kLn2)};
   } else {
     return {A(0), A(1), A(1) / scale.temperature.value};
@@ -79,8 +98,8 @@ __device__ __forceinline__ Settle<T, A> settle(acc_t<T> m, const RowScale<T>& sc
 
 // A logit so far below m that exp is 0 (by 170 T at least after rounding, hence the share of |m|);
 // 16-bit logits are kept above it before they are unpacked, two at a time. `usable` is false where
-// the type has no such finite number, and with a soft-cap, which comes after unpacking; then
-// `floored_offset` does it one by one.
+// the type has no such finite number or m is far, and with a soft-cap, which comes after unpacking;
+// then `floored_offset` does it one by one.
 template <class T>
 struct Floor {
   T value;
@@ -92,10 +111,11 @@ __device__ __forceinline__ Floor<T> floor_below(acc_t<T> m, const RowScale<T>& s
   const A lowest_offset = sizeof(T) == 2 ? scale.floor * scale.temperature.value : scale.floor;
   const A below = m + std::fmin(lowest_offset, std::fabs(m) * A(-0x1p-6));
   const float lowest = std::is_same<T, bf16>::value ? -0x1.fep127f : -65504.0f;
-  return {from_acc<T>(below), scale.softcap.value == A(0) && (sizeof(T) > 2 || below > A(lowest))};
+  const bool fits = sizeof(T) > 2 || (below > A(lowest) && !is_far<T>(origin(m, scale)));
+  return {from_acc<T>(below), scale.softcap.value == A(0) && fits};
 }
 
-// The offsets of a vector's lanes, not below a floor or as they come.
+// The offsets of a vector's lanes from what is not far, not below a floor or as they come.
 template <bool kFloor, class T>
 __device__ __forceinline__ void lane_offsets(acc_t<T> (&t)[Vec<T>::size], Vec<T> v, acc_t<T> origin,
                                              const Floor<T>& floor, const RowScale<T>& scale) {
@@ -106,8 +126,8 @@ __device__ __forceinline__ void lane_offsets(acc_t<T> (&t)[Vec<T>::size], Vec<T>
   unpack(v, t);
 #pragma unroll
   for (int j = 0; j < Vec<T>::size; ++j) {
-    t[j] =
-        kFloor && sizeof(T) > 2 ? floored_offset(t[j], origin, scale) : offset(t[j], origin, scale);
+    t[j] = kFloor && sizeof(T) > 2 ? floored_offset<false>(t[j], origin, origin, scale)
+                                   : offset(t[j], origin, scale);
   }
 }
 

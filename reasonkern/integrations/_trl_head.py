@@ -89,7 +89,7 @@ def add_head(
     """
     plain = model.forward
     narrows = "logits_to_keep" in inspect.signature(plain).parameters
-    projects = not logits and not cast_lm_head_to_fp32 and _has_plain_head(model)
+    projects = not logits and not cast_lm_head_to_fp32
 
     @functools.wraps(type(model).forward)  # generate() checks its arguments against the signature
     def forward(
@@ -106,7 +106,7 @@ def add_head(
             return plain(*args, **given, **kwargs)
         assert labels is not None and tokens is not None
         targets, kwargs["use_cache"] = labels[:, -tokens:], False
-        if projects and not kwargs.get("output_router_logits"):
+        if projects and not kwargs.get("output_router_logits") and _has_plain_head(self):
             hidden = self.base_model(*args, **kwargs).last_hidden_state[:, -tokens - 1 :]
             return _score_hidden(self, hidden, targets, rows, temperature)
         # The last position predicts nothing: it stays, with weight 0, because the backward of a
@@ -117,12 +117,24 @@ def add_head(
     model.forward = types.MethodType(forward, model)
 
 
+# Fields of a configuration that scale or cut the logits although their names do not say logit, or
+# that are properties, and words in the names of fields about other logits than the head's.
+SHAPING = ("output_multiplier", "lm_head_multiplier", "unpadded_vocab_size", "logits_scaling")
+ELSEWHERE = ("final_logit_softcapping", "router", "attn", "attention", "to_keep")
+
+
 def _has_plain_head(model: Any) -> bool:
-    """Whether the logits are a linear map of the last hidden states, but for a soft-cap."""
+    """Whether the logits are a linear map of the last hidden states, but for a soft-cap.
+
+    A field about logits that is not known makes it False: the model's own logits are right. Asked
+    at each call: after patching PEFT may replace the head, and FSDP2 or DeepSpeed its weight.
+    """
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    scales = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    scaled = any(getattr(config, name, None) is not None for name in scales)
-    return type(head) is torch.nn.Linear and not scaled and not hasattr(head.weight, "ds_id")
+    about_logits = (n for n in vars(config) if "logit" in n and not any(x in n for x in ELSEWHERE))
+    shaped = any(getattr(config, name, None) is not None for name in (*SHAPING, *about_logits))
+    if type(head) is not torch.nn.Linear or shaped:
+        return False
+    return not any(hasattr(head.weight, name) for name in ("ds_id", "full_tensor"))
 
 
 def _score_hidden(

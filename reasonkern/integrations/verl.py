@@ -9,7 +9,13 @@ verl calls a policy loss with log-probabilities, not logits, so this is the obje
 O(N) map of the family, with its analytic gradient. Bounds come from the actor's configuration
 (``clip_ratio_low``, ``clip_ratio_high``, ``clip_ratio_c``, ``tau_pos``, ``tau_neg``,
 ``policy_loss.dro_beta``), as they do for verl's own losses; `register` adds an `Objective` with
-numbers of its own.
+numbers of its own. BAPO searches its bounds from those of its released code, VESPO has none.
+
+``loss_agg_mode`` holds for every objective; verl's own ``sapo`` and ``geo_mean`` average over
+sequences whatever it says (``seq-mean-token-mean`` gives their numbers here). Importance weights
+that differ within a sequence multiply the losses of its tokens: for ``rk_gspo`` each token's
+gradient then has the mean of them, for verl's ``gspo`` its own, and ``geo_mean`` takes their
+geometric mean.
 """
 
 from __future__ import annotations
@@ -176,8 +182,8 @@ def objective_loss(
 
     Returns:
         The loss, and metrics by name: ``actor/pg_clipfrac``, ``actor/ppo_kl`` and
-        ``actor/pg_clipfrac_lower`` as verl defines them, and those of `PolicyMetrics.compute` as
-        ``actor/reasonkern/*``.
+        ``actor/pg_clipfrac_lower`` as verl's ``vanilla`` defines them, and those of
+        `PolicyMetrics.compute` as ``actor/reasonkern/*``.
 
     Raises:
         ValueError: unknown aggregation, missing normaliser, advantages that differ within a

@@ -36,9 +36,8 @@ def validate(o: ObjectiveFields) -> None:
     for name in (*OPTIONAL, *REQUIRED):
         x = getattr(o, name)
         left_out = x is None and name in OPTIONAL
-        if not left_out and not isinstance(x, Tensor):
-            given = called.get(name, name)
-            check(_is_number(x), given, "a number", repr(x))
+        if not left_out and not isinstance(x, Tensor) and not _is_number(x):
+            check(False, called.get(name, name), "a number", repr(x))
     lo, hi, cap, dual = o.ratio_min, o.ratio_max, o.ratio_cap, o.dual_clip
     if isinstance(lo, (int, float)):
         check(0 <= lo <= 1, "ratio_min", "a ratio in [0, 1], not an epsilon, or None", lo)
@@ -53,8 +52,15 @@ def validate(o: ObjectiveFields) -> None:
     _validate_terms(o)
 
 
+# torch.compile(dynamic=True) cannot trace math.isnan, math.isfinite or repr of a number.
+
+
 def _is_number(x: object) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and not math.isnan(x)
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and x == x
+
+
+def _is_finite(x: float) -> bool:
+    return -math.inf < x < math.inf
 
 
 def _validate_kind(o: ObjectiveFields) -> None:
@@ -68,9 +74,9 @@ def _validate_kind(o: ObjectiveFields) -> None:
         for name, x in zip(LIMITS[o.kind], (o.low, o.high), strict=False):
             if isinstance(x, (int, float)):
                 ok, bound = (x >= 0, ">= 0") if o.kind == GPPO else (x > 0, "> 0")
-                check(ok and math.isfinite(x), name, f"a finite number {bound}", x)
+                check(ok and _is_finite(x), name, f"a finite number {bound}", x)
     if o.vespo_shape is not None:
-        ok = all(isinstance(x, Tensor) or (math.isfinite(x) and x > 0) for x in o.vespo_shape)
+        ok = all(isinstance(x, Tensor) or (_is_finite(x) and x > 0) for x in o.vespo_shape)
         check(ok, "vespo", "finite k, lambda > 0", o.vespo_shape)
 
 
@@ -84,13 +90,12 @@ def _validate_terms(o: ObjectiveFields) -> None:
     if isinstance(o.log_ratio_clamp, (int, float)):
         check(o.log_ratio_clamp > 0, "log_ratio_clamp", "a number > 0 or None", o.log_ratio_clamp)
     if isinstance(o.entropy_coef, (int, float)):
-        check(math.isfinite(o.entropy_coef), "entropy_coef", "a finite number", o.entropy_coef)
+        check(_is_finite(o.entropy_coef), "entropy_coef", "a finite number", o.entropy_coef)
     if o.kl is not None:
         estimator, coef, _ = o.kl
         check(estimator in ("k1", "k2", "k3"), "kl", "estimator k1, k2 or k3", estimator)
-        if not isinstance(coef, Tensor):
-            ok = _is_number(coef) and math.isfinite(coef)
-            check(ok, "kl", "a finite coefficient", repr(coef))
+        if not isinstance(coef, Tensor) and not (_is_number(coef) and _is_finite(coef)):
+            check(False, "kl", "a finite coefficient", repr(coef))
     if o.importance is not None:
         level, mode, lo, hi, _ = o.importance
         check(level in ("token", "sequence"), "importance", "level token or sequence", level)

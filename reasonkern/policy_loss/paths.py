@@ -364,6 +364,8 @@ def _importance(
     if not isinstance(o.importance, Importance):
         return context.importance
     assert old is not None and context.rollout_logprob is not None
+    if context.old_logprob is not None:
+        weight = context.weight  # not of this pass's statistics, which one pass has not yet
     return importance_weights(
         o.importance, old.detach(), context.rollout_logprob, weight, context.segments,
         h.log_ratio_clamp,
