@@ -81,7 +81,7 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
             _checks.fail("tokenizer", "an object with get_vocab()", type(tokenizer).__name__)
         if not isinstance(sets, Mapping):
             _checks.fail("sets", "a mapping from names to strings", type(sets).__name__)
-        added = getattr(tokenizer, "get_added_vocab", dict)()
+        added: Mapping[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
         vocab = _by_text(tokenizer.get_vocab(), added)
         unwanted = [word.lower() for word in _checked_strings("exclude", exclude)]
         found: dict[str, set[int]] = {name: set() for name in sets}
