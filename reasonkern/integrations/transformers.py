@@ -100,8 +100,8 @@ def generate(
             on this machine, by the times of the steps so far, plain decoding included.
         drafter: a function that proposes in the table's place, see `generation.Drafter`. None = no
             drafter.
-        control: a `ModulationState` and the (R,) int64 slots of the requests in it, as in
-            `generation.generate`. None = no control.
+        control: a `ModulationState` and the (R,) int64 slots of the requests in it, one for each
+            trajectory, put there anew for each call, as in `generation.generate`. None = no control.
         seed: of the run; the requests' seeds are hashed from it (`request_seeds`); or (R,) seeds.
         top_k: as in `sample`, a number or one per request. None = off.
         top_p: as in `sample`. None = off.
