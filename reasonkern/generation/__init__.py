@@ -92,7 +92,9 @@ def generate(
             its prompt. It has seen its text afterwards (with it, what a stop cut off) and serves
             that text alone: `remove` and `add` it for another call. Drafts and tables do not change
             what it does. None = no control.
-        seed: of the run, see `reasonkern.request_seeds`, or (requests,) int64 ones of the requests.
+        seed: of the run, from which those of the requests are hashed
+            (`reasonkern.request_seeds`), or (requests,) int64 ones of the requests. The same one, 0
+            as here, gives the same text in every call: torch's generator is not used.
         top_k: as in `reasonkern.sample`. None = off.
         top_p: as in `reasonkern.sample`. None = off.
         min_p: as in `reasonkern.sample`. None = off.

@@ -103,6 +103,8 @@ def generate(
         control: a `ModulationState` and the (R,) int64 slots of the requests in it, one for each
             trajectory, put there anew for each call, as in `generation.generate`. None = no control.
         seed: of the run; the requests' seeds are hashed from it (`request_seeds`); or (R,) seeds.
+            The same one, 0 as here, gives the same text in every call: torch's generator is not
+            used, nor ``torch.manual_seed``. Other texts take another seed.
         top_k: as in `sample`, a number or one per request. None = off.
         top_p: as in `sample`. None = off.
         min_p: as in `sample`. None = off.

@@ -228,7 +228,8 @@ class NgramTable:
             context: (B, max(orders)) token ids, the newest last, padded on the left with -1.
             tree: the shape.
             temperature: number or (B,), >= 0.
-            seed: integer or (B,) int64, read as unsigned.
+            seed: integer or (B,) int64, read as unsigned; that of `sample` or `verify_tree`. One
+                integer is the same noise for every request (`request_seeds`).
             position: integer or (B,): index of the token to be emitted next, counted from 0
                 without padding.
             mode: ``"shared"``, ``"target-only"``, ``"greedy"`` or ``"rejection"``; see
