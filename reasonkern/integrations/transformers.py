@@ -101,7 +101,8 @@ def generate(
         drafter: a function that proposes in the table's place, see `generation.Drafter`. None = no
             drafter.
         control: a `ModulationState` and the (R,) int64 slots of the requests in it, one for each
-            trajectory, put there anew for each call, as in `generation.generate`. None = no control.
+            trajectory and put there anew for each call, as in `generation.generate`. None = no
+            control.
         seed: of the run; the requests' seeds are hashed from it (`request_seeds`); or (R,) seeds.
             The same one, 0 as here, gives the same text in every call: torch's generator is not
             used, nor ``torch.manual_seed``. Other texts take another seed.
