@@ -99,6 +99,10 @@ def unsupported(transformers: ModuleType) -> dict[str, tuple[Any, str]]:
                                num_heads=2)  # fmt: skip
     mamba = transformers.MambaConfig(**small, state_size=4)
     bloom = transformers.BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
+    japanese = transformers.GPTNeoXJapaneseConfig(
+        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    xlm = transformers.XLMConfig(vocab_size=32, emb_dim=16, n_layers=1, n_heads=2)
     flex = transformers.LlamaConfig(**(SHAPE | {"num_hidden_layers": 1}))
     llama = transformers.LlamaForCausalLM(flex)
     llama.config._attn_implementation = "flex_attention"
@@ -108,6 +112,10 @@ def unsupported(transformers: ModuleType) -> dict[str, tuple[Any, str]]:
         ),
         "recurrent": (transformers.MambaForCausalLM(mamba), "a key-value cache in every layer"),
         "positions by slot": (transformers.BloomForCausalLM(bloom), "BloomForCausalLM"),
+        "keys of one request": (
+            transformers.GPTNeoXJapaneseForCausalLM(japanese), r"cache \(RuntimeError: view size"
+        ),
+        "assertions": (transformers.XLMWithLMHeadModel(xlm), r"XLM.* \(AssertionError: \)"),
         "attention": (llama, "attn_implementation 'sdpa' or 'eager'.* got 'flex_attention'"),
         "no model": (torch.nn.Linear(2, 2), "a causal language model of transformers, got Linear"),
         "classifier": (
@@ -117,7 +125,8 @@ def unsupported(transformers: ModuleType) -> dict[str, tuple[Any, str]]:
 
 
 KINDS_OF_UNSUPPORTED = (
-    "encoder and decoder", "recurrent", "positions by slot", "attention", "no model", "classifier",
+    "encoder and decoder", "recurrent", "positions by slot", "keys of one request", "assertions",
+    "attention", "no model", "classifier",
 )  # fmt: skip
 
 
@@ -164,3 +173,37 @@ def test_a_model_is_tried_again_once_it_is_another_one(ours, make):
     assert found.sequences.shape == (1, 4)
     model.resize_token_embeddings(VOCAB)
     assert torch.equal(ours.generate(model, IDS, **options).sequences, plain)
+
+
+ROPES = {
+    "dynamic": {"factor": 2.0},
+    "longrope": {
+        "short_factor": [1.0] * 4, "long_factor": [1.5, 2.0, 3.0, 4.0], "factor": 4.0,
+        "original_max_position_embeddings": 20,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_positions_that_change_with_the_longest_text_of_a_pass(ours, transformers, rope):
+    """Up to where they do not, drafts and other requests do not matter; beyond, they would."""
+    parameters = ROPES[rope] | {"rope_type": rope, "rope_theta": 1e4}
+    shape = SHAPE | {"max_position_embeddings": 20, "rope_parameters": parameters}
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).double().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    options = {"attention_mask": MASK, "temperature": 0}
+    alone = [
+        ours.generate(model, IDS[b : b + 1, 9 - n :], temperature=0, max_new_tokens=12).sequences
+        for b, n in enumerate(MASK.sum(1).tolist())
+    ]
+    drafts = {"drafter": lambda _, texts: [([1, 2, 3, 4], range(-1, 3))] * len(texts)}
+    found = ours.generate(model, IDS, max_new_tokens=12, **options, **drafts).sequences
+    assert all(torch.equal(row[-12:], one[0, -12:]) for row, one in zip(found, alone, strict=True))
+    message = f"texts of up to 21 tokens .* '{rope}' changes all positions .* got 22"
+    with pytest.raises(ValueError, match=message):
+        ours.generate(model, IDS, max_new_tokens=13, **options)
+    with pytest.raises(ValueError, match=message):
+        model.generate(IDS, max_new_tokens=13, custom_generate=ours.custom_generate)

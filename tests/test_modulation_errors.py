@@ -125,7 +125,7 @@ STATES: list[tuple[Callable[[], Any], str]] = [
 PLAIN = rk.Modulation(constant=rk.Constant(1.0))
 SOFT = rk.Modulation(budget=rk.Budget(5, [7], rk.SoftBudget()))
 WAITS = rk.Modulation(min_think=rk.MinThink(5, 0, [1]), think_end=END)
-LOCAL = torch.tensor([0, 1])
+LOCAL, LOCAL3 = torch.tensor([0, 1]), torch.tensor([0, 1, 2])
 
 
 def call(*args: Any, spec: rk.Modulation = PLAIN, logits: Any = Z, **more: Any) -> Any:
@@ -155,6 +155,10 @@ ROWS: list[tuple[Callable[[], Any], str]] = [
     (lambda: call(ONE, ONE + 2, ONE + 1), "local_pos: expected the number .* got 2 at 0"),
     (lambda: call(torch.tensor([0, 1]), 2 * LOCAL, LOCAL, logits=torch.zeros(2, VOCAB)),
      "local_pos: expected the number of draft tokens before each row.* got 2 at 1"),
+    (lambda: call(torch.tensor([0, 1, 0]), torch.tensor([0, 0, 2]), LOCAL3,
+                  logits=torch.zeros(3, VOCAB)), "local_pos: .* rows of its slot, got 2 at 2"),
+    (lambda: call(torch.tensor([0, 0, 0]), torch.tensor([0, 2, 1]), LOCAL3,
+                  logits=torch.zeros(3, VOCAB)), "local_pos: .* rows of its slot, got 2 at 1"),
     (lambda: call(ONE, 0, LOCAL), r"draft_tokens: expected shape \(R,\)"),
     (lambda: call(ONE, LOCAL, LOCAL[None], LOCAL, logits=torch.zeros(2, VOCAB)),
      "local_pos: expected 0 beside parents"),

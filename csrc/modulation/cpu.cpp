@@ -177,8 +177,9 @@ void check_rows(const RowsParams& p) {
   for (int64_t r = 0; p.local_pos != nullptr && r < p.rows; ++r) {
     const int64_t drafts = p.local_pos[r];
     if (p.slot[r] < 0 || drafts == 0) continue;
-    STD_TORCH_CHECK(drafts > 0 && drafts <= r + 1 && p.slot[r - drafts + 1] == p.slot[r],
-                    "local_pos: got ", drafts, " at ", r);
+    const bool follows = r > 0 && p.slot[r - 1] == p.slot[r];
+    STD_TORCH_CHECK(drafts == (follows ? p.local_pos[r - 1] : 0) + 1, "local_pos: got ", drafts,
+                    " at ", r);
   }
   for (int64_t i = 0; p.parents != nullptr && i < p.nodes; ++i) {
     const bool sound = i == 0 ? p.parents[i] == -1 : p.parents[i] >= 0 && p.parents[i] < i;

@@ -96,6 +96,29 @@ def causal_model(model: Any) -> CausalModel:
     return found
 
 
+def check_length(found: CausalModel, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Refuses texts in whose course the model changes what it has computed before.
+
+    Rotary embeddings "dynamic" and "longrope" take the frequencies of a pass from its largest
+    position: those of another request, or of a draft, would reach into a text.
+    """
+    rope = getattr(found.config, "rope_parameters", None) or {}
+    layers = [rope] if "rope_type" in rope else [x for x in rope.values() if isinstance(x, dict)]
+    last = max(map(len, prompts)) + max_new_tokens - 1  # the last token is not read
+    for layer in layers:
+        kind, limit = str(layer.get("rope_type")), last
+        if "dynamic" in kind:
+            limit = found.config.max_position_embeddings
+        elif kind == "longrope":
+            limit = layer["original_max_position_embeddings"]
+        if last > limit:
+            expected = (
+                f"prompts and texts of up to {limit + 1} tokens together: its rotary embedding "
+                f"{kind!r} changes all positions of longer ones"
+            )
+            _checks.fail("model", expected, last + 1)
+
+
 def _check_kind(model: Any) -> None:
     config = getattr(model, "config", None)
     if config is None or not hasattr(config, "get_text_config"):
@@ -120,17 +143,20 @@ def _check_kind(model: Any) -> None:
 def _tried(found: CausalModel) -> int:
     """Columns of the logits, if tokens 0, 1, 2 give the same ones in a row and among branches.
 
-    Both ways make five nodes, so that the same kernels serve them.
+    Both ways make five nodes, so that the same kernels serve them, of two requests: some models
+    take the cache's keys only as those of one.
     """
     name = type(found.model).__name__
-    row = torch.tensor([[0, 1, 2, 0, 0]], device=found.device)
-    branches = torch.tensor([[0, 0, 1, 0, 2]], device=found.device)
+    row = torch.tensor([[0, 1, 2, 0, 0]] * 2, device=found.device)
+    branches = torch.tensor([[0, 0, 1, 0, 2]] * 2, device=found.device)
     tree = DraftTree([-1, 0, 0, 1, 2])
-    first, second = (SlotCache(1, found.device) for _ in range(2))
+    first, second = (SlotCache(2, found.device) for _ in range(2))
     try:
         straight = found(prompt_pass(row, first, 0, True))
         branched = found(tree_pass(branches, tree, second, 0))
-    except (TypeError, ValueError, AttributeError, RuntimeError, IndexError) as error:
+    except (
+        TypeError, ValueError, AttributeError, RuntimeError, IndexError, AssertionError
+    ) as error:  # fmt: skip
         reason = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         message = f"model: {name} does not take a tree's mask, positions or cache ({reason})"
         raise ValueError(message) from error

@@ -32,7 +32,7 @@ from ..modulation import ModulationState
 from ..speculation import DraftTree, NgramTable
 from . import _transformers_prepared as _prepared
 from ._peer import import_peer
-from ._transformers_model import causal_model
+from ._transformers_model import causal_model, check_length
 from ._transformers_prepared import as_list
 from ._transformers_processor import ModulationLogitsProcessor
 from ._transformers_stop import Criteria, StopStrings
@@ -133,8 +133,10 @@ def generate(
             something on another device; an option of another type or out of its range.
     """
     _checks.check_integer("num_trajectories", num_trajectories, 1)
+    _checks.check_integer("max_new_tokens", max_new_tokens, 1)
     found = causal_model(model)
     prompts = _prompts(found, input_ids, attention_mask)
+    check_length(found, prompts, max_new_tokens)
     own = model.generation_config.eos_token_id
     ids = as_list(own if eos is None else eos)
     if eos is not None:  # a configuration may name ids that never come, transformers warns of it
@@ -213,11 +215,12 @@ def custom_generate(
     prompts = _prompts(found, input_ids, mask)
     _prepared.check_positions(positions, mask)
     ids, longest, criteria = _prepared.ends(stopping_criteria, generation_config)
+    new = longest - input_ids.shape[1]
+    check_length(found, prompts, new)
     texts, _ = generation.generate(
         found, prompts, **_prepared.sampling(logits_processor, generation_config),
-        max_new_tokens=longest - input_ids.shape[1], table=table, tree=tree,
-        drafter=drafter, control=control, seed=seed, eos=ids,
-        stop=Criteria(criteria, input_ids.device) if criteria else None, scope=scope,
+        max_new_tokens=new, table=table, tree=tree, drafter=drafter, control=control, seed=seed,
+        eos=ids, stop=Criteria(criteria, input_ids.device) if criteria else None, scope=scope,
         statistics=statistics,
     )  # fmt: skip
     sequences = _sequences(input_ids, texts, _pad(model, generation_config.pad_token_id, ids))

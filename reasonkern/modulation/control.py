@@ -55,8 +55,8 @@ def modulate_logits_(
         state: the `ModulationState`.
         slot: (R,) int64 slot of each row, -1 = padding; with ``parents`` (B,). Rows of free slots
             are left alone, too: a request without controls needs none.
-        local_pos: (R,) int64: draft tokens before the row; the rows of a slot follow one another.
-            The integer 0 = no row has any.
+        local_pos: (R,) int64: draft tokens before the row; the rows of a slot follow one another,
+            0, 1, 2 …. The integer 0 = no row has any.
         draft_tokens: (R,) int64: token whose output the row is, a draft where local_pos > 0. With
             ``parents`` (B, N). -1 ends the draft. None = no drafts.
         parents: (N,) int32 or int64 parent of each node of a tree, ``parents[0] == -1``, as of
@@ -222,10 +222,10 @@ def _check_values(
             row = int(wrong.nonzero()[0])
             _checks.fail("temperature", "finite values >= 0", f"{float(temperature[row])} at {row}")
     if local is not None:
-        index = torch.arange(len(local))
-        chain = torch.where(slot >= 0, local, 0)
-        first = (index - (chain - 1).clamp_min(0)).clamp_min(0)
-        wrong = (chain < 0) | (chain > index + 1) | ((slot != slot[first]) & (chain > 0))
+        follows = slot == slot.roll(1)
+        follows[:1] = False
+        before = torch.where(follows, local.roll(1), 0)
+        wrong = (slot >= 0) & (local != 0) & (local != before + 1)
         if wrong.any():
             row = int(wrong.nonzero()[0])
             expected = "the number of draft tokens before each row, among rows of its slot"
