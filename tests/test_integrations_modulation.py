@@ -6,7 +6,9 @@ import inspect
 import json
 import sys
 
+import numpy as np
 import pytest
+import torch
 from engine_control_cases import SETS, SPECS
 from engine_fixtures import INTERFACES, adapter, processor_class
 
@@ -52,3 +54,25 @@ def test_a_modulation_survives_the_wire(spec: rk.Modulation) -> None:
     sent = json.loads(json.dumps(_request.request_parameters(spec)))
     assert _request.modulation_of(sent) == spec
     assert _request.modulation_of({"modulation": spec and json.loads(sent["modulation"])}) == spec
+
+
+def test_numbers_of_numpy_survive_the_wire() -> None:
+    plain = rk.Modulation(cyclic=rk.Cyclic(5.0, 1200), budget=rk.Budget(5, [3]), think_end=3)
+    one = rk.Modulation(
+        cyclic=rk.Cyclic(np.float32(5.0), np.int64(1200)), think_end=np.int64(3),
+        budget=rk.Budget(np.int64(5), np.array([3])),
+    )  # fmt: skip
+    assert _request.modulation_of(_request.request_parameters(one)) == plain
+    records = []
+    for spec in (plain, one):
+        state = rk.ModulationState(1, SETS)
+        state.add(0, spec, np.array([3, 1]))
+        records.append(state.tensors.records)
+    assert torch.equal(*records)
+
+
+def test_what_no_engine_serves_is_refused_where_it_is_written() -> None:
+    with pytest.raises(ValueError, match="spec: expected a Modulation, got dict"):
+        _request.request_parameters({"cyclic": {"amplitude": 5, "period": 1200}})
+    with pytest.raises(ValueError, match=r"modulation\.deepconf: expected None"):
+        _request.request_parameters(rk.Modulation(deepconf=rk.DeepConf(1.0)))

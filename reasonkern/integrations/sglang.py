@@ -4,7 +4,7 @@ A subclass says which tokens it controls, and a request brings it along with its
 
     import reasonkern as rk
     from transformers import AutoTokenizer
-    from reasonkern.integrations.sglang import ModulationLogitProcessor, request_parameters
+    from reasonkern.integrations.sglang import ModulationLogitProcessor
 
     tokenizer = AutoTokenizer.from_pretrained("MODEL")
 
@@ -14,7 +14,7 @@ A subclass says which tokens it controls, and a request brings it along with its
 
     spec = rk.Modulation(cyclic=rk.Cyclic(5.0, 1200), think_end=151668)
     client.completions.create(…, extra_body={
-        "custom_logit_processor": Control.to_str(), "custom_params": request_parameters(spec)})
+        "custom_logit_processor": Control.to_str(), "custom_params": Control.parameters(spec)})
 
 The server needs reasonkern and ``--enable-custom-logit-processor``; the client needs both packages
 for ``to_str``, which carries a class of the client's script with it, while one from a module is
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..modulation import ModulationState, TokenSets, commit_, modulate_logits_
+from ..modulation import Modulation, ModulationState, TokenSets, commit_, modulate_logits_
 from ._peer import import_peer, require_arguments
 from ._request import check_request, controlled_tokens, modulation_of, request_parameters
 
@@ -55,6 +55,18 @@ class ModulationLogitProcessor(_Base):
     sets: ClassVar[TokenSets | None] = None
     vocab_size: ClassVar[int | None] = None
     max_requests: ClassVar[int] = 1024
+
+    @classmethod
+    def parameters(cls, spec: Modulation) -> dict[str, str]:
+        """`request_parameters`, checked by the client; the server would fail in a step.
+
+        Raises:
+            ValueError: what `request_parameters` refuses, an unknown set, an id outside the
+                vocabulary.
+        """
+        sent = request_parameters(spec)
+        check_request(spec, *controlled_tokens(cls))
+        return sent
 
     def __call__(
         self, logits: Tensor, custom_param_list: Sequence[dict[str, Any] | None] | None = None

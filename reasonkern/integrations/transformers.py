@@ -90,8 +90,9 @@ def generate(
     Args:
         model: a causal model of transformers, on one device.
         input_ids: (B, L) int64 prompts on the model's device, padded on the left.
-        temperature: a number or one per request; above 0 samples, 0 is greedy.
-        max_new_tokens: at most so many new tokens per request.
+        temperature: a number or one per request; above 0 samples, 0 is greedy: there is no
+            ``do_sample``.
+        max_new_tokens: at most so many new tokens per request, without those of the prompt.
         attention_mask: (B, L), 0 = padding. None = as transformers infers it: padding is where
             ``model.generation_config.pad_token_id`` stands, unless it also begins or ends texts.
         table: learns from the logits of prompts and steps, and drafts. Keep it between calls: the
@@ -120,7 +121,8 @@ def generate(
             token of a request; True ends the request.
         streamer: of transformers, for a single request: put gets the prompt, then the tokens of
             each step. None = no streamer.
-        num_trajectories: requests per prompt; they follow each other in the result.
+        num_trajectories: requests per prompt, transformers' ``num_return_sequences``; they follow
+            each other in the result.
         scope: of the table, a number or one per request. None = one scope per distinct prompt, the
             same in every call.
 
@@ -250,7 +252,10 @@ def _prompts(found: Any, input_ids: Tensor, mask: Tensor | None) -> list[list[in
     used = (mask != 0).tolist()
     for index, row in enumerate(used):
         if not row[-1] or sorted(row) != row:
-            expected = "0 on the left alone, for padding, then 1 up to the end"
+            expected = (
+                "0 on the left alone, for padding, then 1 up to the end (a tokenizer with "
+                'padding_side="left")'
+            )
             _checks.fail(f"attention_mask[{index}]", expected, mask[index].tolist())
     return [row[keep.index(True) :] for row, keep in zip(rows, used, strict=True)]
 

@@ -62,7 +62,7 @@ class ModulationState:
     ) -> None:
         _checks.check_integer("max_requests", max_requests, 1, (1 << 31) - 1)
         self.max_requests, self.sets = max_requests, sets_or_none(sets)
-        self.tensors = _allocate(max_requests, self.sets, torch.device(device))
+        self.tensors = _allocate(max_requests, self.sets, _checks.as_device("device", device))
         self._parts, self._ids = [0] * max_requests, [-1] * max_requests
         self._given: list[tuple[int, int] | None] = [None] * max_requests
         self._refresh()
@@ -215,8 +215,7 @@ class ModulationState:
         """
         if not isinstance(state, Mapping):
             _checks.fail("state", "a mapping, as state_dict returns it", type(state).__name__)
-        if state.get("settings") != self._settings():
-            _checks.fail("state", f"settings {self._settings()}", state.get("settings"))
+        _checks.check_settings(state.get("settings"), self._settings())
         check_saved(state, self.tensors, self.sets)
         for name, tensor in self.tensors._asdict().items():
             tensor.copy_(state[name])
