@@ -44,6 +44,8 @@ lint: .venv/.ready
 # broken link or the name of something that does not exist among them, is an error.
 docs: .venv/.docs
 	$(PY) -m sphinx -q -E -W --keep-going -b html -c docs . docs/_build
+	echo '<meta http-equiv="refresh" content="0; url=README.html">' > docs/_build/index.html
+	@echo "docs/_build/index.html"
 
 bench: .venv/.ready
 	$(PY) -m benchmarks $(ARGS)

@@ -46,10 +46,10 @@ require_arguments("sglang", TESTED, _Base.__call__, "logits", "custom_param_list
 
 
 class ModulationLogitProcessor(_Base):
-    """Applies each request's `Modulation`; a subclass gives `vocab_size` and the named `sets`.
+    """Applies each request's `Modulation`; a subclass gives ``vocab_size`` and the named ``sets``.
 
     SGLang makes instances at will, so what a request has generated is kept by class and device, for
-    as long as SGLang keeps the request, for at most `max_requests` at a time.
+    as long as SGLang keeps the request, for at most ``max_requests`` at a time.
     """
 
     sets: ClassVar[TokenSets | None] = None
@@ -75,7 +75,7 @@ class ModulationLogitProcessor(_Base):
 
         Raises:
             ValueError: no vocabulary, a `Modulation` that is refused, several rows of a request, or
-                more requests than `max_requests`.
+                more requests than ``max_requests``.
         """
         given = [parameters or {} for parameters in custom_param_list or ()]
         requests = [parameters.get("__req__") for parameters in given]

@@ -10,7 +10,7 @@ or, with transformers' own preparation of prompts, options and stopping criteria
 
     model.generate(**inputs, do_sample=True, custom_generate=custom_generate, table=table)
 
-The loop is `reasonkern.generation`; this module is the model's side of it: masks, positions, cache.
+The loop is ``reasonkern.generation``; this module is the model's side: masks, positions, cache.
 Causal models with plain key-value caches (Llama, Qwen2, Qwen3, Mistral and the like, sliding
 windows included), eager or SDPA attention, on one device. A model is tried once: one that does not
 follow a tree's mask and positions is refused.
@@ -112,11 +112,11 @@ def generate(
         min_p: as in `sample`. None = off.
         eos: id or ids that end a request; () = none. None = those of ``model.generation_config``,
             of which nothing else is read but its ``pad_token_id``.
-        pad: id that fills `sequences`. None = that of ``model.generation_config``, or the first of
-            `eos`, or 0.
+        pad: id that fills ``sequences``. None = that of ``model.generation_config``, or the first
+            of ``eos``, or 0.
         stop_strings: a request ends with the token that completes one of them in its new text.
             None = no strings.
-        tokenizer: decodes for `stop_strings`. None = not needed.
+        tokenizer: decodes for ``stop_strings``. None = not needed.
         stopping_criteria: transformers' criteria, called as (ids (1, length), None) after every new
             token of a request; True ends the request.
         streamer: of transformers, for a single request: put gets the prompt, then the tokens of
@@ -183,8 +183,8 @@ def custom_generate(
     transformers hands such a function no streamer, no tokenizer and no ``assistant_model``, and
     nothing that it does hand over tells of them, so they cannot be refused: a streamer shows the
     prompt alone, an assistant does nothing. Use `generate` for a streamer, a
-    ``StopStringCriteria`` in ``stopping_criteria`` for ``stop_strings``, and `table` or `drafter`
-    for drafts.
+    ``StopStringCriteria`` in ``stopping_criteria`` for ``stop_strings``, and ``table`` or
+    ``drafter`` for drafts.
 
     Args:
         model: given by transformers, as are the next four.
