@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -76,3 +80,28 @@ def test_what_no_engine_serves_is_refused_where_it_is_written() -> None:
         _request.request_parameters({"cyclic": {"amplitude": 5, "period": 1200}})
     with pytest.raises(ValueError, match=r"modulation\.deepconf: expected None"):
         _request.request_parameters(rk.Modulation(deepconf=rk.DeepConf(1.0)))
+
+
+@pytest.mark.parametrize("engine", INTERFACES)
+def test_the_pages_class(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer stands in for transformers'."""
+    pieces = {"wait": 0, "Wait": 1, "but": 2, "But": 3, "</think>": 151_668}
+
+    class Tokenizer(dict[str, int]):
+        get_vocab = dict.copy
+        from_pretrained = classmethod(lambda cls, name: cls(pieces))
+
+        def __len__(self) -> int:
+            return 151_669
+
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoTokenizer=Tokenizer))
+    page = (Path(_request.__file__).parent / "README.md").read_text()
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.S) if f".{engine} " in c)
+    with adapter(engine, "recorded") as module:
+        monkeypatch.setattr(processor_class(module), "to_str", lambda: "", raising=False)
+        here: dict[str, Any] = {}
+        exec(code, here)
+        sets, vocab_size = _request.controlled_tokens(here["Control"])
+        assert sets["reflect"] == (0, 1, 2, 3) and vocab_size == 151_669
+        if engine == "sglang":
+            assert _request.modulation_of(here["body"]["custom_params"]) == here["spec"]

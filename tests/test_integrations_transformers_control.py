@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -166,3 +168,24 @@ def test_transformers_refuses_the_next_turn_of_a_chat(model: Any) -> None:
     for same in (prompt, first[:, :7]):  # the text of the first call, over again
         again = model.generate(same, logits_processor=[control], max_length=12, do_sample=False)
         assert torch.equal(again, first)
+
+
+@pytest.mark.peers
+def test_the_page(model: Any) -> None:
+    """Its function serves call after call; its processor gives the same greedy text."""
+    from reasonkern.integrations import _peer
+
+    page = (Path(_peer.__file__).parent / "README.md").read_text()
+    code = page.partition("## transformers: control")[2].partition("\n## ")[0]
+    function, call = re.findall(r"```python\n(.*?)```", code, re.S)
+    mask = (PROMPTS > 0).long()
+    here: dict[str, Any] = {
+        "model": model, "sets": SETS, "end": END, "input_ids": PROMPTS, "attention_mask": mask,
+    }  # fmt: skip
+    exec(function.replace("2048", "20").replace("0.6", "0.0").replace("1200", "16"), here)
+    first, second = (here["answer"](PROMPTS, mask, seed) for seed in (1, 2))
+    assert torch.equal(first.sequences, second.sequences) and len(here["state"].free) == 64
+    exec(call.replace("2048", "20"), here)
+    assert torch.equal(first.sequences[::4], here["out"])
+    plain = model.generate(PROMPTS, attention_mask=mask, max_new_tokens=20)
+    assert not torch.equal(plain, here["out"])
