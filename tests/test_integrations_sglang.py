@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import sys
+import weakref
+from array import array
 from collections.abc import Iterator
 from random import Random
 from types import SimpleNamespace
@@ -24,15 +26,17 @@ pytest_plugins = ("engine_fixtures",)
 class Request:
     """sglang.srt.managers.schedule_batch.Req, as a processor sees it."""
 
-    def __init__(self, prompt: list[int], spec: rk.Modulation | None, temperature: float) -> None:
-        self.origin_input_ids, self.output_ids = prompt, []
+    def __init__(
+        self, prompt: list[int], spec: rk.Modulation | None, temperature: float, weak: bool = True
+    ) -> None:
+        self.origin_input_ids, self.output_ids = array("q", prompt), array("q")
         greedy = temperature == 0
         self.sampling_params = SimpleNamespace(
             temperature=1.0 if greedy else temperature, top_k=1 if greedy else 1 << 30
         )
         self.spec, self.temperature = spec, temperature
         self.parameters: Any = {} if spec is None else dict(_request.request_parameters(spec))
-        self.parameters["__req__"] = self
+        self.parameters["__req__"] = weakref.proxy(self) if weak else self  # 0.5.23, and before
 
 
 @pytest.fixture
@@ -59,17 +63,17 @@ def test_sglang_rows_equal_a_request_on_its_own(sglang: Any) -> None:
         while len(requests) < 5:
             spec = rng.choice((*SPECS, None))
             prompt = rng.choice(([THINK], [11, END, THINK, 12], [11]))
-            requests.append(Request(prompt, spec, rng.choice((0.0, 0.6))))
+            requests.append(Request(prompt, spec, rng.choice((0.0, 0.6)), rng.random() < 0.5))
         batch = [r for r in requests if rng.random() < 0.8]
         rng.shuffle(batch)
         logits = randn(len(batch), V, seed=step).float()
         out = sglang()(logits.clone(), [r.parameters for r in batch])
         for r, row, found in zip(batch, logits, out, strict=True):
-            history = r.origin_input_ids, r.output_ids
+            history = list(r.origin_input_ids), list(r.output_ids)
             expected = expected_row(row, r.spec, *history, r.temperature)
             assert torch.equal(found, expected), (step, r.spec, r.output_ids)
             changed += not torch.equal(found, row)
-            r.output_ids += some_tokens(rng, 1)
+            r.output_ids.extend(some_tokens(rng, 1))
         total += len(batch)
     assert total > changed > 50
     del r, batch, requests

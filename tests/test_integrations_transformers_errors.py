@@ -156,6 +156,27 @@ def test_a_model_that_ignores_the_mask(ours, make):
         ours.generate(model, IDS, temperature=0, max_new_tokens=2)
 
 
+@pytest.mark.parametrize("value", [-torch.inf, torch.finfo(torch.float32).min, torch.nan])
+def test_columns_that_a_model_masks(ours, make, value):
+    """They are not what the others are measured by."""
+    import copy
+
+    model = copy.deepcopy(make())
+    column = torch.arange(VOCAB) == 3
+    model.lm_head.register_forward_hook(lambda *args: args[-1].masked_fill(column, value))
+    options = {"temperature": 0, "max_new_tokens": 4}
+    if value != value:
+        with pytest.raises(ValueError, match="model: expected logits without NaN"):
+            ours.generate(model, IDS, **options)
+        return
+    assert 3 not in ours.generate(model, IDS, **options).sequences[:, 9:]
+    broken, forward = copy.deepcopy(model), model.model.forward
+    ignores = lambda *args, **rest: forward(*args, **(rest | {"position_ids": None}))  # noqa: E731
+    broken.model.forward = ignores
+    with pytest.raises(ValueError, match="expected the same logits for a branch"):
+        ours.generate(broken, IDS, **options)
+
+
 def test_dropout_is_named_where_a_model_is_refused_for_it(ours, make, transformers):
     config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2)
     model = transformers.GPT2LMHeadModel(config).train()

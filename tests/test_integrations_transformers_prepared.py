@@ -124,6 +124,18 @@ def test_a_users_criteria_of_ids_and_length(ours, make, transformers):
         assert len(found[0]) == 9 + length
 
 
+@pytest.mark.parametrize("eos", [-1, [VOCAB + 9, -1]])
+def test_ids_of_a_configuration_that_never_come(ours, make, monkeypatch, eos):
+    model = make()
+    monkeypatch.setattr(model.generation_config, "eos_token_id", eos)
+    expected = generated(model, None, attention_mask=MASK)
+    assert generated(model, ours, attention_mask=MASK) == expected
+    found = ours.generate(model, IDS, attention_mask=MASK, temperature=0, max_new_tokens=12)
+    assert found.sequences.tolist() == expected
+    with pytest.raises(ValueError, match="eos: expected ids in"):
+        ours.generate(model, IDS, temperature=0, max_new_tokens=12, eos=eos)
+
+
 def test_warpers_in_another_order_or_with_other_settings(ours, make, transformers):
     top_p, heat = transformers.TopPLogitsWarper, transformers.TemperatureLogitsWarper
     options = {"do_sample": True, "attention_mask": MASK, "max_new_tokens": 4, "seed": 3}

@@ -64,7 +64,7 @@ def ends(criteria: Any, config: Any) -> tuple[list[int], int, list[Callable[...,
     ids, lengths, others = [], [], []
     for criterion in criteria:
         if type(criterion) is _criteria.EosTokenCriteria:
-            ids += as_list(criterion.eos_token_id)
+            ids += ids_of(criterion.eos_token_id)
         elif type(criterion) is _criteria.MaxLengthCriteria:
             lengths.append(criterion.max_length)
         else:
@@ -83,6 +83,11 @@ def as_list(ids: Any) -> list[int]:
     if isinstance(ids, str) or not isinstance(ids, Iterable):
         _checks.fail("eos", "an id or several", repr(ids))
     return list(ids)
+
+
+def ids_of(eos: Any) -> list[int]:
+    """As transformers takes a configuration: an id that never comes is legal, some write -1."""
+    return [token for token in as_list(eos) if token >= 0]
 
 
 def check_config(config: Any) -> None:

@@ -78,7 +78,7 @@ class ModulationLogitProcessor(_Base):
                 more requests than ``max_requests``.
         """
         given = [parameters or {} for parameters in custom_param_list or ()]
-        requests = [parameters.get("__req__") for parameters in given]
+        requests = [_owner(parameters.get("__req__")) for parameters in given]
         known = {id(request) for request in requests if request is not None}
         if len(given) != len(logits) or len(known) < len(requests) - requests.count(None):
             expected = "one row per request: a custom processor is given no draft tokens"
@@ -165,6 +165,11 @@ class _Rows:
         )
         for known, count in zip(new, length, strict=True):
             self.folded[known] += count
+
+
+def _owner(request: Any) -> Any:
+    """The request itself: SGLang hands a weak proxy over, whose end nobody can be told of."""
+    return None if request is None else request.__init__.__self__
 
 
 def _temperature(request: Any) -> float:

@@ -139,9 +139,10 @@ def generate(
     found = causal_model(model)
     prompts = _prompts(found, input_ids, attention_mask)
     check_length(found, prompts, max_new_tokens)
-    own = model.generation_config.eos_token_id
-    ids = as_list(own if eos is None else eos)
-    if eos is not None:  # a configuration may name ids that never come, transformers warns of it
+    if eos is None:
+        ids = _prepared.ids_of(model.generation_config.eos_token_id)
+    else:
+        ids = as_list(eos)
         _checks.check_ids("eos", ids, found.vocab_size, ", the columns of the model's logits")
     filler = _pad(model, pad, ids)
     requests = len(prompts) * num_trajectories
