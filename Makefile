@@ -40,10 +40,12 @@ lint: .venv/.ready
 	$(PY) -m mypy
 	$(CXX_FILES) | xargs -r .venv/bin/clang-format --dry-run -Werror
 
-# The API reference and the pages of the repository, from docs/_build/README.html. Any warning, a
+# The API reference and the pages of the repository, from docs/_build/index.html. Any warning, a
 # broken link or the name of something that does not exist among them, is an error.
 docs: .venv/.docs
 	$(PY) -m sphinx -q -E -W --keep-going -b html -c docs . docs/_build
+	echo '<meta http-equiv="refresh" content="0; url=README.html">' > docs/_build/index.html
+	@echo "docs/_build/index.html"
 
 bench: .venv/.ready
 	$(PY) -m benchmarks $(ARGS)

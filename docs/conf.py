@@ -6,6 +6,7 @@ The source folder is the repository, so that the pages' relative links are the s
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from inspect import isfunction
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from sphinx.util.nodes import make_refnode  # noqa: E402
+
 import reasonkern as rk  # noqa: E402
+from reasonkern.integrations import _peer  # noqa: E402
 
 project = "reasonkern"
 release = rk.__version__
@@ -36,7 +40,7 @@ nitpicky = True
 nitpick_ignore_regex = [("py:class", r"(?!reasonkern\.).*|reasonkern\.\w+\.\w+\.\w+")]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_mock_imports = ["trl", "verl", "transformers", "datasets"]
+autodoc_mock_imports = ["trl", "verl", "transformers", "datasets", "vllm", "sglang"]
 napoleon_use_rtype = False
 myst_heading_anchors = 4
 suppress_warnings = ["myst.header"]  # CHANGELOG's headings repeat
@@ -63,9 +67,23 @@ def directive(name: str, thing: Any) -> str:
     return f".. auto{'function' if isfunction(thing) else 'data'}:: {name}\n"
 
 
+# autodoc imports stand-ins for trainers and engines, which have no version and no signatures.
+PEERS = ("transformers", "vllm", "sglang", "trl", "verl")
+_peer.import_peer = lambda module, tested: import_module(module)
+_peer.require_arguments = lambda *_: None
+
+
+def integrations() -> str:
+    parts = ["integrations\n============\n"]
+    for peer in PEERS:
+        title = f"reasonkern.integrations.{peer}"
+        parts.append(f"{title}\n{'-' * len(title)}\n\n.. automodule:: {title}\n   :members:\n")
+    return "\n".join(parts)
+
+
 def families() -> dict[str, str]:
     """Text of each family's page: every public name once, where it is defined."""
-    pages: dict[str, str] = {}
+    pages = {"integrations": integrations()}
     for space, module in SPACES:
         for name in module.__all__:
             thing = getattr(module, name)
@@ -106,6 +124,21 @@ def add_contents(app: Any, docname: str, source: list[str]) -> None:
         source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```\n"
 
 
+def resolve(app: Any, env: Any, node: Any, content: Any) -> Any:
+    """`Name` in a module of the integrations is one of the library, as in its other modules."""
+    found = env.domains["py"].objects.get(f"reasonkern.{node['reftarget']}")
+    if found is None or node["refdoc"] != "docs/api/integrations":
+        return None
+    return make_refnode(app.builder, node["refdoc"], found.docname, found.node_id, content)
+
+
+def skip(app: Any, what: str, name: str, thing: Any, skipped: bool, options: Any) -> bool | None:
+    """Members of a named tuple, see `directive`."""
+    return isinstance(thing, type(rk.Draft.tokens)) or None
+
+
 def setup(app: Any) -> None:
+    app.connect("autodoc-skip-member", skip)
+    app.connect("missing-reference", resolve)
     app.connect("config-inited", write_pages)
     app.connect("source-read", add_contents)

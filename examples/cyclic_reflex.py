@@ -1,9 +1,10 @@
 """CyclicReflex and a thinking budget on a transformers model: ``model.generate`` with one argument.
 
-Without arguments a small Qwen2 first learns, on CPU and in a minute or two, from generated chains
-of arithmetic that doubt themselves ("Wait, let me check"); then it thinks about new problems
-without control, with CyclicReflex, and with a budget. So short a training teaches the form of such
-chains, not the arithmetic: hardly an answer is right. A model of your own thinks about your prompt:
+Without arguments a small Qwen2 first learns, on CPU and in a minute or two (three on a busy
+machine), from generated chains of arithmetic that doubt themselves ("Wait, let me check"); then it
+thinks about new problems without control, with CyclicReflex, and with a budget. So short a training
+teaches the form of such chains, not the arithmetic: hardly an answer is right. A model of your own
+thinks about your prompt:
 
     pip install "reasonkern[transformers]"    # once reasonkern is installed
     python examples/cyclic_reflex.py
@@ -53,8 +54,15 @@ class Problem(NamedTuple):
     """The prompt, up to and with <think>: thinking begins with the first generated token."""
 
 
-def settings(args: argparse.Namespace, tokenizer: Any) -> list[Setting]:
-    think_end = tokenizer.convert_tokens_to_ids(END)
+def end_of_thinking(args: argparse.Namespace, tokenizer: Any) -> int:
+    token = tokenizer.convert_tokens_to_ids(END)
+    if tokenizer.encode(END, add_special_tokens=False) != [token]:
+        expected = f"a reasoning model, whose tokenizer has {END} as a token"
+        raise SystemExit(f"--model {args.model}: expected {expected}")
+    return token
+
+
+def settings(args: argparse.Namespace, tokenizer: Any, think_end: int) -> list[Setting]:
     phrase = tokenizer.encode("\n" + END, add_special_tokens=False)
     cyclic, budget = rk.Cyclic(args.amplitude, args.period), rk.Budget(args.budget, phrase)
     return [
@@ -99,9 +107,9 @@ class Tally(NamedTuple):
 
 def count(
     texts: Sequence[list[int]], problems: Iterable[Problem], sets: rk.TokenSets, tokenizer: Any,
-    args: argparse.Namespace,
+    think_end: int, args: argparse.Namespace,
 ) -> Tally:  # fmt: skip
-    think_end, reflect = tokenizer.convert_tokens_to_ids(END), set(sets["reflect"])
+    reflect = set(sets["reflect"])
     thoughts = [t[: t.index(think_end)] if think_end in t else t for t in texts]
     places = [t for thought in thoughts for t, token in enumerate(thought) if token in reflect]
     rising = sum(t % args.period < args.period / 2 for t in places)
@@ -161,10 +169,6 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, list[Problem], rk.Token
             model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
         except (OSError, ValueError) as error:  # transformers' words name what is missing
             raise SystemExit(f"--model {args.model}: {error}") from None
-        think_end = tokenizer.convert_tokens_to_ids(END)
-        if tokenizer.encode(END, add_special_tokens=False) != [think_end]:
-            expected = f"a reasoning model, whose tokenizer has {END} as a token"
-            raise SystemExit(f"--model {args.model}: expected {expected}")
         text = args.prompt
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
@@ -172,9 +176,11 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, list[Problem], rk.Token
         text += "" if text.rstrip().endswith("<think>") else "<think>\n"
         ids = tokenizer.encode(text, add_special_tokens=False)
         try:
-            sets = rk.TokenSets.from_tokenizer(tokenizer, {"reflect": args.words})
+            words, variants = {"reflect": args.words}, args.variants
+            sets = rk.TokenSets.from_tokenizer(tokenizer, words, variants=variants)
         except ValueError as error:  # other tokenizers have other whole words
-            raise SystemExit(f"--words: {error}") from None
+            advice = str(error).replace('variants="space"', "--variants space")
+            raise SystemExit(f"--words: {advice}") from None
         return model, tokenizer, [Problem(args.prompt, ids)], sets
     model, tokenizer = train(args)
     made = arithmetic.generate(args.problems, samples=2, seed=2)
@@ -198,6 +204,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--words", nargs="+", default=PUBLISHED, help="reflection words, a token each, for --model"
     )
+    parser.add_argument(
+        "--variants", choices=("exact", "space"), default="exact",
+        help="space: also the words with a space before them, for --model",
+    )  # fmt: skip
     parser.add_argument("--amplitude", type=float, default=4.0, help="of the wave, in logits")
     parser.add_argument("--period", type=float, default=60.0, help="of the wave, in tokens")
     parser.add_argument("--budget", type=int, default=80, help="thinking tokens")
@@ -212,12 +222,13 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = arguments(argv)
     model, tokenizer, problems, sets = prepare(args)
+    think_end = end_of_thinking(args, tokenizer)
     problems = [problem for problem in problems for _ in range(args.samples)]
     print(f"\n{sets}; reflection tokens per text, above 0 and below 0 of the wave:\n")
     print(f"{'control':<14}{'tokens':>8}{'thinking':>10}{'above':>8}{'below':>8}{'correct':>9}")
-    for setting in settings(args, tokenizer):
+    for setting in settings(args, tokenizer, think_end):
         texts = think(model, problems, setting, sets, tokenizer, args)
-        tally = count(texts, problems, sets, tokenizer, args)
+        tally = count(texts, problems, sets, tokenizer, think_end, args)
         means = [x / tally.texts for x in tally[1:5]]
         right = "" if tally.correct is None else f"{tally.correct / tally.texts:9.0%}"
         print(

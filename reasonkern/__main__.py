@@ -1,4 +1,4 @@
-"""The command line: ``python -m reasonkern {info,demo,tune}``."""
+"""The command line: ``python -m reasonkern {info,demo,tune,--version}``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from . import __version__
 
 # add_parser of a group of sub-commands
 AddParser = Callable[..., argparse.ArgumentParser]
@@ -180,6 +182,7 @@ COMMANDS: tuple[Callable[[AddParser], None], ...] = (_add_info, _add_demo, _add_
 def main(argv: list[str] | None = None) -> int:
     """Runs a sub-command; the exit status is 2 after a mistake of the user, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m reasonkern")
+    parser.add_argument("--version", action="version", version=f"reasonkern {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command(commands.add_parser)

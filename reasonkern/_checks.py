@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from numbers import Integral
-from typing import NoReturn
+from numbers import Integral, Real
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -91,6 +91,25 @@ def check_device(name: str, tensor: Tensor, other: Tensor, other_name: str) -> N
         fail(name, f"the device of {other_name}, {other.device}", tensor.device)
 
 
+def as_device(name: str, value: Any) -> torch.device:
+    """A device on which tensors can be made here."""
+    try:
+        return torch.empty(0, device=value).device
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        fail(name, "a device of this machine", f"{str(value)!r} ({reason})")
+
+
+def check_settings(given: object, own: Mapping[str, object]) -> None:
+    """Those of a saved state are the owner's; the message names the ones that are not."""
+    if not isinstance(given, Mapping):
+        fail("state['settings']", "a mapping, as state_dict writes it", type(given).__name__)
+    names = [name for name in {**own, **given} if given.get(name) != own.get(name)]
+    if names:
+        expected, got = ({name: x.get(name) for name in names} for x in (own, given))
+        fail("state", f"settings {expected}", got)
+
+
 def check_saved(state: Mapping[str, object], own: Mapping[str, Tensor], owner: str) -> None:
     """A saved state has the tensors of its owner, in shape and dtype."""
     for name, tensor in own.items():
@@ -121,18 +140,15 @@ def check_number(
     *,
     exclusive: bool = False,
 ) -> None:
-    """A Python number, finite in float32, in [minimum, maximum]; `exclusive` leaves out minimum."""
+    """A number, NumPy's too, finite in float32, in [minimum, maximum]; `exclusive`: not minimum."""
     if torch.compiler.is_compiling():
         return
-    if (
-        isinstance(value, (int, float))
-        and not isinstance(value, bool)
-        and -LARGEST <= value <= LARGEST
-        and not (isinstance(value, int) and abs(value) > INT64)
-        and (value > minimum if exclusive else value >= minimum)
-        and value <= maximum
-    ):
-        return
+    if is_number(value):
+        x = value if isinstance(value, (int, float)) else float(value)
+        above = x > minimum if exclusive else x >= minimum
+        exact = not isinstance(x, int) or abs(x) <= INT64
+        if above and x <= maximum and -LARGEST <= x <= LARGEST and exact:
+            return
     expected = "a finite number"
     if maximum < math.inf:
         expected = f"a number in {'(' if exclusive else '['}{minimum:g}, {maximum:g}]"
@@ -141,11 +157,21 @@ def check_number(
     fail(name, expected, repr(value))
 
 
+def is_number(value: object) -> TypeGuard[float]:
+    """Of Python or NumPy, and no bool; the kinds that are asked for first are the quick ones."""
+    return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
+
+
+def is_integer(value: object) -> TypeGuard[int]:
+    """As `is_number`."""
+    return isinstance(value, (int, Integral)) and not isinstance(value, bool)
+
+
 def check_integer(
     name: str, value: object, minimum: int = -INT64 - 1, maximum: int = INT64, or_none: str = ""
 ) -> None:
-    """A Python integer in [minimum, maximum]; `or_none` continues the sentence: " or None"."""
-    if isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= maximum:
+    """An integer, NumPy's too, in [minimum, maximum]; `or_none` continues the sentence."""
+    if is_integer(value) and minimum <= int(value) <= maximum:
         return
     bounds = f">= {minimum}" if maximum == INT64 else f"in [{minimum}, {maximum}]"
     fail(name, f"an integer {bounds}{or_none}", repr(value))
@@ -156,14 +182,13 @@ def check_ids(name: str, value: object, high: int, origin: str = "") -> None:
     if isinstance(value, str) or not isinstance(value, Sequence):
         fail(name, "a sequence of token ids", type(value).__name__)
     for token in value:
-        whole = isinstance(token, Integral) and not isinstance(token, bool)
-        if not whole or not 0 <= int(token) < high:
+        if not is_integer(token) or not 0 <= int(token) < high:
             fail(name, f"ids in [0, {high}){origin}", repr(token))
 
 
 def check_seed(name: str, value: object) -> None:
-    """A Python integer of 64 bits, signed or not."""
-    if not isinstance(value, int) or isinstance(value, bool) or not -INT64 <= value + 1 <= 1 << 64:
+    """An integer of 64 bits, signed or not."""
+    if not is_integer(value) or not -INT64 <= int(value) + 1 <= 1 << 64:
         fail(name, "an integer in [-2^63, 2^64)", repr(value))
 
 

@@ -88,6 +88,26 @@ X = torch.zeros(2, 3)
             "k: expected an integer >= 1, got 1.0",
         ),
         (
+            lambda: _checks.check_integer("k", np.int8(4), 0, 3),
+            "k: expected an integer in [0, 3], got np.int8(4)",
+        ),
+        (
+            lambda: _checks.check_integer("k", np.bool_(True), 0, 3),
+            "k: expected an integer in [0, 3], got np.True_",
+        ),
+        (
+            lambda: _checks.check_number("x", np.float32("nan"), 0),
+            "x: expected a finite number >= 0, got np.float32(nan)",
+        ),
+        (
+            lambda: _checks.check_settings({"a": 1, "b": 2, "d": 5}, {"a": 1, "b": 3, "c": 4}),
+            "state: expected settings {'b': 3, 'c': 4, 'd': None}, got {'b': 2, 'c': None, 'd': 5}",
+        ),
+        (
+            lambda: _checks.check_settings(None, {}),
+            "state['settings']: expected a mapping, as state_dict writes it, got NoneType",
+        ),
+        (
             lambda: _checks.check_integer("k", True, 0, 3),
             "k: expected an integer in [0, 3], got True",
         ),
@@ -130,11 +150,24 @@ def test_checks_accept_what_is_right():
     _checks.check_ids("eos", (0, np.int64(4)), 5)
     _checks.check_number("x", 0, 0)
     _checks.check_number("x", 1.0, 0, 1, exclusive=True)
+    for number in (np.float32(0.5), np.float16(0.5), np.float64(0.5), np.int32(1)):
+        _checks.check_number("x", number, 0, 1)
+    _checks.check_integer("k", np.int64(3), 1, 3)
+    _checks.check_seed("seed", np.uint64((1 << 64) - 1))
+    _checks.check_seed("seed", np.int64((1 << 63) - 1))
     assert _checks.expanded("x", X[:1], X, "y").shape == X.shape
     _checks.check_finite("x", X / 0, where=torch.zeros_like(X, dtype=torch.bool))
     _checks.check_seed("seed", -(1 << 63))
     _checks.check_seed("seed", (1 << 64) - 1)
     _checks.check_range("t", torch.tensor([-100, 4]), 0, 5, where=torch.tensor([False, True]))
+
+
+@pytest.mark.parametrize("make", [rk.NgramTable, rk.ModulationState])
+def test_a_device_that_is_not_there(make):
+    for device in ("nope", 3.5, *(() if torch.cuda.is_available() else ("cuda",))):
+        message = f"^device: expected a device of this machine, got '{device}' \\("
+        with pytest.raises(ValueError, match=message):
+            make(8, device=device)
 
 
 def test_checks_do_not_break_a_graph():

@@ -54,6 +54,15 @@ def test_a_model_of_ones_own(
     assert "TokenSets(reflect: 2 ids)" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"^--words: .* one token each, got reflect: 'Hmmmm'$"):
         cyclic_reflex.main([*options, "--words", "Hmmmm"])
+    tokenizer.add_tokens([" Hmm"])
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match=r"\(--variants space also takes .*'Hmm'$"):
+        cyclic_reflex.main([*options, "--words", "Hmm"])
+    few = ["--samples", "1", "--variants", "space", "--words", "Hmm"]
+    assert cyclic_reflex.main([*options, *few]) == 0
+    assert "TokenSets(reflect: 1 ids)" in capsys.readouterr().out
     monkeypatch.setattr(cyclic_reflex, "END", "</thought>")
     with pytest.raises(SystemExit, match=r"^--model .*: expected a reasoning model, .*</thought>"):
         cyclic_reflex.main(options)

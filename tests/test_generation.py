@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from generation_cases import (
@@ -225,6 +226,15 @@ def test_half_precision_text_is_what_sample_draws_from_its_logits(device, monkey
             row = rows[0, index][None]
             assert token == int(rk.sample(row, temperature=T, seed=seed, position=index))
         assert found.statistics.mean_accepted > LEAST
+
+
+def test_numbers_of_numpy_are_numbers():
+    plain = generate(MODEL, PROMPTS, temperature=0.5, max_new_tokens=5, seed=3, top_k=9)
+    found = generate(
+        MODEL, PROMPTS, temperature=np.float32(0.5), max_new_tokens=np.int64(5),
+        seed=np.uint64(3), top_k=np.int32(9),
+    )  # fmt: skip
+    assert found.texts == plain.texts
 
 
 @pytest.mark.parametrize("end", [NEW, NEW - 1])

@@ -148,6 +148,32 @@ def test_the_table_learns_nothing_of_control() -> None:
             assert torch.equal(value, theirs[name]), name
 
 
+def test_a_slot_serves_one_text() -> None:
+    """It may go on; a call from the prompt again, whose budget is spent, is refused."""
+    state, slot = control(SPECS)
+    options: dict[str, Any] = {"seed": 5, "temperature": T, "control": (state, slot)}
+    first = generate(MODEL, PROMPTS, max_new_tokens=10, **options).texts
+    message = r"control\[1\]\[0\]: expected a slot that has seen the . tokens of its prompt"
+    with pytest.raises(ValueError, match=rf"{message} and no more, got 4, which has seen . \+ 10"):
+        generate(MODEL, PROMPTS, max_new_tokens=10, **options)
+    texts = [prompt + text for prompt, text in zip(PROMPTS, first, strict=True)]
+    rest = generate(MODEL, texts, max_new_tokens=10, **options).texts
+    for at, spec in zip(slot.tolist(), SPECS, strict=True):
+        if spec is not None:
+            state.remove(at)
+            state.add(at, spec, PROMPTS[len(PROMPTS) - at])
+    whole = generate(MODEL, PROMPTS, max_new_tokens=20, **options).texts
+    assert whole == [a + b for a, b in zip(first, rest, strict=True)]
+    for at, spec, text in zip(slot.tolist(), SPECS, whole, strict=True):  # resumed: as preempted
+        if spec is not None:
+            state.remove(at)
+            state.add(at, spec, PROMPTS[len(PROMPTS) - at], text[:10])
+    assert generate(MODEL, texts, max_new_tokens=10, **options).texts == rest
+    loaded = rk.ModulationState(state.max_requests, SETS)
+    loaded.load_state_dict(state.state_dict())
+    generate(MODEL, PROMPTS, max_new_tokens=1, **options | {"control": (loaded, slot)})
+
+
 ERRORS: dict[str, tuple[Any, str]] = {
     "no pair": (3, r"control: expected a tuple \(ModulationState, slot\), got int"),
     "no state": ((1, torch.zeros(4)), r"control\[0\]: expected a ModulationState"),

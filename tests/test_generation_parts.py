@@ -327,6 +327,7 @@ ERRORS = {
     "both": ({"drafter": len, "table": table_of()}, "drafter: expected None with a table"),
     "tree": ({"tree": 80}, r'tree: expected a DraftTree \(.*\) or "auto", got 80'),
     "tree file": ({"tree": "tree.json"}, r"tree: expected .*DraftTree.load reads one.*'tree.json'"),
+    "temperatures": ({"temperature": torch.ones(3)}, r"expected shape \(requests,\) = \(4,\)"),
     "no temperature": ({"temperature": None}, "temperature: expected a number .*, got None"),
     "no function": ({"drafter": 3}, "drafter: expected a function of requests and texts, got 3"),
     "tree alone": ({"tree": rk.DraftTree.chain(3)}, "tree: expected a table to fill it from"),

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from benchmarks import evidence
-from reasonkern import _load
+from reasonkern import __version__, _load
+from reasonkern.__main__ import main
 
 TOY = "toy_for_the_registry"
 CUDA_RAN = {(TOY, "sm_90", "cuda"): "a GPU, a day"}
@@ -192,6 +193,12 @@ def result_file(tmp_path, **changes):
     content = {"machine": machine, "cases": [{"device": "cuda", "providers": [row]}]}
     (tmp_path / "toy").mkdir()
     (tmp_path / "toy" / "one.json").write_text(json.dumps(content))
+
+
+def test_command_says_the_version(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"reasonkern {__version__}\n"
 
 
 def test_command_stops_when_nobody_reads_on():

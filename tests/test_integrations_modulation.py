@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from engine_control_cases import SETS, SPECS
 from engine_fixtures import INTERFACES, adapter, processor_class
 
@@ -52,3 +58,50 @@ def test_a_modulation_survives_the_wire(spec: rk.Modulation) -> None:
     sent = json.loads(json.dumps(_request.request_parameters(spec)))
     assert _request.modulation_of(sent) == spec
     assert _request.modulation_of({"modulation": spec and json.loads(sent["modulation"])}) == spec
+
+
+def test_numbers_of_numpy_survive_the_wire() -> None:
+    plain = rk.Modulation(cyclic=rk.Cyclic(5.0, 1200), budget=rk.Budget(5, [3]), think_end=3)
+    one = rk.Modulation(
+        cyclic=rk.Cyclic(np.float32(5.0), np.int64(1200)), think_end=np.int64(3),
+        budget=rk.Budget(np.int64(5), np.array([3])),
+    )  # fmt: skip
+    assert _request.modulation_of(_request.request_parameters(one)) == plain
+    records = []
+    for spec in (plain, one):
+        state = rk.ModulationState(1, SETS)
+        state.add(0, spec, np.array([3, 1]))
+        records.append(state.tensors.records)
+    assert torch.equal(*records)
+
+
+def test_what_no_engine_serves_is_refused_where_it_is_written() -> None:
+    with pytest.raises(ValueError, match="spec: expected a Modulation, got dict"):
+        _request.request_parameters({"cyclic": {"amplitude": 5, "period": 1200}})
+    with pytest.raises(ValueError, match=r"modulation\.deepconf: expected None"):
+        _request.request_parameters(rk.Modulation(deepconf=rk.DeepConf(1.0)))
+
+
+@pytest.mark.parametrize("engine", INTERFACES)
+def test_the_pages_class(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer stands in for transformers'."""
+    pieces = {"wait": 0, "Wait": 1, "but": 2, "But": 3, "</think>": 151_668}
+
+    class Tokenizer(dict[str, int]):
+        get_vocab = dict.copy
+        from_pretrained = classmethod(lambda cls, name: cls(pieces))
+
+        def __len__(self) -> int:
+            return 151_669
+
+    monkeypatch.setitem(sys.modules, "transformers", SimpleNamespace(AutoTokenizer=Tokenizer))
+    page = (Path(_request.__file__).parent / "README.md").read_text()
+    (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.S) if f".{engine} " in c)
+    with adapter(engine, "recorded") as module:
+        monkeypatch.setattr(processor_class(module), "to_str", lambda: "", raising=False)
+        here: dict[str, Any] = {}
+        exec(code, here)
+        sets, vocab_size = _request.controlled_tokens(here["Control"])
+        assert sets["reflect"] == (0, 1, 2, 3) and vocab_size == 151_669
+        if engine == "sglang":
+            assert _request.modulation_of(here["body"]["custom_params"]) == here["spec"]

@@ -97,6 +97,18 @@ def test_sglang_refuses_what_it_cannot_control(sglang: Any) -> None:
         sglang()(torch.zeros(21, V), [r.parameters for r in many])
 
 
+def test_sglang_clients_check_what_they_send(sglang: Any) -> None:
+    assert sglang.parameters(SPECS[0]) == _request.request_parameters(SPECS[0])
+    for spec, message in (
+        (rk.Modulation(ban=rk.Ban("words")), r"modulation\.ban\.set: expected "),
+        (rk.Modulation(think_end=V), rf"modulation\.think_end: expected token ids in \[0, {V}\)"),
+        (rk.Modulation(deepconf=rk.DeepConf(1.0)), r"modulation\.deepconf: expected None"),
+        ({}, "spec: expected a Modulation, got dict"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            sglang.parameters(spec)
+
+
 def test_sglang_leaves_requests_without_control_alone(sglang: Any) -> None:
     logits = randn(3, V, seed=1)
     for given in ([None, {}, {"__req__": object()}], [{}] * 3):

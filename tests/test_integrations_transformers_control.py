@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,11 +132,14 @@ def test_transformers_keeps_raw_logits_and_refuses_a_second_use(model: Any) -> N
     raw, scores = torch.stack(out.logits), torch.stack(out.scores)
     assert raw[..., [5, 6, 7]].isfinite().all() and (scores[..., [5, 6, 7]] == -torch.inf).all()
     assert not {5, 6, 7} & set(out.sequences[:, 4:].flatten().tolist())
-    with pytest.raises(ValueError, match="input_ids: expected at least the prompt's 4 tokens"):
-        model.generate(PROMPTS[:, 1:], logits_processor=[control], max_new_tokens=2)
-    for other in (PROMPTS.flip(1), PROMPTS[:2], torch.cat((PROMPTS, PROMPTS), 1)[:, 1:]):
-        with pytest.raises(ValueError, match="input_ids: expected the prompts of the first call"):
+    chat = torch.cat((out.sequences, PROMPTS[:, :2]), 1)
+    others = (PROMPTS, PROMPTS[:, 1:], PROMPTS.flip(1), PROMPTS[:2], chat, chat[:, :20], chat[:1])
+    for other in others:
+        with pytest.raises(ValueError, match="input_ids: expected .*, a processor per generate"):
             model.generate(other, logits_processor=[control], max_new_tokens=2)
+    with pytest.raises(ValueError, match="input_ids: expected the 5 of the prompt, got 4"):
+        late = processor(spec, SETS, prompt_length=5)
+        model.generate(PROMPTS, logits_processor=[late], max_new_tokens=2)
     with pytest.raises(ValueError, match="spec: expected one Modulation, or 3 .*got 2"):
         model.generate(PROMPTS, logits_processor=[processor([spec, None], SETS)], max_new_tokens=2)
     for wrong in (None, {}, rk.Cyclic(1.0, 2), [rk.Cyclic(1.0, 2)], "spec"):
@@ -148,3 +153,39 @@ def test_transformers_keeps_raw_logits_and_refuses_a_second_use(model: Any) -> N
         processor(rk.Modulation(deepconf=rk.DeepConf(1.0)), SETS)
     with pytest.raises(ValueError, match="temperature: expected a number or"):
         model.generate(PROMPTS, logits_processor=[processor(SPECS[2], SETS)], max_new_tokens=2)
+
+
+@pytest.mark.peers
+def test_transformers_refuses_the_next_turn_of_a_chat(model: Any) -> None:
+    """A single sequence, which assisted decoding may shorten: only a beginning passes for it."""
+    prompt, control = PROMPTS[1:2], processor(SPECS[0], SETS)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    first = model.generate(prompt, logits_processor=[control], **options)
+    turn = torch.tensor([[12, 13]])
+    for other in (torch.cat((first, turn), 1), torch.cat((first[:, :6], turn), 1), prompt.flip(1)):
+        with pytest.raises(ValueError, match="input_ids: expected .*, a processor per generate"):
+            model.generate(other, logits_processor=[control], **options)
+    for same in (prompt, first[:, :7]):  # the text of the first call, over again
+        again = model.generate(same, logits_processor=[control], max_length=12, do_sample=False)
+        assert torch.equal(again, first)
+
+
+@pytest.mark.peers
+def test_the_page(model: Any) -> None:
+    """Its function serves call after call; its processor gives the same greedy text."""
+    from reasonkern.integrations import _peer
+
+    page = (Path(_peer.__file__).parent / "README.md").read_text()
+    code = page.partition("## transformers: control")[2].partition("\n## ")[0]
+    function, call = re.findall(r"```python\n(.*?)```", code, re.S)
+    mask = (PROMPTS > 0).long()
+    here: dict[str, Any] = {
+        "model": model, "sets": SETS, "end": END, "input_ids": PROMPTS, "attention_mask": mask,
+    }  # fmt: skip
+    exec(function.replace("2048", "20").replace("0.6", "0.0").replace("1200", "16"), here)
+    first, second = (here["answer"](PROMPTS, mask, seed) for seed in (1, 2))
+    assert torch.equal(first.sequences, second.sequences) and len(here["state"].free) == 64
+    exec(call.replace("2048", "20"), here)
+    assert torch.equal(first.sequences[::4], here["out"])
+    plain = model.generate(PROMPTS, attention_mask=mask, max_new_tokens=20)
+    assert not torch.equal(plain, here["out"])

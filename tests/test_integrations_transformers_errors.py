@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -20,6 +21,12 @@ ERRORS = {
     "dtype": ({"ids": IDS.float()}, "input_ids: expected dtype torch.int64 or torch.int32"),
     "right padding": (
         {"attention_mask": MASK.flip(1)}, r"attention_mask\[1\]: expected 0 on the left .*got \[1",
+    ),
+    "right padding without a mask": (
+        {"ids": torch.tensor([[3, 4], [3, 0]])}, r'attention_mask\[1\]: .*padding_side="left"',
+    ),
+    "temperatures": (
+        {"temperature": torch.ones(3)}, r"temperature: expected shape \(requests,\) = \(4,\)",
     ),
     "all padding": ({"attention_mask": 0 * MASK}, r"attention_mask\[0\]: .* then 1 up to the end"),
     "mask": ({"attention_mask": MASK[:2]}, "attention_mask: expected shape that of input_ids"),
@@ -228,3 +235,13 @@ def test_positions_that_change_with_the_longest_text_of_a_pass(ours, transformer
         ours.generate(model, IDS, max_new_tokens=13, **options)
     with pytest.raises(ValueError, match=message):
         model.generate(IDS, max_new_tokens=13, custom_generate=ours.custom_generate)
+
+
+def test_texts_beyond_the_models_positions_are_warned_of(ours, make):
+    """256 of them; the last token is not read."""
+    options = {"temperature": 0, "stopping_criteria": [lambda ids, scores: True]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.generate(make(), IDS, max_new_tokens=256 + 1 - 9, **options)
+    with pytest.warns(UserWarning, match="make 258 tokens, .* max_position_embeddings are 256"):
+        ours.generate(make(), IDS, max_new_tokens=256 + 1 - 8, **options)

@@ -206,7 +206,7 @@ def test_a_state_without_sets_is_saved_copied_and_moved():
         assert other.max_id == END and other.free == [0]
         assert rk.modulate_logits_(Z.clone(), other, ONE + 1)[0, 9] == 3e4
     assert rk.ModulationState(2).to("meta").device.type == "meta"
-    with pytest.raises(ValueError, match="state: expected settings .*'sets': {'reflect'"):
+    with pytest.raises(ValueError, match="state: expected settings {'sets': {'reflect'"):
         make_state(2).load_state_dict(state.state_dict())
 
 
@@ -227,7 +227,7 @@ def test_a_state_outlives_inference_mode():
 def test_bad_states():
     state = make_state(2)
     saved = state.state_dict()
-    with pytest.raises(ValueError, match="state: expected settings .*'max_requests': 2"):
+    with pytest.raises(ValueError, match="state: expected settings {'max_requests': 2}, got {"):
         state.load_state_dict(make_state(3).state_dict())
     with pytest.raises(ValueError, match="state: expected settings .*'layout': "):
         other = saved["settings"] | {"layout": at.LAYOUT + 1}

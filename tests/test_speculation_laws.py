@@ -184,9 +184,25 @@ def test_a_mistake_below_the_root_breaks_the_later_laws_only():
     assert report.broken == ("joint", "length > 2"), str(report)
 
 
+def test_laws_without_draws_are_not_tested():
+    """Plain sampling never emits a second token; 16 draws tell nothing."""
+
+    def plain(logits, draft, tree, temperature, seed, position):
+        tokens, _ = ours("shared")(logits, draft, tree, temperature, seed, position)
+        return tokens, torch.ones_like(tokens[:, 0])
+
+    report = rk.check_verifier(plain, draws=2**12)
+    assert report and report.untested == ("length > 1", "length > 2", "length > 3")
+    assert "length > 1   not tested (too few draws, n = 0)" in str(report)
+    report = rk.check_verifier(ours("shared"), draws=16)
+    assert not report and not report.broken and len(report.untested) == 5
+    assert "holds" not in str(report)
+
+
 def test_an_impossible_token_breaks_the_law_at_once():
     observed, target = torch.tensor([[5.0, 0.0, 1.0]]), torch.tensor([[0.5, 0.5, 0.0]])
-    assert g_test("x", observed, target).p_value == 0
+    law = g_test("x", observed, target)
+    assert law.p_value == 0 and law.tested and "BROKEN" in str(law)
 
 
 def test_g_test_of_a_true_law_is_uniform():
@@ -224,8 +240,12 @@ def test_results_are_checked():
         rk.check_verifier(lambda *_: (torch.zeros(16, 4).long(), 1), draws=16)
     with pytest.raises(ValueError, match="^tokens: expected dtype torch.int64 or .*float32"):
         rk.check_verifier(lambda *_: (torch.zeros(16, 4), torch.ones(16).long()), draws=16)
-    with pytest.raises(ValueError, match="^fn: expected a function, got 3"):
+    with pytest.raises(ValueError, match=r"^fn: expected a function \(logits, .*\), .* got 3"):
         rk.check_verifier(3)
+    with pytest.raises(ValueError, match=r"^fn: .*draft, tree, temperature, seed, position\), all"):
+        rk.check_verifier(lambda logits, draft, *, tree: None, draws=16)
+    with pytest.raises(ValueError, match=r"^fn: .* \(draws, coins\), .* got \(logits\) \(too many"):
+        rk.check_verifier(lambda logits: [], vocab=3, exact=True)
     for wrong in (None, [torch.tensor(0)]):
         with pytest.raises(ValueError, match="^fn's result: expected a list of integers"):
             rk.check_verifier(

@@ -18,6 +18,7 @@ from test_speculation_tree import parent_lists
 
 from reasonkern import DraftTree, tune_tree
 from reasonkern.__main__ import main
+from reasonkern.speculation.cli import TuneConfig, investigate
 from reasonkern.speculation.replay import TokenTrace, replay
 from reasonkern.speculation.tokenizers import TokenizerError, load_tokenizer
 from reasonkern.speculation.tune import big_tree
@@ -148,6 +149,25 @@ def test_tune_writes_a_tree_and_a_picture(tmp_path: Path, capsys: Any) -> None:
         assert title in printed
     assert re.search(r"^1 +1\.00$", printed, re.M)  # a tree of the root alone
     assert re.search(r"^4,3,2 +[1-9]", printed, re.M) and printed.count("\n1 ") == 2
+    assert "(bytes, vocabulary 256)" in printed
+    rates = re.findall(r"^(?:DraftTree.default\(12\)|tuned.*[a-z])  +([\d.]+)$", printed, re.M)
+    default, fitted, held_out = map(float, rates)
+    assert fitted >= default > 1 and fitted >= held_out > 1
+
+
+def test_held_out_problems_are_not_those_of_the_tree() -> None:
+    """One repeats itself, in the other a token has two successors: neither tree fits the other."""
+    one = [TokenTrace(np.arange(50), group=0)] * 2
+    other = [TokenTrace(np.array(([1, 2, 1, 3] * 40)[n:]), group=1) for n in (0, 1)]
+    config = TuneConfig(Path("-"), nodes=5, orders=(1,))
+    found = investigate([*one, *other], 60, config)
+
+    trees = [investigate(half, 60, config).tree for half in (other, one)]
+    rates = [
+        replay(h, t, vocab_size=60, orders=(1,)) for h, t in zip((one, other), trees, strict=True)
+    ]
+    assert found.held_out == sum(r.tokens.sum() for r in rates) / sum(r.steps.sum() for r in rates)
+    assert investigate(one, 60, config).held_out is None
 
 
 def test_token_ids_need_no_tokenizer(tmp_path: Path, capsys: Any) -> None:
@@ -156,7 +176,11 @@ def test_token_ids_need_no_tokenizer(tmp_path: Path, capsys: Any) -> None:
     traces = write(tmp_path / "traces.jsonl", records)
     assert main(["tune", str(traces), "--nodes", "4", "--orders", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "vocabulary 300,001" in printed and "without logits" not in printed
+    assert "(token ids, vocabulary 300,001)" in printed and "without logits" not in printed
+    assert "(one problem: what the tree brings on another is not measured)" in printed
+    write(traces, [{"tokens": [7, 5] * 9}, {"text": "abab"}])
+    assert main(["tune", str(traces), "--nodes", "4", "--orders", "2"]) == 0
+    assert "(bytes and token ids, vocabulary 256)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

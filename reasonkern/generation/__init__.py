@@ -88,10 +88,13 @@ def generate(
         drafter: a function that proposes in the table's place, see `Drafter`. With neither table
             nor drafter this is plain seeded decoding. None = no drafter.
         control: a `reasonkern.ModulationState` and the (requests,) int64 slots of the requests in
-            it, -1 = no control; each was put there with its prompt, and has seen its text
-            afterwards (with it, what a stop cut off). Drafts and tables do not change what it does.
-            None = no control.
-        seed: of the run, see `reasonkern.request_seeds`, or (requests,) int64 ones of the requests.
+            it, -1 = no control: a slot for each, trajectories of a prompt included, put there with
+            its prompt. It has seen its text afterwards (with it, what a stop cut off) and serves
+            that text alone: ``remove`` and ``add`` it for another call. Drafts and tables do not
+            change what it does. None = no control.
+        seed: of the run, from which those of the requests are hashed
+            (`reasonkern.request_seeds`), or (requests,) int64 ones of the requests. The same one, 0
+            as here, gives the same text in every call: torch's generator is not used.
         top_k: as in `reasonkern.sample`. None = off.
         top_p: as in `reasonkern.sample`. None = off.
         min_p: as in `reasonkern.sample`. None = off.
@@ -107,7 +110,8 @@ def generate(
     Raises:
         ValueError: an empty prompt, an id the model has no row for, a table of a smaller vocabulary
             or on another device, a tree without a table, both a table and a drafter, a slot of
-            ``control`` that is free or given twice, an option out of its range.
+            ``control`` that is free, given twice or has seen another text, an option out of its
+            range.
         RuntimeError: the model's logits have no finite value.
     """
     _checks.check_integer("max_new_tokens", max_new_tokens, 1)
@@ -139,7 +143,7 @@ def generate(
         Run(
             model, list(requests), sampling, table=table,
             scope=_scopes(scope, table, every, device), tree=shape, drafter=drafter,
-            control=_control(control, len(every), device), eos=eos, stop=stop, emit=emit,
+            control=_control(control, every, device), eos=eos, stop=stop, emit=emit,
             statistics=statistics,
         ).run()  # fmt: skip
     return Generated([r.text[r.prompt :] for r in requests], statistics)
@@ -200,7 +204,7 @@ def _check_drafts(
 
 
 def _control(
-    control: object, requests: int, device: torch.device
+    control: object, texts: list[list[int]], device: torch.device
 ) -> tuple[ModulationState, Tensor] | None:
     if control is None:
         return None
@@ -209,7 +213,7 @@ def _control(
     state, slot = control
     if not isinstance(state, ModulationState):
         _checks.fail("control[0]", "a ModulationState", type(state).__name__)
-    _checks.check_shape("control[1]", slot, (requests,), "(requests,)")
+    _checks.check_shape("control[1]", slot, (len(texts),), "(requests,)")
     _checks.check_dtype("control[1]", slot, torch.int64)
     if {state.device, slot.device} != {device}:
         expected = f"on the model's device, {device} (state.to(…) moves it)"
@@ -222,6 +226,7 @@ def _control(
         if one in taken:
             _checks.fail(f"control[1][{index}]", "a slot of its own", f"{one}, given before")
         taken |= {one} - {-1}
+    state.check_texts("control[1]", slot.tolist(), [len(text) for text in texts])
     return state, slot.contiguous()
 
 

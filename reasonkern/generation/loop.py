@@ -62,7 +62,8 @@ class Sampling:
         """From numbers or (R,) tensors; None = off."""
 
         def rows(name: str, value: Any, dtype: torch.dtype, off: float) -> Tensor:
-            return per_request(name, off if value is None else value, requests, dtype, device)
+            given = off if value is None else value
+            return per_request(name, given, requests, dtype, device, "(requests,)")
 
         return cls(
             rows("temperature", temperature, torch.float32, 0.0),

@@ -16,8 +16,16 @@ NAME = "modulation"
 
 
 def request_parameters(spec: Modulation) -> dict[str, str]:
-    """What to send with a request: ``{"modulation": "<JSON>"}``."""
-    return {NAME: json.dumps(asdict(spec))}
+    """What to send with a request: ``{"modulation": "<JSON>"}``.
+
+    Raises:
+        ValueError: no `Modulation`, or one with `DeepConf` or `EntropyTrigger`, which no engine
+            serves.
+    """
+    if not isinstance(spec, Modulation):
+        _checks.fail("spec", "a Modulation", type(spec).__name__)
+    check_windows(spec)
+    return {NAME: json.dumps(asdict(spec), default=lambda number: number.item())}  # NumPy's
 
 
 def modulation_of(parameters: Mapping[str, Any] | None) -> Modulation | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -98,7 +99,7 @@ def causal_model(model: Any) -> CausalModel:
 
 
 def check_length(found: CausalModel, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Refuses texts in whose course the model changes what it has computed before.
+    """Refuses texts in whose course the model changes what it has computed before; warns of others.
 
     Rotary embeddings "dynamic" and "longrope" take the frequencies of a pass from its largest
     position: those of another request, or of a draft, would reach into a text.
@@ -118,6 +119,13 @@ def check_length(found: CausalModel, prompts: list[list[int]], max_new_tokens: i
                 f"{kind!r} changes all positions of longer ones"
             )
             _checks.fail("model", expected, last + 1)
+    longest = getattr(found.config, "max_position_embeddings", None)
+    if isinstance(longest, int) and last > longest:
+        warnings.warn(
+            f"a prompt and max_new_tokens make {last + 1} tokens, and the model's "
+            f"max_position_embeddings are {longest}: what it says beyond them it was not made for",
+            stacklevel=3,
+        )
 
 
 def _check_kind(model: Any) -> None:

@@ -39,6 +39,11 @@ class ModulationLogitsProcessor(LogitsProcessor):
     it was (beam search, rejected candidates of assisted decoding). To notice that, a call compares
     all ids: like folding anew, it takes time in proportion to the length.
 
+    Make one per ``generate``: another call's sequences, the next turn of a chat among them, are
+    refused. What cannot be told from a step of the same call is taken for one: the text so far, or
+    it and one token; for a single sequence also a beginning of that text that holds the prompt, and
+    such a beginning with another last token (assisted decoding takes candidates back).
+
     Args:
         spec: a `Modulation` for all sequences, or one for each; None leaves a sequence alone.
         sets: the `TokenSets` that they name. None = they name none.
@@ -48,8 +53,8 @@ class ModulationLogitsProcessor(LogitsProcessor):
 
     Raises:
         ValueError: another type; a spec with `DeepConf` or `EntropyTrigger`, which need
-            `sample_controlled`; in a call: another number of sequences than of specs, a second
-            ``generate`` with the same processor, or a spec that `ModulationState` refuses.
+            `sample_controlled`; in a call: another number of sequences than of specs, sequences
+            that the call before them cannot have led to, or a spec that `ModulationState` refuses.
     """
 
     # A continuous batch reorders rows without saying which request they are.
@@ -89,28 +94,35 @@ class ModulationLogitsProcessor(LogitsProcessor):
         """The state after the tokens of `ids`."""
         if self.prompt_length is None:
             self.prompt_length = ids.shape[1]
-        if ids.shape[1] < self.prompt_length:
-            expected = (
-                f"at least the prompt's {self.prompt_length} tokens: a processor per generate"
-            )
-            _checks.fail("input_ids", expected, ids.shape[1])
-        known = self.folded.shape[1]
-        if self.state is None or not torch.equal(ids[:, :known], self.folded):
-            self._check_prompts(ids)
+        new = ids.shape[1] - self.folded.shape[1]
+        if self.state is None:
+            if ids.shape[1] < self.prompt_length:
+                _checks.fail("input_ids", f"the {self.prompt_length} of the prompt", ids.shape[1])
             self.state = self._fold(ids)
-        elif ids.shape[1] > known:
-            new = ids[:, known:]
+        elif new not in (0, 1) or not torch.equal(ids[:, : ids.shape[1] - new], self.folded):
+            self._check_follows(ids)
+            self.state = self._fold(ids)
+        elif new:
             slot = torch.arange(len(ids), device=ids.device)
-            commit_(self.state, slot, new.contiguous(), torch.full_like(slot, new.shape[1]))
+            commit_(self.state, slot, ids[:, -1:].contiguous(), torch.ones_like(slot))
         self.folded = ids
         return self.state
 
-    def _check_prompts(self, ids: Tensor) -> None:
-        """Beams and candidates begin as all sequences of their call do."""
-        first, given = (x[:, : self.prompt_length] for x in (self.folded, ids))
-        if self.state is not None and not torch.equal(first, given):
-            expected = "the prompts of the first call: a processor per generate"
-            _checks.fail("input_ids", expected, tuple(given.shape))
+    def _check_follows(self, ids: Tensor) -> None:
+        """One ``generate`` may call with `ids` after what was folded; see the class."""
+        assert self.prompt_length is not None
+        length, known = ids.shape[1], self.folded.shape[1]
+        # Beams: a token more, of any row. A single one: candidates, one of which was another.
+        fits = length == known + 1 or (len(ids) == 1 and self.prompt_length <= length <= known)
+        if fits:
+            prompts, given = (x[:, : self.prompt_length] for x in (self.folded, ids))
+            fits = torch.equal(prompts, given)
+        if not fits or not _rows(ids[:, :-1]) <= _rows(self.folded[:, : length - 1]):
+            expected = (
+                f"the {known} tokens of the last call and one more: another generate takes another "
+                "ModulationLogitsProcessor, a processor per generate"
+            )
+            _checks.fail("input_ids", expected, f"other sequences, {tuple(ids.shape)}")
 
     def _fold(self, ids: Tensor) -> ModulationState:
         """A new state, from the prompt on."""
@@ -122,3 +134,8 @@ class ModulationLogitsProcessor(LogitsProcessor):
             if spec is not None:
                 state.add(slot, spec, *tokens.tensor_split((self.prompt_length,)))
         return state
+
+
+def _rows(ids: Tensor) -> set[bytes]:
+    """What compares sequences with each other, in time proportional to their length."""
+    return {row.tobytes() for row in ids.cpu().numpy()}

@@ -4,7 +4,7 @@ A subclass says which tokens it controls, and a request brings it along with its
 
     import reasonkern as rk
     from transformers import AutoTokenizer
-    from reasonkern.integrations.sglang import ModulationLogitProcessor, request_parameters
+    from reasonkern.integrations.sglang import ModulationLogitProcessor
 
     tokenizer = AutoTokenizer.from_pretrained("MODEL")
 
@@ -14,7 +14,7 @@ A subclass says which tokens it controls, and a request brings it along with its
 
     spec = rk.Modulation(cyclic=rk.Cyclic(5.0, 1200), think_end=151668)
     client.completions.create(…, extra_body={
-        "custom_logit_processor": Control.to_str(), "custom_params": request_parameters(spec)})
+        "custom_logit_processor": Control.to_str(), "custom_params": Control.parameters(spec)})
 
 The server needs reasonkern and ``--enable-custom-logit-processor``; the client needs both packages
 for ``to_str``, which carries a class of the client's script with it, while one from a module is
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ..modulation import ModulationState, TokenSets, commit_, modulate_logits_
+from ..modulation import Modulation, ModulationState, TokenSets, commit_, modulate_logits_
 from ._peer import import_peer, require_arguments
 from ._request import check_request, controlled_tokens, modulation_of, request_parameters
 
@@ -46,15 +46,27 @@ require_arguments("sglang", TESTED, _Base.__call__, "logits", "custom_param_list
 
 
 class ModulationLogitProcessor(_Base):
-    """Applies each request's `Modulation`; a subclass gives `vocab_size` and the named `sets`.
+    """Applies each request's `Modulation`; a subclass gives ``vocab_size`` and the named ``sets``.
 
     SGLang makes instances at will, so what a request has generated is kept by class and device, for
-    as long as SGLang keeps the request, for at most `max_requests` at a time.
+    as long as SGLang keeps the request, for at most ``max_requests`` at a time.
     """
 
     sets: ClassVar[TokenSets | None] = None
     vocab_size: ClassVar[int | None] = None
     max_requests: ClassVar[int] = 1024
+
+    @classmethod
+    def parameters(cls, spec: Modulation) -> dict[str, str]:
+        """`request_parameters`, checked by the client; the server would fail in a step.
+
+        Raises:
+            ValueError: what `request_parameters` refuses, an unknown set, an id outside the
+                vocabulary.
+        """
+        sent = request_parameters(spec)
+        check_request(spec, *controlled_tokens(cls))
+        return sent
 
     def __call__(
         self, logits: Tensor, custom_param_list: Sequence[dict[str, Any] | None] | None = None
@@ -63,7 +75,7 @@ class ModulationLogitProcessor(_Base):
 
         Raises:
             ValueError: no vocabulary, a `Modulation` that is refused, several rows of a request, or
-                more requests than `max_requests`.
+                more requests than ``max_requests``.
         """
         given = [parameters or {} for parameters in custom_param_list or ()]
         requests = [_owner(parameters.get("__req__")) for parameters in given]

@@ -10,7 +10,7 @@ or, with transformers' own preparation of prompts, options and stopping criteria
 
     model.generate(**inputs, do_sample=True, custom_generate=custom_generate, table=table)
 
-The loop is `reasonkern.generation`; this module is the model's side of it: masks, positions, cache.
+The loop is ``reasonkern.generation``; this module is the model's side: masks, positions, cache.
 Causal models with plain key-value caches (Llama, Qwen2, Qwen3, Mistral and the like, sliding
 windows included), eager or SDPA attention, on one device. A model is tried once: one that does not
 follow a tree's mask and positions is refused.
@@ -90,8 +90,9 @@ def generate(
     Args:
         model: a causal model of transformers, on one device.
         input_ids: (B, L) int64 prompts on the model's device, padded on the left.
-        temperature: a number or one per request; above 0 samples, 0 is greedy.
-        max_new_tokens: at most so many new tokens per request.
+        temperature: a number or one per request; above 0 samples, 0 is greedy: there is no
+            ``do_sample``.
+        max_new_tokens: at most so many new tokens per request, without those of the prompt.
         attention_mask: (B, L), 0 = padding. None = as transformers infers it: padding is where
             ``model.generation_config.pad_token_id`` stands, unless it also begins or ends texts.
         table: learns from the logits of prompts and steps, and drafts. Keep it between calls: the
@@ -100,24 +101,28 @@ def generate(
             on this machine, by the times of the steps so far, plain decoding included.
         drafter: a function that proposes in the table's place, see `generation.Drafter`. None = no
             drafter.
-        control: a `ModulationState` and the (R,) int64 slots of the requests in it, as in
-            `generation.generate`. None = no control.
+        control: a `ModulationState` and the (R,) int64 slots of the requests in it, one for each
+            trajectory and put there anew for each call, as in `generation.generate`. None = no
+            control.
         seed: of the run; the requests' seeds are hashed from it (`request_seeds`); or (R,) seeds.
+            The same one, 0 as here, gives the same text in every call: torch's generator is not
+            used, nor ``torch.manual_seed``. Other texts take another seed.
         top_k: as in `sample`, a number or one per request. None = off.
         top_p: as in `sample`. None = off.
         min_p: as in `sample`. None = off.
         eos: id or ids that end a request; () = none. None = those of ``model.generation_config``,
             of which nothing else is read but its ``pad_token_id``.
-        pad: id that fills `sequences`. None = that of ``model.generation_config``, or the first of
-            `eos`, or 0.
+        pad: id that fills ``sequences``. None = that of ``model.generation_config``, or the first
+            of ``eos``, or 0.
         stop_strings: a request ends with the token that completes one of them in its new text.
             None = no strings.
-        tokenizer: decodes for `stop_strings`. None = not needed.
+        tokenizer: decodes for ``stop_strings``. None = not needed.
         stopping_criteria: transformers' criteria, called as (ids (1, length), None) after every new
             token of a request; True ends the request.
         streamer: of transformers, for a single request: put gets the prompt, then the tokens of
             each step. None = no streamer.
-        num_trajectories: requests per prompt; they follow each other in the result.
+        num_trajectories: requests per prompt, transformers' ``num_return_sequences``; they follow
+            each other in the result.
         scope: of the table, a number or one per request. None = one scope per distinct prompt, the
             same in every call.
 
@@ -179,8 +184,8 @@ def custom_generate(
     transformers hands such a function no streamer, no tokenizer and no ``assistant_model``, and
     nothing that it does hand over tells of them, so they cannot be refused: a streamer shows the
     prompt alone, an assistant does nothing. Use `generate` for a streamer, a
-    ``StopStringCriteria`` in ``stopping_criteria`` for ``stop_strings``, and `table` or `drafter`
-    for drafts.
+    ``StopStringCriteria`` in ``stopping_criteria`` for ``stop_strings``, and ``table`` or
+    ``drafter`` for drafts.
 
     Args:
         model: given by transformers, as are the next four.
@@ -248,7 +253,10 @@ def _prompts(found: Any, input_ids: Tensor, mask: Tensor | None) -> list[list[in
     used = (mask != 0).tolist()
     for index, row in enumerate(used):
         if not row[-1] or sorted(row) != row:
-            expected = "0 on the left alone, for padding, then 1 up to the end"
+            expected = (
+                "0 on the left alone, for padding, then 1 up to the end (a tokenizer with "
+                'padding_side="left")'
+            )
             _checks.fail(f"attention_mask[{index}]", expected, mask[index].tolist())
     return [row[keep.index(True) :] for row, keep in zip(rows, used, strict=True)]
 

@@ -69,7 +69,7 @@ def _trained(inputs: dict[str, Any]) -> Tensor:
 
 
 class GRPOTrainer(_Base):
-    """`trl.GRPOTrainer` whose loss is an `Objective`, computed by `policy_loss`.
+    """``trl.GRPOTrainer`` whose loss is an `Objective`, computed by `policy_loss`.
 
     Args:
         *args: as for TRL's trainer.

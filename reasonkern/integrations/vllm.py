@@ -53,11 +53,11 @@ require_arguments("vllm", TESTED, _Base.apply, "logits", "ctx")
 
 
 class ModulationLogitsProcessor(_Base):
-    """Applies each request's `Modulation`; a subclass gives `vocab_size` and the named `sets`.
+    """Applies each request's `Modulation`; a subclass gives ``vocab_size`` and the named ``sets``.
 
     A row sees the committed tokens, which vLLM keeps on the device, and the draft tokens before it,
     so a draft row gets the control that it would get without speculation. A step is two launches
-    and a gather, without a synchronisation; a request with `think_start`, or one that comes back
+    and a gather, without a synchronisation; a request with ``think_start``, or one that comes back
     from preemption, has its tokens read back when it comes in.
 
     Raises:
@@ -91,7 +91,7 @@ class ModulationLogitsProcessor(_Base):
         """Refuses a request's `Modulation` before it reaches the model.
 
         Raises:
-            ValueError: what `modulation_of` refuses, an unknown set, an id outside the vocabulary.
+            ValueError: no `Modulation`'s arguments, an unknown set, an id outside the vocabulary.
         """
         spec = modulation_of(sampling_params.extra_args)
         if spec is not None:

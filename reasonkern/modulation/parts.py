@@ -50,7 +50,10 @@ class Cyclic:
         pairs = _checked_pairs("windows", self.windows, at.MAX_WINDOWS, "(low, high)")
         object.__setattr__(self, "windows", pairs)
         for pair in pairs:
-            if not all(_is_whole(x) for x in pair) or not 0 <= pair[0] < pair[1] <= _checks.INT64:
+            if (
+                not all(_checks.is_integer(x) for x in pair)
+                or not 0 <= pair[0] < pair[1] <= _checks.INT64
+            ):
                 _checks.fail("windows", "pairs of integers 0 <= low < high < 2^63", pair)
 
 
@@ -140,7 +143,7 @@ class Schedule:
         pairs = _checked_pairs("points", self.points, at.MAX_POINTS, "(t, d)")
         object.__setattr__(self, "points", pairs)
         times = [t for t, _ in pairs]
-        if not all(_is_whole(t) for t in times) or any(
+        if not all(_checks.is_integer(t) for t in times) or any(
             a >= b for a, b in zip(times, times[1:], strict=False)
         ):
             _checks.fail("points", "ascending integers t", times)
@@ -302,12 +305,8 @@ class EntropyTrigger:
             _checks.check_number(name, getattr(self, name), 0)
 
 
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
 def _check_count(name: str, value: object) -> None:
-    if not _is_whole(value) or not 0 <= value < LIMIT:  # type: ignore[operator]
+    if not _checks.is_integer(value) or not 0 <= value < LIMIT:
         _checks.fail(name, "an integer >= 0", repr(value))
 
 
@@ -330,9 +329,9 @@ def check_id(name: str, value: object) -> None:
 
 def checked_id(name: str, value: object) -> int:
     """A token id as an int."""
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < ID_LIMIT:
+    if not _checks.is_integer(value) or not 0 <= value < ID_LIMIT:
         _checks.fail(name, "token ids, integers in [0, 2^31)", repr(value))
-    return value
+    return int(value)
 
 
 def _checked_pairs(name: str, pairs: Any, most: int, meaning: str) -> tuple[tuple[Any, Any], ...]:

@@ -62,8 +62,9 @@ class ModulationState:
     ) -> None:
         _checks.check_integer("max_requests", max_requests, 1, (1 << 31) - 1)
         self.max_requests, self.sets = max_requests, sets_or_none(sets)
-        self.tensors = _allocate(max_requests, self.sets, torch.device(device))
+        self.tensors = _allocate(max_requests, self.sets, _checks.as_device("device", device))
         self._parts, self._ids = [0] * max_requests, [-1] * max_requests
+        self._given: list[tuple[int, int] | None] = [None] * max_requests
         self._refresh()
 
     # ---- requests
@@ -99,6 +100,7 @@ class ModulationState:
         record[: at.PROGRESS_WIDTH] = _start(spec, prompt)
         self.tensors.records[slot, : at.ROW_WIDTH].copy_(torch.tensor(record))
         self._parts[slot], self._ids[slot] = record[at.PARTS], record[at.MAX_ID]
+        self._given[slot] = len(prompt), len(generated)
         self._refresh()
         if len(generated):
             self._fold(slot, generated)
@@ -156,6 +158,25 @@ class ModulationState:
         """Slots without a request, which `add` takes."""
         return [slot for slot, parts in enumerate(self._parts) if not parts]
 
+    def check_texts(self, name: str, slots: Sequence[int], lengths: Sequence[int]) -> None:
+        """Refuses slots that have gone on since `add`, but not to texts of these lengths.
+
+        A slot of -1 is none; which text the slots of a loaded state have seen is not known. Waits
+        for the device.
+
+        Raises:
+            ValueError: ``name[index]`` of the first such slot.
+        """
+        counts = self.tensors.progress[:, at.T].tolist()
+        for index, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
+            if slot < 0 or (given := self._given[slot]) is None:
+                continue
+            prompt, generated, seen = *given, counts[slot]
+            if seen != generated and prompt + seen != length:
+                expected = f"a slot that has seen the {length} tokens of its prompt and no more"
+                got = f"{slot}, which has seen {prompt} + {seen} (remove and add it for every call)"
+                _checks.fail(f"{name}[{index}]", expected, got)
+
     @property
     def stopped(self) -> Tensor:
         """(max_requests,) bool: requests that `DeepConf` has stopped."""
@@ -194,13 +215,13 @@ class ModulationState:
         """
         if not isinstance(state, Mapping):
             _checks.fail("state", "a mapping, as state_dict returns it", type(state).__name__)
-        if state.get("settings") != self._settings():
-            _checks.fail("state", f"settings {self._settings()}", state.get("settings"))
+        _checks.check_settings(state.get("settings"), self._settings())
         check_saved(state, self.tensors, self.sets)
         for name, tensor in self.tensors._asdict().items():
             tensor.copy_(state[name])
         self._parts, ids = self.tensors.records[:, [at.PARTS, at.MAX_ID]].T.tolist()
         self._ids = [i if parts else -1 for parts, i in zip(self._parts, ids, strict=True)]
+        self._given = [None] * self.max_requests
         self._refresh()
 
     def _settings(self) -> dict[str, Any]:

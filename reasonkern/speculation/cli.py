@@ -45,6 +45,8 @@ class Findings:
 
     tree: DraftTree
     tuned: Replayed
+    default: Replayed  # the default tree of the same size
+    held_out: float | None  # tokens per step of trees fitted to the other half of the problems
     by_orders: dict[tuple[int, ...], Replayed]
     by_nodes: dict[int, Replayed]
 
@@ -106,7 +108,7 @@ def _trace(record: dict[str, Any], where: str, tokenizer: Tokenizer) -> TokenTra
         group = tuple(prompt.tolist()) if len(prompt) else where
     elif not isinstance(group, int | str):
         raise TraceError(f"{where}: field 'problem_id' must be an integer or a string")
-    trace = TokenTrace(tokens, prompt, group)
+    trace = TokenTrace(tokens, prompt, group, from_text="tokens" not in record)
     if "topk_ids" in record:
         _add_laws(trace, record, where)
     return trace
@@ -158,7 +160,8 @@ def _vocabulary(traces: Sequence[TokenTrace], tokenizer: Tokenizer) -> int:
         for ids in (trace.tokens, trace.prompt, trace.topk_ids)
         if ids is not None
     )
-    return max(tokenizer.vocab_size, largest + 1)
+    known = tokenizer.vocab_size if any(trace.from_text for trace in traces) else 0
+    return max(known, largest + 1)
 
 
 # ---- replaying
@@ -169,21 +172,46 @@ def investigate(traces: list[TokenTrace], vocab: int, config: TuneConfig) -> Fin
     tokens = sum(len(trace.tokens) for trace in traces)
     orders = [config.orders[k:] for k in range(1, len(config.orders))]
     sizes = sorted({min(size, config.nodes) for size in SIZES} - {config.nodes})
-    with progress("replaying", tokens * (2 + len(orders) + len(sizes))) as update:
+    halves = _halves(traces)
+    replays = len(halves) + 2 + len(orders) + len(sizes)
+    with progress("replaying", tokens * replays) as update:
 
-        def run_once(what: str, tree: DraftTree, orders: tuple[int, ...]) -> Replayed:
+        def run_once(
+            what: str, tree: DraftTree, orders: tuple[int, ...] = config.orders,
+            some: list[TokenTrace] = traces,
+        ) -> Replayed:  # fmt: skip
             return replay(
-                traces, tree, vocab_size=vocab, orders=orders,
+                some, tree, vocab_size=vocab, orders=orders,
                 advance=lambda n: update(what, n),
             )  # fmt: skip
 
+        def fitted(counts: Ids) -> DraftTree:
+            return tune_tree(torch.from_numpy(counts), config.nodes, tree=big)
+
         big = big_tree()
-        counts = run_once("625 nodes", big, config.orders).accepted
-        tree = tune_tree(torch.from_numpy(counts), config.nodes, tree=big)
-        tuned = run_once(f"{tree.nodes} nodes", tree, config.orders)
-        by_orders = {o: run_once(f"orders {o}", tree, o) for o in orders}
-        by_nodes = {n: run_once(f"{n} nodes", tree.prefix(n), config.orders) for n in sizes}
-    return Findings(tree, tuned, by_orders | {config.orders: tuned}, by_nodes | {tree.nodes: tuned})
+        counts = [run_once("625 nodes", big, some=half).accepted for half in halves]
+        held_out = None
+        if len(halves) == 2:
+            pairs = zip(halves, reversed(counts), strict=True)
+            held_out = _rate([run_once("held out", fitted(c), some=half) for half, c in pairs])
+        tree = fitted(np.sum(counts, axis=0))
+        tuned = run_once(f"{tree.nodes} nodes", tree)
+        default = run_once("default", DraftTree.default(tree.nodes))
+        by_orders = {o: run_once(f"orders {o}", tree, o) for o in orders} | {config.orders: tuned}
+        by_nodes = {n: run_once(f"{n} nodes", tree.prefix(n)) for n in sizes} | {tree.nodes: tuned}
+    return Findings(tree, tuned, default, held_out, by_orders, by_nodes)
+
+
+def _halves(traces: list[TokenTrace]) -> list[list[TokenTrace]]:
+    """Every second problem, and the others; all traces where there is one problem."""
+    place = {group: n for n, group in enumerate(dict.fromkeys(trace.group for trace in traces))}
+    halves = [[trace for trace in traces if place[trace.group] % 2 == half] for half in (0, 1)]
+    return [half for half in halves if half]
+
+
+def _rate(parts: Sequence[Replayed]) -> float:
+    """Tokens per step over several replays."""
+    return float(sum(p.tokens.sum() for p in parts) / sum(p.steps.sum() for p in parts))
 
 
 # ---- reporting
@@ -194,7 +222,9 @@ def _heading(traces: Sequence[TokenTrace], tokenizer: Tokenizer, vocab: int) -> 
     groups = len({trace.group for trace in traces})
     logged = sum(trace.topk_ids is not None for trace in traces)
     head = f"{len(traces)} traces of {groups} problems, {tokens:,} tokens "
-    head += f"({tokenizer.name}, vocabulary {vocab:,})"
+    kinds = {trace.from_text for trace in traces}
+    named = [name for name, kind in ((tokenizer.name, True), ("token ids", False)) if kind in kinds]
+    head += f"({' and '.join(named)}, vocabulary {vocab:,})"
     if logged < len(traces):
         head += (
             f"\n{len(traces) - logged} of them without logits: their tokens are counted as certain "
@@ -217,7 +247,24 @@ def report(findings: Findings, config: TuneConfig) -> str:
     lines.append("\nnodes         tokens per step")
     for nodes, result in sorted(findings.by_nodes.items()):
         lines.append(f"{nodes:<12}  {result.tokens_per_step:15.2f}")
+    lines += _compared(findings)
     lines.append("\ntrajectory    tokens per step")
     for k, (steps, tokens) in enumerate(zip(tuned.steps, tuned.tokens, strict=True), start=1):
         lines.append(f"{k:<12}  {tokens / steps:15.2f}")
     return "\n".join(lines)
+
+
+def _compared(findings: Findings) -> list[str]:
+    """The tuned tree beside the default one, on traces that it was fitted to and on others."""
+    nodes = findings.tree.nodes
+    rows = [
+        (f"DraftTree.default({nodes})", findings.default.tokens_per_step),
+        ("tuned, on the traces it is fitted to", findings.tuned.tokens_per_step),
+    ]
+    if findings.held_out is not None:
+        rows.append(("tuned on one half of the problems, on the other", findings.held_out))
+    lines = [f"\n{f'tree of {nodes} nodes':47}  tokens per step"]
+    lines += [f"{name:47}  {rate:15.2f}" for name, rate in rows]
+    if findings.held_out is None:
+        lines.append("(one problem: what the tree brings on another is not measured)")
+    return lines

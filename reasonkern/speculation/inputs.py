@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -48,31 +48,35 @@ _RANGES = {
 def as_int64(name: str, value: object) -> int:
     """An integer in [-2^63, 2^64) as the int64 with the same bits."""
     _checks.check_seed(name, value)
-    assert isinstance(value, int)
-    return value - (1 << 64) if value >> 63 == 1 else value
+    number = int(cast(int, value))
+    return number - (1 << 64) if number >> 63 == 1 else number
 
 
 def per_request(
-    name: str, x: object, batch: int, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """A number, or a 0-dim or (B,) tensor, as contiguous (B,) of `dtype`; its range is checked."""
+    name: str, x: object, batch: int, dtype: torch.dtype, device: torch.device,
+    shape: str = "(B,)",
+) -> Tensor:  # fmt: skip
+    """A number, or a 0-dim or (B,) tensor, as contiguous (B,) of `dtype`; its range is checked.
+
+    `shape` is what the caller's user calls (B,).
+    """
     if isinstance(x, Tensor):
         allowed = INTEGERS if dtype == torch.int64 else (torch.float32, torch.float64, *INTEGERS)
         _checks.check_dtype(name, x, *allowed)
         if x.device != device:
             _checks.fail(name, f"device {device}", x.device)
         if x.ndim:
-            _checks.check_shape(name, x, (batch,), "(B,)")
+            _checks.check_shape(name, x, (batch,), shape)
         rows = x.detach().to(dtype).expand(batch).contiguous()
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
             _check_values(name, rows)
         return rows
     if dtype == torch.int64:
-        if not isinstance(x, int) or isinstance(x, bool):
-            _checks.fail(name, "an integer or a (B,) tensor", repr(x))
+        if not _checks.is_integer(x):
+            _checks.fail(name, f"an integer or a {shape} tensor", repr(x))
         x = as_int64(name, x)
-    elif not isinstance(x, (int, float)) or isinstance(x, bool):
-        _checks.fail(name, "a number or a (B,) tensor", repr(x))
+    elif not _checks.is_number(x):
+        _checks.fail(name, f"a number or a {shape} tensor", repr(x))
     rule = _RANGES.get(name)
     if rule is not None and not rule.holds_number(x):
         _checks.fail(name, rule.expected, x)
@@ -183,7 +187,7 @@ def step_limits(
     elif eos is not None:
         given = eos if isinstance(eos, (list, tuple)) else [eos]
         for token in given:
-            if not isinstance(token, int) or isinstance(token, bool):
+            if not _checks.is_integer(token):
                 _checks.fail("eos", "an id, a list of ids or a tensor", repr(eos))
         ids = torch.tensor([as_int64("eos", x) for x in given], dtype=torch.int64, device=device)
     if ids is not None and ids.numel() > MAX_EOS:

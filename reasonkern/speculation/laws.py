@@ -23,6 +23,8 @@ class Law:
             never quite 0).
         p_value: of the G-test; None for exact laws.
         draws: on which the test is based; 0 for exact laws.
+        tested: whether the draws were enough to tell two cells apart; without them a law `holds`
+            unless something impossible was drawn.
     """
 
     name: str
@@ -30,20 +32,24 @@ class Law:
     total_variation: float
     p_value: float | None = None
     draws: int = 0
+    tested: bool = True
 
     def __str__(self) -> str:
         """One line."""
+        if self.holds and not self.tested:
+            return f"{self.name:12} not tested (too few draws, n = {self.draws})"
         verdict = "holds" if self.holds else "BROKEN"
         evidence = "exact" if self.p_value is None else f"p = {self.p_value:.2g}, n = {self.draws}"
-        return f"{self.name:12} {verdict:7} total variation {self.total_variation:.3g} ({evidence})"
+        total = f"total variation {self.total_variation:.3g}"
+        return f"{self.name:12} {verdict:10} {total} ({evidence})"
 
 
 @dataclass(frozen=True)
 class LawReport:
-    """What `check_verifier` found; true when every law holds.
+    """What `check_verifier` found; true when every law that could be tested holds, and one could.
 
     Attributes:
-        laws: a `Law` for each that was tested.
+        laws: a `Law` for each.
     """
 
     laws: tuple[Law, ...]
@@ -53,9 +59,14 @@ class LawReport:
         """Names of the laws that do not hold."""
         return tuple(law.name for law in self.laws if not law.holds)
 
+    @property
+    def untested(self) -> tuple[str, ...]:
+        """Names of the laws for which there were too few draws."""
+        return tuple(law.name for law in self.laws if not law.tested)
+
     def __bool__(self) -> bool:
-        """Whether every law holds."""
-        return not self.broken
+        """Whether no law is broken and not all are untested."""
+        return not self.broken and len(self.untested) < len(self.laws)
 
     def __str__(self) -> str:
         """A line per law."""
@@ -83,7 +94,8 @@ def g_test(name: str, observed: Tensor, law: Tensor) -> Law:
     p = 0.0 if impossible else 1.0 if freedom == 0 else float(
         torch.special.gammaincc(freedom / 2, (g / 2).clamp_min(0))
     )  # fmt: skip
-    return Law(name, p >= REJECT, float(distance), p, int(total.sum()))
+    tested = impossible or bool(freedom)
+    return Law(name, p >= REJECT, float(distance), p, int(total.sum()), tested)
 
 
 def exact_law(name: str, got: Tensor, law: Tensor) -> Law:

@@ -35,6 +35,7 @@ class TokenTrace:
     # (tokens, k): what the model's output before each token was; None = not recorded
     topk_ids: Ids | None = None
     topk_logprobs: NDArray[np.float32] | None = None
+    from_text: bool = False  # by a tokenizer
 
 
 @dataclass

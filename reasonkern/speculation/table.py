@@ -88,7 +88,8 @@ class NgramTable:
         self.capacity, self.vocab_size, self.orders = capacity, vocab, tuple(orders)
         self.topk, self.max_count, self.max_scopes = topk, max_count, max_scopes
         self.storage = storage
-        self._state = allocate(capacity, vocab, topk, max_scopes, storage, torch.device(device))
+        place = _checks.as_device("device", device)
+        self._state = allocate(capacity, vocab, topk, max_scopes, storage, place)
 
     # ---- learning
 
@@ -228,7 +229,8 @@ class NgramTable:
             context: (B, max(orders)) token ids, the newest last, padded on the left with -1.
             tree: the shape.
             temperature: number or (B,), >= 0.
-            seed: integer or (B,) int64, read as unsigned.
+            seed: integer or (B,) int64, read as unsigned; that of `sample` or `verify_tree`. One
+                integer is the same noise for every request (`request_seeds`).
             position: integer or (B,): index of the token to be emitted next, counted from 0
                 without padding.
             mode: ``"shared"``, ``"target-only"``, ``"greedy"`` or ``"rejection"``; see
@@ -346,8 +348,7 @@ class NgramTable:
         """
         if not isinstance(state, Mapping):
             _checks.fail("state", "a mapping, as state_dict returns it", type(state).__name__)
-        if state.get("settings") != self._settings():
-            _checks.fail("state", f"settings {self._settings()}", state.get("settings"))
+        _checks.check_settings(state.get("settings"), self._settings())
         inputs.check_state(self, state, self._state)
         for name, tensor in self._state._asdict().items():
             tensor.copy_(state[name])

@@ -160,7 +160,8 @@ def sample(
         top_p: probability kept, > 0, a number or (B,); off at >= 1. None = off.
         min_p: smallest probability relative to the largest, <= 1, a number or (B,); off at <= 0.
             None = off.
-        seed: of each request: an integer below 2^64, or (B,) int64 read as uint64.
+        seed: of each request: an integer below 2^64, or (B,) int64 read as uint64. One integer is
+            the same noise in every row: several samples of one prompt take `request_seeds`.
         position: index of the token to be drawn, padding not counted: a number or (B,) int64.
         mask: (B, ceil(V / 32)) int32: bit v % 32 of word v // 32 allows token v (xgrammar's
             bitmask). None = every token.
@@ -230,7 +231,7 @@ def verify_tree(
         top_k: as in `sample`. None = off.
         top_p: as in `sample`. None = off.
         min_p: as in `sample`. None = off.
-        seed: as in `sample`.
+        seed: as in `sample`; one integer is the same noise for every request (`request_seeds`).
         position: index of the first token to be emitted, padding not counted; the row at depth d
             emits the token at ``position + d``.
         mode: "shared" or "target-only" (equality; the drafts may depend on anything), "greedy"
