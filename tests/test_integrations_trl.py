@@ -337,7 +337,7 @@ def test_gtpo_weighs_conflicting_tokens_of_a_prompt(ours: ModuleType, make: Make
     """The factors of the generated groups follow their rows through TRL's shuffling."""
     trainer = make(
         ours.GRPOTrainer, objective="gtpo", scale_rewards="none", per_device_train_batch_size=32,
-        num_generations=8, gradient_accumulation_steps=2,
+        num_generations=8, gradient_accumulation_steps=2, logging_steps=1,
     )  # fmt: skip
     seen = []
     original = trainer._compute_loss
@@ -357,6 +357,8 @@ def test_gtpo_weighs_conflicting_tokens_of_a_prompt(ours: ModuleType, make: Make
     )
     assert torch.equal(whole["conflict_weights"], expected)
     assert (expected > 1).any() and (expected == 0).any()
+    # The model has a mean entropy above ln 2: as published, GTPO drops every completion.
+    assert trainer.state.log_history[0]["reasonkern/dropped_frac"] == 1
 
 
 @pytest.mark.parametrize("objective", ["gspo", "gmpo", Objective.gtpo(initial_entropy=2.0)])

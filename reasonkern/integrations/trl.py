@@ -80,9 +80,10 @@ class GRPOTrainer(_Base):
             importance correction, off-policy mask and entropy mask come from ``args`` (``beta``,
             ``entropy_coef``, ``vllm_importance_sampling_*``, ``off_policy_mask_threshold``,
             ``top_entropy_quantile``), and ``args.loss_type`` says how token losses are aggregated;
-            a warning says where the objective's source wants another one.
-            GTPO as published wants ``args.scale_rewards="none"``, and for a model with a mean
-            entropy above ln 2 ``Objective.gtpo(initial_entropy=…)``: else it drops everything.
+            a warning says where the objective's source wants another one. GTPO as published wants
+            ``args.scale_rewards="none"``, and for a model with a mean entropy above ln 2
+            ``Objective.gtpo(initial_entropy=…)``: else it drops everything, and
+            ``reasonkern/dropped_frac`` is 1.
         logits: False = `linear_policy_loss`: the loss from the hidden states and the head, without
             logits, where the head is a plain linear layer; True = `policy_loss` on the model's own
             logits, which the gradient replaces.
