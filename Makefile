@@ -16,10 +16,8 @@ CXX_FILES = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -nam
 
 .PHONY: demo test test-all stress lint docs bench wheel sdist clean
 
-# Where other processes want the cores, too, threads that spin as long as libgomp has them by default
-# hold up the ones they wait for, in every small operation. A short while costs an idle machine nothing.
 demo: .venv/.ready
-	GOMP_SPINCOUNT=1000 $(PY) -m reasonkern demo $(ARGS)
+	$(PY) -m reasonkern demo $(ARGS)
 
 test: lint
 	$(SUITE) -m "not slow and not peers" $(ARGS)

@@ -30,7 +30,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--provider", action="append", help="only these; the first named is what ratios refer to")
     add("--dtype", type=lambda d: SHORT_DTYPES.get(d, d), choices=list(DTYPES))
     add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--quick", action="store_true", help="small cases, few pairs: a first impression")
+    add("--quick", action="store_true", help="small cases alone, few pairs: a first impression")
     add("--list", action="store_true", help="print the cases and their gates, measure nothing")
     add("--json", type=Path, metavar="FILE", help="write results here, after every case")
     add("--resume", action="store_true", help="keep FILE's cases and run the missing ones")
@@ -57,7 +57,8 @@ def select(family: Family, options: argparse.Namespace, device: str) -> list[Cas
         if options.case:
             wanted = any(part in case.id for part in options.case)
         else:
-            wanted = bool(case.gates) if options.check else case.quick or not options.quick
+            wanted = not options.check or bool(case.gates)
+        wanted = wanted and (case.quick or not options.quick)
         # With --threads two cases can become one: the one with more providers says more.
         if wanted and len(case.providers) > len(chosen.get(case.id, NONE).providers):
             chosen[case.id] = restrict(case, options)

@@ -99,6 +99,8 @@ _minutes.__name__ = "float"  # what argparse calls it
 
 
 def _demo(args: argparse.Namespace) -> int:
+    if __name__ == "__main__":
+        _shorten_spins()
     from . import demo
 
     settings: dict[str, Any] = {k: v for k, v in vars(args).items() if k not in ("run", "command")}
@@ -107,6 +109,17 @@ def _demo(args: argparse.Namespace) -> int:
     except (demo.DemoError, demo.TraceError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _shorten_spins() -> None:
+    """Starts the command anew where libgomp, which reads that once, would spin for long.
+
+    Where other processes want the cores, too, threads that spin as long as by default hold up the
+    ones they wait for, in every small operation. A short while costs an idle machine nothing.
+    """
+    if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+        os.environ["GOMP_SPINCOUNT"] = "1000"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _add_tune(add: AddParser) -> None:

@@ -205,13 +205,13 @@ def check_all(name: str, tensor: Tensor, right: Tensor, expected: str) -> None:
 
 
 def check_range(
-    name: str, tensor: Tensor, low: int, high: int, where: Tensor | None = None
+    name: str, tensor: Tensor, low: int, high: int, where: Tensor | None = None, remedy: str = ""
 ) -> None:
     """Elements lie in [low, high), where `where` is true; under `reads_values`."""
     if reads_values(tensor):
         inside = (tensor >= low) & (tensor < high)
         right = inside if where is None else inside | ~where
-        check_all(name, tensor, right, f"values in [{low}, {high})")
+        check_all(name, tensor, right, f"values in [{low}, {high}){remedy}")
 
 
 def check_finite(

@@ -95,7 +95,8 @@ ROWS = (
         dtypes="float", page=MODULATION),
     Row(("shaping.gae",), "advantages, value targets; decoupled λ, truncated rows, tool tokens",
         "a loop over tokens", ("gae",), dtypes="rewards", page=SHAPING + "#gae"),
-    Row(("shaping.*",), "group baselines, exploration bonus, 12 rewards, masks and samplers",
+    Row(("shaping.*",), "group baselines (`group_advantages`), exploration bonus, 12 rewards "
+        "(`laser_d`, `overlong_penalty`, …), masks and samplers (`dynamic_sampling_mask`, …)",
         "in the docstrings", dtypes="float", page=SHAPING),
     Row(("scaling.elliptical_select",), "k candidates unlike each other",
         "greedy argmax, d×d inverses", ("elliptical_select",), dtypes="float",

@@ -147,7 +147,10 @@ def test_list_selects(capsys):
     assert len(listed(capsys, "policy_loss", "--check")) == len(policy_loss.CPU_GATED)
     assert all(case.startswith("linear") for case in listed(capsys, "linear_policy_loss"))
     assert len(listed(capsys, "shaping", "--check")) == len(shaping.GATED)
-    assert 0 < len(listed(capsys, "--quick")) < len(listed(capsys))
+    quick = listed(capsys, "--quick")
+    assert 0 < len(quick) < len(listed(capsys))
+    narrower = listed(capsys, "--quick", "--case", "float32")
+    assert narrower == [case for case in quick if "float32" in case] != []
 
 
 def test_threads_replace_the_cases_own_and_their_gates(capsys):

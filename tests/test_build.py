@@ -165,6 +165,28 @@ def test_a_checkout_that_was_not_built_says_so(tmp_path):
     assert f"reasonkern in {tmp_path / 'reasonkern'}: library _C is not built, so CPU" in output
 
 
+def test_an_editable_install_is_found_from_the_folder_above(tmp_path):
+    """There the checkout itself would be a package without a module, if a finder came later."""
+    tree = tmp_path / "reasonkern"
+    for name in ("pyproject.toml", "setup.py", "README.md"):
+        (tree / name).parent.mkdir(exist_ok=True)
+        shutil.copy2(ROOT / name, tree / name)
+    ignored = shutil.ignore_patterns("*.so", "__pycache__")
+    shutil.copytree(ROOT / "reasonkern", tree / "reasonkern", ignore=ignored)
+    (tree / "csrc").mkdir()
+    (tree / "csrc" / "cpu.cpp").touch()  # the sources do not matter here
+    code = "from setuptools.build_meta import build_editable; build_editable('dist')"
+    status, output = python(code, tree, REASONKERN_CUDA="0")
+    assert status == 0, output
+    (built,), site = (tree / "dist").iterdir(), tmp_path / "site"
+    with zipfile.ZipFile(built) as wheel:
+        wheel.extractall(site)
+    code = f"import site; site.addsitedir({str(site)!r}); import reasonkern; print(reasonkern)"
+    status, output = python(code, tmp_path, PYTHONPATH="", REASONKERN_NO_EXT="1")
+    assert status == 0, output
+    assert str(tree / "reasonkern" / "__init__.py") in output
+
+
 def run_setup(monkeypatch, **environment):
     monkeypatch.chdir(ROOT)
     for name, value in environment.items():

@@ -14,7 +14,7 @@ import torch
 
 import reasonkern as rk
 from reasonkern import demo
-from reasonkern.__main__ import main
+from reasonkern.__main__ import _shorten_spins, main
 from reasonkern._progress import progress
 from reasonkern.demo import control, eager, report, tokenizer
 from reasonkern.demo.context import prepare
@@ -184,7 +184,34 @@ def test_a_slow_machine_takes_fewer_steps(tmp_path):
     assert demo.run(demo.Config(out=tmp_path, minutes=1e-6, **TINY)) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert len(results["sft"]["loss"]) == len(results["policy"]["steps"]) == 1
-    assert report.table(results).count("1 of 8 steps in the time budget") == 2
+    text = report.table(results)
+    assert text.count("1 of 8 steps in the time budget") == 2
+    assert [run["trajectories"] for run in results["solve"]["outcomes"]] == [1]
+    assert "1 of 1 texts equal with and without speculation (64 without the time budget)" in text
+    assert re.search(r"total time +\d+ s, over the budget of 0 s", text)
+
+
+def test_the_table_says_why_speculation_is_slower_with_few_answers(finished):
+    _, _, results = finished
+    run = {"trajectories": 1, "tokens_per_step": 1.1}
+    slow = run | {"tokens_per_second": {"plain": 300.0, "speculation": 275.0}}
+    fast = run | {"tokens_per_second": {"plain": 275.0, "speculation": 300.0}}
+    for outcomes, count in (([fast], 0), ([slow, slow, fast], 1)):
+        solved = results["solve"] | {"outcomes": outcomes, "at_once": fast}
+        text = report.table(results | {"solve": solved})
+        assert text.count("takes 1.20 × a plain one's time: with 1.10 tokens") == count
+
+
+def test_the_command_starts_anew_with_threads_that_spin_a_short_while(monkeypatch):
+    """Only as a command, and not against what the environment asks for."""
+    started = []
+    monkeypatch.setattr(os, "execv", lambda *given: started.append(given))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "reasonkern", "demo"])
+    monkeypatch.setattr(os, "environ", {})
+    for _ in range(2):
+        _shorten_spins()
+    assert os.environ == {"GOMP_SPINCOUNT": "1000"}
+    assert started == [(sys.executable, [sys.executable, "-m", "reasonkern", "demo"])]
 
 
 def test_a_deviation_of_nan_is_the_worst():

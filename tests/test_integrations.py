@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,25 @@ def test_a_missing_trainer_is_an_import_error_that_says_how_to_get_it(
         ImportError, match=rf"needs {trainer} .*pip install 'reasonkern\[{trainer}\]'"
     ):
         importlib.import_module(f"reasonkern.integrations.{trainer}")
+
+
+def test_a_missing_dependency_of_a_trainer_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after ``pip install --no-deps``: the trainer itself is there."""
+    (tmp_path / "halftrainer.py").write_text("import absent_dependency.inner")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="installed, but its dependency absent_dependency is not"):
+        _peer.import_peer("halftrainer", "1.0")
+
+
+def test_the_readme_names_what_verl_needs_without_its_dependencies() -> None:
+    """Those that `make test-all` installs beside it."""
+    text = (ROOT / "README.md").read_text()
+    (line,) = re.findall(r"^pip install (codetiming .*)$", text, re.M)
+    peers = (ROOT / "pyproject.toml").read_text().partition("\npeers = [")[2].partition("\n]")[0]
+    named = set(shlex.split(line))
+    assert named == set(re.findall(r'"(.*)"', peers)) & named and len(named) == 5
 
 
 def test_the_package_imports_no_trainer() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from types import ModuleType
 from typing import Any
 
@@ -336,7 +337,7 @@ def test_gtpo_weighs_conflicting_tokens_of_a_prompt(ours: ModuleType, make: Make
     """The factors of the generated groups follow their rows through TRL's shuffling."""
     trainer = make(
         ours.GRPOTrainer, objective="gtpo", scale_rewards="none", per_device_train_batch_size=32,
-        num_generations=8, gradient_accumulation_steps=2,
+        num_generations=8, gradient_accumulation_steps=2, logging_steps=1,
     )  # fmt: skip
     seen = []
     original = trainer._compute_loss
@@ -356,6 +357,20 @@ def test_gtpo_weighs_conflicting_tokens_of_a_prompt(ours: ModuleType, make: Make
     )
     assert torch.equal(whole["conflict_weights"], expected)
     assert (expected > 1).any() and (expected == 0).any()
+    # The model has a mean entropy above ln 2: as published, GTPO drops every completion.
+    assert trainer.state.log_history[0]["reasonkern/dropped_frac"] == 1
+
+
+@pytest.mark.parametrize("objective", ["gspo", "gmpo", Objective.gtpo(initial_entropy=2.0)])
+def test_a_mean_over_tokens_warns_where_the_source_has_one_over_sequences(
+    objective: Any, ours: ModuleType, make: Make
+) -> None:
+    with pytest.warns(UserWarning, match=r"loss_type: expected 'grpo', .* got 'dapo'"):
+        make(ours.GRPOTrainer, objective=objective, loss_type="dapo")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*loss_type")
+        make(ours.GRPOTrainer, objective=objective, loss_type="grpo")
+        make(ours.GRPOTrainer, objective="gppo", loss_type="dapo")
 
 
 # ---- what is refused
@@ -371,13 +386,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"objective": "gppo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
     ({"beta": 0.1, "importance_sampling_level": "sequence"}, "use_bias_correction_kl: expected F"),
     ({"objective": "gppo", "loss_type": "cispo"}, r"args\.loss_type: expected grpo, bnpo"),
-    ({"objective": "gppo", "epsilon": 0.1}, r"args\.epsilon: expected 0\.2: the objective has its"),
+    ({"objective": "gppo", "epsilon": 0.1}, r"args\.epsilon: expected its default, 0\.2: the obj"),
+    ({"objective": "gppo", "delta": 4.0}, r"its own bounds, as in objective=Objective\.ppo\(ratio"),
     ({"loss_type": "gpo"}, r"args\.loss_type: expected 'grpo' or .*, got 'gpo'"),
     ({"objective": "gpo"}, "objective: expected one of grpo, .*, luspo, .*, gtpo, got 'gpo'"),
     ({"objective": "custom"}, "objective: expected one of .*, gtpo, got 'custom'"),
     ({"objective": Objective.gppo}, r"objective: expected .*, Objective.gppo\(\), got its const"),
     ({"objective": 3}, r"objective: expected a name, an Objective \(.*\) or None, got int"),
-    ({"objective": Objective.ppo(kl=("k1", 0.1))}, r"objective\.kl: expected to come from"),
+    ({"objective": Objective.ppo(kl=("k1", 0.1))}, r"objective\.kl: expected .* args\.beta"),
     ({"objective": Objective.ppo(entropy_coef=0.1)}, r"objective\.entropy_coef: expected to come"),
 ]
 

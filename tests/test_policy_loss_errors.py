@@ -21,6 +21,7 @@ F = torch.zeros(B, T)
 IDS = torch.zeros(B, T, dtype=torch.int64)
 ROWS = ("old_logprob", "weight", "entropy_weight", "ref_logprob", "rollout_logprob")
 NOT_LONG = "targets: expected dtype torch.int64 or torch.int32, got torch.float32"
+CISPO_ORDER = " (cispo takes ratio_max first, then ratio_min)"
 DTYPES = "torch.float32 or torch.bfloat16 or torch.float16 or torch.float64"
 SEQUENCE_LEVEL = (Objective.gspo(), Objective.gmpo(), Objective.vespo())
 BY_SEQUENCE = (
@@ -253,7 +254,21 @@ OBJECTIVES: list[tuple[str, dict[str, Any], str]] = [
             {"ratio_max": 0.28},
             "ratio_max: expected a ratio >= 1, not an epsilon, or None, got 0.28",
         )
-        for name in ("dapo", "cispo", "gspo")
+        for name in ("dapo", "gspo")
+    ),
+    *(
+        (
+            name,
+            {"ratio_min": 0.2, "ratio_max": 0.28},
+            "ratio_max: expected a ratio >= 1, not an epsilon, or None (ratio_min=0.8, "
+            f"ratio_max=1.28 for the epsilons 0.2 and 0.28){order}, got 0.28",
+        )
+        for name, order in (("dapo", ""), ("cispo", CISPO_ORDER))
+    ),
+    (
+        "cispo",
+        {"ratio_min": 5, "ratio_max": 0.2},  # cispo(0.2, 5)
+        f"ratio_min: expected a ratio in [0, 1], not an epsilon, or None{CISPO_ORDER}, got 5",
     ),
     ("ppo", {"selection": 0.5}, "selection: expected a tensor, got float"),
     (
@@ -325,7 +340,11 @@ STATS: list[tuple[dict[str, Any], str]] = [
     ({"mask": F[:1].bool()}, "mask: expected shape targets.shape = (4, 6), got (1, 6)"),
     ({"mask": F.bool().to("meta")}, "mask: expected the device of logits, cpu, got meta"),
     ({"mask": [True]}, "mask: expected a tensor, got list"),
-    ({"targets": IDS - 1}, "targets: expected values in [0, 13), got -1 at (0, 0)"),
+    (
+        {"targets": IDS - 100},
+        "targets: expected values in [0, 13) in rows that mask= keeps (such as targets != -100), "
+        "got -100 at (0, 0)",
+    ),
     ({"targets": F}, NOT_LONG),
     ({"temperature": -0.5}, "temperature: expected a finite number > 0, got -0.5"),
     ({"softcap": NAN}, "softcap: expected a finite number > 0, got nan"),

@@ -66,6 +66,7 @@ def literal(b: Batch, ratios: Tensor | None = None) -> dict[str, float]:
     out["clip_frac_neg_high"] = count(lambda a, r: a < 0 and r > HIGH)
     out["clip_frac"] = out["clip_frac_pos_high"] + out["clip_frac_neg_low"]
     out["dual_clip_frac"] = count(lambda a, r: r > CAP or (a < 0 and r > DUAL))
+    out["dropped_frac"] = 0
     r = [row[3] for row in table]
     out["ratio_mean"], out["ratio_min"], out["ratio_max"] = sum(r) / n, min(r), max(r)
     out["ratio_var"] = sum((x - out["ratio_mean"]) ** 2 for x in r) / n
@@ -164,6 +165,35 @@ def test_dppo_reports_the_dropped_tokens_on_the_side_they_are_limited(objective:
     assert_close(values["clip_frac_pos_high"], (dropped & positive).sum() / n)
     assert_close(values["clip_frac_neg_low"], (dropped & ~positive).sum() / n)
     assert values["clip_frac_pos_low"] == values["clip_frac_neg_high"] == 0
+
+
+HALF = (torch.arange(large_batch().mask.numel()) % 2).double().view(large_batch().mask.shape)
+DROPPING = {
+    "selection": Objective.ppo(selection=HALF),
+    "selection gspo": Objective.gspo(selection=HALF),
+    "selection kl_cov": Objective.kl_cov(selection=HALF),
+    "selection custom": Objective.custom(lambda logprob, *_: -logprob, selection=HALF),
+    "importance": Objective.ppo(importance=("token", "mask", 0.6, 1.6)),
+    "opsm": Objective.ppo(opsm=-0.1),
+    "clip_cov": Objective.clip_cov(fraction=0.3, low=-9.0, high=9.0),
+    "high_entropy": Objective.high_entropy(0.4),
+    "gtpo": Objective.gtpo(max_entropy=1.4),
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_dropped_tokens_are_counted(name: str) -> None:
+    """Those without a policy term, whatever dropped them; without one left, all of them."""
+    b = large_batch()
+    given = b.given("rollout_logprob")
+    out = policy_loss(b.logits, b.targets, objective=DROPPING[name], **given)
+    dropped = ((out.token_loss == 0) & b.mask).sum() / b.mask.sum().double()
+    assert 0.1 < dropped < 0.9
+    assert_close(out.metrics.compute()["dropped_frac"], dropped)
+    if name == "gtpo":
+        none = replace(DROPPING[name], rule=replace(DROPPING[name].rule, max_entropy=0.0))
+        metrics = policy_loss(b.logits, b.targets, objective=none, **given).metrics
+        assert metrics.compute()["dropped_frac"] == 1
 
 
 def test_objectives_without_a_ratio_clip_nothing() -> None:

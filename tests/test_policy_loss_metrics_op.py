@@ -23,6 +23,7 @@ INF, NAN = float("inf"), float("nan")
 ROWS = ("logprob", "entropy", "old_logprob", "advantage", "weight", "entropy_weight", "importance",
         "ref_logprob", "log_ratio", "finite")  # fmt: skip
 REQUIRED = ("logprob", "entropy", "advantage", "weight")
+HYPER_CASES = ("one hyper", "hyper per row")
 BOUNDS = [0.8, 1.2, 1.6, 2.0, 0.05, 0.04, 0.1, 0.1, 1.5]
 
 
@@ -43,7 +44,8 @@ def rows(n: int, dtype: torch.dtype) -> dict[str, Tensor]:
     }
     out["old_logprob"].clamp_(max=0)  # log-probabilities; some are 0
     pick = torch.arange(n).view(shape)
-    for name, period in (("advantage", 11), ("weight", 5), ("entropy_weight", 3)):
+    zeros = (("advantage", 11), ("weight", 5), ("entropy_weight", 3), ("importance", 7))
+    for name, period in zeros:
         out[name][pick % period == 1] = 0
     for k, name in enumerate(out):
         out[name][pick == 20 + 2 * k] = NAN if k % 2 else INF if name == "importance" else -INF
@@ -85,7 +87,7 @@ def check(backend: Backend, args: list[Any]) -> Tensor:
     expected = metric_rows(*args)
     found = backend("policy_metrics", *(backend.to(x) for x in args)).cpu()
     assert found.dtype == torch.float64 and found.shape == expected.shape
-    assert torch.equal(found[:11], expected[:11]), SUMS[:11]
+    assert torch.equal(found[:12], expected[:12]), SUMS[:12]
     assert_close(found, expected, rtol=1e-11, atol=1e-12, equal_nan=True)
     return expected
 
@@ -99,8 +101,9 @@ def test_every_backend_agrees_with_the_definition(
     sums = dict(zip(SUMS, expected.tolist(), strict=False))
     assert all(sums[f"rows_{kind}"] > 0 for kind in ("active", "skipped", "nonfinite", "pos"))
     regions = [sums[f"clip_{side}"] for side in ("pos_low", "pos_high", "neg_low", "neg_high")]
-    if name in ("every input", "usual", "not needed ref", "one hyper", "hyper per row"):
+    if name in ("every input", "usual", "not needed ref", *HYPER_CASES):
         assert min(regions) > 0 and sums["dual_or_cap"] > 0
+    assert (sums["dropped"] > 0) == (name in ("every input", "not needed ref", *HYPER_CASES))
     if name in ("dppo_tv", "dppo_kl"):
         assert regions[0] == regions[3] == 0 and min(regions[1:3]) > 0
 

@@ -22,6 +22,7 @@ enum MetricCount : int {
   kClipNegHigh,
   kClipped,
   kDualOrCap,
+  kRowsDropped,
   kNumCounts
 };
 enum MetricSum : int {
@@ -44,7 +45,7 @@ struct MetricsParams {
   const T* old_logprob;  // or null: on-policy
   const T *advantage, *weight;
   const T* entropy_weight;  // or null: weight
-  const T* importance;      // or null; a nonfinite one leaves its row out
+  const T* importance;      // or null; of the policy term: a nonfinite one leaves its row out
   const T* ref_logprob;     // or null
   const T* log_ratio;       // or null: logprob - old_logprob
   const bool* finite;       // or null; false: the row was left out of the loss
@@ -124,6 +125,7 @@ RK_HOST_DEVICE void set_row(Metrics& m, const MetricsParams<T>& p, int64_t row, 
   m.counts[kClipNegHigh] = neg && high;
   m.counts[kClipped] = clipped;
   m.counts[kDualOrCap] = r > h.ratio_cap || (neg && r > h.dual_clip);
+  m.counts[kRowsDropped] = p.importance != nullptr && p.importance[row] == T(0);
   if (p.old_logprob != nullptr) {
     set_estimators(m.sums + kKlOld, p.old_logprob[row] - logp, h.log_ratio_clamp);
   }

@@ -32,6 +32,7 @@ def run(config: Config) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted; writing the results so far", flush=True)
         status = INTERRUPTED
+    context.results["budget"] = 60 * config.minutes
     context.results["seconds"] = time.perf_counter() - begin
     context.results["complete"] = status == 0
     _report(context)

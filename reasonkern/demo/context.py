@@ -20,7 +20,7 @@ from .windows import Encoded, encode
 
 MAX_TRACES = 1024
 # Of the time budget, at the end of the stage.
-SHARES = {"sft": 0.4, "policy": 0.75, "solve": 0.8, "control": 0.88}
+SHARES = {"sft": 0.35, "policy": 0.65, "solve": 0.85, "control": 0.93}
 
 
 @dataclass(frozen=True)

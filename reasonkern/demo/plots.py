@@ -158,8 +158,10 @@ def _solve(solved: Results) -> Figure:
     left.set(title="Accepted length", ylabel="tokens per step", ylim=(0, None))
     left.set_xlabel("trajectories of a problem, one after another")
     left.legend(fontsize="small")
-    runs = [*runs, solved["at_once"]]
-    labels = [*counts, f"{solved['at_once']['trajectories']} at once"]
+    labels = [*counts]
+    if last := solved.get("at_once"):
+        runs = [*runs, last]
+        labels.append(f"{last['trajectories']} at once")
     places = range(len(runs))
     for shift, name, color in ((-0.2, "plain", "0.6"), (0.2, "speculation", "C0")):
         values = [run["tokens_per_second"][name] for run in runs]

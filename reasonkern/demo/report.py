@@ -97,7 +97,7 @@ def table(results: Results) -> str:
         *_control_rows(results.get("control")),
         *_cost_rows(results.get("cost")),
         *_deviation_rows(figures["deviation"]),
-        ("total time", f"{results['seconds']:.0f} s"),
+        ("total time", _total_time(results["seconds"], results["budget"])),
     ]
     width = max(len(name) for name, _ in rows)
     rule = "─" * 88
@@ -143,16 +143,40 @@ def _solve_rows(solved: Results | None) -> list[tuple[str, str]]:
     if not solved or "outcomes" not in solved:
         return []
     runs = [(f"{run['trajectories']} per problem", run) for run in solved["outcomes"]]
-    runs.append((f"{solved['at_once']['trajectories']} at once", solved["at_once"]))
+    if last := solved.get("at_once"):
+        runs.append((f"{last['trajectories']} at once", last))
     rows = []
     for name, run in runs:
         plain, fast = (run["tokens_per_second"][way] for way in ("plain", "speculation"))
         speed = f"{plain:,.0f} tokens/s plain → {fast:,.0f} with speculation"
         rows.append((f"stage 3, {name}", f"{run['tokens_per_step']:.2f} tokens per step, {speed}"))
+    rows += _slower_rows([run for _, run in runs])
     texts = f"{solved['equal']} of {solved['texts']} texts equal with and without speculation"
+    if solved["texts"] < solved["asked"]:
+        texts += f" ({solved['asked']} without the time budget)"
     if not solved["correct"]:
         return [*rows, ("", f"{texts}; none correct: the form is learnt first")]
     return [*rows, ("", f"{texts}, {solved['correct']} correct")]
+
+
+def _slower_rows(runs: list[Results]) -> list[tuple[str, str]]:
+    """Why speculation does not pay with few answers, where it does not."""
+    for run in runs:
+        plain, fast = (run["tokens_per_second"][way] for way in ("plain", "speculation"))
+        if 0 < fast < plain:
+            length = run["tokens_per_step"]
+            text = (
+                f"a step with table and drafts takes {length * plain / fast:.2f} × a plain one's "
+                f"time: with {length:.2f} tokens it is slower, until the table has seen more texts"
+            )
+            return [("", text)]
+    return []
+
+
+def _total_time(seconds: float, budget: float) -> str:
+    if seconds <= budget:
+        return f"{seconds:.0f} s"
+    return f"{seconds:.0f} s, over the budget of {budget:.0f} s: each stage does its least"
 
 
 def _control_rows(controlled: Results | None) -> list[tuple[str, str]]:

@@ -46,15 +46,19 @@ def solve_problems(context: Context) -> None:
             table = rk.NgramTable(CAPACITY, vocab_size=VOCABULARY, device=context.device)
             seeds = rk.request_seeds(context.config.seed + index, 2 * most)
             for j in range(most):
-                if index and context.out_of_time("solve"):
+                if solving.texts and context.out_of_time("solve"):
                     break
                 solving.compare(problem, table, seeds[j : j + 1], j)
                 update(f"problem {index + 1}, {solving.tokens_per_step(j + 1):.2f} tokens per step")
-            solving.compare(problem, table, seeds[most:], most)
-            update(f"problem {index + 1}, {most} at once")
-    results["outcomes"] = [solving.outcome(range(n), n) for n in TRAJECTORIES]
-    results["at_once"] = solving.outcome((most,), most)
+            if not context.out_of_time("solve"):
+                solving.compare(problem, table, seeds[most:], most)
+                update(f"problem {index + 1}, {most} at once")
+    ran = [n for n in TRAJECTORIES if solving.has_run(n - 1)]
+    results["outcomes"] = [solving.outcome(range(n), n) for n in ran]
+    if solving.has_run(most):
+        results["at_once"] = solving.outcome((most,), most)
     results["texts"], results["equal"] = solving.texts, solving.equal
+    results["asked"] = 2 * most * len(problems)
     results["correct"] = solving.correct
 
 
@@ -79,6 +83,10 @@ class _Solving:
         self.texts += len(seeds)
         self.equal += sum(a == b for a, b in zip(*found.values(), strict=True))
         self.correct += sum(is_correct(self._context, problem, text) for text in found["plain"])
+
+    def has_run(self, turn: int) -> bool:
+        """Whether there was time for it, of one problem at least."""
+        return self._seen["plain"][turn].steps > 0
 
     def tokens_per_step(self, turns: int) -> float:
         """With speculation, of the first so many trajectories."""

@@ -13,6 +13,8 @@ from typing import Any
 def import_peer(module: str, tested: str) -> Any:
     """The module of the package of the same name; ImportError says how to get it.
 
+    Where the package is there and something that it imports is not, that is named.
+
     Another version than ``tested`` (a prefix such as "1.16") warns; what the integration relies on
     is checked by `require_arguments`.
     """
@@ -20,9 +22,15 @@ def import_peer(module: str, tested: str) -> Any:
     try:
         found = importlib.import_module(module)
     except ImportError as error:
+        needs = f"reasonkern.integrations.{package} needs {package} {tested}"
+        absent = (error.name or "").partition(".")[0]
+        if isinstance(error, ModuleNotFoundError) and absent not in ("", package):
+            raise ImportError(
+                f"{needs}, which is installed, but its dependency {absent} is not (README.md of "
+                f"reasonkern names those that are needed beside a {package} without dependencies)"
+            ) from error
         raise ImportError(
-            f"reasonkern.integrations.{package} needs {package} {tested}: "
-            f"pip install 'reasonkern[{package}]' (importing {module}: {error})"
+            f"{needs}: pip install 'reasonkern[{package}]' (importing {module}: {error})"
         ) from error
     version = importlib.metadata.version(package)
     if version != tested and not version.startswith(f"{tested}."):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from .. import _checks
 from ..policy_loss import Objective, RowContext
 from ..policy_loss.adaptive import Rows, Rule
+from ..policy_loss.catalog import OBJECTIVES
 from ..policy_loss.reference_objective import Hyper
 
 # TRL's loss types and how each aggregates; "window": by the trained tokens of all micro-batches of
@@ -73,11 +75,29 @@ def check_config(args: Any, loss_type: str, own_bounds: bool) -> None:
                 "grpo, bnpo, dr_grpo, dapo or luspo, which says how token losses are aggregated,"
             )
             _unsupported("loss_type", means, loss_type)
-        for name, default in (("epsilon", 0.2), ("epsilon_high", None), ("delta", None)):
-            if getattr(args, name) != default:
-                _unsupported(
-                    name, f"{default}: the objective has its own bounds", getattr(args, name)
-                )
+        for name, default, remedy in (
+            ("epsilon", 0.2, "Objective.gppo(0.7, 1.3)"),
+            ("epsilon_high", None, "Objective.gppo(0.7, 1.3)"),
+            ("delta", None, "Objective.ppo(ratio_cap=4.0)"),
+        ):
+            if (given := getattr(args, name)) != default:
+                expected = f"its default, {default}: the objective has its own bounds, as in "
+                _checks.fail(f"args.{name}", f"{expected}objective={remedy}", repr(given))
+
+
+def warn_of_aggregation(objective: Objective, loss_type: str) -> None:
+    """Where the objective's source takes the mean over sequences and the loss type does not.
+
+    The default loss type averages over tokens, so each sequence would count by its length.
+    """
+    by_sequence = "seq-mean-token-mean"
+    customary = {entry.name: entry.aggregation for entry in OBJECTIVES}.get(objective.name)
+    if customary == by_sequence != AGGREGATION[loss_type]:
+        warnings.warn(
+            f"args.loss_type: expected 'grpo', the mean over sequences, for {objective.name} as "
+            f"its source has it, got {loss_type!r}",
+            stacklevel=4,
+        )
 
 
 def check_off_policy(args: Any, name: str) -> None:
@@ -131,9 +151,14 @@ def named_objective(name: str, data_group: Any) -> Objective:
 
 def with_terms(objective: Objective, terms: dict[str, Any]) -> Objective:
     """The objective with the trainer's terms; it may not have the same ones of its own."""
-    for name in ("kl", "importance", "opsm", "entropy_coef"):
+    for name, option in (
+        ("kl", "beta"),
+        ("importance", "vllm_importance_sampling_*"),
+        ("opsm", "off_policy_mask_threshold"),
+        ("entropy_coef", "entropy_coef"),
+    ):
         if given := getattr(objective, name):
-            _checks.fail(f"objective.{name}", "to come from the trainer's args", given)
+            _checks.fail(f"objective.{name}", f"to come from the trainer's args.{option}", given)
     if objective.rule is not None and "rule" in terms:
         _unsupported("top_entropy_quantile", "1.0 with this objective", terms["rule"].quantile)
     return replace(objective, **terms)

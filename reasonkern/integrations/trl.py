@@ -37,6 +37,7 @@ from ._trl_objective import (
     named_objective,
     terms,
     trl_objective,
+    warn_of_aggregation,
     with_terms,
 )
 
@@ -78,9 +79,11 @@ class GRPOTrainer(_Base):
             ("gppo", "bapo", "gtpo", "dppo_tv", "gmpo", …); or an `Objective`. KL, entropy bonus,
             importance correction, off-policy mask and entropy mask come from ``args`` (``beta``,
             ``entropy_coef``, ``vllm_importance_sampling_*``, ``off_policy_mask_threshold``,
-            ``top_entropy_quantile``), and ``args.loss_type`` says how token losses are aggregated.
-            GTPO as published wants ``args.scale_rewards="none"``, and for a model with a mean
-            entropy above ln 2 ``Objective.gtpo(initial_entropy=…)``: else it drops everything.
+            ``top_entropy_quantile``), and ``args.loss_type`` says how token losses are aggregated;
+            a warning says where the objective's source wants another one. GTPO as published wants
+            ``args.scale_rewards="none"``, and for a model with a mean entropy above ln 2
+            ``Objective.gtpo(initial_entropy=…)``: else it drops everything, and
+            ``reasonkern/dropped_frac`` is 1.
         logits: False = `linear_policy_loss`: the loss from the hidden states and the head, without
             logits, where the head is a plain linear layer; True = `policy_loss` on the model's own
             logits, which the gradient replaces.
@@ -130,6 +133,7 @@ class GRPOTrainer(_Base):
         if objective.rule is not None and objective.rule.needs_rollout:
             check_off_policy(self.args, objective.name)
         found = with_terms(objective, self._terms())
+        warn_of_aggregation(found, self.loss_type)
         # TRL's clip metrics count against the objective's bounds.
         low, high = found.numbers()[:2]
         self.epsilon_low, self.epsilon_high = 1 - low, high - 1

@@ -10,6 +10,8 @@ O(N) map of the family, with its analytic gradient. Bounds come from the actor's
 (``clip_ratio_low``, ``clip_ratio_high``, ``clip_ratio_c``, ``tau_pos``, ``tau_neg``,
 ``policy_loss.dro_beta``), as they do for verl's own losses; `register` adds an `Objective` with
 numbers of its own. BAPO searches its bounds from those of its released code, VESPO has none.
+`NAMES` are those that are there, all named constructors of `Objective` but ``gtpo`` and
+``high_entropy``, which need entropies, and verl gives a loss none.
 
 ``loss_agg_mode`` holds for every objective; verl's own ``sapo`` and ``geo_mean`` average over
 sequences whatever it says (``seq-mean-token-mean`` gives their numbers here). Importance weights
@@ -121,6 +123,17 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "dro": lambda config: Objective.dro(config.policy_loss.dro_beta),
     "vespo": lambda config: Objective.vespo(),
     "gpg": lambda config: Objective.gpg(),
+    "rloo": lambda config: Objective.rloo(),
+    "reinforce": lambda config: Objective.reinforce(),
+}
+NAMES = tuple(f"rk_{name}" for name in OBJECTIVES)
+# Terms of an `Objective` that are not its business in verl, and what is instead.
+NOT_HERE = {
+    "kl": "actor.use_kl_loss, actor.kl_loss_coef",
+    "importance": "verl's rollout correction",
+    "entropy_coef": "actor.entropy_coeff",
+    "opsm": "verl's rollout correction: a loss gets no log-probabilities of the engine",
+    "function": "a loss of your own: @register_policy_loss",
 }
 
 
@@ -218,40 +231,43 @@ def objective_loss(
     return out.row_loss.sum(), metrics | {f"actor/reasonkern/{k}": v for k, v in ours.items()}
 
 
-def register(objective: Objective | Callable[[Any], Objective], name: str | None = None) -> str:
+def register(objective: Objective | Callable[[Any], Objective], name: str) -> str:
     """Registers an objective as a policy loss of verl, and returns its name.
 
     Args:
         objective: an `Objective`, or a function from verl's ActorConfig to one.
-        name: for ``policy_loss.loss_mode``; default: ``rk_`` and the objective's name.
+        name: for ``policy_loss.loss_mode``. Not one of `NAMES` or of verl's own losses; another one
+            is registered anew.
 
     Raises:
         ValueError: a term that verl adds itself (``kl``, ``entropy_coef``, ``importance``) or that
             needs the engine's log-probabilities (``opsm``), an objective that needs entropies
-            (``gtpo``, ``high_entropy``, user-defined ones), or no name for a function.
+            (``gtpo``, ``high_entropy``, user-defined ones), or a name that is taken.
 
     Example, in a module that ``VERL_USE_EXTERNAL_MODULES`` names::
 
         register(rk.Objective.gppo(0.8, 1.28, beta_low=0.5), "rk_gppo_half")
     """
     if isinstance(objective, Objective):
-        for term in ("kl", "importance", "opsm", "entropy_coef", "function"):
+        for term, instead in NOT_HERE.items():
             if given := getattr(objective, term):
-                expected = "not set: verl has its own, or no input for it"
-                _checks.fail(f"objective.{term}", expected, given)
+                _checks.fail(f"objective.{term}", f"not set (but {instead})", given)
         if isinstance(objective.rule, (EntropyFilter, HighEntropySelection)):
             _checks.fail(
                 "objective", "one that needs no entropies, which verl keeps", objective.name
             )
-        name = f"rk_{objective.name}" if name is None else name
     else:
         check_no_constructor(objective)
         if not callable(objective):
             expected = "an Objective, or a function from verl's configuration to one"
             _checks.fail("objective", expected, repr(objective))
-        if name is None:
-            _checks.fail("name", "a name for a function of the configuration", None)
+    if not isinstance(name, str) or name in TAKEN:
+        _checks.fail("name", "one that neither verl nor reasonkern has taken", repr(name))
+    _register(objective, name)
+    return name
 
+
+def _register(objective: Objective | Callable[[Any], Objective], name: str) -> None:
     def loss(
         old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
         loss_agg_mode: str = "token-mean", config: Any = None,
@@ -264,8 +280,8 @@ def register(objective: Objective | Callable[[Any], Objective], name: str | None
         )  # fmt: skip
 
     _core.register_policy_loss(name)(loss)
-    return name
 
 
-for _name, _build in OBJECTIVES.items():
-    register(_build, f"rk_{_name}")
+for _name, _build in zip(NAMES, OBJECTIVES.values(), strict=True):
+    _register(_build, _name)
+TAKEN = frozenset(_core.POLICY_LOSS_REGISTRY)

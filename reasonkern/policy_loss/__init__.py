@@ -12,6 +12,7 @@ from . import parallel_rows, paths
 from .bapo import bapo_bounds
 from .conflict import conflict_token_weights, entropy_filter
 from .inputs import (
+    KEPT,
     RowContext,
     Scaling,
     canonical_logits,
@@ -99,7 +100,7 @@ def token_stats(
     scaling = canonical_scaling(rows, temperature, softcap)
     mask = canonical_mask(mask, y, targets.shape)
     vocab = rows.shape[-1] if shard is None else shard.vocab
-    _checks.check_range("targets", y, 0, vocab, where=mask)
+    _checks.check_range("targets", y, 0, vocab, mask, KEPT)
     args = (rows, y, mask, scaling.row_temperature, scaling.temperature, scaling.softcap)
     if shard is None:
         out = torch.ops.reasonkern.token_stats(*args)
@@ -152,11 +153,12 @@ def policy_loss(
         advantage: shaped like ``targets``, or one per sequence: (B,) for padded rows, one per
             segment for packed ones.
         weight: shaped like ``targets``, floats: mask x normaliser, from `token_weights`; a mask by
-            itself (bool or integers) is refused. Rows whose weight and entropy weight are 0 are not
-            read; any target is allowed there.
+            itself (bool or integers) is refused, and as floats it is the plain sum over all tokens.
+            Rows whose weight and entropy weight are 0 are not read; any target is allowed there.
         objective: an `Objective`, or a torch function ``(logprob, entropy, ctx) -> token_loss``.
         ref_logprob: reference policy's log-probabilities, for an objective with ``kl``.
-        rollout_logprob: inference engine's log-probabilities, for ``importance`` and ``opsm``.
+        rollout_logprob: inference engine's log-probabilities, for ``importance``, ``opsm``, BAPO as
+            in the paper and user-defined objectives; the others do not look at them.
         segments: ``cu_seqlens`` (S + 1,) of packed tokens, for sequence-level terms.
         temperature: number > 0, or a tensor of one per row or per sequence. No gradient.
         softcap: z = cap * tanh(x / cap) before the temperature; None = off.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _checks
 from .bapo import PUBLISHED, Range, grid, search
-from .conflict import check_filter, shape_advantage
+from .conflict import check_filter, filter_keeps, shape_advantage
 from .parallel import batch_groups
 from .reference_objective import Hyper, clamped_exp
 from .selection import covariance, draw_between, select_high, select_top
@@ -160,13 +160,15 @@ class EntropyFilter(Rule):
     def apply(
         self, o: Objective, rows: Rows, context: RowContext, h: Hyper
     ) -> tuple[Objective, RowContext]:
-        """The advantages change, the objective stays."""
+        """The advantages change; that sequences are dropped shows in the selection, too."""
         total = context.sequence_sum(torch.where(rows.used, rows.entropy, 0.0))
         mean = total / context.sequence_sum(rows.used).clamp_min(1)
         shaped = shape_advantage(
             context.advantage, mean, self.max_entropy, self.coef, self.initial_entropy
         )
-        return replace(o, rule=None), replace(context, advantage=shaped)
+        kept = filter_keeps(mean, self.max_entropy, self.initial_entropy)
+        o = replace(o, rule=None, selection=_both(o, kept, context))
+        return o, replace(context, advantage=shaped)
 
 
 def adapt(

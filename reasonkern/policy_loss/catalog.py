@@ -1,12 +1,11 @@
 """The objectives by name: paper, formula, aggregation, passes over the logits.
 
-``python -m reasonkern.policy_loss.catalog`` prints the table of README.md; ``--write`` replaces it
-there.
+Prints the table of this folder's README.md.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 from typing import NamedTuple
 
@@ -83,7 +82,10 @@ def with_table(text: str) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--write"]:
+    name = "python -m reasonkern.policy_loss.catalog"
+    parser = argparse.ArgumentParser(name, description=__doc__)
+    parser.add_argument("--write", action="store_true", help="replace the table in README.md")
+    if parser.parse_args().write:
         README.write_text(with_table(README.read_text()))
     else:
         print(table(), end="")

@@ -219,8 +219,16 @@ def shape_advantage(
     initial_entropy: float | Tensor | None,
 ) -> Tensor:
     """The filter for advantages and mean entropies of one shape."""
-    kept = ~(mean_entropy > max_entropy)  # NaN is no reason to drop: it shows in the result
-    if initial_entropy is not None:
-        kept = kept | (torch.as_tensor(initial_entropy, device=kept.device) > LN_2)
+    kept = filter_keeps(mean_entropy, max_entropy, initial_entropy)
     shaped = advantage.double() - coef * mean_entropy
     return torch.where(kept, shaped, 0.0).to(advantage.dtype)
+
+
+def filter_keeps(
+    mean_entropy: Tensor, max_entropy: float, initial_entropy: float | Tensor | None
+) -> Tensor:
+    """Which completions the filter does not drop."""
+    kept = ~(mean_entropy > max_entropy)  # NaN is no reason to drop: it shows in the result
+    if initial_entropy is None:
+        return kept
+    return kept | (torch.as_tensor(initial_entropy, device=kept.device) > LN_2)

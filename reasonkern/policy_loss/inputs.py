@@ -18,6 +18,7 @@ from .reference import accumulator_dtype
 from .reference_objective import active_rows
 from .sequence import Segments
 
+KEPT = " in rows that mask= keeps (such as targets != -100)"  # targets of statistics
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -13,6 +13,7 @@ from .. import _checks
 from . import linear_op, parallel_linear, paths
 from .chunks import Needs, Plan
 from .inputs import (
+    KEPT,
     LOGITS_DTYPES,
     canonical_mask,
     canonical_scaling,
@@ -82,7 +83,7 @@ def linear_token_stats(
     scaling = canonical_scaling(head.rows, temperature, softcap)
     mask = canonical_mask(mask, head.targets, targets.shape, "hidden")
     vocab = weight.shape[0] if shard is None else shard.vocab
-    _checks.check_range("targets", head.targets, 0, vocab, where=mask)
+    _checks.check_range("targets", head.targets, 0, vocab, mask, KEPT)
     plan = head.plan(chunk_rows, compact, None)
     out = parallel_linear.linear_token_stats(
         head.operands, head.targets, mask, scaling, plan, shard, parallel
@@ -140,11 +141,13 @@ def linear_policy_loss(
         advantage: shaped like ``targets``, or one per sequence: (B,) for padded rows, one per
             segment for packed ones.
         weight: shaped like ``targets``, floats: mask x normaliser, from `token_weights`; a mask by
-            itself (bool or integers) is refused. Rows whose weight and entropy weight are 0 take no
-            part, whatever their hidden states and target.
+            itself (bool or integers) is refused, and as floats it is the plain sum over all tokens.
+            Rows whose weight and entropy weight are 0 take no part, whatever their hidden states
+            and target.
         objective: an `Objective`, or a torch function ``(logprob, entropy, ctx) -> token_loss``.
         ref_logprob: reference policy's log-probabilities, for an objective with ``kl``.
-        rollout_logprob: inference engine's log-probabilities, for ``importance`` and ``opsm``.
+        rollout_logprob: inference engine's log-probabilities, for ``importance``, ``opsm``, BAPO as
+            in the paper and user-defined objectives; the others do not look at them.
         segments: ``cu_seqlens`` (S + 1,) of packed tokens, for sequence-level terms.
         temperature: number > 0, or a tensor of one per row or per sequence. No gradient.
         softcap: z = cap * tanh(x / cap) before the temperature; None = off.

@@ -39,6 +39,7 @@ SUMS = (
     "clip_neg_high",
     "clipped",
     "dual_or_cap",
+    "dropped",
     "kl_old_k1",
     "kl_old_k2",
     "kl_old_k3",
@@ -120,6 +121,8 @@ class PolicyMetrics:
         * ``clip_frac``: tokens whose gradient was clipped (A > 0 above, A < 0 below the bounds)
         * ``clip_frac_{pos,neg}_{low,high}``: ratio outside a bound, by the sign of A
         * ``dual_clip_frac``: beyond the dual clip (A < 0) or the ratio cap
+        * ``dropped_frac``: tokens without a policy term, by a selection (of GTPO, 80/20, Clip-Cov,
+          OPSM or the caller) or an importance weight that is 0; 1 = only KL and entropy train
         * ``ratio_mean``, ``ratio_min``, ``ratio_max``, ``ratio_var`` (population)
         * ``kl_old_k1``, ``_k2``, ``_k3`` (to ``old_logprob``) and ``kl_ref_*`` when given, nats
         * ``entropy``, ``entropy_pos`` (A > 0), ``entropy_neg`` (A < 0), nats per token
@@ -137,11 +140,12 @@ class PolicyMetrics:
         for region in ("pos_low", "pos_high", "neg_low", "neg_high"):
             out[f"clip_frac_{region}"] = s[f"clip_{region}"] * per_row
         out["dual_clip_frac"] = s["dual_or_cap"] * per_row
+        out["dropped_frac"] = s["dropped"] * per_row
         _, mean, _, square = self.moments[0].unbind()
         out["ratio_mean"] = mean
         out["ratio_min"], out["ratio_max"] = torch.where(n > 0, self.ratio_range, 0.0).unbind()
         out["ratio_var"] = square * per_row
-        for name in SUMS[11:18]:
+        for name in (n for n in SUMS if n.startswith("kl_") or n == "entropy"):
             if self.has_ref or not name.startswith("kl_ref"):
                 out[name] = s[name] * per_row
         for sign in ("pos", "neg"):
@@ -266,6 +270,7 @@ def metric_rows(
     clipped = (pos & high) | (neg & low)
     r_eff = torch.where(neg, torch.clamp_min(r, h.ratio_min), torch.clamp_max(r, h.ratio_max))
     beyond_cap = (r > h.ratio_cap) | (neg & (r > h.dual_clip))
+    dropped = torch.zeros_like(active) if importance is None else importance == 0
     old_d, ref_d = (
         torch.zeros_like(logp) if other is None else other.double() - logp
         for other in (old_logprob, ref_logprob)
@@ -273,7 +278,8 @@ def metric_rows(
     entropy = entropy.double()
     columns = [
         torch.ones_like(logp), pos, neg, pos & low, pos & high, neg & low, neg & high, clipped,
-        beyond_cap, *_estimators(old_d, h.log_ratio_clamp), *_estimators(ref_d, h.log_ratio_clamp),
+        beyond_cap, dropped,
+        *_estimators(old_d, h.log_ratio_clamp), *_estimators(ref_d, h.log_ratio_clamp),
         entropy, torch.where(pos, entropy, 0.0), torch.where(neg, entropy, 0.0),
         torch.clamp_min(r_eff * a, 0), torch.clamp_min(-r_eff * a, 0),
     ]  # fmt: skip

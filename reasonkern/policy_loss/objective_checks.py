@@ -39,10 +39,12 @@ def validate(o: ObjectiveFields) -> None:
         if not left_out and not isinstance(x, Tensor) and not _is_number(x):
             check(False, called.get(name, name), "a number", repr(x))
     lo, hi, cap, dual = o.ratio_min, o.ratio_max, o.ratio_cap, o.dual_clip
-    if isinstance(lo, (int, float)):
-        check(0 <= lo <= 1, "ratio_min", "a ratio in [0, 1], not an epsilon, or None", lo)
-    if isinstance(hi, (int, float)):
-        check(hi >= 1, "ratio_max", "a ratio >= 1, not an epsilon, or None", hi)
+    if isinstance(lo, (int, float)) and not 0 <= lo <= 1:
+        expected = f"a ratio in [0, 1], not an epsilon, or None{_order(o.name)}"
+        check(False, "ratio_min", expected, lo)
+    if isinstance(hi, (int, float)) and not hi >= 1:
+        expected = f"a ratio >= 1, not an epsilon, or None{_as_ratios(lo, hi)}{_order(o.name)}"
+        check(False, "ratio_max", expected, hi)
     if isinstance(cap, (int, float)):
         bound = hi if isinstance(hi, (int, float)) else math.inf if hi is None else 0.0
         check(cap > bound, "ratio_cap", f"more than ratio_max = {hi}", cap)
@@ -52,7 +54,21 @@ def validate(o: ObjectiveFields) -> None:
     _validate_terms(o)
 
 
-# torch.compile(dynamic=True) cannot trace math.isnan, math.isfinite or repr of a number.
+def _order(name: str) -> str:
+    """One constructor has the bound first that the others have second."""
+    return " (cispo takes ratio_max first, then ratio_min)" if name == "cispo" else ""
+
+
+def _as_ratios(lo: object, hi: float) -> str:
+    """What was meant where bounds can be epsilons, as in ``dapo(0.2, 0.28)``."""
+    if not isinstance(lo, (int, float)) or not 0 < lo < 0.5 or not 0 < hi < 1:
+        return ""
+    ratios = f"ratio_min={1 - lo:.4g}, ratio_max={1 + hi:.4g}"
+    return f" ({ratios} for the epsilons {lo:g} and {hi:g})"
+
+
+# torch.compile(dynamic=True) cannot trace math.isnan, math.isfinite or repr of a number: hence these
+# two, and words of an error that are put together where there is one.
 
 
 def _is_number(x: object) -> bool:

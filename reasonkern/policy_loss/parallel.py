@@ -38,7 +38,8 @@ class Parallel:
             padded tokens, or segments i of packed ones, are pieces of one sequence; a piece may be
             empty. Sequence-level objectives, sequence importance and OPSM sum over it.
         vocab_size: columns that exist; those after them are padding: they count as -inf and get
-            gradient 0. None = the columns of all ranks.
+            gradient 0. None = the columns of all ranks. Give it wherever a head was padded for its
+            ranks, as Megatron does: else the padding takes part in every sum over the vocabulary.
         reduce_dhidden: `linear_policy_loss` and `linear_token_stats` add up the gradient of
             ``hidden`` over ``vocab_group``; False = the caller does (sequence parallelism reduces
             and scatters in one step).

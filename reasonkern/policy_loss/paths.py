@@ -223,15 +223,15 @@ def loss_of_statistics(
         return _operator_rows(o, logprob, entropy, context, factor, values, hyper)
     log_ratio = None
     if o.level == "custom":
-        row_loss, token_loss, finite = _custom_rows(o, lp, ent, finite, context, h)
+        row_loss, token_loss, finite, factor = _custom_rows(o, lp, ent, finite, context, h)
     else:
         with torch.no_grad():
-            rows, log_ratio = _mapped_rows(o, lp, ent, finite, context, h)
+            rows, factor, log_ratio = _mapped_rows(o, lp, ent, finite, context, h)
         # Value from the map, gradient by its analytic derivatives.
         slope = rows.dlogp * (lp - lp.detach()) + rows.dentropy * (ent - ent.detach())
         row_loss, token_loss, finite = rows.row_loss + slope, rows.token_loss, finite & rows.finite
     rest = token_loss.detach(), logprob.detach(), entropy.detach()
-    return PathOutput(row_loss, *rest, finite, None, o, values, hyper, log_ratio)
+    return PathOutput(row_loss, *rest, finite, factor, o, values, hyper, log_ratio)
 
 
 def _has_operator(o: Objective, context: RowContext) -> bool:
@@ -279,8 +279,8 @@ def _operator_rows(
 
 def _mapped_rows(
     o: Objective, lp: Tensor, ent: Tensor, finite: Tensor, context: RowContext, h: Hyper
-) -> tuple[RowLoss, Tensor | None]:
-    """What no operator maps: the map's rows, and the log-ratio of `PathOutput`."""
+) -> tuple[RowLoss, Tensor | None, Tensor | None]:
+    """What no operator maps: the map's rows, and factor and log-ratio of `PathOutput`."""
     weight = torch.where(finite, context.weight, 0.0)
     entropy_weight = context.entropy_weight
     if entropy_weight is not None:
@@ -294,16 +294,16 @@ def _mapped_rows(
     args: tuple[Any, ...]
     if o.level == "token":  # with a penalty
         args = (o.kind, *_kl(o), *rows, h, o.log_ratio_penalty)
-        return objective_rows(*args), None
+        return objective_rows(*args), factor, None
     h = unpack_hyper(*o.pack_sequence(context.weight), lp.shape)
     args = (KINDS[o.name], *_kl(o), *rows, context.segments, h)
     mapped, log_ratio = sequence_rows(*args)
-    return mapped, log_ratio if o.name == "gspo" else None
+    return mapped, factor, log_ratio if o.name == "gspo" else None
 
 
 def _custom_rows(
     o: Objective, lp: Tensor, ent: Tensor, finite: Tensor, context: RowContext, h: Hyper
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     assert o.function is not None
     lp, ent = _FiniteGradient.apply(lp), _FiniteGradient.apply(ent)  # type: ignore[no-untyped-call]
     token_loss = o.function(lp, ent, context)
@@ -327,7 +327,7 @@ def _custom_rows(
     row_loss = context.weight * token_loss - h.entropy_coef * entropy_weight * ent
     kept = finite & context.active & torch.isfinite(row_loss)
     row_loss, token_loss = (torch.where(kept, x, 0.0) for x in (row_loss, token_loss))
-    return row_loss.to(lp.dtype), token_loss.to(lp.dtype), kept
+    return row_loss.to(lp.dtype), token_loss.to(lp.dtype), kept, factor
 
 
 def _kl(o: Objective) -> tuple[int, bool]:
