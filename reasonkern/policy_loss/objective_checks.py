@@ -67,8 +67,8 @@ def _as_ratios(lo: object, hi: float) -> str:
     return f" ({ratios} for the epsilons {lo:g} and {hi:g})"
 
 
-# torch.compile(dynamic=True) cannot trace math.isnan, math.isfinite or repr of a number: hence these
-# two, and words of an error that are put together where there is one.
+# torch.compile(dynamic=True) cannot trace math.isnan, math.isfinite or repr of a number: hence
+# these two, and words of an error that are put together where there is one.
 
 
 def _is_number(x: object) -> bool:
