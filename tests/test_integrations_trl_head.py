@@ -1,8 +1,9 @@
-"""The head of our GRPOTrainer against the logits of the model that it is added to."""
+"""The head of our GRPOTrainer: the logits it stands for, and what wrappers do to its arguments."""
 
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
+
+from reasonkern import Objective
 
 pytest_plugins = ("trl_fixtures",)
 pytestmark = pytest.mark.peers
@@ -79,3 +82,35 @@ def test_a_head_that_was_adapted_after_patching(ours: ModuleType) -> None:
     head.weight = model.lm_head.weight
     model.lm_head = head
     assert_scores_its_logits(model)
+
+
+def test_fsdp_in_mixed_precision_rounds_no_log_probability(
+    ours: ModuleType, tmp_path: Path
+) -> None:
+    """It casts what enters and leaves a module: a first update must still see ratios of 1."""
+    dist = torch.distributed
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'ranks'}", rank=0, world_size=1
+    )
+    try:
+        fsdp = importlib.import_module("torch.distributed.fsdp")
+        model = make_model("Llama")
+        ours.add_head(model)
+        policy = fsdp.MixedPrecisionPolicy(torch.bfloat16, output_dtype=torch.bfloat16)
+        mesh = dist.init_device_mesh("cpu", (1,))
+        fsdp.fully_shard(model, mesh=mesh, mp_policy=policy)
+        ids = torch.randint(2, 14, (2, 8), generator=torch.Generator().manual_seed(1))
+        inputs = {"input_ids": ids, "labels": ids, "fused_lm_head": True, "tokens": 5}
+        with torch.no_grad():
+            old = model(**inputs).log_probs
+        rows = ours.HeadRows(
+            Objective.ppo(), torch.ones(2), torch.ones(2, 5), None, old, None, None
+        )
+        out = model(**inputs, rows=rows)
+        out.loss.backward()
+        found = out.statistics.metrics.compute()
+    finally:
+        dist.destroy_process_group()
+    assert not torch.equal(old, old.bfloat16().float())
+    assert found["rows_active"] == 10 and found["ratio_min"] == found["ratio_max"] == 1
+    assert all(p.grad is not None for p in model.parameters())

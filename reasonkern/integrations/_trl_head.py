@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -23,20 +23,26 @@ from ..policy_loss import (
 )
 
 
-@dataclass(frozen=True, eq=False)
 class HeadRows:
     """What `policy_loss` takes besides the logits, each (B, K) for the K completion tokens.
 
-    Not a tuple or a dict: FSDP casts the floating tensors of those to its parameter dtype.
+    A plain object, for FSDP casts the floating tensors of tuples, dicts and dataclasses that enter
+    or leave a module, and bfloat16 log-probabilities are off by up to 0.03 nat.
     """
 
-    objective: Objective
-    advantage: Tensor  # or (B,)
-    weight: Tensor
-    entropy_weight: Tensor | None
-    old_logprob: Tensor | None
-    ref_logprob: Tensor | None
-    rollout_logprob: Tensor | None
+    def __init__(
+        self,
+        objective: Objective,
+        advantage: Tensor,  # or (B,)
+        weight: Tensor,
+        entropy_weight: Tensor | None,
+        old_logprob: Tensor | None,
+        ref_logprob: Tensor | None,
+        rollout_logprob: Tensor | None,
+    ) -> None:
+        self.objective, self.advantage, self.weight = objective, advantage, weight
+        self.entropy_weight, self.old_logprob = entropy_weight, old_logprob
+        self.ref_logprob, self.rollout_logprob = ref_logprob, rollout_logprob
 
     def padded(self, left: int, right: int) -> dict[str, Any]:
         """The arguments, with rows of weight 0 before and after the completion."""
@@ -49,15 +55,34 @@ class HeadRows:
         return arguments | {"objective": replace(o, selection=pad(o.selection))}
 
 
-class HeadOutput(NamedTuple):
-    """What TRL reads from a model's output, and the loss."""
+class HeadStatistics:
+    """(B, K) statistics of the tokens, and the loss's metrics: a plain object as `HeadRows`."""
 
-    log_probs: Tensor
-    entropy: Tensor
+    def __init__(
+        self,
+        log_probs: Tensor,
+        entropy: Tensor,
+        token_loss: Tensor | None = None,
+        metrics: PolicyMetrics | None = None,
+    ) -> None:
+        self.log_probs, self.entropy = log_probs, entropy
+        self.token_loss, self.metrics = token_loss, metrics
+
+
+class HeadOutput(NamedTuple):
+    """What TRL reads from a model's output, and the loss, where wrappers look for gradients."""
+
+    statistics: HeadStatistics
     aux_loss: Tensor | None
     loss: Tensor | None = None
-    token_loss: Tensor | None = None
-    metrics: PolicyMetrics | None = None
+
+    @property
+    def log_probs(self) -> Tensor:
+        return self.statistics.log_probs
+
+    @property
+    def entropy(self) -> Tensor:
+        return self.statistics.entropy
 
 
 class HeadCall:
@@ -149,7 +174,7 @@ def _score_hidden(
     }  # fmt: skip
     if rows is None:
         stats = linear_token_stats(hidden, head.weight, y, mask=y >= 0, **options)
-        return HeadOutput(stats.logprob[:, inside], stats.entropy[:, inside], None)
+        return HeadOutput(_statistics(stats.logprob, stats.entropy, inside), None)
     out = linear_policy_loss(hidden, head.weight, y, **rows.padded(0, 1), **options)
     return _head_output(out, inside, None)
 
@@ -165,11 +190,16 @@ def _score_logits(
     y = F.pad(targets, (left, 1), value=-100)
     if rows is None:
         stats = token_stats(logits, y, temperature=temperature, mask=y >= 0)
-        return HeadOutput(stats.logprob[:, inside], stats.entropy[:, inside], aux_loss)
+        return HeadOutput(_statistics(stats.logprob, stats.entropy, inside), aux_loss)
     out = policy_loss(logits, y, temperature=temperature, inplace_grad=True, **rows.padded(left, 1))
     return _head_output(out, inside, aux_loss)
 
 
+def _statistics(logprob: Tensor, entropy: Tensor, inside: slice) -> HeadStatistics:
+    return HeadStatistics(logprob[:, inside], entropy[:, inside])
+
+
 def _head_output(out: PolicyLossOutput, inside: slice, aux_loss: Tensor | None) -> HeadOutput:
     token_loss, logprob, entropy = (x[:, inside] for x in out[1:4])
-    return HeadOutput(logprob, entropy, aux_loss, out.loss, token_loss, out.metrics)
+    statistics = HeadStatistics(logprob, entropy, token_loss, out.metrics)
+    return HeadOutput(statistics, aux_loss, out.loss)

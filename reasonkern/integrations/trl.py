@@ -185,9 +185,10 @@ class GRPOTrainer(_Base):
         call = HeadCall(model, rows)
         super()._compute_loss(call, inputs | known)  # for its metrics and its entropy controller
         output, mode = call.output, "train" if self.model.training else "eval"
-        assert output is not None and output.loss is not None and output.metrics is not None
-        seen = self._row_metrics.get(mode)
-        self._row_metrics[mode] = output.metrics if seen is None else seen + output.metrics
+        assert output is not None and output.loss is not None
+        metrics, seen = output.statistics.metrics, self._row_metrics.get(mode)
+        assert metrics is not None
+        self._row_metrics[mode] = metrics if seen is None else seen + metrics
         if self._own_objective and self._entropy_bonus_enabled:
             self._metrics[mode]["policy_loss"][-1] = self._policy_loss(output, rows)
         loss = output.loss
@@ -197,8 +198,9 @@ class GRPOTrainer(_Base):
 
     def _policy_loss(self, output: HeadOutput, rows: HeadRows) -> float:
         """The loss without the entropy bonus, scaled and averaged over ranks as TRL logs it."""
-        assert output.token_loss is not None
-        loss = (rows.weight * output.token_loss).sum()
+        token_loss = output.statistics.token_loss
+        assert token_loss is not None
+        loss = (rows.weight * token_loss).sum()
         if AGGREGATION[self.loss_type] != "window":
             loss = loss * self._steps()
         mean: float = self.accelerator.gather(loss).nanmean().item()
