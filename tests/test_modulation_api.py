@@ -20,6 +20,7 @@ from modulation_cases import (
     START,
     VOCAB,
     Loop,
+    Vocabulary,
     make_state,
     random_requests,
     state_of,
@@ -54,6 +55,19 @@ def test_an_id_may_be_in_every_set():
     storage = at.Storage(None, rk.TokenSets.from_ids(dict.fromkeys(names, [largest])).tensor())
     assert storage.sets[at.LARGEST_ID] == largest and (storage.set_ids == largest).all()
     assert (storage.set_member == (1 << at.MAX_SETS) - 1).all()
+
+
+def test_added_pieces_are_text_as_they_are():
+    """Not bytes, nor a space at the character that stands for one elsewhere (DeepSeek's ends)."""
+
+    class Added(Vocabulary):
+        def get_added_vocab(self) -> dict[str, int]:
+            return {piece: token for piece, token in self.get_vocab().items() if piece[0] == "<"}
+
+    words = ["<｜end▁of▁sentence｜>", "<«»>", "wait"]
+    for first in ("Ġwait", "▁wait"):
+        sets = rk.TokenSets.from_tokenizer(Added(first, *words), {"s": words})
+        assert sets["s"] == (101, 102, 103)
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, SENTENCES])

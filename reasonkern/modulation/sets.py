@@ -62,7 +62,8 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
 
         Args:
             tokenizer: has ``get_vocab()``, from pieces to ids: a tokenizer of transformers or of
-                tokenizers.
+                tokenizers. Pieces that its ``get_added_vocab()`` names, if it has one, are text as
+                they are.
             sets: strings by name.
             variants: ``"exact"``: the piece that is the string, without a space before it, as
                 CyclicReflex publishes its set; ``"space"``: also the piece with a space before it;
@@ -80,7 +81,8 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
             _checks.fail("tokenizer", "an object with get_vocab()", type(tokenizer).__name__)
         if not isinstance(sets, Mapping):
             _checks.fail("sets", "a mapping from names to strings", type(sets).__name__)
-        vocab = _by_text(tokenizer.get_vocab())
+        added: Mapping[str, int] = getattr(tokenizer, "get_added_vocab", dict)()
+        vocab = _by_text(tokenizer.get_vocab(), added)
         unwanted = [word.lower() for word in _checked_strings("exclude", exclude)]
         found: dict[str, set[int]] = {name: set() for name in sets}
         missing, spaced = [], False
@@ -200,12 +202,14 @@ _OTHERS = [b for b in range(256) if b not in set(_PRINTABLE)]
 _BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerate(_OTHERS)}
 
 
-def _by_text(vocab: Mapping[str, int]) -> dict[str, list[int]]:
-    """Ids by the text of their piece, its leading space included."""
+def _by_text(vocab: Mapping[str, int], added: Mapping[str, int]) -> dict[str, list[int]]:
+    """Ids by the text of their piece, its leading space included; added pieces are text as is."""
     byte_level = any(piece.startswith("\u0120") for piece in vocab)
     out: dict[str, list[int]] = {}
     for piece, token in vocab.items():
-        if byte_level and all(c in _BYTES for c in piece):
+        if piece in added:
+            text = piece
+        elif byte_level and all(c in _BYTES for c in piece):
             text = bytes(_BYTES[c] for c in piece).decode("utf-8", errors="replace")
         else:
             text = piece.replace("\u2581", " ")
