@@ -168,6 +168,17 @@ def test_a_device_that_is_not_there(make):
         message = f"^device: expected a device of this machine, got '{device}' \\("
         with pytest.raises(ValueError, match=message):
             make(8, device=device)
+        with pytest.raises(ValueError, match=message):
+            make(8).to(device)
+
+
+def test_a_table_of_numpys_numbers():
+    """Saved, it holds Python's: torch loads no others."""
+    sizes = {"capacity": 8, "vocab_size": 50, "topk": 2, "max_count": 9, "max_scopes": 3}
+    table = rk.NgramTable(orders=(np.int64(2), 1), **{k: np.int64(n) for k, n in sizes.items()})
+    settings = table.state_dict()["settings"]
+    assert settings == sizes | {"orders": [2, 1], "storage": "packed"}
+    assert all(type(settings[name]) is int for name in sizes)
 
 
 def test_checks_do_not_break_a_graph():

@@ -123,8 +123,8 @@ class ModulationState:
         self._parts[slot], self._ids[slot] = 0, -1
         self._refresh()
 
-    def _check_slot(self, slot: object, used: bool) -> None:
-        if isinstance(slot, bool) or not isinstance(slot, int) or not 0 <= slot < self.max_requests:
+    def _check_slot(self, slot: int, used: bool) -> None:
+        if not _checks.is_integer(slot) or not 0 <= slot < self.max_requests:
             _checks.fail("slot", f"an integer in [0, {self.max_requests})", repr(slot))
         if bool(self._parts[slot]) != used:
             _checks.fail("slot", f"a slot {'in use' if used else 'that is free'}", slot)
@@ -197,6 +197,7 @@ class ModulationState:
 
     def to(self, device: torch.device | str) -> ModulationState:
         """Moves the state to a device; returns it."""
+        device = _checks.as_device("device", device)
         with torch.inference_mode(False):
             self.tensors = Storage(*(t.to(device) for t in self.tensors))
         self._refresh()

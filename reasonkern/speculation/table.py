@@ -85,8 +85,9 @@ class NgramTable:
     ) -> None:
         vocab = 1 << ID_BITS if vocab_size is None else vocab_size
         check_settings(capacity, vocab, orders, topk, max_count, max_scopes, storage)
-        self.capacity, self.vocab_size, self.orders = capacity, vocab, tuple(orders)
-        self.topk, self.max_count, self.max_scopes = topk, max_count, max_scopes
+        self.capacity, self.vocab_size = int(capacity), int(vocab)
+        self.orders = tuple(int(order) for order in orders)
+        self.topk, self.max_count, self.max_scopes = int(topk), int(max_count), int(max_scopes)
         self.storage = storage
         place = _checks.as_device("device", device)
         self._state = allocate(capacity, vocab, topk, max_scopes, storage, place)
@@ -331,6 +332,7 @@ class NgramTable:
 
     def to(self, device: torch.device | str) -> NgramTable:
         """Moves the table to a device; returns it."""
+        device = _checks.as_device("device", device)
         with torch.inference_mode(False):
             self._state = Storage(*(t.to(device) for t in self._state))
         return self

@@ -74,8 +74,9 @@ def _per_row(name: str, value: int | Tensor, rows: int, table: NgramTable) -> Te
         if value.ndim > 1 or (value.ndim and value.shape[0] != rows):
             _checks.fail(name, f"a number or shape ({rows},)", tuple(value.shape))
         return value.expand(rows).contiguous()
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not _checks.is_integer(value):
         _checks.fail(name, "an integer or a tensor", repr(value))
+    value = int(value)
     signed = value - (1 << 64) if 1 << 63 <= value < 1 << 64 else value
     if not -(1 << 63) <= signed < 1 << 63:
         _checks.fail(name, "an integer of 64 bits", value)
@@ -86,7 +87,7 @@ def scopes(table: NgramTable, scope: int | Tensor | None, rows: int) -> Tensor |
     """(rows,) int64, or None for scope 0."""
     if scope is None:
         return None
-    if isinstance(scope, int) and not 0 <= scope < table.max_scopes:
+    if _checks.is_integer(scope) and not 0 <= scope < table.max_scopes:
         _checks.fail("scope", f"an integer in [0, {table.max_scopes})", scope)
     return _per_row("scope", scope, rows, table)
 

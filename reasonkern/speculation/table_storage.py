@@ -40,7 +40,7 @@ def check_settings(
 
 
 def _is_integer(value: object, low: int, high: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
+    return _checks.is_integer(value) and low <= value <= high
 
 
 @torch.inference_mode(False)  # else they could not be written to after it
