@@ -9,12 +9,7 @@ verl calls a policy loss with log-probabilities, not logits, so this is the obje
 O(N) map of the family, with its analytic gradient. Bounds come from the actor's configuration
 (``clip_ratio_low``, ``clip_ratio_high``, ``clip_ratio_c``, ``tau_pos``, ``tau_neg``,
 ``policy_loss.dro_beta``), as they do for verl's own losses; `register` adds an `Objective` with
-numbers of its own. `NAMES` are those that are there, all named constructors of `Objective` but
-``gtpo`` and ``high_entropy``, which need entropies, and verl gives a loss none.
-
-``loss_agg_mode`` is heeded by all of them. verl's own ``sapo`` and ``geo_mean`` are means over
-sequences whatever it says: for the same loss ``rk_sapo`` and ``rk_gmpo`` want
-``seq-mean-token-mean``.
+numbers of its own.
 """
 
 from __future__ import annotations
@@ -123,6 +118,7 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "rloo": lambda config: Objective.rloo(),
     "reinforce": lambda config: Objective.reinforce(),
 }
+# All constructors but gtpo and high_entropy, which need entropies: verl gives a loss none.
 NAMES = tuple(f"rk_{name}" for name in OBJECTIVES)
 # Terms of an `Objective` that are not its business in verl, and what is instead.
 NOT_HERE = {
@@ -233,8 +229,8 @@ def register(objective: Objective | Callable[[Any], Objective], name: str) -> st
 
     Args:
         objective: an `Objective`, or a function from verl's ActorConfig to one.
-        name: for ``policy_loss.loss_mode``. Not one of `NAMES` or of verl's own losses; another one
-            is registered anew.
+        name: for ``policy_loss.loss_mode``. Neither one of ``NAMES`` nor of verl's own losses;
+            your own may be registered again.
 
     Raises:
         ValueError: a term that verl adds itself (``kl``, ``entropy_coef``, ``importance``) or that

@@ -30,31 +30,6 @@ def check(ok: bool, name: str, expected: str, got: object) -> None:
         raise ValueError(f"objective {name}: expected {expected}, got {got}")
 
 
-def validate(o: ObjectiveFields) -> None:
-    """Refuses values that have no meaning; tensors are taken as they are (no synchronisation)."""
-    called = dict(zip(("low", "high"), LIMITS.get(o.kind, ()), strict=False))
-    for name in (*OPTIONAL, *REQUIRED):
-        x = getattr(o, name)
-        left_out = x is None and name in OPTIONAL
-        if not left_out and not isinstance(x, Tensor):
-            given = called.get(name, name)
-            check(_is_number(x), given, "a number", repr(x))
-    lo, hi, cap, dual = o.ratio_min, o.ratio_max, o.ratio_cap, o.dual_clip
-    if isinstance(lo, (int, float)):
-        expected = f"a ratio in [0, 1], not an epsilon, or None{_order(o.name)}"
-        check(0 <= lo <= 1, "ratio_min", expected, lo)
-    if isinstance(hi, (int, float)):
-        expected = f"a ratio >= 1, not an epsilon, or None{_as_ratios(lo, hi)}{_order(o.name)}"
-        check(hi >= 1, "ratio_max", expected, hi)
-    if isinstance(cap, (int, float)):
-        bound = hi if isinstance(hi, (int, float)) else math.inf if hi is None else 0.0
-        check(cap > bound, "ratio_cap", f"more than ratio_max = {hi}", cap)
-    if isinstance(dual, (int, float)):
-        check(dual > 1, "dual_clip", "a ratio > 1 or None", dual)
-    _validate_kind(o)
-    _validate_terms(o)
-
-
 def _order(name: str) -> str:
     """One constructor has the bound first that the others have second."""
     return " (cispo takes ratio_max first, then ratio_min)" if name == "cispo" else ""
@@ -66,6 +41,30 @@ def _as_ratios(lo: object, hi: float) -> str:
         return ""
     ratios = f"ratio_min={1 - lo:.4g}, ratio_max={1 + hi:.4g}"
     return f" ({ratios} for the epsilons {lo:g} and {hi:g})"
+
+
+def validate(o: ObjectiveFields) -> None:
+    """Refuses values that have no meaning; tensors are taken as they are (no synchronisation)."""
+    called = dict(zip(("low", "high"), LIMITS.get(o.kind, ()), strict=False))
+    for name in (*OPTIONAL, *REQUIRED):
+        x = getattr(o, name)
+        left_out = x is None and name in OPTIONAL
+        if not left_out and not isinstance(x, Tensor):
+            given = called.get(name, name)
+            check(_is_number(x), given, "a number", repr(x))
+    lo, hi, cap, dual = o.ratio_min, o.ratio_max, o.ratio_cap, o.dual_clip
+    if isinstance(lo, (int, float)) and not 0 <= lo <= 1:
+        check(False, "ratio_min", f"a ratio in [0, 1], not an epsilon, or None{_order(o.name)}", lo)
+    if isinstance(hi, (int, float)) and not hi >= 1:
+        meant = _as_ratios(lo, hi) + _order(o.name)
+        check(False, "ratio_max", f"a ratio >= 1, not an epsilon, or None{meant}", hi)
+    if isinstance(cap, (int, float)):
+        bound = hi if isinstance(hi, (int, float)) else math.inf if hi is None else 0.0
+        check(cap > bound, "ratio_cap", f"more than ratio_max = {hi}", cap)
+    if isinstance(dual, (int, float)):
+        check(dual > 1, "dual_clip", "a ratio > 1 or None", dual)
+    _validate_kind(o)
+    _validate_terms(o)
 
 
 def _is_number(x: object) -> bool:
