@@ -126,7 +126,11 @@ STATS: list[tuple[dict[str, Any], str]] = [
      "torch.float64"),
     ({"mask": F + 2}, "mask: expected bool or 0/1 values, got 2.0 at (0, 0)"),
     ({"mask": F.bool().to("meta")}, "mask: expected the device of hidden, cpu, got meta"),
-    ({"targets": IDS - 1}, "targets: expected values in [0, 13), got -1 at (0, 0)"),
+    (
+        {"targets": IDS - 1},
+        "targets: expected values in [0, 13) in rows that mask= keeps (such as targets != -100), "
+        "got -1 at (0, 0)",
+    ),
     ({"chunk_rows": -5}, "chunk_rows: expected an integer >= 1 or None, got -5"),
     ({"softcap": 0.0}, "softcap: expected a finite number > 0, got 0.0"),
 ]  # fmt: skip

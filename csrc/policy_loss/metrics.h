@@ -20,7 +20,6 @@ enum MetricCount : int {
   kClipPosHigh,
   kClipNegLow,
   kClipNegHigh,
-  kClipped,
   kDualOrCap,
   kRowsDropped,
   kNumCounts
@@ -123,7 +122,6 @@ RK_HOST_DEVICE void set_row(Metrics& m, const MetricsParams<T>& p, int64_t row, 
   m.counts[kClipPosHigh] = pos && high;
   m.counts[kClipNegLow] = neg && low;
   m.counts[kClipNegHigh] = neg && high;
-  m.counts[kClipped] = clipped;
   m.counts[kDualOrCap] = r > h.ratio_cap || (neg && r > h.dual_clip);
   m.counts[kRowsDropped] = p.importance != nullptr && p.importance[row] == T(0);
   if (p.old_logprob != nullptr) {

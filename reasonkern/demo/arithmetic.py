@@ -108,7 +108,9 @@ def _solution(rng: Random, start: int, steps: list[Step], correct: bool) -> str:
 
 
 def _slip(rng: Random, value: int) -> int:
-    return value + rng.choice([error for error in (-10, -2, -1, 1, 2, 10) if value + error > 1])
+    """A number nearby, above 1 if there is one: after a missed slip values can be far below 0."""
+    errors = (-10, -2, -1, 1, 2, 10)
+    return value + rng.choice([error for error in errors if value + error > 1] or errors)
 
 
 def _missed_check(rng: Random) -> str:

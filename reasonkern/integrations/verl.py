@@ -126,6 +126,7 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "rloo": lambda config: Objective.rloo(),
     "reinforce": lambda config: Objective.reinforce(),
 }
+# All constructors but gtpo and high_entropy, which need entropies: verl gives a loss none.
 NAMES = tuple(f"rk_{name}" for name in OBJECTIVES)
 # Terms of an `Objective` that are not its business in verl, and what is instead.
 NOT_HERE = {
@@ -236,8 +237,8 @@ def register(objective: Objective | Callable[[Any], Objective], name: str) -> st
 
     Args:
         objective: an `Objective`, or a function from verl's ActorConfig to one.
-        name: for ``policy_loss.loss_mode``. Not one of `NAMES` or of verl's own losses; another one
-            is registered anew.
+        name: for ``policy_loss.loss_mode``. Neither one of ``NAMES`` nor of verl's own losses;
+            your own may be registered again.
 
     Raises:
         ValueError: a term that verl adds itself (``kl``, ``entropy_coef``, ``importance``) or that

@@ -37,7 +37,6 @@ SUMS = (
     "clip_pos_high",
     "clip_neg_low",
     "clip_neg_high",
-    "clipped",
     "dual_or_cap",
     "dropped",
     "kl_old_k1",
@@ -136,7 +135,7 @@ class PolicyMetrics:
         n = s["rows_active"]
         per_row = 1 / n.clamp_min(1)
         out = {name: s[name] for name in ("rows_active", "rows_skipped", "rows_nonfinite")}
-        out["clip_frac"] = s["clipped"] * per_row
+        out["clip_frac"] = (s["clip_pos_high"] + s["clip_neg_low"]) * per_row
         for region in ("pos_low", "pos_high", "neg_low", "neg_high"):
             out[f"clip_frac_{region}"] = s[f"clip_{region}"] * per_row
         out["dual_clip_frac"] = s["dual_or_cap"] * per_row
@@ -277,7 +276,7 @@ def metric_rows(
     )
     entropy = entropy.double()
     columns = [
-        torch.ones_like(logp), pos, neg, pos & low, pos & high, neg & low, neg & high, clipped,
+        torch.ones_like(logp), pos, neg, pos & low, pos & high, neg & low, neg & high,
         beyond_cap, dropped,
         *_estimators(old_d, h.log_ratio_clamp), *_estimators(ref_d, h.log_ratio_clamp),
         entropy, torch.where(pos, entropy, 0.0), torch.where(neg, entropy, 0.0),

@@ -130,7 +130,7 @@ def policy_metrics(logprob: Tensor, *values: Any) -> Tensor:
     names += ("ref_logprob", "log_ratio", "finite", "hyper", "values", "kind", "clips", "needs_ref")
     args = {"logprob": logprob, **dict(zip(names, values, strict=True))}
     args["hyper_rows"] = 0 if args["hyper"] is None else args["hyper"].shape[1]
-    args["out"] = logprob.new_empty(37, dtype=torch.float64)
+    args["out"] = logprob.new_empty(36, dtype=torch.float64)
     _start("policy_metrics", logprob.dtype, args | {"rows": logprob.numel()}, blocks=1)
     return args["out"]
 
