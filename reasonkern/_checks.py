@@ -120,8 +120,8 @@ def check_saved(state: Mapping[str, object], own: Mapping[str, Tensor], owner: s
 
 def check_list(name: str, value: object, of: str) -> None:
     """Several things in order: no set, and no text, which would be taken apart into its letters."""
-    ordered = hasattr(value, "__len__") and hasattr(value, "__getitem__")
-    if isinstance(value, (str, bytes, Mapping)) or not ordered:
+    unfit = isinstance(value, (str, bytes, Mapping, set, frozenset))
+    if unfit or not hasattr(value, "__len__"):
         fail(name, f"a list of {of}", repr(value) if value is None else type(value).__name__)
 
 
