@@ -43,14 +43,14 @@ def window_over_ranks(vocab: Any = None, data: Any = None) -> None:
         expected, gradient = run_loss(whole, b.logits, OBJECTIVES["dapo_entropy"], None)
         parallel = Parallel(vocab_group=vocab, data_group=data)
         mine = b.mask[2 * data_rank : 2 * data_rank + 2]
-        tokens = ranks.total(mine.sum(), data)
+        total: dict[str, Any] = {"num_sequences": 4}
+        if mode == "token-mean":
+            total = {"num_tokens": ranks.total(mine.sum(), data)}
         metrics, loss, grads = [], torch.zeros(()).double(), []
         for micro in range(2):
             row = slice(2 * data_rank + micro, 2 * data_rank + micro + 1)
             part = sequences_of(b, row)
-            weight = rk.token_weights(
-                part.mask, mode, num_tokens=tokens, num_sequences=4, data_parallel_size=2
-            )
+            weight = rk.token_weights(part.mask, mode, data_parallel_size=2, **total)
             part = replace(part, weight=weight.double(), entropy_weight=weight.double())
             logits = part.logits if vocab is None else own(part.logits, (0, 9, V), vocab.rank())
             out, grad = run_loss(part, logits, OBJECTIVES["dapo_entropy"], parallel)
@@ -139,7 +139,9 @@ def weights_of_pieces() -> None:
         mine = b.mask[:, at[rank()] : at[rank() + 1]]
         for mode in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"):
             for count_empty in (True, False):
-                options: dict[str, Any] = {"count_empty": count_empty, "max_length": 6}
+                options: dict[str, Any] = {"count_empty": count_empty}
+                if mode == "constant":
+                    options["max_length"] = 6
                 whole = rk.token_weights(b.mask, mode, **options)
                 got = rk.token_weights(mine, mode, parallel=parallel, **options)
                 assert_close(got, whole[:, at[rank()] : at[rank() + 1]])

@@ -106,6 +106,7 @@ def test_verl_aggregation(mode: str) -> None:
     found = (token_weights(b.mask, mode, **MODES[mode](b)) * losses).sum()
     assert_close(found, expected, rtol=1e-6, atol=1e-7)
     options = {"dp_size": 2, "batch_num_tokens": 50, "global_batch_size": 9}
-    mine = {"data_parallel_size": 2, "num_tokens": 50, "num_sequences": 9}
+    total = {"num_tokens": 50} if mode == "token-mean" else {"num_sequences": 9}
+    mine: dict[str, Any] = {"data_parallel_size": 2, **total}
     expected = core.agg_loss(losses, b.mask.float(), mode, **options)
     assert_close((token_weights(b.mask, mode, **mine) * losses).sum(), expected, **SINGLE)

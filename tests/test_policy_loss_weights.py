@@ -42,6 +42,16 @@ def literal_weights(
 
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
+OWN = {mode: {"num_sequences"} for mode in MODES} | {"token-mean": {"num_tokens"}}
+OWN["constant"] |= {"max_length"}
+NORMALISERS = {"num_tokens", "num_sequences", "max_length"}
+
+
+def own(mode: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Without the normalisers of other modes, which are refused."""
+    return {k: v for k, v in options.items() if k not in NORMALISERS - OWN[mode]}
+
+
 masks = st.integers(1, 5).flatmap(
     lambda t: st.lists(st.lists(st.booleans(), min_size=t, max_size=t), min_size=1, max_size=5)
 )
@@ -60,6 +70,7 @@ normalisers = st.fixed_dictionaries(
 @settings(max_examples=60, deadline=None)
 @given(mask=masks, options=normalisers)
 def test_weights_are_a_literal_loop(mode: str, mask: Any, options: dict[str, Any]) -> None:
+    options = own(mode, options)
     found = token_weights(torch.tensor(mask), mode, **options)
     assert found.dtype == torch.float32
     assert_close(found, torch.tensor(literal_weights(mask, mode, **options)), rtol=1e-6, atol=0)
@@ -77,7 +88,7 @@ def test_packed_weights_equal_padded_ones(
     mask = [
         [m and i < size for i, m in enumerate(row)] for row, size in zip(mask, sizes, strict=True)
     ]
-    options = {"max_length": t} | options
+    options = own(mode, {"max_length": t} | options)
     padded = token_weights(torch.tensor(mask), mode, **options)
     kept = torch.arange(t) < torch.tensor(sizes)[:, None]
     offsets = torch.tensor([0, *sizes]).cumsum(0).int()
@@ -107,14 +118,15 @@ def test_no_trained_token_gives_zeros(shape: tuple[int, int], count_empty: bool,
 def test_a_window_without_tokens_gives_zeros(mode: str) -> None:
     """The normalisers are 0-dim tensors that every rank got from a sum, and the sum may be 0."""
     zero = torch.tensor(0)
-    w = token_weights(torch.zeros(2, 3), mode, num_tokens=zero, num_sequences=zero)
+    given = own(mode, {"num_tokens": zero, "num_sequences": zero})
+    w = token_weights(torch.zeros(2, 3), mode, **given)
     assert torch.equal(w, torch.zeros(2, 3))
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_tensor_normalisers_equal_numbers(mode: str) -> None:
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    numbers = {"num_tokens": 7, "num_sequences": 5}
+    numbers = own(mode, {"num_tokens": 7, "num_sequences": 5})
     tensors = {name: torch.tensor(x) for name, x in numbers.items()}
     assert torch.equal(token_weights(mask, mode, **numbers), token_weights(mask, mode, **tensors))
 
@@ -151,6 +163,26 @@ WEIGHT_ERRORS: list[tuple[Any, dict[str, Any], str]] = [
         MASK,
         {"num_tokens": MASK},
         r"num_tokens: expected a number or a 0-dim tensor, got shape \(2, 3\)",
+    ),
+    (
+        MASK,
+        {"mode": "seq-mean-token-mean", "num_tokens": 6},
+        "num_tokens: expected None in mode seq-mean-token-mean, which takes num_sequences, got 6",
+    ),
+    (
+        MASK,
+        {"num_sequences": torch.tensor(2)},
+        "num_sequences: expected None in mode token-mean, which takes num_tokens, got 2",
+    ),
+    (
+        MASK,
+        {"mode": "constant", "num_tokens": 6},
+        "num_tokens: expected None in mode constant, which takes num_sequences and max_length, ",
+    ),
+    (
+        MASK,
+        {"mode": "seq-mean-token-sum", "max_length": 3},
+        "max_length: expected None in mode seq-mean-token-sum, which takes num_sequences, got 3",
     ),
     (MASK, {"max_length": 0}, "max_length: expected a finite number > 0, got 0"),
     (MASK, {"data_parallel_size": 0}, "data_parallel_size: expected an integer >= 1, got 0"),

@@ -154,7 +154,7 @@ def _weights(mask: Tensor, mode: str, info: dict[str, Any]) -> Tensor:
     return token_weights(
         mask,
         AGGREGATION[mode],
-        max_length=info.get("loss_scale_factor"),
+        max_length=info.get("loss_scale_factor") if AGGREGATION[mode] == "constant" else None,
         num_tokens=total if by_token else None,
         num_sequences=None if by_token else total,
         data_parallel_size=ranks,

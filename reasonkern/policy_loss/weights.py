@@ -11,6 +11,13 @@ from .inputs import canonical_segments
 from .parallel import Parallel, check_parallel, total
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
+# The arguments that are a mode's normaliser; the others would be ignored.
+NORMALISERS = {
+    "token-mean": ("num_tokens",),
+    "seq-mean-token-mean": ("num_sequences",),
+    "seq-mean-token-sum": ("num_sequences",),
+    "constant": ("num_sequences", "max_length"),
+}
 
 
 def token_weights(
@@ -40,10 +47,11 @@ def token_weights(
         mask: bool or 0/1 numbers, (B, T) padded or (N,) packed; True = the token is trained.
         mode: one of the table.
         segments: ``cu_seqlens`` (S + 1,) for packed tokens; needed by the sequence modes.
-        max_length: L_max of mode ``constant``; default T of a padded mask.
-        num_tokens: normaliser of ``token-mean``, a number or 0-dim tensor: the trained tokens of
-            the whole accumulation window over all ranks. Default: those of this mask.
-        num_sequences: likewise for the sequence modes. Default: the sequences of this mask.
+        max_length: L_max of mode ``constant``, for it alone; default T of a padded mask.
+        num_tokens: normaliser of ``token-mean``, for it alone, a number or 0-dim tensor: the
+            trained tokens of the whole accumulation window over all ranks. Default: those of this
+            mask.
+        num_sequences: likewise for the three other modes. Default: the sequences of this mask.
         data_parallel_size: weights are multiplied by it, because DDP and FSDP average gradients.
         count_empty: whether a sequence without trained tokens counts in the default
             ``num_sequences`` (TRL counts it, verl does not).
@@ -56,8 +64,8 @@ def token_weights(
 
     Raises:
         ValueError: unknown mode, missing ``segments`` or ``max_length`` (always needed with a
-            ``segment_group``), wrong shape or number; on CPU also a mask with other values than 0
-            and 1.
+            ``segment_group``), wrong shape or number, the normaliser of another mode; on CPU also a
+            mask with other values than 0 and 1.
 
     Example:
         >>> import torch, reasonkern as rk
@@ -81,6 +89,7 @@ def token_weights(
                 _checks.fail(name, "a number or a 0-dim tensor", f"shape {tuple(value.shape)}")
         elif value is not None:
             _checks.check_number(name, value, 0, exclusive=True)
+    _check_normalisers(mode, max_length, num_tokens, num_sequences)
     check_parallel(parallel)
     if segments is not None and mask.ndim == 2:
         _checks.fail("segments", "None for padded (B, T) tokens", "cu_seqlens")
@@ -95,6 +104,14 @@ def token_weights(
             parallel,
         )  # fmt: skip
     return (weights * data_parallel_size).float().reshape(mask.shape)
+
+
+def _check_normalisers(mode: str, max_length: object, tokens: object, sequences: object) -> None:
+    given = {"max_length": max_length, "num_tokens": tokens, "num_sequences": sequences}
+    own = NORMALISERS[mode]
+    for name, value in given.items():
+        if value is not None and name not in own:
+            _checks.fail(name, f"None in mode {mode}, which takes {' and '.join(own)}", value)
 
 
 def count(x: Tensor, parallel: Parallel | None) -> Tensor:

@@ -119,13 +119,15 @@ def linear_policy_loss(draw: Draw) -> Arguments:
 def token_weights(draw: Draw) -> Arguments:
     shape = rows(draw)
     modes = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
+    mode = draw.choice(*modes)
+    by_token = mode == "token-mean"
     return {
         "mask": draw.mask(*shape),
-        "mode": draw.choice(*modes),
+        "mode": mode,
         "segments": torch.tensor([0, shape[0] // 2, shape[0]]) if len(shape) == 1 else None,
-        "max_length": draw.choice(7, 16),
-        "num_tokens": draw.choice(None, 12, torch.tensor(12.0)),
-        "num_sequences": draw.choice(None, 3),
+        "max_length": draw.choice(7, 16) if mode == "constant" else None,
+        "num_tokens": draw.choice(None, 12, torch.tensor(12.0)) if by_token else None,
+        "num_sequences": None if by_token else draw.choice(None, 3),
         "data_parallel_size": draw.choice(1, 4),
         "count_empty": draw.flag(),
     }
