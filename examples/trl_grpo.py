@@ -84,8 +84,11 @@ def make_config(folder: str, steps: int, **changes: Any) -> GRPOConfig:
 
 
 def make_objective(name: str) -> str | Objective:
-    """GTPO drops completions of high entropy, unless the model started from one: this one did."""
-    return Objective.gtpo(initial_entropy=math.log(len(WORDS))) if name == "gtpo" else name
+    """A name as the trainer takes it, but for two that need numbers."""
+    if name == "gtpo":  # drops completions of high entropy, unless the model started from one
+        return Objective.gtpo(initial_entropy=math.log(len(WORDS)))
+    # The name is TRL's loss type, too, whose bound would be args.epsilon_high.
+    return Objective.cispo() if name == "cispo" else name
 
 
 def plot(history: list[dict[str, Any]], objective: str, folder: Path) -> Path:

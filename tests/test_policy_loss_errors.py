@@ -127,8 +127,16 @@ PADDED: list[tuple[dict[str, Any], str]] = [
         {"advantage": torch.tensor([0, 0, NAN, 0])},
         "advantage: expected finite values, got nan at (2, 0)",
     ),
-    ({"targets": IDS + V}, "targets: expected values in [0, 13), got 13 at (0, 0)"),
-    ({"targets": IDS - 100}, "targets: expected values in [0, 13), got -100 at (0, 0)"),
+    (
+        {"targets": IDS + V},
+        "targets: expected values in [0, 13) in rows with a weight (of a mask such as targets != "
+        "-100), got 13 at (0, 0)",
+    ),
+    (
+        {"targets": IDS - 100},
+        "targets: expected values in [0, 13) in rows with a weight (of a mask such as targets != "
+        "-100), got -100 at (0, 0)",
+    ),
     (
         {"segments": torch.tensor([0, 4])},
         "segments: expected None for padded (B, T) tokens, got cu_seqlens",

@@ -90,7 +90,11 @@ LOSS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"targets": IDS[:, 1:]}, "targets: expected shape hidden.shape[:-1] = (4, 6), got (4, 5)"),
     ({"targets": F}, "targets: expected dtype torch.int64 or torch.int32, got torch.float32"),
-    ({"targets": IDS + V}, "targets: expected values in [0, 13), got 13 at (0, 0)"),
+    (
+        {"targets": IDS + V},
+        "targets: expected values in [0, 13) in rows with a weight (of a mask such as targets != "
+        "-100), got 13 at (0, 0)",
+    ),
     ({"weight": F.to("meta")}, "weight: expected the device of hidden, cpu, got meta"),
     ({"advantage": 1.0}, "advantage: expected a tensor, got float"),
     (

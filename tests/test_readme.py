@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import operator
 import re
 from pathlib import Path
@@ -132,7 +133,7 @@ def batch() -> dict[str, Any]:
 
 
 def test_before_and_after() -> None:
-    before, after = blocks("README.md", "## Your trainer, before and after")
+    before, after, _ = blocks("README.md", "## Your trainer, before and after")
     eager, ours = batch(), batch()
     leaf = ours["logits"]
     ours["logits"] = leaf.mul(1)  # a model's output: not a leaf, and may be overwritten
@@ -143,6 +144,18 @@ def test_before_and_after() -> None:
     assert_close(ours["out"].loss, eager["loss"])
     assert_close(leaf.grad, eager["logits"].grad)
     assert ours["metrics"]["rows_active"] == 7 and ours["metrics"]["clip_frac"] > 0
+
+
+def test_targets_and_mask_of_labels() -> None:
+    *_, code = blocks("README.md", "## Your trainer, before and after")
+    labels = torch.tensor([[-100, -100, 3, 4, 5], [-100, 6, 7, -100, -100]])
+    here: dict[str, Any] = {"F": torch.nn.functional, "labels": labels}
+    exec(code, here)
+    assert here["targets"].tolist() == [[-100, 3, 4, 5, -100], [6, 7, -100, -100, -100]]
+    assert here["mask"].tolist() == [[False, True, True, True, False], [True, True] + 3 * [False]]
+    given = {"advantage": torch.ones(2), "weight": rk.token_weights(here["mask"])}
+    out = rk.policy_loss(torch.zeros(2, 5, V), here["targets"], objective=rk.Objective.gpg(), **given)
+    assert_close(out.loss.item(), math.log(V))
 
 
 def test_without_logits_and_custom() -> None:

@@ -7,7 +7,7 @@ import time
 from .context import Config, Context, DemoError, prepare
 from .control import control_reflection
 from .cost import measure_loss
-from .report import DEVIATION_LIMIT, summary, table, write_json, write_plots
+from .report import DEVIATION_LIMIT, can_plot, summary, table, write_json, write_plots
 from .solve import solve_problems
 from .traces import TraceError
 from .train import fine_tune, learn_policy
@@ -25,6 +25,7 @@ def run(config: Config) -> int:
     """
     begin = time.perf_counter()
     context = prepare(config)
+    plots = can_plot()
     status = 0
     try:
         for stage in STAGES:
@@ -35,16 +36,17 @@ def run(config: Config) -> int:
     context.results["budget"] = 60 * config.minutes
     context.results["seconds"] = time.perf_counter() - begin
     context.results["complete"] = status == 0
-    _report(context)
+    _report(context, plots)
     if status == 0 and summary(context.results)["deviation"]["worst"] > DEVIATION_LIMIT:
         status = 1
     return status
 
 
-def _report(context: Context) -> None:
-    """JSON first: the plots need a package that may be missing."""
+def _report(context: Context, plots: bool) -> None:
+    """JSON first: no failure of a plot takes the results along."""
     out = context.config.out
     written = [write_json(context.results, context.config, out / "results.json")]
-    written += write_plots(context.results, out)
+    if plots:
+        written += write_plots(context.results, out)
     print(table(context.results))
     print("written: " + ", ".join(map(str, written)), flush=True)

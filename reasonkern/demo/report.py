@@ -72,16 +72,22 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_plots(results: Results, out: Path) -> list[Path]:
-    """One PNG per stage that has results; without matplotlib, a message and no pictures."""
+def can_plot() -> bool:
+    """Whether matplotlib is there; a message where it is not, at the start, when it can be had."""
     try:
         importlib.import_module("matplotlib")
     except ImportError:
         print(
-            "plots skipped: matplotlib is not installed (pip install 'reasonkern[demo]'); "
-            "all results are in results.json"
+            "no plots: matplotlib is not installed (pip install 'reasonkern[demo]'); "
+            "all results will be in results.json",
+            flush=True,
         )
-        return []
+        return False
+    return True
+
+
+def write_plots(results: Results, out: Path) -> list[Path]:
+    """One PNG per stage that has results."""
     plots = importlib.import_module(f"{__package__}.plots")
     written: list[Path] = plots.draw_all(results, out)
     return written
@@ -129,9 +135,11 @@ def _training_rows(results: Results, figures: Results) -> list[tuple[str, str]]:
         verdict = "all metrics finite" if not finite else f"{finite} metric values not finite"
         count = _steps(len(policy["steps"]), asked.get("policy"))
         rows.append((f"stage 2, {policy['objective']}", f"{count}, {verdict}"))
-    if margins := [entry["nats"] for entry in policy.get("margin", [])]:
-        text = " → ".join(f"{value:+.3f}" for value in margins)
-        rows.append(("", f"log-prob, right minus wrong traces: {text} nats/token on the way"))
+    if margins := policy.get("margin", []):
+        text = " → ".join(f"{entry['nats']:+.3f}" for entry in margins)
+        when = " → ".join(str(entry["step"]) for entry in margins)
+        text = f"log-prob, right minus wrong traces: {text} nats/token after {when} steps"
+        rows.append(("", text))
     return rows
 
 

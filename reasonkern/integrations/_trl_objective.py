@@ -53,8 +53,40 @@ def _unsupported(name: str, expected: str, got: object) -> None:
     _checks.fail(f"args.{name}", f"{expected} with reasonkern's GRPOTrainer", repr(got))
 
 
-def check_config(args: Any, loss_type: str, own_bounds: bool) -> None:
-    """Refuses the options that would otherwise be ignored, or mean something else than in TRL."""
+def _with_bounds(objective: Any, **numbers: float | None) -> str:
+    """How the objective that was asked for takes the numbers; nothing where it has none such."""
+    name = objective if isinstance(objective, str) else getattr(objective, "name", "")
+    build = getattr(Objective, name, None)
+    if not inspect.ismethod(build) or "ratio_min" not in inspect.signature(build).parameters:
+        return ""
+    try:
+        build(**numbers)
+    except ValueError:  # no two-sided clipping for this one, or an epsilon that is none
+        return ""
+    given = ", ".join(f"{k}={v:.4g}" for k, v in numbers.items())
+    return f", as in objective=rk.Objective.{name}({given})"
+
+
+def _check_own_bounds(args: Any, objective: Any) -> None:
+    """TRL's bounds would be ignored beside an objective of ours."""
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    ratios = {"ratio_min": 1 - args.epsilon, "ratio_max": 1 + high}
+    for name, default, numbers in (
+        ("epsilon", 0.2, ratios),
+        ("epsilon_high", None, ratios),
+        ("delta", None, {"ratio_cap": args.delta}),
+    ):
+        if (given := getattr(args, name)) != default:
+            expected = f"its default, {default}: the objective has its own bounds"
+            _checks.fail(f"args.{name}", expected + _with_bounds(objective, **numbers), repr(given))
+
+
+def check_config(args: Any, loss_type: str, own: Any = None) -> None:
+    """Refuses the options that would otherwise be ignored, or mean something else than in TRL.
+
+    ``own`` is the objective, or its name, that is asked for in the place of the loss type's.
+    """
+    own_bounds = own is not None
     _checks.check_choice("args.loss_type", loss_type, AGGREGATION)
     if args.cast_lm_head_to_fp32 and (args.bf16 or args.fp16):
         _unsupported("cast_lm_head_to_fp32", "False in mixed precision", True)
@@ -67,7 +99,8 @@ def check_config(args: Any, loss_type: str, own_bounds: bool) -> None:
     if loss_type == "vespo" and args.use_vllm and args.vllm_importance_sampling_correction:
         _unsupported("vllm_importance_sampling_correction", "False for vespo", True)
     if loss_type == "cispo" and not own_bounds and (args.epsilon_high or args.epsilon) < 1:
-        expected = "CISPO's largest ratio, 1 or more (ScaleRL: 5.0),"
+        instead = "objective=rk.Objective.cispo() and loss_type='dapo',"
+        expected = f"CISPO's largest ratio, 1 or more (ScaleRL: 5.0), or {instead}"
         _unsupported("epsilon_high", expected, args.epsilon_high)
     if own_bounds:
         if loss_type in ("cispo", "sapo", "vespo"):
@@ -75,14 +108,7 @@ def check_config(args: Any, loss_type: str, own_bounds: bool) -> None:
                 "grpo, bnpo, dr_grpo, dapo or luspo, which says how token losses are aggregated,"
             )
             _unsupported("loss_type", means, loss_type)
-        for name, default, remedy in (
-            ("epsilon", 0.2, "Objective.gppo(0.7, 1.3)"),
-            ("epsilon_high", None, "Objective.gppo(0.7, 1.3)"),
-            ("delta", None, "Objective.ppo(ratio_cap=4.0)"),
-        ):
-            if (given := getattr(args, name)) != default:
-                expected = f"its default, {default}: the objective has its own bounds, as in "
-                _checks.fail(f"args.{name}", f"{expected}objective={remedy}", repr(given))
+        _check_own_bounds(args, own)
 
 
 def warn_of_aggregation(objective: Objective, loss_type: str) -> None:

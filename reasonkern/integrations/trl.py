@@ -75,8 +75,10 @@ class GRPOTrainer(_Base):
     Args:
         *args: as for TRL's trainer.
         objective: None = the one of ``args.loss_type``, with the numbers of ``args``; a name: one
-            of TRL's loss types, or a constructor of `Objective` with its published numbers
-            ("gppo", "bapo", "gtpo", "dppo_tv", "gmpo", …); or an `Objective`. KL, entropy bonus,
+            of TRL's loss types (``grpo``, ``dapo``, …: again with the numbers of ``args``, ratios
+            in [0.8, 1.2] by default, where ``Objective.dapo()`` has [0.8, 1.28]), or another
+            constructor of `Objective` with its published numbers ("gppo", "bapo", "gtpo",
+            "dppo_tv", "gmpo", …); or an `Objective`. KL, entropy bonus,
             importance correction, off-policy mask and entropy mask come from ``args`` (``beta``,
             ``entropy_coef``, ``vllm_importance_sampling_*``, ``off_policy_mask_threshold``,
             ``top_entropy_quantile``), and ``args.loss_type`` says how token losses are aggregated;
@@ -118,11 +120,11 @@ class GRPOTrainer(_Base):
 
     def _trls(self, loss_type: Any) -> Objective:
         self.loss_type: str = loss_type or self.args.loss_type
-        check_config(self.args, self.loss_type, own_bounds=False)
+        check_config(self.args, self.loss_type)
         return trl_objective(self.args, self.loss_type, self._terms())
 
     def _own(self, objective: Any) -> Objective:
-        check_config(self.args, self.loss_type, own_bounds=True)
+        check_config(self.args, self.loss_type, objective)
         if isinstance(objective, str):
             ranks = dist.group.WORLD if self.accelerator.num_processes > 1 else None
             objective = named_objective(objective, ranks)

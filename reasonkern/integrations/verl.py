@@ -108,6 +108,13 @@ def _kl_cov(config: Any) -> Objective:
     return Objective.kl_cov(config.policy_loss.kl_cov_ratio, config.policy_loss.ppo_kl_coef)
 
 
+def _dro(config: Any) -> Objective:
+    beta = config.policy_loss.dro_beta
+    if beta is None:
+        _checks.fail("actor.policy_loss.dro_beta", "a number > 0 for rk_dro", None)
+    return Objective.dro(beta)
+
+
 CLIPPED = ("ppo", "grpo", "dapo", "dr_grpo", "gppo", "ce_gppo", "tppo")
 OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     **{name: functools.partial(_clipped, name) for name in CLIPPED},
@@ -120,7 +127,7 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     # The paper's variant needs the engine's log-probabilities, which verl gives no policy loss.
     "bapo": lambda config: Objective.bapo("code", dual_clip=config.clip_ratio_c),
     "sapo": lambda config: Objective.sapo(config.tau_pos, config.tau_neg),
-    "dro": lambda config: Objective.dro(config.policy_loss.dro_beta),
+    "dro": _dro,
     "vespo": lambda config: Objective.vespo(),
     "gpg": lambda config: Objective.gpg(),
     "rloo": lambda config: Objective.rloo(),

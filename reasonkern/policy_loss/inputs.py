@@ -18,6 +18,7 @@ from .reference import accumulator_dtype
 from .reference_objective import active_rows
 from .sequence import Segments
 
+WEIGHTED = " in rows with a weight (of a mask such as targets != -100)"  # targets of losses
 KEPT = " in rows that mask= keeps (such as targets != -100)"  # targets of statistics
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -198,7 +199,7 @@ def check_rows(context: RowContext, targets: Tensor, vocab: int) -> None:
     if context.entropy_weight is not None:
         _checks.check_finite("entropy_weight", context.entropy_weight, expected="finite values")
     _checks.check_finite("advantage", context.advantage, active, "finite values")
-    _checks.check_range("targets", targets, 0, vocab, where=active)
+    _checks.check_range("targets", targets, 0, vocab, active, WEIGHTED)
 
 
 def as_objective(objective: Objective | Callable[..., Tensor]) -> Objective:
