@@ -381,7 +381,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         r"args\.top_entropy_quantile: expected 1\.0 with this objective",
     ),
     ({"objective": "bapo"}, r"args\.num_iterations: expected more updates than one .* for bapo"),
-    ({"loss_type": "cispo"}, r"args\.epsilon_high: expected CISPO's .*objective=rk\.Objective\.cispo\(\)"),
+    (
+        {"loss_type": "cispo"},
+        r"args\.epsilon_high: expected CISPO's .*rk\.Objective\.cispo\(\)",
+    ),
     ({"loss_type": "sapo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
     ({"objective": "gppo", "importance_sampling_level": "sequence"}, "importance_sampling_level"),
     ({"beta": 0.1, "importance_sampling_level": "sequence"}, "use_bias_correction_kl: expected F"),

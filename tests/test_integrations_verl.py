@@ -264,6 +264,11 @@ def test_the_loss_refuses(core: ModuleType, ours: ModuleType) -> None:
     logp = stats(b.logits, b.targets)[0]
     with pytest.raises(ValueError, match="loss_agg_mode: expected 'token-mean' or"):
         call(core, "rk_ppo", b, logp, make_config(), "mean")
+    workers = importlib.import_module("verl.workers.config")
+    basic = {"strategy": "fsdp", "rollout_n": 1, "ppo_micro_batch_size_per_gpu": 1}
+    without_beta = workers.ActorConfig(policy_loss=workers.PolicyLossConfig(), **basic)
+    with pytest.raises(ValueError, match=r"actor\.policy_loss\.dro_beta: expected .* for rk_dro"):
+        call(core, "rk_dro", b, logp, without_beta)
     config = make_config()
     config.global_batch_info["dp_size"] = 2
     with pytest.raises(

@@ -13,7 +13,7 @@ import torch
 from policy_loss_literal import LENGTHS, T, V, batch, make_batch, spread
 from torch.testing import assert_close
 
-from reasonkern import Objective, policy_loss, token_stats
+from reasonkern import KL, Objective, policy_loss, token_stats
 
 B, N = len(LENGTHS), sum(LENGTHS)
 NAN, INF = float("nan"), float("inf")
@@ -292,7 +292,7 @@ OBJECTIVES: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("ppo", {"ratio_min": "0.8"}, "ratio_min: expected a number, got '0.8'"),
     ("ppo", {"entropy_coef": True}, "entropy_coef: expected a number, got True"),
-    ("ppo", {"kl": ("k3", True)}, "kl: expected a finite coefficient, got True"),
+    ("ppo", {"kl": ("k3", True)}, "kl: expected a finite coefficient >= 0, got True"),
     ("ppo", {"entropy_coef": None}, "entropy_coef: expected a number, got None"),
     ("ppo", {"entropy_coef": INF}, "entropy_coef: expected a finite number, got inf"),
     ("ppo", {"log_ratio_clamp": 0.0}, "log_ratio_clamp: expected a number > 0 or None, got 0.0"),
@@ -312,7 +312,8 @@ OBJECTIVES: list[tuple[str, dict[str, Any], str]] = [
     ("gppo", {"ratio_cap": 3.0}, "ratio_cap: expected None for gppo, got 3.0"),
     ("gmpo", {"dual_clip": 3.0}, "dual_clip: expected None for gmpo, got 3.0"),
     ("ppo", {"kl": ("k4", 0.1)}, "kl: expected estimator k1, k2 or k3, got k4"),
-    ("ppo", {"kl": ("k3", NAN)}, "kl: expected a finite coefficient, got nan"),
+    ("ppo", {"kl": ("k3", NAN)}, "kl: expected a finite coefficient >= 0, got nan"),
+    ("ppo", {"kl": ("k3", -0.1)}, "kl: expected a finite coefficient >= 0, got -0.1"),
     (
         "ppo",
         {"kl": ("k3",)},
@@ -459,3 +460,16 @@ def test_what_masked_rows_may_hold() -> None:
     out = call(logits=dirty, advantage=advantage, objective=o, **names)
     assert math.isfinite(out.loss) and torch.equal(out.loss, expected.loss)
     assert_close(out.metrics.compute(), expected.metrics.compute())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("k4", 0.1), "kl: expected estimator k1, k2 or k3, got k4"),
+        (("k3", -0.1), "kl: expected a finite coefficient >= 0, got -0.1"),
+    ],
+)
+def test_a_kl_term_without_meaning(given: Any, message: str) -> None:
+    """Where it is made, before an objective has it."""
+    with pytest.raises(ValueError, match=message):
+        KL(*given)

@@ -153,8 +153,9 @@ def test_targets_and_mask_of_labels() -> None:
     exec(code, here)
     assert here["targets"].tolist() == [[-100, 3, 4, 5, -100], [6, 7, -100, -100, -100]]
     assert here["mask"].tolist() == [[False, True, True, True, False], [True, True] + 3 * [False]]
+    logits, objective = torch.zeros(2, 5, V), rk.Objective.gpg()
     given = {"advantage": torch.ones(2), "weight": rk.token_weights(here["mask"])}
-    out = rk.policy_loss(torch.zeros(2, 5, V), here["targets"], objective=rk.Objective.gpg(), **given)
+    out = rk.policy_loss(logits, here["targets"], objective=objective, **given)
     assert_close(out.loss.item(), math.log(V))
 
 

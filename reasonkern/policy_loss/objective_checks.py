@@ -62,6 +62,14 @@ def validate(o: ObjectiveFields) -> None:
     _validate_terms(o)
 
 
+def validate_kl(estimator: object, coef: Any) -> None:
+    """Refuses what is no KL term."""
+    check(estimator in ("k1", "k2", "k3"), "kl", "estimator k1, k2 or k3", estimator)
+    # A negative one would push the policy away from its reference, without bound for k2 and k3.
+    if not isinstance(coef, Tensor) and not (_is_number(coef) and 0 <= coef < math.inf):
+        check(False, "kl", "a finite coefficient >= 0", repr(coef))
+
+
 def _order(name: str) -> str:
     """One constructor has the bound first that the others have second."""
     return " (cispo takes ratio_max first, then ratio_min)" if name == "cispo" else ""
@@ -115,11 +123,6 @@ def _validate_terms(o: ObjectiveFields) -> None:
         check(o.log_ratio_clamp > 0, "log_ratio_clamp", "a number > 0 or None", o.log_ratio_clamp)
     if isinstance(o.entropy_coef, (int, float)):
         check(_is_finite(o.entropy_coef), "entropy_coef", "a finite number", o.entropy_coef)
-    if o.kl is not None:
-        estimator, coef, _ = o.kl
-        check(estimator in ("k1", "k2", "k3"), "kl", "estimator k1, k2 or k3", estimator)
-        if not isinstance(coef, Tensor) and not (_is_number(coef) and _is_finite(coef)):
-            check(False, "kl", "a finite coefficient", repr(coef))
     if o.importance is not None:
         level, mode, lo, hi, _ = o.importance
         check(level in ("token", "sequence"), "importance", "level token or sequence", level)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._fields import documented
 from .adaptive import Rule
-from .objective_checks import OPTIONAL, REQUIRED, check, of_python, validate
+from .objective_checks import OPTIONAL, REQUIRED, check, of_python, validate, validate_kl
 from .reference_objective import CISPO, CLIP, Number
 
 KL_KINDS = {"k1": 1, "k2": 2, "k3": 3}
@@ -31,19 +31,33 @@ HYPER = (
 )
 
 
-@documented
-class KL(NamedTuple):
-    """KL term ``coef * k(d)`` with d = ref - logp: k1 = -d, k2 = d^2/2, k3 = e^d - d - 1.
-
-    Attributes:
-        estimator: "k1", "k2" or "k3".
-        coef: factor of the term, a number or a tensor.
-        unbiased: multiplies k by the ratio to the old policy; the gradient flows through it, too.
-    """
-
+class _KL(NamedTuple):
     estimator: Literal["k1", "k2", "k3"]
     coef: Number
     unbiased: bool = False
+
+
+@documented
+class KL(_KL):
+    """KL term ``coef * k(d)`` with d = ref - logp: k1 = -d, k2 = d^2/2, k3 = e^d - d - 1.
+
+    Another estimator, or a coefficient that is negative or not finite, is a ValueError.
+
+    Attributes:
+        estimator: "k1", "k2" or "k3".
+        coef: factor of the term, a number >= 0 or a tensor.
+        unbiased: multiplies k by the ratio to the old policy; the gradient flows through it, too.
+    """
+
+    __slots__ = ()
+
+    def __new__(
+        cls, estimator: Literal["k1", "k2", "k3"], coef: Number, unbiased: bool = False
+    ) -> KL:
+        """Refuses what has no meaning; a named tuple has no other place for it."""
+        coef = of_python(coef)
+        validate_kl(estimator, coef)
+        return super().__new__(cls, estimator, coef, unbiased)
 
 
 @documented
