@@ -118,7 +118,7 @@ def test_transformers_without_sets(model: Any) -> None:
     )
     assert bare == beside and bare[0][9:11] == [4, END]
     with pytest.raises(ValueError, match=r"ban\.set: expected a TokenSets that has it"):
-        model.generate(PROMPTS[1:2], logits_processor=[processor(rk.Modulation(ban=rk.Ban()))])
+        processor(rk.Modulation(ban=rk.Ban()))  # not only in generate
 
 
 @pytest.mark.peers

@@ -301,7 +301,7 @@ def _after_last(prompt: Tensor, token: int) -> int:
 
 def _pack(spec: Modulation, sets: TokenSets) -> list[int]:
     """The columns up to ROW_WIDTH, those of the progress left out."""
-    _check_with_sets(spec, sets)
+    check_with_sets(spec, sets)
     row = [-1] * at.ROW_WIDTH
     row[at.PARTS] = at.ACTIVE + sum(BITS[name] for name in spec.parts)
     row[at.MAX_ID] = _largest_id(spec)
@@ -330,7 +330,8 @@ def _bits(values: Sequence[float]) -> list[int]:
     return bits
 
 
-def _check_with_sets(spec: Modulation, sets: TokenSets) -> None:
+def check_with_sets(spec: Modulation, sets: TokenSets) -> None:
+    """Refuses a spec that names an unknown set, or whose ban contradicts its other parts."""
     for name, part in spec.parts.items():
         if hasattr(part, "set"):
             check_set(f"{name}.set", part.set, sets)
