@@ -130,8 +130,9 @@ def _add_tune(add: AddParser) -> None:
         "traces",
         type=Path,
         metavar="TRACES.jsonl[.gz]",
-        help="one object per line with text or tokens (ids); optional: prompt or prompt_tokens, "
-        "problem_id (trajectories of one problem), topk_ids and topk_logprobs",
+        help="one object per line with text or tokens (ids), of which tokens win; optional: prompt "
+        "or prompt_tokens, likewise, problem_id (trajectories of one problem), topk_ids and "
+        "topk_logprobs",
     )
     tune.add_argument(
         "--tokenizer",
