@@ -235,6 +235,8 @@ def test_numbers_of_numpy_are_numbers():
         seed=np.uint64(3), top_k=np.int32(9),
     )  # fmt: skip
     assert found.texts == plain.texts
+    (text,) = generate(MODEL, PROMPTS[:1], temperature=0, max_new_tokens=np.int8(127)).texts
+    assert len(text) == 127
 
 
 @pytest.mark.parametrize("end", [NEW, NEW - 1])

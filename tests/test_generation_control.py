@@ -174,6 +174,24 @@ def test_a_slot_serves_one_text() -> None:
     generate(MODEL, PROMPTS, max_new_tokens=1, **options | {"control": (loaded, slot)})
 
 
+def test_a_slot_without_its_prompt_serves_a_text_that_goes_on() -> None:
+    """A spec without a beginning of thinking needs none, and its length is not known."""
+    state = rk.ModulationState(1, SETS)
+    options: dict[str, Any] = {"max_new_tokens": 10, "control": (state, torch.tensor([0]))}
+    state.add(0, SPECS[1], [])
+    first = generate(MODEL, PROMPTS[:1], temperature=T, **options).texts[0]
+    text = PROMPTS[0] + first
+    rest = generate(MODEL, [text], temperature=T, **options).texts[0]
+    state.remove(0)
+    state.add(0, SPECS[1], PROMPTS[0], first)
+    assert generate(MODEL, [text], temperature=T, **options).texts == [rest]
+    state.remove(0)
+    state.add(0, SPECS[1], [], [])
+    rk.commit_(state, torch.tensor([0]), torch.tensor([first]), torch.tensor([10]))
+    with pytest.raises(ValueError, match=r"control\[1\]\[0\]: .* which has seen 0 \+ 10"):
+        generate(MODEL, [text[:10]], temperature=T, **options)
+
+
 ERRORS: dict[str, tuple[Any, str]] = {
     "no pair": (3, r"control: expected a tuple \(ModulationState, slot\), got int"),
     "no state": ((1, torch.zeros(4)), r"control\[0\]: expected a ModulationState"),

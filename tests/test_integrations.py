@@ -36,6 +36,9 @@ def test_a_missing_dependency_of_a_trainer_is_named(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ImportError, match="installed, but its dependency absent_dependency is not"):
         _peer.import_peer("halftrainer", "1.0")
+    (tmp_path / "oldtrainer.py").write_text("import json.gone")
+    with pytest.raises(ImportError, match=r"its dependency json\.gone is not \(after pip"):
+        _peer.import_peer("oldtrainer", "1.0")
 
 
 def test_the_readme_names_what_verl_needs_without_its_dependencies() -> None:

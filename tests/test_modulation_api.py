@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from contract import bits, run_contract
@@ -164,6 +165,27 @@ def test_slots_are_reused_without_a_trace():
     rows = [state.tensors.records[:, : at.ROW_WIDTH] for state in (used, fresh)]
     assert torch.equal(*rows)
     assert used.max_id == fresh.max_id and not used.stopped.any()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int16, np.uint64])
+def test_numpys_integers_do_not_wrap(kind):
+    """-x of an unsigned one is another number, and torch takes no uint64."""
+    records = []
+    for whole in (int, kind):
+        spec = rk.Modulation(
+            budget=rk.Budget(whole(100), [END], rk.SoftBudget(0.5)), think_end=whole(END),
+            schedule=rk.Schedule([(whole(3), 1.0), (whole(100), 2.0)]),
+        )  # fmt: skip
+        hard = rk.Modulation(budget=rk.Budget(whole(100), [END]))
+        state = rk.ModulationState(whole(2), make_state(1).sets)
+        state.add(whole(0), spec, [1])
+        state.add(whole(1), hard, [1])
+        records.append(state.tensors.records)
+    assert torch.equal(*records)
+    buffer = io.BytesIO()
+    torch.save(state.state_dict(), buffer)
+    buffer.seek(0)
+    rk.ModulationState(2, state.sets).load_state_dict(torch.load(buffer))
 
 
 def test_saving_moving_and_going_on():

@@ -116,6 +116,7 @@ def generate(
     """
     _checks.check_integer("max_new_tokens", max_new_tokens, 1)
     _checks.check_integer("num_trajectories", num_trajectories, 1)
+    max_new_tokens = int(max_new_tokens)  # sums of NumPy's may wrap
     _check_model(model)
     _check_prompts(prompts, model.vocab_size)
     for name, function in (("stop", stop), ("emit", emit)):

@@ -23,11 +23,11 @@ def import_peer(module: str, tested: str) -> Any:
         found = importlib.import_module(module)
     except ImportError as error:
         needs = f"reasonkern.integrations.{package} needs {package} {tested}"
-        absent = (error.name or "").partition(".")[0]
-        if isinstance(error, ModuleNotFoundError) and absent not in ("", package):
+        absent = error.name or ""
+        if isinstance(error, ModuleNotFoundError) and absent.partition(".")[0] not in ("", package):
             raise ImportError(
-                f"{needs}, which is installed, but its dependency {absent} is not (README.md of "
-                f"reasonkern names those that are needed beside a {package} without dependencies)"
+                f"{needs}, which is installed, but its dependency {absent} is not (after pip "
+                "install --no-deps: reasonkern's README.md names those of verl)"
             ) from error
         raise ImportError(
             f"{needs}: pip install 'reasonkern[{package}]' (importing {module}: {error})"

@@ -138,7 +138,7 @@ def generate(
     _checks.check_integer("max_new_tokens", max_new_tokens, 1)
     found = causal_model(model)
     prompts = _prompts(found, input_ids, attention_mask)
-    check_length(found, prompts, max_new_tokens)
+    check_length(found, prompts, int(max_new_tokens))
     if eos is None:
         ids = _prepared.ids_of(model.generation_config.eos_token_id)
     else:

@@ -147,7 +147,7 @@ class Schedule:
             a >= b for a, b in zip(times, times[1:], strict=False)
         ):
             _checks.fail("points", "ascending integers t", times)
-        if max(-times[0], times[-1]) >= LIMIT:
+        if times[0] <= -LIMIT or times[-1] >= LIMIT:
             _checks.fail("points", "integers t in (-2^62, 2^62)", times)
         for _, value in pairs:
             _checks.check_number("points", value)

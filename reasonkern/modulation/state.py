@@ -61,7 +61,8 @@ class ModulationState:
         self, max_requests: int, sets: TokenSets | None = None, device: torch.device | str = "cpu"
     ) -> None:
         _checks.check_integer("max_requests", max_requests, 1, (1 << 31) - 1)
-        self.max_requests, self.sets = max_requests, sets_or_none(sets)
+        self.max_requests = max_requests = int(max_requests)
+        self.sets = sets_or_none(sets)
         self.tensors = _allocate(max_requests, self.sets, _checks.as_device("device", device))
         self._parts, self._ids = [0] * max_requests, [-1] * max_requests
         self._given: list[tuple[int, int] | None] = [None] * max_requests
@@ -98,6 +99,7 @@ class ModulationState:
         generated = _as_ids("generated_tokens", generated_tokens)
         record = _pack(spec, self.sets)
         record[: at.PROGRESS_WIDTH] = _start(spec, prompt)
+        record = [int(column) for column in record]  # NumPy's narrow ones, too
         self.tensors.records[slot, : at.ROW_WIDTH].copy_(torch.tensor(record))
         self._parts[slot], self._ids[slot] = record[at.PARTS], record[at.MAX_ID]
         self._given[slot] = len(prompt), len(generated)
@@ -161,8 +163,8 @@ class ModulationState:
     def check_texts(self, name: str, slots: Sequence[int], lengths: Sequence[int]) -> None:
         """Refuses slots that have gone on since `add`, but not to texts of these lengths.
 
-        A slot of -1 is none; which text the slots of a loaded state have seen is not known. Waits
-        for the device.
+        A slot of -1 is none; which text the slots of a loaded state have seen is not known, and of
+        those that were added without a prompt only that it was longer. Waits for the device.
 
         Raises:
             ValueError: ``name[index]`` of the first such slot.
@@ -172,7 +174,8 @@ class ModulationState:
             if slot < 0 or (given := self._given[slot]) is None:
                 continue
             prompt, generated, seen = *given, counts[slot]
-            if seen != generated and prompt + seen != length:
+            follows = prompt + seen == length if prompt else seen < length
+            if seen != generated and not follows:
                 expected = f"a slot that has seen the {length} tokens of its prompt and no more"
                 got = f"{slot}, which has seen {prompt} + {seen} (remove and add it for every call)"
                 _checks.fail(f"{name}[{index}]", expected, got)
@@ -370,8 +373,9 @@ def _pack_added(spec: Modulation, sets: TokenSets, row: list[int]) -> None:
 def _pack_budget(spec: Modulation, row: list[int]) -> None:
     if (budget := spec.budget) is None:
         return
-    start = budget.tokens if budget.soft is None else budget.soft.start * budget.tokens
-    row[at.BUDGET_TOKENS], row[at.END_LENGTH] = budget.tokens, len(budget.end)
+    tokens = int(budget.tokens)  # -x of one of NumPy may wrap
+    start = tokens if budget.soft is None else float(budget.soft.start) * tokens
+    row[at.BUDGET_TOKENS], row[at.END_LENGTH] = tokens, len(budget.end)
     row[at.TRACK_FROM] = -int(-start // 1)  # rounded up
     _put(row, at.END, budget.end)
     _put(row, at.FAILURE, failure(budget.end))
