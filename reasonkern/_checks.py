@@ -118,10 +118,10 @@ def check_saved(state: Mapping[str, object], own: Mapping[str, Tensor], owner: s
         check_shape(f"state[{name!r}]", given, tensor.shape, f"of this {owner}")
 
 
-def check_list(name: str, value: object, of: str) -> None:
-    """Several things in order: no set, and no text, which would be taken apart into its letters."""
-    ordered = hasattr(value, "__len__") and hasattr(value, "__getitem__")
-    if isinstance(value, (str, bytes, Mapping)) or not ordered:
+def check_list(name: str, value: object, of: str, *, ordered: bool = True) -> None:
+    """Several things: no text, which would be taken apart into its letters; `ordered`: no set."""
+    several = hasattr(value, "__len__") and (not ordered or hasattr(value, "__getitem__"))
+    if isinstance(value, (str, bytes, Mapping)) or not several:
         fail(name, f"a list of {of}", repr(value) if value is None else type(value).__name__)
 
 

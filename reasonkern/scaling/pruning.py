@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -95,7 +95,7 @@ def _check_score(i: int, j: int, score: object) -> None:
 
 
 def finish_plan(
-    clusters: Sequence[Sequence[int]], per_cluster: int, singletons: int, *, seed: int = 0
+    clusters: Sequence[Collection[int]], per_cluster: int, singletons: int, *, seed: int = 0
 ) -> list[int]:
     """Which traces to finish: some of the largest cluster, or of all when none agree.
 
@@ -124,7 +124,7 @@ def finish_plan(
     _checks.check_seed("seed", seed)
     _checks.check_list("clusters", clusters, "clusters")
     for i, cluster in enumerate(clusters):
-        _checks.check_list(f"clusters[{i}]", cluster, "traces")
+        _checks.check_list(f"clusters[{i}]", cluster, "traces", ordered=False)
     if not all(len(cluster) for cluster in clusters):
         _checks.fail("clusters", "clusters with members", "an empty one")
     if not clusters:
