@@ -120,8 +120,8 @@ def check_saved(state: Mapping[str, object], own: Mapping[str, Tensor], owner: s
 
 def check_list(name: str, value: object, of: str, *, ordered: bool = True) -> None:
     """Several things: no text, which would be taken apart into its letters; `ordered`: no set."""
-    several = hasattr(value, "__len__") and (not ordered or hasattr(value, "__getitem__"))
-    if isinstance(value, (str, bytes, Mapping)) or not several:
+    unfit = isinstance(value, (str, bytes, Mapping, *((set, frozenset) if ordered else ())))
+    if unfit or not hasattr(value, "__len__"):
         fail(name, f"a list of {of}", repr(value) if value is None else type(value).__name__)
 
 

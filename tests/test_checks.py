@@ -155,6 +155,8 @@ def test_checks_accept_what_is_right():
     _checks.check_integer("k", np.int64(3), 1, 3)
     _checks.check_seed("seed", np.uint64((1 << 64) - 1))
     _checks.check_seed("seed", np.int64((1 << 63) - 1))
+    for several in ([1], (1,), np.ones(1), X, {1: 2}.values(), {1: 2}.keys()):
+        _checks.check_list("x", several, "numbers")
     assert _checks.expanded("x", X[:1], X, "y").shape == X.shape
     _checks.check_finite("x", X / 0, where=torch.zeros_like(X, dtype=torch.bool))
     _checks.check_seed("seed", -(1 << 63))

@@ -7,6 +7,7 @@ import re
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from policy_loss_literal import LENGTHS, T, V, batch, make_batch, spread
@@ -375,6 +376,19 @@ def test_error_with_packed_rows(changes: dict[str, Any], message: str) -> None:
 def test_error_of_an_objective(constructor: str, keywords: dict[str, Any], message: str) -> None:
     with raises("objective " + message):
         getattr(Objective, constructor)(**keywords)
+
+
+def test_numpys_numbers_are_taken_for_pythons() -> None:
+    """Their bounds are checked, too."""
+    half, two = np.float32(0.5), np.int64(2)
+    terms = {"kl": ("k3", half), "importance": ("token", "mask", half, two), "opsm": half}
+    o = Objective.ppo(half, two, entropy_coef=half, **terms)
+    expected = Objective.ppo(0.5, 2.0, kl=("k3", 0.5), entropy_coef=0.5)
+    assert o.numbers() == expected.numbers() and all(type(x) is float for x in o.numbers())
+    assert o.importance == ("token", "mask", 0.5, 2.0, False) and o.opsm == 0.5
+    for wrong in (half, np.float32("nan"), np.bool_(True)):
+        with pytest.raises(ValueError, match=r"^objective ratio_max: expected a "):
+            Objective.ppo(ratio_max=wrong)
 
 
 def test_gtpo_names_its_own_argument():

@@ -10,7 +10,7 @@ O(N) map of the family, with its analytic gradient. Bounds come from the actor's
 (``clip_ratio_low``, ``clip_ratio_high``, ``clip_ratio_c``, ``tau_pos``, ``tau_neg``,
 ``policy_loss.dro_beta``), as they do for verl's own losses; `register` adds an `Objective` with
 numbers of its own. BAPO searches its bounds from those of its released code, VESPO has none.
-`NAMES` are those that are there, all named constructors of `Objective` but ``gtpo`` and
+``NAMES`` are those that are there, all named constructors of `Objective` but ``gtpo`` and
 ``high_entropy``, which need entropies, and verl gives a loss none.
 
 ``loss_agg_mode`` holds for every objective; verl's own ``sapo`` and ``geo_mean`` average over

@@ -81,11 +81,16 @@ def with_table(text: str) -> str:
     return before + BEGIN + table() + END + rest.split(END)[1]
 
 
-if __name__ == "__main__":
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
     name = "python -m reasonkern.policy_loss.catalog"
     parser = argparse.ArgumentParser(name, description=__doc__)
     parser.add_argument("--write", action="store_true", help="replace the table in README.md")
-    if parser.parse_args().write:
+    if parser.parse_args(arguments).write:
         README.write_text(with_table(README.read_text()))
     else:
         print(table(), end="")
+
+
+if __name__ == "__main__":
+    main()

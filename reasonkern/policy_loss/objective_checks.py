@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .. import _checks
 from .reference_objective import CLIP, DPPO_KL, DPPO_TV, DRO, GPPO, SAPO
 
 if TYPE_CHECKING:
@@ -28,6 +29,13 @@ def check(ok: bool, name: str, expected: str, got: object) -> None:
     """ValueError for a field of an objective."""
     if not ok:
         raise ValueError(f"objective {name}: expected {expected}, got {got}")
+
+
+def of_python(x: Any) -> Any:
+    """NumPy's numbers as Python's, whose bounds are checked; all else as it is."""
+    if x is None or isinstance(x, (int, float, str, Tensor)) or not _checks.is_number(x):
+        return x
+    return float(x)
 
 
 def validate(o: ObjectiveFields) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._fields import documented
 from .adaptive import Rule
-from .objective_checks import check, validate
+from .objective_checks import OPTIONAL, REQUIRED, check, of_python, validate
 from .reference_objective import CISPO, CLIP, Number
 
 KL_KINDS = {"k1": 1, "k2": 2, "k3": 3}
@@ -100,7 +100,11 @@ class ObjectiveFields:
             fits = isinstance(given, (tuple, list)) and required <= len(given) <= len(kind._fields)
             expected = f"{kind.__name__}({', '.join(kind._fields)}) or such a tuple"
             check(fits, name, expected, given)
-            object.__setattr__(self, name, kind(*given))
+            object.__setattr__(self, name, kind(*map(of_python, given)))
+        for name in (*OPTIONAL, *REQUIRED):
+            given = getattr(self, name)
+            if (number := of_python(given)) is not given:
+                object.__setattr__(self, name, number)
         validate(self)
 
     @property

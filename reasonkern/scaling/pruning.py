@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,8 +61,7 @@ def greedy_cluster(
     if any(len(row) != len(rows) for row in rows):
         _checks.fail("scores", "a square matrix", f"{len(rows)} rows")
     for i, row in enumerate(rows):
-        for j in range(i):
-            _check_score(i, j, row[j])
+        _check_scores(f"scores[{i}]", row[:i])
     _checks.check_number("tau", tau)
     for name, limit in (("max_clusters", max_clusters), ("max_members", max_members)):
         if limit is not None:
@@ -84,14 +84,20 @@ def greedy_cluster(
     return clusters
 
 
-def _check_score(i: int, j: int, score: object) -> None:
-    """A number, NumPy's among them: NaN would win or lose by its place in the row."""
+def _check_scores(name: str, scores: list[Any]) -> None:
+    """Numbers, NumPy's among them: NaN would win or lose by its place in the row."""
+    if _has_finite_sum(scores):  # so all are: most rows take one look
+        return
+    for j, score in enumerate(scores):
+        if not _has_finite_sum([score]):
+            _checks.fail(f"{name}[{j}]", "a finite number", repr(score))
+
+
+def _has_finite_sum(scores: list[Any]) -> bool:
     try:
-        finite = math.isfinite(score)  # type: ignore[arg-type]
+        return math.isfinite(sum(scores))
     except (TypeError, OverflowError):
-        finite = False
-    if not finite:
-        _checks.fail(f"scores[{i}][{j}]", "a finite number", repr(score))
+        return False
 
 
 def finish_plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from .. import _checks
@@ -79,7 +80,7 @@ class AStarFrontier:
         if parent is not None and not isinstance(parent, Node):
             _checks.fail("parent", "a Node from pop, or None", type(parent).__name__)
         admitted = len(states) if self._left is None else min(len(states), self._left)
-        for state, reward in zip(states[:admitted], rewards[:admitted], strict=True):
+        for state, reward in zip(islice(states, admitted), rewards, strict=False):
             node = self._node(state, float(reward), parent)
             heapq.heappush(self._heap, (node.priority, self._pushed, node))
             self._pushed += 1

@@ -79,7 +79,7 @@ def route_peers(
     _checks.check_choice("strategy", strategy, STRATEGIES)
     check_texts("summaries", summaries)
     n = len(summaries)
-    if not isinstance(top_k, int) or top_k < -1:
+    if not _checks.is_integer(top_k) or top_k < -1:
         _checks.fail("top_k", "an integer >= 0, or -1 for all", top_k)
     if top_k > max(n - 1, 0):
         _checks.fail("top_k", f"at most {max(n - 1, 0)}, the number of peers", top_k)
