@@ -15,9 +15,10 @@ thinks about your prompt:
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is asked of, or told to, a server
@@ -37,6 +38,7 @@ from reasonkern.demo import arithmetic  # noqa: E402
 from reasonkern.integrations.transformers import ModulationLogitsProcessor  # noqa: E402
 
 PUBLISHED = ["wait", "Wait", "but", "But", "Alternatively"]
+QUESTION = "What is 17 * 23? Think step by step."
 PIECES = r"</?think>|\\boxed|[A-Za-z]+|\d| |\n|[^\w\s]"
 END = "</think>"
 
@@ -167,8 +169,11 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, list[Problem], rk.Token
         try:
             tokenizer = AutoTokenizer.from_pretrained(args.model)
             model = AutoModelForCausalLM.from_pretrained(args.model, dtype="auto").eval()
-        except (OSError, ValueError) as error:  # transformers' words name what is missing
-            raise SystemExit(f"--model {args.model}: {error}") from None
+        except (OSError, ValueError) as error:
+            parts = "a folder with config.json, weights and tokenizer, or a name in the local cache"
+            # Of anything but a folder transformers says that it could not connect.
+            got = f", got {error}" if os.path.isdir(args.model) else ""
+            raise SystemExit(f"--model {args.model}: expected {parts}{got}") from None
         text = args.prompt
         if tokenizer.chat_template:
             chat = [{"role": "user", "content": text}]
@@ -189,6 +194,17 @@ def prepare(args: argparse.Namespace) -> tuple[Any, Any, list[Problem], rk.Token
     return model, tokenizer, problems, rk.TokenSets.from_tokenizer(tokenizer, {"reflect": ["Wait"]})
 
 
+def number(kind: type, above: float = 0) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if not above < value < math.inf:
+            raise argparse.ArgumentTypeError(f"expected a finite number > {above}, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # what argparse calls it
+    return parse
+
+
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
@@ -199,8 +215,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         help="of a reasoning model: a folder, or a name in the local cache; None = a small one, "
         "trained here",
     )
-    question = "What is 17 * 23? Think step by step."
-    parser.add_argument("--prompt", default=question, help="for --model")
+    parser.add_argument("--prompt", help=f"for --model; None = {QUESTION!r}")
     parser.add_argument(
         "--words", nargs="+", default=PUBLISHED, help="reflection words, a token each, for --model"
     )
@@ -208,15 +223,25 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--variants", choices=("exact", "space"), default="exact",
         help="space: also the words with a space before them, for --model",
     )  # fmt: skip
-    parser.add_argument("--amplitude", type=float, default=4.0, help="of the wave, in logits")
-    parser.add_argument("--period", type=float, default=60.0, help="of the wave, in tokens")
-    parser.add_argument("--budget", type=int, default=80, help="thinking tokens")
-    parser.add_argument("--tokens", type=int, default=240, help="new tokens at most")
-    parser.add_argument("--samples", type=int, default=4, help="texts per problem")
-    parser.add_argument("--problems", type=int, default=8, help="for the small model")
-    parser.add_argument("--steps", type=int, default=150, help="of training the small model")
+    add = parser.add_argument_group(
+        "sizes",
+        "whose defaults fit the small model; a real one takes --amplitude 5 --period 1200, as "
+        "published, and thousands of --budget and --tokens",
+    ).add_argument
+    count = number(int)
+    add("--amplitude", type=number(float, -math.inf), default=4.0, help="of the wave, in logits")
+    add("--period", type=number(float), default=60.0, help="of the wave, in tokens")
+    add("--budget", type=count, default=80, help="thinking tokens")
+    add("--tokens", type=count, default=240, help="new tokens at most")
+    add("--samples", type=count, default=4, help="texts per problem")
+    add("--problems", type=count, default=8, help="for the small model")
+    add("--steps", type=count, default=150, help="of training the small model")
     parser.add_argument("--seed", type=int, default=0, help="of sampling")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.prompt is not None and args.model is None:
+        parser.error("--prompt: expected with --model; the small model has problems of its own")
+    args.prompt = QUESTION if args.prompt is None else args.prompt
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:

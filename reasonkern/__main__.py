@@ -116,9 +116,11 @@ def _shorten_spins() -> None:
     """Starts the command anew where libgomp, which reads that once, would spin for long.
 
     Where other processes want the cores, too, threads that spin as long as by default hold up the
-    ones they wait for, in every small operation. A short while costs an idle machine nothing.
+    ones they wait for, in every small operation. A short while costs an idle machine nothing. Not
+    where the process is another program's, as under ``%run -m`` of a notebook.
     """
-    if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+    own = "reasonkern" in sys.orig_argv
+    if own and not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
         os.environ["GOMP_SPINCOUNT"] = "1000"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
@@ -131,8 +133,9 @@ def _add_tune(add: AddParser) -> None:
         "traces",
         type=Path,
         metavar="TRACES.jsonl[.gz]",
-        help="one object per line with text or tokens (ids); optional: prompt or prompt_tokens, "
-        "problem_id (trajectories of one problem), topk_ids and topk_logprobs",
+        help="one object per line with text or tokens (ids), of which tokens win; optional: prompt "
+        "or prompt_tokens, likewise, problem_id (trajectories of one problem), topk_ids and "
+        "topk_logprobs",
     )
     tune.add_argument(
         "--tokenizer",

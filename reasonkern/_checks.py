@@ -118,9 +118,9 @@ def check_saved(state: Mapping[str, object], own: Mapping[str, Tensor], owner: s
         check_shape(f"state[{name!r}]", given, tensor.shape, f"of this {owner}")
 
 
-def check_list(name: str, value: object, of: str) -> None:
-    """Several things in order: no set, and no text, which would be taken apart into its letters."""
-    unfit = isinstance(value, (str, bytes, Mapping, set, frozenset))
+def check_list(name: str, value: object, of: str, *, ordered: bool = True) -> None:
+    """Several things: no text, which would be taken apart into its letters; `ordered`: no set."""
+    unfit = isinstance(value, (str, bytes, Mapping, *((set, frozenset) if ordered else ())))
     if unfit or not hasattr(value, "__len__"):
         fail(name, f"a list of {of}", repr(value) if value is None else type(value).__name__)
 

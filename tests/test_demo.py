@@ -203,11 +203,14 @@ def test_the_table_says_why_speculation_is_slower_with_few_answers(finished):
 
 
 def test_the_command_starts_anew_with_threads_that_spin_a_short_while(monkeypatch):
-    """Only as a command, and not against what the environment asks for."""
+    """Only as a command of its own, and not against what the environment asks for."""
     started = []
     monkeypatch.setattr(os, "execv", lambda *given: started.append(given))
-    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "reasonkern", "demo"])
     monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "ipykernel_launcher", "-f", "x.json"])
+    _shorten_spins()
+    assert not started and os.environ == {}
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "reasonkern", "demo"])
     for _ in range(2):
         _shorten_spins()
     assert os.environ == {"GOMP_SPINCOUNT": "1000"}

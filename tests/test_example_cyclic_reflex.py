@@ -66,3 +66,28 @@ def test_a_model_of_ones_own(
     monkeypatch.setattr(cyclic_reflex, "END", "</thought>")
     with pytest.raises(SystemExit, match=r"^--model .*: expected a reasoning model, .*</thought>"):
         cyclic_reflex.main(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *((f"{name} 0", f"{name}: expected a finite number > 0, got 0") for name in (
+            "--period", "--budget", "--tokens", "--samples", "--problems", "--steps"
+        )),
+        ("--amplitude nan", "--amplitude: expected a finite number > -inf, got nan"),
+        ("--prompt 2+2?", "--prompt: expected with --model"),
+    ],
+)  # fmt: skip
+def test_bad_options(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from examples import cyclic_reflex
+
+    with pytest.raises(SystemExit):
+        cyclic_reflex.arguments(options.split())
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there() -> None:
+    from examples import cyclic_reflex
+
+    with pytest.raises(SystemExit, match=r"^--model nope: expected a folder .* local cache$"):
+        cyclic_reflex.main(["--model", "nope"])

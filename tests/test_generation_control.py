@@ -169,6 +169,10 @@ def test_a_slot_serves_one_text() -> None:
             state.remove(at)
             state.add(at, spec, PROMPTS[len(PROMPTS) - at], text[:10])
     assert generate(MODEL, texts, max_new_tokens=10, **options).texts == rest
+    state.remove(4)
+    state.add(4, SPECS[0], PROMPTS[0][1:])  # another text, of which nothing is generated yet
+    with pytest.raises(ValueError, match=rf"{message} and no more, got 4, which has seen . \+ 0"):
+        generate(MODEL, PROMPTS, max_new_tokens=10, **options)
     loaded = rk.ModulationState(state.max_requests, SETS)
     loaded.load_state_dict(state.state_dict())
     generate(MODEL, PROMPTS, max_new_tokens=1, **options | {"control": (loaded, slot)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
@@ -105,3 +106,14 @@ def test_the_pages_class(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert sets["reflect"] == (0, 1, 2, 3) and vocab_size == 151_669
         if engine == "sglang":
             assert _request.modulation_of(here["body"]["custom_params"]) == here["spec"]
+
+
+def test_the_page_writes_requests_by_hand() -> None:
+    page = (Path(_request.__file__).parent / "README.md").read_text()
+    wave, budget = map(ast.literal_eval, re.findall(r'^\{"modulation".*$', page, re.M))
+    assert _request.modulation_of(wave) == rk.Modulation(
+        cyclic=rk.Cyclic(5, 1200), think_end=151668
+    )
+    assert _request.modulation_of(budget) == rk.Modulation(
+        budget=rk.Budget(4096, [198, 151668]), think_end=151668
+    )

@@ -118,7 +118,7 @@ def test_transformers_without_sets(model: Any) -> None:
     )
     assert bare == beside and bare[0][9:11] == [4, END]
     with pytest.raises(ValueError, match=r"ban\.set: expected a TokenSets that has it"):
-        model.generate(PROMPTS[1:2], logits_processor=[processor(rk.Modulation(ban=rk.Ban()))])
+        processor(rk.Modulation(ban=rk.Ban()))  # not only in generate
 
 
 @pytest.mark.peers
@@ -170,6 +170,17 @@ def test_transformers_refuses_the_next_turn_of_a_chat(model: Any) -> None:
         assert torch.equal(again, first)
 
 
+class Tokenizer:
+    """What the page asks one."""
+
+    def get_vocab(self) -> dict[str, int]:
+        words = zip(("wait", "Wait", "but", "But"), range(5, 9), strict=True)
+        return {**dict(words), "</think>": END}
+
+    def convert_tokens_to_ids(self, token: str) -> int:
+        return self.get_vocab()[token]
+
+
 @pytest.mark.peers
 def test_the_page(model: Any) -> None:
     """Its function serves call after call; its processor gives the same greedy text."""
@@ -180,7 +191,7 @@ def test_the_page(model: Any) -> None:
     function, call = re.findall(r"```python\n(.*?)```", code, re.S)
     mask = (PROMPTS > 0).long()
     here: dict[str, Any] = {
-        "model": model, "sets": SETS, "end": END, "input_ids": PROMPTS, "attention_mask": mask,
+        "model": model, "tokenizer": Tokenizer(), "input_ids": PROMPTS, "attention_mask": mask,
     }  # fmt: skip
     exec(function.replace("2048", "20").replace("0.6", "0.0").replace("1200", "16"), here)
     first, second = (here["answer"](PROMPTS, mask, seed) for seed in (1, 2))

@@ -30,6 +30,7 @@ def test_beyond_the_last_answer() -> None:
     ]  # fmt: skip
     assert scaling.subthought_split("") == [] and scaling.subthought_split("plain") == ["plain"]
     assert scaling.subthought_split("a+b? (a+b)", ["a+b"]) == ["a+b? (", "a+b)"]
+    assert scaling.subthought_split("x Wait y But", {"But", "Wait"}) == ["x ", "Wait y ", "But"]
     assert len(set(scaling.MARKERS)) == 32
     assert scaling.vote(["4", "5", "5", "4", None], tie="earliest").answer == "4"
     assert scaling.vote(["4", "5", "5", "4"], tie="latest").answer == "5"
@@ -324,6 +325,7 @@ def test_deepprune() -> None:
     assert one == scaling.greedy_cluster(scores, max_members=1, seed=5)
     assert sorted(sum(one, [])) == list(range(6))
     plan = scaling.finish_plan
+    assert plan([{4}, {3, 0, 1}], 2, 1) == [0, 1]
     assert plan([[0, 1, 4], [2, 3]], 2, 9) == [0, 1] and plan([[0, 1, 4], [2, 3]], 9, 1) == [
         0,
         1,

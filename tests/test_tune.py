@@ -178,6 +178,7 @@ def test_token_ids_need_no_tokenizer(tmp_path: Path, capsys: Any) -> None:
     printed = capsys.readouterr().out
     assert "(token ids, vocabulary 300,001)" in printed and "without logits" not in printed
     assert "(one problem: what the tree brings on another is not measured)" in printed
+    assert "1 trace of 1 problem, 27 tokens" in printed and "warning" not in printed
     write(traces, [{"tokens": [7, 5] * 9}, {"text": "abab"}])
     assert main(["tune", str(traces), "--nodes", "4", "--orders", "2"]) == 0
     assert "(bytes and token ids, vocabulary 256)" in capsys.readouterr().out
@@ -238,7 +239,14 @@ def test_a_tokenizer_file_is_used(tmp_path: Path, capsys: Any) -> None:
     traces = write(tmp_path / "traces.jsonl", [{"text": "a b a b a"}])
     for name in (tmp_path, tmp_path / "tokenizer.json"):  # a model's folder, or the file in it
         assert main(["tune", str(traces), "--tokenizer", str(name)]) == 0
-        assert "5 tokens (tokenizer, vocabulary 3)" in capsys.readouterr().out
+        printed = capsys.readouterr().out
+        assert "5 tokens (tokenizer, vocabulary 3)" in printed and "encodes no" not in printed
+        assert "\nwarning: 5 tokens, fewer than the 80 nodes of the tree" in printed
+    write(traces, [{"tokens": [0, 1] * 40, "text": "a"}])
+    assert main(["tune", str(traces), "--tokenizer", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "1 trace of 1 problem, 80 tokens (token ids, vocabulary 2)" in printed
+    assert "\n--tokenizer encodes no trace" in printed and "warning" not in printed
     (tmp_path / "tokenizer.json").write_text("{}")
     assert main(["tune", str(traces), "--tokenizer", str(tmp_path / "tokenizer.json")]) == 2
     assert "not a tokenizer.json of tokenizers" in capsys.readouterr().err

@@ -110,8 +110,8 @@ def generate(
     Raises:
         ValueError: an empty prompt, an id the model has no row for, a table of a smaller vocabulary
             or on another device, a tree without a table, both a table and a drafter, a slot of
-            ``control`` that is free, given twice or has seen another text, an option out of its
-            range.
+            ``control`` that is free, given twice or has seen a text of another length, an option
+            out of its range.
         RuntimeError: the model's logits have no finite value.
     """
     _checks.check_integer("max_new_tokens", max_new_tokens, 1)

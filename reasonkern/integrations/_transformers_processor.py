@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _checks
 from ..modulation import Modulation, ModulationState, TokenSets, commit_, modulate_logits_
 from ..modulation.sets import sets_or_none
+from ..modulation.state import check_with_sets
 from ._peer import import_peer
 from ._request import check_windows
 
@@ -53,8 +54,8 @@ class ModulationLogitsProcessor(LogitsProcessor):
 
     Raises:
         ValueError: another type; a spec with `DeepConf` or `EntropyTrigger`, which need
-            `sample_controlled`; in a call: another number of sequences than of specs, sequences
-            that the call before them cannot have led to, or a spec that `ModulationState` refuses.
+            `sample_controlled`, or that contradicts the sets; in a call: another number of
+            sequences than of specs, or sequences that the call before them cannot have led to.
     """
 
     # A continuous batch reorders rows without saying which request they are.
@@ -72,10 +73,11 @@ class ModulationLogitsProcessor(LogitsProcessor):
             _checks.check_number("temperature", temperature, 0.0)
         if prompt_length is not None:
             _checks.check_integer("prompt_length", prompt_length, 0, or_none=" or None")
+        self.spec, self.sets = spec, sets_or_none(sets)
         for one in [spec] if isinstance(spec, Modulation) else _checked_specs(spec):
             if one is not None:
                 check_windows(one)
-        self.spec, self.sets = spec, sets_or_none(sets)
+                check_with_sets(one, self.sets)
         self.temperature, self.prompt_length = temperature, prompt_length
         self.state: ModulationState | None = None
         self.folded = torch.empty(0, 0, dtype=torch.int64)  # (B, T): what the state stands for

@@ -65,7 +65,7 @@ class ModulationState:
         self.sets = sets_or_none(sets)
         self.tensors = _allocate(max_requests, self.sets, _checks.as_device("device", device))
         self._parts, self._ids = [0] * max_requests, [-1] * max_requests
-        self._given: list[tuple[int, int] | None] = [None] * max_requests
+        self._prompts: list[int | None] = [None] * max_requests
         self._refresh()
 
     # ---- requests
@@ -102,7 +102,7 @@ class ModulationState:
         record = [int(column) for column in record]  # NumPy's narrow ones, too
         self.tensors.records[slot, : at.ROW_WIDTH].copy_(torch.tensor(record))
         self._parts[slot], self._ids[slot] = record[at.PARTS], record[at.MAX_ID]
-        self._given[slot] = len(prompt), len(generated)
+        self._prompts[slot] = len(prompt)
         self._refresh()
         if len(generated):
             self._fold(slot, generated)
@@ -161,7 +161,7 @@ class ModulationState:
         return [slot for slot, parts in enumerate(self._parts) if not parts]
 
     def check_texts(self, name: str, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """Refuses slots that have gone on since `add`, but not to texts of these lengths.
+        """Refuses slots whose prompt and tokens since are no texts of these lengths.
 
         A slot of -1 is none; which text the slots of a loaded state have seen is not known, and of
         those that were added without a prompt only that it was longer. Waits for the device.
@@ -171,11 +171,10 @@ class ModulationState:
         """
         counts = self.tensors.progress[:, at.T].tolist()
         for index, (slot, length) in enumerate(zip(slots, lengths, strict=True)):
-            if slot < 0 or (given := self._given[slot]) is None:
+            if slot < 0 or (prompt := self._prompts[slot]) is None:
                 continue
-            prompt, generated, seen = *given, counts[slot]
-            follows = prompt + seen == length if prompt else seen < length
-            if seen != generated and not follows:
+            seen = counts[slot]
+            if not (prompt + seen == length if prompt else seen < length):
                 expected = f"a slot that has seen the {length} tokens of its prompt and no more"
                 got = f"{slot}, which has seen {prompt} + {seen} (remove and add it for every call)"
                 _checks.fail(f"{name}[{index}]", expected, got)
@@ -225,7 +224,7 @@ class ModulationState:
             tensor.copy_(state[name])
         self._parts, ids = self.tensors.records[:, [at.PARTS, at.MAX_ID]].T.tolist()
         self._ids = [i if parts else -1 for parts, i in zip(self._parts, ids, strict=True)]
-        self._given = [None] * self.max_requests
+        self._prompts = [None] * self.max_requests
         self._refresh()
 
     def _settings(self) -> dict[str, Any]:
@@ -302,7 +301,7 @@ def _after_last(prompt: Tensor, token: int) -> int:
 
 def _pack(spec: Modulation, sets: TokenSets) -> list[int]:
     """The columns up to ROW_WIDTH, those of the progress left out."""
-    _check_with_sets(spec, sets)
+    check_with_sets(spec, sets)
     row = [-1] * at.ROW_WIDTH
     row[at.PARTS] = at.ACTIVE + sum(BITS[name] for name in spec.parts)
     row[at.MAX_ID] = _largest_id(spec)
@@ -331,7 +330,8 @@ def _bits(values: Sequence[float]) -> list[int]:
     return bits
 
 
-def _check_with_sets(spec: Modulation, sets: TokenSets) -> None:
+def check_with_sets(spec: Modulation, sets: TokenSets) -> None:
+    """Refuses a spec that names an unknown set, or whose ban contradicts its other parts."""
     for name, part in spec.parts.items():
         if hasattr(part, "set"):
             check_set(f"{name}.set", part.set, sets)

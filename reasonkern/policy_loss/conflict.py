@@ -229,6 +229,8 @@ def filter_keeps(
 ) -> Tensor:
     """Which completions the filter does not drop."""
     kept = ~(mean_entropy > max_entropy)  # NaN is no reason to drop: it shows in the result
-    if initial_entropy is None:
-        return kept
-    return kept | (torch.as_tensor(initial_entropy, device=kept.device) > LN_2)
+    if isinstance(initial_entropy, Tensor):
+        return kept | (initial_entropy.to(kept.device) > LN_2)
+    # A number made a tensor of a CUDA device would wait for it.
+    keeps_all = initial_entropy is not None and initial_entropy > LN_2
+    return torch.ones_like(kept) if keeps_all else kept

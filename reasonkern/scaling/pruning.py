@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ def _has_finite_sum(scores: list[Any]) -> bool:
 
 
 def finish_plan(
-    clusters: Sequence[Sequence[int]], per_cluster: int, singletons: int, *, seed: int = 0
+    clusters: Sequence[Collection[int]], per_cluster: int, singletons: int, *, seed: int = 0
 ) -> list[int]:
     """Which traces to finish: some of the largest cluster, or of all when none agree.
 
@@ -130,7 +130,7 @@ def finish_plan(
     _checks.check_seed("seed", seed)
     _checks.check_list("clusters", clusters, "clusters")
     for i, cluster in enumerate(clusters):
-        _checks.check_list(f"clusters[{i}]", cluster, "traces")
+        _checks.check_list(f"clusters[{i}]", cluster, "traces", ordered=False)
     if not all(len(cluster) for cluster in clusters):
         _checks.fail("clusters", "clusters with members", "an empty one")
     if not clusters:

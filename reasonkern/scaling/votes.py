@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -176,7 +176,7 @@ MARKERS = (
 )  # fmt: skip
 
 
-def subthought_split(text: str, markers: Sequence[str] = MARKERS) -> list[str]:
+def subthought_split(text: str, markers: Collection[str] = MARKERS) -> list[str]:
     """Cuts a reasoning trace before every marker: its subthoughts (arXiv 2504.20708).
 
     Complete the answer from every prefix ``"".join(parts[: i + 1])`` and take the mode,
@@ -199,7 +199,7 @@ def subthought_split(text: str, markers: Sequence[str] = MARKERS) -> list[str]:
     """
     if not isinstance(text, str):
         _checks.fail("text", "a string", type(text).__name__)
-    _checks.check_list("markers", markers, "words or phrases")
+    _checks.check_list("markers", markers, "words or phrases", ordered=False)
     if not len(markers) or not all(isinstance(m, str) and m for m in markers):
         _checks.fail("markers", "one word or more, none of them empty", markers)
     longest_first = sorted(markers, key=len, reverse=True)

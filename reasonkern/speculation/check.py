@@ -21,15 +21,16 @@ from .verify import request_seeds
 Verifier = Callable[..., tuple[Tensor, Tensor]]
 CHUNK = 1 << 14
 JOINT = 3  # tokens of the joint law
+DRAWN, EXACT = (16, 3, 3), (4, 2, 2)  # vocabulary, children, depth
 ARGUMENTS = ("logits", "draft", "tree", "temperature", "seed", "position")
 
 
 def check_verifier(
     fn: Callable[..., Any],
     *,
-    vocab: int = 16,
-    children: int = 3,
-    depth: int = 3,
+    vocab: int | None = None,
+    children: int | None = None,
+    depth: int | None = None,
     draws: int = 2**20,
     seed: int = 0,
     exact: bool = False,
@@ -57,11 +58,13 @@ def check_verifier(
     Args:
         fn: ``fn(logits, draft, tree, temperature, seed, position) -> (tokens, length)`` with logits
             (B, N, V) float32, a `Draft` and a `DraftTree`, temperature 1.0, seed (B,) int64,
-            position 0, all of them positional; tokens (B, D + 1) int64 and length (B,) int64, at
-            least 1. With ``exact``: ``fn(draws, coins) -> tokens``, a list of integers.
-        vocab: V, at least 2; at most 6 with ``exact``.
-        children: of every node above the last level, at least 1; at most 3 with ``exact``.
-        depth: D, at least 1; at most 3 with ``exact``, where the cost is a power of it.
+            position 0, all of them positional; tokens (B, D + 1) and length (B,), at least 1,
+            int64 or int32. With ``exact``: ``fn(draws, coins) -> tokens``, a list of integers.
+        vocab: V, at least 2; at most 6 with ``exact``. None = 16, 4 with ``exact``.
+        children: of every node above the last level, at least 1 and at most V; at most 3 with
+            ``exact``. None = 3, 2 with ``exact``.
+        depth: D, at least 1; at most 3 with ``exact``, where the cost is a power of it. None = 3, 2
+            with ``exact``.
         draws: steps to draw; not used with ``exact``.
         seed: of the toy models and the steps.
         exact: enumerate instead of drawing.
@@ -85,6 +88,10 @@ def check_verifier(
         >>> bool(rk.check_verifier(equality, vocab=4, children=2, depth=2, draws=4096))
         True
     """
+    vocab, children, depth = (
+        default if given is None else given
+        for given, default in zip((vocab, children, depth), EXACT if exact else DRAWN, strict=True)
+    )
     _check_size("vocab", vocab, 2, 6 if exact else 4096)
     _check_size("children", children, 1, min(3 if exact else 64, vocab))
     _check_size("depth", depth, 1, 3 if exact else 8)

@@ -67,7 +67,7 @@ def run(config: TuneConfig) -> int:
     tokenizer = load_tokenizer(config.tokenizer)
     traces = read_traces(config.traces, tokenizer)
     vocab = _vocabulary(traces, tokenizer)
-    print(_heading(traces, tokenizer, vocab))
+    print(_heading(traces, tokenizer, vocab, config.nodes))
     findings = investigate(traces, vocab, config)
     print(report(findings, config))
     if config.out is not None:
@@ -87,8 +87,8 @@ def run(config: TuneConfig) -> int:
 def read_traces(path: Path, tokenizer: Tokenizer) -> list[TokenTrace]:
     """One trace per line: ``text`` or ``tokens``, optionally a prompt, a group and logits.
 
-    Fields: ``tokens`` (ids) or ``text``; ``prompt_tokens`` or ``prompt``; ``problem_id`` groups
-    the trajectories of one problem (without it, equal prompts do); ``topk_ids`` and
+    Fields: ``tokens`` (ids) or ``text``; ``prompt_tokens`` or ``prompt``; ids win; ``problem_id``
+    groups the trajectories of one problem (without it, equal prompts do); ``topk_ids`` and
     ``topk_logprobs``: for each token the model's top candidates before it.
     """
     traces = [_trace(record, where, tokenizer) for where, record in read_records(path)]
@@ -217,14 +217,22 @@ def _rate(parts: Sequence[Replayed]) -> float:
 # ---- reporting
 
 
-def _heading(traces: Sequence[TokenTrace], tokenizer: Tokenizer, vocab: int) -> str:
+def _heading(traces: Sequence[TokenTrace], tokenizer: Tokenizer, vocab: int, nodes: int) -> str:
     tokens = sum(len(trace.tokens) for trace in traces)
     groups = len({trace.group for trace in traces})
     logged = sum(trace.topk_ids is not None for trace in traces)
-    head = f"{len(traces)} traces of {groups} problems, {tokens:,} tokens "
+    head = f"{_counted(len(traces), 'trace')} of {_counted(groups, 'problem')}, "
+    head += f"{_counted(tokens, 'token')} "
     kinds = {trace.from_text for trace in traces}
     named = [name for name, kind in ((tokenizer.name, True), ("token ids", False)) if kind in kinds]
     head += f"({' and '.join(named)}, vocabulary {vocab:,})"
+    if True not in kinds and tokenizer.name != "bytes":
+        head += "\n--tokenizer encodes no trace: all of them are token ids"
+    if tokens < nodes:
+        head += (
+            f"\nwarning: {_counted(tokens, 'token')}, fewer than the {nodes} nodes of the tree, "
+            "most of which no text has chosen"
+        )
     if logged < len(traces):
         head += (
             f"\n{len(traces) - logged} of them without logits: their tokens are counted as certain "
@@ -232,6 +240,10 @@ def _heading(traces: Sequence[TokenTrace], tokenizer: Tokenizer, vocab: int) -> 
             "followed. With logits, drafts know more."
         )
     return head
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def report(findings: Findings, config: TuneConfig) -> str:
