@@ -64,7 +64,7 @@ def _add_demo(add: AddParser) -> None:
         "--minutes",
         type=_minutes,
         default=4.5,
-        help="time budget; a slow machine takes fewer steps, and about a minute is the least "
+        help="time budget; a slow machine takes fewer steps, and half a minute or more is the least "
         "(default: %(default)s)",
     )
     demo.add_argument(
