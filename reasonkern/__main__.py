@@ -64,8 +64,8 @@ def _add_demo(add: AddParser) -> None:
         "--minutes",
         type=_minutes,
         default=4.5,
-        help="time budget; a slow machine takes fewer steps, and half a minute or more is the least "
-        "(default: %(default)s)",
+        help="time budget; a slow machine takes fewer steps, and half a minute or more is "
+        "the least (default: %(default)s)",
     )
     demo.add_argument(
         "--batch", type=_at_least(1), default=4, help="windows per step (default: %(default)s)"
