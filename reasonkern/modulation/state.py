@@ -176,8 +176,9 @@ class ModulationState:
             seen = counts[slot]
             if not (prompt + seen == length if prompt else seen < length):
                 expected = f"a slot that has seen the {length} tokens of its prompt and no more"
-                got = f"{slot}, which has seen {prompt} + {seen} (remove and add it for every call)"
-                _checks.fail(f"{name}[{index}]", expected, got)
+                got = f"{slot}, which has seen {prompt} + {seen}"
+                remedy = "remove and add it for every call, with its prompt without padding"
+                _checks.fail(f"{name}[{index}]", expected, f"{got} ({remedy})")
 
     @property
     def stopped(self) -> Tensor:
