@@ -181,7 +181,14 @@ def test_an_editable_install_is_found_from_the_folder_above(tmp_path):
     (built,), site = (tree / "dist").iterdir(), tmp_path / "site"
     with zipfile.ZipFile(built) as wheel:
         wheel.extractall(site)
-    code = f"import site; site.addsitedir({str(site)!r}); import reasonkern; print(reasonkern)"
+    code = f"""
+import os, site, sys
+installed = os.path.join("reasonkern", "__init__.py")  # where the tests run
+sys.path = [p for p in sys.path if not os.path.exists(os.path.join(p, installed))]
+site.addsitedir({str(site)!r})
+import reasonkern
+print(reasonkern)
+"""
     status, output = python(code, tmp_path, PYTHONPATH="", REASONKERN_NO_EXT="1")
     assert status == 0, output
     assert str(tree / "reasonkern" / "__init__.py") in output
