@@ -163,10 +163,8 @@ class EntropyFilter(Rule):
         """The advantages change; that sequences are dropped shows in the selection, too."""
         total = context.sequence_sum(torch.where(rows.used, rows.entropy, 0.0))
         mean = total / context.sequence_sum(rows.used).clamp_min(1)
-        shaped = shape_advantage(
-            context.advantage, mean, self.max_entropy, self.coef, self.initial_entropy
-        )
         kept = filter_keeps(mean, self.max_entropy, self.initial_entropy)
+        shaped = shape_advantage(context.advantage, mean, self.coef, kept)
         o = replace(o, rule=None, selection=_both(o, kept, context))
         return o, replace(context, advantage=shaped)
 

@@ -195,7 +195,8 @@ def entropy_filter(
     _checks.check_finite("entropy", entropy, trained)
     total = torch.where(trained, entropy.detach().double(), 0.0).sum(1)
     mean = total / trained.sum(1).clamp_min(1)
-    return shape_advantage(advantage.detach(), mean, max_entropy, coef, initial_entropy)
+    kept = filter_keeps(mean, max_entropy, initial_entropy)
+    return shape_advantage(advantage.detach(), mean, coef, kept)
 
 
 def check_filter(max_entropy: float, coef: float, initial_entropy: float | Tensor | None) -> None:
@@ -211,15 +212,8 @@ def check_filter(max_entropy: float, coef: float, initial_entropy: float | Tenso
         _checks.check_number("initial_entropy", initial_entropy, 0)
 
 
-def shape_advantage(
-    advantage: Tensor,
-    mean_entropy: Tensor,
-    max_entropy: float,
-    coef: float,
-    initial_entropy: float | Tensor | None,
-) -> Tensor:
-    """The filter for advantages and mean entropies of one shape."""
-    kept = filter_keeps(mean_entropy, max_entropy, initial_entropy)
+def shape_advantage(advantage: Tensor, mean_entropy: Tensor, coef: float, kept: Tensor) -> Tensor:
+    """The filter for advantages and mean entropies of one shape; `kept` is by `filter_keeps`."""
     shaped = advantage.double() - coef * mean_entropy
     return torch.where(kept, shaped, 0.0).to(advantage.dtype)
 
