@@ -151,7 +151,7 @@ struct Minimum {
     const Value to = s.wait.written ? Value(s.wait.value) : to_acc(wait);
     const Value from = s.end.written ? Value(s.end.value) : to_acc(end);
     if (!can_wait(to)) return;
-    line.set(c.wait, merged(to, from, temperature));
+    line.set(c.wait, merged(to, from, Divisor(temperature)));
     line.set(c.end, -Value(kInfinity));
   }
 };
