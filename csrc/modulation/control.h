@@ -25,13 +25,22 @@ struct RowControl {
   double weight, margin;
 };
 
-// 0 at t = 0, +A at a quarter of the period C, -A at three quarters. Remainders are exact: that of
-// t, and that of a sum below 3 C (the shift is a fraction), which takes no division.
-RK_HOST_DEVICE double wave(double amplitude, double period, double shift, int64_t t) {
-  const double r = std::fmod(double(t), period);
+// The wave is 0 at t = 0, +A at a quarter of the period C, -A at three quarters. Remainders are
+// exact: r, that of t, and that of a sum below 3 C (the shift is a fraction), which takes no
+// division.
+RK_HOST_DEVICE double moved_on(double r, double period, double shift) {
   const double x = r + product(shift, period) + product(0.75, period);
-  const double u = x >= 2 * period ? x - 2 * period : x >= period ? x - period : x;
-  return product(amplitude, std::fabs(4 * u / period - 2)) - amplitude;
+  return x >= 2 * period ? x - 2 * period : x >= period ? x - period : x;
+}
+
+RK_HOST_DEVICE double height(double amplitude, double quarters) {
+  return product(amplitude, std::fabs(quarters - 2)) - amplitude;
+}
+
+RK_HOST_DEVICE double wave(const int64_t* record, int64_t t) {
+  const double period = number(record, kPeriod), r = std::fmod(double(t), period);
+  return height(number(record, kAmplitude),
+                4 * moved_on(r, period, number(record, kShift)) / period);
 }
 
 RK_HOST_DEVICE bool in_windows(const int64_t* record, int64_t t) {
@@ -54,21 +63,21 @@ RK_HOST_DEVICE double scheduled(const int64_t* record, int64_t t) {
   return number(points, 1) + product(share, number(points, 3) - number(points, 1));
 }
 
-RK_HOST_DEVICE int64_t forced_id(const int64_t* record, const Progress& p) {
+template <class Record>
+RK_HOST_DEVICE int64_t forced_id(const Record& record, const Progress& p) {
   const int64_t parts = record[kParts];
   if ((parts & kDeepConf) && p.stopped && record[kEos] >= 0) return record[kEos];
   const bool spent = (parts & kBudget) && p.spent >= record[kBudgetTokens];
   if (spent && p.phrase != kDone && (p.phase == kThinking || p.phrase > 0)) {
-    return record[kEnd + p.phrase];
+    return entry(record, kEnd, p.phrase);
   }
-  return (parts & kMinThink) && p.wait > 0 ? record[kWait + p.wait] : -1;
+  return (parts & kMinThink) && p.wait > 0 ? entry(record, kWait, p.wait) : -1;
 }
 
 RK_HOST_DEVICE void add_parts(RowControl& c, const int64_t* record, const Progress& p) {
   const int64_t parts = record[kParts];
   if ((parts & kCyclic) && in_windows(record, p.t)) {
-    c.added[0] =
-        wave(number(record, kAmplitude), number(record, kPeriod), number(record, kShift), p.t);
+    c.added[0] = wave(record, p.t);
   }
   if ((parts & kTip) && p.t < p.switched + record[kTipSpan]) c.added[1] = -number(record, kAlpha);
   if (parts & kConstant) c.added[2] = number(record, kBias);
@@ -79,7 +88,8 @@ RK_HOST_DEVICE void add_parts(RowControl& c, const int64_t* record, const Progre
   if (parts & kBan) c.ban = record[kBanSet];
 }
 
-RK_HOST_DEVICE RowControl control_of(const int64_t* record, const Progress& p) {
+template <class Record>
+RK_HOST_DEVICE RowControl control_of(const Record& record, const Progress& p) {
   RowControl c{forced_id(record, p), {0, 0, 0, 0}, {-1, -1, -1, -1}, -1, -1, -1, -1, 0, 0};
   if (p.phase != kThinking) return c;
   const int64_t parts = record[kParts];
@@ -90,7 +100,7 @@ RK_HOST_DEVICE RowControl control_of(const int64_t* record, const Progress& p) {
   }
   const bool ramps = p.spent >= record[kTrackFrom] && p.spent < record[kBudgetTokens];
   if ((parts & kSoft) && p.phrase != kDone && ramps) {
-    c.soft = record[kEnd + p.phrase];
+    c.soft = entry(record, kEnd, p.phrase);
     c.weight = (double(p.spent) - number(record, kSoftFrom)) /
                (double(record[kBudgetTokens]) - number(record, kSoftFrom));
     c.margin = number(record, kSoftMargin);
@@ -108,11 +118,14 @@ RK_HOST_DEVICE bool can_force(T z) {
   return z > T(-kInfinity);
 }
 
+// A set's bit among those of an entry's sets; 0 for -1.
+RK_HOST_DEVICE uint32_t bit_of(int64_t set) { return set < 0 ? 0 : uint32_t(1) << set; }
+
 // What the row adds to an entry of its sets, in double, whichever of its sets the entry is met in.
 RK_HOST_DEVICE double added_to(const RowControl& c, int64_t member) {
   double sum = 0;
   for (int k = 0; k < kAdders; ++k) {
-    if (c.sets[k] >= 0 && (member >> c.sets[k] & 1)) sum += c.added[k];
+    sum += (uint32_t(member) & bit_of(c.sets[k])) != 0 ? c.added[k] : 0;
   }
   return sum;
 }

@@ -14,14 +14,9 @@ namespace modulation {
 
 constexpr unsigned kMaxRowThreads = 512, kCommitThreads = 32;
 
-struct Moved {  // a logit of the minimum, as the sets leave it
-  bool written;
-  double value;
-};
-
 struct RowShared {
   SlotShared slot;
-  Moved wait, end;
+  bool moved;                       // the sets have written a logit of the minimum
   double top[kMaxRowThreads / 32];  // of each warp
 };
 
@@ -43,14 +38,16 @@ struct Line {  // a row of logits
 };
 
 // The entry of the sets that is the thread's, and its logit: asked for before they are known to
-// matter.
+// matter. None where the block has fewer threads than there are entries.
 template <class E>
 struct Held {
   int64_t entry;  // -1: none
   E logit;
 
+  __device__ static bool all(const State& s) { return s.entries <= blockDim.x; }
+
   __device__ explicit Held(const State& s) : entry(-1), logit() {
-    if (fits(s) && threadIdx.x < s.entries) entry = s.sets.entries[threadIdx.x];
+    if (all(s) && threadIdx.x < s.entries) entry = s.sets.entries[threadIdx.x];
   }
 
   __device__ void ask(const Line<E>& line) {
@@ -87,72 +84,74 @@ __device__ bool survives_ban(const Line<E>& line, const Held<E>& held, const Set
   return false;
 }
 
-// What the sets do to a row. An entry is written once, in the first of its sets that are used.
+// What the sets do to a row.
 template <class E>
 struct SetWriter {
   typedef typename Line<E>::Value Value;
   const Line<E>& line;
   const RowControl& c;
-  RowShared& shared;
-  unsigned used;
+  bool& moved;
+  uint32_t used;
 
-  __device__ SetWriter(const Line<E>& line, const RowControl& c, RowShared& shared)
-      : line(line), c(c), shared(shared), used(c.ban >= 0 ? 1u << c.ban : 0) {
+  __device__ SetWriter(const Line<E>& line, const RowControl& c, bool& moved)
+      : line(line), c(c), moved(moved), used(bit_of(c.ban)) {
 #pragma unroll
-    for (int part = 0; part < kAdders; ++part) {
-      if (c.sets[part] >= 0) used |= 1u << c.sets[part];
-    }
+    for (int part = 0; part < kAdders; ++part) used |= bit_of(c.sets[part]);
   }
 
   // NaN keeps its bits.
-  __device__ void write(int set, int64_t id, int64_t member, Value z) const {
-    const unsigned acting = unsigned(member) & used;
-    if ((acting & (0 - acting)) != 1u << set || z != z) return;
-    const bool bans = c.ban >= 0 && (member >> c.ban & 1);
-    const E after = from_acc<E>(bans ? Value(-kInfinity) : with_added(z, added_to(c, member)));
-    line.logits[id] = after;
-    if (id == c.wait) shared.wait = {true, double(to_acc(after))};
-    if (id == c.end) shared.end = {true, double(to_acc(after))};
+  __device__ void write(int64_t id, int64_t member, Value z) const {
+    if (z != z) return;
+    const bool bans = (uint32_t(member) & bit_of(c.ban)) != 0;
+    const Value after = bans ? Value(-kInfinity) : with_added(z, added_to(c, member));
+    line.logits[id] = from_acc<E>(after);
+    if (id == c.wait || id == c.end) moved = true;
   }
 
-  __device__ void write_held(const Held<E>& held, int set) const {
-    if (held.any()) write(set, held.id(), held.member(), to_acc(held.logit));
+  // An id of several sets is held, and written alike, by several threads: all have read it before.
+  __device__ void write_held(const Held<E>& held) const {
+    if (held.any() && (uint32_t(held.member()) & used) != 0) {
+      write(held.id(), held.member(), to_acc(held.logit));
+    }
   }
 
-  // The entries from number `first` on.
-  __device__ void write_rest(const Sets& sets, int64_t first) const {
-    for (unsigned left = used; left != 0; left &= left - 1) {
+  // An entry is read and written in the first of its sets that are used.
+  __device__ void write_all(const Sets& sets) const {
+    for (uint32_t left = used; left != 0; left &= left - 1) {
       const int set = __ffs(int(left)) - 1;
-      const int64_t begin = sets.bounds[set] > first ? sets.bounds[set] : first;
-      for (int64_t k = begin + threadIdx.x; k < sets.bounds[set + 1]; k += blockDim.x) {
+      for (int64_t k = sets.bounds[set] + threadIdx.x; k < sets.bounds[set + 1]; k += blockDim.x) {
+        const uint32_t acting = uint32_t(sets.member(k)) & used;
         const int64_t id = sets.id(k);
-        if (id < line.vocab) write(set, id, sets.member(k), line.get(id));
+        if ((acting & (0 - acting)) != uint32_t(1) << set || id >= line.vocab) continue;
+        write(id, sets.member(k), line.get(id));
       }
     }
   }
 };
 
-// The minimum's two logits, asked for by one thread before they are known to be moved.
+// The minimum's two logits, asked for before they are known to be moved.
 template <class E>
 struct Minimum {
   E wait, end;
 
-  __device__ Minimum(const int64_t* record, const Line<E>& line) : wait(), end() {
-    if (threadIdx.x != 0 || (record[kParts] & kMinThink) == 0) return;
+  __device__ Minimum(const WarpRecord& record, const Line<E>& line) : wait(), end() {
     const int64_t from = record[kThinkEnd], to = record[kWait];
-    if (from < 0 || from >= line.vocab || to >= line.vocab) return;
-    end = line.logits[from], wait = line.logits[to];
+    const bool asks = from >= 0 && from < line.vocab && to >= 0 && to < line.vocab;
+    if (asks) ask(line, from, to);
   }
 
-  __device__ void move(const Line<E>& line, const RowControl& c, const RowShared& s,
-                       float temperature) const {
+  __device__ void move(const Line<E>& line, const RowControl& c, bool moved, const Divisor& heat) {
     typedef typename Line<E>::Value Value;
     if (c.end < 0 || c.end >= line.vocab || c.wait >= line.vocab) return;
-    const Value to = s.wait.written ? Value(s.wait.value) : to_acc(wait);
-    const Value from = s.end.written ? Value(s.end.value) : to_acc(end);
-    if (!can_wait(to)) return;
-    line.set(c.wait, merged(to, from, Divisor(temperature)));
+    if (moved) ask(line, c.end, c.wait);
+    if (threadIdx.x != 0 || !can_wait(to_acc(wait))) return;
+    line.set(c.wait, merged(to_acc(wait), to_acc(end), heat));
     line.set(c.end, -Value(kInfinity));
+  }
+
+ private:
+  __device__ void ask(const Line<E>& line, int64_t from, int64_t to) {
+    end = line.logits[from], wait = line.logits[to];
   }
 };
 
@@ -181,19 +180,19 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams 
   RowShared& s = *dynamic_shared<RowShared>();
   const unsigned request = blockIdx.x, node = blockIdx.y;
   const int64_t row = request * p.nodes + node;
-  SlotCopy copy(p.state, p.slot + request);
+  SlotCopy copy(p.state, p.slot + request, p.draft_tokens != nullptr);
   Held<E> held(p.state);
   const Drafts drafts(p, request, node);
-  copy.ask_record();
   const float temperature = p.temperature == nullptr ? 1.0f : p.temperature[row];
+  copy.ask_record();
   const Line<E> line{static_cast<E*>(p.logits) + row * p.stride, p.vocab};
   held.ask(line);
-  if (threadIdx.x == 0) s.wait.written = s.end.written = false;
-  const Sets sets = copy.take_sets(s.slot);
-  const int held_set = held.any() ? set_of(sets, threadIdx.x) : 0;
-  if (!copy.take_record(s.slot)) return;
-  const int64_t* record = s.slot.record;
-  const Minimum<E> minimum(record, line);
+  if (threadIdx.x == 0) s.moved = false;
+  const Divisor heat(temperature);
+  if (!copy.take(s.slot)) return;
+  const WarpRecord record(s.slot.record);
+  Minimum<E> minimum(record, line);
+  const Sets sets = copy.sets(s.slot);
   RowControl c = control_of(record, fold_drafts(drafts, sets, record));
   if (c.force >= 0 && c.force < p.vocab && can_force(line.get(c.force))) {
     __syncthreads();
@@ -204,12 +203,11 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams 
     if (!survives_ban(line, held, sets, c.ban)) c.ban = -1;
     __syncthreads();
   }
-  const SetWriter<E> writer(line, c, s);
-  writer.write_held(held, held_set);
-  const int64_t written = fits(p.state) ? blockDim.x : 0;
-  if (written < p.state.entries) writer.write_rest(sets, written);
+  const SetWriter<E> writer(line, c, s.moved);
+  writer.write_held(held);
+  if (!Held<E>::all(p.state)) writer.write_all(sets);
   __syncthreads();
-  if (threadIdx.x == 0) minimum.move(line, c, s, temperature);
+  minimum.move(line, c, s.moved, heat);
   if (!p.dense || c.soft < 0 || c.soft >= p.vocab) return;
   __syncthreads();
   const auto top = largest(line, s.top);
@@ -223,25 +221,26 @@ __global__ void __launch_bounds__(kCommitThreads, 1) commit_kernel(CommitParams 
   wait_for_kernels_before();
   SlotShared& s = *dynamic_shared<SlotShared>();
   const unsigned b = blockIdx.x;
-  SlotCopy copy(p.state, p.slot + b);
+  SlotCopy copy(p.state, p.slot + b, true);
   const int64_t length = p.length[b], steps = p.steps;
   const int64_t first = b * steps, count = length < steps ? length : steps;
   int64_t own = lane_of() < steps ? p.tokens[first + lane_of()] : -1;
   copy.ask_record();
-  const Sets sets = copy.take_sets(s);
-  if (!copy.take_record(s)) return;
+  if (!copy.take(s)) return;
+  const Sets sets = copy.sets(s);
+  const WarpRecord asked(s.record);
   int64_t* record = p.records + copy.number * kRecordWidth;
   Written to = written_of(record);
   to.progress = s.record;
-  Progress at = load_progress(s.record);
-  const bool watched = (s.record[kParts] & (kDeepConf | kTrigger)) != 0;
+  Progress at = load_progress(asked);
+  const bool watched = (asked[kParts] & (kDeepConf | kTrigger)) != 0;
   bool ended = false;
   for (int64_t j = 0; j < count && !ended; j += 32) {
     if (j > 0) own = j + lane_of() < steps ? p.tokens[first + j + lane_of()] : -1;
     const unsigned here = count - j < 32 ? (1u << (count - j)) - 1 : kFullMask;
-    ended = fold_lanes(sets, s.record, at, own, here, watched, [&](int k, int64_t token, bool sw) {
-      const bool says = watched && token != forced_id(s.record, at);
-      fold(s.record, at, token, sw);
+    ended = fold_lanes(sets, asked, at, own, here, watched, [&](int k, int64_t token, bool sw) {
+      const bool says = watched && token != forced_id(asked, at);
+      fold(asked, at, token, sw);
       if (!says) return;
       if (threadIdx.x == 0) push_statistics(p, s.record, to, first + j + k);
       __syncwarp();

@@ -2,47 +2,33 @@
 // and the drafts before its row, in registers.
 #pragma once
 
-#include "../common/reduce.cuh"
-#include "fold.h"
+#include "warp_record.cuh"
 
 namespace reasonkern {
 namespace modulation {
 
 struct SlotShared {
   static constexpr int kSets = 192;  // bounds and entries
-  int64_t record[kRowWidth], sets[kSets];
+  alignas(16) int64_t record[kRowWidth];
+  int64_t sets[kSets];
 };
 
 // More of them stay where they are.
 constexpr int kSharedEntries = SlotShared::kSets - Sets::kEntries;
 
-__device__ inline int lane_of() { return int(threadIdx.x % 32); }
-
-__device__ inline bool fits(const State& s) { return s.entries <= kSharedEntries; }
-
-// The set that entry k belongs to: the last one that begins at it or before.
-__device__ inline int set_of(const Sets& sets, int64_t k) {
-  static_assert(kMaxSets == 32, "halved down to one");
-  int set = 0;
-#pragma unroll
-  for (int half = 16; half > 0; half /= 2) set += sets.bounds[set + half] <= k ? half : 0;
-  return set;
-}
-
 // The state of one slot on its way to shared memory: the first warp brings it, and all its reads
-// are under way before one is waited for. All threads of the block call the two takes.
+// are under way before one is waited for. The sets come along where tokens are looked for in them.
 class SlotCopy {
  public:
   const int64_t number;  // of the slot
 
-  __device__ SlotCopy(const State& s, const int64_t* slot) : number(*slot), state_(s) {
-    const int places = threadIdx.x >= 32 ? 0
-                       : fits(s)         ? Sets::kEntries + int(s.entries)
-                                         : kMaxSets + 1;
+  __device__ SlotCopy(const State& s, const int64_t* slot, bool with_sets)
+      : number(*slot), state_(s), places_(0) {
+    if (with_sets) places_ = fits() ? Sets::kEntries + int(s.entries) : kMaxSets + 1;
 #pragma unroll
     for (int k = 0; k < kSetsEach; ++k) {
       const int i = int(threadIdx.x) + 32 * k;
-      sets_[k] = i < places ? s.sets.bounds[i] : 0;
+      sets_[k] = threadIdx.x < 32 && i < places_ ? s.sets.bounds[i] : 0;
     }
   }
 
@@ -54,33 +40,36 @@ class SlotCopy {
     for (int k = 0; k < kRecordEach; ++k) record_[k] = record[32 * k];
   }
 
-  __device__ Sets take_sets(SlotShared& to) const {
-    put(sets_, to.sets);
-    __syncthreads();
-    return {to.sets, fits(state_) ? to.sets + Sets::kEntries : state_.sets.entries};
-  }
-
-  // Whether the slot is controlled; its record comes with it.
-  __device__ bool take_record(SlotShared& to) const {
+  // Whether the slot is controlled. All threads of the block call it; what they wrote to shared
+  // memory before is there after it, too.
+  __device__ bool take(SlotShared& to) const {
     if (!used_) return false;
-    put(record_, to.record);
+    if (threadIdx.x < 32) put(record_, to.record);
+    if (threadIdx.x < 32 && places_ > 0) put(sets_, to.sets);
     __syncthreads();
     return (to.record[kParts] & kActive) != 0;
+  }
+
+  __device__ Sets sets(const SlotShared& taken) const {
+    if (places_ == 0) return state_.sets;
+    return {taken.sets, fits() ? taken.sets + Sets::kEntries : state_.sets.entries};
   }
 
  private:
   static constexpr int kSetsEach = SlotShared::kSets / 32, kRecordEach = kRowWidth / 32;
   static_assert(kRowWidth % 32 == 0 && SlotShared::kSets % 32 == 0, "whole turns of a warp");
 
+  __device__ bool fits() const { return state_.entries <= kSharedEntries; }
+
   template <int N>
   __device__ static void put(const int64_t (&from)[N], int64_t* to) {
-    if (threadIdx.x >= 32) return;
 #pragma unroll
     for (int k = 0; k < N; ++k) to[int(threadIdx.x) + 32 * k] = from[k];
   }
 
   const State& state_;
   bool used_;
+  int places_;
   int64_t sets_[kSetsEach], record_[kRecordEach];
 };
 
@@ -128,7 +117,7 @@ __device__ inline unsigned up_to_last(unsigned lanes) {
 }
 
 // As `switches`, for a lane's own token, which may be none. All lanes halve the set alike.
-__device__ inline bool lane_switches(const Sets& sets, const int64_t* record, int64_t token) {
+__device__ inline bool lane_switches(const Sets& sets, const WarpRecord& record, int64_t token) {
   if ((record[kParts] & kTip) == 0) return false;
   const int64_t set = record[kAddedSets + 1];
   const int64_t* entry = sets.entries + sets.bounds[set];
@@ -143,7 +132,7 @@ __device__ inline bool lane_switches(const Sets& sets, const int64_t* record, in
 }
 
 // Whether the token is more than a count to a request outside a phrase.
-__device__ inline bool is_mark(const int64_t* record, const Progress& p, int64_t token) {
+__device__ inline bool is_mark(const WarpRecord& record, const Progress& p, int64_t token) {
   if (p.phase == kBefore) return token == record[kThinkStart];
   if (p.phase != kThinking) return false;
   return token == record[kThinkEnd] ||
@@ -155,7 +144,7 @@ __device__ inline bool is_mark(const int64_t* record, const Progress& p, int64_t
 // then their number is all that counts. Else, and where `each` is asked for, step(k, token,
 // switches) folds the one of lane k.
 template <class Step>
-__device__ bool fold_lanes(const Sets& sets, const int64_t* record, Progress& p, int64_t own,
+__device__ bool fold_lanes(const Sets& sets, const WarpRecord& record, Progress& p, int64_t own,
                            unsigned path, bool each, Step step) {
   const unsigned ends = __ballot_sync(kFullMask, own < 0) & path;
   if (ends != 0) path &= (ends & (0 - ends)) - 1;
@@ -178,7 +167,7 @@ __device__ bool fold_lanes(const Sets& sets, const int64_t* record, Progress& p,
 }
 
 // Committed progress advanced by the drafts, up to the first -1. Parents come before children.
-__device__ inline Progress fold_drafts(const Drafts& d, const Sets& sets, const int64_t* record) {
+__device__ inline Progress fold_drafts(const Drafts& d, const Sets& sets, const WarpRecord& record) {
   Progress p = load_progress(record);
   bool ended = false;
   for (int first = 0; first < d.count && !ended; first += 32) {
