@@ -63,22 +63,24 @@ RK_HOST_DEVICE double scheduled(const int64_t* record, int64_t t) {
   return number(points, 1) + product(share, number(points, 3) - number(points, 1));
 }
 
+// The id that is due by force, or -1. (Conditions without branches, which would wait for one
+// another.)
 template <class Record>
 RK_HOST_DEVICE int64_t forced_id(const Record& record, const Progress& p) {
   const int64_t parts = record[kParts];
-  if ((parts & kDeepConf) && p.stopped && record[kEos] >= 0) return record[kEos];
-  const bool spent = (parts & kBudget) && p.spent >= record[kBudgetTokens];
-  if (spent && p.phrase != kDone && (p.phase == kThinking || p.phrase > 0)) {
-    return entry(record, kEnd, p.phrase);
-  }
-  return (parts & kMinThink) && p.wait > 0 ? entry(record, kWait, p.wait) : -1;
+  const bool stops = ((parts & kDeepConf) != 0) & (p.stopped != 0) & (record[kEos] >= 0);
+  const bool spent = ((parts & kBudget) != 0) & (p.spent >= record[kBudgetTokens]) &
+                     (p.phrase != kDone) & ((p.phase == kThinking) | (p.phrase > 0));
+  const bool waits = ((parts & kMinThink) != 0) & (p.wait > 0);
+  if (!(stops | spent | waits)) return -1;
+  if (stops) return record[kEos];
+  return spent ? entry(record, kEnd, p.phrase) : entry(record, kWait, p.wait);
 }
 
-RK_HOST_DEVICE void add_parts(RowControl& c, const int64_t* record, const Progress& p) {
-  const int64_t parts = record[kParts];
-  if ((parts & kCyclic) && in_windows(record, p.t)) {
-    c.added[0] = wave(record, p.t);
-  }
+// `parts`: those that act, none outside of thinking.
+RK_HOST_DEVICE void add_parts(RowControl& c, const int64_t* record, const Progress& p,
+                              int64_t parts) {
+  if ((parts & kCyclic) && in_windows(record, p.t)) c.added[0] = wave(record, p.t);
   if ((parts & kTip) && p.t < p.switched + record[kTipSpan]) c.added[1] = -number(record, kAlpha);
   if (parts & kConstant) c.added[2] = number(record, kBias);
   if (parts & kSchedule) c.added[3] = scheduled(record, p.t);
@@ -88,23 +90,33 @@ RK_HOST_DEVICE void add_parts(RowControl& c, const int64_t* record, const Progre
   if (parts & kBan) c.ban = record[kBanSet];
 }
 
+// What is done by id, bar a force.
+template <class Record>
+RK_HOST_DEVICE RowControl control_by_id(const Record& record, const Progress& p) {
+  RowControl c{-1, {0, 0, 0, 0}, {-1, -1, -1, -1}, -1, -1, -1, -1, 0, 0};
+  const int64_t parts = p.phase == kThinking ? record[kParts] : 0;
+  add_parts(c, record, p, parts);
+  const bool minimum = ((parts & kMinThink) != 0) & must_think(record, p);
+  c.end = minimum ? record[kThinkEnd] : -1;
+  c.wait = minimum ? record[kWait] : -1;
+  return c;
+}
+
+template <class Record>
+RK_HOST_DEVICE void add_soft(RowControl& c, const Record& record, const Progress& p) {
+  const bool ramps = p.spent >= record[kTrackFrom] && p.spent < record[kBudgetTokens];
+  if (!(record[kParts] & kSoft) || p.phase != kThinking || p.phrase == kDone || !ramps) return;
+  c.soft = entry(record, kEnd, p.phrase);
+  c.weight = (double(p.spent) - number(record, kSoftFrom)) /
+             (double(record[kBudgetTokens]) - number(record, kSoftFrom));
+  c.margin = number(record, kSoftMargin);
+}
+
 template <class Record>
 RK_HOST_DEVICE RowControl control_of(const Record& record, const Progress& p) {
-  RowControl c{forced_id(record, p), {0, 0, 0, 0}, {-1, -1, -1, -1}, -1, -1, -1, -1, 0, 0};
-  if (p.phase != kThinking) return c;
-  const int64_t parts = record[kParts];
-  add_parts(c, record, p);
-  if ((parts & kMinThink) && must_think(record, p)) {
-    c.end = record[kThinkEnd];
-    c.wait = record[kWait];
-  }
-  const bool ramps = p.spent >= record[kTrackFrom] && p.spent < record[kBudgetTokens];
-  if ((parts & kSoft) && p.phrase != kDone && ramps) {
-    c.soft = entry(record, kEnd, p.phrase);
-    c.weight = (double(p.spent) - number(record, kSoftFrom)) /
-               (double(record[kBudgetTokens]) - number(record, kSoftFrom));
-    c.margin = number(record, kSoftMargin);
-  }
+  RowControl c = control_by_id(record, p);
+  add_soft(c, record, p);
+  c.force = forced_id(record, p);
   return c;
 }
 
@@ -227,11 +239,10 @@ RK_HOST_DEVICE double log1p_exp(double x) {
 template <class T>
 RK_HOST_DEVICE T merged(T wait, T end, const Divisor& t) {
   const double a = wait, b = end, high = a > b ? a : b, low = a > b ? b : a;
-  const bool is_nan = a != a || b != b;
-  if (is_nan || t.value == 0 || low == -kInfinity || high == kInfinity) {
-    return T(is_nan ? a + b : high);
-  }
-  return T(high + product(t.value, log1p_exp(quotient(low - high, t))));
+  const double sum = high + product(t.value, log1p_exp(quotient(low - high, t)));
+  const double plain = (a != a) | (b != b) ? a + b : high;
+  const bool is_plain = !(plain < kInfinity) | (low == -kInfinity) | (t.value == 0);
+  return T(is_plain ? plain : sum);
 }
 
 // `top`: the row's largest finite logit after everything else, -inf where there is none.

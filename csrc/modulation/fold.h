@@ -48,7 +48,8 @@ RK_HOST_DEVICE bool holds(const Sets& sets, int64_t set, int64_t token) {
 
 template <class Record>
 RK_HOST_DEVICE bool must_think(const Record& record, const Progress& p) {
-  return p.phase == kThinking && (p.spent < record[kMinTokens] || p.ignore > 0);
+  // (Without branches, whose conditions would wait for one another.)
+  return (p.phase == kThinking) & ((p.spent < record[kMinTokens]) | (p.ignore > 0));
 }
 
 template <class Record>
@@ -70,7 +71,8 @@ RK_HOST_DEVICE void fold_phrase(const Record& record, Progress& p, int64_t token
   const bool open = p.phase == kThinking;
   if (p.phrase == kDone || p.spent < record[kTrackFrom] || !(open || p.phrase > 0)) return;
   int64_t matched = p.phrase;
-  while (matched > 0 && entry(record, kEnd, matched) != token) matched = entry(record, kFailure, matched - 1);
+  while (matched > 0 && entry(record, kEnd, matched) != token)
+    matched = entry(record, kFailure, matched - 1);
   if (entry(record, kEnd, matched) == token) ++matched;
   const bool stays_open = open && token != record[kThinkEnd];
   const bool given_up = !stays_open && matched != p.phrase + 1;
