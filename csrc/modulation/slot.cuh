@@ -119,13 +119,14 @@ __device__ inline bool lane_switches(const Sets& sets, const WarpRecord& record,
 // the next so many.
 __device__ inline bool is_mark(const WarpRecord& record, const Progress& p, int64_t token,
                                int ahead) {
-  if (p.phase == kBefore) return token == record[kThinkStart];
   const int64_t parts = record[kParts];
-  const bool waits = (parts & kMinThink) != 0 && must_think(record, p);
-  const bool tracks =
-      (parts & kBudget) != 0 && p.phrase != kDone && p.spent + ahead > record[kTrackFrom];
-  return p.phase == kThinking && (token == record[kThinkEnd] || (waits && token == record[kWait]) ||
-                                  (tracks && token == entry(record, kEnd, 0)));
+  const bool waits = ((parts & kMinThink) != 0) & must_think(record, p);
+  const bool tracks = ((parts & kBudget) != 0) & (p.phrase != kDone) &
+                      (p.spent + ahead > record[kTrackFrom]);
+  const bool thinks = (token == record[kThinkEnd]) | (waits & (token == record[kWait])) |
+                      (tracks & (token == entry(record, kEnd, 0)));
+  return ((p.phase == kThinking) & thinks) |
+         ((p.phase == kBefore) & (token == record[kThinkStart]));
 }
 
 // Progress after so many tokens that are none.
@@ -146,8 +147,8 @@ __device__ bool fold_lanes(const Sets& sets, const WarpRecord& record, Progress&
   if (ends != 0) path &= (ends & (0 - ends)) - 1;
   const unsigned switched = __ballot_sync(kFullMask, lane_switches(sets, record, own));
   while (path != 0) {
-    const bool all = each || p.wait > 0 || p.phrase > 0;
-    const bool mark = all || (own >= 0 && is_mark(record, p, own, __popc(path)));
+    const bool all = each | (p.wait > 0) | (p.phrase > 0);
+    const bool mark = all | ((own >= 0) & is_mark(record, p, own, __popc(path)));
     const unsigned marks = __ballot_sync(kFullMask, mark) & path, next = marks & (0 - marks);
     const unsigned before = path & (next - 1);  // all where there is none
     count_tokens(p, before, switched);
