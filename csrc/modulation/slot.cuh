@@ -121,8 +121,8 @@ __device__ inline bool is_mark(const WarpRecord& record, const Progress& p, int6
                                int ahead) {
   const int64_t parts = record[kParts];
   const bool waits = ((parts & kMinThink) != 0) & must_think(record, p);
-  const bool tracks = ((parts & kBudget) != 0) & (p.phrase != kDone) &
-                      (p.spent + ahead > record[kTrackFrom]);
+  const bool tracks =
+      ((parts & kBudget) != 0) & (p.phrase != kDone) & (p.spent + ahead > record[kTrackFrom]);
   const bool thinks = (token == record[kThinkEnd]) | (waits & (token == record[kWait])) |
                       (tracks & (token == entry(record, kEnd, 0)));
   return ((p.phase == kThinking) & thinks) |

@@ -1,3 +1,4 @@
+# ruff: noqa
 """Variants of the modulation kernels on a GPU: equal to the definition, then timed in turn.
 
 python tools/modfast/compare.py build/modfast/*.so     (the package need not have CUDA kernels)
@@ -38,7 +39,9 @@ def packed(step: cases.Step, records: Tensor) -> bytes:
     sets = step.state.tensors.sets
     entries = len(sets) - at.SET_ENTRIES
     bounds = address(sets)
-    return struct.pack("<3Q2q", address(records), bounds, bounds + 8 * at.SET_ENTRIES, len(records), entries)
+    return struct.pack(
+        "<3Q2q", address(records), bounds, bounds + 8 * at.SET_ENTRIES, len(records), entries
+    )
 
 
 def rows(step: cases.Step, records: Tensor, logits: Tensor, slot: Tensor, tree: bool) -> bytes:
@@ -52,7 +55,14 @@ def rows(step: cases.Step, records: Tensor, logits: Tensor, slot: Tensor, tree: 
 
 def commit(step: cases.Step, records: Tensor, tokens: Tensor, length: Tensor) -> bytes:
     return packed(step, records) + struct.pack(
-        "<4Q2q2Q", address(records), address(step.slot), address(tokens), address(length), *tokens.shape, 0, 0
+        "<4Q2q2Q",
+        address(records),
+        address(step.slot),
+        address(tokens),
+        address(length),
+        *tokens.shape,
+        0,
+        0,
     )
 
 
@@ -88,7 +98,9 @@ class Case:
         self.kind = kind
         n = BATCH * (NODES if kind == "tree" else 1)
         op = "control_tree" if kind == "tree" else "control_rows"
-        case = cases.Case(op, (BATCH, vocab), "bfloat16", "cuda", passes=0, providers=(), input_shape=(n, vocab))
+        case = cases.Case(
+            op, (BATCH, vocab), "bfloat16", "cuda", passes=0, providers=(), input_shape=(n, vocab)
+        )
         self.step = cases.inputs(case, 0)
         self.records = self.step.state.tensors.records
         if late:  # the budget is spent, the phrase is looked for
@@ -126,7 +138,10 @@ class Case:
 
 def equal(a: Tensor, b: Tensor) -> bool:
     """Bit for bit; of NaN none is there."""
-    return torch.equal(a.view(torch.int16) if a.dtype == torch.bfloat16 else a, b.view(torch.int16) if b.dtype == torch.bfloat16 else b)
+    return torch.equal(
+        a.view(torch.int16) if a.dtype == torch.bfloat16 else a,
+        b.view(torch.int16) if b.dtype == torch.bfloat16 else b,
+    )
 
 
 def compare(label: str, case: Case, libraries: dict[str, ctypes.CDLL]) -> None:
@@ -157,7 +172,8 @@ def compare(label: str, case: Case, libraries: dict[str, ctypes.CDLL]) -> None:
     for name, values in times.items():
         low, *_, high = statistics.quantiles(values, n=5)
         of_add, of_first = (
-            statistics.median(x / y for x, y in zip(values, times[other], strict=True)) for other in ("add_", first)
+            statistics.median(x / y for x, y in zip(values, times[other], strict=True))
+            for other in ("add_", first)
         )
         print(
             f"{label:16s} {name:12s} {statistics.median(values):6.2f} us ({low:.2f}, {high:.2f})"
