@@ -63,7 +63,7 @@ RK_HOST_DEVICE void move_to_wait(Row& row, const RowControl& c, int64_t vocab, f
   if (c.end < 0 || c.end >= vocab || c.wait >= vocab) return;
   const typename Row::Value wait = row.get(c.wait);
   if (!can_wait(wait)) return;
-  row.set(c.wait, merged(wait, row.get(c.end), temperature));
+  row.set(c.wait, merged(wait, row.get(c.end), Divisor(temperature)));
   row.set(c.end, -typename Row::Value(kInfinity));
 }
 

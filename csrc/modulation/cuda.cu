@@ -9,6 +9,7 @@ namespace {
 
 struct CudaBackend {
   static void modulate(ScalarType dtype, const RowsParams& p, int32_t device) {
+    check_address(p.state);
     switch (dtype) {
       case ScalarType::Float:
         return launch_rows(modulate_kernel<float>, p, device);
@@ -25,9 +26,10 @@ struct CudaBackend {
   }
 
   static void commit(const CommitParams& p, int32_t device) {
+    check_address(p.state);
     check_grid(p.batch, "tokens");
     const LaunchScope scope(device);
-    launch<true>(commit_kernel, unsigned(p.batch), kCommitThreads, 1, sizeof(SlotShared),
+    launch<true>(commit_kernel, unsigned(p.batch), kCommitThreads, 1, sizeof(CommitShared),
                  scope.stream, p);
   }
 
@@ -38,6 +40,12 @@ struct CudaBackend {
     const dim3 grid(unsigned(p.rows / p.nodes), unsigned(p.nodes));
     launch<true>(kernel, grid, row_threads(p.state.entries, p.dense), 1, sizeof(RowShared),
                  scope.stream, p);
+  }
+
+  // Records are read by pairs of columns.
+  static void check_address(const State& s) {
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(s.records) % 16 == 0,
+                    "records: expected an address that is a multiple of 16");
   }
 
   static void check_grid(int64_t rows, const char* name) {

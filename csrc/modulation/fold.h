@@ -17,7 +17,14 @@ struct Progress {
   int64_t stopped;
 };
 
-RK_HOST_DEVICE Progress load_progress(const int64_t* p) {
+// A record is one in memory, or, in a warp, a copy of it whose columns are in registers
+// (warp_record.cuh). Element k of the array that begins at a column:
+RK_HOST_DEVICE int64_t entry(const int64_t* record, int column, int64_t k) {
+  return record[column + k];
+}
+
+template <class Record>
+RK_HOST_DEVICE Progress load_progress(const Record& p) {
   return {p[kT], p[kSpent], p[kSwitch], p[kPhase], p[kPhrase], p[kWaitAt], p[kIgnore], p[kStopped]};
 }
 
@@ -39,12 +46,15 @@ RK_HOST_DEVICE bool holds(const Sets& sets, int64_t set, int64_t token) {
   return entry_of(sets, set, token) >= 0;
 }
 
-RK_HOST_DEVICE bool must_think(const int64_t* record, const Progress& p) {
-  return p.phase == kThinking && (p.spent < record[kMinTokens] || p.ignore > 0);
+template <class Record>
+RK_HOST_DEVICE bool must_think(const Record& record, const Progress& p) {
+  // (Without branches, whose conditions would wait for one another.)
+  return (p.phase == kThinking) & ((p.spent < record[kMinTokens]) | (p.ignore > 0));
 }
 
-RK_HOST_DEVICE void fold_wait(const int64_t* record, Progress& p, int64_t token) {
-  if (p.wait > 0 && token == record[kWait + p.wait]) {
+template <class Record>
+RK_HOST_DEVICE void fold_wait(const Record& record, Progress& p, int64_t token) {
+  if (p.wait > 0 && token == entry(record, kWait, p.wait)) {
     p.wait = p.wait + 1 == record[kWaitLength] ? 0 : p.wait + 1;
   } else if (must_think(record, p) && token == record[kWait]) {
     p.wait = record[kWaitLength] > 1 ? 1 : 0;
@@ -56,18 +66,21 @@ RK_HOST_DEVICE void fold_wait(const int64_t* record, Progress& p, int64_t token)
 
 // The automaton runs from the count kTrackFrom on. Once thinking has ended, with the phrase or
 // without it, there is nothing left to enforce and a mismatch gives the phrase up.
-RK_HOST_DEVICE void fold_phrase(const int64_t* record, Progress& p, int64_t token) {
+template <class Record>
+RK_HOST_DEVICE void fold_phrase(const Record& record, Progress& p, int64_t token) {
   const bool open = p.phase == kThinking;
   if (p.phrase == kDone || p.spent < record[kTrackFrom] || !(open || p.phrase > 0)) return;
   int64_t matched = p.phrase;
-  while (matched > 0 && record[kEnd + matched] != token) matched = record[kFailure + matched - 1];
-  if (record[kEnd + matched] == token) ++matched;
+  while (matched > 0 && entry(record, kEnd, matched) != token)
+    matched = entry(record, kFailure, matched - 1);
+  if (entry(record, kEnd, matched) == token) ++matched;
   const bool stays_open = open && token != record[kThinkEnd];
   const bool given_up = !stays_open && matched != p.phrase + 1;
   p.phrase = given_up || matched == record[kEndLength] ? kDone : matched;
 }
 
-RK_HOST_DEVICE void fold_phase(const int64_t* record, Progress& p, int64_t token) {
+template <class Record>
+RK_HOST_DEVICE void fold_phase(const Record& record, Progress& p, int64_t token) {
   if (p.phase == kThinking) {
     if (token == record[kThinkEnd]) {
       p.phase = kClosed;
@@ -86,7 +99,8 @@ RK_HOST_DEVICE bool switches(const Sets& sets, const int64_t* record, int64_t to
 }
 
 // `token` >= 0.
-RK_HOST_DEVICE void fold(const int64_t* record, Progress& p, int64_t token, bool switches) {
+template <class Record>
+RK_HOST_DEVICE void fold(const Record& record, Progress& p, int64_t token, bool switches) {
   const int64_t parts = record[kParts];
   if (parts & kMinThink) fold_wait(record, p, token);
   if (parts & kBudget) fold_phrase(record, p, token);

@@ -1,7 +1,7 @@
-// The kernels of logit control: a block per row. Their time is that of reads that wait for one
-// another. So what does not depend on the slot is asked for beside it, and its record, in one go,
-// beside the logits of the sets. Every thread folds the drafts and decides for itself: it takes as
-// long as if one did, and nothing has to be handed over.
+// The kernels of logit control: a block per row. Their time is that of what waits for one another:
+// reads, sums and branches. So what does not depend on the slot is asked for beside it, and its
+// record, in one go, beside the logits of the sets. Every thread holds the record, folds the drafts
+// and decides for itself: it takes as long as if one did, and nothing has to be handed over.
 #pragma once
 
 #include "../common/reduce.cuh"
@@ -14,14 +14,8 @@ namespace modulation {
 
 constexpr unsigned kMaxRowThreads = 512, kCommitThreads = 32;
 
-struct Moved {  // a logit of the minimum, as the sets leave it
-  bool written;
-  double value;
-};
-
 struct RowShared {
-  SlotShared slot;
-  Moved wait, end;
+  SetsCopy::Shared sets;
   double top[kMaxRowThreads / 32];  // of each warp
 };
 
@@ -43,19 +37,22 @@ struct Line {  // a row of logits
 };
 
 // The entry of the sets that is the thread's, and its logit: asked for before they are known to
-// matter.
+// matter. None where the block has fewer threads than there are entries.
 template <class E>
 struct Held {
   int64_t entry;  // -1: none
   E logit;
 
+  __device__ static bool all(const State& s) { return s.entries <= blockDim.x; }
+
   __device__ explicit Held(const State& s) : entry(-1), logit() {
-    if (fits(s) && threadIdx.x < s.entries) entry = s.sets.entries[threadIdx.x];
+    const int64_t held = all(s) ? s.entries : 0;
+    if (threadIdx.x < held) entry = s.sets.entries[threadIdx.x];
   }
 
   __device__ void ask(const Line<E>& line) {
     if (any() && id() >= line.vocab) entry = -1;
-    if (any()) logit = line.logits[id()];
+    if (any()) logit = load_now(line.logits + id());
   }
 
   __device__ bool any() const { return entry != -1; }
@@ -63,13 +60,9 @@ struct Held {
   __device__ int64_t member() const { return Sets::member_of(entry); }
 };
 
-// Whether something finite is left without the set. Each warp finds out for itself: by what it
-// holds, then by all of the row.
+// Whether something finite is left in the row without the set. Each warp finds out for itself.
 template <class E>
-__device__ bool survives_ban(const Line<E>& line, const Held<E>& held, const Sets& sets,
-                             int64_t ban) {
-  const bool other = held.any() && (held.member() >> ban & 1) == 0;
-  if (__any_sync(kFullMask, other && is_finite(to_acc(held.logit)))) return true;
+__device__ bool survives_ban(const Line<E>& line, const Sets& sets, int64_t ban) {
   constexpr int kEach = 8;
   for (int64_t first = lane_of(); first - lane_of() < line.vocab; first += 32 * kEach) {
     unsigned finite = 0;
@@ -87,71 +80,69 @@ __device__ bool survives_ban(const Line<E>& line, const Held<E>& held, const Set
   return false;
 }
 
-// What the sets do to a row. An entry is written once, in the first of its sets that are used.
+// What the sets do to a row.
 template <class E>
 struct SetWriter {
   typedef typename Line<E>::Value Value;
   const Line<E>& line;
   const RowControl& c;
-  RowShared& shared;
-  unsigned used;
+  uint32_t adding;  // sets
+  bool moved;       // the thread has written a logit of the minimum
 
-  __device__ SetWriter(const Line<E>& line, const RowControl& c, RowShared& shared)
-      : line(line), c(c), shared(shared), used(c.ban >= 0 ? 1u << c.ban : 0) {
+  __device__ SetWriter(const Line<E>& line, const RowControl& c)
+      : line(line), c(c), adding(0), moved(false) {
 #pragma unroll
-    for (int part = 0; part < kAdders; ++part) {
-      if (c.sets[part] >= 0) used |= 1u << c.sets[part];
-    }
+    for (int part = 0; part < kAdders; ++part) adding |= bit_of(c.sets[part]);
+  }
+
+  __device__ E added(uint32_t member, Value z) const {
+    return from_acc<E>(with_added(z, added_to(c, member)));
   }
 
   // NaN keeps its bits.
-  __device__ void write(int set, int64_t id, int64_t member, Value z) const {
-    const unsigned acting = unsigned(member) & used;
-    if ((acting & (0 - acting)) != 1u << set || z != z) return;
-    const bool bans = c.ban >= 0 && (member >> c.ban & 1);
-    const E after = from_acc<E>(bans ? Value(-kInfinity) : with_added(z, added_to(c, member)));
-    line.logits[id] = after;
-    if (id == c.wait) shared.wait = {true, double(to_acc(after))};
-    if (id == c.end) shared.end = {true, double(to_acc(after))};
+  __device__ void write(bool acts, int64_t id, Value z, bool bans, E added) {
+    acts &= z == z;
+    if (acts) line.logits[id] = bans ? from_acc<E>(-Value(kInfinity)) : added;
+    moved |= acts & ((id == c.wait) | (id == c.end));
   }
 
-  __device__ void write_held(const Held<E>& held, int set) const {
-    if (held.any()) write(set, held.id(), held.member(), to_acc(held.logit));
-  }
-
-  // The entries from number `first` on.
-  __device__ void write_rest(const Sets& sets, int64_t first) const {
-    for (unsigned left = used; left != 0; left &= left - 1) {
+  // An entry is read and written in the first of its sets that are used.
+  __device__ void write_all(const Sets& sets) {
+    const uint32_t ban = bit_of(c.ban), used = ban | adding;
+    for (uint32_t left = used; left != 0; left &= left - 1) {
       const int set = __ffs(int(left)) - 1;
-      const int64_t begin = sets.bounds[set] > first ? sets.bounds[set] : first;
-      for (int64_t k = begin + threadIdx.x; k < sets.bounds[set + 1]; k += blockDim.x) {
+      for (int64_t k = sets.bounds[set] + threadIdx.x; k < sets.bounds[set + 1]; k += blockDim.x) {
+        const uint32_t member = uint32_t(sets.member(k)), acting = member & used;
         const int64_t id = sets.id(k);
-        if (id < line.vocab) write(set, id, sets.member(k), line.get(id));
+        if ((acting & (0 - acting)) != uint32_t(1) << set || id >= line.vocab) continue;
+        const Value z = line.get(id);
+        write(true, id, z, (member & ban) != 0, added(member, z));
       }
     }
   }
 };
 
-// The minimum's two logits, asked for by one thread before they are known to be moved.
+// The minimum's two logits, asked for before they are known to be moved.
 template <class E>
 struct Minimum {
+  typedef typename Line<E>::Value Value;
+  bool inside;  // both are in the row
   E wait, end;
 
-  __device__ Minimum(const int64_t* record, const Line<E>& line) : wait(), end() {
-    if (threadIdx.x != 0 || (record[kParts] & kMinThink) == 0) return;
+  __device__ Minimum(const WarpRecord& record, const Line<E>& line) : wait(), end() {
     const int64_t from = record[kThinkEnd], to = record[kWait];
-    if (from < 0 || from >= line.vocab || to >= line.vocab) return;
-    end = line.logits[from], wait = line.logits[to];
+    inside = (from >= 0) & (from < line.vocab) & (to >= 0) & (to < line.vocab);
+    if (inside) end = line.logits[from], wait = line.logits[to];
   }
 
-  __device__ void move(const Line<E>& line, const RowControl& c, const RowShared& s,
-                       float temperature) const {
-    typedef typename Line<E>::Value Value;
-    if (c.end < 0 || c.end >= line.vocab || c.wait >= line.vocab) return;
-    const Value to = s.wait.written ? Value(s.wait.value) : to_acc(wait);
-    const Value from = s.end.written ? Value(s.end.value) : to_acc(end);
-    if (!can_wait(to)) return;
-    line.set(c.wait, merged(to, from, temperature));
+  // `written`: the sets have written one of them.
+  __device__ void move(const Line<E>& line, const RowControl& c, bool written,
+                       const Divisor& heat) {
+    if (!inside | (c.end < 0)) return;
+    if (written) end = line.logits[c.end], wait = line.logits[c.wait];
+    const E both = from_acc<E>(merged(to_acc(wait), to_acc(end), heat));
+    if ((threadIdx.x != 0) | !can_wait(to_acc(wait))) return;
+    line.logits[c.wait] = both;
     line.set(c.end, -Value(kInfinity));
   }
 };
@@ -180,37 +171,45 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams 
   wait_for_kernels_before();
   RowShared& s = *dynamic_shared<RowShared>();
   const unsigned request = blockIdx.x, node = blockIdx.y;
-  const int64_t row = request * p.nodes + node;
-  SlotCopy copy(p.state, p.slot + request);
+  const int64_t row = request * p.nodes + node, slot = p.slot[request];
   Held<E> held(p.state);
-  const Drafts drafts(p, request, node);
-  copy.ask_record();
   const float temperature = p.temperature == nullptr ? 1.0f : p.temperature[row];
+  const SetsCopy copy(p.state, p.draft_tokens != nullptr);
+  const Drafts drafts(p, request, node);
   const Line<E> line{static_cast<E*>(p.logits) + row * p.stride, p.vocab};
   held.ask(line);
-  if (threadIdx.x == 0) s.wait.written = s.end.written = false;
-  const Sets sets = copy.take_sets(s.slot);
-  const int held_set = held.any() ? set_of(sets, threadIdx.x) : 0;
-  if (!copy.take_record(s.slot)) return;
-  const int64_t* record = s.slot.record;
-  const Minimum<E> minimum(record, line);
-  RowControl c = control_of(record, fold_drafts(drafts, sets, record));
-  if (c.force >= 0 && c.force < p.vocab && can_force(line.get(c.force))) {
+  const bool used = slot >= 0 && slot < p.state.slots;
+  const WarpRecord record(p.state.record_of(used ? slot : 0), Needs::control);
+  if (!used) return;
+  const Divisor heat(temperature);
+  Minimum<E> minimum(record, line);
+  const Sets sets = copy.take(s.sets);
+  const Progress at = fold_drafts(drafts, sets, record);
+  RowControl c = control_by_id(record, at);  // a free slot has no parts
+  SetWriter<E> writer(line, c);
+  const uint32_t member = held.any() ? uint32_t(held.member()) : 0;
+  const auto z = to_acc(held.logit);
+  const E added = writer.added(member, z);
+  const int64_t force = forced_id(record, at);
+  if (force >= 0 && force < p.vocab && can_force(line.get(force))) {
     __syncthreads();
-    if (threadIdx.x == 0) line.set(c.force, typename Line<E>::Value(kForced));
+    if (threadIdx.x == 0) line.set(force, typename Line<E>::Value(kForced));
     return;
   }
-  if (c.ban >= 0) {
-    if (!survives_ban(line, held, sets, c.ban)) c.ban = -1;
+  // Mostly a logit that is held answers whether a ban leaves something. All have been read here.
+  const bool lasts = held.any() & ((member & bit_of(c.ban)) == 0) & is_finite(z);
+  if (!__syncthreads_or(lasts) && c.ban >= 0) {
+    if (!survives_ban(line, sets, c.ban)) c.ban = -1;
     __syncthreads();
   }
-  const SetWriter<E> writer(line, c, s);
-  writer.write_held(held, held_set);
-  const int64_t written = fits(p.state) ? blockDim.x : 0;
-  if (written < p.state.entries) writer.write_rest(sets, written);
-  __syncthreads();
-  if (threadIdx.x == 0) minimum.move(line, c, s, temperature);
-  if (!p.dense || c.soft < 0 || c.soft >= p.vocab) return;
+  // An id of several sets is held, and written alike, by several threads.
+  const bool bans = (member & bit_of(c.ban)) != 0;
+  writer.write(bans | ((member & writer.adding) != 0), held.id(), z, bans, added);
+  if (!Held<E>::all(p.state)) writer.write_all(sets);
+  minimum.move(line, c, __syncthreads_or(writer.moved), heat);
+  if (!p.dense) return;
+  add_soft(c, record, at);
+  if (c.soft < 0 || c.soft >= p.vocab) return;
   __syncthreads();
   const auto top = largest(line, s.top);
   if (threadIdx.x == 0) line.set(c.soft, raised(line.get(c.soft), top, c.weight, c.margin));
@@ -218,30 +217,38 @@ __global__ void __launch_bounds__(kMaxRowThreads, 1) modulate_kernel(RowsParams 
 
 // ---- commits
 
+// The columns that pushes read and write, for requests that ask for them.
+struct CommitShared {
+  SetsCopy::Shared sets;
+  int64_t record[kWindow];
+};
+
 // A warp per row of tokens.
 __global__ void __launch_bounds__(kCommitThreads, 1) commit_kernel(CommitParams p) {
   wait_for_kernels_before();
-  SlotShared& s = *dynamic_shared<SlotShared>();
+  CommitShared& s = *dynamic_shared<CommitShared>();
   const unsigned b = blockIdx.x;
-  SlotCopy copy(p.state, p.slot + b);
-  const int64_t length = p.length[b], steps = p.steps;
+  const int64_t slot = p.slot[b], length = p.length[b], steps = p.steps;
   const int64_t first = b * steps, count = length < steps ? length : steps;
   int64_t own = lane_of() < steps ? p.tokens[first + lane_of()] : -1;
-  copy.ask_record();
-  const Sets sets = copy.take_sets(s);
-  if (!copy.take_record(s)) return;
-  int64_t* record = p.records + copy.number * kRecordWidth;
-  Written to = written_of(record);
+  const SetsCopy copy(p.state, true);
+  if (slot < 0 || slot >= p.state.slots) return;
+  int64_t* memory = p.records + slot * kRecordWidth;
+  const WarpRecord record(memory, Needs::folds);
+  const Sets sets = copy.take(s.sets);
+  const bool watched = (record[kParts] & (kDeepConf | kTrigger)) != 0;
+  for (int k = lane_of(); watched && k < kWindow; k += 32) s.record[k] = memory[k];
+  __syncwarp();
+  Written to = written_of(memory);
   to.progress = s.record;
-  Progress at = load_progress(s.record);
-  const bool watched = (s.record[kParts] & (kDeepConf | kTrigger)) != 0;
+  Progress at = load_progress(record);
   bool ended = false;
   for (int64_t j = 0; j < count && !ended; j += 32) {
     if (j > 0) own = j + lane_of() < steps ? p.tokens[first + j + lane_of()] : -1;
     const unsigned here = count - j < 32 ? (1u << (count - j)) - 1 : kFullMask;
-    ended = fold_lanes(sets, s.record, at, own, here, watched, [&](int k, int64_t token, bool sw) {
-      const bool says = watched && token != forced_id(s.record, at);
-      fold(s.record, at, token, sw);
+    ended = fold_lanes(sets, record, at, own, here, watched, [&](int k, int64_t token, bool sw) {
+      const bool says = watched && token != forced_id(record, at);
+      fold(record, at, token, sw);
       if (!says) return;
       if (threadIdx.x == 0) push_statistics(p, s.record, to, first + j + k);
       __syncwarp();
@@ -249,10 +256,11 @@ __global__ void __launch_bounds__(kCommitThreads, 1) commit_kernel(CommitParams 
       __syncwarp();
     });
   }
-  __syncthreads();  // all have read what is replaced
-  if (threadIdx.x == 0) store_progress(s.record, at);
-  __syncthreads();
-  if (threadIdx.x < kProgressWidth) record[threadIdx.x] = s.record[threadIdx.x];
+  if ((record[kParts] & kActive) == 0) return;
+  if (threadIdx.x == 0) store_progress(memory, at);
+  if (watched && lane_of() >= kStopped && lane_of() < kProgressWidth) {
+    memory[lane_of()] = s.record[lane_of()];
+  }
 }
 
 }  // namespace modulation

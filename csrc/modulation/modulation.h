@@ -102,6 +102,16 @@ RK_HOST_DEVICE double number(const int64_t* record, int column) {
 #endif
 }
 
+RK_HOST_DEVICE int64_t bits_of(double x) {
+#if defined(__CUDA_ARCH__)
+  return __double_as_longlong(x);
+#else
+  int64_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return bits;
+#endif
+}
+
 // All sets, in one array: bounds, the largest id of sets and slots, entries.
 struct Sets {
   static constexpr int kLargestId = kMaxSets + 1, kEntries = 40;  // places

@@ -1,87 +1,60 @@
-// What a block needs to know of a request: the record of its slot and the sets, in shared memory,
-// and the drafts before its row, in registers.
+// What a block needs to know beside the record of its slot: the sets, in shared memory, and the
+// drafts before its row, in registers.
 #pragma once
 
-#include "../common/reduce.cuh"
-#include "fold.h"
+#include "warp_record.cuh"
 
 namespace reasonkern {
 namespace modulation {
 
-struct SlotShared {
-  static constexpr int kSets = 192;  // bounds and entries
-  int64_t record[kRowWidth], sets[kSets];
-};
-
-// More of them stay where they are.
-constexpr int kSharedEntries = SlotShared::kSets - Sets::kEntries;
-
-__device__ inline int lane_of() { return int(threadIdx.x % 32); }
-
-__device__ inline bool fits(const State& s) { return s.entries <= kSharedEntries; }
-
-// The set that entry k belongs to: the last one that begins at it or before.
-__device__ inline int set_of(const Sets& sets, int64_t k) {
-  static_assert(kMaxSets == 32, "halved down to one");
-  int set = 0;
-#pragma unroll
-  for (int half = 16; half > 0; half /= 2) set += sets.bounds[set + half] <= k ? half : 0;
-  return set;
+// Volatile: not put off until it is needed.
+template <class E>
+__device__ E load_now(const E* p) {
+  typedef std::conditional_t<sizeof(E) == 2, uint16_t,
+                             std::conditional_t<sizeof(E) == 4, uint32_t, uint64_t>>
+      Bits;
+  return recast<E>(Bits(*reinterpret_cast<const volatile Bits*>(p)));
 }
 
-// The state of one slot on its way to shared memory: the first warp brings it, and all its reads
-// are under way before one is waited for. All threads of the block call the two takes.
-class SlotCopy {
+// Sets on their way to shared memory, where tokens are looked for in them; the first warp brings
+// them. Entries that are too many stay where they are.
+class SetsCopy {
  public:
-  const int64_t number;  // of the slot
+  static constexpr int kPlaces = 192;  // bounds and entries
+  struct Shared {
+    int64_t places[kPlaces];
+  };
 
-  __device__ SlotCopy(const State& s, const int64_t* slot) : number(*slot), state_(s) {
-    const int places = threadIdx.x >= 32 ? 0
-                       : fits(s)         ? Sets::kEntries + int(s.entries)
-                                         : kMaxSets + 1;
+  __device__ SetsCopy(const State& s, bool wanted) : from_(s.sets), places_(0) {
+    if (!wanted) return;
+    fits_ = s.entries <= kPlaces - Sets::kEntries;
+    places_ = fits_ ? Sets::kEntries + int(s.entries) : kMaxSets + 1;
 #pragma unroll
-    for (int k = 0; k < kSetsEach; ++k) {
+    for (int k = 0; k < kEach; ++k) {
       const int i = int(threadIdx.x) + 32 * k;
-      sets_[k] = i < places ? s.sets.bounds[i] : 0;
+      if (i < places_ && threadIdx.x < 32) own_[k] = from_.bounds[i];
     }
   }
 
-  __device__ void ask_record() {
-    used_ = number >= 0 && number < state_.slots;
-    if (!used_ || threadIdx.x >= 32) return;
-    const int64_t* record = state_.record_of(number) + threadIdx.x;
+  // All threads of the block call it.
+  __device__ Sets take(Shared& to) const {
+    if (places_ == 0) return from_;
 #pragma unroll
-    for (int k = 0; k < kRecordEach; ++k) record_[k] = record[32 * k];
-  }
-
-  __device__ Sets take_sets(SlotShared& to) const {
-    put(sets_, to.sets);
+    for (int k = 0; k < kEach; ++k) {
+      const int i = int(threadIdx.x) + 32 * k;
+      if (i < places_ && threadIdx.x < 32) to.places[i] = own_[k];
+    }
     __syncthreads();
-    return {to.sets, fits(state_) ? to.sets + Sets::kEntries : state_.sets.entries};
-  }
-
-  // Whether the slot is controlled; its record comes with it.
-  __device__ bool take_record(SlotShared& to) const {
-    if (!used_) return false;
-    put(record_, to.record);
-    __syncthreads();
-    return (to.record[kParts] & kActive) != 0;
+    return {to.places, fits_ ? to.places + Sets::kEntries : from_.entries};
   }
 
  private:
-  static constexpr int kSetsEach = SlotShared::kSets / 32, kRecordEach = kRowWidth / 32;
-  static_assert(kRowWidth % 32 == 0 && SlotShared::kSets % 32 == 0, "whole turns of a warp");
+  static constexpr int kEach = kPlaces / 32;
 
-  template <int N>
-  __device__ static void put(const int64_t (&from)[N], int64_t* to) {
-    if (threadIdx.x >= 32) return;
-#pragma unroll
-    for (int k = 0; k < N; ++k) to[int(threadIdx.x) + 32 * k] = from[k];
-  }
-
-  const State& state_;
-  bool used_;
-  int64_t sets_[kSetsEach], record_[kRecordEach];
+  const Sets from_;
+  int places_;
+  bool fits_;
+  int64_t own_[kEach];
 };
 
 // Tokens that may lie on the path to a row, the first 32 of them held by a warp, one by each lane.
@@ -128,7 +101,7 @@ __device__ inline unsigned up_to_last(unsigned lanes) {
 }
 
 // As `switches`, for a lane's own token, which may be none. All lanes halve the set alike.
-__device__ inline bool lane_switches(const Sets& sets, const int64_t* record, int64_t token) {
+__device__ inline bool lane_switches(const Sets& sets, const WarpRecord& record, int64_t token) {
   if ((record[kParts] & kTip) == 0) return false;
   const int64_t set = record[kAddedSets + 1];
   const int64_t* entry = sets.entries + sets.bounds[set];
@@ -142,43 +115,54 @@ __device__ inline bool lane_switches(const Sets& sets, const int64_t* record, in
   return Sets::id_of(*entry) == token;
 }
 
-// Whether the token is more than a count to a request outside a phrase.
-__device__ inline bool is_mark(const int64_t* record, const Progress& p, int64_t token) {
-  if (p.phase == kBefore) return token == record[kThinkStart];
-  if (p.phase != kThinking) return false;
-  return token == record[kThinkEnd] ||
-         ((record[kParts] & kMinThink) && must_think(record, p) && token == record[kWait]);
+// Whether a token is more than a count to a request that is in neither phrase; `ahead`: it is among
+// the next so many.
+__device__ inline bool is_mark(const WarpRecord& record, const Progress& p, int64_t token,
+                               int ahead) {
+  const int64_t parts = record[kParts];
+  const bool waits = ((parts & kMinThink) != 0) & must_think(record, p);
+  const bool tracks =
+      ((parts & kBudget) != 0) & (p.phrase != kDone) & (p.spent + ahead > record[kTrackFrom]);
+  const bool thinks = (token == record[kThinkEnd]) | (waits & (token == record[kWait])) |
+                      (tracks & (token == entry(record, kEnd, 0)));
+  return ((p.phase == kThinking) & thinks) |
+         ((p.phase == kBefore) & (token == record[kThinkStart]));
+}
+
+// Progress after so many tokens that are none.
+__device__ inline void count_tokens(Progress& p, unsigned lanes, unsigned switched) {
+  if ((switched & lanes) != 0) p.switched = p.t + __popc(lanes & up_to_last(switched & lanes));
+  p.t += __popc(lanes);
+  if (p.phase == kThinking) p.spent += __popc(lanes);
 }
 
 // Advances progress by the tokens that the lanes of `path` hold, in order, up to the first -1;
 // returns whether there was one. Mostly no token of a warp is one that a request waits for, and
-// then their number is all that counts. Else, and where `each` is asked for, step(k, token,
-// switches) folds the one of lane k.
+// then their number is all that counts. step(k, token, switches) folds the one of lane k where it
+// is, and each of them inside a phrase or where `each` is asked for.
 template <class Step>
-__device__ bool fold_lanes(const Sets& sets, const int64_t* record, Progress& p, int64_t own,
+__device__ bool fold_lanes(const Sets& sets, const WarpRecord& record, Progress& p, int64_t own,
                            unsigned path, bool each, Step step) {
   const unsigned ends = __ballot_sync(kFullMask, own < 0) & path;
   if (ends != 0) path &= (ends & (0 - ends)) - 1;
-  const unsigned switched = __ballot_sync(kFullMask, lane_switches(sets, record, own)) & path;
-  const bool marks = own >= 0 && is_mark(record, p, own);
-  const int count = __popc(path);
-  const bool tracks =
-      (record[kParts] & kBudget) && p.phrase != kDone && p.spent + count > record[kTrackFrom];
-  if (!each && !tracks && p.wait == 0 && (__ballot_sync(kFullMask, marks) & path) == 0) {
-    if (switched != 0) p.switched = p.t + __popc(path & up_to_last(switched));
-    p.t += count;
-    if (p.phase == kThinking) p.spent += count;
-    return ends != 0;
-  }
-  for (; path != 0; path &= path - 1) {
-    const int k = __ffs(int(path)) - 1;
+  const unsigned switched = __ballot_sync(kFullMask, lane_switches(sets, record, own));
+  while (path != 0) {
+    const bool all = each | (p.wait > 0) | (p.phrase > 0);
+    const bool mark = all | ((own >= 0) & is_mark(record, p, own, __popc(path)));
+    const unsigned marks = __ballot_sync(kFullMask, mark) & path, next = marks & (0 - marks);
+    const unsigned before = path & (next - 1);  // all where there is none
+    count_tokens(p, before, switched);
+    path &= ~before & ~next;
+    if (next == 0) break;
+    const int k = __ffs(int(next)) - 1;
     step(k, shuffle_from(own, k), switched >> k & 1);
   }
   return ends != 0;
 }
 
 // Committed progress advanced by the drafts, up to the first -1. Parents come before children.
-__device__ inline Progress fold_drafts(const Drafts& d, const Sets& sets, const int64_t* record) {
+__device__ inline Progress fold_drafts(const Drafts& d, const Sets& sets,
+                                       const WarpRecord& record) {
   Progress p = load_progress(record);
   bool ended = false;
   for (int first = 0; first < d.count && !ended; first += 32) {

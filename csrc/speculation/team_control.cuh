@@ -169,7 +169,8 @@ struct ControlledRow : TeamRow<AnyElement> {
     const bool minimum = c.end >= 0 && c.end < vocab && c.wait < vocab;
     const float wait = minimum ? by_sets(c.wait, TeamRow::at(c.wait)) : 0.0f;
     if (minimum && modulation::can_wait(wait)) {
-      s.wait_value = modulation::merged(wait, by_sets(c.end, TeamRow::at(c.end)), temperature);
+      s.wait_value =
+          modulation::merged(wait, by_sets(c.end, TeamRow::at(c.end)), Divisor(temperature));
     } else {
       c.end = c.wait = -1;
     }

@@ -55,6 +55,7 @@ struct Site {  // the built-in that a thread called, and where
 struct Barrier {  // of the threads of a block, of a cluster, or of a mask of a warp
   unsigned arrived = 0, opened = 0;  // threads now, times so far
   Site site{};                       // of those who have arrived
+  bool said[3] = {};                 // to __syncthreads_or, by turns; the next one's is empty
   // What lanes bring to a warp collective. Two sets, used in turn: a lane may come to the next
   // collective before another has read what it needs of this one.
   alignas(16) unsigned char brought[2][32][64];
@@ -328,10 +329,15 @@ auto collective(const Site& at, unsigned mask, const T& value) {
 
 }  // namespace cuda_sim
 
-inline void __syncthreads(CUDA_SIM_HERE("__syncthreads")) {
+inline int __syncthreads_or(int mine, CUDA_SIM_HERE("__syncthreads_or")) {
   auto& barrier = cuda_sim::self().block->barrier;
+  const unsigned turn = barrier.opened % 3;
+  barrier.said[turn] |= mine != 0;
+  barrier.said[(turn + 1) % 3] = false;
   cuda_sim::wait(&barrier, cuda_sim::arrive(barrier, cuda_sim::machine.threads, at));
+  return barrier.said[turn];
 }
+inline void __syncthreads(CUDA_SIM_HERE("__syncthreads")) { __syncthreads_or(0, at); }
 inline void __syncwarp(unsigned mask = ~0u, CUDA_SIM_HERE("__syncwarp")) {
   cuda_sim::collective(at, mask, 0);
 }

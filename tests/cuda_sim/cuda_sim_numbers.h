@@ -13,6 +13,7 @@
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
+inline double __fma_rn(double x, double y, double z) { return std::fma(x, y, z); }
 inline float max(float x, float y) { return std::fmax(x, y); }
 inline float min(float x, float y) { return std::fmin(x, y); }
 inline int max(int x, int y) { return std::max(x, y); }
@@ -30,6 +31,13 @@ inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); 
 using __half = _Float16;
 inline float __half2float(__half x) { return x; }
 inline __half __float2half_rn(float x) { return static_cast<__half>(x); }
+
+namespace cuda_sim {
+// As good as the device's first guess of a reciprocal.
+inline double rough(double x) {
+  return __builtin_bit_cast(double, __builtin_bit_cast(std::uint64_t, x) >> 32 << 32);
+}
+}  // namespace cuda_sim
 enum class __nv_bfloat16 : std::uint16_t {};
 inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(unsigned(x) << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {

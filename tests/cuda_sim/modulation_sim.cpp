@@ -58,7 +58,7 @@ void commit(const py::dict& launch, const py::dict& args) {
   p.steps = f.number<int64_t>("steps");
   f.point(p.entropy, "entropy");
   f.point(p.confidence, "confidence");
-  start(commit_kernel, unsigned(p.batch), kCommitThreads, sizeof(SlotShared), l, p);
+  start(commit_kernel, unsigned(p.batch), kCommitThreads, sizeof(CommitShared), l, p);
 }
 
 }  // namespace
