@@ -217,18 +217,19 @@ struct TeamRow {
   Elements<E> mine;     // the slice's logits
   const int32_t* mask;  // of this row, or null
   int vocab;
-  bool whole;
-  ShareTops tops;  // once `find_block_top` has swept the slice
+  bool whole, alone;  // alone: the slice is the row
+  ShareTops tops;     // once `find_block_top` has swept the slice
 
   // Waits until the slice has come.
   __device__ TeamRow(Team& team, const LogitRows& rows, int64_t b, int64_t node)
-      : slice(rows, b, node),
+      : slice(rows, b, node, team.rank()),
         mine(team.await(slice), rows.type),
         mask(rows.mask == nullptr ? nullptr
                                   : rows.mask + b * rows.mask_stride_b + node * rows.mask_stride_n),
         vocab(int(rows.vocab)),
         whole((slice.last - slice.first) % 4 == 0 && slice.bytes % 16 == 0 &&
               reinterpret_cast<std::uintptr_t>(mine.data) % 16 == 0),
+        alone(team.is_alone()),
         tops{-kInf, -kInf} {}
 
   // From now on the slice is read where the row is, not from its copy.
@@ -278,8 +279,10 @@ struct TeamRow {
   }
 
   // The largest logit of this thread's share, as they came. kAhead loads are under way at a time:
-  // shares of 152,000 two-byte tokens in 2, 4 or 8 blocks are 38, 19 and 10 chunks.
+  // shares of 152,000 two-byte tokens in 2, 4 or 8 blocks are 38, 19 and 10 chunks. A block alone
+  // has 75 or, of twice the threads, 38, and nothing but these loads hides the memory's latency.
   __device__ float share_top() const {
+    if (alone && whole) return share_top<kHasRoom ? 10 : 2>(true);
     return whole ? share_top<kHasRoom ? 5 : 2>(true) : share_top<1>(false);
   }
 
@@ -289,9 +292,11 @@ struct TeamRow {
     return v >= slice.first && v < slice.last && (chunk & (blockDim.x - 1)) == threadIdx.x;
   }
 
-  // body(chunk) for the chunks of the share of thread `owner`, by a warp.
+  // body(chunk) for the chunks of the share of thread `owner`, by a warp. Where it takes the warp
+  // several turns, all are looked at together and those that reach `floor` are read again.
   template <class Body>
-  __device__ __forceinline__ void each_chunk(unsigned owner, const Body& body) const {
+  __device__ __forceinline__ void each_chunk(unsigned owner, float floor, const Body& body) const {
+    if (alone) return each_likely_chunk(owner, floor, body);
     constexpr int kChunk = Group<E>::kChunk;
     const int step = kChunk * int(blockDim.x), count = slice.last - slice.first;
 #pragma unroll 1
@@ -318,6 +323,33 @@ struct TeamRow {
   }
 
  private:
+  template <class Body>
+  __device__ __forceinline__ void each_likely_chunk(unsigned owner, float floor,
+                                                    const Body& body) const {
+    constexpr int kChunk = Group<E>::kChunk, kAhead = 3;
+    const int step = kChunk * int(blockDim.x), turn = 32 * step, count = slice.last - slice.first;
+#pragma unroll 1
+    for (int i = kChunk * int(owner) + step * int(threadIdx.x % 32); i < count;
+         i += kAhead * turn) {
+      typename Elements<E>::Chunk chunk[kAhead];
+      mine.load(i, turn, count, whole, chunk);
+      unsigned likely = 0;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const bool reaches = !(Elements<E>::top_of_all(chunk + j, 1) < floor);
+        likely |= unsigned(reaches && i + j * turn < count) << j;
+      }
+#pragma unroll 1  // rarely entered: one copy
+      for (; likely != 0; likely &= likely - 1) {
+        Group<E, 1> group;
+        group.first = slice.first + i + (__ffs(int(likely)) - 1) * turn;
+        group.step = step, group.last = slice.last;
+        mine.load(group.first - slice.first, step, count, whole, group.chunk);
+        body(group);
+      }
+    }
+  }
+
   template <int kAhead>
   __device__ __forceinline__ float share_top(bool whole) const {
     constexpr int kChunk = Group<E>::kChunk;

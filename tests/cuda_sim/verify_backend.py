@@ -21,13 +21,14 @@ REQUESTS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
 
 @dataclass(frozen=True)
 class Settings(launch.Settings):
-    """teams: requests under way; blocks: of a team; threads: of a block; stages: slices of rows
-    that fit into its shared memory."""
+    """teams: requests under way; blocks: of a cluster; threads: of a block; stages: slices of rows
+    that fit into its shared memory; abreast: a block draws a row by itself (by equality)."""
 
     teams: int = 3
     blocks: int = 2
     threads: int = 32
     stages: int = 2
+    abreast: bool = False
 
 
 KERNELS = launch.Kernels("verify_sim", Settings())
