@@ -152,7 +152,6 @@ class Team {
   }
 
   __device__ TeamShared* shared() const { return shared_; }
-  __device__ bool is_alone() const { return alone_; }
   __device__ unsigned size() const { return alone_ ? 1 : cluster_size(); }
   __device__ unsigned rank() const { return alone_ ? 0 : cluster_rank(); }
   __device__ bool leads() const { return rank() == 0 && threadIdx.x == 0; }

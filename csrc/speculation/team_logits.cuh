@@ -207,7 +207,8 @@ struct ShareTops {
   float raw, allowed;
 };
 
-template <class E>
+// kAlone: for a team of one block, whose slice is the row.
+template <class E, bool kAlone = false>
 struct TeamRow {
   // In registers: where types are told apart, neither for looking at listed shares nor for noise of
   // two quads at a time.
@@ -217,8 +218,8 @@ struct TeamRow {
   Elements<E> mine;     // the slice's logits
   const int32_t* mask;  // of this row, or null
   int vocab;
-  bool whole, alone;  // alone: the slice is the row
-  ShareTops tops;     // once `find_block_top` has swept the slice
+  bool whole;
+  ShareTops tops;  // once `find_block_top` has swept the slice
 
   // Waits until the slice has come.
   __device__ TeamRow(Team& team, const LogitRows& rows, int64_t b, int64_t node)
@@ -229,7 +230,6 @@ struct TeamRow {
         vocab(int(rows.vocab)),
         whole((slice.last - slice.first) % 4 == 0 && slice.bytes % 16 == 0 &&
               reinterpret_cast<std::uintptr_t>(mine.data) % 16 == 0),
-        alone(team.is_alone()),
         tops{-kInf, -kInf} {}
 
   // From now on the slice is read where the row is, not from its copy.
@@ -282,8 +282,8 @@ struct TeamRow {
   // shares of 152,000 two-byte tokens in 2, 4 or 8 blocks are 38, 19 and 10 chunks. A block alone
   // has 75 or, of twice the threads, 38, and nothing but these loads hides the memory's latency.
   __device__ float share_top() const {
-    if (alone && whole) return share_top<kHasRoom ? 10 : 2>(true);
-    return whole ? share_top<kHasRoom ? 5 : 2>(true) : share_top<1>(false);
+    constexpr int kAhead = !kHasRoom ? 2 : kAlone ? 10 : 5;
+    return whole ? share_top<kAhead>(true) : share_top<1>(false);
   }
 
   // Whether a token is in this thread's share.
@@ -296,7 +296,7 @@ struct TeamRow {
   // several turns, all are looked at together and those that reach `floor` are read again.
   template <class Body>
   __device__ __forceinline__ void each_chunk(unsigned owner, float floor, const Body& body) const {
-    if (alone) return each_likely_chunk(owner, floor, body);
+    if constexpr (kAlone) return each_likely_chunk(owner, floor, body);
     constexpr int kChunk = Group<E>::kChunk;
     const int step = kChunk * int(blockDim.x), count = slice.last - slice.first;
 #pragma unroll 1

@@ -126,7 +126,7 @@ class AbreastWalk {
       __syncthreads();  // between two times that blocks tell each other
       return Round(team_.tell(Told{}, [] {}));
     }
-    TeamRow<E> row(team_, p_.rows, b_, at.node);
+    TeamRow<E, true> row(team_, p_.rows, b_, at.node);
     const RowTop top = find_row_top(team_, row, [] {});
     TeamShared& s = *team_.shared();
     RawStatistics raw(team_, top.raw, p_.topk, row.vocab, s.my_groups, block_groups());

@@ -196,7 +196,9 @@ struct EndTokens {
 
 // The statistics of rows that emit nothing, by a block: places [first, last) of the outputs.
 __device__ inline void clear_statistics(const VerifyParams& p, int64_t first, int64_t last) {
+#pragma unroll 1
   for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) p.lse[i] = -kInf;
+#pragma unroll 1
   for (int64_t i = first * p.topk + threadIdx.x; i < last * p.topk; i += blockDim.x) {
     p.topk_ids[i] = -1;
     p.topk_logits[i] = -kInf;
@@ -206,6 +208,7 @@ __device__ inline void clear_statistics(const VerifyParams& p, int64_t first, in
 // Empties the outputs of request b from a depth on, by one block.
 __device__ inline void clear_outputs(const VerifyParams& p, int64_t b, int depth) {
   const int64_t root = b * (p.depth + 1), last = root + p.depth + 1;
+#pragma unroll 1
   for (int64_t i = root + depth + threadIdx.x; i < last; i += blockDim.x) {
     p.out_tokens[i] = -1;
     p.path[i] = i == root ? 0 : -1;
