@@ -24,6 +24,7 @@ void launch_compact(const CompactParams& p, int32_t device) {
 AbreastShape wanted_shape(const VerifyParams& p, const Device& device) {
   const char* wish = std::getenv("REASONKERN_VERIFY_ABREAST");
   if (wish == nullptr || p.q_ids != nullptr || device.arch < 90) return {};
+  if (abreast_bytes(p.rows.nodes) > device.shared_per_block / 2) return {};
   if (std::strcmp(wish, "auto") == 0) return abreast_shape(p.rows.batch, device);
   char* rest = nullptr;
   const unsigned rows = unsigned(std::strtoul(wish, &rest, 10));

@@ -97,24 +97,30 @@ template <class E>
 class AbreastWalk {
  public:
   __device__ AbreastWalk(const VerifyParams& p, Team& team, const SharedTree& tree, int64_t b)
-      : p_(p), team_(team), tree_(tree), b_(b), request_(team.begin(p.requests, b)), ends_(p) {
-    const int64_t allowed = p.max_length != nullptr ? p.max_length[b] : p.depth + 1;
-    limit_ = int(allowed < p.depth + 1 ? allowed : p.depth + 1);
+      : p_(p),
+        team_(team),
+        tree_(tree),
+        b_(b),
+        request_(team.begin(p.requests, b)),
+        ends_(p),
+        active_(p.valid[b * p.rows.nodes]),
+        cap_(p.max_length != nullptr ? p.max_length[b] : INT64_MAX),
+        limit_(int(cap_ < p.depth + 1 ? cap_ : p.depth + 1)) {
     tree.load(p, b);
-    __syncthreads();
+    __syncthreads();  // all loads so far come side by side
   }
 
   __device__ void run() {
-    const bool active = p_.valid[b_ * p_.rows.nodes], first_block = cluster_rank() == 0;
-    int node = active && limit_ > 0 ? 0 : -1, depth = 0;
+    int node = active_ && limit_ > 0 ? 0 : -1, depth = 0;
     int32_t status = 0;
     while (node >= 0) {
       const Round round = draw(node, depth);
       node = round.next, depth += round.tokens, status |= round.status;
     }
-    if (first_block) clear_outputs(p_, b_, depth);
-    if (active && p_.max_length != nullptr && depth >= p_.max_length[b_]) status |= kCapped;
-    if (first_block && threadIdx.x == 0) p_.length[b_] = depth, p_.status[b_] = status;
+    if (active_ && depth >= cap_) status |= kCapped;
+    if (cluster_rank() != 0) return;
+    clear_outputs(p_, b_, depth);
+    if (threadIdx.x == 0) p_.length[b_] = depth, p_.status[b_] = status;
   }
 
  private:
@@ -164,7 +170,9 @@ class AbreastWalk {
   const int64_t b_;
   const Request& request_;
   const EndTokens ends_;
-  int limit_;
+  const bool active_;
+  const int64_t cap_;  // of tokens
+  const int limit_;    // no row lies so deep
 };
 
 template <class E, int kThreads>

@@ -75,7 +75,7 @@ inline AbreastShape abreast_shape(int64_t batch, const Device& device) {
     const int64_t rows = resident / batch;
     if (rows >= 3) return {unsigned(rows < kTeamBlocks ? rows : kTeamBlocks), threads};
   }
-  return {2, 256};
+  return {1, 256};
 }
 
 // The widest word that divides a head's bytes and the strides and addresses in bytes.
