@@ -33,7 +33,7 @@ from benchmarks.speculation_verify import (
     first_children,
     row_logits,
     verify,
-)  # fmt: skip
+)
 from reasonkern.speculation.tree import RANK_RATES
 
 Walk = list[int]

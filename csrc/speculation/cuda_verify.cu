@@ -1,6 +1,7 @@
 // CUDA operators of verification: one launch per call; compact_kv_ makes one for keys, one for
 // values.
 #include <cstdlib>
+#include <cstring>
 #include <numeric>
 
 #include "team_launch.cuh"

@@ -156,12 +156,12 @@ class Team {
   __device__ unsigned rank() const { return alone_ ? 0 : cluster_rank(); }
   __device__ bool leads() const { return rank() == 0 && threadIdx.x == 0; }
 
-  // Starts the copy of a request's first row. What the request needs goes to shared memory:
-  // registers are short. Readers are behind a barrier.
+  // Starts the copy of a request's first row, if rows are copied. What the request needs goes to
+  // shared memory: registers are short. Readers are behind a barrier.
   __device__ const Request& begin(const RequestParams& r, int64_t b) {
     __syncthreads();  // the request before is done
     b_ = b;
-    fetch(0);
+    if (!alone_) fetch(0);
     if (threadIdx.x == 0) {
       shared_->request = {r.temperature[b], r.top_p[b],          r.min_p[b],
                           r.top_k[b],       uint64_t(r.seed[b]), uint64_t(r.position[b])};

@@ -207,7 +207,7 @@ struct ShareTops {
   float raw, allowed;
 };
 
-// kAlone: for a team of one block, whose slice is the row.
+// kAlone: for a block that is a team of its own. Its slice is the row, which is not copied.
 template <class E, bool kAlone = false>
 struct TeamRow {
   // In registers: where types are told apart, neither for looking at listed shares nor for noise of
@@ -224,7 +224,7 @@ struct TeamRow {
   // Waits until the slice has come.
   __device__ TeamRow(Team& team, const LogitRows& rows, int64_t b, int64_t node)
       : slice(rows, b, node, team.rank()),
-        mine(team.await(slice), rows.type),
+        mine(kAlone ? slice.data : team.await(slice), rows.type),
         mask(rows.mask == nullptr ? nullptr
                                   : rows.mask + b * rows.mask_stride_b + node * rows.mask_stride_n),
         vocab(int(rows.vocab)),
