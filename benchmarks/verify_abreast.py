@@ -4,7 +4,8 @@ On a GPU: correctness first (every output against the CPU's kernels), then inter
 `python -m benchmarks` does. A provider is a shape of REASONKERN_VERIFY_ABREAST: rows at once x
 threads of the block that draws one. All nodes have rows of their kind: those off the walks are
 drawn, too. The walks of `first` are the benchmark's, 2 to 5 rows along first children; those of
-`typical` go to the children of each rank as often as the default tree expects.
+`typical` go to the children of each rank as often as the default tree expects. `--count` needs no
+GPU: it says how many rounds the walks take, and how many rows are drawn for nothing.
 """
 
 from __future__ import annotations
@@ -74,6 +75,42 @@ WALKS: dict[str, Callable[[rk.DraftTree, int, torch.Generator], Walk]] = {
 def walks_of(case: Case, tree: rk.DraftTree, seed: int) -> list[Walk]:
     g = torch.Generator().manual_seed(seed)
     return [WALKS[case.label.split("/")[1]](tree, b, g) for b in range(case.shape[0])]
+
+
+def rounds_of(tree: rk.DraftTree, walk: Walk, rows: int) -> tuple[int, int]:
+    """(rounds, rows drawn) of a walk of which `rows` are drawn at once."""
+    rounds = drawn = start = 0
+    while start < len(walk):
+        path = likeliest_path(tree, walk[start], rows)
+        visited = 1
+        while walk[start + visited : start + visited + 1] == path[visited : visited + 1] != []:
+            visited += 1
+        rounds, drawn, start = rounds + 1, drawn + len(path), start + visited
+    return rounds, drawn
+
+
+def likeliest_path(tree: rk.DraftTree, node: int, rows: int) -> Walk:
+    """A node and its first children's first children, `rows` in all or fewer."""
+    pointers, index = tree.children
+    path = [node]
+    while len(path) < rows and pointers[path[-1]] < pointers[path[-1] + 1]:
+        path.append(int(index[pointers[path[-1]]]))
+    return path
+
+
+def count(seeds: int = 20) -> None:
+    """Prints the counts of every case, means over steps; in turn a row is a round."""
+    print("batch  walks    rows at once  rounds of the longest walk  rows drawn  visited")
+    tree = rk.DraftTree.default(TREE)
+    for case in (case for case in CASES if case.label.startswith("peaked")):
+        batches = [walks_of(case, tree, seed) for seed in range(seeds)]
+        visited = sum(len(walk) for walks in batches for walk in walks) / seeds
+        for rows in sorted({1, *(int(shape.split("x")[0]) for shape in SHAPES[case.shape[0]])}):
+            counts = [[rounds_of(tree, walk, rows) for walk in walks] for walks in batches]
+            longest = sum(max(rounds for rounds, _ in one) for one in counts) / seeds
+            drawn = sum(drawn for one in counts for _, drawn in one) / seeds
+            start = f"{case.shape[0]:5}  {case.label.split('/')[1]:7}"
+            print(f"{start}{rows:14}{longest:28.2f}{drawn:12.0f}{visited:9.0f}")
 
 
 @lru_cache(maxsize=8)  # the providers of a case share its inputs
@@ -178,7 +215,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write results here")
     parser.add_argument("--case", default="", help="part of a case's id")
     parser.add_argument("--seconds", type=float, default=2.0, help="for a pair of providers")
+    parser.add_argument("--count", action="store_true", help="count rounds and rows, time nothing")
     options = parser.parse_args()
+    if options.count:
+        return count()
     facts = machine.describe()
     print(machine.line(facts), report.head(), sep="\n", flush=True)
     store = engine.Store(options.json, facts)
