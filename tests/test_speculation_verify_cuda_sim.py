@@ -164,16 +164,18 @@ def test_rows_abreast_change_nothing(simulated, blocks, threads, order):
             same(simulated, random_step(seed, batch=6, vocab=304))
 
 
-@pytest.mark.parametrize(("dtype", "vocab"), [(torch.bfloat16, 26_000), (torch.float32, 13_001)])
-def test_long_rows_abreast(simulated, dtype, vocab):
+@pytest.mark.parametrize(
+    ("dtype", "vocab", "threads"),
+    [(torch.bfloat16, 26_000, 32), (torch.float32, 13_001, 32), (torch.bfloat16, 26_000, 512)],
+)
+def test_long_rows_abreast(simulated, dtype, vocab, threads):
     """A warp takes several turns for a share that is listed, and some shares are."""
-    threads = 32
-    assert vocab > 3 * 32 * threads * (16 // dtype.itemsize)
+    assert threads > 32 or vocab > 3 * 32 * threads * (16 // dtype.itemsize)
     x = torch.randn(2, 3, vocab, generator=torch.Generator().manual_seed(8))
-    x[:, 0, [5, -7]] = torch.tensor([30.0, 29.5])
+    x[:, 0, [2401, -7]] = torch.tensor([30.0, 29.5])
     x[:, 1, vocab // 2] = 40.0
     step = random_step(1, batch=2, vocab=vocab, nodes=3, filters="off", bad=False, limits=False)
-    step = replace(step, logits=x.to(dtype), tokens=torch.tensor([[0, 5, vocab // 2]] * 2))
+    step = replace(step, logits=x.to(dtype), tokens=torch.tensor([[0, 2401, vocab // 2]] * 2))
     with simulated.using(blocks=3, threads=threads, teams=2, abreast=True):
         same(simulated, step)
 
