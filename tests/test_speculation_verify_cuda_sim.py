@@ -144,13 +144,101 @@ def test_guesses_come_true_for_a_while(simulated, stages, order):
 
 
 @pytest.mark.parametrize("vocab", [1200, 2600])
-def test_more_ties_than_candidates(simulated, vocab):
+@pytest.mark.parametrize(("blocks", "abreast"), [(1, False), (3, True)])
+def test_more_ties_than_candidates(simulated, blocks, abreast, vocab):
     """Logits that are all equal overflow the candidates of the statistics; so do a few values."""
     step = chain([3, 1, 4], vocab)
     step.logits[0, 0] = 2.0
     step.logits[0, 1] = torch.arange(vocab) % 2
-    with simulated.using(blocks=1, threads=32):
+    with simulated.using(blocks=blocks, threads=32, abreast=abreast):
         same(simulated, step)
+
+
+@pytest.mark.parametrize("order", ["forward", "reverse", "random"])
+@pytest.mark.parametrize(("blocks", "threads"), [(1, 32), (2, 64), (3, 32), (5, 64), (8, 32)])
+def test_rows_abreast_change_nothing(simulated, blocks, threads, order):
+    """These seeds have bad rows at the root and behind it."""
+    shape = {"blocks": blocks, "threads": threads, "teams": 2, "abreast": True}
+    for seed in (2, 3):
+        with simulated.using(order=order, seed=seed, **shape):
+            same(simulated, random_step(seed, batch=6, vocab=304))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vocab", "threads"),
+    [(torch.bfloat16, 26_000, 32), (torch.float32, 13_001, 32), (torch.bfloat16, 26_000, 512)],
+)
+def test_long_rows_abreast(simulated, dtype, vocab, threads):
+    """A warp takes several turns for a share that is listed, and some shares are."""
+    assert threads > 32 or vocab > 3 * 32 * threads * (16 // dtype.itemsize)
+    x = torch.randn(2, 3, vocab, generator=torch.Generator().manual_seed(8))
+    x[:, 0, [2401, -7]] = torch.tensor([30.0, 29.5])
+    x[:, 1, vocab // 2] = 40.0
+    step = random_step(1, batch=2, vocab=vocab, nodes=3, filters="off", bad=False, limits=False)
+    step = replace(step, logits=x.to(dtype), tokens=torch.tensor([[0, 2401, vocab // 2]] * 2))
+    with simulated.using(blocks=3, threads=threads, teams=2, abreast=True):
+        same(simulated, step)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "order", "seeds"), [(2, "forward", 1), (3, "random", 8), (4, "reverse", 1)]
+)
+def test_walks_leave_the_likeliest_path(simulated, blocks, order, seeds):
+    """By the second child of each node of the path in turn, and go on below it; a first child that
+    may not be entered is not on it. One node has more children than a warp has lanes."""
+    path, side = [0, 1, 3, 5, 7], {1: 2, 2: 4, 3: 6, 4: 8}  # by depth: the second child
+    parents = [-1, 0, 0, 1, 1, 3, 3, 5, 5] + [2] * 40 + [4, 6, 8]
+    tree, vocab, batch = rk.DraftTree(parents), 304, 6
+    below, drawn = {2: 48, 4: 49, 6: 50, 8: 51}, 200
+    tokens = torch.arange(len(parents)).repeat(batch, 1)
+    x = torch.randn(batch, len(parents), vocab, generator=torch.Generator().manual_seed(3))
+    walks = []
+    for b in range(batch):
+        walk = path[: b + 1] + ([side[b + 1], below[side[b + 1]]] if b + 1 in side else [])
+        for node, child in zip(walk, [*walk[1:], None], strict=True):
+            x[b, node, drawn if child is None else tokens[b, child]] = 70.0
+        walks.append(walk)
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    valid[4, 1] = False  # the second child of the root is its likeliest then
+    x[4, 0, 2] = 90.0
+    x[4, 2, 300] = 90.0
+    walks[4] = [0, 2]
+    step = replace(
+        random_step(1, batch=batch, vocab=vocab, filters="off", bad=False, limits=False),
+        logits=x, tokens=tokens, valid=valid, tree=tree,
+    )  # fmt: skip
+    expected = _load.implementation("verify_tree", "reference")(*step.args())
+    assert [path[path >= 0].tolist() for path in expected[2]] == walks
+    for seed in range(seeds):
+        shape = {"blocks": blocks, "threads": 64, "teams": 2, "abreast": True}
+        with simulated.using(order=order, seed=seed, **shape):
+            same(simulated, step)
+
+
+def test_blocks_without_a_row_fall_behind(simulated):
+    """A walk of second children, whose likeliest path is two nodes wherever it comes."""
+    levels, vocab = 6, 160
+    parents = [-1] + [p for level in range(levels) for p in (2 * level, 2 * level)]
+    x = torch.zeros(1, len(parents), vocab)
+    x[0, torch.arange(0, 2 * levels, 2), torch.arange(2, 2 * levels + 2, 2)] = 70.0
+    step = replace(
+        random_step(1, batch=1, vocab=vocab, filters="off", bad=False, limits=False), logits=x,
+        tokens=torch.arange(len(parents))[None], valid=torch.ones(1, len(parents)) > 0,
+        tree=rk.DraftTree(parents),
+    )  # fmt: skip
+    expected = _load.implementation("verify_tree", "reference")(*step.args())
+    assert expected[1].item() == levels + 1
+    for seed in range(20):
+        shape = {"blocks": 4, "threads": 64, "teams": 1, "abreast": True}
+        with simulated.using(order="random", seed=seed, **shape):
+            same(simulated, step)
+
+
+def test_blocks_that_fall_behind_change_nothing_abreast(simulated):
+    for seed in range(16):
+        shape = {"blocks": 2 + seed % 3, "threads": 64, "teams": 1, "abreast": True}
+        with simulated.using(order="random", seed=seed, **shape):
+            same(simulated, random_step(seed, batch=3, vocab=160))
 
 
 def test_the_last_tie_of_top_k_and_top_p(simulated):
@@ -183,6 +271,9 @@ def test_launch_decisions(simulated):
     rows = [(1, 151_936), (132, 151_936), (133, 151_936), (256, 151_936), (256, 32_000)]
     kinds = [blocks(batch, vocab, walk=False)[:2] for batch, vocab in rows]
     assert kinds == [(8, 2), (4, 1), (1, 0), (1, 0), (1, 1)]  # 133 rows fill the device
+    abreast = simulated.module().abreast_shape
+    shapes = [abreast(batch, 132) for batch in (1, 16, 32, 64, 256)]
+    assert shapes == [(8, 512), (7, 512), (3, 512), (3, 256), (1, 256)]
     assert [word(256, 64), word(24, 16), word(6, 2), word(3, 1)] == [16, 8, 2, 1]
 
 
@@ -194,6 +285,8 @@ for rejection in (False, True):
     for vocab in (150, 160):
         step = random_step(2, batch=5, nodes=5, vocab=vocab, rejection=rejection)
         sim.verify_tree(*step.args())
+        with sim.using(abreast=True):
+            sim.verify_tree(*step.args())
 sim.sample(random_logits((3, 77), 1), None, *rows(3, 77, 1).args())
 print("clean")
 """

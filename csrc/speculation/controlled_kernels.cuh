@@ -145,7 +145,7 @@ class Epilogue {
       s.group_top[i] = -kInf;
     }
     __syncthreads();
-    merge_tops(tops, kConfidenceTokens, int(cluster_size()),
+    merge_tops(tops, kConfidenceTokens, int(team.size()),
                [&](int place, float value, int) { s.group_top[place] = value; });
     __syncthreads();
     if (threadIdx.x != 0) return;
@@ -194,7 +194,7 @@ static __global__ void __launch_bounds__(kTeamThreads, blocks_inside<AnyElement>
     ControlledRow row(team, p.rows, b, 0, p.control.state.sets, shared);
     const RowTop top = find_controlled_top(team, row, slot, request.temperature);
     Epilogue epilogue(team, top, row.tops, p.statistics);
-    const Best share = sample_share(team, row, request, top, epilogue);
+    const Best share = sample_share(team, row, request, top, request.position, epilogue);
     const Best best = team.reduce(share, TakeBest());
     const Outcome outcome = outcome_of(top, best, request.temperature);
     const float entropy = epilogue.finish(team, row, outcome, b, &shared.confidence);

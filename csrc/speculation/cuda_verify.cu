@@ -1,9 +1,11 @@
 // CUDA operators of verification: one launch per call; compact_kv_ makes one for keys, one for
 // values.
+#include <cstdlib>
+#include <cstring>
 #include <numeric>
 
 #include "team_launch.cuh"
-#include "verify_kernels.cuh"
+#include "verify_abreast.cuh"
 #include "verify_operators.h"
 
 namespace reasonkern {
@@ -15,6 +17,32 @@ void launch_compact(const CompactParams& p, int32_t device) {
   const int64_t words = p.batch * p.heads * p.head_dim * p.element_bytes / int64_t(sizeof(Word));
   const int64_t blocks = (words + kTeamThreads - 1) / kTeamThreads;
   launch(compact_kernel<Word>, unsigned(blocks < (1 << 20) ? blocks : 1 << 20), kTeamThreads, 1, 0,
+         scope.stream, p);
+}
+
+// For comparisons on a device, until they have been made: "4x512" draws four rows abreast in blocks
+// of 512 threads, "auto" as many as `abreast_shape` says; else rows are drawn in turn.
+AbreastShape wanted_shape(const VerifyParams& p, const Device& device) {
+  const char* wish = std::getenv("REASONKERN_VERIFY_ABREAST");
+  if (wish == nullptr || p.q_ids != nullptr || device.arch < 90) return {};
+  if (abreast_bytes(p.rows.nodes) > device.shared_per_block / 2) return {};
+  if (std::strcmp(wish, "auto") == 0) return abreast_shape(p.rows.batch, device);
+  char* rest = nullptr;
+  const unsigned rows = unsigned(std::strtoul(wish, &rest, 10));
+  const unsigned threads = *rest == 'x' ? unsigned(std::strtoul(rest + 1, nullptr, 10)) : 0;
+  STD_TORCH_CHECK(
+      rows >= 1 && rows <= kTeamBlocks && (threads == kTeamThreads || threads == kWideThreads),
+      "REASONKERN_VERIFY_ABREAST: expected auto, or 1 to 8 rows x 256 or 512 threads");
+  return {rows, threads};
+}
+
+template <class E>
+void launch_abreast(const AbreastShape& shape, VerifyParams p, const LaunchScope& scope) {
+  p.rows.slice = int(slice_tokens(p.rows.vocab, 1)), p.rows.stages = 0;
+  const auto kernel = shape.threads == kWideThreads ? verify_abreast_kernel<E, kWideThreads>
+                                                    : verify_abreast_kernel<E, kTeamThreads>;
+  const unsigned clusters = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20);
+  launch(kernel, clusters * shape.rows, shape.threads, shape.rows, abreast_bytes(p.rows.nodes),
          scope.stream, p);
 }
 
@@ -30,6 +58,11 @@ struct CudaBackend {
   static void verify(const VerifyParams& p, int32_t device) {
     dispatch_row(p.rows.type, [&](auto element) {
       using E = typename decltype(element)::type;
+      if constexpr (blocks_inside<E>() > 1) {
+        const LaunchScope scope(device);
+        const AbreastShape shape = wanted_shape(p, describe(verify_kernel<E>, device));
+        if (shape.rows > 0) return launch_abreast<E>(shape, p, scope);
+      }
       launch_teams<TeamShared, E>(verify_kernel<E>, p, device);
     });
   }

@@ -10,12 +10,13 @@
 
 namespace reasonkern {
 
-constexpr int kTeamThreads = 256;  // of a block, at most; a power of two
-constexpr int kMaxWarps = kTeamThreads / 32;
+constexpr int kTeamThreads = 256;  // of a block; a power of two
+constexpr int kWideThreads = 512;  // of a block that draws rows alone and fills a multiprocessor
+constexpr int kMaxWarps = kWideThreads / 32;
 constexpr int kBlocksInside = 2;     // of a multiprocessor, of kernels that know the element type
 constexpr unsigned kPartBytes = 64;  // the largest value that is reduced
 constexpr int kCandidates = 512;
-constexpr int kLikelyThreads = kTeamThreads / 4;
+constexpr int kLikelyThreads = kWideThreads / 4;
 constexpr int kGroups = 64;  // of threads, whose largest logits bound the k-th largest
 
 // Two logits of a list; id -1 and -inf behind the last.
@@ -63,7 +64,7 @@ struct TeamShared {
   unsigned best;     // key of a value that the draw's best one is not below
   int count;         // of candidates
   int likely_count;  // threads whose share is drawn from by a warp
-  uint8_t likely[kLikelyThreads];
+  uint16_t likely[kLikelyThreads];
 };
 
 // Where a slice lies behind them: bulk copies start at 16-byte addresses.
@@ -110,9 +111,10 @@ struct Slice {
   unsigned bytes, room;  // of this slice, of any
   bool aligned, staged;
 
-  __device__ Slice(const LogitRows& rows, int64_t b, int64_t node) {
+  // Of the block that is the team's `rank`-th.
+  __device__ Slice(const LogitRows& rows, int64_t b, int64_t node, unsigned rank) {
     const int size = element_bytes(rows.type), vocab = int(rows.vocab);
-    first = min(int(cluster_rank()) * rows.slice, vocab), last = min(first + rows.slice, vocab);
+    first = min(int(rank) * rows.slice, vocab), last = min(first + rows.slice, vocab);
     data = static_cast<const char*>(rows.data) +
            (b * rows.stride_b + node * rows.stride_n + first) * size;
     bytes = unsigned(last - first) * unsigned(size), room = unsigned(rows.slice) * unsigned(size);
@@ -121,11 +123,15 @@ struct Slice {
   }
 };
 
+// Whose blocks are a team: all of a cluster, or each one by itself.
+enum class Members { cluster, block };
+
 class Team {
  public:
   // `stage`: where the slices of rows lie in the block's shared memory.
-  __device__ Team(TeamShared* shared, unsigned stage, const LogitRows& rows)
-      : shared_(shared), rows_(rows), stage_(stage) {
+  __device__ Team(TeamShared* shared, unsigned stage, const LogitRows& rows,
+                  Members members = Members::cluster)
+      : shared_(shared), rows_(rows), stage_(stage), alone_(members == Members::block) {
     if (threadIdx.x == 0) {
       for (int i = 0; i < 2; ++i) {
         open_mailbox(shared->arrived + i);
@@ -146,14 +152,16 @@ class Team {
   }
 
   __device__ TeamShared* shared() const { return shared_; }
-  __device__ bool leads() const { return cluster_rank() == 0 && threadIdx.x == 0; }
+  __device__ unsigned size() const { return alone_ ? 1 : cluster_size(); }
+  __device__ unsigned rank() const { return alone_ ? 0 : cluster_rank(); }
+  __device__ bool leads() const { return rank() == 0 && threadIdx.x == 0; }
 
-  // Starts the copy of a request's first row. What the request needs goes to shared memory:
-  // registers are short. Readers are behind a barrier.
+  // Starts the copy of a request's first row, if rows are copied. What the request needs goes to
+  // shared memory: registers are short. Readers are behind a barrier.
   __device__ const Request& begin(const RequestParams& r, int64_t b) {
     __syncthreads();  // the request before is done
     b_ = b;
-    fetch(0);
+    if (!alone_) fetch(0);
     if (threadIdx.x == 0) {
       shared_->request = {r.temperature[b], r.top_p[b],          r.min_p[b],
                           r.top_k[b],       uint64_t(r.seed[b]), uint64_t(r.position[b])};
@@ -175,14 +183,120 @@ class Team {
     return reduce_lanes(value, warps, op);
   }
 
-  // The block's value to all blocks; lane i gets that of block i % cluster_size(). A barrier of the
+  // The block's value to all of the team; lane i gets that of block i % size(). A barrier of the
   // block lies between two calls. Two inboxes in turn: who sends to one again has heard from all
   // blocks in the other one, so all have read it. `meanwhile` is done while the values are on their
   // way. with_groups: the blocks' `my_groups` go to `group_top`, those of a block side by side.
   template <bool with_groups = false, class T, class Work>
   __device__ T exchange(const T& mine, const Work& meanwhile) {
+    return pass_round<with_groups>(size(), threadIdx.x & (size() - 1), mine, meanwhile);
+  }
+
+  // The same between the blocks of a cluster, of any size, that are teams of their own. The last
+  // lanes get the last block's value.
+  template <class T, class Work>
+  __device__ T tell(const T& mine, const Work& meanwhile) {
+    const unsigned size = cluster_size();
+    return pass_round<false>(size, min(threadIdx.x % 32, size - 1), mine, meanwhile);
+  }
+
+  template <class T, class Op>
+  __device__ T reduce(T value, Op op) {
+    return reduce_lanes(exchange(reduce_block(value, op), [] {}), size(), op);
+  }
+
+  // A list of `count` logits among which this block's k largest are, k or k + 1 at most, to the
+  // first block, or to all. Whoever gets a list receives it before the next call, and has read it
+  // before it enters the exchange that lies before the next but one; a barrier behind the list's
+  // writes.
+  __device__ void send_tops(const TopPair* list, int count, int k, bool to_all) {
+    static_assert(kMaxTopK / 2 <= 32, "a pair to a lane");
+    const unsigned size = this->size(), pairs = unsigned(k + 1) / 2, lane = threadIdx.x % 32;
+    const unsigned turn = tops_turn_++ % 2;
+    TopPair mine = list[lane < pairs ? lane : 0];
+    if (int(2 * lane) >= count) mine.value[0] = -kInf, mine.id[0] = -1;
+    if (int(2 * lane + 1) >= count) mine.value[1] = -kInf, mine.id[1] = -1;
+    TopPair* to = &shared_->tops[turn][rank()][lane];
+    if (size == 1) {
+      if (threadIdx.x < pairs) *to = mine;
+      return;
+    }
+    Mailbox* box = shared_->tops_arrived + turn;
+    for (unsigned peer = threadIdx.x / 32; peer < (to_all ? size : 1); peer += blockDim.x / 32) {
+      if (lane < pairs) send(to, box, peer, mine);
+    }
+    if (threadIdx.x == 0 && (to_all || rank() == 0)) {
+      expect_bytes(box, size * pairs * unsigned(sizeof(TopPair)));
+    }
+  }
+
+  // Waits for the lists of the last call, by blocks to which they were sent.
+  __device__ auto receive_tops() -> const TopPair (*)[kMaxTopK / 2] {
+    const unsigned turn = tops_turn_ - 1;
+    if (size() == 1) {
+      __syncthreads();
+    } else {
+      wait_for_turn<Sender::peers>(shared_->tops_arrived + turn % 2, turn / 2);
+    }
+    return shared_->tops[turn % 2];
+  }
+
+  // Starts the copy of this block's slice of a row, which is the next one to be read, unless it was
+  // guessed. The block has read the slice before it, and a barrier lies between.
+  __device__ void fetch(int node) {
+    if (guess_ == node) {
+      slot_ = spare(), guess_ = -1;
+    } else {
+      if (spare() == slot_) drain();
+      copy(Slice(rows_, b_, node, rank()), slot_);
+    }
+  }
+
+  // Starts the copy of a row that may be the next one; where there is no room for a second slice
+  // its way to the L2.
+  __device__ void guess(int node) {
+    drain();
+    if (node <= 0) return;
+    const Slice slice(rows_, b_, node, rank());
+    if (spare() != slot_ && slice.staged) {
+      guess_ = node;
+      copy(slice, spare());
+    } else if (slice.aligned && threadIdx.x == 0) {
+      prefetch_bulk(slice.data, slice.bytes);
+    }
+    if (slice.staged && guess_ < 0) guess_ = ~node;
+  }
+
+  // Whether a guess waits for the slice of the row that is read to make room for it.
+  __device__ bool is_room_wanted() const { return guess_ < -1; }
+
+  // Makes room: nobody reads the slice's copy any more, and a barrier lies between.
+  __device__ void make_room() {
+    if (!is_room_wanted()) return;
+    guess_ = ~guess_;
+    copy(Slice(rows_, b_, guess_, rank()), slot_);
+  }
+
+  // Where the slice is; waits for the copy.
+  __device__ const void* await(const Slice& slice) {
+    if (!slice.staged) return slice.data;
+    meet();
+    wait_for_turn<Sender::self>(shared_->fetched + slot_, turn_of(slot_) - 1);
+    return staged(slot_, slice);
+  }
+
+ private:
+  // Of a part, which is then copied by words.
+  template <class Void>
+  __device__ static Void* aligned(Void* part) {
+    return static_cast<Void*>(__builtin_assume_aligned(part, 16));
+  }
+
+  template <bool with_groups, class T, class Work>
+  __device__ __forceinline__ T pass_round(unsigned size, unsigned from, const T& mine,
+                                          const Work& meanwhile) {
     static_assert(sizeof(T) <= kPartBytes, "TeamShared::inbox");
-    const unsigned size = cluster_size(), turn = turn_;
+    const unsigned turn = turn_;
     if (size == 1) {
       meanwhile();
       return mine;
@@ -203,100 +317,8 @@ class Team {
     }
     meanwhile();
     wait_for_turn<Sender::peers>(box, turn / 2);
-    std::memcpy(&part, aligned(inbox[threadIdx.x & (size - 1)]), sizeof(Part));
+    std::memcpy(&part, aligned(inbox[from]), sizeof(Part));
     return part.value;
-  }
-
-  template <class T, class Op>
-  __device__ T reduce(T value, Op op) {
-    return reduce_lanes(exchange(reduce_block(value, op), [] {}), cluster_size(), op);
-  }
-
-  // A list of `count` logits among which this block's k largest are, k or k + 1 at most, to the
-  // first block, or to all. Whoever gets a list receives it before the next call, and has read it
-  // before it enters the exchange that lies before the next but one; a barrier behind the list's
-  // writes.
-  __device__ void send_tops(const TopPair* list, int count, int k, bool to_all) {
-    static_assert(kMaxTopK / 2 <= 32, "a pair to a lane");
-    const unsigned size = cluster_size(), pairs = unsigned(k + 1) / 2, lane = threadIdx.x % 32;
-    const unsigned turn = tops_turn_++ % 2;
-    TopPair mine = list[lane < pairs ? lane : 0];
-    if (int(2 * lane) >= count) mine.value[0] = -kInf, mine.id[0] = -1;
-    if (int(2 * lane + 1) >= count) mine.value[1] = -kInf, mine.id[1] = -1;
-    TopPair* to = &shared_->tops[turn][cluster_rank()][lane];
-    if (size == 1) {
-      if (threadIdx.x < pairs) *to = mine;
-      return;
-    }
-    Mailbox* box = shared_->tops_arrived + turn;
-    for (unsigned peer = threadIdx.x / 32; peer < (to_all ? size : 1); peer += blockDim.x / 32) {
-      if (lane < pairs) send(to, box, peer, mine);
-    }
-    if (threadIdx.x == 0 && (to_all || cluster_rank() == 0)) {
-      expect_bytes(box, size * pairs * unsigned(sizeof(TopPair)));
-    }
-  }
-
-  // Waits for the lists of the last call, by blocks to which they were sent.
-  __device__ auto receive_tops() -> const TopPair (*)[kMaxTopK / 2] {
-    const unsigned turn = tops_turn_ - 1;
-    if (cluster_size() == 1) {
-      __syncthreads();
-    } else {
-      wait_for_turn<Sender::peers>(shared_->tops_arrived + turn % 2, turn / 2);
-    }
-    return shared_->tops[turn % 2];
-  }
-
-  // Starts the copy of this block's slice of a row, which is the next one to be read, unless it was
-  // guessed. The block has read the slice before it, and a barrier lies between.
-  __device__ void fetch(int node) {
-    if (guess_ == node) {
-      slot_ = spare(), guess_ = -1;
-    } else {
-      if (spare() == slot_) drain();
-      copy(Slice(rows_, b_, node), slot_);
-    }
-  }
-
-  // Starts the copy of a row that may be the next one; where there is no room for a second slice
-  // its way to the L2.
-  __device__ void guess(int node) {
-    drain();
-    if (node <= 0) return;
-    const Slice slice(rows_, b_, node);
-    if (spare() != slot_ && slice.staged) {
-      guess_ = node;
-      copy(slice, spare());
-    } else if (slice.aligned && threadIdx.x == 0) {
-      prefetch_bulk(slice.data, slice.bytes);
-    }
-    if (slice.staged && guess_ < 0) guess_ = ~node;
-  }
-
-  // Whether a guess waits for the slice of the row that is read to make room for it.
-  __device__ bool is_room_wanted() const { return guess_ < -1; }
-
-  // Makes room: nobody reads the slice's copy any more, and a barrier lies between.
-  __device__ void make_room() {
-    if (!is_room_wanted()) return;
-    guess_ = ~guess_;
-    copy(Slice(rows_, b_, guess_), slot_);
-  }
-
-  // Where the slice is; waits for the copy.
-  __device__ const void* await(const Slice& slice) {
-    if (!slice.staged) return slice.data;
-    meet();
-    wait_for_turn<Sender::self>(shared_->fetched + slot_, turn_of(slot_) - 1);
-    return staged(slot_, slice);
-  }
-
- private:
-  // Of a part, which is then copied by words.
-  template <class Void>
-  __device__ static Void* aligned(Void* part) {
-    return static_cast<Void*>(__builtin_assume_aligned(part, 16));
   }
 
   __device__ void send_groups(Mailbox* box) {
@@ -354,6 +376,7 @@ class Team {
   int guess_ = -1;  // node of the copy in the spare slot, ~node while it waits for room; -1: none
   int64_t b_ = 0;   // the request
   bool met_ = false;
+  const bool alone_;
 };
 
 // Integers in the order of floats; 0 is below them all.

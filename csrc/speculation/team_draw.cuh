@@ -107,20 +107,22 @@ __device__ bool list_likely(TeamShared& s, const Row& row, float floor) {
     int slot = 0;
     if (lane == 0) slot = atomicAdd(&s.likely_count, __popc(hits));
     slot = __shfl_sync(kFullMask, slot, 0) + __popc(hits & ((1u << lane) - 1));
-    if (mine && slot < limit) s.likely[slot] = uint8_t(threadIdx.x);
+    if (mine && slot < limit) s.likely[slot] = uint16_t(threadIdx.x);
   }
   if (threadIdx.x == 0) s.count = 0;
   __syncthreads();
   return s.likely_count <= limit;
 }
 
-// body(chunk) for the chunks of the shares that are listed, a share to a warp.
+// body(chunk) for the chunks of the shares that are listed, or those whose largest logit is not
+// below `floor`; a share to a warp.
 template <class Row, class Body>
-__device__ __forceinline__ void each_listed_chunk(const TeamShared& s, const Row& row,
+__device__ __forceinline__ void each_listed_chunk(const TeamShared& s, const Row& row, float floor,
                                                   const Body& body) {
   const int count = s.likely_count, warps = int(blockDim.x / 32);
 #pragma unroll 1
-  for (int i = int(threadIdx.x / 32); i < count; i += warps) row.each_chunk(s.likely[i], body);
+  for (int i = int(threadIdx.x / 32); i < count; i += warps)
+    row.each_chunk(s.likely[i], floor, body);
 }
 
 // Offers the tokens of a quad.
@@ -211,7 +213,7 @@ __device__ Best draw(Team& team, Row& row, const Draw& d, Also& also) {
   if constexpr (!Also::kSeesAll) {
     if (list_likely(s, row, fminf(bar.floor, also.floor())) && Row::kHasRoom) {
       if (team.is_room_wanted()) row.leave_copy(), team.make_room();
-      each_listed_chunk(s, row, see);
+      each_listed_chunk(s, row, fminf(bar.floor, also.floor()), see);
       return best;
     }
   }
@@ -261,7 +263,7 @@ template <class Work>
 __device__ Found join(Team& team, const RowTop& top, const Best& best, int64_t sum,
                       const Work& meanwhile) {
   Share share = team.reduce_block(Share{best, sum}, JoinShares());
-  share = reduce_lanes(team.exchange(share, meanwhile), cluster_size(), JoinShares());
+  share = reduce_lanes(team.exchange(share, meanwhile), team.size(), JoinShares());
   return {top, share.best, share.sum};
 }
 

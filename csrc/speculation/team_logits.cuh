@@ -207,7 +207,8 @@ struct ShareTops {
   float raw, allowed;
 };
 
-template <class E>
+// kAlone: for a block that is a team of its own. Its slice is the row, which is not copied.
+template <class E, bool kAlone = false>
 struct TeamRow {
   // In registers: where types are told apart, neither for looking at listed shares nor for noise of
   // two quads at a time.
@@ -222,8 +223,8 @@ struct TeamRow {
 
   // Waits until the slice has come.
   __device__ TeamRow(Team& team, const LogitRows& rows, int64_t b, int64_t node)
-      : slice(rows, b, node),
-        mine(team.await(slice), rows.type),
+      : slice(rows, b, node, team.rank()),
+        mine(kAlone ? slice.data : team.await(slice), rows.type),
         mask(rows.mask == nullptr ? nullptr
                                   : rows.mask + b * rows.mask_stride_b + node * rows.mask_stride_n),
         vocab(int(rows.vocab)),
@@ -278,9 +279,11 @@ struct TeamRow {
   }
 
   // The largest logit of this thread's share, as they came. kAhead loads are under way at a time:
-  // shares of 152,000 two-byte tokens in 2, 4 or 8 blocks are 38, 19 and 10 chunks.
+  // shares of 152,000 two-byte tokens in 2, 4 or 8 blocks are 38, 19 and 10 chunks. A block alone
+  // has 75 or, of twice the threads, 38, and nothing but these loads hides the memory's latency.
   __device__ float share_top() const {
-    return whole ? share_top<kHasRoom ? 5 : 2>(true) : share_top<1>(false);
+    constexpr int kAhead = !kHasRoom ? 2 : kAlone ? 10 : 5;
+    return whole ? share_top<kAhead>(true) : share_top<1>(false);
   }
 
   // Whether a token is in this thread's share.
@@ -289,9 +292,11 @@ struct TeamRow {
     return v >= slice.first && v < slice.last && (chunk & (blockDim.x - 1)) == threadIdx.x;
   }
 
-  // body(chunk) for the chunks of the share of thread `owner`, by a warp.
+  // body(chunk) for the chunks of the share of thread `owner`, by a warp. Where it takes the warp
+  // several turns, all are looked at together and those that reach `floor` are read again.
   template <class Body>
-  __device__ __forceinline__ void each_chunk(unsigned owner, const Body& body) const {
+  __device__ __forceinline__ void each_chunk(unsigned owner, float floor, const Body& body) const {
+    if constexpr (kAlone) return each_likely_chunk(owner, floor, body);
     constexpr int kChunk = Group<E>::kChunk;
     const int step = kChunk * int(blockDim.x), count = slice.last - slice.first;
 #pragma unroll 1
@@ -318,6 +323,33 @@ struct TeamRow {
   }
 
  private:
+  template <class Body>
+  __device__ __forceinline__ void each_likely_chunk(unsigned owner, float floor,
+                                                    const Body& body) const {
+    constexpr int kChunk = Group<E>::kChunk, kAhead = 3;
+    const int step = kChunk * int(blockDim.x), turn = 32 * step, count = slice.last - slice.first;
+#pragma unroll 1
+    for (int i = kChunk * int(owner) + step * int(threadIdx.x % 32); i < count;
+         i += kAhead * turn) {
+      typename Elements<E>::Chunk chunk[kAhead];
+      mine.load(i, turn, count, whole, chunk);
+      unsigned likely = 0;
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        const bool reaches = !(Elements<E>::top_of_all(chunk + j, 1) < floor);
+        likely |= unsigned(reaches && i + j * turn < count) << j;
+      }
+#pragma unroll 1  // rarely entered: one copy
+      for (; likely != 0; likely &= likely - 1) {
+        Group<E, 1> group;
+        group.first = slice.first + i + (__ffs(int(likely)) - 1) * turn;
+        group.step = step, group.last = slice.last;
+        mine.load(group.first - slice.first, step, count, whole, group.chunk);
+        body(group);
+      }
+    }
+  }
+
   template <int kAhead>
   __device__ __forceinline__ float share_top(bool whole) const {
     constexpr int kChunk = Group<E>::kChunk;

@@ -82,9 +82,9 @@ __device__ RowTop find_block_top(Team& team, Row& row, int groups) {
 // other.
 template <class Row, class Work>
 __device__ RowTop find_row_top(Team& team, Row& row, const Work& meanwhile) {
-  const RowTop mine = find_block_top(team, row, int(quotient(kGroups, cluster_size())));
+  const RowTop mine = find_block_top(team, row, int(quotient(kGroups, team.size())));
   const RowTop top = team.template exchange<true>(mine, meanwhile);
-  return reduce_lanes(top, cluster_size(), JoinTops());
+  return reduce_lanes(top, team.size(), JoinTops());
 }
 
 // The same where the candidates are the block's.

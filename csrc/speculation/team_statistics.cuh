@@ -133,7 +133,7 @@ class RawStatistics {
       if (!(top < floor())) raw(row, group, top);
     };
     if (list_likely(shared_, row, floor()) && Row::kHasRoom) {
-      each_listed_chunk(shared_, row, see);
+      each_listed_chunk(shared_, row, floor(), see);
     } else {
       row.each_group(see);
     }
@@ -185,7 +185,7 @@ __device__ inline void write_statistics(Team& team, int k, int64_t* ids, float* 
   const TopPair(*tops)[kMaxTopK / 2] = team.receive_tops();
   const TeamShared& s = *team.shared();
   if (!(s.last_top > -kInf)) return;
-  merge_tops(tops, k, int(cluster_size()),
+  merge_tops(tops, k, int(team.size()),
              [&](int place, float value, int id) { ids[place] = id, logits[place] = value; });
   if (threadIdx.x == 0) *lse = float(double(s.last_top) + log_of(s.last_sum));
 }

@@ -70,9 +70,9 @@ __device__ int64_t accept_or_reject(const VerifyParams& p, Team& team, const Row
 // This thread's share of a draw.
 template <class Row, class Also>
 __device__ Best sample_share(Team& team, Row& row, const Request& r, const RowTop& top,
-                             Also& also) {
+                             uint64_t position, Also& also) {
   if (r.temperature == 0 || is_bad(top, r.temperature)) return find_top_token(row, top);
-  const Draw d = target_draw(team, row, r, top, r.position);
+  const Draw d = target_draw(team, row, r, top, position);
   also.kept(d.temperature, d.top, d.cut);
   return draw(team, row, d, also);
 }
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kTeamThreads, blocks_inside<E>()) sample_kerne
     TeamRow<E> row(team, p.rows, b, 0);
     const RowTop top = find_row_top(team, row, [] {});
     Nothing nothing;
-    const Best best = sample_share(team, row, request, top, nothing);
+    const Best best = sample_share(team, row, request, top, request.position, nothing);
     const Found found = join(team, top, best, 0, [] {});
     if (team.leads()) p.token[b] = outcome_of(found.top, found.best, request.temperature).token;
   }
@@ -194,18 +194,26 @@ struct EndTokens {
   }
 };
 
-// Empties the outputs of request b, by the team's first block.
-__device__ inline void clear_outputs(const VerifyParams& p, int64_t b) {
-  const int64_t first = b * (p.depth + 1), last = first + p.depth + 1;
-  for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) {
-    p.out_tokens[i] = -1;
-    p.path[i] = i == first ? 0 : -1;
-    p.lse[i] = -kInf;
-  }
+// The statistics of rows that emit nothing, by a block: places [first, last) of the outputs.
+__device__ inline void clear_statistics(const VerifyParams& p, int64_t first, int64_t last) {
+#pragma unroll 1
+  for (int64_t i = first + threadIdx.x; i < last; i += blockDim.x) p.lse[i] = -kInf;
+#pragma unroll 1
   for (int64_t i = first * p.topk + threadIdx.x; i < last * p.topk; i += blockDim.x) {
     p.topk_ids[i] = -1;
     p.topk_logits[i] = -kInf;
   }
+}
+
+// Empties the outputs of request b from a depth on, by one block.
+__device__ inline void clear_outputs(const VerifyParams& p, int64_t b, int depth) {
+  const int64_t root = b * (p.depth + 1), last = root + p.depth + 1;
+#pragma unroll 1
+  for (int64_t i = root + depth + threadIdx.x; i < last; i += blockDim.x) {
+    p.out_tokens[i] = -1;
+    p.path[i] = i == root ? 0 : -1;
+  }
+  clear_statistics(p, root + depth, last);
 }
 
 struct Visited {
@@ -226,7 +234,7 @@ struct PlainVisit {
   __device__ Visited choose(Team& team, const Place& at, const Work& meanwhile) {
     TeamRow<E> row(team, p.rows, at.b, at.node);
     const RowTop top = find_row_top(team, row, meanwhile);
-    const bool alone = cluster_size() == 1;
+    const bool alone = team.size() == 1;
     TeamShared& s = *team.shared();
     RawStatistics raw(team, top.raw, p.topk, row.vocab, alone ? s.my_groups : s.group_top,
                       alone ? block_groups() : kGroups);
@@ -251,8 +259,8 @@ __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
   int32_t status = 0;
   Place at{b, active && limit > 0 ? 0 : -1, 0};
   const bool walks = at.node >= 0;
-  if (!walks) team.await(Slice(p.rows, b, 0));
-  if (first_block) clear_outputs(p, b);
+  if (!walks) team.await(Slice(p.rows, b, 0, team.rank()));
+  if (first_block) clear_outputs(p, b, 0);
   Visit visit(p, request, b);
   TeamShared& shared = *team.shared();
   const EndTokens ends(p);

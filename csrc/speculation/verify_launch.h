@@ -61,6 +61,23 @@ inline TeamShape team_shape(int64_t batch, int64_t vocab, int element_bytes, std
   return {blocks, stages, shared(stages)};
 }
 
+// Rows that a walk's blocks draw abreast, and the threads of each; 0: rows in turn.
+struct AbreastShape {
+  unsigned rows = 0, threads = 0;
+};
+
+// As many rows as are resident at once for all requests. A block of 512 threads has a
+// multiprocessor to itself, two of 256 share one.
+inline AbreastShape abreast_shape(int64_t batch, const Device& device) {
+  for (const unsigned threads : {512u, 256u}) {
+    const int64_t resident =
+        resident_blocks(kTeamBlocks, threads == 512 ? 1 : 2, device.multiprocessors);
+    const int64_t rows = resident / batch;
+    if (rows >= 3) return {unsigned(rows < kTeamBlocks ? rows : kTeamBlocks), threads};
+  }
+  return {1, 256};
+}
+
 // The widest word that divides a head's bytes and the strides and addresses in bytes.
 inline int word_bytes(int64_t head_bytes, int64_t alignment) {
   int bytes = 16;

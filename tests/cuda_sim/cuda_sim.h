@@ -371,6 +371,7 @@ CUDA_SIM_FOLD(__match_any_sync, unsigned, 0, read(l) == value ? r | 1u << l : r)
 CUDA_SIM_FOLD(__reduce_add_sync, T, 0, static_cast<T>(0u + r + read(l)))
 CUDA_SIM_FOLD(__reduce_min_sync, T, value, std::min(r, read(l)))
 CUDA_SIM_FOLD(__reduce_max_sync, T, value, std::max(r, read(l)))
+CUDA_SIM_FOLD(__reduce_or_sync, T, 0, r | read(l))
 
 // Other threads come between two atomics, and a spinning thread lets them. v: the operands.
 #define CUDA_SIM_ATOMIC(name, update)                      \

@@ -21,13 +21,14 @@ REQUESTS = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
 
 @dataclass(frozen=True)
 class Settings(launch.Settings):
-    """teams: requests under way; blocks: of a team; threads: of a block; stages: slices of rows
-    that fit into its shared memory."""
+    """teams: requests under way; blocks: of a cluster; threads: of a block; stages: slices of rows
+    that fit into its shared memory; abreast: a block draws a row by itself (by equality)."""
 
     teams: int = 3
     blocks: int = 2
     threads: int = 32
     stages: int = 2
+    abreast: bool = False
 
 
 KERNELS = launch.Kernels("verify_sim", Settings())
@@ -95,14 +96,15 @@ def verify_tree(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     *requests, eos, max_length, node_mask, num_nodes, depth, _, topk = rest
     rows = (logits.shape[0], depth + 1)
+    unset = 1 << 20  # what no output may keep
     out = {
-        "out_tokens": torch.empty(rows, dtype=torch.int64),
-        "length": torch.empty(rows[:1], dtype=torch.int64),
-        "path": torch.empty(rows, dtype=torch.int64),
-        "topk_ids": torch.empty((*rows, topk), dtype=torch.int64),
-        "topk_logits": torch.empty((*rows, topk)),
-        "lse": torch.empty(rows),
-        "status": torch.empty(rows[:1], dtype=torch.int32),
+        "out_tokens": torch.full(rows, unset, dtype=torch.int64),
+        "length": torch.full(rows[:1], unset, dtype=torch.int64),
+        "path": torch.full(rows, unset, dtype=torch.int64),
+        "topk_ids": torch.full((*rows, topk), unset, dtype=torch.int64),
+        "topk_logits": torch.full((*rows, topk), math.nan),
+        "lse": torch.full(rows, math.nan),
+        "status": torch.full(rows[:1], unset, dtype=torch.int32),
     }
     fields = _rows(logits, node_mask) | dict(zip(REQUESTS, requests, strict=True)) | out
     fields |= {

@@ -2,6 +2,7 @@
 // Pointers come as integers in dicts whose keys are the fields of verify.h; a missing key is null.
 #include "cuda_sim.h"
 #include "speculation/controlled_kernels.cuh"
+#include "speculation/verify_abreast.cuh"
 #include "speculation/verify_launch.h"
 #include "state_fields.h"
 
@@ -57,7 +58,8 @@ StatisticsParams statistics_of(const Fields& f) {
 }
 
 struct Launch {
-  unsigned teams, blocks, threads;  // blocks: of a team
+  unsigned teams, blocks, threads;  // blocks: of a cluster
+  bool abreast;                     // verification by equality draws a row in each of them
   int stages, order;
   uint64_t seed;
 
@@ -65,6 +67,7 @@ struct Launch {
       : teams(f.number<unsigned>("teams")),
         blocks(f.number<unsigned>("blocks")),
         threads(f.number<unsigned>("threads")),
+        abreast(f.number<int>("abreast") != 0),
         stages(f.number<int>("stages")),
         order(f.number<int>("order")),
         seed(f.number<uint64_t>("seed")) {}
@@ -81,6 +84,11 @@ struct Launch {
     p.rows.slice = int(slice_tokens(p.rows.vocab, blocks)), p.rows.stages = stages;
     const int bytes = stages * p.rows.slice * element_bytes(p.rows.type);
     start(kernel, stage_offset<Shared>() + std::size_t(bytes), p);
+  }
+
+  void start_abreast(void (*kernel)(VerifyParams), VerifyParams p) const {
+    p.rows.slice = int(slice_tokens(p.rows.vocab, 1)), p.rows.stages = 0;
+    start(kernel, abreast_bytes(p.rows.nodes), p);
   }
 };
 
@@ -123,6 +131,9 @@ void verify(const Launch& l, const Fields& f) {
   p.statistics = statistics_of(f);
   if (p.statistics.entropy != nullptr || p.control.slot != nullptr) {
     return l.start_teams<ControlShared>(verify_controlled_kernel, p);
+  }
+  if (l.abreast && p.q_ids == nullptr) {
+    return l.start_abreast(verify_abreast_kernel<E, kTeamThreads>, p);
   }
   l.start_teams<TeamShared>(verify_kernel<E>, p);
 }
@@ -189,6 +200,10 @@ PYBIND11_MODULE(verify_sim, m) {
     const TeamShape shape = team_shape(batch, vocab, bytes, scratch, inside, {arch, units, shared},
                                        walk ? Reads::walk : Reads::row);
     return std::make_tuple(shape.blocks, shape.stages, shape.shared);
+  });
+  m.def("abreast_shape", [](int64_t batch, int units) {
+    const AbreastShape shape = abreast_shape(batch, {90, units, 0});
+    return std::make_tuple(shape.rows, shape.threads);
   });
   m.def("word_bytes", &word_bytes);
 }
