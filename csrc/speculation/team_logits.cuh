@@ -212,6 +212,7 @@ template <class E, bool kAlone = false>
 struct TeamRow {
   // In registers: where types are told apart, neither for looking at listed shares nor for noise of
   // two quads at a time.
+  static constexpr bool kIsAlone = kAlone;
   static constexpr bool kHasRoom = !std::is_same<E, AnyElement>::value;
 
   Slice slice;
@@ -292,11 +293,9 @@ struct TeamRow {
     return v >= slice.first && v < slice.last && (chunk & (blockDim.x - 1)) == threadIdx.x;
   }
 
-  // body(chunk) for the chunks of the share of thread `owner`, by a warp. Where it takes the warp
-  // several turns, all are looked at together and those that reach `floor` are read again.
+  // body(chunk) for the chunks of the share of thread `owner`, by a warp.
   template <class Body>
-  __device__ __forceinline__ void each_chunk(unsigned owner, float floor, const Body& body) const {
-    if constexpr (kAlone) return each_likely_chunk(owner, floor, body);
+  __device__ __forceinline__ void each_chunk(unsigned owner, const Body& body) const {
     constexpr int kChunk = Group<E>::kChunk;
     const int step = kChunk * int(blockDim.x), count = slice.last - slice.first;
 #pragma unroll 1
@@ -305,6 +304,34 @@ struct TeamRow {
       mine.load(i, step, count, whole, group.chunk);
       group.first = slice.first + i, group.step = step, group.last = slice.last;
       body(group);
+    }
+  }
+
+  // The same for chunks that reach `floor`, of the shares of several owners: a warp looks at all its
+  // turns for a few of them together, and reads those chunks again.
+  template <class Body>
+  __device__ __forceinline__ void each_likely_chunk(const uint16_t* owners, int count, float floor,
+                                                    const Body& body) const {
+    const int step = kChunk * int(blockDim.x), tokens = slice.last - slice.first;
+    const int warps = int(blockDim.x / 32), lane = int(threadIdx.x % 32);
+    const int some = whole ? kOwners * warps : warps, turns = 32 * step * (whole ? kTurns : 1);
+#pragma unroll 1
+    for (int i = int(threadIdx.x / 32); i < count; i += some) {
+#pragma unroll 1
+      for (int from = 0; from < tokens; from += turns) {
+        const int at = from + step * lane;
+        unsigned likely = whole ? find_likely<kOwners, kTurns>(owners, i, count, at, floor, true)
+                                : find_likely<1, 1>(owners, i, count, at, floor, false);
+#pragma unroll 1  // rarely entered: one copy
+        for (; likely != 0; likely &= likely - 1) {
+          const int hit = __ffs(int(likely)) - 1, k = hit / kTurns, j = hit % kTurns;
+          const int first = kChunk * int(owners[i + k * warps]) + at + 32 * step * j;
+          Group<E, 1> group;
+          mine.load(first, step, tokens, whole, group.chunk);
+          group.first = slice.first + first, group.step = step, group.last = slice.last;
+          body(group);
+        }
+      }
     }
   }
 
@@ -323,31 +350,33 @@ struct TeamRow {
   }
 
  private:
-  template <class Body>
-  __device__ __forceinline__ void each_likely_chunk(unsigned owner, float floor,
-                                                    const Body& body) const {
-    constexpr int kChunk = Group<E>::kChunk, kAhead = 3;
-    const int step = kChunk * int(blockDim.x), turn = 32 * step, count = slice.last - slice.first;
-#pragma unroll 1
-    for (int i = kChunk * int(owner) + step * int(threadIdx.x % 32); i < count;
-         i += kAhead * turn) {
-      typename Elements<E>::Chunk chunk[kAhead];
-      mine.load(i, turn, count, whole, chunk);
-      unsigned likely = 0;
+  // Owners and turns of a warp that are looked at together.
+  static constexpr int kChunk = Group<E>::kChunk, kOwners = 4, kTurns = 3;
+
+  // Bit k * kTurns + j: chunk `at` of the share of the k-th next owner from the i-th on, j turns of a
+  // warp later, reaches `floor`.
+  template <int owned, int turns>
+  __device__ __forceinline__ unsigned find_likely(const uint16_t* owners, int i, int count, int at,
+                                                  float floor, bool whole) const {
+    const int step = kChunk * int(blockDim.x), tokens = slice.last - slice.first;
+    const int warps = int(blockDim.x / 32);
+    typename Elements<E>::Chunk chunk[owned][turns];
+    int first[owned];
 #pragma unroll
-      for (int j = 0; j < kAhead; ++j) {
-        const bool reaches = !(Elements<E>::top_of_all(chunk + j, 1) < floor);
-        likely |= unsigned(reaches && i + j * turn < count) << j;
-      }
-#pragma unroll 1  // rarely entered: one copy
-      for (; likely != 0; likely &= likely - 1) {
-        Group<E, 1> group;
-        group.first = slice.first + i + (__ffs(int(likely)) - 1) * turn;
-        group.step = step, group.last = slice.last;
-        mine.load(group.first - slice.first, step, count, whole, group.chunk);
-        body(group);
+    for (int k = 0; k < owned; ++k) {
+      first[k] = i + k * warps < count ? kChunk * int(owners[i + k * warps]) + at : tokens;
+      mine.load(first[k] < tokens ? first[k] : 0, 32 * step, tokens, whole, chunk[k]);
+    }
+    unsigned likely = 0;
+#pragma unroll
+    for (int k = 0; k < owned; ++k) {
+#pragma unroll
+      for (int j = 0; j < turns; ++j) {
+        const bool reaches = !(Elements<E>::top_of_all(chunk[k] + j, 1) < floor);
+        likely |= unsigned(reaches && first[k] + 32 * step * j < tokens) << (k * kTurns + j);
       }
     }
+    return likely;
   }
 
   template <int kAhead>

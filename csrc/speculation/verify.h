@@ -30,6 +30,7 @@ struct LogitRows {
   int64_t mask_stride_b, mask_stride_n;
   // On CUDA: tokens of a block's slice of a row, and slices that it has shared memory for.
   int slice, stages;
+  int ahead;  // bytes of the likely next row that are sent for while a row is drawn from
 };
 
 // Each (B).

@@ -106,6 +106,7 @@ class AbreastWalk {
         active_(p.valid[b * p.rows.nodes]),
         cap_(p.max_length != nullptr ? p.max_length[b] : INT64_MAX),
         limit_(int(cap_ < p.depth + 1 ? cap_ : p.depth + 1)) {
+    if (p.rows.ahead > 0 && cluster_rank() == 0 && threadIdx.x == 0) send_for(0);
     tree.load(p, b);
     __syncthreads();  // all loads so far come side by side
   }
@@ -124,6 +125,20 @@ class AbreastWalk {
   }
 
  private:
+  // Starts the way of a row's first bytes to the L2, by one thread.
+  __device__ void send_for(int node) const {
+    const Slice row(p_.rows, b_, node, 0);
+    if (row.aligned) prefetch_bulk(row.data, min(row.bytes, unsigned(p_.rows.ahead)));
+  }
+
+  // The row that this block draws next, if the walk goes along the likeliest path.
+  __device__ void send_for_next(const Place& at) const {
+    const unsigned rows = cluster_size();
+    if (p_.rows.ahead == 0 || threadIdx.x != blockDim.x - 1 || at.depth + int(rows) >= limit_) return;
+    const int node = tree_.below(at.node, rows);
+    if (node >= 0) send_for(node);
+  }
+
   // Draws rows from `node` on, the first of which is at `depth`, and writes those that are visited.
   __device__ Round draw(int node, int depth) {
     const int rank = int(cluster_rank());
@@ -133,7 +148,7 @@ class AbreastWalk {
       return Round(team_.tell(Told{}, [] {}));
     }
     TeamRow<E, true> row(team_, p_.rows, b_, at.node);
-    const RowTop top = find_row_top(team_, row, [] {});
+    const RowTop top = find_row_top(team_, row, [&] { send_for_next(at); });
     TeamShared& s = *team_.shared();
     RawStatistics raw(team_, top.raw, p_.topk, row.vocab, s.my_groups, block_groups());
     const uint64_t position = request_.position + uint64_t(at.depth);
