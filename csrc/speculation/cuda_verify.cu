@@ -30,21 +30,22 @@ AbreastShape wanted_shape(const VerifyParams& p, const Device& device) {
   char* rest = nullptr;
   const unsigned rows = unsigned(std::strtoul(wish, &rest, 10));
   const unsigned threads = *rest == 'x' ? unsigned(std::strtoul(rest + 1, &rest, 10)) : 0;
-  const unsigned ahead = *rest == 'p' ? unsigned(std::strtoul(rest + 1, nullptr, 10)) << 10 : 0;
+  const unsigned ahead = *rest == 'p' ? unsigned(std::strtoul(rest + 1, &rest, 10)) << 10 : 0;
+  const unsigned head = *rest == 's' ? unsigned(std::strtoul(rest + 1, nullptr, 10)) << 10 : 0;
   STD_TORCH_CHECK(
       rows >= 1 && rows <= kTeamBlocks && (threads == kTeamThreads || threads == kWideThreads),
       "REASONKERN_VERIFY_ABREAST: expected auto, or 1 to 8 rows x 256 or 512 threads");
-  return {rows, threads, ahead};
+  return {rows, threads, ahead, head};
 }
 
 template <class E>
 void launch_abreast(const AbreastShape& shape, VerifyParams p, const LaunchScope& scope) {
   p.rows.slice = int(slice_tokens(p.rows.vocab, 1)), p.rows.stages = 0;
-  p.rows.ahead = int(shape.ahead);
+  p.rows.ahead = int(shape.ahead), p.rows.head = int(shape.head);
   const auto kernel = shape.threads == kWideThreads ? verify_abreast_kernel<E, kWideThreads>
                                                     : verify_abreast_kernel<E, kTeamThreads>;
   const unsigned clusters = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20);
-  launch(kernel, clusters * shape.rows, shape.threads, shape.rows, abreast_bytes(p.rows.nodes),
+  launch(kernel, clusters * shape.rows, shape.threads, shape.rows, abreast_bytes(p.rows.nodes) + shape.head,
          scope.stream, p);
 }
 

@@ -221,6 +221,9 @@ struct TeamRow {
   int vocab;
   bool whole;
   ShareTops tops;  // once `find_block_top` has swept the slice
+  // kAlone: tokens of whole turns of the block that lie in shared memory, too, for the sweep.
+  int head_tokens = 0;
+  const void* head = nullptr;
 
   // Waits until the slice has come.
   __device__ TeamRow(Team& team, const LogitRows& rows, int64_t b, int64_t node)
@@ -386,10 +389,19 @@ struct TeamRow {
     const int step = kChunk * int(blockDim.x), count = slice.last - slice.first;
     float top = -kInf;
 #pragma unroll 1
-    for (int i = kChunk * int(threadIdx.x); i < count; i += kAhead * step) {
+    for (int i = kChunk * int(threadIdx.x) + head_tokens; i < count; i += kAhead * step) {
       typename Elements<E>::Chunk chunk[kAhead];
       from.load(i, step, count, whole, chunk);
       top = max_nan(top, Elements<E>::top_of_all(chunk, kAhead));
+    }
+    if constexpr (kAlone && kAhead > 1) {
+      const Elements<E> near = mine.beside(head);
+#pragma unroll 1
+      for (int i = kChunk * int(threadIdx.x); i < head_tokens; i += 4 * step) {
+        typename Elements<E>::Chunk chunk[4];
+        near.load(i, step, head_tokens, true, chunk);
+        top = max_nan(top, Elements<E>::top_of_all(chunk, 4));
+      }
     }
     return top;
   }

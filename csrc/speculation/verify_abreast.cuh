@@ -62,8 +62,50 @@ class SharedTree {
 
 // Shared memory of a block.
 constexpr std::size_t abreast_bytes(int64_t nodes) {
-  return stage_offset<TeamShared>() + sizeof(int32_t) * std::size_t(3 * nodes + 1);
+  return (stage_offset<TeamShared>() + sizeof(int32_t) * std::size_t(3 * nodes + 1) + 15) / 16 * 16;
 }
+
+// The first bytes of a row in shared memory, copied before it is known whether the row is drawn.
+class Head {
+ public:
+  __device__ Head(const LogitRows& rows, Mailbox* box)
+      : rows_(rows), box_(box), room_(unsigned(rows.head)), data_(dynamic_shared<unsigned char>(unsigned(abreast_bytes(rows.nodes)))) {}
+
+  // A barrier lies between the last use of the head before and this.
+  __device__ void start(int64_t b, int node) {
+    const Slice row(rows_, b, node, 0);
+    node_ = -1;
+    if (room_ == 0 || !row.aligned) return;
+    node_ = node, ++turn_;
+    if (threadIdx.x != 0) return;
+    expect_bytes(box_, bytes(row));
+    copy_bulk(data_, row.data, bytes(row), box_);
+  }
+
+  // Waits for the copy; `row` uses it if it is its own.
+  template <class Row>
+  __device__ void give(Row& row, int node, int turn_bytes, int element_bytes) {
+    if (node_ == node && node >= 0) {
+      row.head = data_, row.head_tokens = int(bytes(row.slice)) / turn_bytes * turn_bytes / element_bytes;
+    }
+    drain();
+  }
+
+  __device__ void drain() {
+    if (node_ >= 0) wait_for_turn<Sender::self>(box_, turn_ - 1);
+    node_ = -1;
+  }
+
+ private:
+  __device__ unsigned bytes(const Slice& row) const { return min(row.bytes, room_) / 16 * 16; }
+
+  const LogitRows& rows_;
+  Mailbox* box_;
+  const unsigned room_;
+  unsigned char* const data_;
+  int node_ = -1;  // whose head is copied, -1: none is
+  unsigned turn_ = 0;
+};
 
 // What a block has found out about its row.
 struct alignas(16) Told {
@@ -96,17 +138,18 @@ struct Round {
 template <class E>
 class AbreastWalk {
  public:
-  __device__ AbreastWalk(const VerifyParams& p, Team& team, const SharedTree& tree, int64_t b)
+  __device__ AbreastWalk(const VerifyParams& p, Team& team, const SharedTree& tree, Head& head, int64_t b)
       : p_(p),
         team_(team),
         tree_(tree),
+        head_(head),
         b_(b),
         request_(team.begin(p.requests, b)),
         ends_(p),
         active_(p.valid[b * p.rows.nodes]),
         cap_(p.max_length != nullptr ? p.max_length[b] : INT64_MAX),
         limit_(int(cap_ < p.depth + 1 ? cap_ : p.depth + 1)) {
-    if (p.rows.ahead > 0 && cluster_rank() == 0 && threadIdx.x == 0) send_for(0);
+    if (p.rows.ahead > 0 && p.rows.head == 0 && cluster_rank() == 0 && threadIdx.x == 0) send_for(0);
     tree.load(p, b);
     __syncthreads();  // all loads so far come side by side
   }
@@ -118,6 +161,7 @@ class AbreastWalk {
       const Round round = draw(node, depth);
       node = round.next, depth += round.tokens, status |= round.status;
     }
+    head_.drain();
     if (active_ && depth >= cap_) status |= kCapped;
     if (cluster_rank() != 0) return;
     clear_outputs(p_, b_, depth);
@@ -128,15 +172,18 @@ class AbreastWalk {
   // Starts the way of a row's first bytes to the L2, by one thread.
   __device__ void send_for(int node) const {
     const Slice row(p_.rows, b_, node, 0);
-    if (row.aligned) prefetch_bulk(row.data, min(row.bytes, unsigned(p_.rows.ahead)));
+    const unsigned from = unsigned(p_.rows.head), end = min(row.bytes, from + unsigned(p_.rows.ahead));
+    if (row.aligned && from < end) prefetch_bulk(row.data + from, end - from);
   }
 
   // The row that this block draws next, if the walk goes along the likeliest path.
-  __device__ void send_for_next(const Place& at) const {
+  __device__ void send_for_next(const Place& at) {
     const unsigned rows = cluster_size();
-    if (p_.rows.ahead == 0 || threadIdx.x != blockDim.x - 1 || at.depth + int(rows) >= limit_) return;
+    if (p_.rows.ahead + p_.rows.head == 0 || at.depth + int(rows) >= limit_) return;
     const int node = tree_.below(at.node, rows);
-    if (node >= 0) send_for(node);
+    if (node < 0) return;
+    head_.start(b_, node);
+    if (threadIdx.x == 0) send_for(node);
   }
 
   // Draws rows from `node` on, the first of which is at `depth`, and writes those that are visited.
@@ -148,6 +195,7 @@ class AbreastWalk {
       return Round(team_.tell(Told{}, [] {}));
     }
     TeamRow<E, true> row(team_, p_.rows, b_, at.node);
+    head_.give(row, at.node, 16 * int(blockDim.x), element_bytes(p_.rows.type));
     const RowTop top = find_row_top(team_, row, [&] { send_for_next(at); });
     TeamShared& s = *team_.shared();
     RawStatistics raw(team_, top.raw, p_.topk, row.vocab, s.my_groups, block_groups());
@@ -182,6 +230,7 @@ class AbreastWalk {
   const VerifyParams& p_;
   Team& team_;
   const SharedTree& tree_;
+  Head& head_;
   const int64_t b_;
   const Request& request_;
   const EndTokens ends_;
@@ -195,9 +244,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksInside* kTeamThreads / kThrea
     verify_abreast_kernel(VerifyParams p) {
   Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>(), p.rows, Members::block);
   const SharedTree tree(p.rows.nodes);
+  Head head(p.rows, team.shared()->fetched);
   const int64_t clusters = gridDim.x / cluster_size();
   for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += clusters) {
-    AbreastWalk<E>(p, team, tree, b).run();
+    AbreastWalk<E>(p, team, tree, head, b).run();
   }
   team.leave();
 }

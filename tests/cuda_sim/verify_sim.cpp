@@ -61,6 +61,7 @@ struct Launch {
   unsigned teams, blocks, threads;  // blocks: of a cluster
   bool abreast;                     // verification by equality draws a row in each of them
   int stages, order;
+  int head;  // bytes of the next row that a block abreast has room for
   uint64_t seed;
 
   explicit Launch(const Fields& f)
@@ -70,6 +71,7 @@ struct Launch {
         abreast(f.number<int>("abreast") != 0),
         stages(f.number<int>("stages")),
         order(f.number<int>("order")),
+        head(f.number<int>("head")),
         seed(f.number<uint64_t>("seed")) {}
 
   template <class Params>
@@ -88,7 +90,8 @@ struct Launch {
 
   void start_abreast(void (*kernel)(VerifyParams), VerifyParams p) const {
     p.rows.slice = int(slice_tokens(p.rows.vocab, 1)), p.rows.stages = 0;
-    start(kernel, abreast_bytes(p.rows.nodes), p);
+    p.rows.head = head, p.rows.ahead = 100;
+    start(kernel, abreast_bytes(p.rows.nodes) + std::size_t(head), p);
   }
 };
 
