@@ -158,7 +158,7 @@ def test_more_ties_than_candidates(simulated, blocks, abreast, vocab):
 @pytest.mark.parametrize(("blocks", "threads"), [(1, 32), (2, 64), (3, 32), (5, 64), (8, 32)])
 def test_rows_abreast_change_nothing(simulated, blocks, threads, order):
     """These seeds have bad rows at the root and behind it."""
-    shape = {"blocks": blocks, "threads": threads, "teams": 2, "abreast": True, "head": 512}
+    shape = {"blocks": blocks, "threads": threads, "teams": 2, "abreast": True, "head": 1040}
     for seed in (2, 3):
         with simulated.using(order=order, seed=seed, **shape):
             same(simulated, random_step(seed, batch=6, vocab=304))
@@ -210,7 +210,7 @@ def test_walks_leave_the_likeliest_path(simulated, blocks, order, seeds):
     expected = _load.implementation("verify_tree", "reference")(*step.args())
     assert [path[path >= 0].tolist() for path in expected[2]] == walks
     for seed in range(seeds):
-        shape = {"blocks": blocks, "threads": 64, "teams": 2, "abreast": True, "head": 512}
+        shape = {"blocks": blocks, "threads": 64, "teams": 2, "abreast": True, "head": 1040}
         with simulated.using(order=order, seed=seed, **shape):
             same(simulated, step)
 
@@ -229,14 +229,14 @@ def test_blocks_without_a_row_fall_behind(simulated):
     expected = _load.implementation("verify_tree", "reference")(*step.args())
     assert expected[1].item() == levels + 1
     for seed in range(20):
-        shape = {"blocks": 4, "threads": 64, "teams": 1, "abreast": True, "head": 512}
+        shape = {"blocks": 4, "threads": 64, "teams": 1, "abreast": True, "head": 1040}
         with simulated.using(order="random", seed=seed, **shape):
             same(simulated, step)
 
 
 def test_blocks_that_fall_behind_change_nothing_abreast(simulated):
     for seed in range(16):
-        shape = {"blocks": 2 + seed % 3, "threads": 64, "teams": 1, "abreast": True, "head": 512}
+        shape = {"blocks": 2 + seed % 3, "threads": 64, "teams": 1, "abreast": True, "head": 1040}
         with simulated.using(order="random", seed=seed, **shape):
             same(simulated, random_step(seed, batch=3, vocab=160))
 

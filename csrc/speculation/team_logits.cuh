@@ -224,6 +224,8 @@ struct TeamRow {
   // kAlone: tokens of whole turns of the block that lie in shared memory, too, for the sweep.
   int head_tokens = 0;
   const void* head = nullptr;
+  Mailbox* head_box = nullptr;
+  unsigned head_turn = 0;
 
   // Waits until the slice has come.
   __device__ TeamRow(Team& team, const LogitRows& rows, int64_t b, int64_t node)
@@ -396,6 +398,7 @@ struct TeamRow {
     }
     if constexpr (kAlone && kAhead > 1) {
       const Elements<E> near = mine.beside(head);
+      if (head_box != nullptr) wait_for_turn<Sender::self>(head_box, head_turn);
 #pragma unroll 1
       for (int i = kChunk * int(threadIdx.x); i < head_tokens; i += 4 * step) {
         typename Elements<E>::Chunk chunk[4];

@@ -82,13 +82,19 @@ class Head {
     copy_bulk(data_, row.data, bytes(row), box_);
   }
 
-  // Waits for the copy; `row` uses it if it is its own.
+  // To the row of `node`; where it was not foreseen, its copy starts only now. The sweep waits for
+  // it.
   template <class Row>
-  __device__ void give(Row& row, int node, int turn_bytes, int element_bytes) {
-    if (node_ == node && node >= 0) {
-      row.head = data_, row.head_tokens = int(bytes(row.slice)) / turn_bytes * turn_bytes / element_bytes;
+  __device__ void give(Row& row, int64_t b, int node, int turn_bytes, int element_bytes) {
+    if (node_ != node) {
+      drain();
+      __syncthreads();  // by parity: nobody is to wait for the turn before the last
+      start(b, node);
     }
-    drain();
+    if (node_ < 0 || row.may_change()) return drain();
+    row.head = data_, row.head_box = box_, row.head_turn = turn_ - 1;
+    row.head_tokens = int(bytes(row.slice)) / turn_bytes * turn_bytes / element_bytes;
+    node_ = -1;
   }
 
   __device__ void drain() {
@@ -149,7 +155,8 @@ class AbreastWalk {
         active_(p.valid[b * p.rows.nodes]),
         cap_(p.max_length != nullptr ? p.max_length[b] : INT64_MAX),
         limit_(int(cap_ < p.depth + 1 ? cap_ : p.depth + 1)) {
-    if (p.rows.ahead > 0 && p.rows.head == 0 && cluster_rank() == 0 && threadIdx.x == 0) send_for(0);
+    if (cluster_rank() == 0) head_.start(b, 0);
+    if (p.rows.ahead > 0 && cluster_rank() == 0 && threadIdx.x == 0) send_for(0);
     tree.load(p, b);
     __syncthreads();  // all loads so far come side by side
   }
@@ -195,7 +202,7 @@ class AbreastWalk {
       return Round(team_.tell(Told{}, [] {}));
     }
     TeamRow<E, true> row(team_, p_.rows, b_, at.node);
-    head_.give(row, at.node, 16 * int(blockDim.x), element_bytes(p_.rows.type));
+    head_.give(row, b_, at.node, 16 * int(blockDim.x), element_bytes(p_.rows.type));
     const RowTop top = find_row_top(team_, row, [&] { send_for_next(at); });
     TeamShared& s = *team_.shared();
     RawStatistics raw(team_, top.raw, p_.topk, row.vocab, s.my_groups, block_groups());
