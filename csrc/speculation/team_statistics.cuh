@@ -171,6 +171,10 @@ __device__ __forceinline__ double log_of(int64_t sum) {
   return double(n - 40) * 0.693147180559945309 + double(noise::log_series(f));
 }
 
+__device__ __forceinline__ float lse_of(float top, int64_t sum) {
+  return float(double(top) + log_of(sum));
+}
+
 // What `write_statistics` needs of a row that has emitted a token, by the first block.
 __device__ __forceinline__ void leave_statistics(TeamShared& s, const Found& found, bool emits) {
   if (threadIdx.x != 0) return;
@@ -187,7 +191,7 @@ __device__ inline void write_statistics(Team& team, int k, int64_t* ids, float* 
   if (!(s.last_top > -kInf)) return;
   merge_tops(tops, k, int(team.size()),
              [&](int place, float value, int id) { ids[place] = id, logits[place] = value; });
-  if (threadIdx.x == 0) *lse = float(double(s.last_top) + log_of(s.last_sum));
+  if (threadIdx.x == 0) *lse = lse_of(s.last_top, s.last_sum);
 }
 
 }  // namespace reasonkern

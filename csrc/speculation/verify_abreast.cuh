@@ -211,7 +211,8 @@ class AbreastWalk {
     raw.finish(row);
     const Found found = join(team_, top, best, raw.sum(), [] {});
     const Told mine = describe(at, outcome_of(found.top, found.best, request_.temperature));
-    const Round round(team_.tell(mine, [&] { raw.send(team_, row); }));
+    const Round round(team_.tell(mine, [&] { rank_candidates<false>(team_, row, p_.topk); }));
+    __syncthreads();  // all are ranked
     if (rank < round.visited && mine.token >= 0) write(at, mine.token, found);
     return round;
   }
@@ -226,12 +227,18 @@ class AbreastWalk {
   }
 
   __device__ void write(const Place& at, int32_t token, const Found& found) {
+    const TeamShared& s = *team_.shared();
     const int64_t out = b_ * (p_.depth + 1) + at.depth;
-    if (threadIdx.x == 0) p_.out_tokens[out] = token, p_.path[out] = at.node;
-    clear_statistics(p_, out, out + 1);
-    leave_statistics(*team_.shared(), found, true);
-    write_statistics(team_, p_.topk, p_.topk_ids + out * p_.topk, p_.topk_logits + out * p_.topk,
-                     p_.lse + out);
+    const bool sound = is_sound(found.top);
+    if (threadIdx.x == 0) {
+      p_.out_tokens[out] = token, p_.path[out] = at.node;
+      p_.lse[out] = sound ? lse_of(found.top.raw, found.sum) : -kInf;
+    }
+    const int known = sound ? min(s.count, p_.topk) : 0;
+    for (int i = int(threadIdx.x); i < p_.topk; i += int(blockDim.x)) {
+      p_.topk_ids[out * p_.topk + i] = i < known ? s.top[i / 2].id[i % 2] : -1;
+      p_.topk_logits[out * p_.topk + i] = i < known ? s.top[i / 2].value[i % 2] : -kInf;
+    }
   }
 
   const VerifyParams& p_;
