@@ -162,7 +162,8 @@ class Team {
     __syncthreads();  // the request before is done
     b_ = b;
     if (!alone_) fetch(0);
-    if (threadIdx.x == 0) {
+    // A block alone: by a warp that has no other loads to wait for meanwhile.
+    if (threadIdx.x == (alone_ ? blockDim.x - 1 : 0)) {
       shared_->request = {r.temperature[b], r.top_p[b],          r.min_p[b],
                           r.top_k[b],       uint64_t(r.seed[b]), uint64_t(r.position[b])};
     }
