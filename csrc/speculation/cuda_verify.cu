@@ -45,8 +45,8 @@ void launch_abreast(const AbreastShape& shape, VerifyParams p, const LaunchScope
   const auto kernel = shape.threads == kWideThreads ? verify_abreast_kernel<E, kWideThreads>
                                                     : verify_abreast_kernel<E, kTeamThreads>;
   const unsigned clusters = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20);
-  launch(kernel, clusters * shape.rows, shape.threads, shape.rows, abreast_bytes(p.rows.nodes) + shape.head,
-         scope.stream, p);
+  launch(kernel, clusters * shape.rows, shape.threads, shape.rows,
+         abreast_bytes(p.rows.nodes) + shape.head, scope.stream, p);
 }
 
 struct CudaBackend {

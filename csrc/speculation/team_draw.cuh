@@ -119,13 +119,7 @@ __device__ bool list_likely(TeamShared& s, const Row& row, float floor) {
 template <class Row, class Body>
 __device__ __forceinline__ void each_listed_chunk(const TeamShared& s, const Row& row, float floor,
                                                   const Body& body) {
-  const int count = s.likely_count, warps = int(blockDim.x / 32);
-  if constexpr (Row::kIsAlone) {
-    row.each_likely_chunk(s.likely, count, floor, body);
-  } else {
-#pragma unroll 1
-    for (int i = int(threadIdx.x / 32); i < count; i += warps) row.each_chunk(s.likely[i], body);
-  }
+  row.each_listed_chunk(s.likely, s.likely_count, floor, body);
 }
 
 // Offers the tokens of a quad.

@@ -207,12 +207,10 @@ struct ShareTops {
   float raw, allowed;
 };
 
-// kAlone: for a block that is a team of its own. Its slice is the row, which is not copied.
-template <class E, bool kAlone = false>
+template <class E>
 struct TeamRow {
   // In registers: where types are told apart, neither for looking at listed shares nor for noise of
   // two quads at a time.
-  static constexpr bool kIsAlone = kAlone;
   static constexpr bool kHasRoom = !std::is_same<E, AnyElement>::value;
 
   Slice slice;
@@ -221,16 +219,11 @@ struct TeamRow {
   int vocab;
   bool whole;
   ShareTops tops;  // once `find_block_top` has swept the slice
-  // kAlone: tokens of whole turns of the block that lie in shared memory, too, for the sweep.
-  int head_tokens = 0;
-  const void* head = nullptr;
-  Mailbox* head_box = nullptr;
-  unsigned head_turn = 0;
 
   // Waits until the slice has come.
   __device__ TeamRow(Team& team, const LogitRows& rows, int64_t b, int64_t node)
       : slice(rows, b, node, team.rank()),
-        mine(kAlone ? slice.data : team.await(slice), rows.type),
+        mine(team.await(slice), rows.type),
         mask(rows.mask == nullptr ? nullptr
                                   : rows.mask + b * rows.mask_stride_b + node * rows.mask_stride_n),
         vocab(int(rows.vocab)),
@@ -285,11 +278,11 @@ struct TeamRow {
   }
 
   // The largest logit of this thread's share, as they came. kAhead loads are under way at a time:
-  // shares of 152,000 two-byte tokens in 2, 4 or 8 blocks are 38, 19 and 10 chunks. A block alone
-  // has 75 or, of twice the threads, 38, and nothing but these loads hides the memory's latency.
+  // shares of 152,000 two-byte tokens in 2, 4 or 8 blocks are 38, 19 and 10 chunks.
   __device__ float share_top() const {
-    constexpr int kAhead = !kHasRoom ? 2 : kAlone ? 10 : 5;
-    return whole ? share_top<kAhead>(true) : share_top<1>(false);
+    const int count = slice.last - slice.first;
+    return whole ? top_of_share<kHasRoom ? 5 : 2>(mine, 0, count, true)
+                 : top_of_share<1>(mine, 0, count, false);
   }
 
   // Whether a token is in this thread's share.
@@ -312,32 +305,13 @@ struct TeamRow {
     }
   }
 
-  // The same for chunks that reach `floor`, of the shares of several owners: a warp looks at all its
-  // turns for a few of them together, and reads those chunks again.
+  // The same for the shares of `count` owners, one to a warp at a time.
   template <class Body>
-  __device__ __forceinline__ void each_likely_chunk(const uint16_t* owners, int count, float floor,
+  __device__ __forceinline__ void each_listed_chunk(const uint16_t* owners, int count, float,
                                                     const Body& body) const {
-    const int step = kChunk * int(blockDim.x), tokens = slice.last - slice.first;
-    const int warps = int(blockDim.x / 32), lane = int(threadIdx.x % 32);
-    const int some = whole ? kOwners * warps : warps, turns = 32 * step * (whole ? kTurns : 1);
+    const int warps = int(blockDim.x / 32);
 #pragma unroll 1
-    for (int i = int(threadIdx.x / 32); i < count; i += some) {
-#pragma unroll 1
-      for (int from = 0; from < tokens; from += turns) {
-        const int at = from + step * lane;
-        unsigned likely = whole ? find_likely<kOwners, kTurns>(owners, i, count, at, floor, true)
-                                : find_likely<1, 1>(owners, i, count, at, floor, false);
-#pragma unroll 1  // rarely entered: one copy
-        for (; likely != 0; likely &= likely - 1) {
-          const int hit = __ffs(int(likely)) - 1, k = hit / kTurns, j = hit % kTurns;
-          const int first = kChunk * int(owners[i + k * warps]) + at + 32 * step * j;
-          Group<E, 1> group;
-          mine.load(first, step, tokens, whole, group.chunk);
-          group.first = slice.first + first, group.step = step, group.last = slice.last;
-          body(group);
-        }
-      }
-    }
+    for (int i = int(threadIdx.x / 32); i < count; i += warps) each_chunk(owners[i], body);
   }
 
   // body(group) for this thread's share of the slice, in order.
@@ -354,57 +328,19 @@ struct TeamRow {
     }
   }
 
- private:
-  // Owners and turns of a warp that are looked at together.
-  static constexpr int kChunk = Group<E>::kChunk, kOwners = 4, kTurns = 3;
-
-  // Bit k * kTurns + j: chunk `at` of the share of the k-th next owner from the i-th on, j turns of a
-  // warp later, reaches `floor`.
-  template <int owned, int turns>
-  __device__ __forceinline__ unsigned find_likely(const uint16_t* owners, int i, int count, int at,
-                                                  float floor, bool whole) const {
-    const int step = kChunk * int(blockDim.x), tokens = slice.last - slice.first;
-    const int warps = int(blockDim.x / 32);
-    typename Elements<E>::Chunk chunk[owned][turns];
-    int first[owned];
-#pragma unroll
-    for (int k = 0; k < owned; ++k) {
-      first[k] = i + k * warps < count ? kChunk * int(owners[i + k * warps]) + at : tokens;
-      mine.load(first[k] < tokens ? first[k] : 0, 32 * step, tokens, whole, chunk[k]);
-    }
-    unsigned likely = 0;
-#pragma unroll
-    for (int k = 0; k < owned; ++k) {
-#pragma unroll
-      for (int j = 0; j < turns; ++j) {
-        const bool reaches = !(Elements<E>::top_of_all(chunk[k] + j, 1) < floor);
-        likely |= unsigned(reaches && first[k] + 32 * step * j < tokens) << (k * kTurns + j);
-      }
-    }
-    return likely;
-  }
-
+ protected:
+  // The same of the tokens from `first` on, which begin a turn of the block.
   template <int kAhead>
-  __device__ __forceinline__ float share_top(bool whole) const {
+  __device__ __forceinline__ float top_of_share(const Elements<E> from, int first, int count,
+                                                bool whole) const {
     constexpr int kChunk = Group<E>::kChunk;
-    const Elements<E> from = mine;
-    const int step = kChunk * int(blockDim.x), count = slice.last - slice.first;
+    const int step = kChunk * int(blockDim.x);
     float top = -kInf;
 #pragma unroll 1
-    for (int i = kChunk * int(threadIdx.x) + head_tokens; i < count; i += kAhead * step) {
+    for (int i = first + kChunk * int(threadIdx.x); i < count; i += kAhead * step) {
       typename Elements<E>::Chunk chunk[kAhead];
       from.load(i, step, count, whole, chunk);
       top = max_nan(top, Elements<E>::top_of_all(chunk, kAhead));
-    }
-    if constexpr (kAlone && kAhead > 1) {
-      const Elements<E> near = mine.beside(head);
-      if (head_box != nullptr) wait_for_turn<Sender::self>(head_box, head_turn);
-#pragma unroll 1
-      for (int i = kChunk * int(threadIdx.x); i < head_tokens; i += 4 * step) {
-        typename Elements<E>::Chunk chunk[4];
-        near.load(i, step, head_tokens, true, chunk);
-        top = max_nan(top, Elements<E>::top_of_all(chunk, 4));
-      }
     }
     return top;
   }

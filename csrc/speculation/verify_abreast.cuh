@@ -5,6 +5,7 @@
 // way. A round is as long as a row, and takes the place of as many rows as it finds visited.
 #pragma once
 
+#include "alone_row.cuh"
 #include "verify_kernels.cuh"
 
 namespace reasonkern {
@@ -65,51 +66,55 @@ constexpr std::size_t abreast_bytes(int64_t nodes) {
   return (stage_offset<TeamShared>() + sizeof(int32_t) * std::size_t(3 * nodes + 1) + 15) / 16 * 16;
 }
 
-// The first bytes of a row in shared memory, copied before it is known whether the row is drawn.
-class Head {
+// Copies the first bytes of a row to shared memory, behind the tree, before it is known whether the
+// row is drawn; `rows.head` bytes, 0: none.
+class HeadStart {
  public:
-  __device__ Head(const LogitRows& rows, Mailbox* box)
-      : rows_(rows), box_(box), room_(unsigned(rows.head)), data_(dynamic_shared<unsigned char>(unsigned(abreast_bytes(rows.nodes)))) {}
+  __device__ HeadStart(const LogitRows& rows, Mailbox* box)
+      : rows_(rows),
+        box_(box),
+        data_(dynamic_shared<unsigned char>(unsigned(abreast_bytes(rows.nodes)))) {}
 
-  // A barrier lies between the last use of the head before and this.
-  __device__ void start(int64_t b, int node) {
+  // Behind a barrier: the block neither reads a head nor waits for one any more.
+  __device__ void copy(int64_t b, int node) {
     const Slice row(rows_, b, node, 0);
-    node_ = -1;
-    if (room_ == 0 || !row.aligned) return;
+    if (rows_.head == 0 || !row.aligned) return;
     node_ = node, ++turn_;
     if (threadIdx.x != 0) return;
-    expect_bytes(box_, bytes(row));
-    copy_bulk(data_, row.data, bytes(row), box_);
+    expect_bytes(box_, bytes_of(row));
+    copy_bulk(data_, row.data, bytes_of(row), box_);
   }
 
-  // To the row of `node`; where it was not foreseen, its copy starts only now. The sweep waits for
-  // it.
+  // To its row; if another one was foreseen, the copy starts only now.
   template <class Row>
-  __device__ void give(Row& row, int64_t b, int node, int turn_bytes, int element_bytes) {
+  __device__ void hand_over(Row& row, int64_t b, int node) {
     if (node_ != node) {
       drain();
-      __syncthreads();  // by parity: nobody is to wait for the turn before the last
-      start(b, node);
+      __syncthreads();
+      copy(b, node);
     }
-    if (node_ < 0 || row.may_change()) return drain();
-    row.head = data_, row.head_box = box_, row.head_turn = turn_ - 1;
-    row.head_tokens = int(bytes(row.slice)) / turn_bytes * turn_bytes / element_bytes;
+    if (row.may_change()) drain();  // its sweep is another one
+    if (node_ < 0) return;
+    const int turn = 16 * int(blockDim.x), bytes = int(bytes_of(row.slice)) / turn * turn;
+    row.head = {data_, bytes / element_bytes(rows_.type), box_, turn_ - 1};
     node_ = -1;
   }
 
+  // Waits for the copy of a row that is not drawn.
   __device__ void drain() {
     if (node_ >= 0) wait_for_turn<Sender::self>(box_, turn_ - 1);
     node_ = -1;
   }
 
  private:
-  __device__ unsigned bytes(const Slice& row) const { return min(row.bytes, room_) / 16 * 16; }
+  __device__ unsigned bytes_of(const Slice& row) const {
+    return min(row.bytes, unsigned(rows_.head));
+  }
 
   const LogitRows& rows_;
-  Mailbox* box_;
-  const unsigned room_;
+  Mailbox* const box_;
   unsigned char* const data_;
-  int node_ = -1;  // whose head is copied, -1: none is
+  int node_ = -1;  // whose head is under way; -1: none
   unsigned turn_ = 0;
 };
 
@@ -144,7 +149,8 @@ struct Round {
 template <class E>
 class AbreastWalk {
  public:
-  __device__ AbreastWalk(const VerifyParams& p, Team& team, const SharedTree& tree, Head& head, int64_t b)
+  __device__ AbreastWalk(const VerifyParams& p, Team& team, const SharedTree& tree, HeadStart& head,
+                         int64_t b)
       : p_(p),
         team_(team),
         tree_(tree),
@@ -155,8 +161,7 @@ class AbreastWalk {
         active_(p.valid[b * p.rows.nodes]),
         cap_(p.max_length != nullptr ? p.max_length[b] : INT64_MAX),
         limit_(int(cap_ < p.depth + 1 ? cap_ : p.depth + 1)) {
-    if (cluster_rank() == 0) head_.start(b, 0);
-    if (p.rows.ahead > 0 && cluster_rank() == 0 && threadIdx.x == 0) send_for(0);
+    if (cluster_rank() == 0) send_for(0);
     tree.load(p, b);
     __syncthreads();  // all loads so far come side by side
   }
@@ -176,21 +181,21 @@ class AbreastWalk {
   }
 
  private:
-  // Starts the way of a row's first bytes to the L2, by one thread.
-  __device__ void send_for(int node) const {
+  // Starts the way of a row's first bytes to shared memory, and of those behind them to the L2.
+  __device__ void send_for(int node) {
+    head_.copy(b_, node);
     const Slice row(p_.rows, b_, node, 0);
-    const unsigned from = unsigned(p_.rows.head), end = min(row.bytes, from + unsigned(p_.rows.ahead));
-    if (row.aligned && from < end) prefetch_bulk(row.data + from, end - from);
+    const unsigned from = unsigned(p_.rows.head);
+    const unsigned last = min(row.bytes, from + unsigned(p_.rows.ahead));
+    if (threadIdx.x == 0 && row.aligned && from < last) prefetch_bulk(row.data + from, last - from);
   }
 
-  // The row that this block draws next, if the walk goes along the likeliest path.
+  // The row that this block draws next, if the walk goes along the likeliest path. Behind a
+  // barrier.
   __device__ void send_for_next(const Place& at) {
-    const unsigned rows = cluster_size();
-    if (p_.rows.ahead + p_.rows.head == 0 || at.depth + int(rows) >= limit_) return;
-    const int node = tree_.below(at.node, rows);
-    if (node < 0) return;
-    head_.start(b_, node);
-    if (threadIdx.x == 0) send_for(node);
+    const int rows = int(cluster_size());
+    const int node = at.depth + rows < limit_ ? tree_.below(at.node, rows) : -1;
+    if (node >= 0) send_for(node);
   }
 
   // Draws rows from `node` on, the first of which is at `depth`, and writes those that are visited.
@@ -201,8 +206,8 @@ class AbreastWalk {
       __syncthreads();  // between two times that blocks tell each other
       return Round(team_.tell(Told{}, [] {}));
     }
-    TeamRow<E, true> row(team_, p_.rows, b_, at.node);
-    head_.give(row, b_, at.node, 16 * int(blockDim.x), element_bytes(p_.rows.type));
+    AloneRow<E> row(team_, p_.rows, b_, at.node);
+    head_.hand_over(row, b_, at.node);
     const RowTop top = find_row_top(team_, row, [&] { send_for_next(at); });
     TeamShared& s = *team_.shared();
     RawStatistics raw(team_, top.raw, p_.topk, row.vocab, s.my_groups, block_groups());
@@ -244,7 +249,7 @@ class AbreastWalk {
   const VerifyParams& p_;
   Team& team_;
   const SharedTree& tree_;
-  Head& head_;
+  HeadStart& head_;
   const int64_t b_;
   const Request& request_;
   const EndTokens ends_;
@@ -258,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksInside* kTeamThreads / kThrea
     verify_abreast_kernel(VerifyParams p) {
   Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>(), p.rows, Members::block);
   const SharedTree tree(p.rows.nodes);
-  Head head(p.rows, team.shared()->fetched);
+  HeadStart head(p.rows, team.shared()->fetched);
   const int64_t clusters = gridDim.x / cluster_size();
   for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += clusters) {
     AbreastWalk<E>(p, team, tree, head, b).run();
