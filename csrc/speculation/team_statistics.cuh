@@ -35,9 +35,10 @@ __device__ void rank_candidates(Team& team, const Row& row, int k) {
     const int id = s.candidates[i / 2].id[i % 2];
     int place = 0;
 #pragma unroll 1
-    for (int j = 0; j < s.count; ++j) {
-      const TopPair& other = s.candidates[j / 2];
-      place += comes_before(other.value[j % 2], other.id[j % 2], value, id);
+    for (int j = 0; j < s.count; j += 2) {
+      const TopPair other = s.candidates[j / 2];
+      const bool second = comes_before(other.value[1], other.id[1], value, id);
+      place += comes_before(other.value[0], other.id[0], value, id) + (second & (j + 1 < s.count));
     }
     if (place < k) put(s.top, place, value, id);
   }
