@@ -22,31 +22,30 @@ void launch_compact(const CompactParams& p, int32_t device) {
 
 // For comparisons on a device, until they have been made: "4x512" draws four rows abreast in blocks
 // of 512 threads, "auto" as many as `abreast_shape` says; else rows are drawn in turn.
+template <class E>
 AbreastShape wanted_shape(const VerifyParams& p, const Device& device) {
   const char* wish = std::getenv("REASONKERN_VERIFY_ABREAST");
-  if (wish == nullptr || p.q_ids != nullptr || device.arch < 90) return {};
-  if (abreast_bytes(p.rows.nodes) > device.shared_per_block / 2) return {};
+  if (wish == nullptr || p.q_ids != nullptr || p.rows.mask != nullptr || device.arch < 90)
+    return {};
+  if (abreast_bytes<E>(p.rows, kWideThreads) > device.shared_per_block / 2) return {};
   if (std::strcmp(wish, "auto") == 0) return abreast_shape(p.rows.batch, device);
   char* rest = nullptr;
   const unsigned rows = unsigned(std::strtoul(wish, &rest, 10));
-  const unsigned threads = *rest == 'x' ? unsigned(std::strtoul(rest + 1, &rest, 10)) : 0;
-  const unsigned ahead = *rest == 'p' ? unsigned(std::strtoul(rest + 1, &rest, 10)) << 10 : 0;
-  const unsigned head = *rest == 's' ? unsigned(std::strtoul(rest + 1, nullptr, 10)) << 10 : 0;
+  const unsigned threads = *rest == 'x' ? unsigned(std::strtoul(rest + 1, nullptr, 10)) : 0;
   STD_TORCH_CHECK(
       rows >= 1 && rows <= kTeamBlocks && (threads == kTeamThreads || threads == kWideThreads),
       "REASONKERN_VERIFY_ABREAST: expected auto, or 1 to 8 rows x 256 or 512 threads");
-  return {rows, threads, ahead, head};
+  return {rows, threads};
 }
 
 template <class E>
 void launch_abreast(const AbreastShape& shape, VerifyParams p, const LaunchScope& scope) {
   p.rows.slice = int(slice_tokens(p.rows.vocab, 1)), p.rows.stages = 0;
-  p.rows.ahead = int(shape.ahead), p.rows.head = int(shape.head);
   const auto kernel = shape.threads == kWideThreads ? verify_abreast_kernel<E, kWideThreads>
                                                     : verify_abreast_kernel<E, kTeamThreads>;
   const unsigned clusters = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20);
   launch(kernel, clusters * shape.rows, shape.threads, shape.rows,
-         abreast_bytes(p.rows.nodes) + shape.head, scope.stream, p);
+         abreast_bytes<E>(p.rows, shape.threads), scope.stream, p);
 }
 
 struct CudaBackend {
@@ -63,7 +62,7 @@ struct CudaBackend {
       using E = typename decltype(element)::type;
       if constexpr (blocks_inside<E>() > 1) {
         const LaunchScope scope(device);
-        const AbreastShape shape = wanted_shape(p, describe(verify_kernel<E>, device));
+        const AbreastShape shape = wanted_shape<E>(p, describe(verify_kernel<E>, device));
         if (shape.rows > 0) return launch_abreast<E>(shape, p, scope);
       }
       launch_teams<TeamShared, E>(verify_kernel<E>, p, device);

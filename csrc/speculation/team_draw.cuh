@@ -117,9 +117,11 @@ __device__ bool list_likely(TeamShared& s, const Row& row, float floor) {
 // body(chunk) for the chunks of the shares that are listed, or those whose largest logit is not
 // below `floor`; a share to a warp.
 template <class Row, class Body>
-__device__ __forceinline__ void each_listed_chunk(const TeamShared& s, const Row& row, float floor,
+__device__ __forceinline__ void each_listed_chunk(const TeamShared& s, const Row& row,
                                                   const Body& body) {
-  row.each_listed_chunk(s.likely, s.likely_count, floor, body);
+  const int count = s.likely_count, warps = int(blockDim.x / 32);
+#pragma unroll 1
+  for (int i = int(threadIdx.x / 32); i < count; i += warps) row.each_chunk(s.likely[i], body);
 }
 
 // Offers the tokens of a quad.
@@ -210,7 +212,7 @@ __device__ Best draw(Team& team, Row& row, const Draw& d, Also& also) {
   if constexpr (!Also::kSeesAll) {
     if (list_likely(s, row, fminf(bar.floor, also.floor())) && Row::kHasRoom) {
       if (team.is_room_wanted()) row.leave_copy(), team.make_room();
-      each_listed_chunk(s, row, fminf(bar.floor, also.floor()), see);
+      each_listed_chunk(s, row, see);
       return best;
     }
   }

@@ -280,9 +280,7 @@ struct TeamRow {
   // The largest logit of this thread's share, as they came. kAhead loads are under way at a time:
   // shares of 152,000 two-byte tokens in 2, 4 or 8 blocks are 38, 19 and 10 chunks.
   __device__ float share_top() const {
-    const int count = slice.last - slice.first;
-    return whole ? top_of_share<kHasRoom ? 5 : 2>(mine, 0, count, true)
-                 : top_of_share<1>(mine, 0, count, false);
+    return whole ? share_top<kHasRoom ? 5 : 2>(true) : share_top<1>(false);
   }
 
   // Whether a token is in this thread's share.
@@ -305,15 +303,6 @@ struct TeamRow {
     }
   }
 
-  // The same for the shares of `count` owners, one to a warp at a time.
-  template <class Body>
-  __device__ __forceinline__ void each_listed_chunk(const uint16_t* owners, int count, float,
-                                                    const Body& body) const {
-    const int warps = int(blockDim.x / 32);
-#pragma unroll 1
-    for (int i = int(threadIdx.x / 32); i < count; i += warps) each_chunk(owners[i], body);
-  }
-
   // body(group) for this thread's share of the slice, in order.
   template <class Body>
   __device__ void each_group(const Body& body) const {
@@ -328,16 +317,15 @@ struct TeamRow {
     }
   }
 
- protected:
-  // The same of the tokens from `first` on, which begin a turn of the block.
+ private:
   template <int kAhead>
-  __device__ __forceinline__ float top_of_share(const Elements<E> from, int first, int count,
-                                                bool whole) const {
+  __device__ __forceinline__ float share_top(bool whole) const {
     constexpr int kChunk = Group<E>::kChunk;
-    const int step = kChunk * int(blockDim.x);
+    const Elements<E> from = mine;
+    const int step = kChunk * int(blockDim.x), count = slice.last - slice.first;
     float top = -kInf;
 #pragma unroll 1
-    for (int i = first + kChunk * int(threadIdx.x); i < count; i += kAhead * step) {
+    for (int i = kChunk * int(threadIdx.x); i < count; i += kAhead * step) {
       typename Elements<E>::Chunk chunk[kAhead];
       from.load(i, step, count, whole, chunk);
       top = max_nan(top, Elements<E>::top_of_all(chunk, kAhead));

@@ -134,7 +134,7 @@ class RawStatistics {
       if (!(top < floor())) raw(row, group, top);
     };
     if (list_likely(shared_, row, floor()) && Row::kHasRoom) {
-      each_listed_chunk(shared_, row, floor(), see);
+      each_listed_chunk(shared_, row, see);
     } else {
       row.each_group(see);
     }

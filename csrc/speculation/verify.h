@@ -30,9 +30,6 @@ struct LogitRows {
   int64_t mask_stride_b, mask_stride_n;
   // On CUDA: tokens of a block's slice of a row, and slices that it has shared memory for.
   int slice, stages;
-  // Bytes of the likely next row that come while a row is drawn from: its first ones to shared
-  // memory, those behind them to the L2.
-  int head, ahead;
 };
 
 // Each (B).

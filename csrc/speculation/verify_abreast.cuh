@@ -61,62 +61,16 @@ class SharedTree {
   int32_t *const first_, *const child_, *const token_;  // token: -1: may not be entered
 };
 
-// Shared memory of a block.
-constexpr std::size_t abreast_bytes(int64_t nodes) {
-  return (stage_offset<TeamShared>() + sizeof(int32_t) * std::size_t(3 * nodes + 1) + 15) / 16 * 16;
+// Where the largest logits of a row's batches lie in a block's shared memory, behind the tree.
+constexpr unsigned batches_offset(int64_t nodes) {
+  return stage_offset<TeamShared>() + unsigned(sizeof(int32_t)) * unsigned(3 * nodes + 1);
 }
 
-// Copies the first bytes of a row to shared memory, behind the tree, before it is known whether the
-// row is drawn; `rows.head` bytes, 0: none.
-class HeadStart {
- public:
-  __device__ HeadStart(const LogitRows& rows, Mailbox* box)
-      : rows_(rows),
-        box_(box),
-        data_(dynamic_shared<unsigned char>(unsigned(abreast_bytes(rows.nodes)))) {}
-
-  // Behind a barrier: the block neither reads a head nor waits for one any more.
-  __device__ void copy(int64_t b, int node) {
-    const Slice row(rows_, b, node, 0);
-    if (rows_.head == 0 || !row.aligned) return;
-    node_ = node, ++turn_;
-    if (threadIdx.x != 0) return;
-    expect_bytes(box_, bytes_of(row));
-    copy_bulk(data_, row.data, bytes_of(row), box_);
-  }
-
-  // To its row; if another one was foreseen, the copy starts only now.
-  template <class Row>
-  __device__ void hand_over(Row& row, int64_t b, int node) {
-    if (node_ != node) {
-      drain();
-      __syncthreads();
-      copy(b, node);
-    }
-    if (row.may_change()) drain();  // its sweep is another one
-    if (node_ < 0) return;
-    const int turn = 16 * int(blockDim.x), bytes = int(bytes_of(row.slice)) / turn * turn;
-    row.head = {data_, bytes / element_bytes(rows_.type), box_, turn_ - 1};
-    node_ = -1;
-  }
-
-  // Waits for the copy of a row that is not drawn.
-  __device__ void drain() {
-    if (node_ >= 0) wait_for_turn<Sender::self>(box_, turn_ - 1);
-    node_ = -1;
-  }
-
- private:
-  __device__ unsigned bytes_of(const Slice& row) const {
-    return min(row.bytes, unsigned(rows_.head));
-  }
-
-  const LogitRows& rows_;
-  Mailbox* const box_;
-  unsigned char* const data_;
-  int node_ = -1;  // whose head is under way; -1: none
-  unsigned turn_ = 0;
-};
+// Shared memory of a block.
+template <class E>
+std::size_t abreast_bytes(const LogitRows& rows, unsigned threads) {
+  return batches_offset(rows.nodes) + batch_bytes<E>(rows.vocab, threads);
+}
 
 // What a block has found out about its row.
 struct alignas(16) Told {
@@ -149,19 +103,16 @@ struct Round {
 template <class E>
 class AbreastWalk {
  public:
-  __device__ AbreastWalk(const VerifyParams& p, Team& team, const SharedTree& tree, HeadStart& head,
-                         int64_t b)
+  __device__ AbreastWalk(const VerifyParams& p, Team& team, const SharedTree& tree, int64_t b)
       : p_(p),
         team_(team),
         tree_(tree),
-        head_(head),
         b_(b),
         request_(team.begin(p.requests, b)),
         ends_(p),
         active_(p.valid[b * p.rows.nodes]),
         cap_(p.max_length != nullptr ? p.max_length[b] : INT64_MAX),
         limit_(int(cap_ < p.depth + 1 ? cap_ : p.depth + 1)) {
-    if (cluster_rank() == 0) send_for(0);
     tree.load(p, b);
     __syncthreads();  // all loads so far come side by side
   }
@@ -173,7 +124,6 @@ class AbreastWalk {
       const Round round = draw(node, depth);
       node = round.next, depth += round.tokens, status |= round.status;
     }
-    head_.drain();
     if (active_ && depth >= cap_) status |= kCapped;
     if (cluster_rank() != 0) return;
     clear_outputs(p_, b_, depth);
@@ -181,23 +131,6 @@ class AbreastWalk {
   }
 
  private:
-  // Starts the way of a row's first bytes to shared memory, and of those behind them to the L2.
-  __device__ void send_for(int node) {
-    head_.copy(b_, node);
-    const Slice row(p_.rows, b_, node, 0);
-    const unsigned from = unsigned(p_.rows.head);
-    const unsigned last = min(row.bytes, from + unsigned(p_.rows.ahead));
-    if (threadIdx.x == 0 && row.aligned && from < last) prefetch_bulk(row.data + from, last - from);
-  }
-
-  // The row that this block draws next, if the walk goes along the likeliest path. Behind a
-  // barrier.
-  __device__ void send_for_next(const Place& at) {
-    const int rows = int(cluster_size());
-    const int node = at.depth + rows < limit_ ? tree_.below(at.node, rows) : -1;
-    if (node >= 0) send_for(node);
-  }
-
   // Draws rows from `node` on, the first of which is at `depth`, and writes those that are visited.
   __device__ Round draw(int node, int depth) {
     const int rank = int(cluster_rank());
@@ -206,9 +139,9 @@ class AbreastWalk {
       __syncthreads();  // between two times that blocks tell each other
       return Round(team_.tell(Told{}, [] {}));
     }
-    AloneRow<E> row(team_, p_.rows, b_, at.node);
-    head_.hand_over(row, b_, at.node);
-    const RowTop top = find_row_top(team_, row, [&] { send_for_next(at); });
+    AloneRow<E> row(team_, p_.rows, b_, at.node,
+                    dynamic_shared<float>(batches_offset(p_.rows.nodes)));
+    const RowTop top = find_row_top(team_, row, [] {});
     TeamShared& s = *team_.shared();
     RawStatistics raw(team_, top.raw, p_.topk, row.vocab, s.my_groups, block_groups());
     const uint64_t position = request_.position + uint64_t(at.depth);
@@ -249,7 +182,6 @@ class AbreastWalk {
   const VerifyParams& p_;
   Team& team_;
   const SharedTree& tree_;
-  HeadStart& head_;
   const int64_t b_;
   const Request& request_;
   const EndTokens ends_;
@@ -263,10 +195,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksInside* kTeamThreads / kThrea
     verify_abreast_kernel(VerifyParams p) {
   Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>(), p.rows, Members::block);
   const SharedTree tree(p.rows.nodes);
-  HeadStart head(p.rows, team.shared()->fetched);
   const int64_t clusters = gridDim.x / cluster_size();
   for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += clusters) {
-    AbreastWalk<E>(p, team, tree, head, b).run();
+    AbreastWalk<E>(p, team, tree, b).run();
   }
   team.leave();
 }

@@ -63,7 +63,7 @@ inline TeamShape team_shape(int64_t batch, int64_t vocab, int element_bytes, std
 
 // Rows that a walk's blocks draw abreast, and the threads of each; 0: rows in turn.
 struct AbreastShape {
-  unsigned rows = 0, threads = 0, ahead = 0, head = 0;
+  unsigned rows = 0, threads = 0;
 };
 
 // As many rows as are resident at once for all requests. A block of 512 threads has a

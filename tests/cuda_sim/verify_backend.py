@@ -29,7 +29,6 @@ class Settings(launch.Settings):
     threads: int = 32
     stages: int = 2
     abreast: bool = False
-    head: int = 0
 
 
 KERNELS = launch.Kernels("verify_sim", Settings())

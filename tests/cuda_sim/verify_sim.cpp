@@ -61,7 +61,6 @@ struct Launch {
   unsigned teams, blocks, threads;  // blocks: of a cluster
   bool abreast;                     // verification by equality draws a row in each of them
   int stages, order;
-  int head;  // bytes of the next row that a block abreast has room for
   uint64_t seed;
 
   explicit Launch(const Fields& f)
@@ -71,7 +70,6 @@ struct Launch {
         abreast(f.number<int>("abreast") != 0),
         stages(f.number<int>("stages")),
         order(f.number<int>("order")),
-        head(f.number<int>("head")),
         seed(f.number<uint64_t>("seed")) {}
 
   template <class Params>
@@ -88,10 +86,10 @@ struct Launch {
     start(kernel, stage_offset<Shared>() + std::size_t(bytes), p);
   }
 
-  void start_abreast(void (*kernel)(VerifyParams), VerifyParams p) const {
+  template <class E>
+  void start_abreast(VerifyParams p) const {
     p.rows.slice = int(slice_tokens(p.rows.vocab, 1)), p.rows.stages = 0;
-    p.rows.head = head, p.rows.ahead = 100;
-    start(kernel, abreast_bytes(p.rows.nodes) + std::size_t(head), p);
+    start(verify_abreast_kernel<E, kTeamThreads>, abreast_bytes<E>(p.rows, threads), p);
   }
 };
 
@@ -135,9 +133,7 @@ void verify(const Launch& l, const Fields& f) {
   if (p.statistics.entropy != nullptr || p.control.slot != nullptr) {
     return l.start_teams<ControlShared>(verify_controlled_kernel, p);
   }
-  if (l.abreast && p.q_ids == nullptr) {
-    return l.start_abreast(verify_abreast_kernel<E, kTeamThreads>, p);
-  }
+  if (l.abreast && p.q_ids == nullptr && p.rows.mask == nullptr) return l.start_abreast<E>(p);
   l.start_teams<TeamShared>(verify_kernel<E>, p);
 }
 
