@@ -1,4 +1,6 @@
-// A row of logits as a block that is a team of its own reads it: all of it, from global memory.
+// A row of logits as a block that is a team of its own reads it: all of it, from global memory. Its
+// words are aligned and full, and it has no mask (`can_be_alone`): a launch runs each instruction
+// for the first time, and those that are passed over are fetched, too.
 #pragma once
 
 #include "team_draw.cuh"
@@ -15,10 +17,12 @@ struct AloneRow : TeamRow<E> {
 
   float* batch_tops;  // (batches, threads of the block)
 
-  __device__ AloneRow(Team& team, const LogitRows& rows, int64_t b, int64_t node, float* batch_tops)
-      : TeamRow<E>(team, rows, b, node), batch_tops(batch_tops + threadIdx.x) {}
+  __device__ AloneRow(const Slice& row, const LogitRows& rows, int64_t b, int64_t node,
+                      float* batch_tops)
+      : TeamRow<E>(row, row.data, rows, b, node), batch_tops(batch_tops + threadIdx.x) {
+    this->whole = true;
+  }
 
-  // There is no mask.
   __device__ static constexpr bool may_change() { return false; }
   __device__ static constexpr bool apply_mask(int, float (&)[4]) { return false; }
 
@@ -28,8 +32,9 @@ struct AloneRow : TeamRow<E> {
     float top = -kInf, *batch_top = batch_tops;
 #pragma unroll 1
     for (int i = kChunk * int(threadIdx.x); i < count; i += kAhead * step) {
-      *batch_top =
-          this->whole ? top_of_batch<kAhead>(i, step, count, true) : slow_top(i, step, count);
+      typename Elements<E>::Chunk chunk[kAhead];
+      this->mine.load(i, step, count, true, chunk);
+      *batch_top = Elements<E>::top_of_all(chunk, kAhead);
       top = max_nan(top, *batch_top);
       batch_top += blockDim.x;
     }
@@ -40,11 +45,12 @@ struct AloneRow : TeamRow<E> {
   template <class Body>
   __device__ __forceinline__ void each_likely_batch(float floor, const Body& body) const {
     const int step = kChunk * int(blockDim.x);
+    const float* batch_top = batch_tops;
     int batch = int(threadIdx.x);
 #pragma unroll 1
     for (int i = kChunk * int(threadIdx.x); i < this->slice.last; i += kAhead * step) {
-      if (!(*(batch_tops - threadIdx.x + batch) < floor)) body(batch);
-      batch += int(blockDim.x);
+      if (!(*batch_top < floor)) body(batch);
+      batch += int(blockDim.x), batch_top += blockDim.x;
     }
   }
 
@@ -65,28 +71,19 @@ struct AloneRow : TeamRow<E> {
           kChunk * int(owner) + (int(quotient(batch, blockDim.x)) * kAhead + lane % kAhead) * step;
       group.step = step, group.last = this->slice.last;
       if (group.first >= group.last) continue;
-      this->mine.load(group.first, step, group.last, this->whole, group.chunk);
+      this->mine.load(group.first, step, group.last, true, group.chunk);
       body(group);
     }
   }
-
- private:
-  template <int kChunks>
-  __device__ __forceinline__ float top_of_batch(int i, int step, int count, bool whole) const {
-    typename Elements<E>::Chunk chunk[kChunks];
-    this->mine.load(i, step, count, whole, chunk);
-    return Elements<E>::top_of_all(chunk, kChunks);
-  }
-
-  __device__ float slow_top(int i, int step, int count) const {
-    float top = -kInf;
-#pragma unroll 1
-    for (int j = 0; j < kAhead && i + j * step < count; ++j) {
-      top = max_nan(top, top_of_batch<1>(i + j * step, step, count, false));
-    }
-    return top;
-  }
 };
+
+// Whether a launch's rows can be read so.
+template <class E>
+bool can_be_alone(const LogitRows& rows) {
+  const auto fits = [](int64_t elements) { return elements * int64_t(sizeof(E)) % 16 == 0; };
+  return rows.mask == nullptr && fits(rows.vocab) && fits(rows.stride_b) && fits(rows.stride_n) &&
+         reinterpret_cast<std::uintptr_t>(rows.data) % 16 == 0;
+}
 
 // Shared memory that the largest logits of a row's batches take.
 template <class E>

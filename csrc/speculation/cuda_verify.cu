@@ -25,7 +25,7 @@ void launch_compact(const CompactParams& p, int32_t device) {
 template <class E>
 AbreastShape wanted_shape(const VerifyParams& p, const Device& device) {
   const char* wish = std::getenv("REASONKERN_VERIFY_ABREAST");
-  if (wish == nullptr || p.q_ids != nullptr || p.rows.mask != nullptr || device.arch < 90)
+  if (wish == nullptr || p.q_ids != nullptr || !can_be_alone<E>(p.rows) || device.arch < 90)
     return {};
   if (abreast_bytes<E>(p.rows, kWideThreads) > device.shared_per_block / 2) return {};
   if (std::strcmp(wish, "auto") == 0) return abreast_shape(p.rows.batch, device);

@@ -222,8 +222,15 @@ struct TeamRow {
 
   // Waits until the slice has come.
   __device__ TeamRow(Team& team, const LogitRows& rows, int64_t b, int64_t node)
-      : slice(rows, b, node, team.rank()),
-        mine(team.await(slice), rows.type),
+      : TeamRow(team, Slice(rows, b, node, team.rank()), rows, b, node) {}
+  __device__ TeamRow(Team& team, const Slice& slice, const LogitRows& rows, int64_t b, int64_t node)
+      : TeamRow(slice, team.await(slice), rows, b, node) {}
+
+  // data: where the slice is.
+  __device__ TeamRow(const Slice& slice, const void* data, const LogitRows& rows, int64_t b,
+                     int64_t node)
+      : slice(slice),
+        mine(data, rows.type),
         mask(rows.mask == nullptr ? nullptr
                                   : rows.mask + b * rows.mask_stride_b + node * rows.mask_stride_n),
         vocab(int(rows.vocab)),

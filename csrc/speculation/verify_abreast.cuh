@@ -22,6 +22,7 @@ class SharedTree {
 
   // Readers are behind a barrier.
   __device__ void load(const VerifyParams& p, int64_t b) const {
+#pragma unroll 1
     for (int i = int(threadIdx.x); i < nodes_; i += int(blockDim.x)) {
       const int64_t token = p.tokens[b * nodes_ + i];
       const bool inside = token >= 0 && token < p.rows.vocab;
@@ -139,7 +140,7 @@ class AbreastWalk {
       __syncthreads();  // between two times that blocks tell each other
       return Round(team_.tell(Told{}, [] {}));
     }
-    AloneRow<E> row(team_, p_.rows, b_, at.node,
+    AloneRow<E> row(Slice(p_.rows, b_, at.node, 0), p_.rows, b_, at.node,
                     dynamic_shared<float>(batches_offset(p_.rows.nodes)));
     const RowTop top = find_row_top(team_, row, [] {});
     TeamShared& s = *team_.shared();
