@@ -45,6 +45,31 @@ __device__ __forceinline__ unsigned cluster_size() {
 #endif
 }
 
+// The cluster's place among those of the grid: no division, which takes a device long.
+__device__ __forceinline__ unsigned cluster_index() {
+#if !defined(__CUDACC__)
+  return blockIdx.x / cuda_sim::cluster_size();
+#elif __CUDA_ARCH__ >= 900
+  unsigned index;
+  asm("mov.u32 %0, %%clusterid.x;" : "=r"(index));
+  return index;
+#else
+  return blockIdx.x;
+#endif
+}
+
+__device__ __forceinline__ unsigned cluster_count() {
+#if !defined(__CUDACC__)
+  return gridDim.x / cuda_sim::cluster_size();
+#elif __CUDA_ARCH__ >= 900
+  unsigned count;
+  asm("mov.u32 %0, %%nclusterid.x;" : "=r"(count));
+  return count;
+#else
+  return gridDim.x;
+#endif
+}
+
 // The split barrier hides its latency behind the work between the halves. Every thread of every
 // block of the cluster calls arrive, then wait; writes before arrive are seen after wait, unless it
 // was the relaxed one, which does not wait for the thread's stores under way.

@@ -24,7 +24,7 @@ __device__ inline void start_candidates(TeamShared& s, float thread_top, int gro
   } else {
     thread_top = reduce_lanes(thread_top, width, Larger());
   }
-  if (threadIdx.x % width == 0) s.my_groups[quotient(threadIdx.x, width)] = thread_top;
+  if ((threadIdx.x & (width - 1)) == 0) s.my_groups[quotient(threadIdx.x, width)] = thread_top;
   if (threadIdx.x == 0) s.likely_count = 0, s.best = 0;
 }
 

@@ -196,8 +196,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksInside* kTeamThreads / kThrea
     verify_abreast_kernel(VerifyParams p) {
   Team team(dynamic_shared<TeamShared>(), stage_offset<TeamShared>(), p.rows, Members::block);
   const SharedTree tree(p.rows.nodes);
-  const int64_t clusters = gridDim.x / cluster_size();
-  for (int64_t b = blockIdx.x / cluster_size(); b < p.rows.batch; b += clusters) {
+  for (int64_t b = cluster_index(); b < p.rows.batch; b += cluster_count()) {
     AbreastWalk<E>(p, team, tree, b).run();
   }
   team.leave();
