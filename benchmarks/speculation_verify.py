@@ -1,6 +1,7 @@
 """Cases of verification: a visited row against softmax of it, a step against sampling its rows.
 
-On a GPU a step verifies a tree of 80 nodes of which each request visits 2 to 5, 3.5 on average.
+On a GPU a step verifies a tree of 80 nodes. Each request visits 2 to 5, 3.5 on average, along first
+children, or, in typical walks, children of each rank as often as the tree expects.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import reasonkern as rk
 from benchmarks.case import DTYPES, Case, Gate, Provider, Runner, Tolerance, Truth
 from benchmarks.peers.ours import gpu_providers
 from reasonkern import _load
+from reasonkern.speculation.tree import RANK_RATES
 
 VOCAB, TEMPERATURE, DEPTH = 151_936, 0.6, 3
 TREE, VISITS = 80, (2, 3, 4, 5)
+TYPICAL = "typical walks"  # a label ends so
 
 
 @dataclass
@@ -30,9 +33,9 @@ class Step:
     seed: Tensor
     temperature: float | Tensor
     position: int | Tensor
-    path: list[int]  # nodes that may be visited
     visited: Tensor  # (rows visited, 2): request and node
     filters: dict[str, Tensor] = field(default_factory=dict)  # off; a GPU's loop keeps them there
+    walks: list[list[int]] = field(default_factory=list)  # on a GPU: the nodes that are visited
 
     @property
     def rows(self) -> Tensor:
@@ -52,7 +55,7 @@ def inputs(case: Case, seed: int) -> Step:
         tokens[:, node + 1] = draw(logits[:, node], seeds, node)
     draft = rk.Draft(tokens, torch.ones_like(tokens, dtype=torch.bool))
     visited = torch.cartesian_prod(torch.arange(batch), torch.arange(nodes))
-    return Step(logits, draft, tree, seeds, TEMPERATURE, 0, list(range(nodes)), visited)
+    return Step(logits, draft, tree, seeds, TEMPERATURE, 0, visited)
 
 
 def row_logits(label: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
@@ -66,33 +69,55 @@ def row_logits(label: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor
 
 
 def tree_step(case: Case, seed: int) -> Step:
-    """The path of a request runs along first children; rows off the path are never read, and 0."""
+    """Along a walk what is drawn is drafted, elsewhere token 0, which never is. Rows that no block
+    reads are 0."""
     batch, nodes, vocab = case.shape
     device = torch.device(case.device)
     g = torch.Generator(device).manual_seed(seed)
-    tree = rk.DraftTree.default(nodes)
+    tree, seeds = rk.DraftTree.default(nodes), rk.request_seeds(seed, batch)
     path = first_children(tree, min(nodes, max(VISITS)))
-    visits = torch.tensor(VISITS).repeat(batch)[:batch].clamp(max=len(path))
-    seeds = rk.request_seeds(seed, batch)
+    walks = walks_of(case, tree, seed)
     logits = torch.zeros(batch, nodes, vocab, dtype=DTYPES[case.dtype], device=device)
-    tokens = torch.zeros(batch, nodes, dtype=torch.int64)
-    for depth, node in enumerate(path):
+    for node in range(nodes) if case.label.endswith(TYPICAL) else path:
         for b in range(0, batch, 16):
             logits[b : b + 16, node] = row_logits(case.label, logits[b : b + 16, node].shape, g)
-        logits[:, node, 0] = -40.0  # token 0 is drafted everywhere else and never drawn
-        if depth + 1 < len(path):
-            drawn = draw(logits[:, node].cpu(), seeds, depth)
-            tokens[:, path[depth + 1]] = torch.where(visits > depth + 1, drawn, 0)
-    depths = torch.arange(len(path))
-    request, depth = (depths < visits[:, None]).nonzero(as_tuple=True)
-    visited = torch.stack((request, torch.tensor(path)[depth]), 1).to(device)
-    tokens, seeds = tokens.to(device), seeds.to(device)
+    logits[..., 0] = -40.0
+    tokens = torch.zeros(batch, nodes, dtype=torch.int64)
+    for depth in range(max(map(len, walks)) - 1):
+        on = [b for b, walk in enumerate(walks) if len(walk) > depth + 1]
+        rows = logits[on, [walks[b][depth] for b in on]].cpu()
+        tokens[on, [walks[b][depth + 1] for b in on]] = draw(rows, seeds[on], depth)
+    visited = torch.tensor([(b, node) for b, walk in enumerate(walks) for node in walk])
+    visited, tokens, seeds = visited.to(device), tokens.to(device), seeds.to(device)
     draft = rk.Draft(tokens, torch.ones_like(tokens, dtype=torch.bool))
     temperature = torch.full((batch,), TEMPERATURE, device=device)
     off = {"top_k": torch.zeros_like(seeds), "top_p": torch.ones_like(temperature)}
     off["min_p"] = torch.zeros_like(temperature)
     position = torch.zeros_like(seeds)
-    return Step(logits, draft, tree, seeds, temperature, position, path, visited, off)
+    return Step(logits, draft, tree, seeds, temperature, position, visited, off, walks)
+
+
+def walks_of(case: Case, tree: rk.DraftTree, seed: int) -> list[list[int]]:
+    """The nodes that each request visits."""
+    batch = range(case.shape[0])
+    if case.label.endswith(TYPICAL):
+        g = torch.Generator().manual_seed(seed)
+        return [typical_walk(tree, g) for _ in batch]
+    path = first_children(tree, min(case.shape[1], max(VISITS)))
+    return [path[: VISITS[b % len(VISITS)]] for b in batch]
+
+
+def typical_walk(tree: rk.DraftTree, g: torch.Generator) -> list[int]:
+    """To the child of rank r with the chance that `DraftTree.default` is built for."""
+    pointers, index = (t.tolist() for t in tree.children)
+    limits = torch.tensor(RANK_RATES).cumsum(0)
+    walk = [0]
+    while True:
+        children = index[pointers[walk[-1]] : pointers[walk[-1] + 1]]
+        rank = int((limits <= torch.rand((), generator=g)).sum())
+        if rank >= min(len(children), len(limits)):
+            return walk
+        walk.append(children[rank])
 
 
 def draw(logits: Tensor, seeds: Tensor, position: int) -> Tensor:
@@ -193,19 +218,21 @@ def definition(step: Step) -> dict[str, Tensor]:
 
 def on_the_cpu(case: Case, step: Step) -> dict[str, Tensor]:
     """What the CPU's kernels give, which have the bits of the definition, on the path alone."""
-    seed, logits = step.seed.cpu(), step.logits[:, step.path].cpu()
+    seed = step.seed.cpu()
     if case.op == "sample":
-        return {"tokens": draw(logits[:, 0], seed, 0).double().to(case.device)}
-    tokens = step.draft.tokens[:, step.path].cpu()
+        return {"tokens": draw(step.logits[:, 0].cpu(), seed, 0).double().to(case.device)}
+    nodes, tree = list(range(case.shape[1])), step.tree
+    if not case.label.endswith(TYPICAL):
+        nodes = max(step.walks, key=len)
+        tree = rk.DraftTree.chain(len(nodes))
+    tokens = step.draft.tokens[:, nodes].cpu()
     draft = rk.Draft(tokens, torch.ones_like(tokens, dtype=torch.bool))
     out = rk.verify_tree(
-        logits, draft, rk.DraftTree.chain(len(step.path)), temperature=TEMPERATURE, seed=seed,
-        position=0,
-    )  # fmt: skip
-    visits = int(out.length.sum())
-    if visits != len(step.visited):
-        raise ValueError(f"{visits} rows are visited, not {len(step.visited)}")
-    more = step.tree.depth + 1 - len(step.path)
+        step.logits[:, nodes].cpu(), draft, tree, temperature=TEMPERATURE, seed=seed, position=0
+    )
+    if [[nodes[i] for i in path if i >= 0] for path in out.path.tolist()] != step.walks:
+        raise ValueError("walks: not those that the drafts were made for")
+    more = step.tree.depth - tree.depth
     values = {
         "tokens": pad(out.tokens, (0, more), value=-1.0),
         "length": out.length,
@@ -245,6 +272,8 @@ CUDA_CASES = (
     cuda_case("verify_step", 1, "peaked", Gate("microseconds", 5.0 * max(VISITS) + 5.0)),
     cuda_case("verify_step", 32, "peaked", Gate("microseconds", 5.0 * max(VISITS) + 5.0)),
     cuda_case("verify_step", 256, "peaked", Gate("time", 1.5, "copy")),
+    cuda_case("verify_step", 32, f"peaked, {TYPICAL}"),
+    cuda_case("verify_step", 256, f"peaked, {TYPICAL}"),
     cuda_case("verify_step", 32, "flat"),
     cuda_case("verify_step", 256, "flat"),
     *(cuda_case("sample", batch, "peaked") for batch in (1, 32, 256)),

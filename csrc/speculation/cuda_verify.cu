@@ -1,7 +1,5 @@
 // CUDA operators of verification: one launch per call; compact_kv_ makes one for keys, one for
 // values.
-#include <cstdlib>
-#include <cstring>
 #include <numeric>
 
 #include "team_launch.cuh"
@@ -20,22 +18,11 @@ void launch_compact(const CompactParams& p, int32_t device) {
          scope.stream, p);
 }
 
-// For comparisons on a device, until they have been made: "4x512" draws four rows abreast in blocks
-// of 512 threads, "auto" as many as `abreast_shape` says; else rows are drawn in turn.
+// Rows abreast, by equality, in blocks of which two fit on a multiprocessor.
 template <class E>
-AbreastShape wanted_shape(const VerifyParams& p, const Device& device) {
-  const char* wish = std::getenv("REASONKERN_VERIFY_ABREAST");
-  if (wish == nullptr || p.q_ids != nullptr || !can_be_alone<E>(p.rows) || device.arch < 90)
-    return {};
-  if (abreast_bytes<E>(p.rows, kWideThreads) > device.shared_per_block / 2) return {};
-  if (std::strcmp(wish, "auto") == 0) return abreast_shape(p.rows.batch, device);
-  char* rest = nullptr;
-  const unsigned rows = unsigned(std::strtoul(wish, &rest, 10));
-  const unsigned threads = *rest == 'x' ? unsigned(std::strtoul(rest + 1, nullptr, 10)) : 0;
-  STD_TORCH_CHECK(
-      rows >= 1 && rows <= kTeamBlocks && (threads == kTeamThreads || threads == kWideThreads),
-      "REASONKERN_VERIFY_ABREAST: expected auto, or 1 to 8 rows x 256 or 512 threads");
-  return {rows, threads};
+bool draws_abreast(const VerifyParams& p, const Device& device) {
+  return p.q_ids == nullptr && device.arch >= 90 && can_be_alone<E>(p.rows) &&
+         abreast_bytes<E>(p.rows, kTeamThreads) <= device.shared_per_block / 2 - 1024;
 }
 
 template <class E>
@@ -62,8 +49,10 @@ struct CudaBackend {
       using E = typename decltype(element)::type;
       if constexpr (blocks_inside<E>() > 1) {
         const LaunchScope scope(device);
-        const AbreastShape shape = wanted_shape<E>(p, describe(verify_kernel<E>, device));
-        if (shape.rows > 0) return launch_abreast<E>(shape, p, scope);
+        const Device about = describe(verify_kernel<E>, device);
+        if (draws_abreast<E>(p, about)) {
+          return launch_abreast<E>(abreast_shape(p.rows.batch, p.depth, about), p, scope);
+        }
       }
       launch_teams<TeamShared, E>(verify_kernel<E>, p, device);
     });

@@ -30,7 +30,7 @@ struct TeamShape {
 // whole walk.
 inline int64_t resident_blocks(unsigned cluster, int inside, int multiprocessors) {
   const int64_t all = int64_t(inside) * multiprocessors;
-  return cluster < kTeamBlocks ? all : all * 7 / 8;
+  return cluster < 5 ? all : all * 7 / 8;
 }
 
 // What a team reads: rows that follow one another, or a single one.
@@ -61,21 +61,24 @@ inline TeamShape team_shape(int64_t batch, int64_t vocab, int element_bytes, std
   return {blocks, stages, shared(stages)};
 }
 
-// Rows that a walk's blocks draw abreast, and the threads of each; 0: rows in turn.
+// Rows that a walk's blocks draw abreast, and the threads of each.
 struct AbreastShape {
-  unsigned rows = 0, threads = 0;
+  unsigned rows, threads;
 };
 
-// As many rows as are resident at once for all requests. A block of 512 threads has a
-// multiprocessor to itself, two of 256 share one.
-inline AbreastShape abreast_shape(int64_t batch, const Device& device) {
-  for (const unsigned threads : {512u, 256u}) {
-    const int64_t resident =
-        resident_blocks(kTeamBlocks, threads == 512 ? 1 : 2, device.multiprocessors);
-    const int64_t rows = resident / batch;
-    if (rows >= 3) return {unsigned(rows < kTeamBlocks ? rows : kTeamBlocks), threads};
-  }
-  return {1, 256};
+constexpr unsigned kMostAbreast = 5;  // few walks are longer
+
+// As many rows as are resident at once for all requests, no more than a walk can have. A block of
+// 512 threads has a multiprocessor to itself, two of 256 share one.
+inline AbreastShape abreast_shape(int64_t batch, int depth, const Device& device) {
+  const unsigned most = depth + 1 < int(kMostAbreast) ? unsigned(depth + 1) : kMostAbreast;
+  const auto resident = [&](unsigned rows, int inside) {
+    return batch * rows <= resident_blocks(rows, inside, device.multiprocessors);
+  };
+  if (resident(most, 1)) return {most, 512};
+  unsigned rows = most;
+  while (rows > 1 && !resident(rows, 2)) --rows;
+  return {rows, 256};
 }
 
 // The widest word that divides a head's bytes and the strides and addresses in bytes.

@@ -203,8 +203,8 @@ PYBIND11_MODULE(verify_sim, m) {
                                        walk ? Reads::walk : Reads::row);
     return std::make_tuple(shape.blocks, shape.stages, shape.shared);
   });
-  m.def("abreast_shape", [](int64_t batch, int units) {
-    const AbreastShape shape = abreast_shape(batch, {90, units, 0});
+  m.def("abreast_shape", [](int64_t batch, int depth, int units) {
+    const AbreastShape shape = abreast_shape(batch, depth, {90, units, 0});
     return std::make_tuple(shape.rows, shape.threads);
   });
   m.def("word_bytes", &word_bytes);
