@@ -169,8 +169,8 @@ def test_rows_abreast_change_nothing(simulated, blocks, threads, order):
     [(torch.bfloat16, 26_000, 32), (torch.float32, 13_000, 32), (torch.bfloat16, 26_000, 512)],
 )
 def test_long_rows_abreast(simulated, dtype, vocab, threads):
-    """A warp takes several turns for a share that is listed, and some shares are."""
-    assert threads > 32 or vocab > 3 * 32 * threads * (16 // dtype.itemsize)
+    """A thread's share is several batches of 15 chunks, some of which are listed."""
+    assert threads > 32 or vocab > 3 * 15 * threads * (16 // dtype.itemsize)
     x = torch.randn(2, 3, vocab, generator=torch.Generator().manual_seed(8))
     x[:, 0, [2401, -7]] = torch.tensor([30.0, 29.5])
     x[:, 1, vocab // 2] = 40.0
@@ -272,7 +272,7 @@ def test_launch_decisions(simulated):
     kinds = [blocks(batch, vocab, walk=False)[:2] for batch, vocab in rows]
     assert kinds == [(8, 2), (4, 1), (1, 0), (1, 0), (1, 1)]  # 133 rows fill the device
     abreast = simulated.module().abreast_shape
-    shapes = [abreast(batch, 8, 132) for batch in (1, 23, 24, 46, 66, 88, 132, 256)]
+    shapes = [abreast(batch, 8, 132) for batch in (1, 23, 24, 46, 57, 77, 132, 133)]
     rows = [5, 5, 5, 5, 4, 3, 2, 1]  # as many as find room, in wide blocks if they then do, too
     assert shapes == list(zip(rows, [512] * 2 + [256] * 6, strict=True))
     assert [abreast(batch, 1, 132) for batch in (1, 66, 67)] == [(2, 512), (2, 512), (2, 256)]

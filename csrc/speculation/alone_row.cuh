@@ -13,7 +13,9 @@ namespace reasonkern {
 template <class E>
 struct AloneRow : TeamRow<E> {
   static constexpr int kChunk = Group<E>::kChunk;
-  static constexpr int kAhead = 10;  // chunks of a batch, all under way at a time
+  // Chunks of a batch, all under way at a time; no other loads hide the memory's latency. A share
+  // of 152,000 two-byte tokens is 75 of them.
+  static constexpr int kAhead = 15;
 
   float* batch_tops;  // (batches, threads of the block)
 
@@ -41,20 +43,20 @@ struct AloneRow : TeamRow<E> {
     return top;
   }
 
-  // body(batch) for this thread's batches that reach `floor`.
-  template <class Body>
-  __device__ __forceinline__ void each_likely_batch(float floor, const Body& body) const {
+  // Bit k: this thread's k-th batch reaches `floor`.
+  __device__ __forceinline__ unsigned likely_batches(float floor) const {
     const int step = kChunk * int(blockDim.x);
     const float* batch_top = batch_tops;
-    int batch = int(threadIdx.x);
+    unsigned likely = 0, bit = 1;
 #pragma unroll 1
     for (int i = kChunk * int(threadIdx.x); i < this->slice.last; i += kAhead * step) {
-      if (!(*batch_top < floor)) body(batch);
-      batch += int(blockDim.x), batch_top += blockDim.x;
+      if (!(*batch_top < floor)) likely |= bit;
+      batch_top += blockDim.x, bit <<= 1;
     }
+    return likely;
   }
 
-  // body(chunk) for the chunks of the listed batches, three of them to a warp.
+  // body(chunk) for the chunks of the listed batches, two of them to a warp.
   template <class Body>
   __device__ __forceinline__ void each_listed_chunk(const uint16_t* list, int count,
                                                     const Body& body) const {
@@ -77,30 +79,33 @@ struct AloneRow : TeamRow<E> {
   }
 };
 
-// Whether a launch's rows can be read so.
+// Batches of a thread's share: bits of a word.
 template <class E>
-bool can_be_alone(const LogitRows& rows) {
-  const auto fits = [](int64_t elements) { return elements * int64_t(sizeof(E)) % 16 == 0; };
-  return rows.mask == nullptr && fits(rows.vocab) && fits(rows.stride_b) && fits(rows.stride_n) &&
-         reinterpret_cast<std::uintptr_t>(rows.data) % 16 == 0;
+int batch_count(int64_t vocab, unsigned threads) {
+  const int64_t tokens = int64_t(AloneRow<E>::kAhead) * AloneRow<E>::kChunk * threads;
+  return int((vocab + tokens - 1) / tokens);
 }
 
-// Shared memory that the largest logits of a row's batches take.
+// Whether blocks of so many threads can read a launch's rows so.
 template <class E>
-std::size_t batch_bytes(int64_t vocab, unsigned threads) {
-  const int64_t batch = int64_t(AloneRow<E>::kAhead) * AloneRow<E>::kChunk * threads;
-  return std::size_t((vocab + batch - 1) / batch * threads) * sizeof(float);
+bool can_be_alone(const LogitRows& rows, unsigned threads) {
+  const auto fits = [](int64_t elements) { return elements * int64_t(sizeof(E)) % 16 == 0; };
+  return rows.mask == nullptr && fits(rows.vocab) && fits(rows.stride_b) && fits(rows.stride_n) &&
+         reinterpret_cast<std::uintptr_t>(rows.data) % 16 == 0 &&
+         batch_count<E>(rows.vocab, threads) <= 32;
 }
 
 // Overload: batches are listed instead of threads.
 template <class E>
 __device__ bool list_likely(TeamShared& s, const AloneRow<E>& row, float floor) {
   const int limit = int(blockDim.x / 4);
-  if (!(row.tops.raw < floor)) {
-    row.each_likely_batch(floor, [&](int batch) {
-      const int slot = atomicAdd(&s.likely_count, 1);
-      if (slot < limit) s.likely[slot] = uint16_t(batch);
-    });
+  unsigned likely = row.tops.raw < floor ? 0 : row.likely_batches(floor);
+#pragma unroll 1  // most threads have one, if any
+  for (; likely != 0; likely &= likely - 1) {
+    const int slot = atomicAdd(&s.likely_count, 1);
+    if (slot < limit) {
+      s.likely[slot] = uint16_t((__ffs(int(likely)) - 1) * int(blockDim.x) + int(threadIdx.x));
+    }
   }
   if (threadIdx.x == 0) s.count = 0;
   __syncthreads();

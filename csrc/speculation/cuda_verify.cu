@@ -21,7 +21,7 @@ void launch_compact(const CompactParams& p, int32_t device) {
 // Rows abreast, by equality, in blocks of which two fit on a multiprocessor.
 template <class E>
 bool draws_abreast(const VerifyParams& p, const Device& device) {
-  return p.q_ids == nullptr && device.arch >= 90 && can_be_alone<E>(p.rows) &&
+  return p.q_ids == nullptr && device.arch >= 90 && can_be_alone<E>(p.rows, kTeamThreads) &&
          abreast_bytes<E>(p.rows, kTeamThreads) <= device.shared_per_block / 2 - 1024;
 }
 

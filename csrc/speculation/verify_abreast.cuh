@@ -70,7 +70,8 @@ constexpr unsigned batches_offset(int64_t nodes) {
 // Shared memory of a block.
 template <class E>
 std::size_t abreast_bytes(const LogitRows& rows, unsigned threads) {
-  return batches_offset(rows.nodes) + batch_bytes<E>(rows.vocab, threads);
+  return batches_offset(rows.nodes) +
+         sizeof(float) * threads * unsigned(batch_count<E>(rows.vocab, threads));
 }
 
 // What a block has found out about its row.

@@ -30,7 +30,7 @@ struct TeamShape {
 // whole walk.
 inline int64_t resident_blocks(unsigned cluster, int inside, int multiprocessors) {
   const int64_t all = int64_t(inside) * multiprocessors;
-  return cluster < 5 ? all : all * 7 / 8;
+  return cluster < kTeamBlocks ? all : all * 7 / 8;
 }
 
 // What a team reads: rows that follow one another, or a single one.
@@ -68,12 +68,14 @@ struct AbreastShape {
 
 constexpr unsigned kMostAbreast = 5;  // few walks are longer
 
-// As many rows as are resident at once for all requests, no more than a walk can have. A block of
-// 512 threads has a multiprocessor to itself, two of 256 share one.
+// As many rows as are resident at once for all requests, no more than a walk can have: 5 in blocks
+// of 512 threads, which have a multiprocessor to themselves, or as many as possible of 256, two on
+// one. Clusters of more than two blocks leave a rest of most groups of multiprocessors.
 inline AbreastShape abreast_shape(int64_t batch, int depth, const Device& device) {
   const unsigned most = depth + 1 < int(kMostAbreast) ? unsigned(depth + 1) : kMostAbreast;
   const auto resident = [&](unsigned rows, int inside) {
-    return batch * rows <= resident_blocks(rows, inside, device.multiprocessors);
+    const int64_t all = int64_t(inside) * device.multiprocessors;
+    return batch * rows <= (rows > 2 ? all * 7 / 8 : all);
   };
   if (resident(most, 1)) return {most, 512};
   unsigned rows = most;

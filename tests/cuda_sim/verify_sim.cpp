@@ -134,7 +134,8 @@ void verify(const Launch& l, const Fields& f) {
     return l.start_teams<ControlShared>(verify_controlled_kernel, p);
   }
   if constexpr (!std::is_same<E, AnyElement>::value) {
-    if (l.abreast && p.q_ids == nullptr && can_be_alone<E>(p.rows)) return l.start_abreast<E>(p);
+    if (l.abreast && p.q_ids == nullptr && can_be_alone<E>(p.rows, l.threads))
+      return l.start_abreast<E>(p);
   }
   if (l.abreast) throw std::runtime_error("rows abreast: not of this kind");
   l.start_teams<TeamShared>(verify_kernel<E>, p);
