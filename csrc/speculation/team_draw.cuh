@@ -114,8 +114,7 @@ __device__ bool list_likely(TeamShared& s, const Row& row, float floor) {
   return s.likely_count <= limit;
 }
 
-// body(chunk) for the chunks of the shares that are listed, or those whose largest logit is not
-// below `floor`; a share to a warp.
+// body(chunk) for the chunks of the shares that are listed, a share to a warp.
 template <class Row, class Body>
 __device__ __forceinline__ void each_listed_chunk(const TeamShared& s, const Row& row,
                                                   const Body& body) {
