@@ -205,14 +205,16 @@ RK_HOST_DEVICE void store_slot(const Table& t, int64_t at, int32_t id, int64_t t
 }
 
 // Id and probability of a slot, as drafting and verification use them.
-RK_HOST_DEVICE int32_t read_slot(const Table& t, int64_t at, int64_t entry, float& p) {
-  if (t.sums != nullptr) {
-    p = noise::mul(noise::divide(float(t.sums[at]), float(t.counts[entry])), 0x1p-30f);
-    return t.sums[at] > 0 ? t.slots[at] : -1;
-  }
-  const uint32_t word = uint32_t(t.slots[at]), code = word >> kIdBits;
+RK_HOST_DEVICE int32_t read_packed(const Table& t, int64_t at, uint32_t word, float& p) {
+  const uint32_t code = word >> kIdBits;
   p = noise::mul(float(decode(code)), 0x1p-24f);
   return code == 0 ? -1 : packed_id(t, at, word);
+}
+
+RK_HOST_DEVICE int32_t read_slot(const Table& t, int64_t at, int64_t entry, float& p) {
+  if (t.sums == nullptr) return read_packed(t, at, uint32_t(t.slots[at]), p);
+  p = noise::mul(noise::divide(float(t.sums[at]), float(t.counts[entry])), 0x1p-30f);
+  return t.sums[at] > 0 ? t.slots[at] : -1;
 }
 
 // ---- scores
