@@ -216,17 +216,17 @@ __device__ __forceinline__ void wait_for_copies() {
 class LookUp {
  public:
   __device__ LookUp(const Table& t, uint64_t key, int32_t* slots)
-      : key_(key), at_(set_of(key, t.sets) * kWays + threadIdx.x % kWays), held_(0) {
+      : key_(key), set_(uint32_t(set_of(key, t.sets))), held_(0) {
     if (key == 0) return;  // else all requests would ask for the one set of no key
-    held_ = t.keys[at_];
-    static_assert(kWays == 8 && kMaxTopk == 16, "a set's slots are up to four times 8 x 16 bytes");
-    const int way = int(threadIdx.x % kWays), order = int(threadIdx.x % 32) / kWays;
-    const int32_t* from = t.slots + (at_ - way) * t.topk;
-    int32_t* to = slots + order * kWays * t.topk;
+    const unsigned way = threadIdx.x % kWays, order = threadIdx.x % 32 / kWays;
+    held_ = t.keys[uint64_t(set_) * kWays + way];
+    constexpr unsigned kVector = 16, kTurn = kWays * kVector;  // bytes: of a lane, of eight
+    const unsigned bytes = kWays * 4 * unsigned(t.topk), first = way * kVector;
+    const auto* from = reinterpret_cast<const char*>(t.slots) + uint64_t(set_) * bytes + first;
+    char* to = reinterpret_cast<char*>(slots) + order * bytes + first;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at = 4 * (way + i * kWays);
-      if (at < kWays * t.topk) copy_async(to + at, from + at);
+    for (unsigned i = 0; i < kWays * 4 * kMaxTopk / kTurn; ++i) {
+      if (first + i * kTurn < bytes) copy_async(to + i * kTurn, from + i * kTurn);
     }
   }
 
@@ -238,11 +238,11 @@ class LookUp {
   }
 
   // The entry of the lane's way.
-  __device__ int64_t entry() const { return at_; }
+  __device__ int64_t entry() const { return int64_t(set_) * kWays + threadIdx.x % kWays; }
 
  private:
   uint64_t key_;
-  int64_t at_;
+  uint32_t set_;
   uint64_t held_;
 };
 
@@ -311,8 +311,8 @@ __device__ __forceinline__ int best_of(uint64_t place) {
   bool mine = place != 0 && upper == top;
   unsigned best = __ballot_sync(kFullMask, mine) & kLowerLanes;
   if ((best & (best - 1)) != 0) {
-    const uint32_t lower = mine ? uint32_t(place) : 0;
-    mine = mine && lower == __reduce_max_sync(kFullMask, lower);
+    const uint32_t lower = mine ? uint32_t(place) : 0, most = __reduce_max_sync(kFullMask, lower);
+    mine = mine && lower == most;
     best = __ballot_sync(kFullMask, mine) & kLowerLanes;
   }
   return __ffs(int(best)) - 1;
