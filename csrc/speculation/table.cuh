@@ -118,6 +118,46 @@ __device__ __forceinline__ uint64_t settled(uint64_t x) {
   return x;
 }
 
+// Starts a copy of 16 bytes from global to shared memory.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   unsigned(__cvta_generic_to_shared(shared))),
+               "l"(__cvta_generic_to_global(global))
+               : "memory");
+#else
+  std::memcpy(shared, global, 16);
+#endif
+}
+
+// Waits for those that the warp has started.
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+  __syncwarp();
+}
+
+// Where a lane reads of a set, and what of its slots.
+struct SetReader {
+  const uint64_t* keys;  // of the lane's way in set 0
+  const char* slots;     // of set 0, from the lane's first vector on
+  char* copies;          // of the vectors, in shared memory
+  int64_t sets;
+  unsigned bytes, first;  // of a set's slots; of those before the lane's first vector
+  static constexpr unsigned kVector = 16, kTurn = kWays * kVector;  // bytes: a lane's, eight lanes'
+
+  __device__ SetReader(const Table& t, int32_t* copies)
+      : keys(t.keys + threadIdx.x % kWays),
+        sets(t.sets),
+        bytes(kWays * 4 * unsigned(t.topk)),
+        first(threadIdx.x % kWays * kVector) {
+    slots = reinterpret_cast<const char*>(t.slots) + first;
+    slots = shuffle_from(slots, int(threadIdx.x % 32));  // else it is loaded anew where it is used
+    this->copies = reinterpret_cast<char*>(copies) + threadIdx.x % 32 / kWays * bytes + first;
+  }
+};
+
 // A request's constants, of every thread.
 struct DraftRequest {
   int64_t index, seed, position;
@@ -190,43 +230,19 @@ __device__ __forceinline__ uint64_t key_of_window(const DraftRequest& request,
   return present ? key_of(h, request.order) : 0;
 }
 
-// Starts a copy of 16 bytes from global to shared memory.
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-#if defined(__CUDACC__)
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   unsigned(__cvta_generic_to_shared(shared))),
-               "l"(__cvta_generic_to_global(global))
-               : "memory");
-#else
-  std::memcpy(shared, global, 16);
-#endif
-}
-
-// Waits for those that the warp has started.
-__device__ __forceinline__ void wait_for_copies() {
-#if defined(__CUDACC__)
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-  __syncwarp();
-}
-
 // A look-up of the longest order that is in the table, eight lanes to an order, one to a way: first
 // the loads, then the answer. A draft's time is that of its dependent instructions, so no step
 // branches. The slots of all ways come to `slots` beside the keys: one trip to memory, not two.
 class LookUp {
  public:
-  __device__ LookUp(const Table& t, uint64_t key, int32_t* slots)
-      : key_(key), set_(uint32_t(set_of(key, t.sets))), held_(0) {
+  __device__ LookUp(const SetReader& r, uint64_t key)
+      : key_(key), set_(uint32_t(set_of(key, r.sets))), held_(0) {
     if (key == 0) return;  // else all requests would ask for the one set of no key
-    const unsigned way = threadIdx.x % kWays, order = threadIdx.x % 32 / kWays;
-    held_ = t.keys[uint64_t(set_) * kWays + way];
-    constexpr unsigned kVector = 16, kTurn = kWays * kVector;  // bytes: of a lane, of eight
-    const unsigned bytes = kWays * 4 * unsigned(t.topk), first = way * kVector;
-    const auto* from = reinterpret_cast<const char*>(t.slots) + uint64_t(set_) * bytes + first;
-    char* to = reinterpret_cast<char*>(slots) + order * bytes + first;
+    held_ = r.keys[uint64_t(set_) * kWays];
+    const char* from = r.slots + uint64_t(set_) * r.bytes;
 #pragma unroll
-    for (unsigned i = 0; i < kWays * 4 * kMaxTopk / kTurn; ++i) {
-      if (first + i * kTurn < bytes) copy_async(to + i * kTurn, from + i * kTurn);
+    for (unsigned i = 0; i < kWays * 4 * kMaxTopk; i += SetReader::kTurn) {
+      if (r.first + i < r.bytes) copy_async(r.copies + i, from + i);
     }
   }
 
@@ -315,7 +331,7 @@ __device__ __forceinline__ int best_of(uint64_t place) {
     mine = mine && lower == most;
     best = __ballot_sync(kFullMask, mine) & kLowerLanes;
   }
-  return __ffs(int(best)) - 1;
+  return 31 - __clz(int(best));  // its one bit
 }
 
 // How many lanes hold something that goes before this lane's candidate, a larger number: each half

@@ -33,10 +33,11 @@ __device__ __forceinline__ void decide_children(const DraftShared<kWindow>& s, i
 // the longest such chain is what a draft takes. Other children start chains of their own.
 template <int kWindow>
 __device__ __forceinline__ void draft_chain(const DraftParams& p, const DraftShared<kWindow>& s,
-                                            const DraftRequest& request, int node) {
+                                            const DraftRequest& request, const SetReader& reader,
+                                            int node) {
   int level = p.depths[node];
   Window<kWindow> window = s.await(node);
-  LookUp look_up(p.table, key_of_window(request, window), s.slots);
+  LookUp look_up(reader, key_of_window(request, window));
   for (bool more = true; more; ++level) {
     const int child = s.child_index[s.child_ptr[node]];
     more = s.children(child) > 0;
@@ -53,7 +54,7 @@ __device__ __forceinline__ void draft_chain(const DraftParams& p, const DraftSha
     }
     const int best = best_of(mine.place), from = best < 0 ? 0 : best;
     if (more && best >= 0) {  // the rest is done while it is on its way
-      look_up = LookUp(p.table, mine.key_of_child(from), s.slots);
+      look_up = LookUp(reader, mine.key_of_child(from));
     }
     if (p.kind == kRejection && found >= 0) {
       store_law(p, request.index * p.nodes + node, draw, mine, best);
@@ -92,13 +93,14 @@ __device__ __forceinline__ void start_request(const DraftParams& p, const DraftS
 template <int kWindow>
 __device__ __forceinline__ void draft_chains(const DraftParams& p, const DraftShared<kWindow>& s,
                                              const DraftRequest& request) {
+  const SetReader reader(p.table, s.slots);
   for (int i = int(threadIdx.x / 32); i < p.inner_nodes; i = s.take()) {
     const int node = s.inner[i];
-    if (s.is_head(node)) draft_chain(p, s, request, node);
+    if (s.is_head(node)) draft_chain(p, s, request, reader, node);
   }
 }
 
-constexpr int kDraftThreads = 512;  // of 80 nodes 18 are heads, and chains differ in length
+constexpr int kDraftThreads = 256;  // while one chain of 10 nodes runs, 7 warps can do the other 42 of 80
 
 // kWindow: at least the table's.
 template <int kWindow>
