@@ -127,6 +127,12 @@ __device__ __forceinline__ int nth_bit(unsigned bits, int n) {
   return __ffs(int(bits)) - 1;
 }
 
+// item / num_orders, without a division.
+__device__ __forceinline__ int row_of(const Table& t, int item) {
+  static_assert(kMaxOrders == 4 && kFewItems <= 1 << 16, "item * 43691 >> 17 is a third of it");
+  return t.num_orders == 3 ? item * 43691 >> 17 : item >> t.num_orders / 2;
+}
+
 // Adds up the candidates of the items of a key.
 __device__ inline void sum_tokens(const MergeParams& m, const Share& share, uint64_t key,
                                   const TokenSums& sums) {
@@ -139,7 +145,7 @@ __device__ inline void sum_tokens(const MergeParams& m, const Share& share, uint
     RK_ROLLED
     for (int i = lane; i < __popc(hits) * p.width; i += 32) {
       const int item = share.items[first + nth_bit(hits, i / p.width)];
-      const int64_t at = int64_t(item / p.table.num_orders) * p.width + i % p.width;
+      const int64_t at = int64_t(row_of(p.table, item)) * p.width + i % p.width;
       const int32_t value = m.values[at];
       if (value > 0) sums.add(int32_t(p.ids[at]), value);
     }
@@ -181,7 +187,7 @@ struct RowTokens {
   __device__ RowTokens(const MergeParams& m, int item) {
     const UpdateParams& p = m.update;
     const int slot = int(threadIdx.x % kMaxTopk), last = p.width - 1;
-    const int64_t row = item / p.table.num_orders, at = row * p.width + (slot < last ? slot : last);
+    const int64_t at = int64_t(row_of(p.table, item)) * p.width + (slot < last ? slot : last);
     id = int32_t(p.ids[at]);
     sum = slot < p.width ? m.values[at] : 0;
   }

@@ -176,7 +176,11 @@ class KeyMerge {
  public:
   __device__ KeyMerge(const UpdateParams& p, uint64_t key, const Way& way, int64_t rows,
                       RankedSum* scratch)
-      : p_(p), claim_(p.table, key, way), total_(claim_.count + rows), scratch_(scratch) {
+      : p_(p),
+        claim_(p.table, key, way),
+        total_(claim_.count + rows),
+        age_(int32_t(uint32_t(way.clock))),
+        scratch_(scratch) {
     if (claim_.count > 0 && lane() < p.table.topk) {
       old_ = load_slot(p.table, claim_.entry * p.table.topk + lane(), claim_.count);
     }
@@ -223,7 +227,7 @@ class KeyMerge {
 
   // Ranks the upper lanes' tokens among the best so far. All lanes read the same one at a time.
   __device__ void rank(int32_t id, int64_t sum) {
-    const int first = __any_sync(kFullMask, best_.sum > 0) ? 0 : kMaxTopk;
+    const int first = __any_sync(kFullMask, best_.id >= 0) ? 0 : kMaxTopk;
     if (!upper()) id = best_.id, sum = best_.sum;
     if (id < 0) sum = 0;
     scratch_[lane()] = {id, 0, sum};
@@ -253,7 +257,7 @@ class KeyMerge {
     }
     if (lane() == 0) {
       t.counts[claim_.entry] = int16_t(total_ < p_.max_count ? total_ : p_.max_count);
-      t.ages[claim_.entry] = int32_t(uint32_t(*t.clock));
+      t.ages[claim_.entry] = age_;
     }
     __syncwarp();
   }
@@ -261,6 +265,7 @@ class KeyMerge {
   const UpdateParams& p_;
   const Claim claim_;
   const int64_t total_;
+  const int32_t age_;
   RankedSum* const scratch_;
   Slot old_{-1, 0};
   RankedSum best_{-1, 0, 0};
