@@ -181,11 +181,25 @@ RK_HOST_DEVICE int32_t packed_id(const Table& t, int64_t at, uint32_t word) {
   return int32_t((word & kIdMask) | high << kIdBits);
 }
 
-RK_HOST_DEVICE Slot load_slot(const Table& t, int64_t at, int64_t n) {
-  if (t.sums != nullptr) return {t.sums[at] > 0 ? t.slots[at] : -1, t.sums[at]};
-  const uint32_t word = uint32_t(t.slots[at]), code = word >> kIdBits;
+// A slot's bits.
+struct RawSlot {
+  int32_t word, high;
+  int64_t sum;
+};
+
+RK_HOST_DEVICE RawSlot raw_slot(const Table& t, int64_t at) {
+  return {t.slots[at], t.high == nullptr ? 0 : t.high[at], t.sums == nullptr ? 0 : t.sums[at]};
+}
+
+RK_HOST_DEVICE Slot slot_of(const Table& t, const RawSlot& raw, int64_t n) {
+  if (t.sums != nullptr) return {raw.sum > 0 ? raw.word : -1, raw.sum};
+  const uint32_t word = uint32_t(raw.word), code = word >> kIdBits;
   if (code == 0) return {-1, 0};
-  return {packed_id(t, at, word), int64_t(decode(code)) * 64 * n};
+  return {int32_t((word & kIdMask) | uint32_t(raw.high) << kIdBits), int64_t(decode(code)) * 64 * n};
+}
+
+RK_HOST_DEVICE Slot load_slot(const Table& t, int64_t at, int64_t n) {
+  return slot_of(t, raw_slot(t, at), n);
 }
 
 // `total` of n occurrences, of which max_count are remembered.
