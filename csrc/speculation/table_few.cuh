@@ -110,7 +110,7 @@ inline unsigned few_shared_bytes(int64_t items, unsigned threads) {
 // Where a key stands among the items of its block.
 struct KeyPlace {
   int rows;       // items of the key
-  int last;       // one of them
+  int first, last;  // of them
   bool found;     // the table has all the keys of the set: no key's merge touches another's
   bool leads;     // no item has the same key and comes first; nor a lower one, if not all are found
   uint64_t next;  // the lowest higher key of the set, if not all are found; kLeftOut: none
@@ -120,7 +120,7 @@ __device__ inline KeyPlace place_of_key(const MergeParams& m, const Share& share
                                         int item) {
   const int64_t sets = m.update.table.sets, set = set_of(key, sets);
   const int lane = int(threadIdx.x % 32), size = *share.size;
-  KeyPlace place{0, 0, true, true, kLeftOut};
+  KeyPlace place{0, 0, 0, true, true, kLeftOut};
   bool follows = false, second = false, lower = false, missing = false;
   RK_ROLLED
   for (int first = 0; first < size; first += 32) {
@@ -128,8 +128,9 @@ __device__ inline KeyPlace place_of_key(const MergeParams& m, const Share& share
     const uint64_t other = j < size ? share.keys[j] : kLeftOut;
     const bool near = other != kLeftOut && set_of(other, sets) == set;
     const unsigned same = __ballot_sync(kFullMask, other == key);
+    if (same != 0 && place.rows == 0) place.first = first + __ffs(int(same)) - 1;
+    if (same != 0) place.last = first + 31 - __clz(int(same));
     place.rows += __popc(same);
-    if (same != 0) place.last = first + __ffs(int(same)) - 1;
     if (near && share.ways[j] == kWays) missing = true;
     if (near && other < key) lower = true;
     if (other == key && j < item) second = true;
@@ -202,7 +203,7 @@ __device__ inline TokenSums room_for_sums(const MergeParams& m, const Share& sha
   return {ids + at, sums + at, size};
 }
 
-// The tokens of an item's row, sixteen lanes twice.
+// The tokens of a row or two, sixteen lanes each; of one, twice.
 struct RowTokens {
   int32_t id;
   int64_t sum;
@@ -215,28 +216,44 @@ struct RowTokens {
     sum = slot < p.width ? m.values[at] : 0;
   }
 
-  // Whether no token comes twice.
-  __device__ bool distinct() const {
-    const int32_t mine = sum > 0 ? id : -1 - int(threadIdx.x % kMaxTopk);
-    return !__any_sync(kFullMask, __popc(__match_any_sync(kFullMask, mine)) > 2);
+  // Whether no token comes twice in a row. Of two rows the first half of the warp then has what both
+  // have.
+  __device__ bool distinct(bool two) {
+    const int lane = int(threadIdx.x % 32);
+    const int32_t mine = sum > 0 ? id : -1 - lane % kMaxTopk;
+    const unsigned same = __match_any_sync(kFullMask, mine);
+    const unsigned own = lane < kMaxTopk ? kLowerLanes : ~kLowerLanes;
+    if (__any_sync(kFullMask, __popc(same & own) > 1)) return false;
+    if (two) {
+      const bool both = (same & ~own) != 0 && sum > 0;
+      const int64_t other = shuffle_from(sum, both ? __ffs(int(same & ~own)) - 1 : lane);
+      if (both) sum = lane < kMaxTopk ? sum + other : 0;
+    }
+    return true;
+  }
+
+  // Sixteen of them, twice.
+  __device__ void take(int part, int32_t& token, int64_t& total) const {
+    const int from = part * kMaxTopk + int(threadIdx.x % kMaxTopk);
+    token = __shfl_sync(kFullMask, id, from);
+    total = shuffle_from(sum, from);
   }
 };
 
-// The usual key is of one row; the tokens of others are summed first.
+// The usual key is of one row or two; the tokens of others are summed first.
 __device__ inline void merge_rows(const MergeParams& m, const Share& share, uint64_t key,
-                                  const Claim& claim, const RawSlot& slot, const RowTokens& row,
+                                  const Claim& claim, const RawSlot& slot, RowTokens& row,
                                   const KeyPlace& place) {
-  const bool alone = place.rows == 1 && row.distinct();
-  TokenSums sums{nullptr, nullptr, kMaxTopk};
-  if (!alone) {
+  const bool in_lanes = place.rows <= 2 && row.distinct(place.rows == 2);
+  TokenSums sums{nullptr, nullptr, uint32_t(place.rows * kMaxTopk)};
+  if (!in_lanes) {
     sums = room_for_sums(m, share, key, place.rows);
     sums.clear();
     sum_tokens(m, share, key, sums);
   }
   KeyMerge merge(m.update, claim, slot, place.rows, Share::scratch(m.items));
   merge.run((sums.size + kMaxTopk - 1) / kMaxTopk, [&](int64_t part, int32_t& id, int64_t& sum) {
-    id = row.id, sum = row.sum;
-    if (alone) return;
+    if (in_lanes) return row.take(int(part), id, sum);
     const uint32_t i = uint32_t(part) * kMaxTopk + threadIdx.x % kMaxTopk;
     id = i < sums.size ? sums.ids[i] : -1;
     sum = id >= 0 ? sums.sums[i] : 0;
@@ -270,7 +287,10 @@ __device__ inline void merge_set(const MergeParams& m, const Share& share, int i
       claim = Claim(t, key, way);
       slot = claim.slot(t);
     }
-    if (place.rows == 1 && place.last != item) row = RowTokens(m, share.items[place.last]);
+    if (place.rows <= 2 && (place.first != item || place.last != item)) {
+      const bool second = threadIdx.x % 32 >= kMaxTopk;
+      row = RowTokens(m, share.items[second ? place.last : place.first]);
+    }
     merge_rows(m, share, key, claim, slot, row, place);
     key = place.next;
   }
