@@ -181,14 +181,16 @@ RK_HOST_DEVICE int32_t packed_id(const Table& t, int64_t at, uint32_t word) {
   return int32_t((word & kIdMask) | high << kIdBits);
 }
 
-// A slot's bits.
+// A slot's bits, as they are loaded.
 struct RawSlot {
-  int32_t word, high;
+  int32_t word;
+  uint8_t high;
   int64_t sum;
 };
 
 RK_HOST_DEVICE RawSlot raw_slot(const Table& t, int64_t at) {
-  return {t.slots[at], t.high == nullptr ? 0 : t.high[at], t.sums == nullptr ? 0 : t.sums[at]};
+  return {t.slots[at], t.high == nullptr ? uint8_t(0) : t.high[at],
+          t.sums == nullptr ? 0 : t.sums[at]};
 }
 
 RK_HOST_DEVICE Slot slot_of(const Table& t, const RawSlot& raw, int64_t n) {

@@ -205,20 +205,21 @@ __device__ inline TokenSums room_for_sums(const MergeParams& m, const Share& sha
 
 // The tokens of a row or two, sixteen lanes each; of one, twice.
 struct RowTokens {
-  int32_t id;
-  int64_t sum;
+  int32_t id, value;
+  int64_t sum = 0;  // by token, once they are joined
 
   __device__ RowTokens(const MergeParams& m, int item) {
     const UpdateParams& p = m.update;
     const int slot = int(threadIdx.x % kMaxTopk), last = p.width - 1;
     const int64_t at = int64_t(row_of(p.table, item)) * p.width + (slot < last ? slot : last);
     id = int32_t(p.ids[at]);
-    sum = slot < p.width ? m.values[at] : 0;
+    value = slot < p.width ? m.values[at] : 0;
   }
 
-  // Whether no token comes twice in a row. Of two rows the first half of the warp then has what both
-  // have.
-  __device__ bool distinct(bool two) {
+  // Gives each token to one lane of sixteen, or of two rows to one lane of all: to the first row's
+  // if both have it. False where a row has a token twice.
+  __device__ bool join(bool two) {
+    sum = value;
     const int lane = int(threadIdx.x % 32);
     const int32_t mine = sum > 0 ? id : -1 - lane % kMaxTopk;
     const unsigned same = __match_any_sync(kFullMask, mine);
@@ -244,7 +245,7 @@ struct RowTokens {
 __device__ inline void merge_rows(const MergeParams& m, const Share& share, uint64_t key,
                                   const Claim& claim, const RawSlot& slot, RowTokens& row,
                                   const KeyPlace& place) {
-  const bool in_lanes = place.rows <= 2 && row.distinct(place.rows == 2);
+  const bool in_lanes = place.rows <= 2 && row.join(place.rows == 2);
   TokenSums sums{nullptr, nullptr, uint32_t(place.rows * kMaxTopk)};
   if (!in_lanes) {
     sums = room_for_sums(m, share, key, place.rows);
@@ -267,7 +268,6 @@ __device__ inline void merge_set(const MergeParams& m, const Share& share, int i
   const Table& t = m.update.table;
   const uint64_t own = share.keys[item];
   const int held = share.ways[item];
-  RowTokens row(m, share.items[item]);
   Way way;
   Claim claim{};
   RawSlot slot{};
@@ -279,6 +279,7 @@ __device__ inline void merge_set(const MergeParams& m, const Share& share, int i
     claim.age = int32_t(uint32_t(*t.clock));
     slot = claim.slot(t);
   }
+  RowTokens row(m, share.items[item]);
   for (uint64_t key = own; key != kLeftOut;) {
     const KeyPlace place = place_of_key(m, share, key, item);
     if (key == own && !place.leads) return;

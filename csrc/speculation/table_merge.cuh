@@ -135,7 +135,7 @@ struct Way {
 // The entry of a key, or the one it takes, and what it remembers. Every lane has the same.
 struct Claim {
   int64_t entry;
-  int32_t count;  // 0: new
+  int16_t count;  // 0: new
   int32_t age;    // from now on
 
   Claim() = default;
@@ -145,7 +145,7 @@ struct Claim {
     const unsigned match = __ballot_sync(kFullMask, mine.held == key);
     int way = __ffs(int(match)) - 1;
     if (match != 0) {
-      count = __shfl_sync(kFullMask, mine.count, way);
+      count = int16_t(__shfl_sync(kFullMask, mine.count, way));
     } else {
       uint64_t lowest = mine.order();
 #pragma unroll
