@@ -118,26 +118,6 @@ __device__ __forceinline__ uint64_t settled(uint64_t x) {
   return x;
 }
 
-// Starts a copy of 16 bytes from global to shared memory.
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-#if defined(__CUDACC__)
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
-                   unsigned(__cvta_generic_to_shared(shared))),
-               "l"(__cvta_generic_to_global(global))
-               : "memory");
-#else
-  std::memcpy(shared, global, 16);
-#endif
-}
-
-// Waits for those that the warp has started.
-__device__ __forceinline__ void wait_for_copies() {
-#if defined(__CUDACC__)
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-  __syncwarp();
-}
-
 // Where a lane reads of a set, and what of its slots.
 struct SetReader {
   const uint64_t* keys;  // of the lane's way in set 0
@@ -250,6 +230,7 @@ class LookUp {
   __device__ int find() const {
     const unsigned found = __ballot_sync(kFullMask, held_ == key_ && key_ != 0);
     wait_for_copies();
+    __syncwarp();
     return __ffs(int(found)) - 1;
   }
 

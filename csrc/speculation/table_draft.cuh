@@ -54,6 +54,7 @@ __device__ __forceinline__ void draft_chain(const DraftParams& p, const DraftSha
     }
     const int best = best_of(mine.place), from = best < 0 ? 0 : best;
     if (more && best >= 0) {  // the rest is done while it is on its way
+      __syncwarp();           // all have read the slots
       look_up = LookUp(reader, mine.key_of_child(from));
     }
     if (p.kind == kRejection && found >= 0) {
@@ -100,7 +101,8 @@ __device__ __forceinline__ void draft_chains(const DraftParams& p, const DraftSh
   }
 }
 
-constexpr int kDraftThreads = 256;  // while one chain of 10 nodes runs, 7 warps can do the other 42 of 80
+// Of 80 nodes ten are one chain; while its warp is busy, seven others can do the rest.
+constexpr int kDraftThreads = 256;
 
 // kWindow: at least the table's.
 template <int kWindow>
