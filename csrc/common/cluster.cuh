@@ -1,6 +1,6 @@
 // Shared memory, copies to it, thread-block clusters, early launches: the hardware-only features
-// behind thin wrappers. Below sm_90 a cluster is one block. Static __shared__ variables are not used anywhere:
-// the simulator keeps several blocks alive at once, so all shared memory is dynamic.
+// behind thin wrappers. Below sm_90 a cluster is one block. Static __shared__ variables are not
+// used anywhere: the simulator keeps several blocks alive at once, so all shared memory is dynamic.
 #pragma once
 
 #include "vec.h"

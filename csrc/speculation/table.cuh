@@ -41,8 +41,7 @@ struct DraftShared {
         parents(child_index + p.nodes),
         inner(parents + p.nodes),
         child_ptr(inner + p.nodes),
-        slots(dynamic_shared<int32_t>(slots_at(p.nodes) +
-                                      threadIdx.x / 32 * set_bytes(p.table))) {}
+        slots(dynamic_shared<int32_t>(slots_at(p.nodes) + threadIdx.x / 32 * set_bytes(p.table))) {}
 
   static unsigned bytes(const DraftParams& p, unsigned threads) {
     return slots_at(p.nodes) + threads / 32 * set_bytes(p.table);
@@ -334,8 +333,7 @@ __device__ __forceinline__ int rank_among(uint64_t mine, int topk) {
 
 // Lane k stores slot k of a node's law, normalised over the slots in slot order.
 __device__ __forceinline__ void store_law(const DraftParams& p, int64_t node_at,
-                                          const ChildDraw& draw, const Candidate& mine,
-                                          int best) {
+                                          const ChildDraw& draw, const Candidate& mine, int best) {
   const int lane = threadIdx.x % 32;
   const bool used = mine.place != 0;
   const float z = used ? tempered(draw, mine.probability) : -INFINITY;

@@ -197,7 +197,8 @@ RK_HOST_DEVICE Slot slot_of(const Table& t, const RawSlot& raw, int64_t n) {
   if (t.sums != nullptr) return {raw.sum > 0 ? raw.word : -1, raw.sum};
   const uint32_t word = uint32_t(raw.word), code = word >> kIdBits;
   if (code == 0) return {-1, 0};
-  return {int32_t((word & kIdMask) | uint32_t(raw.high) << kIdBits), int64_t(decode(code)) * 64 * n};
+  return {int32_t((word & kIdMask) | uint32_t(raw.high) << kIdBits),
+          int64_t(decode(code)) * 64 * n};
 }
 
 RK_HOST_DEVICE Slot load_slot(const Table& t, int64_t at, int64_t n) {

@@ -109,9 +109,9 @@ inline unsigned few_shared_bytes(int64_t items, unsigned threads) {
 
 // Where a key stands among the items of its block.
 struct KeyPlace {
-  int rows;       // items of the key
+  int rows;         // items of the key
   int first, last;  // of them
-  bool found;     // the table has all the keys of the set: no key's merge touches another's
+  bool found;       // the table has all the keys of the set: no key's merge touches another's
   bool leads;     // no item has the same key and comes first; nor a lower one, if not all are found
   uint64_t next;  // the lowest higher key of the set, if not all are found; kLeftOut: none
 };
@@ -261,9 +261,9 @@ __device__ inline void merge_rows(const MergeParams& m, const Share& share, uint
   });
 }
 
-// The warp of a key's first item merges the key, if the table has all keys of the set; else the warp
-// of the set's first item merges them all, in order. Before it knows whether it is that warp, what
-// the usual key needs is on its way from memory.
+// The warp of a key's first item merges the key, if the table has all keys of the set; else the
+// warp of the set's first item merges them all, in order. Before it knows whether it is that warp,
+// what the usual key needs is on its way from memory.
 __device__ inline void merge_set(const MergeParams& m, const Share& share, int item) {
   const Table& t = m.update.table;
   const uint64_t own = share.keys[item];
