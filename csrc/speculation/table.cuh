@@ -211,7 +211,7 @@ __device__ __forceinline__ uint64_t key_of_window(const DraftRequest& request,
 
 // A look-up of the longest order that is in the table, eight lanes to an order, one to a way: first
 // the loads, then the answer. A draft's time is that of its dependent instructions, so no step
-// branches. The slots of all ways come to `slots` beside the keys: one trip to memory, not two.
+// branches. The slots of all ways come to shared memory beside the keys: one trip, not two.
 class LookUp {
  public:
   __device__ LookUp(const SetReader& r, uint64_t key)
