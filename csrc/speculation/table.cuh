@@ -29,20 +29,30 @@ struct DraftShared {
   int32_t* taken;                                      // inner nodes that a warp has looked at
   Window<kWindow>* windows;                            // by node, as the rest
   int32_t *child_index, *parents, *inner, *child_ptr;  // inner: with children, by depth
+  int32_t* slots;  // of the warp: those of the sets that it looks up
 
   static constexpr unsigned kHead = 32;  // bytes before the windows
 
-  __device__ explicit DraftShared(int nodes)
+  __device__ explicit DraftShared(const DraftParams& p)
       : seen(dynamic_shared<int32_t>()),
         taken(seen + kMaxOrders + 1),
         windows(dynamic_shared<Window<kWindow>>(kHead)),
-        child_index(dynamic_shared<int32_t>(kHead + sizeof(Window<kWindow>) * unsigned(nodes))),
-        parents(child_index + nodes),
-        inner(parents + nodes),
-        child_ptr(inner + nodes) {}
+        child_index(dynamic_shared<int32_t>(kHead + sizeof(Window<kWindow>) * unsigned(p.nodes))),
+        parents(child_index + p.nodes),
+        inner(parents + p.nodes),
+        child_ptr(inner + p.nodes),
+        slots(dynamic_shared<int32_t>(slots_at(p.nodes) + threadIdx.x / 32 * set_bytes(p.table))) {}
 
-  static unsigned bytes(int nodes) {
-    return kHead + (sizeof(Window<kWindow>) + 4 * 4) * unsigned(nodes) + 4;
+  static unsigned bytes(const DraftParams& p, unsigned threads) {
+    return slots_at(p.nodes) + threads / 32 * set_bytes(p.table);
+  }
+
+  __host__ __device__ static unsigned slots_at(int nodes) {
+    return (kHead + (sizeof(Window<kWindow>) + 4 * 4) * unsigned(nodes) + 4 + 15) / 16 * 16;
+  }
+
+  __host__ __device__ static unsigned set_bytes(const Table& t) {
+    return unsigned(t.num_orders * kWays * t.topk) * 4;
   }
 
   __device__ void load_tree(const DraftParams& p) const {
@@ -106,6 +116,26 @@ __device__ __forceinline__ uint64_t settled(uint64_t x) {
 #endif
   return x;
 }
+
+// Where a lane reads of a set, and what of its slots.
+struct SetReader {
+  const uint64_t* keys;  // of the lane's way in set 0
+  const char* slots;     // of set 0, from the lane's first vector on
+  char* copies;          // of the vectors, in shared memory
+  int64_t sets;
+  unsigned bytes, first;  // of a set's slots; of those before the lane's first vector
+  static constexpr unsigned kVector = 16, kTurn = kWays * kVector;  // bytes: a lane's, eight lanes'
+
+  __device__ SetReader(const Table& t, int32_t* copies)
+      : keys(t.keys + threadIdx.x % kWays),
+        sets(t.sets),
+        bytes(kWays * 4 * unsigned(t.topk)),
+        first(threadIdx.x % kWays * kVector) {
+    slots = reinterpret_cast<const char*>(t.slots) + first;
+    slots = shuffle_from(slots, int(threadIdx.x % 32));  // else it is loaded anew where it is used
+    this->copies = reinterpret_cast<char*>(copies) + threadIdx.x % 32 / kWays * bytes + first;
+  }
+};
 
 // A request's constants, of every thread.
 struct DraftRequest {
@@ -181,27 +211,34 @@ __device__ __forceinline__ uint64_t key_of_window(const DraftRequest& request,
 
 // A look-up of the longest order that is in the table, eight lanes to an order, one to a way: first
 // the loads, then the answer. A draft's time is that of its dependent instructions, so no step
-// branches.
+// branches. The slots of all ways come to shared memory beside the keys: one trip, not two.
 class LookUp {
  public:
-  __device__ LookUp(const Table& t, uint64_t key)
-      : key_(key), at_(set_of(key, t.sets) * kWays + threadIdx.x % kWays), held_(0) {
+  __device__ LookUp(const SetReader& r, uint64_t key)
+      : key_(key), set_(uint32_t(set_of(key, r.sets))), held_(0) {
     if (key == 0) return;  // else all requests would ask for the one set of no key
-    held_ = t.keys[at_];
-    prefetch_slots(t, at_);
+    held_ = r.keys[uint64_t(set_) * kWays];
+    const char* from = r.slots + uint64_t(set_) * r.bytes;
+#pragma unroll
+    for (unsigned i = 0; i < kWays * 4 * kMaxTopk; i += SetReader::kTurn) {
+      if (r.first + i < r.bytes) copy_async(r.copies + i, from + i);
+    }
   }
 
-  // Returns the order's number, or -1; every lane gets the same.
-  __device__ int find(int64_t& entry) const {
+  // Returns the lane whose way it is, or -1; every lane gets the same.
+  __device__ int find() const {
     const unsigned found = __ballot_sync(kFullMask, held_ == key_ && key_ != 0);
-    const int first = found == 0 ? 0 : __ffs(int(found)) - 1;
-    entry = shuffle_from(at_, first);
-    return found == 0 ? -1 : first / kWays;
+    wait_for_copies();
+    __syncwarp();
+    return __ffs(int(found)) - 1;
   }
+
+  // The entry of the lane's way.
+  __device__ int64_t entry() const { return int64_t(set_) * kWays + threadIdx.x % kWays; }
 
  private:
   uint64_t key_;
-  int64_t at_;
+  uint32_t set_;
   uint64_t held_;
 };
 
@@ -210,7 +247,8 @@ constexpr unsigned kLowerLanes = (1u << kMaxTopk) - 1;
 // What a lane knows of slot lane % 16 of an entry: both halves of a warp the same.
 struct Candidate {
   int32_t id = -1;
-  int rank = kMaxTopk;        // among the used ones; of an unused one, more than they have
+  float probability = 0;
+  uint64_t place = 0;         // larger for one that goes before another; 0: unused
   uint64_t keys[2] = {0, 0};  // of the two orders of the lane's half: of a child with this token
 
   // The lane's key of the child that takes a candidate, whose lower lane is given.
@@ -262,13 +300,25 @@ __device__ __forceinline__ float set_score(const DraftRequest& request,
   return draw.noisy ? noise::add(tempered, gumbel) : log_p;
 }
 
+// The lower lane of the candidate that goes before all others; -1: there is none. Places are
+// distinct, most of them in their upper halves.
+__device__ __forceinline__ int best_of(uint64_t place) {
+  const uint32_t upper = uint32_t(place >> 32), top = __reduce_max_sync(kFullMask, upper);
+  bool mine = place != 0 && upper == top;
+  unsigned best = __ballot_sync(kFullMask, mine) & kLowerLanes;
+  if ((best & (best - 1)) != 0) {
+    const uint32_t lower = mine ? uint32_t(place) : 0, most = __reduce_max_sync(kFullMask, lower);
+    mine = mine && lower == most;
+    best = __ballot_sync(kFullMask, mine) & kLowerLanes;
+  }
+  return 31 - __clz(int(best));  // its one bit
+}
+
 // How many lanes hold something that goes before this lane's candidate, a larger number: each half
-// of the warp counts half of the candidates. Lanes from topk on hold nothing.
-__device__ __forceinline__ int rank_among(bool used, float score, int32_t id, int topk) {
+// of the warp counts half of the candidates. Lanes from topk on hold nothing. Ranks are distinct as
+// places are: whoever waits for a node of no rank waits for ever. Of an unused one: kMaxTopk.
+__device__ __forceinline__ int rank_among(uint64_t mine, int topk) {
   static_assert(kMaxTopk == 16, "half a warp");
-  // Ranks are distinct as keys are: whoever waits for a node of no rank waits for ever.
-  const uint64_t key = rank_key(score, id, threadIdx.x % kMaxTopk);
-  const uint64_t mine = used ? key : 0;
   const int share = (topk + 1) / 2, first = threadIdx.x % 32 < kMaxTopk ? 0 : share;
   int rank = 0;
 #pragma unroll
@@ -277,15 +327,16 @@ __device__ __forceinline__ int rank_among(bool used, float score, int32_t id, in
     const uint64_t other = shuffle_from(mine, (first + i) % kMaxTopk);
     rank += i < share && other > mine;
   }
-  return rank + __shfl_xor_sync(kFullMask, rank, kMaxTopk);
+  rank += __shfl_xor_sync(kFullMask, rank, kMaxTopk);
+  return mine != 0 ? rank : kMaxTopk;
 }
 
 // Lane k stores slot k of a node's law, normalised over the slots in slot order.
 __device__ __forceinline__ void store_law(const DraftParams& p, int64_t node_at,
-                                          const ChildDraw& draw, bool used, int32_t id,
-                                          float probability, int rank) {
+                                          const ChildDraw& draw, const Candidate& mine, int best) {
   const int lane = threadIdx.x % 32;
-  const float z = used ? tempered(draw, probability) : -INFINITY;
+  const bool used = mine.place != 0;
+  const float z = used ? tempered(draw, mine.probability) : -INFINITY;
   float top = -1e30f, total = 0;
   for (int k = 0; k < p.table.topk; ++k) top = fmaxf(top, __shfl_sync(kFullMask, z, k));
   const float mass = exp_fixed(noise::add(z, -top));
@@ -294,34 +345,31 @@ __device__ __forceinline__ void store_law(const DraftParams& p, int64_t node_at,
   }
   const float lse = noise::add(top, -noise::minus_log(fmaxf(total, 1.0f)));
   float q = noise::add(z, -lse);
-  if (!(draw.temperature > 0)) q = rank == 0 ? 0.0f : -INFINITY;
+  if (!(draw.temperature > 0)) q = lane == best ? 0.0f : -INFINITY;
   if (lane < p.table.topk && used) {
-    p.q_ids[node_at * p.table.topk + lane] = id;
+    p.q_ids[node_at * p.table.topk + lane] = mine.id;
     p.q_logprob[node_at * p.table.topk + lane] = q;
   }
 }
 
-// Ranks an entry's candidates for the children of a node.
+// The candidates of the entry that `lane` has found, for the children of a node.
 template <int kWindow>
-__device__ __forceinline__ Candidate draw_candidates(const DraftParams& p,
-                                                     const DraftRequest& request,
-                                                     const Window<kWindow>& window, int node,
-                                                     int level, int64_t entry) {
-  const Table& t = p.table;
-  const int slot = int(threadIdx.x % kMaxTopk), last = t.topk - 1;
-  const ChildDraw draw =
-      draw_at(p.kind, request.seed, request.position, level, request.temperature);
+__device__ __forceinline__ Candidate candidate_of(const Table& t, const DraftRequest& request,
+                                                  const Window<kWindow>& window,
+                                                  const ChildDraw& draw, const LookUp& look_up,
+                                                  const int32_t* slots, int lane) {
+  const int last = t.topk - 1, own = int(threadIdx.x % kMaxTopk), slot = own < last ? own : last;
   Candidate mine;
-  float probability;
-  mine.id = read_slot(t, entry * t.topk + (slot < last ? slot : last), entry, probability);
-  const bool used = slot <= last && mine.id >= 0;
-  const float score = set_score(request, window, draw, probability, mine);
-  const int rank = rank_among(used, score, mine.id, t.topk);
-  if (used) mine.rank = rank;
-  if (p.kind == kRejection) {
-    const int64_t at = request.index * p.nodes + node;
-    store_law(p, at, draw, used, mine.id, probability, rank);
+  if (t.sums == nullptr && t.high == nullptr) {
+    mine.id = read_packed(t, 0, uint32_t(slots[lane * t.topk + slot]), mine.probability);
+  } else {
+    const int64_t entry = shuffle_from(look_up.entry(), lane);
+    mine.id = read_slot(t, entry * t.topk + slot, entry, mine.probability);
   }
+  const bool used = own <= last && mine.id >= 0;
+  const float score = set_score(request, window, draw, mine.probability, mine);
+  const uint64_t place = rank_key(score, mine.id, uint32_t(own));
+  mine.place = used ? place : 0;
   return mine;
 }
 

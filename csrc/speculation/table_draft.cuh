@@ -6,21 +6,26 @@
 
 namespace reasonkern {
 
-// A node's children take the candidates by rank; `window`: a child's, but for its own token.
+// A node's children take the candidates by rank; `window`: a child's, its own token the best one.
 template <int kWindow>
-__device__ __forceinline__ void decide_children(const DraftShared<kWindow>& s, int node,
+__device__ __forceinline__ void decide_children(const DraftShared<kWindow>& s, int node, int topk,
                                                 const Window<kWindow>& window,
                                                 const Candidate& mine) {
   const int lane = int(threadIdx.x % 32), children = s.children(node);
   const int32_t* child = s.child_index + s.child_ptr[node];
-  const bool taken = lane < kMaxTopk && mine.rank < children;
-  if (taken && mine.rank > 0) {  // heads of chains of other warps
-#pragma unroll
-    for (int i = 1; i < kWindow; ++i) s.put(child[mine.rank], i, window.tokens[i]);
+  if (children == 1) {  // as most have: no ranks
+    if (lane == 0) s.put(child[0], 0, window.tokens[0]);
+    return;
   }
-  if (children > 1) __threadfence_block();
-  if (taken) s.put(child[mine.rank], 0, mine.id);
-  const int used = __popc(__ballot_sync(kFullMask, mine.rank < kMaxTopk) & kLowerLanes);
+  const int rank = rank_among(mine.place, topk);
+  const bool taken = lane < kMaxTopk && rank < children;
+  if (taken && rank > 0) {  // heads of chains of other warps
+#pragma unroll
+    for (int i = 1; i < kWindow; ++i) s.put(child[rank], i, window.tokens[i]);
+  }
+  __threadfence_block();
+  const int used = __popc(__ballot_sync(kFullMask, mine.place != 0) & kLowerLanes);
+  if (taken) s.put(child[rank], 0, mine.id);
   for (int i = used + lane; i < children; i += 32) s.put(child[i], 0, -1);
 }
 
@@ -28,33 +33,40 @@ __device__ __forceinline__ void decide_children(const DraftShared<kWindow>& s, i
 // the longest such chain is what a draft takes. Other children start chains of their own.
 template <int kWindow>
 __device__ __forceinline__ void draft_chain(const DraftParams& p, const DraftShared<kWindow>& s,
-                                            const DraftRequest& request, int node) {
+                                            const DraftRequest& request, const SetReader& reader,
+                                            int node) {
   int level = p.depths[node];
   Window<kWindow> window = s.await(node);
-  LookUp look_up(p.table, key_of_window(request, window));
+  LookUp look_up(reader, key_of_window(request, window));
   for (bool more = true; more; ++level) {
     const int child = s.child_index[s.child_ptr[node]];
     more = s.children(child) > 0;
+    const ChildDraw draw =
+        draw_at(p.kind, request.seed, request.position, level, request.temperature);
     Candidate mine;
-    int order = -1;
+    int found = -1;
     const bool there = window.tokens[0] >= 0;
     if (there) {
-      int64_t entry;
-      order = look_up.find(entry);
-      if (order >= 0) mine = draw_candidates(p, request, window, node, level, entry);
+      found = look_up.find();
+      if (found >= 0) {
+        mine = candidate_of(p.table, request, window, draw, look_up, s.slots, found);
+      }
     }
-    const unsigned best = __ballot_sync(kFullMask, mine.rank == 0);
-    const int from = best == 0 ? 0 : __ffs(int(best)) - 1;
-    if (more && best != 0) {  // the rest is done while it is on its way
-      look_up = LookUp(p.table, mine.key_of_child(from));
+    const int best = best_of(mine.place), from = best < 0 ? 0 : best;
+    if (more && best >= 0) {  // the rest is done while it is on its way
+      __syncwarp();           // all have read the slots
+      look_up = LookUp(reader, mine.key_of_child(from));
+    }
+    if (p.kind == kRejection && found >= 0) {
+      store_law(p, request.index * p.nodes + node, draw, mine, best);
     }
     const int32_t token = __shfl_sync(kFullMask, mine.id, from);
 #pragma unroll
     for (int i = kWindow - 1; i > 0; --i) window.tokens[i] = window.tokens[i - 1];
-    window.tokens[0] = best == 0 ? -1 : token;
-    decide_children(s, node, window, mine);
+    window.tokens[0] = best < 0 ? -1 : token;
+    decide_children(s, node, p.table.topk, window, mine);
     if (there && threadIdx.x % 32 == 0) {
-      atomicAdd(s.seen + (order < 0 ? int(kMisses) : order), 1);
+      atomicAdd(s.seen + (found < 0 ? int(kMisses) : found / kWays), 1);
     }
     node = child;
   }
@@ -82,19 +94,21 @@ __device__ __forceinline__ void start_request(const DraftParams& p, const DraftS
 template <int kWindow>
 __device__ __forceinline__ void draft_chains(const DraftParams& p, const DraftShared<kWindow>& s,
                                              const DraftRequest& request) {
+  const SetReader reader(p.table, s.slots);
   for (int i = int(threadIdx.x / 32); i < p.inner_nodes; i = s.take()) {
     const int node = s.inner[i];
-    if (s.is_head(node)) draft_chain(p, s, request, node);
+    if (s.is_head(node)) draft_chain(p, s, request, reader, node);
   }
 }
 
-constexpr int kDraftThreads = 512;  // of 80 nodes 18 are heads, and chains differ in length
+// Of 80 nodes ten are one chain; while its warp is busy, seven others can do the rest.
+constexpr int kDraftThreads = 256;
 
 // kWindow: at least the table's.
 template <int kWindow>
 __global__ void __launch_bounds__(kDraftThreads, kWindow <= 4 ? 2 : 1)
     table_draft_kernel(DraftParams p) {
-  const DraftShared<kWindow> s(p.nodes);
+  const DraftShared<kWindow> s(p);
   if (threadIdx.x <= kMaxOrders) s.seen[threadIdx.x] = 0;
   for (int64_t index = blockIdx.x; index < p.batch; index += gridDim.x) {
     const DraftRequest request(p, index);
@@ -118,9 +132,9 @@ template <class Launch>
 void with_draft_kernel(const DraftParams& p, const Launch& launch) {
   constexpr int kUsual = 4;
   if (p.table.window <= kUsual) {
-    launch(table_draft_kernel<kUsual>, DraftShared<kUsual>::bytes(p.nodes));
+    launch(table_draft_kernel<kUsual>, DraftShared<kUsual>::bytes(p, kDraftThreads));
   } else {
-    launch(table_draft_kernel<kMaxWindow>, DraftShared<kMaxWindow>::bytes(p.nodes));
+    launch(table_draft_kernel<kMaxWindow>, DraftShared<kMaxWindow>::bytes(p, kDraftThreads));
   }
 }
 
