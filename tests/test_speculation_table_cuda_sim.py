@@ -146,6 +146,24 @@ def test_chains_and_temperatures(topk, storage):
     assert torch.equal(tensors(drawn)["counters"], tensors(copy)["counters"])
 
 
+def test_more_children_than_slots():
+    """The seventeenth child of a full entry is missing from the start: a warp waits to draw its."""
+    from cuda_sim import table_backend
+
+    drawn = NgramTable(400, vocab_size=50, orders=(1,), topk=4)
+    batch = random_batch(1, rows=50, window=1, scopes=1)
+    batch.context[:, 0] = torch.arange(50)  # a child of any token has an entry
+    run_update(reference, drawn, batch)
+    requests = random_requests(5, batch=4, window=1, tokens=50)
+    requests.scope.zero_()
+    tree = DraftTree([-1] + [0] * 20 + [17, 17])
+    expected = run_draft(reference, drawn, tree, requests, 1)
+    assert expected[1][:, 1:].sum(-1).max() == drawn.topk
+    for seed in range(40):
+        with table_backend.using(blocks=1, order="random", seed=seed):
+            assert_same_bits(run_draft(simulated, drawn, tree, requests, 1), expected)
+
+
 def test_ids_that_are_no_tokens():
     got, requests = table(), random_requests(5, batch=4, window=4, tokens=2)
     run_update(simulated, got, random_batch(1, rows=50, window=4, tokens=2, scopes=1))

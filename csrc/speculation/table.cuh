@@ -316,7 +316,7 @@ __device__ __forceinline__ int best_of(uint64_t place) {
 
 // How many lanes hold something that goes before this lane's candidate, a larger number: each half
 // of the warp counts half of the candidates. Lanes from topk on hold nothing. Ranks are distinct as
-// places are: whoever waits for a node of no rank waits for ever. Of an unused one: kMaxTopk.
+// places are: whoever waits for a node of no rank waits for ever.
 __device__ __forceinline__ int rank_among(uint64_t mine, int topk) {
   static_assert(kMaxTopk == 16, "half a warp");
   const int share = (topk + 1) / 2, first = threadIdx.x % 32 < kMaxTopk ? 0 : share;
@@ -327,8 +327,7 @@ __device__ __forceinline__ int rank_among(uint64_t mine, int topk) {
     const uint64_t other = shuffle_from(mine, (first + i) % kMaxTopk);
     rank += i < share && other > mine;
   }
-  rank += __shfl_xor_sync(kFullMask, rank, kMaxTopk);
-  return mine != 0 ? rank : kMaxTopk;
+  return rank + __shfl_xor_sync(kFullMask, rank, kMaxTopk);
 }
 
 // Lane k stores slot k of a node's law, normalised over the slots in slot order.

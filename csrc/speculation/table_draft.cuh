@@ -18,7 +18,7 @@ __device__ __forceinline__ void decide_children(const DraftShared<kWindow>& s, i
     return;
   }
   const int rank = rank_among(mine.place, topk);
-  const bool taken = lane < kMaxTopk && rank < children;
+  const bool taken = lane < kMaxTopk && mine.place != 0 && rank < children;
   if (taken && rank > 0) {  // heads of chains of other warps
 #pragma unroll
     for (int i = 1; i < kWindow; ++i) s.put(child[rank], i, window.tokens[i]);

@@ -153,7 +153,7 @@ __device__ __forceinline__ int nth_bit(unsigned bits, int n) {
 
 // item / num_orders, without a division.
 __device__ __forceinline__ int row_of(const Table& t, int item) {
-  static_assert(kMaxOrders == 4 && kFewItems <= 1 << 16, "item * 43691 >> 17 is a third of it");
+  static_assert(kMaxOrders == 4 && kFewItems <= 1 << 15, "item * 43691 >> 17 is a third of it");
   return t.num_orders == 3 ? item * 43691 >> 17 : item >> t.num_orders / 2;
 }
 
