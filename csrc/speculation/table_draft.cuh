@@ -24,7 +24,7 @@ __device__ __forceinline__ void decide_children(const DraftShared<kWindow>& s, i
     for (int i = 1; i < kWindow; ++i) s.put(child[rank], i, window.tokens[i]);
   }
   __threadfence_block();
-  const int used = __popc(__ballot_sync(kFullMask, mine.place != 0) & kLowerLanes);
+  const int used = __popc(__ballot_sync(kFullMask, mine.place != 0));
   if (taken) s.put(child[rank], 0, mine.id);
   for (int i = used + lane; i < children; i += 32) s.put(child[i], 0, -1);
 }
@@ -42,7 +42,7 @@ __device__ __forceinline__ void draft_chain(const DraftParams& p, const DraftSha
     const int child = s.child_index[s.child_ptr[node]];
     more = s.children(child) > 0;
     const ChildDraw draw =
-        draw_at(p.kind, request.seed, request.position, level, request.temperature);
+        settled(draw_at(p.kind, request.seed, request.position, level, request.temperature));
     Candidate mine;
     int found = -1;
     const bool there = window.tokens[0] >= 0;
@@ -53,17 +53,15 @@ __device__ __forceinline__ void draft_chain(const DraftParams& p, const DraftSha
       }
     }
     const int best = best_of(mine.place), from = best < 0 ? 0 : best;
+    const int32_t token = __shfl_sync(kFullMask, mine.id, from);
     if (more && best >= 0) {  // the rest is done while it is on its way
       __syncwarp();           // all have read the slots
-      look_up = LookUp(reader, mine.key_of_child(from));
+      look_up = LookUp(reader, key_of_child(request, mine, from, window.then(token)));
     }
+    window = window.then(best < 0 ? -1 : token);
     if (p.kind == kRejection && found >= 0) {
       store_law(p, request.index * p.nodes + node, draw, mine, best);
     }
-    const int32_t token = __shfl_sync(kFullMask, mine.id, from);
-#pragma unroll
-    for (int i = kWindow - 1; i > 0; --i) window.tokens[i] = window.tokens[i - 1];
-    window.tokens[0] = best < 0 ? -1 : token;
     decide_children(s, node, p.table.topk, window, mine);
     if (there && threadIdx.x % 32 == 0) {
       atomicAdd(s.seen + (found < 0 ? int(kMisses) : found / kWays), 1);
@@ -94,7 +92,7 @@ __device__ __forceinline__ void start_request(const DraftParams& p, const DraftS
 template <int kWindow>
 __device__ __forceinline__ void draft_chains(const DraftParams& p, const DraftShared<kWindow>& s,
                                              const DraftRequest& request) {
-  const SetReader reader(p.table, s.slots);
+  const SetReader reader(p.table, s.slots, request.lane);
   for (int i = int(threadIdx.x / 32); i < p.inner_nodes; i = s.take()) {
     const int node = s.inner[i];
     if (s.is_head(node)) draft_chain(p, s, request, reader, node);
@@ -111,8 +109,9 @@ __global__ void __launch_bounds__(kDraftThreads, kWindow <= 4 ? 2 : 1)
   const DraftShared<kWindow> s(p);
   if (threadIdx.x <= kMaxOrders) s.seen[threadIdx.x] = 0;
   for (int64_t index = blockIdx.x; index < p.batch; index += gridDim.x) {
-    const DraftRequest request(p, index);
+    const DraftInput input(p, index);
     if (index == blockIdx.x) s.load_tree(p);  // on its way together with the request
+    const DraftRequest request(p, index, input);
     start_request(p, s, request);
     __syncthreads();
     draft_chains(p, s, request);
