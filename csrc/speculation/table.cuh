@@ -177,7 +177,8 @@ struct DraftInput {
 // A request's constants, of every thread.
 struct DraftRequest {
   int64_t index, seed, position;
-  unsigned lane;  // by way of a shuffle, else it is read anew where it is used
+  unsigned lane;  // by way of a shuffle, as topk: else it is read anew wherever it is used
+  int32_t topk;
   float temperature, reciprocal;
   int32_t context;  // lane i: the i-th newest token
   int32_t order;    // of the lane's keys, eight lanes each; 0: none
@@ -188,6 +189,7 @@ struct DraftRequest {
         seed(input.seed),
         position(input.position),
         lane(shuffle_from(threadIdx.x % 32, int(threadIdx.x % 32))),
+        topk(__shfl_sync(kFullMask, lane == 0 ? p.table.topk : 0, 0)),
         temperature(__shfl_sync(kFullMask, input.temperature, 0)),
         reciprocal(settled(noise::divide(1.0f, temperature))),
         context(-1),
@@ -378,10 +380,11 @@ __device__ __forceinline__ Candidate candidate_of(const Table& t, const DraftReq
                                                   const Window<kWindow>& window,
                                                   const ChildDraw& draw, const LookUp& look_up,
                                                   const int32_t* slots, int lane) {
-  const int last = t.topk - 1, own = int(request.lane % kMaxTopk), slot = own < last ? own : last;
+  const int last = request.topk - 1, own = int(request.lane % kMaxTopk),
+            slot = own < last ? own : last;
   Candidate mine;
   if (t.sums == nullptr && t.high == nullptr) {
-    mine.id = read_packed(t, 0, uint32_t(slots[lane * t.topk + slot]), mine.probability);
+    mine.id = read_packed(t, 0, uint32_t(slots[lane * request.topk + slot]), mine.probability);
   } else {
     const int64_t entry = shuffle_from(look_up.entry(), lane);
     mine.id = read_slot(t, entry * t.topk + slot, entry, mine.probability);
