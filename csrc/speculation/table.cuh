@@ -148,17 +148,18 @@ struct SetReader {
       : keys(t.keys + lane % kWays),
         sets(t.sets),
         bytes(kWays * 4 * unsigned(t.topk)),
-        first(unsigned(lane) % kWays * kVector) {
+        first(lane % kWays * kVector) {
     slots = reinterpret_cast<const char*>(t.slots) + first;
     slots = shuffle_from(slots, int(lane));  // else it is loaded anew where it is used
-    this->copies = reinterpret_cast<char*>(copies) + unsigned(lane) / kWays * bytes + first;
+    this->copies = reinterpret_cast<char*>(copies) + lane / kWays * bytes + first;
   }
 };
 
 // What is loaded of a request: all of it is on its way before any of it is used.
 struct DraftInput {
-  int64_t seed, position, token = -1;  // token: lane i's is the i-th newest one
-  float temperature = 0;  // lane 0's; once all have it, it is divided by: after the other loads
+  int64_t seed, position;
+  int64_t token = -1;     // lane i: the i-th newest one
+  float temperature = 0;  // lane 0's: else the compiler waits for it before the loads of the tree
   int64_t scope = 0;
   int32_t epoch = 0;
   bool known;  // the scope
@@ -197,7 +198,7 @@ struct DraftRequest {
     if (is_present(input.token)) context = int32_t(input.token);
     if (!input.known) return;
     start = hash_start(input.scope, input.epoch);
-    if (lane / kWays < p.table.num_orders) order = p.table.orders[lane / kWays];
+    if (int(lane / kWays) < p.table.num_orders) order = p.table.orders[lane / kWays];
   }
 
   // log_p over the temperature, rounded as a division is (Markstein): the reciprocal is rounded to
@@ -281,11 +282,11 @@ struct Candidate {
   int32_t id = -1;
   float probability = 0;
   uint64_t place = 0;  // larger for one that goes before another; 0: unused, or of the upper half
-  uint64_t child_key = 0;  // of the lane's order: of a child with the token of slot lane % 8
+  uint64_t child_key = 0;  // of the lane's order: of the child that takes slot lane % 8
 };
 
-// The key, of the lane's order, of the child that takes a candidate, whose lower lane is given and
-// whose token comes first in the child's window. The keys of the first eight candidates, the most
+// The key, of the lane's order, of the child that takes a candidate, whose lane is given and whose
+// token comes first in the child's window. The keys of the first eight candidates, the most
 // probable ones, are worked out beside the noise, before it is known which of them is drawn.
 template <int kWindow>
 __device__ __forceinline__ uint64_t key_of_child(const DraftRequest& request, const Candidate& mine,
@@ -380,8 +381,8 @@ __device__ __forceinline__ Candidate candidate_of(const Table& t, const DraftReq
                                                   const Window<kWindow>& window,
                                                   const ChildDraw& draw, const LookUp& look_up,
                                                   const int32_t* slots, int lane) {
-  const int last = request.topk - 1, own = int(request.lane % kMaxTopk),
-            slot = own < last ? own : last;
+  const int last = request.topk - 1, own = int(request.lane % kMaxTopk);
+  const int slot = own < last ? own : last;
   Candidate mine;
   if (t.sums == nullptr && t.high == nullptr) {
     mine.id = read_packed(t, 0, uint32_t(slots[lane * request.topk + slot]), mine.probability);
