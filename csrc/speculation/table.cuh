@@ -18,6 +18,14 @@ __device__ __forceinline__ void count(int64_t* counter, int64_t n) {
 template <int kWindow>
 struct alignas(16) Window {
   int32_t tokens[kWindow];
+
+  __device__ Window then(int32_t token) const {
+    Window next;
+    next.tokens[0] = token;
+#pragma unroll
+    for (int i = 1; i < kWindow; ++i) next.tokens[i] = tokens[i - 1];
+    return next;
+  }
 };
 
 constexpr int32_t kUndecided = -2;  // the own token of a node whose parent was not drawn from yet
@@ -116,6 +124,16 @@ __device__ __forceinline__ uint64_t settled(uint64_t x) {
 #endif
   return x;
 }
+__device__ __forceinline__ uint32_t settled(uint32_t x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+__device__ __forceinline__ ChildDraw settled(const ChildDraw& d) {
+  return {d.seed, settled(d.position), settled(d.stream), d.temperature,
+          settled(uint32_t(d.noisy)) != 0};
+}
 
 // Where a lane reads of a set, and what of its slots.
 struct SetReader {
@@ -126,47 +144,61 @@ struct SetReader {
   unsigned bytes, first;  // of a set's slots; of those before the lane's first vector
   static constexpr unsigned kVector = 16, kTurn = kWays * kVector;  // bytes: a lane's, eight lanes'
 
-  __device__ SetReader(const Table& t, int32_t* copies)
-      : keys(t.keys + threadIdx.x % kWays),
+  __device__ SetReader(const Table& t, int32_t* copies, unsigned lane)
+      : keys(t.keys + lane % kWays),
         sets(t.sets),
         bytes(kWays * 4 * unsigned(t.topk)),
-        first(threadIdx.x % kWays * kVector) {
+        first(lane % kWays * kVector) {
     slots = reinterpret_cast<const char*>(t.slots) + first;
-    slots = shuffle_from(slots, int(threadIdx.x % 32));  // else it is loaded anew where it is used
-    this->copies = reinterpret_cast<char*>(copies) + threadIdx.x % 32 / kWays * bytes + first;
+    slots = shuffle_from(slots, int(lane));  // else it is loaded anew where it is used
+    this->copies = reinterpret_cast<char*>(copies) + lane / kWays * bytes + first;
+  }
+};
+
+// What is loaded of a request: all of it is on its way before any of it is used.
+struct DraftInput {
+  int64_t seed, position;
+  int64_t token = -1;     // lane i: the i-th newest one
+  float temperature = 0;  // lane 0's: else the compiler waits for it before the loads of the tree
+  int64_t scope = 0;
+  int32_t epoch = 0;
+  bool known;  // the scope
+
+  __device__ DraftInput(const DraftParams& p, int64_t index)
+      : seed(p.seed[index]), position(p.position[index]) {
+    const int lane = int(threadIdx.x % 32), back = p.table.window - 1 - lane;
+    if (lane == 0) temperature = p.temperature[index];
+    if (back >= 0) token = p.context[index * p.context_stride + back];
+    if (p.scope != nullptr) scope = p.scope[index];
+    known = scope >= 0 && scope < p.table.scopes;
+    if (known) epoch = p.table.epochs[scope];
   }
 };
 
 // A request's constants, of every thread.
 struct DraftRequest {
   int64_t index, seed, position;
+  unsigned lane;  // by way of a shuffle, as topk: else it is read anew wherever it is used
+  int32_t topk;
   float temperature, reciprocal;
-  int32_t context;    // lane i: the i-th newest token
-  int32_t order;      // of the lane's look-ups, eight lanes each; 0: none
-  int32_t orders[2];  // of the keys that the lane works out of its candidate
-  uint64_t start;     // of the hashes
+  int32_t context;  // lane i: the i-th newest token
+  int32_t order;    // of the lane's keys, eight lanes each; 0: none
+  uint64_t start;   // of the hashes
 
-  __device__ DraftRequest(const DraftParams& p, int64_t index)
+  __device__ DraftRequest(const DraftParams& p, int64_t index, const DraftInput& input)
       : index(index),
-        seed(p.seed[index]),
-        position(p.position[index]),
-        temperature(p.temperature[index]),
+        seed(input.seed),
+        position(input.position),
+        lane(shuffle_from(threadIdx.x % 32, int(threadIdx.x % 32))),
+        topk(__shfl_sync(kFullMask, lane == 0 ? p.table.topk : 0, 0)),
+        temperature(__shfl_sync(kFullMask, input.temperature, 0)),
         reciprocal(settled(noise::divide(1.0f, temperature))),
         context(-1),
-        order(0),
-        orders{0, 0} {
-    const int lane = int(threadIdx.x % 32), back = p.table.window - 1 - lane;
-    const int64_t token = back >= 0 ? p.context[index * p.context_stride + back] : -1;
-    if (is_present(token)) context = int32_t(token);
-    const int64_t scope = p.scope == nullptr ? 0 : p.scope[index];
-    if (scope < 0 || scope >= p.table.scopes) return;
-    start = hash_start(scope, p.table.epochs[scope]);
-    if (lane / kWays < p.table.num_orders) order = p.table.orders[lane / kWays];
-    const int pair = lane / kMaxTopk * 2;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (pair + i < p.table.num_orders) orders[i] = p.table.orders[pair + i];
-    }
+        order(0) {
+    if (is_present(input.token)) context = int32_t(input.token);
+    if (!input.known) return;
+    start = hash_start(input.scope, input.epoch);
+    if (int(lane / kWays) < p.table.num_orders) order = p.table.orders[lane / kWays];
   }
 
   // log_p over the temperature, rounded as a division is (Markstein): the reciprocal is rounded to
@@ -206,7 +238,8 @@ __device__ __forceinline__ uint64_t key_of_window(const DraftRequest& request,
     present = present && (!inside || window.tokens[i] >= 0);
     h = inside ? next : h;
   }
-  return present ? key_of(h, request.order) : 0;
+  const uint64_t key = settled(key_of(h, request.order));  // no branch around it
+  return present ? key : 0;
 }
 
 // A look-up of the longest order that is in the table, eight lanes to an order, one to a way: first
@@ -244,47 +277,34 @@ class LookUp {
 
 constexpr unsigned kLowerLanes = (1u << kMaxTopk) - 1;
 
-// What a lane knows of slot lane % 16 of an entry: both halves of a warp the same.
+// What a lane knows of slot lane % 16 of an entry.
 struct Candidate {
   int32_t id = -1;
   float probability = 0;
-  uint64_t place = 0;         // larger for one that goes before another; 0: unused
-  uint64_t keys[2] = {0, 0};  // of the two orders of the lane's half: of a child with this token
-
-  // The lane's key of the child that takes a candidate, whose lower lane is given.
-  __device__ uint64_t key_of_child(int taken) const {
-    const int from = taken + int(threadIdx.x % 32) / kMaxTopk * kMaxTopk;
-    const uint64_t first = shuffle_from(keys[0], from), second = shuffle_from(keys[1], from);
-    return threadIdx.x / kWays % 2 == 0 ? first : second;
-  }
+  uint64_t place = 0;  // larger for one that goes before another; 0: unused, or of the upper half
+  uint64_t child_key = 0;  // of the lane's order: of the child that takes slot lane % 8
 };
 
-// The keys of the children of a node, each half of the warp of two orders, before it is known which
-// are drawn: beside the noise, which takes as long and waits as much.
+// The key, of the lane's order, of the child that takes a candidate, whose lane is given and whose
+// token comes first in the child's window. The keys of the first eight candidates, the most
+// probable ones, are worked out beside the noise, before it is known which of them is drawn.
 template <int kWindow>
-__device__ __forceinline__ void set_keys(const DraftRequest& request, const Window<kWindow>& window,
-                                         Candidate& mine) {
-  uint64_t h = request.start, hashes[2] = {0, 0};
-  bool present = true, whole[2] = {false, false};
-#pragma unroll
-  for (int i = 0; i < kWindow; ++i) {
-    const int32_t token = i == 0 ? mine.id : window.tokens[i == 0 ? 0 : i - 1];
-    h = hash_step(h, uint32_t(token));
-    present = present && token >= 0;
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      if (request.orders[k] == i + 1) hashes[k] = h, whole[k] = present;
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const uint64_t key = key_of(hashes[k], request.orders[k]);
-    mine.keys[k] = settled(whole[k] ? key : 0);
-  }
+__device__ __forceinline__ uint64_t key_of_child(const DraftRequest& request, const Candidate& mine,
+                                                 int taken, const Window<kWindow>& child) {
+  if (taken >= kWays) return key_of_window(request, child);
+  return shuffle_from(mine.child_key, int(request.lane / kWays * kWays) + taken);
 }
 
-// What a candidate is ranked by, and its children's keys. The branch comes first, with a logarithm
-// of its own, and parts nothing: the chains of instructions run side by side.
+// Of the warp's lower half noise::exponential_of(u), of its upper -log p: two logarithms in one.
+__device__ __forceinline__ float log_of_half(bool upper, float u, float p) {
+  using namespace noise;
+  const float x = upper ? p : add(1.0f, -u);
+  const int32_t n = binade(x);
+  return minus_log(n, !upper && n == 0 ? -u : add(mantissa(x, n), -1.0f));
+}
+
+// What a candidate of the lower half is ranked by, and its child's keys. The branch comes first,
+// with a logarithm of its own, and parts nothing: the chains of instructions run side by side.
 template <int kWindow>
 __device__ __forceinline__ float set_score(const DraftRequest& request,
                                            const Window<kWindow>& window, const ChildDraw& draw,
@@ -292,24 +312,26 @@ __device__ __forceinline__ float set_score(const DraftRequest& request,
   float tempered = 0;
   const bool extreme = request.extreme();
   if (extreme) tempered = noise::divide(-noise::minus_log(settled(p)), draw.temperature);
-  set_keys(request, window, mine);
-  const float log_p = -noise::minus_log(p);
+  const int32_t token = __shfl_sync(kFullMask, mine.id, int(request.lane % kWays));
+  mine.child_key = settled(key_of_window(request, window.then(token)));
+  const uint32_t word = noise_word(draw.seed, draw.position, draw.stream, uint32_t(mine.id));
+  const float log = log_of_half(request.lane >= kMaxTopk, noise::uniform_of(word), p);
+  const float log_p = -__shfl_sync(kFullMask, log, int(request.lane | kMaxTopk));
   if (!extreme) tempered = request.tempered(log_p);
-  const float gumbel =
-      settled(gumbel_noise(draw.seed, draw.position, uint32_t(mine.id), draw.stream));
+  const float gumbel = settled(noise::minus_log(log));
   return draw.noisy ? noise::add(tempered, gumbel) : log_p;
 }
 
-// The lower lane of the candidate that goes before all others; -1: there is none. Places are
+// The lane of the candidate that goes before all others; -1: there is none. Places are
 // distinct, most of them in their upper halves.
 __device__ __forceinline__ int best_of(uint64_t place) {
   const uint32_t upper = uint32_t(place >> 32), top = __reduce_max_sync(kFullMask, upper);
   bool mine = place != 0 && upper == top;
-  unsigned best = __ballot_sync(kFullMask, mine) & kLowerLanes;
+  unsigned best = __ballot_sync(kFullMask, mine);
   if ((best & (best - 1)) != 0) {
     const uint32_t lower = mine ? uint32_t(place) : 0, most = __reduce_max_sync(kFullMask, lower);
     mine = mine && lower == most;
-    best = __ballot_sync(kFullMask, mine) & kLowerLanes;
+    best = __ballot_sync(kFullMask, mine);
   }
   return 31 - __clz(int(best));  // its one bit
 }
@@ -319,6 +341,7 @@ __device__ __forceinline__ int best_of(uint64_t place) {
 // places are: whoever waits for a node of no rank waits for ever.
 __device__ __forceinline__ int rank_among(uint64_t mine, int topk) {
   static_assert(kMaxTopk == 16, "half a warp");
+  mine = shuffle_from(mine, int(threadIdx.x % kMaxTopk));
   const int share = (topk + 1) / 2, first = threadIdx.x % 32 < kMaxTopk ? 0 : share;
   int rank = 0;
 #pragma unroll
@@ -357,15 +380,16 @@ __device__ __forceinline__ Candidate candidate_of(const Table& t, const DraftReq
                                                   const Window<kWindow>& window,
                                                   const ChildDraw& draw, const LookUp& look_up,
                                                   const int32_t* slots, int lane) {
-  const int last = t.topk - 1, own = int(threadIdx.x % kMaxTopk), slot = own < last ? own : last;
+  const int last = request.topk - 1, own = int(request.lane % kMaxTopk);
+  const int slot = own < last ? own : last;
   Candidate mine;
   if (t.sums == nullptr && t.high == nullptr) {
-    mine.id = read_packed(t, 0, uint32_t(slots[lane * t.topk + slot]), mine.probability);
+    mine.id = read_packed(t, 0, uint32_t(slots[lane * request.topk + slot]), mine.probability);
   } else {
     const int64_t entry = shuffle_from(look_up.entry(), lane);
     mine.id = read_slot(t, entry * t.topk + slot, entry, mine.probability);
   }
-  const bool used = own <= last && mine.id >= 0;
+  const bool used = request.lane <= unsigned(last) && mine.id >= 0;
   const float score = set_score(request, window, draw, mine.probability, mine);
   const uint64_t place = rank_key(score, mine.id, uint32_t(own));
   mine.place = used ? place : 0;
