@@ -153,6 +153,20 @@ def test_a_copy_that_comes_at_once_shows_a_write_over_what_is_still_read(sim, or
     assert all(right) == (order == "forward")
 
 
+def test_copies_of_vectors_are_there_after_the_wait(sim, order):
+    """Those read before the wait are right where they land at once: never in forward order."""
+    rows = np.arange(4 * 32, dtype=np.float32).reshape(32, 4)
+
+    def copied(n):
+        out = np.zeros((32, 4), np.float32)
+        run(sim, "vectors", rows, out, block=32, shared=16 * 32, order=order, n=n)
+        return out
+
+    np.testing.assert_array_equal(copied(0), rows)
+    right = (copied(1) == rows).all(1)
+    assert right.all() == (order == "reverse") and right.any() == (order != "forward")
+
+
 def test_a_warp_that_falls_behind_shows_what_no_barrier_orders(sim):
     """Two warps write the number of steps that each has made; a barrier at each would end the race,
     and without one neither gets far ahead of the other but in random order."""

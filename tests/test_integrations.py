@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent.parent
 def test_a_missing_trainer_is_an_import_error_that_says_how_to_get_it(
     trainer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for name in [name for name in sys.modules if name.startswith(f"{trainer}.")]:
+        monkeypatch.delitem(sys.modules, name)  # another test has imported it
     monkeypatch.setitem(sys.modules, trainer, None)
     monkeypatch.delitem(sys.modules, f"reasonkern.integrations.{trainer}", raising=False)
     with pytest.raises(

@@ -369,7 +369,8 @@ def test_a_mean_over_tokens_warns_where_the_source_has_one_over_sequences(
         make(ours.GRPOTrainer, objective=objective, loss_type="dapo")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*loss_type")
-        make(ours.GRPOTrainer, objective=objective, loss_type="grpo")
+        for decided in ("grpo", "dr_grpo"):
+            make(ours.GRPOTrainer, objective=objective, loss_type=decided)
         make(ours.GRPOTrainer, objective="gppo", loss_type="dapo")
 
 

@@ -271,6 +271,7 @@ FOREIGN = [
     ("records", at.FAILURE, 1000),
     ("records", at.FAILURE, 1),  # followed without end
     ("records", at.PERIOD, 0),  # likewise
+    ("records", at.PERIOD, 1),  # the least number: no backend has its remainders
     ("records", at.PARTS, at.BAN),  # neither free nor in use
     ("records", at.PHRASE, at.MAX_END + 1),
     ("records", at.PHRASE, 2),  # beyond what is known of the failure function

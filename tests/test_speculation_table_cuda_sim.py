@@ -7,7 +7,14 @@ import shutil
 import pytest
 import torch
 from contract import assert_same_bits
-from speculation_table_cases import SPARSE, random_batch, random_requests, run_draft, run_update
+from speculation_table_cases import (
+    SPARSE,
+    Batch,
+    random_batch,
+    random_requests,
+    run_draft,
+    run_update,
+)
 from speculation_table_cases import state_tensors as tensors
 
 from reasonkern import DraftTree, NgramTable, _load
@@ -144,6 +151,46 @@ def test_chains_and_temperatures(topk, storage):
                 assert_same_bits(*drafts)
                 assert drafts[0][1].sum() > len(SPARSE)  # more than one tree's worth
     assert torch.equal(tensors(drawn)["counters"], tensors(copy)["counters"])
+
+
+def test_more_children_than_slots():
+    """The seventeenth child of a full entry is missing from the start: a warp waits to draw its."""
+    from cuda_sim import table_backend
+
+    drawn = NgramTable(400, vocab_size=50, orders=(1,), topk=4)
+    batch = random_batch(1, rows=50, window=1, scopes=1)
+    batch.context[:, 0] = torch.arange(50)  # a child of any token has an entry
+    run_update(reference, drawn, batch)
+    requests = random_requests(5, batch=4, window=1, tokens=50)
+    requests.scope.zero_()
+    tree = DraftTree([-1] + [0] * 20 + [17, 17])
+    expected = run_draft(reference, drawn, tree, requests, 1)
+    assert expected[1][:, 1:].sum(-1).max() == drawn.topk
+    for seed in range(40):
+        with table_backend.using(blocks=1, order="random", seed=seed):
+            assert_same_bits(run_draft(simulated, drawn, tree, requests, 1), expected)
+
+
+def test_children_of_all_candidates():
+    """Keys of the first eight candidates' children are worked out before it is known who is drawn;
+    here one is as probable as another, and every child is in the table."""
+    drawn, copy = (NgramTable(256, vocab_size=16, orders=(2, 1), topk=16) for _ in range(2))
+    context = random_batch(6, rows=80, window=2, tokens=16).context
+    ids = torch.rand(80, 16, generator=torch.Generator().manual_seed(0)).argsort()
+    logits = -0.01 * torch.arange(16.0).repeat(80, 1)
+    scope = torch.zeros(80, dtype=torch.int64)
+    run_update(reference, drawn, Batch(context, ids, logits, logits.logsumexp(-1), scope))
+    copy.load_state_dict(drawn.state_dict())
+    requests = random_requests(8, batch=4, window=2, tokens=16)
+    requests.scope.zero_()
+    requests.temperature[:] = 1
+    for kind in (1, 2):
+        drafts = [
+            run_draft(op, t, DraftTree([-1, 0, 1, 2, 3, 4]), requests, kind)
+            for op, t in ((simulated, drawn), (reference, copy))
+        ]
+        assert_same_bits(*drafts)
+        assert drafts[0][1].all()
 
 
 def test_ids_that_are_no_tokens():

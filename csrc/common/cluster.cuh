@@ -1,6 +1,6 @@
-// Shared memory, thread-block clusters, early launches: the hardware-only features behind thin
-// wrappers. Below sm_90 a cluster is one block. Static __shared__ variables are not used anywhere:
-// the simulator keeps several blocks alive at once, so all shared memory is dynamic.
+// Shared memory, copies to it, thread-block clusters, early launches: the hardware-only features
+// behind thin wrappers. Below sm_90 a cluster is one block. Static __shared__ variables are not
+// used anywhere: the simulator keeps several blocks alive at once, so all shared memory is dynamic.
 #pragma once
 
 #include "vec.h"
@@ -102,6 +102,27 @@ __device__ __forceinline__ void cluster_wait() {
 __device__ __forceinline__ void cluster_sync() {
   cluster_arrive();
   cluster_wait();
+}
+
+// Starts a copy of 16 bytes from global to shared memory, past the L1 cache.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(
+                   static_cast<unsigned>(__cvta_generic_to_shared(shared))),
+               "l"(__cvta_generic_to_global(global))
+               : "memory");
+#else
+  cuda_sim::copy_async(shared, global);
+#endif
+}
+
+// Waits for those of the calling thread.
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDACC__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#else
+  cuda_sim::wait_for_copies();
+#endif
 }
 
 // For a kernel that may be launched early (launch in stream.h): lets the next such kernel be

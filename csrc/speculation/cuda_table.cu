@@ -17,6 +17,8 @@ unsigned blocks(int64_t work, int64_t per_block) {
 
 struct CudaTable {
   static void draft(const DraftParams& p, int32_t device) {
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.table.slots) % SetReader::kVector == 0,
+                    "slots: expected an address that is a multiple of 16");
     const LaunchScope scope(device);
     with_draft_kernel(p, [&](auto kernel, unsigned shared) {
       launch(kernel, dim3(blocks(p.batch, 1)), dim3(kDraftThreads), 1, shared, scope.stream, p);

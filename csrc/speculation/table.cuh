@@ -18,6 +18,14 @@ __device__ __forceinline__ void count(int64_t* counter, int64_t n) {
 template <int kWindow>
 struct alignas(16) Window {
   int32_t tokens[kWindow];
+
+  __device__ Window then(int32_t token) const {
+    Window next;
+    next.tokens[0] = token;
+#pragma unroll
+    for (int i = 1; i < kWindow; ++i) next.tokens[i] = tokens[i - 1];
+    return next;
+  }
 };
 
 constexpr int32_t kUndecided = -2;  // the own token of a node whose parent was not drawn from yet
@@ -29,20 +37,30 @@ struct DraftShared {
   int32_t* taken;                                      // inner nodes that a warp has looked at
   Window<kWindow>* windows;                            // by node, as the rest
   int32_t *child_index, *parents, *inner, *child_ptr;  // inner: with children, by depth
+  int32_t* slots;  // of the warp: those of the sets that it looks up
 
   static constexpr unsigned kHead = 32;  // bytes before the windows
 
-  __device__ explicit DraftShared(int nodes)
+  __device__ explicit DraftShared(const DraftParams& p)
       : seen(dynamic_shared<int32_t>()),
         taken(seen + kMaxOrders + 1),
         windows(dynamic_shared<Window<kWindow>>(kHead)),
-        child_index(dynamic_shared<int32_t>(kHead + sizeof(Window<kWindow>) * unsigned(nodes))),
-        parents(child_index + nodes),
-        inner(parents + nodes),
-        child_ptr(inner + nodes) {}
+        child_index(dynamic_shared<int32_t>(kHead + sizeof(Window<kWindow>) * unsigned(p.nodes))),
+        parents(child_index + p.nodes),
+        inner(parents + p.nodes),
+        child_ptr(inner + p.nodes),
+        slots(dynamic_shared<int32_t>(slots_at(p.nodes) + threadIdx.x / 32 * set_bytes(p.table))) {}
 
-  static unsigned bytes(int nodes) {
-    return kHead + (sizeof(Window<kWindow>) + 4 * 4) * unsigned(nodes) + 4;
+  static unsigned bytes(const DraftParams& p, unsigned threads) {
+    return slots_at(p.nodes) + threads / 32 * set_bytes(p.table);
+  }
+
+  __host__ __device__ static unsigned slots_at(int nodes) {
+    return (kHead + (sizeof(Window<kWindow>) + 4 * 4) * unsigned(nodes) + 4 + 15) / 16 * 16;
+  }
+
+  __host__ __device__ static unsigned set_bytes(const Table& t) {
+    return unsigned(t.num_orders * kWays * t.topk) * 4;
   }
 
   __device__ void load_tree(const DraftParams& p) const {
@@ -106,37 +124,81 @@ __device__ __forceinline__ uint64_t settled(uint64_t x) {
 #endif
   return x;
 }
+__device__ __forceinline__ uint32_t settled(uint32_t x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+__device__ __forceinline__ ChildDraw settled(const ChildDraw& d) {
+  return {d.seed, settled(d.position), settled(d.stream), d.temperature,
+          settled(uint32_t(d.noisy)) != 0};
+}
+
+// Where a lane reads of a set, and what of its slots.
+struct SetReader {
+  const uint64_t* keys;  // of the lane's way in set 0
+  const char* slots;     // of set 0, from the lane's first vector on
+  char* copies;          // of the vectors, in shared memory
+  int64_t sets;
+  unsigned bytes, first;  // of a set's slots; of those before the lane's first vector
+  static constexpr unsigned kVector = 16, kTurn = kWays * kVector;  // bytes: a lane's, eight lanes'
+
+  __device__ SetReader(const Table& t, int32_t* copies, unsigned lane)
+      : keys(t.keys + lane % kWays),
+        sets(t.sets),
+        bytes(kWays * 4 * unsigned(t.topk)),
+        first(lane % kWays * kVector) {
+    slots = reinterpret_cast<const char*>(t.slots) + first;
+    slots = shuffle_from(slots, int(lane));  // else it is loaded anew where it is used
+    this->copies = reinterpret_cast<char*>(copies) + lane / kWays * bytes + first;
+  }
+};
+
+// What is loaded of a request: all of it is on its way before any of it is used.
+struct DraftInput {
+  int64_t seed, position;
+  int64_t token = -1;     // lane i: the i-th newest one
+  float temperature = 0;  // lane 0's: else the compiler waits for it before the loads of the tree
+  int64_t scope = 0;
+  int32_t epoch = 0;
+  bool known;  // the scope
+
+  __device__ DraftInput(const DraftParams& p, int64_t index)
+      : seed(p.seed[index]), position(p.position[index]) {
+    const int lane = int(threadIdx.x % 32), back = p.table.window - 1 - lane;
+    if (lane == 0) temperature = p.temperature[index];
+    if (back >= 0) token = p.context[index * p.context_stride + back];
+    if (p.scope != nullptr) scope = p.scope[index];
+    known = scope >= 0 && scope < p.table.scopes;
+    if (known) epoch = p.table.epochs[scope];
+  }
+};
 
 // A request's constants, of every thread.
 struct DraftRequest {
   int64_t index, seed, position;
+  unsigned lane;  // by way of a shuffle, as topk: else it is read anew wherever it is used
+  int32_t topk;
   float temperature, reciprocal;
-  int32_t context;    // lane i: the i-th newest token
-  int32_t order;      // of the lane's look-ups, eight lanes each; 0: none
-  int32_t orders[2];  // of the keys that the lane works out of its candidate
-  uint64_t start;     // of the hashes
+  int32_t context;  // lane i: the i-th newest token
+  int32_t order;    // of the lane's keys, eight lanes each; 0: none
+  uint64_t start;   // of the hashes
 
-  __device__ DraftRequest(const DraftParams& p, int64_t index)
+  __device__ DraftRequest(const DraftParams& p, int64_t index, const DraftInput& input)
       : index(index),
-        seed(p.seed[index]),
-        position(p.position[index]),
-        temperature(p.temperature[index]),
+        seed(input.seed),
+        position(input.position),
+        lane(shuffle_from(threadIdx.x % 32, int(threadIdx.x % 32))),
+        topk(__shfl_sync(kFullMask, lane == 0 ? p.table.topk : 0, 0)),
+        temperature(__shfl_sync(kFullMask, input.temperature, 0)),
         reciprocal(settled(noise::divide(1.0f, temperature))),
         context(-1),
-        order(0),
-        orders{0, 0} {
-    const int lane = int(threadIdx.x % 32), back = p.table.window - 1 - lane;
-    const int64_t token = back >= 0 ? p.context[index * p.context_stride + back] : -1;
-    if (is_present(token)) context = int32_t(token);
-    const int64_t scope = p.scope == nullptr ? 0 : p.scope[index];
-    if (scope < 0 || scope >= p.table.scopes) return;
-    start = hash_start(scope, p.table.epochs[scope]);
-    if (lane / kWays < p.table.num_orders) order = p.table.orders[lane / kWays];
-    const int pair = lane / kMaxTopk * 2;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (pair + i < p.table.num_orders) orders[i] = p.table.orders[pair + i];
-    }
+        order(0) {
+    if (is_present(input.token)) context = int32_t(input.token);
+    if (!input.known) return;
+    start = hash_start(input.scope, input.epoch);
+    if (int(lane / kWays) < p.table.num_orders) order = p.table.orders[lane / kWays];
   }
 
   // log_p over the temperature, rounded as a division is (Markstein): the reciprocal is rounded to
@@ -176,77 +238,73 @@ __device__ __forceinline__ uint64_t key_of_window(const DraftRequest& request,
     present = present && (!inside || window.tokens[i] >= 0);
     h = inside ? next : h;
   }
-  return present ? key_of(h, request.order) : 0;
+  const uint64_t key = settled(key_of(h, request.order));  // no branch around it
+  return present ? key : 0;
 }
 
 // A look-up of the longest order that is in the table, eight lanes to an order, one to a way: first
 // the loads, then the answer. A draft's time is that of its dependent instructions, so no step
-// branches.
+// branches. The slots of all ways come to shared memory beside the keys: one trip, not two.
 class LookUp {
  public:
-  __device__ LookUp(const Table& t, uint64_t key)
-      : key_(key), at_(set_of(key, t.sets) * kWays + threadIdx.x % kWays), held_(0) {
+  __device__ LookUp(const SetReader& r, uint64_t key)
+      : key_(key), set_(uint32_t(set_of(key, r.sets))), held_(0) {
     if (key == 0) return;  // else all requests would ask for the one set of no key
-    held_ = t.keys[at_];
-    prefetch_slots(t, at_);
+    held_ = r.keys[uint64_t(set_) * kWays];
+    const char* from = r.slots + uint64_t(set_) * r.bytes;
+#pragma unroll
+    for (unsigned i = 0; i < kWays * 4 * kMaxTopk; i += SetReader::kTurn) {
+      if (r.first + i < r.bytes) copy_async(r.copies + i, from + i);
+    }
   }
 
-  // Returns the order's number, or -1; every lane gets the same.
-  __device__ int find(int64_t& entry) const {
+  // Returns the lane whose way it is, or -1; every lane gets the same.
+  __device__ int find() const {
     const unsigned found = __ballot_sync(kFullMask, held_ == key_ && key_ != 0);
-    const int first = found == 0 ? 0 : __ffs(int(found)) - 1;
-    entry = shuffle_from(at_, first);
-    return found == 0 ? -1 : first / kWays;
+    wait_for_copies();
+    __syncwarp();
+    return __ffs(int(found)) - 1;
   }
+
+  // The entry of the lane's way.
+  __device__ int64_t entry() const { return int64_t(set_) * kWays + threadIdx.x % kWays; }
 
  private:
   uint64_t key_;
-  int64_t at_;
+  uint32_t set_;
   uint64_t held_;
 };
 
 constexpr unsigned kLowerLanes = (1u << kMaxTopk) - 1;
 
-// What a lane knows of slot lane % 16 of an entry: both halves of a warp the same.
+// What a lane knows of slot lane % 16 of an entry.
 struct Candidate {
   int32_t id = -1;
-  int rank = kMaxTopk;        // among the used ones; of an unused one, more than they have
-  uint64_t keys[2] = {0, 0};  // of the two orders of the lane's half: of a child with this token
-
-  // The lane's key of the child that takes a candidate, whose lower lane is given.
-  __device__ uint64_t key_of_child(int taken) const {
-    const int from = taken + int(threadIdx.x % 32) / kMaxTopk * kMaxTopk;
-    const uint64_t first = shuffle_from(keys[0], from), second = shuffle_from(keys[1], from);
-    return threadIdx.x / kWays % 2 == 0 ? first : second;
-  }
+  float probability = 0;
+  uint64_t place = 0;  // larger for one that goes before another; 0: unused, or of the upper half
+  uint64_t child_key = 0;  // of the lane's order: of the child that takes slot lane % 8
 };
 
-// The keys of the children of a node, each half of the warp of two orders, before it is known which
-// are drawn: beside the noise, which takes as long and waits as much.
+// The key, of the lane's order, of the child that takes a candidate, whose lane is given and whose
+// token comes first in the child's window. The keys of the first eight candidates, the most
+// probable ones, are worked out beside the noise, before it is known which of them is drawn.
 template <int kWindow>
-__device__ __forceinline__ void set_keys(const DraftRequest& request, const Window<kWindow>& window,
-                                         Candidate& mine) {
-  uint64_t h = request.start, hashes[2] = {0, 0};
-  bool present = true, whole[2] = {false, false};
-#pragma unroll
-  for (int i = 0; i < kWindow; ++i) {
-    const int32_t token = i == 0 ? mine.id : window.tokens[i == 0 ? 0 : i - 1];
-    h = hash_step(h, uint32_t(token));
-    present = present && token >= 0;
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      if (request.orders[k] == i + 1) hashes[k] = h, whole[k] = present;
-    }
-  }
-#pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    const uint64_t key = key_of(hashes[k], request.orders[k]);
-    mine.keys[k] = settled(whole[k] ? key : 0);
-  }
+__device__ __forceinline__ uint64_t key_of_child(const DraftRequest& request, const Candidate& mine,
+                                                 int taken, const Window<kWindow>& child) {
+  if (taken >= kWays) return key_of_window(request, child);
+  return shuffle_from(mine.child_key, int(request.lane / kWays * kWays) + taken);
 }
 
-// What a candidate is ranked by, and its children's keys. The branch comes first, with a logarithm
-// of its own, and parts nothing: the chains of instructions run side by side.
+// Of the warp's lower half noise::exponential_of(u), of its upper -log p: two logarithms in one.
+__device__ __forceinline__ float log_of_half(bool upper, float u, float p) {
+  using namespace noise;
+  const float x = upper ? p : add(1.0f, -u);
+  const int32_t n = binade(x);
+  return minus_log(n, !upper && n == 0 ? -u : add(mantissa(x, n), -1.0f));
+}
+
+// What a candidate of the lower half is ranked by, and its child's keys. The branch comes first,
+// with a logarithm of its own, and parts nothing: the chains of instructions run side by side.
 template <int kWindow>
 __device__ __forceinline__ float set_score(const DraftRequest& request,
                                            const Window<kWindow>& window, const ChildDraw& draw,
@@ -254,21 +312,36 @@ __device__ __forceinline__ float set_score(const DraftRequest& request,
   float tempered = 0;
   const bool extreme = request.extreme();
   if (extreme) tempered = noise::divide(-noise::minus_log(settled(p)), draw.temperature);
-  set_keys(request, window, mine);
-  const float log_p = -noise::minus_log(p);
+  const int32_t token = __shfl_sync(kFullMask, mine.id, int(request.lane % kWays));
+  mine.child_key = settled(key_of_window(request, window.then(token)));
+  const uint32_t word = noise_word(draw.seed, draw.position, draw.stream, uint32_t(mine.id));
+  const float log = log_of_half(request.lane >= kMaxTopk, noise::uniform_of(word), p);
+  const float log_p = -__shfl_sync(kFullMask, log, int(request.lane | kMaxTopk));
   if (!extreme) tempered = request.tempered(log_p);
-  const float gumbel =
-      settled(gumbel_noise(draw.seed, draw.position, uint32_t(mine.id), draw.stream));
+  const float gumbel = settled(noise::minus_log(log));
   return draw.noisy ? noise::add(tempered, gumbel) : log_p;
 }
 
+// The lane of the candidate that goes before all others; -1: there is none. Places are
+// distinct, most of them in their upper halves.
+__device__ __forceinline__ int best_of(uint64_t place) {
+  const uint32_t upper = uint32_t(place >> 32), top = __reduce_max_sync(kFullMask, upper);
+  bool mine = place != 0 && upper == top;
+  unsigned best = __ballot_sync(kFullMask, mine);
+  if ((best & (best - 1)) != 0) {
+    const uint32_t lower = mine ? uint32_t(place) : 0, most = __reduce_max_sync(kFullMask, lower);
+    mine = mine && lower == most;
+    best = __ballot_sync(kFullMask, mine);
+  }
+  return 31 - __clz(int(best));  // its one bit
+}
+
 // How many lanes hold something that goes before this lane's candidate, a larger number: each half
-// of the warp counts half of the candidates. Lanes from topk on hold nothing.
-__device__ __forceinline__ int rank_among(bool used, float score, int32_t id, int topk) {
+// of the warp counts half of the candidates. Lanes from topk on hold nothing. Ranks are distinct as
+// places are: whoever waits for a node of no rank waits for ever.
+__device__ __forceinline__ int rank_among(uint64_t mine, int topk) {
   static_assert(kMaxTopk == 16, "half a warp");
-  // Ranks are distinct as keys are: whoever waits for a node of no rank waits for ever.
-  const uint64_t key = rank_key(score, id, threadIdx.x % kMaxTopk);
-  const uint64_t mine = used ? key : 0;
+  mine = shuffle_from(mine, int(threadIdx.x % kMaxTopk));
   const int share = (topk + 1) / 2, first = threadIdx.x % 32 < kMaxTopk ? 0 : share;
   int rank = 0;
 #pragma unroll
@@ -282,10 +355,10 @@ __device__ __forceinline__ int rank_among(bool used, float score, int32_t id, in
 
 // Lane k stores slot k of a node's law, normalised over the slots in slot order.
 __device__ __forceinline__ void store_law(const DraftParams& p, int64_t node_at,
-                                          const ChildDraw& draw, bool used, int32_t id,
-                                          float probability, int rank) {
+                                          const ChildDraw& draw, const Candidate& mine, int best) {
   const int lane = threadIdx.x % 32;
-  const float z = used ? tempered(draw, probability) : -INFINITY;
+  const bool used = mine.place != 0;
+  const float z = used ? tempered(draw, mine.probability) : -INFINITY;
   float top = -1e30f, total = 0;
   for (int k = 0; k < p.table.topk; ++k) top = fmaxf(top, __shfl_sync(kFullMask, z, k));
   const float mass = exp_fixed(noise::add(z, -top));
@@ -294,34 +367,32 @@ __device__ __forceinline__ void store_law(const DraftParams& p, int64_t node_at,
   }
   const float lse = noise::add(top, -noise::minus_log(fmaxf(total, 1.0f)));
   float q = noise::add(z, -lse);
-  if (!(draw.temperature > 0)) q = rank == 0 ? 0.0f : -INFINITY;
+  if (!(draw.temperature > 0)) q = lane == best ? 0.0f : -INFINITY;
   if (lane < p.table.topk && used) {
-    p.q_ids[node_at * p.table.topk + lane] = id;
+    p.q_ids[node_at * p.table.topk + lane] = mine.id;
     p.q_logprob[node_at * p.table.topk + lane] = q;
   }
 }
 
-// Ranks an entry's candidates for the children of a node.
+// The candidates of the entry that `lane` has found, for the children of a node.
 template <int kWindow>
-__device__ __forceinline__ Candidate draw_candidates(const DraftParams& p,
-                                                     const DraftRequest& request,
-                                                     const Window<kWindow>& window, int node,
-                                                     int level, int64_t entry) {
-  const Table& t = p.table;
-  const int slot = int(threadIdx.x % kMaxTopk), last = t.topk - 1;
-  const ChildDraw draw =
-      draw_at(p.kind, request.seed, request.position, level, request.temperature);
+__device__ __forceinline__ Candidate candidate_of(const Table& t, const DraftRequest& request,
+                                                  const Window<kWindow>& window,
+                                                  const ChildDraw& draw, const LookUp& look_up,
+                                                  const int32_t* slots, int lane) {
+  const int last = request.topk - 1, own = int(request.lane % kMaxTopk);
+  const int slot = own < last ? own : last;
   Candidate mine;
-  float probability;
-  mine.id = read_slot(t, entry * t.topk + (slot < last ? slot : last), entry, probability);
-  const bool used = slot <= last && mine.id >= 0;
-  const float score = set_score(request, window, draw, probability, mine);
-  const int rank = rank_among(used, score, mine.id, t.topk);
-  if (used) mine.rank = rank;
-  if (p.kind == kRejection) {
-    const int64_t at = request.index * p.nodes + node;
-    store_law(p, at, draw, used, mine.id, probability, rank);
+  if (t.sums == nullptr && t.high == nullptr) {
+    mine.id = read_packed(t, 0, uint32_t(slots[lane * request.topk + slot]), mine.probability);
+  } else {
+    const int64_t entry = shuffle_from(look_up.entry(), lane);
+    mine.id = read_slot(t, entry * t.topk + slot, entry, mine.probability);
   }
+  const bool used = request.lane <= unsigned(last) && mine.id >= 0;
+  const float score = set_score(request, window, draw, mine.probability, mine);
+  const uint64_t place = rank_key(score, mine.id, uint32_t(own));
+  mine.place = used ? place : 0;
   return mine;
 }
 

@@ -181,11 +181,28 @@ RK_HOST_DEVICE int32_t packed_id(const Table& t, int64_t at, uint32_t word) {
   return int32_t((word & kIdMask) | high << kIdBits);
 }
 
-RK_HOST_DEVICE Slot load_slot(const Table& t, int64_t at, int64_t n) {
-  if (t.sums != nullptr) return {t.sums[at] > 0 ? t.slots[at] : -1, t.sums[at]};
-  const uint32_t word = uint32_t(t.slots[at]), code = word >> kIdBits;
+// A slot's bits, as they are loaded.
+struct RawSlot {
+  int32_t word;
+  uint8_t high;
+  int64_t sum;
+};
+
+RK_HOST_DEVICE RawSlot raw_slot(const Table& t, int64_t at) {
+  return {t.slots[at], t.high == nullptr ? uint8_t(0) : t.high[at],
+          t.sums == nullptr ? 0 : t.sums[at]};
+}
+
+RK_HOST_DEVICE Slot slot_of(const Table& t, const RawSlot& raw, int64_t n) {
+  if (t.sums != nullptr) return {raw.sum > 0 ? raw.word : -1, raw.sum};
+  const uint32_t word = uint32_t(raw.word), code = word >> kIdBits;
   if (code == 0) return {-1, 0};
-  return {packed_id(t, at, word), int64_t(decode(code)) * 64 * n};
+  return {int32_t((word & kIdMask) | uint32_t(raw.high) << kIdBits),
+          int64_t(decode(code)) * 64 * n};
+}
+
+RK_HOST_DEVICE Slot load_slot(const Table& t, int64_t at, int64_t n) {
+  return slot_of(t, raw_slot(t, at), n);
 }
 
 // `total` of n occurrences, of which max_count are remembered.
@@ -205,14 +222,16 @@ RK_HOST_DEVICE void store_slot(const Table& t, int64_t at, int32_t id, int64_t t
 }
 
 // Id and probability of a slot, as drafting and verification use them.
-RK_HOST_DEVICE int32_t read_slot(const Table& t, int64_t at, int64_t entry, float& p) {
-  if (t.sums != nullptr) {
-    p = noise::mul(noise::divide(float(t.sums[at]), float(t.counts[entry])), 0x1p-30f);
-    return t.sums[at] > 0 ? t.slots[at] : -1;
-  }
-  const uint32_t word = uint32_t(t.slots[at]), code = word >> kIdBits;
+RK_HOST_DEVICE int32_t read_packed(const Table& t, int64_t at, uint32_t word, float& p) {
+  const uint32_t code = word >> kIdBits;
   p = noise::mul(float(decode(code)), 0x1p-24f);
   return code == 0 ? -1 : packed_id(t, at, word);
+}
+
+RK_HOST_DEVICE int32_t read_slot(const Table& t, int64_t at, int64_t entry, float& p) {
+  if (t.sums == nullptr) return read_packed(t, at, uint32_t(t.slots[at]), p);
+  p = noise::mul(noise::divide(float(t.sums[at]), float(t.counts[entry])), 0x1p-30f);
+  return t.sums[at] > 0 ? t.slots[at] : -1;
 }
 
 // ---- scores

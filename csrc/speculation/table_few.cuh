@@ -39,14 +39,16 @@ struct Share {
   uint32_t* used;  // of the room for sums
   uint64_t* keys;
   uint16_t* items;
+  uint8_t* ways;  // that hold the keys, before the block changes one; kWays: none does
 
-  static constexpr unsigned kHead = 8, kItemBytes = 10;  // bytes: of the sizes, of an item
+  static constexpr unsigned kHead = 8, kItemBytes = 11;  // bytes: of the sizes, of an item
 
   __device__ explicit Share(int64_t items)
       : size(dynamic_shared<int>()),
         used(dynamic_shared<uint32_t>(4)),
         keys(dynamic_shared<uint64_t>(kHead)),
-        items(dynamic_shared<uint16_t>(kHead + 8 * unsigned(items))) {}
+        items(dynamic_shared<uint16_t>(kHead + 8 * unsigned(items))),
+        ways(dynamic_shared<uint8_t>(kHead + 10 * unsigned(items))) {}
 
   __host__ __device__ static unsigned warps_at(int64_t items) {
     return (kHead + kItemBytes * unsigned(items) + 15) / 16 * 16;
@@ -79,9 +81,24 @@ struct Share {
       keys[i] = m.keys[items[i]] ^ kSignBit;
     }
     __syncthreads();
+    find_ways(m.update.table);
+    __syncthreads();
   }
 
  private:
+  // Eight lanes to an item, one to a way.
+  __device__ void find_ways(const Table& t) const {
+    const int lane = int(threadIdx.x % 32), items_at_once = int(blockDim.x) / kWays;
+    RK_ROLLED
+    for (int first = int(threadIdx.x / 32) * (32 / kWays); first < *size; first += items_at_once) {
+      const int i = first + lane / kWays;
+      bool held = false;
+      if (i < *size) held = t.keys[set_of(keys[i], t.sets) * kWays + lane % kWays] == keys[i];
+      const unsigned match = __ballot_sync(kFullMask, held) >> lane / kWays * kWays & 0xff;
+      if (i < *size && lane % kWays == 0) ways[i] = match == 0 ? kWays : __ffs(int(match)) - 1;
+    }
+  }
+
   __device__ static uint32_t first_bin(unsigned block) { return block * kLastBin / gridDim.x; }
 };
 
@@ -92,31 +109,38 @@ inline unsigned few_shared_bytes(int64_t items, unsigned threads) {
 
 // Where a key stands among the items of its block.
 struct KeyPlace {
-  int rows;       // items of the key
-  int last;       // one of them
-  bool leads;     // no item of the set has a lower key, or the same one and comes first
-  uint64_t next;  // the lowest higher key of the set; kLeftOut: none
+  int rows;         // items of the key
+  int first, last;  // of them
+  bool found;       // the table has all the keys of the set: no key's merge touches another's
+  bool leads;     // no item has the same key and comes first; nor a lower one, if not all are found
+  uint64_t next;  // the lowest higher key of the set, if not all are found; kLeftOut: none
 };
 
 __device__ inline KeyPlace place_of_key(const MergeParams& m, const Share& share, uint64_t key,
                                         int item) {
   const int64_t sets = m.update.table.sets, set = set_of(key, sets);
   const int lane = int(threadIdx.x % 32), size = *share.size;
-  KeyPlace place{0, 0, true, kLeftOut};
-  bool follows = false;
+  KeyPlace place{0, 0, 0, true, true, kLeftOut};
+  bool follows = false, second = false, lower = false, missing = false;
   RK_ROLLED
   for (int first = 0; first < size; first += 32) {
     const int j = first + lane;
     const uint64_t other = j < size ? share.keys[j] : kLeftOut;
     const bool near = other != kLeftOut && set_of(other, sets) == set;
     const unsigned same = __ballot_sync(kFullMask, other == key);
+    if (same != 0 && place.rows == 0) place.first = first + __ffs(int(same)) - 1;
+    if (same != 0) place.last = first + 31 - __clz(int(same));
     place.rows += __popc(same);
-    if (same != 0) place.last = first + __ffs(int(same)) - 1;
-    if (near && (other < key || (other == key && j < item))) place.leads = false;
+    if (near && share.ways[j] == kWays) missing = true;
+    if (near && other < key) lower = true;
+    if (other == key && j < item) second = true;
     if (near && other > key) follows = true, place.next = other < place.next ? other : place.next;
   }
-  place.leads = all_lanes(place.leads);
-  if (__any_sync(kFullMask, follows)) {
+  place.found = !__any_sync(kFullMask, missing);
+  place.leads = !__any_sync(kFullMask, second || (lower && !place.found));
+  if (place.found) {
+    place.next = kLeftOut;
+  } else if (__any_sync(kFullMask, follows)) {
     place.next = warp_reduce(place.next, [](uint64_t a, uint64_t b) { return a < b ? a : b; });
   }
   return place;
@@ -125,6 +149,12 @@ __device__ inline KeyPlace place_of_key(const MergeParams& m, const Share& share
 __device__ __forceinline__ int nth_bit(unsigned bits, int n) {
   for (; n > 0; --n) bits &= bits - 1;
   return __ffs(int(bits)) - 1;
+}
+
+// item / num_orders, without a division.
+__device__ __forceinline__ int row_of(const Table& t, int item) {
+  static_assert(kMaxOrders == 4 && kFewItems <= 1 << 15, "item * 43691 >> 17 is a third of it");
+  return t.num_orders == 3 ? item * 43691 >> 17 : item >> t.num_orders / 2;
 }
 
 // Adds up the candidates of the items of a key.
@@ -139,7 +169,7 @@ __device__ inline void sum_tokens(const MergeParams& m, const Share& share, uint
     RK_ROLLED
     for (int i = lane; i < __popc(hits) * p.width; i += 32) {
       const int item = share.items[first + nth_bit(hits, i / p.width)];
-      const int64_t at = int64_t(item / p.table.num_orders) * p.width + i % p.width;
+      const int64_t at = int64_t(row_of(p.table, item)) * p.width + i % p.width;
       const int32_t value = m.values[at];
       if (value > 0) sums.add(int32_t(p.ids[at]), value);
     }
@@ -173,57 +203,96 @@ __device__ inline TokenSums room_for_sums(const MergeParams& m, const Share& sha
   return {ids + at, sums + at, size};
 }
 
-// The tokens of an item's row, sixteen lanes twice.
+// The tokens of a row or two, sixteen lanes each; of one, twice.
 struct RowTokens {
-  int32_t id;
-  int64_t sum;
+  int32_t id, value;
+  int64_t sum = 0;  // by token, once they are joined
 
   __device__ RowTokens(const MergeParams& m, int item) {
     const UpdateParams& p = m.update;
     const int slot = int(threadIdx.x % kMaxTopk), last = p.width - 1;
-    const int64_t row = item / p.table.num_orders, at = row * p.width + (slot < last ? slot : last);
+    const int64_t at = int64_t(row_of(p.table, item)) * p.width + (slot < last ? slot : last);
     id = int32_t(p.ids[at]);
-    sum = slot < p.width ? m.values[at] : 0;
+    value = slot < p.width ? m.values[at] : 0;
   }
 
-  // Whether no token comes twice.
-  __device__ bool distinct() const {
-    const int32_t mine = sum > 0 ? id : -1 - int(threadIdx.x % kMaxTopk);
-    return !__any_sync(kFullMask, __popc(__match_any_sync(kFullMask, mine)) > 2);
+  // Gives each token to one lane of sixteen, or of two rows to one lane of all: to the first row's
+  // if both have it. False where a row has a token twice.
+  __device__ bool join(bool two) {
+    sum = value;
+    const int lane = int(threadIdx.x % 32);
+    const int32_t mine = sum > 0 ? id : -1 - lane % kMaxTopk;
+    const unsigned same = __match_any_sync(kFullMask, mine);
+    const unsigned own = lane < kMaxTopk ? kLowerLanes : ~kLowerLanes;
+    if (__any_sync(kFullMask, __popc(same & own) > 1)) return false;
+    if (two) {
+      const bool both = (same & ~own) != 0 && sum > 0;
+      const int64_t other = shuffle_from(sum, both ? __ffs(int(same & ~own)) - 1 : lane);
+      if (both) sum = lane < kMaxTopk ? sum + other : 0;
+    }
+    return true;
+  }
+
+  // Sixteen of them, twice.
+  __device__ void take(int part, int32_t& token, int64_t& total) const {
+    const int from = part * kMaxTopk + int(threadIdx.x % kMaxTopk);
+    token = __shfl_sync(kFullMask, id, from);
+    total = shuffle_from(sum, from);
   }
 };
 
-// The usual key is of one row; the tokens of others are summed first.
+// The usual key is of one row or two; the tokens of others are summed first.
 __device__ inline void merge_rows(const MergeParams& m, const Share& share, uint64_t key,
-                                  const Way& way, const RowTokens& row, const KeyPlace& place) {
-  const bool alone = place.rows == 1 && row.distinct();
-  TokenSums sums{nullptr, nullptr, kMaxTopk};
-  if (!alone) {
+                                  const Claim& claim, const RawSlot& slot, RowTokens& row,
+                                  const KeyPlace& place) {
+  const bool in_lanes = place.rows <= 2 && row.join(place.rows == 2);
+  TokenSums sums{nullptr, nullptr, uint32_t(place.rows * kMaxTopk)};
+  if (!in_lanes) {
     sums = room_for_sums(m, share, key, place.rows);
     sums.clear();
     sum_tokens(m, share, key, sums);
   }
-  KeyMerge merge(m.update, key, way, place.rows, Share::scratch(m.items));
+  KeyMerge merge(m.update, claim, slot, place.rows, Share::scratch(m.items));
   merge.run((sums.size + kMaxTopk - 1) / kMaxTopk, [&](int64_t part, int32_t& id, int64_t& sum) {
-    id = row.id, sum = row.sum;
-    if (alone) return;
+    if (in_lanes) return row.take(int(part), id, sum);
     const uint32_t i = uint32_t(part) * kMaxTopk + threadIdx.x % kMaxTopk;
     id = i < sums.size ? sums.ids[i] : -1;
     sum = id >= 0 ? sums.sums[i] : 0;
   });
 }
 
-// The warp of the first item of a set merges the set's keys, in order. Before it knows whether it
-// is that warp, what the usual key needs is on its way from memory.
+// The warp of a key's first item merges the key, if the table has all keys of the set; else the
+// warp of the set's first item merges them all, in order. Before it knows whether it is that warp,
+// what the usual key needs is on its way from memory.
 __device__ inline void merge_set(const MergeParams& m, const Share& share, int item) {
-  const uint64_t lowest = share.keys[item];
-  for (uint64_t key = lowest; key != kLeftOut;) {
-    const Way way(m.update.table, key);
-    RowTokens row(m, share.items[item]);
+  const Table& t = m.update.table;
+  const uint64_t own = share.keys[item];
+  const int held = share.ways[item];
+  Way way;
+  Claim claim{};
+  RawSlot slot{};
+  if (held == kWays) {
+    way = Way(t, own);
+  } else {
+    claim.entry = set_of(own, t.sets) * kWays + held;
+    claim.count = t.counts[claim.entry];
+    claim.age = int32_t(uint32_t(*t.clock));
+    slot = claim.slot(t);
+  }
+  RowTokens row(m, share.items[item]);
+  for (uint64_t key = own; key != kLeftOut;) {
     const KeyPlace place = place_of_key(m, share, key, item);
-    if (key == lowest && !place.leads) return;
-    if (place.rows == 1 && place.last != item) row = RowTokens(m, share.items[place.last]);
-    merge_rows(m, share, key, way, row, place);
+    if (key == own && !place.leads) return;
+    if (!place.found) {
+      if (key != own || held != kWays) way = Way(t, key);
+      claim = Claim(t, key, way);
+      slot = claim.slot(t);
+    }
+    if (place.rows <= 2 && (place.first != item || place.last != item)) {
+      const bool second = threadIdx.x % 32 >= kMaxTopk;
+      row = RowTokens(m, share.items[second ? place.last : place.first]);
+    }
+    merge_rows(m, share, key, claim, slot, row, place);
     key = place.next;
   }
 }

@@ -109,13 +109,14 @@ __global__ void table_keys_kernel(MergeParams m) {
 // What a lane knows of one way of a key's set: way w of lanes w, w + 8, ... Only loaded, so that it
 // can be on its way from memory while something else is found out.
 struct Way {
-  int64_t first;  // the set's first entry
-  uint64_t held;  // key
-  int64_t clock;
-  int32_t count, age;
+  int64_t first = 0;  // the set's first entry
+  uint64_t held = 0;  // key
+  int64_t clock = 0;
+  int32_t count = 0, age = 0;
 
   __device__ static int number() { return int(threadIdx.x % kWays); }
 
+  Way() = default;
   __device__ Way(const Table& t, uint64_t key) : first(set_of(key, t.sets) * kWays) {
     const int64_t entry = first + number();
     held = t.keys[entry];
@@ -134,13 +135,17 @@ struct Way {
 // The entry of a key, or the one it takes, and what it remembers. Every lane has the same.
 struct Claim {
   int64_t entry;
-  int32_t count;  // 0: new
+  int16_t count;  // 0: new
+  int32_t age;    // from now on
 
-  __device__ Claim(const Table& t, uint64_t key, const Way& mine) : count(0) {
+  Claim() = default;
+
+  __device__ Claim(const Table& t, uint64_t key, const Way& mine)
+      : count(0), age(int32_t(uint32_t(mine.clock))) {
     const unsigned match = __ballot_sync(kFullMask, mine.held == key);
     int way = __ffs(int(match)) - 1;
     if (match != 0) {
-      count = __shfl_sync(kFullMask, mine.count, way);
+      count = int16_t(__shfl_sync(kFullMask, mine.count, way));
     } else {
       uint64_t lowest = mine.order();
 #pragma unroll
@@ -155,6 +160,12 @@ struct Claim {
       }
     }
     entry = mine.first + way;
+  }
+
+  // The lane's slot.
+  __device__ RawSlot slot(const Table& t) const {
+    const int lane = int(threadIdx.x % 32);
+    return raw_slot(t, entry * t.topk + (lane < t.topk ? lane : 0));
   }
 };
 
@@ -174,12 +185,11 @@ constexpr unsigned kMergeBytes = kMergeSums * sizeof(RankedSum);
 // best.
 class KeyMerge {
  public:
-  __device__ KeyMerge(const UpdateParams& p, uint64_t key, const Way& way, int64_t rows,
+  // `slot`: the claim's.
+  __device__ KeyMerge(const UpdateParams& p, const Claim& claim, const RawSlot& slot, int64_t rows,
                       RankedSum* scratch)
-      : p_(p), claim_(p.table, key, way), total_(claim_.count + rows), scratch_(scratch) {
-    if (claim_.count > 0 && lane() < p.table.topk) {
-      old_ = load_slot(p.table, claim_.entry * p.table.topk + lane(), claim_.count);
-    }
+      : p_(p), claim_(claim), total_(claim_.count + rows), scratch_(scratch) {
+    if (claim_.count > 0 && lane() < p.table.topk) old_ = slot_of(p.table, slot, claim_.count);
   }
 
   // load(k, id, sum) gives lane i token i % 16 of part k; id -1 or sum 0: none.
@@ -223,7 +233,7 @@ class KeyMerge {
 
   // Ranks the upper lanes' tokens among the best so far. All lanes read the same one at a time.
   __device__ void rank(int32_t id, int64_t sum) {
-    const int first = __any_sync(kFullMask, best_.sum > 0) ? 0 : kMaxTopk;
+    const int first = __any_sync(kFullMask, best_.id >= 0) ? 0 : kMaxTopk;
     if (!upper()) id = best_.id, sum = best_.sum;
     if (id < 0) sum = 0;
     scratch_[lane()] = {id, 0, sum};
@@ -253,7 +263,7 @@ class KeyMerge {
     }
     if (lane() == 0) {
       t.counts[claim_.entry] = int16_t(total_ < p_.max_count ? total_ : p_.max_count);
-      t.ages[claim_.entry] = int32_t(uint32_t(*t.clock));
+      t.ages[claim_.entry] = claim_.age;
     }
     __syncwarp();
   }
@@ -275,7 +285,9 @@ inline unsigned merge_shared_bytes(unsigned threads) { return threads / 32 * kMe
 __device__ __forceinline__ void merge_key(const MergeParams& m, int64_t begin, int64_t end) {
   auto* scratch = dynamic_shared<RankedSum>() + threadIdx.x / 32 * kMergeSums;
   const uint64_t key = m.keys[begin] ^ kSignBit;
-  KeyMerge merge(m.update, key, Way(m.update.table, key), end - begin, scratch);
+  const Table& t = m.update.table;
+  const Claim claim(t, key, Way(t, key));
+  KeyMerge merge(m.update, claim, claim.slot(t), end - begin, scratch);
   const int64_t start = begin * m.update.width, stop = end * m.update.width;
   const int64_t parts = (stop - start + kMaxTopk - 1) / kMaxTopk;
   merge.run(parts, [&](int64_t part, int32_t& id, int64_t& sum) {

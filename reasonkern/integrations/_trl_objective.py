@@ -112,13 +112,13 @@ def check_config(args: Any, loss_type: str, own: Any = None) -> None:
 
 
 def warn_of_aggregation(objective: Objective, loss_type: str) -> None:
-    """Where the objective's source takes the mean over sequences and the loss type does not.
+    """Where the objective's source takes the mean over sequences and TRL's default does not.
 
-    The default loss type averages over tokens, so each sequence would count by its length.
+    The default averages over tokens, so each sequence would count by its length; another loss
+    type is somebody's decision.
     """
-    by_sequence = "seq-mean-token-mean"
     customary = {entry.name: entry.aggregation for entry in OBJECTIVES}.get(objective.name)
-    if customary == by_sequence != AGGREGATION[loss_type]:
+    if customary == "seq-mean-token-mean" and loss_type == "dapo":
         warnings.warn(
             f"args.loss_type: expected 'grpo', the mean over sequences, for {objective.name} as "
             f"its source has it, got {loss_type!r}",

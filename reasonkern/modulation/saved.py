@@ -34,8 +34,8 @@ def check_saved(state: Mapping[str, Any], own: at.Storage, sets: Sized) -> None:
     records = state["records"].cpu()
     _check_spec(records, len(sets))
     period = records.view(torch.float64)[:, at.PERIOD]
-    if not (period > 0)[(records[:, at.PARTS] & at.CYCLIC) != 0].all():
-        _checks.fail("state['records']", "periods above 0", period.tolist())
+    if not (period >= 1e-6)[(records[:, at.PARTS] & at.CYCLIC) != 0].all():
+        _checks.fail("state['records']", "periods of at least 1e-6", period.tolist())
     _check(records[:, at.PHASE], 0, at.CLOSED + 1)
     for column in COUNTS:
         _check(records[:, column], 0, _checks.INT64)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from .draft import Draft
+from .inputs import as_int64
 from .reference_table import ID_BITS, TOTAL_LIMIT, Storage, row_values
 from .tree import DraftTree
 
@@ -76,11 +77,7 @@ def _per_row(name: str, value: int | Tensor, rows: int, table: NgramTable) -> Te
         return value.expand(rows).contiguous()
     if not _checks.is_integer(value):
         _checks.fail(name, "an integer or a tensor", repr(value))
-    value = int(value)
-    signed = value - (1 << 64) if 1 << 63 <= value < 1 << 64 else value
-    if not -(1 << 63) <= signed < 1 << 63:
-        _checks.fail(name, "an integer of 64 bits", value)
-    return torch.full((rows,), signed, dtype=torch.int64, device=table.device)
+    return torch.full((rows,), as_int64(name, value), dtype=torch.int64, device=table.device)
 
 
 def scopes(table: NgramTable, scope: int | Tensor | None, rows: int) -> Tensor | None:

@@ -33,10 +33,12 @@ inline void land(void* state, const Letter& letter) {
   change_missing(mailbox(state), -static_cast<int>(letter.bytes.size()));
 }
 
+inline bool lands_at_once() {
+  return machine.order == Order::random ? machine.random() % 2 : machine.order == Order::reverse;
+}
+
 inline void post(void* state, const Letter& letter) {
-  const bool at_once =
-      machine.order == Order::random ? machine.random() % 2 : machine.order == Order::reverse;
-  if (at_once) return land(state, letter);
+  if (lands_at_once()) return land(state, letter);
   machine.letters[state].push_back(letter);
 }
 
@@ -51,6 +53,23 @@ inline void copy_bulk(void* shared, const void* global, unsigned bytes, void* st
   const auto* from = static_cast<const unsigned char*>(aligned(global, 16, "copy_bulk"));
   void* to = cluster_map(aligned(shared, 16, "copy_bulk"), cluster_rank());
   post(state, {to, {from, from + bytes}});
+}
+
+// Copies without a mailbox: the thread that started them waits for them.
+inline void copy_async(void* shared, const void* global) {
+  const auto* from = static_cast<const unsigned char*>(aligned(global, 16, "copy_async"));
+  void* to = aligned(shared, 16, "copy_async");
+  if (lands_at_once()) {
+    std::memcpy(to, from, 16);
+  } else {
+    machine.letters[&self()].push_back({to, {from, from + 16}});
+  }
+}
+
+inline void wait_for_copies() {
+  for (const Letter& letter : std::exchange(machine.letters[&self()], {})) {
+    std::memcpy(letter.to, letter.bytes.data(), letter.bytes.size());
+  }
 }
 
 // The hardware knows whether the turn under way is an even one, no more: it lets a wait pass while

@@ -213,6 +213,16 @@ __global__ void copies(const void* in, void* out, int n) {
   static_cast<float*>(out)[blockDim.x + t] = row[t];
 }
 
+// Each thread copies four floats; n: 1 reads them before it waits.
+__global__ void vectors(const void* in, void* out, int n) {
+  const unsigned at = 4 * threadIdx.x;
+  float* room = dynamic_shared<float>() + at;
+  copy_async(room, static_cast<const float*>(in) + at);
+  if (n != 1) wait_for_copies();
+  for (unsigned i = 0; i < 4; ++i) static_cast<float*>(out)[at + i] = room[i];
+  wait_for_copies();
+}
+
 // Each of two warps makes n steps; of every step it writes how many the other one has made.
 __global__ void steps(const void*, void* out, int n) {
   int* made = dynamic_shared<int>();
@@ -272,6 +282,7 @@ const std::map<std::string, Kernel> kernels = {
     {"tiles", tiles},
     {"mail", mail},
     {"copies", copies},
+    {"vectors", vectors},
     {"steps", steps},
     {"functions", functions},
     {"round_bf16", round_trip<bf16>},
