@@ -98,6 +98,7 @@ struct Machine {
   std::unique_ptr<char[]> stacks{};
   std::vector<Block> blocks{};  // of the running cluster
   std::vector<bool> asleep{};   // its warps that miss this pass
+  unsigned last = 0;            // the one that misses most
   Barrier barrier{};
   std::map<const void*, std::vector<Letter>> letters{};  // by mailbox
   Fiber scheduler{}, *running = nullptr;
@@ -178,13 +179,14 @@ inline std::vector<unsigned> turns(unsigned n) {  // 0 … n - 1 in the order of
   return list;
 }
 
-// The threads of the cluster that run in this pass. In random order warps fall behind others for a
-// while, farther than their next barrier lets them where nothing else holds them together.
+// The threads of the cluster that run in this pass. In random order warps fall behind, one of them
+// far, and farther than their next barrier lets them where nothing else holds them together.
 inline std::vector<unsigned> awake_threads() {
   std::vector<unsigned> list = turns(machine.cluster * machine.threads);
   if (machine.order != Order::random) return list;
   const bool changes = machine.random() % 16 == 0;
-  for (auto&& asleep : machine.asleep) asleep = changes ? machine.random() % 2 : asleep;
+  for (unsigned i = 0; changes && i < machine.asleep.size(); ++i)
+    machine.asleep[i] = machine.random() % (i == machine.last ? 8 : 2) != 0;
   const auto sleeps = [](unsigned i) { return machine.asleep[i / 32]; };
   list.erase(std::remove_if(list.begin(), list.end(), sleeps), list.end());
   return list;
@@ -232,6 +234,7 @@ inline void run_cluster(unsigned id) {
   machine.blocks = std::vector<Block>(machine.cluster);
   for (unsigned i = 0; i < machine.cluster; ++i) start_block(id * machine.cluster + i, i);
   machine.asleep.assign(machine.cluster * machine.threads / 32 + 1, false);
+  machine.last = unsigned(machine.random() % machine.asleep.size());
   bool any = true;
   for (unsigned passes = 0; any || wake_all(); ++passes) {
     if (passes > 1'000'000) fail("livelock: the threads only wait on memory");
