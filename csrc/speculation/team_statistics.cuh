@@ -104,9 +104,11 @@ class RawStatistics {
 
   __device__ float floor() const { return fminf(least_, bound_); }
 
-  // Integers are added, whose sum has no order. No row that is sound has more than 1 a token.
+  // Integers are added, whose sum has no order. No row that is sound has more than 1 a token. How
+  // many of the groups below `floor` come here depends on how fast the draw's bar rises.
   template <class Row, class Group>
   __device__ void raw(const Row& row, const Group& group, float top) {
+    if (top < floor()) return;
     float sum = 0;
     group.each([&](int, const float (&x)[4], int) {
       sum += (weight(x[0]) + weight(x[1])) + (weight(x[2]) + weight(x[3]));
@@ -129,10 +131,7 @@ class RawStatistics {
   template <class Row>
   __device__ void finish(const Row& row) {
     if (is_swept_) return;
-    const auto see = [&](const auto& group) {
-      const float top = group.top();
-      if (!(top < floor())) raw(row, group, top);
-    };
+    const auto see = [&](const auto& group) { raw(row, group, group.top()); };
     if (list_likely(shared_, row, floor()) && Row::kHasRoom) {
       each_listed_chunk(shared_, row, see);
     } else {
