@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -83,14 +83,13 @@ def modulate(case: Case, step: Step) -> Work:
 
 
 def commit(case: Case, step: Step) -> Work:
-    """The logits play no part; the result is the progress of a state of its own."""
-    state = deepcopy(step.state)
+    """The logits play no part; the result is the progress of the step's state, which moves on."""
     tokens = step.drafts[:, : case.shape[1]].contiguous()
     length = torch.full_like(step.slot, case.shape[1])
 
     def work(_: Tensor) -> Tensor:
-        rk.commit_(state, step.slot, tokens, length)
-        return state.tensors.progress
+        rk.commit_(step.state, step.slot, tokens, length)
+        return step.state.tensors.progress
 
     return work
 
@@ -131,6 +130,15 @@ def launched(work_of: Callable[[Case, Step], Work]) -> Callable[[Case, Step], Ru
         return Runner(call, lambda _: {"result": first[0]}, repeat=repeat)
 
     return build
+
+
+def commits(case: Case, step: Step) -> Runner:
+    """Launches on a state of its own, which before every call is the step's again: these tokens
+    obey no force and would go on past the budget, as no request does."""
+    own = replace(step, state=deepcopy(step.state))
+    runner = launched(commit)(case, own)
+    records, begun = own.state.tensors.records, step.state.tensors.records
+    return replace(runner, reset=lambda: records.copy_(begun))
 
 
 def many(one: Runner, device: str) -> Runner:
@@ -188,7 +196,7 @@ CASES = (
 )
 CONTROLS = ("control_rows", "control_tree")
 OPS = (*CONTROLS, "commit")
-OURS = dict.fromkeys(CONTROLS, launched(modulate)) | {"commit": launched(commit)}
+OURS = dict.fromkeys(CONTROLS, launched(modulate)) | {"commit": commits}
 PROVIDERS = {
     **gpu_providers(OURS),
     "launch": Provider("launch", dict.fromkeys(OPS, launched(nothing)), checked=False),

@@ -9,6 +9,7 @@ import torch
 
 from benchmarks import check, modulation_gpu
 from benchmarks.case import Case
+from reasonkern.modulation import layout as at
 
 
 def small(case: Case) -> Case:
@@ -32,6 +33,27 @@ def test_a_case_is_right_where_its_result_is_checked(case):
     assert check.compare(off, truth)["result"] > 1.0
     for name in case.providers[2:]:
         modulation_gpu.PROVIDERS[name].build[case.op](case, step).call()
+
+
+def test_every_call_commits_to_the_same_requests_whose_budgets_last(monkeypatch):
+    case = small(next(c for c in modulation_gpu.CASES if c.op == "commit" and c.label == "hot"))
+    step = modulation_gpu.inputs(case, 0)
+    begun = step.state.tensors.records.clone()
+    commit, seen = modulation_gpu.rk.commit_, []
+
+    def watched(state, *args):
+        seen.append(state.tensors.records.clone())
+        commit(state, *args)
+
+    monkeypatch.setattr(modulation_gpu.rk, "commit_", watched)
+    runner = modulation_gpu.OURS["commit"](case, step)
+    for _ in range(2):
+        runner.reset()
+        runner.call()
+    second = seen[-modulation_gpu.LAUNCHES :]
+    assert torch.equal(second[0], begun) and not torch.equal(second[1], begun)
+    assert torch.equal(step.state.tensors.records, begun)
+    assert max(records[:, at.SPENT].max() for records in seen) < begun[:, at.BUDGET_TOKENS].min()
 
 
 def test_every_control_acts_in_every_row():
