@@ -264,6 +264,13 @@ def test_eos_inside_the_path_cuts_after_it(backend):
     assert out["status"].item() == Status.EOS
 
 
+def test_eos_of_no_token_ends_nothing(backend):
+    """Nor does one whose lowest bits are a token's."""
+    eos = torch.tensor([-1, 1 - (1 << 32), 1 + (1 << 32)])
+    out = verify_everywhere(backend, replace(chain([3, 1, 4]), eos=eos))
+    assert out["length"].item() == 3 and out["status"].item() == 0
+
+
 @pytest.mark.parametrize("limit", [0, 1, 2, 3, 4])
 def test_max_length(backend, limit):
     out = verify_everywhere(backend, replace(chain([3, 1, 4]), max_length=torch.tensor([limit])))

@@ -184,7 +184,7 @@ struct EndTokens {
 
   __device__ explicit EndTokens(const VerifyParams& p) : mine(-1) {
     const int64_t id = threadIdx.x % 32 < p.eos_count ? p.eos[threadIdx.x % 32] : -1;
-    if (id < p.rows.vocab) mine = int(id);
+    if (id >= 0 && id < p.rows.vocab) mine = int(id);
   }
 
   __device__ bool contain(const VerifyParams& p, int64_t token) const {
