@@ -117,7 +117,7 @@ def _checked(
     if state.needs_dense and not allow_dense:
         _checks.fail("allow_dense", "True for requests with a soft budget", allow_dense)
     heat = _temperature(temperature, state, rows)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.reads_values(slot):
         _check_values(state, slot, local, parents, heat)
     return slot, local, draft_tokens, parents, heat
 
@@ -296,7 +296,7 @@ def _check_commit(
     _check("length", length, shape[:1], "(B,)", state.device)
     _check_statistic("entropy", entropy, shape, state, at.TRIGGER)
     _check_statistic("confidence", confidence, shape, state, at.DEEPCONF)
-    if state.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _checks.reads_values(slot):
         return
     _checks.check_range("slot", slot, -1, state.max_requests)
     _checks.check_range("length", length, 0, shape[1] + 1)

@@ -245,10 +245,9 @@ class LinearHead:
         active: Tensor | None = None,
     ) -> Plan:
         """Checks and packs what says how the rows are cut."""
-        for name, number in (("chunk_rows", chunk_rows), ("num_active", num_active)):
-            if number is not None:
-                least = 1 if name == "chunk_rows" else 0
-                _checks.check_integer(name, number, least, or_none=" or None")
+        for name, given, least in (("chunk_rows", chunk_rows, 1), ("num_active", num_active, 0)):
+            if given is not None:
+                _checks.check_integer(name, given, least, or_none=" or None")
         _checks.check_choice("compact", compact, (False, True))
         if num_active is not None:
             if not compact:
@@ -264,11 +263,10 @@ class LinearHead:
 
 def count_on_cpu(num_active: int, active: Tensor | None) -> None:
     """Refuses a number below the count; on CUDA counting would synchronise."""
-    if torch.compiler.is_compiling() or active is None or active.device.type != "cpu":
-        return
-    count = int(active.sum())
-    if count > num_active:
-        _checks.fail("num_active", f"at least the {count} rows that take part", num_active)
+    if active is not None and _checks.reads_values(active):
+        count = int(active.sum())
+        if count > num_active:
+            _checks.fail("num_active", f"at least the {count} rows that take part", num_active)
 
 
 def canonical_head(

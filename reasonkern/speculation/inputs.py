@@ -68,7 +68,7 @@ def per_request(
         if x.ndim:
             _checks.check_shape(name, x, (batch,), shape)
         rows = x.detach().to(dtype).expand(batch).contiguous()
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _checks.reads_values(rows):
             _check_values(name, rows)
         return rows
     if dtype == torch.int64:
@@ -164,7 +164,7 @@ def check_draft(draft: Draft, tree: DraftTree, logits: Tensor, rejection: bool) 
         _checks.check_shape(name, x, (*shape, q_ids.shape[-1]), "(B, N, K)")
     _checks.check_dtype("draft.q_ids", q_ids, torch.int64)
     _checks.check_dtype("draft.q_logprob", q_logprob, torch.float32)
-    if q_logprob.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.reads_values(q_logprob):
         bad = ~(q_logprob <= 1e-3)
         if bad.any():
             _checks.fail("draft.q_logprob", "log-probabilities <= 0", q_logprob[bad][0].item())
@@ -241,7 +241,7 @@ def check_slots(
     block_table: Tensor | None, blocks: int, size: int,
 ) -> None:  # fmt: skip
     """Sources and destinations lie in the cache. CPU only, like `_checks.check_range`."""
-    if torch.compiler.is_compiling() or lengths.device.type != "cpu":
+    if not _checks.reads_values(lengths):
         return
     _checks.check_range("accepted", accepted, 0, path.shape[1] + 1)
     moves = torch.arange(path.shape[1]) < accepted.unsqueeze(-1)
