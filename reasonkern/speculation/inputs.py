@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -27,12 +27,10 @@ class _Range(NamedTuple):
     high: float
     open_low: bool = False
 
-    def holds(self, x: Tensor) -> Tensor:
+    def holds(self, x: Any) -> Any:
+        """Of a number or, element by element, of a tensor."""
         above = x > self.low if self.open_low else x >= self.low
         return above & (x <= self.high)
-
-    def holds_number(self, x: float) -> bool:
-        return (x > self.low if self.open_low else x >= self.low) and x <= self.high
 
 
 # Values beyond the bound of "off" are legal: the row functions read them as no filter.
@@ -78,7 +76,7 @@ def per_request(
     elif not _checks.is_number(x):
         _checks.fail(name, f"a number or a {shape} tensor", repr(x))
     rule = _RANGES.get(name)
-    if rule is not None and not rule.holds_number(x):
+    if rule is not None and not rule.holds(x):
         _checks.fail(name, rule.expected, x)
     if dtype == torch.float32:  # what is larger means "off", and float32 cannot hold it
         x = max(-_checks.LARGEST, min(float(x), _checks.LARGEST))
