@@ -378,9 +378,7 @@ def _check_labels(
 def _check_numbers(temperature: float, lam: float, steps: int, lr: float) -> None:
     _checks.check_number("temperature", temperature, 0.0, exclusive=True)
     _checks.check_number("lr", lr, 0.0, exclusive=True)
-    _checks.check_number("lam", lam, 0.0)
-    if lam > 1:
-        _checks.fail("lam", "a number in [0, 1]", lam)
+    _checks.check_number("lam", lam, 0, 1)
     _checks.check_integer("steps", steps, 1)
 
 
@@ -394,6 +392,5 @@ def _reward_rows(reward: float | Tensor, hidden: Tensor) -> Tensor:
     _checks.check_device("reward", reward, hidden, "hidden")
     rows = reward.detach().to(accumulator_dtype(hidden.dtype))
     rows = rows.expand(hidden.shape[:1]).contiguous()
-    every = torch.ones_like(rows, dtype=torch.bool)
-    _checks.check_finite("reward", rows, every, "finite numbers")
+    _checks.check_finite("reward", rows, expected="finite numbers")
     return rows

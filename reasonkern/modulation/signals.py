@@ -129,9 +129,7 @@ def _id_table(name: str, ids: Sequence[int] | Tensor, logits: Tensor) -> Tensor:
         _checks.check_dtype(name, ids, *INTEGERS)
         _checks.check_device(name, ids, logits, "logits")
         return ids.to(torch.int64)
-    if not isinstance(ids, Sequence) or not all(
-        isinstance(token, int) and not isinstance(token, bool) for token in ids
-    ):
+    if not isinstance(ids, Sequence) or not all(map(_checks.is_integer, ids)):
         _checks.fail(name, "a sequence of token ids", repr(ids))
     listed = list(ids)
     if not listed or len(set(listed)) < len(listed):

@@ -21,15 +21,10 @@ def check_settings(
     """Refuses arguments of `NgramTable` out of their range."""
     if not _is_integer(capacity, WAYS, 1 << 31) or capacity % WAYS:
         _checks.fail("capacity", "a positive multiple of 8, at most 2^31", capacity)
-    limits = {
-        "vocab_size": (vocab, 1, 1 << 26),
-        "topk": (topk, 1, MAX_TOPK),
-        "max_count": (max_count, 1, (1 << 15) - 1),
-        "max_scopes": (max_scopes, 1, 1 << 31),
-    }
-    for name, (value, low, high) in limits.items():
-        if not _is_integer(value, low, high):
-            _checks.fail(name, f"an integer in [{low}, {high}]", value)
+    _checks.check_integer("vocab_size", vocab, 1, 1 << 26)
+    _checks.check_integer("topk", topk, 1, MAX_TOPK)
+    _checks.check_integer("max_count", max_count, 1, (1 << 15) - 1)
+    _checks.check_integer("max_scopes", max_scopes, 1, 1 << 31)
     if not isinstance(orders, Sequence):
         _checks.fail("orders", "a sequence of 1 to 4 descending integers in [1, 8]", repr(orders))
     descending = all(_is_integer(o, 1, MAX_ORDER) for o in orders)

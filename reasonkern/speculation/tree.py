@@ -111,7 +111,7 @@ class DraftTree:
         Raises:
             ValueError: a number out of its range.
         """
-        _check_nodes(nodes)
+        _checks.check_integer("nodes", nodes, 1, MAX_NODES)
         if depth is not None:
             _checks.check_integer("depth", depth, 1, or_none=" or None")
         numbers = isinstance(rates, Sequence) and all(isinstance(r, (int, float)) for r in rates)
@@ -137,7 +137,7 @@ class DraftTree:
         Raises:
             ValueError: ``nodes`` outside [1, 4096].
         """
-        _check_nodes(nodes)
+        _checks.check_integer("nodes", nodes, 1, MAX_NODES)
         return cls(range(-1, nodes - 1))
 
     @classmethod
@@ -269,11 +269,6 @@ def _integer(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"a parent is {value!r}")
     return value
-
-
-def _check_nodes(nodes: int) -> None:
-    if not isinstance(nodes, int) or isinstance(nodes, bool) or not 1 <= nodes <= MAX_NODES:
-        _checks.fail("nodes", f"an integer in [1, {MAX_NODES}]", nodes)
 
 
 def check_rows(logits: Tensor) -> None:
