@@ -128,8 +128,7 @@ def _check_logits(logits: object, state: ModulationState) -> None:
         _checks.fail("logits", "a tensor (R, V)", got)
     if logits.dtype not in LOGITS_DTYPES:
         _checks.check_dtype("logits", logits, *LOGITS_DTYPES)
-    if logits.device != state.device:
-        _checks.fail("logits", f"the device of state, {state.device}", logits.device)
+    _checks.check_device("logits", logits, state.tensors.records, "state")
     rows, vocab = logits.shape
     stride, inner = logits.stride()
     if inner != 1 and vocab > 1:
@@ -198,8 +197,7 @@ def _temperature(
         return None
     if isinstance(temperature, Tensor):
         _checks.check_dtype("temperature", temperature, torch.float32, torch.float64)
-        if temperature.device != state.device:
-            _checks.fail("temperature", f"the device of state, {state.device}", temperature.device)
+        _checks.check_device("temperature", temperature, state.tensors.records, "state")
         if temperature.ndim:
             _checks.check_shape("temperature", temperature, (rows,), "(R,)")
         if not state.needs_heat:
@@ -217,26 +215,19 @@ def _check_values(
 ) -> None:  # fmt: skip
     _checks.check_range("slot", slot, -1, state.max_requests)
     if temperature is not None:
-        wrong = ~(temperature >= 0) | temperature.isinf()
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
-            _checks.fail("temperature", "finite values >= 0", f"{float(temperature[row])} at {row}")
+        right = (temperature >= 0) & temperature.isfinite()
+        _checks.check_all("temperature", temperature, right, "finite values >= 0")
     if local is not None:
         follows = slot == slot.roll(1)
         follows[:1] = False
         before = torch.where(follows, local.roll(1), 0)
-        wrong = (slot >= 0) & (local != 0) & (local != before + 1)
-        if wrong.any():
-            row = int(wrong.nonzero()[0])
-            expected = "the number of draft tokens before each row, among rows of its slot"
-            _checks.fail("local_pos", expected, f"{int(local[row])} at {row}")
+        right = (slot < 0) | (local == 0) | (local == before + 1)
+        expected = "the number of draft tokens before each row, among rows of its slot"
+        _checks.check_all("local_pos", local, right, expected)
     if parents is not None:
         node = torch.arange(len(parents))
-        wrong = torch.where(node == 0, parents != -1, (parents < 0) | (parents >= node))
-        if wrong.any():
-            at_node = int(wrong.nonzero()[0])
-            expected = "-1, then the number of an earlier node each"
-            _checks.fail("parents", expected, f"{int(parents[at_node])} at {at_node}")
+        right = torch.where(node == 0, parents == -1, (parents >= 0) & (parents < node))
+        _checks.check_all("parents", parents, right, "-1, then the number of an earlier node each")
 
 
 def commit_(
@@ -315,7 +306,6 @@ def _check_statistic(
     _checks.check_tensor(name, x)
     _checks.check_dtype(name, x, torch.float32)
     _checks.check_shape(name, x, shape, "(B, D + 1)")
-    if x.device != state.device:
-        _checks.fail(name, f"the device of state, {state.device}", x.device)
+    _checks.check_device(name, x, state.tensors.records, "state")
     if not x.is_contiguous():
         _checks.fail(name, "a contiguous tensor", f"strides {x.stride()}")

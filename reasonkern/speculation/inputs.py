@@ -58,6 +58,7 @@ def per_request(
 
     `shape` is what the caller's user calls (B,).
     """
+    rule = _RANGES.get(name)
     if isinstance(x, Tensor):
         allowed = INTEGERS if dtype == torch.int64 else (torch.float32, torch.float64, *INTEGERS)
         _checks.check_dtype(name, x, *allowed)
@@ -66,8 +67,8 @@ def per_request(
         if x.ndim:
             _checks.check_shape(name, x, (batch,), shape)
         rows = x.detach().to(dtype).expand(batch).contiguous()
-        if _checks.reads_values(rows):
-            _check_values(name, rows)
+        if rule is not None and _checks.reads_values(rows):
+            _checks.check_all(name, rows, rule.holds(rows), rule.expected)
         return rows
     if dtype == torch.int64:
         if not _checks.is_integer(x):
@@ -75,22 +76,11 @@ def per_request(
         x = as_int64(name, x)
     elif not _checks.is_number(x):
         _checks.fail(name, f"a number or a {shape} tensor", repr(x))
-    rule = _RANGES.get(name)
     if rule is not None and not rule.holds(x):
         _checks.fail(name, rule.expected, x)
     if dtype == torch.float32:  # what is larger means "off", and float32 cannot hold it
         x = max(-_checks.LARGEST, min(float(x), _checks.LARGEST))
     return torch.full((batch,), x, dtype=dtype, device=device)
-
-
-def _check_values(name: str, rows: Tensor) -> None:
-    rule = _RANGES.get(name)
-    if rule is None:
-        return
-    bad = ~rule.holds(rows)
-    if bad.any():
-        index = int(bad.nonzero()[0])
-        _checks.fail(name, rule.expected, f"{rows[index].item()} at {index}")
 
 
 def row_parameters(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -45,17 +45,19 @@ class DraftInputs(NamedTuple):
     position: Tensor
 
 
-def _integers(name: str, tensor: Tensor, table: NgramTable) -> Tensor:
-    _checks.check_dtype(name, tensor, *INTEGERS)
+def _on_table(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], table: NgramTable) -> None:
+    _checks.check_dtype(name, tensor, *dtypes)
     if tensor.device != table.device:
         _checks.fail(name, f"the table's device, {table.device}", tensor.device)
+
+
+def _integers(name: str, tensor: Tensor, table: NgramTable) -> Tensor:
+    _on_table(name, tensor, INTEGERS, table)
     return tensor.to(torch.int64)
 
 
 def _floats(name: str, tensor: Tensor, table: NgramTable) -> Tensor:
-    _checks.check_dtype(name, tensor, *FLOATS)
-    if tensor.device != table.device:
-        _checks.fail(name, f"the table's device, {table.device}", tensor.device)
+    _on_table(name, tensor, FLOATS, table)
     return tensor.to(torch.float32).contiguous()
 
 
