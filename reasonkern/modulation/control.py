@@ -145,8 +145,7 @@ def _check(
     """A contiguous int64 tensor; the checks are spelled out only where one fails."""
     if _checks.is_contiguous(x, shape, torch.int64, device):
         return
-    _checks.check_tensor(name, x)
-    assert isinstance(x, Tensor)
+    x = _checks.check_tensor(name, x)
     _checks.check_dtype(name, x, torch.int64)
     _checks.check_shape(name, x, shape, meaning)
     if x.device != device:
@@ -175,7 +174,6 @@ def _tree(
 ) -> Tensor:  # fmt: skip
     if isinstance(local_pos, Tensor) or local_pos != 0:
         _checks.fail("local_pos", "0 beside parents, which say it", local_pos)
-    _checks.check_tensor("parents", parents)
     _checks.check_dtype("parents", parents, torch.int32, torch.int64)
     if parents.ndim != 1 or not 1 <= len(parents) <= MAX_NODES:
         _checks.fail("parents", f"shape (N,) with 1 to {MAX_NODES} nodes", tuple(parents.shape))
@@ -303,7 +301,6 @@ def _check_statistic(
         if state.uses(part):
             _checks.fail(name, "a (B, D + 1) tensor for requests whose spec watches it", None)
         return
-    _checks.check_tensor(name, x)
     _checks.check_dtype(name, x, torch.float32)
     _checks.check_shape(name, x, shape, "(B, D + 1)")
     _checks.check_device(name, x, state.tensors.records, "state")

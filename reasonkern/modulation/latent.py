@@ -322,7 +322,6 @@ def _plan(dtype: torch.dtype, chunk_rows: int | None, count: int) -> Plan:
 
 def _check_head(hidden: Tensor, weight: Tensor, name: str = "hidden") -> None:
     for tensor_name, x in ((name, hidden), ("weight", weight)):
-        _checks.check_tensor(tensor_name, x)
         _checks.check_dtype(tensor_name, x, *LOGITS_DTYPES)
         _checks.check_device(tensor_name, x, hidden, name)
     if hidden.ndim != 2 or hidden.shape[1] == 0:
@@ -348,11 +347,10 @@ def _check_prefix(
         _checks.check_dtype("prefix[1]", head, hidden.dtype)
         _checks.check_device("prefix[0]", hidden, weight, "weight")
         return len(hidden), hidden.dtype
-    _checks.check_tensor("prefix", prefix)
+    _checks.check_dtype("prefix", prefix, *LOGITS_DTYPES)
     if prefix.ndim != 2 or prefix.shape[1] != weight.shape[0]:
         expected = f"shape (N, {weight.shape[0]}), or (hidden, weight)"
         _checks.fail("prefix", expected, tuple(prefix.shape))
-    _checks.check_dtype("prefix", prefix, *LOGITS_DTYPES)
     _checks.check_device("prefix", prefix, weight, "weight")
     return len(prefix), prefix.dtype
 
@@ -361,13 +359,11 @@ def _check_labels(
     labels: Tensor, mask: Tensor | None, count: int, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(N,) int64 and bool."""
-    _checks.check_tensor("labels", labels)
     _checks.check_shape("labels", labels, (count,), "(N,)")
     _checks.check_dtype("labels", labels, torch.int64, torch.int32)
     _checks.check_device("labels", labels, weight, "weight")
     if mask is None:
         mask = torch.ones_like(labels, dtype=torch.bool)
-    _checks.check_tensor("mask", mask)
     _checks.check_shape("mask", mask, (count,), "(N,)")
     _checks.check_dtype("mask", mask, torch.bool)
     _checks.check_device("mask", mask, weight, "weight")

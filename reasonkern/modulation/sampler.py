@@ -115,7 +115,6 @@ def control_arguments(
         _checks.fail("state", "a ModulationState beside a slot", type(state).__name__)
     if slot is None:
         _checks.fail("slot", "a (R,) tensor beside a state", None)
-    _checks.check_tensor("slot", slot)
     _checks.check_dtype("slot", slot, torch.int64)
     _checks.check_device("slot", slot, logits, "logits")
     _checks.check_shape("slot", slot, logits.shape[:1], "(R,)" if logits.ndim == 2 else "(B,)")

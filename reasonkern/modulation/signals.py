@@ -41,11 +41,9 @@ def entropy_forks(entropy: Tensor, mask: Tensor, n: int) -> Tensor:
         tensor([[ 1,  3],
                 [ 1, -1]])
     """
-    _checks.check_tensor("entropy", entropy)
-    _checks.check_tensor("mask", mask)
+    _checks.check_dtype("entropy", entropy, *LOGITS_DTYPES)
     if entropy.ndim != 2:
         _checks.fail("entropy", "shape (B, T)", tuple(entropy.shape))
-    _checks.check_dtype("entropy", entropy, *LOGITS_DTYPES)
     _checks.check_shape("mask", mask, entropy.shape, "entropy.shape")
     _checks.check_dtype("mask", mask, torch.bool)
     _checks.check_device("mask", mask, entropy, "entropy")
@@ -96,11 +94,9 @@ def completion_probe(
         >>> rk.completion_probe(logits, torch.tensor([0, -1]), ids_a=[0], ids_b=[2])
         tensor([1., nan])
     """
-    _checks.check_tensor("logits", logits)
-    _checks.check_tensor("slot", slot)
+    _checks.check_dtype("logits", logits, *LOGITS_DTYPES)
     if logits.ndim != 2:
         _checks.fail("logits", "shape (R, V)", tuple(logits.shape))
-    _checks.check_dtype("logits", logits, *LOGITS_DTYPES)
     _checks.check_shape("slot", slot, logits.shape[:1], "(R,)")
     _checks.check_dtype("slot", slot, *INTEGERS)
     _checks.check_device("slot", slot, logits, "logits")

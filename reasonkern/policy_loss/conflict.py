@@ -100,7 +100,7 @@ def _check_inputs(tokens: Tensor, advantage: Tensor, group: Tensor, mask: Tensor
         _checks.check_shape(name, x, tokens.shape[:1], "(B,)")
     _checks.check_shape("mask", mask, tokens.shape, "tokens.shape")
     _checks.check_mask("mask", mask)
-    _checks.check_finite("advantage", advantage, torch.ones_like(group, dtype=torch.bool))
+    _checks.check_finite("advantage", advantage)
 
 
 def _layout(group: Tensor, trained: Tensor) -> tuple[Tensor, Tensor]:

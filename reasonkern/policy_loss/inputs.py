@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._checks import check_tensor as check_tensor
+from .._checks import check_tensor
 from .objective import Objective
 from .objective_fields import Importance
 from .parallel import Parallel
@@ -92,7 +92,6 @@ def canonical_mask(
     """`mask`, of the `shape` of the caller's targets, as bools in that of the canonical ones."""
     if mask is None:
         return None
-    check_tensor("mask", mask)
     _checks.check_shape("mask", mask, shape, "targets.shape")
     _checks.check_device("mask", mask, targets, device_of)
     _checks.check_mask("mask", mask)
@@ -175,7 +174,6 @@ def canonical_segments(
     """Checks ``cu_seqlens``: int, (S + 1,), from 0 to N and, on CPU, non-decreasing."""
     if cu_seqlens is None:
         return Segments(parallel=parallel)
-    check_tensor("segments", cu_seqlens)
     if not packed:
         _checks.fail("segments", "None for padded (B, T) tokens", "cu_seqlens")
     _checks.check_dtype("segments", cu_seqlens, torch.int32, torch.int64)

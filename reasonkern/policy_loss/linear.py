@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .._checks import check_tensor
 from . import linear_op, parallel_linear, paths
 from .chunks import Needs, Plan
 from .inputs import (
@@ -17,7 +18,6 @@ from .inputs import (
     LOGITS_DTYPES,
     canonical_mask,
     canonical_scaling,
-    check_tensor,
     loss_inputs,
 )
 from .metrics import loss_metrics

@@ -127,7 +127,6 @@ def covariance_mask(
     _checks.check_number("high", high, low)
     advantage = _checks.expanded("advantage", advantage, logprob, "logprob")
     if candidates is not None:
-        check_tensor("candidates", candidates)
         _checks.check_dtype("candidates", candidates, torch.bool)
         _checks.check_device("candidates", candidates, logprob, "logprob")
         _checks.check_shape("candidates", candidates, logprob.shape, "logprob.shape")

@@ -164,7 +164,7 @@ def length_statistics(length: Tensor, correct: Tensor) -> LengthStatistics:
         >>> length_statistics(torch.tensor([2, 4, 9]), torch.tensor([True, True, False])).mean_wrong
         tensor(9., dtype=torch.float64)
     """
-    _checks.check_dtype("correct", check_tensor("correct", correct), torch.bool)
+    _checks.check_dtype("correct", correct, torch.bool)
     _checks.check_shape("length", length, correct.shape, "correct.shape")
     _checks.check_device("length", length, correct, "correct")
     x = length.double().flatten()
@@ -221,7 +221,7 @@ def markov_improvement(correct: Tensor, *, prior: float = 0.0) -> Improvement:
         >>> markov_improvement(torch.tensor([[False, True, True], [True, False, True]])).p_improve
         tensor(1., dtype=torch.float64)
     """
-    _checks.check_dtype("correct", check_tensor("correct", correct), torch.bool)
+    _checks.check_dtype("correct", correct, torch.bool)
     if correct.ndim != 2 or correct.numel() == 0:
         _checks.fail("correct", "shape (chains, steps), one or more of each", tuple(correct.shape))
     _checks.check_number("prior", prior, 0.0)
@@ -259,7 +259,7 @@ def tail_answers(answer_ids: Tensor, last: int = 10) -> Tensor:
         >>> tail_answers(torch.tensor([[[1, 2, 3], [4, 5, 6]]]), last=2)
         tensor([[3, 6, 2, 5]])
     """
-    _checks.check_dtype("answer_ids", check_tensor("answer_ids", answer_ids), torch.int64)
+    _checks.check_dtype("answer_ids", answer_ids, torch.int64)
     if answer_ids.ndim != 3:
         _checks.fail("answer_ids", "shape (B, chains, steps)", tuple(answer_ids.shape))
     _checks.check_integer("last", last, 1)

@@ -280,7 +280,7 @@ def cons_at_k(answer_ids: Tensor, reference: Tensor, k: int) -> Tensor:
         tensor([ True, False])
     """
     _check_ids(answer_ids)
-    _checks.check_dtype("reference", check_tensor("reference", reference), torch.int64)
+    _checks.check_dtype("reference", reference, torch.int64)
     _checks.check_shape("reference", reference, answer_ids.shape[:1], "(B,)")
     _checks.check_device("reference", reference, answer_ids, "answer_ids")
     _checks.check_integer("k", k, 1, answer_ids.shape[1])
@@ -333,7 +333,7 @@ def flexible_verification(votes: Tensor, agreement: float = 1.0) -> Verification
         >>> flexible_verification(torch.tensor([[True, True], [True, False]])).escalate
         tensor([False,  True])
     """
-    _checks.check_dtype("votes", check_tensor("votes", votes), torch.bool)
+    _checks.check_dtype("votes", votes, torch.bool)
     if votes.ndim != 2 or votes.shape[1] == 0:
         _checks.fail("votes", "shape (B, k), k >= 1", tuple(votes.shape))
     _checks.check_number("agreement", agreement, 0.5, 1, exclusive=True)

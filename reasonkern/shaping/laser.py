@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._checks import check_tensor
 from .groups import Groups, check_flags, wide
 from .rewards import check_answers
 
@@ -231,7 +230,7 @@ def accuracy_level(correct: Tensor, group: Tensor) -> Tensor:
 
 def _spread_targets(targets: Sequence[float] | Tensor, level: Tensor) -> Tensor:
     if isinstance(targets, Tensor):
-        _checks.check_shape("targets", check_tensor("targets", targets), (3,), "(levels,)")
+        _checks.check_shape("targets", targets, (3,), "(levels,)")
         _checks.check_finite("targets", targets, expected="finite numbers")
         return wide(targets)[level]
     three = "three numbers, for high, medium and low accuracy"

@@ -94,7 +94,7 @@ def _check_rows(reward: Tensor, value: Tensor, mask: Tensor | None) -> None:
     if check_tensor("reward", reward).ndim != 2:
         _checks.fail("reward", "shape (B, T)", tuple(reward.shape))
     _checks.check_dtype("reward", reward, *FLOATS)
-    _checks.check_dtype("value", check_tensor("value", value), reward.dtype)
+    _checks.check_dtype("value", value, reward.dtype)
     _check_beside("value", value, reward, reward.shape)
     if mask is not None:
         _check_beside("mask", mask, reward, reward.shape)
@@ -111,14 +111,13 @@ def _check_end(
     if bootstrap_value is not None:
         _check_beside("bootstrap_value", bootstrap_value, reward, reward.shape[:1])
     if truncated is not None:
-        _checks.check_dtype("truncated", check_tensor("truncated", truncated), torch.bool)
+        _checks.check_dtype("truncated", truncated, torch.bool)
         _check_beside("truncated", truncated, reward, reward.shape[:1])
 
 
 def _check_beside(
     name: str, x: Tensor, first: Tensor, shape: torch.Size, first_name: str = "reward"
 ) -> None:
-    check_tensor(name, x)
     _checks.check_shape(name, x, shape, "(B, T)" if len(shape) == 2 else "(B,)")
     _checks.check_device(name, x, first, first_name)
 

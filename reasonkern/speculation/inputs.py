@@ -100,7 +100,6 @@ def row_parameters(
 
 
 def check_logits(logits: Tensor, ndim: int, shape: str) -> None:
-    check_tensor("logits", logits)
     _checks.check_dtype("logits", logits, *LOGITS_DTYPES)
     if logits.ndim != ndim:
         _checks.fail("logits", f"shape {shape}", tuple(logits.shape))
@@ -136,7 +135,6 @@ def check_draft(draft: Draft, tree: DraftTree, logits: Tensor, rejection: bool) 
         ("draft.valid", valid, torch.bool),
     ):
         if not _checks.is_contiguous(x, shape, dtype, logits.device):
-            check_tensor(name, x)
             _checks.check_device(name, x, logits, "logits")
             _checks.check_shape(name, x, shape, "(B, N)")
             _checks.check_dtype(name, x, dtype)
@@ -216,7 +214,6 @@ def check_caches(
     if block_table is None:
         _checks.check_shape("key", key, (batch, *key.shape[1:]), "(B, H, S, D)")
         return key.shape[2]
-    check_tensor("block_table", block_table)
     _checks.check_dtype("block_table", block_table, *INTEGERS)
     _checks.check_device("block_table", block_table, key, "key")
     if block_table.ndim != 2 or block_table.shape[0] != batch:

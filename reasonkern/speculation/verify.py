@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._checks import check_tensor
 from .._fields import documented
 from . import noise
 from . import verify_op as _verify_op  # noqa: F401  (defines the operators)
@@ -347,7 +346,6 @@ def compact_kv_(
     slots = check_caches(key, value, lengths, path, block_table)
     begin = lengths if start is None else start
     for name, x in (("lengths", lengths), ("path", path), ("accepted", accepted), ("start", begin)):
-        check_tensor(name, x)
         _checks.check_dtype(name, x, torch.int64)
         _checks.check_device(name, x, key, "key")
         if name != "path":
