@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._checks import check_tensor
-from .parallel import check_group, total
+from .parallel import as_groups, total
 
 BLOCK = 1 << 16  # rows per pass; the table of a block is (grid points, BLOCK) in float64
 MAX_STEPS = 1000
@@ -92,7 +92,7 @@ def bapo_bounds(
         >>> [round(x.item(), 2) for x in bounds]
         [0.8, 1.3]
     """
-    check_group("data_group", data_group)
+    groups = as_groups(data_group)
     _checks.check_choice("variant", variant, PUBLISHED)
     published = PUBLISHED[variant]
     if variant == "paper" and rollout_logprob is None:
@@ -114,7 +114,6 @@ def bapo_bounds(
         if x is not None:
             _checks.check_finite(name, x, trained)
     with torch.no_grad():
-        groups = () if data_group is None else (data_group,)
         return search(ratio, advantage, trained, rollout, variant, grids, target, groups)
 
 

@@ -141,14 +141,10 @@ class HeadChunks:
     def _load(self, chunk: Tensor, span: slice) -> None:
         """Inactive rows become 0: whatever they hold, 0 times it must not reach the weight."""
         active, index = self.selection.active, self.selection.index
-        if index is not None:
-            chunk.copy_(self.hidden[index[span]])
-            active = None if active is None else active[index[span]]
-        else:
-            chunk.copy_(self.hidden[span])
-            active = None if active is None else active[span]
+        rows = span if index is None else index[span]
+        chunk.copy_(self.hidden[rows])
         if active is not None:
-            chunk.masked_fill_(~active.unsqueeze(1), 0.0)
+            chunk.masked_fill_(~active[rows].unsqueeze(1), 0.0)
 
     def add_gradient(self, chunk: Chunk, logprob: Tensor) -> None:
         """`chunk.logits` hold the gradient; rows without a finite `logprob` (1, rows) have none."""

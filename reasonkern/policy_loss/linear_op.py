@@ -21,6 +21,7 @@ from .op import (
     claim_backward,
     once_differentiable,
     scale_saved_gradient,
+    stats_grads,
 )
 from .reference import accumulator_dtype
 from .reference_objective import active_rows
@@ -187,11 +188,10 @@ def _stats_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if all(g is None for g in grads[:4]):
         return (None,) * 12
     temperature, softcap, *plan = ctx.numbers
-    incoming = [None if g is None else g.contiguous() for g in grads[:4]]
     with torch.no_grad():
         out = OPS.linear_token_stats_backward(
             hidden, weight, bias, targets, row_temperature, temperature, softcap, *stats,
-            *incoming, *plan, *ctx.needs_input_grad[:3],
+            *stats_grads(*grads), *plan, *ctx.needs_input_grad[:3],
         )  # fmt: skip
     return *to_inputs(out, (hidden, weight, bias), ctx.needs_input_grad), *(None,) * 9
 

@@ -84,6 +84,12 @@ def check_group(name: str, group: Any) -> None:
         _checks.fail(name, expected, type(group).__name__)
 
 
+def as_groups(data_group: Any) -> tuple[ProcessGroup, ...]:
+    """The groups of one optional process group, checked."""
+    check_group("data_group", data_group)
+    return () if data_group is None else (data_group,)
+
+
 def check_parallel(parallel: Any) -> None:
     """The argument is a `Parallel`, or None."""
     if parallel is not None and not isinstance(parallel, Parallel):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._checks import check_tensor
-from .parallel import check_group, gather, total
+from .parallel import as_groups, gather, total
 
 Groups = Sequence[Any]  # of ranks whose elements form one batch: axes of a mesh
 DIGIT = 16
@@ -269,12 +269,6 @@ def _added(counts: Tensor, groups: Groups) -> Tensor:
     for group in groups:
         torch.distributed.all_reduce(counts, group=group)
     return counts
-
-
-def as_groups(data_group: Any) -> Groups:
-    """The groups of one optional process group."""
-    check_group("data_group", data_group)
-    return () if data_group is None else (data_group,)
 
 
 def _trained(name: str, x: Tensor, mask: Tensor) -> Tensor:
