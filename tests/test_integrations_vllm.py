@@ -176,6 +176,10 @@ def test_vllm_refuses_at_admission_what_a_step_would_trip_over(vllm: Any) -> Non
         ({"cyclic": 3}, "modulation.cyclic: expected a mapping"),
         ({"wave": {}}, r"modulation: expected arguments of Modulation: cyclic.*got \['wave'\]"),
         ({"ban": {"set": "refect"}}, "modulation.ban.set: expected 'reflect' or 'switch'"),
+        (
+            {"ban": {}, "think_end": 1, "min_think": {"tokens": 9, "wait": [5]}},
+            r"modulation.min_think.wait: expected a first id that ban leaves, got 5",
+        ),
         ({"budget": {"tokens": 4, "end": [V]}}, r"modulation.budget.end: .*\[0, 32\), got 32"),
         ({"think_end": V}, r"modulation.think_end: expected token ids in \[0, 32\)"),
         ({"deepconf": {"threshold": 1.0}}, "modulation.deepconf: expected None"),

@@ -9,8 +9,9 @@ from typing import Any
 
 from .. import _checks
 from ..modulation import Modulation, SoftBudget, TokenSets
-from ..modulation.sets import check_set, sets_or_none
+from ..modulation.sets import sets_or_none
 from ..modulation.spec import PARTS
+from ..modulation.state import check_with_sets
 
 NAME = "modulation"
 
@@ -58,11 +59,9 @@ def modulation_of(parameters: Mapping[str, Any] | None) -> Modulation | None:
 
 
 def check_request(spec: Modulation, sets: TokenSets, vocab_size: int) -> None:
-    """Refuses what a step would trip over: unknown sets, ids outside the vocabulary, windows."""
+    """Refuses what a step would trip over: windows, sets that do not fit, ids that are none."""
     check_windows(spec)
-    for name, part in spec.parts.items():
-        if hasattr(part, "set"):
-            check_set(f"{NAME}.{name}.set", part.set, sets)
+    check_with_sets(spec, sets, f"{NAME}.")
     for name, token in _ids(spec):
         if token >= vocab_size:
             _checks.fail(f"{NAME}.{name}", f"token ids in [0, {vocab_size})", token)

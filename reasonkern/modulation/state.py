@@ -331,20 +331,25 @@ def _bits(values: Sequence[float]) -> list[int]:
     return bits
 
 
-def check_with_sets(spec: Modulation, sets: TokenSets) -> None:
-    """Refuses a spec that names an unknown set, or whose ban contradicts its other parts."""
+def check_with_sets(spec: Modulation, sets: TokenSets, prefix: str = "") -> None:
+    """Refuses a spec that names an unknown set, or whose ban contradicts its other parts.
+
+    `prefix` goes before the names in messages.
+    """
     for name, part in spec.parts.items():
         if hasattr(part, "set"):
-            check_set(f"{name}.set", part.set, sets)
+            check_set(f"{prefix}{name}.set", part.set, sets)
     if spec.ban is None:
         return
     banned = sets[spec.ban.set]
     if spec.min_think is not None and spec.min_think.wait[0] in banned:
-        _checks.fail("min_think.wait", "a first id that ban leaves", spec.min_think.wait[0])
+        expected = "a first id that ban leaves"
+        _checks.fail(f"{prefix}min_think.wait", expected, spec.min_think.wait[0])
     if spec.budget is not None and spec.budget.soft is not None:
         for token in spec.budget.end:
             if token in banned:
-                _checks.fail("budget.end", "ids that ban leaves, to be raised by soft", token)
+                expected = "ids that ban leaves, to be raised by soft"
+                _checks.fail(f"{prefix}budget.end", expected, token)
 
 
 def _pack_added(spec: Modulation, sets: TokenSets, row: list[int]) -> None:
