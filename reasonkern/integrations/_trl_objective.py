@@ -161,17 +161,14 @@ def trl_objective(args: Any, loss_type: str, terms: dict[str, Any]) -> Objective
     return build(1 - args.epsilon, 1 + high, ratio_cap=args.delta, **terms)
 
 
-def named_objective(name: str, data_group: Any) -> Objective:
-    """A constructor's published numbers; the batch of BAPO and others spans ``data_group``."""
+def named_objective(name: str) -> Objective:
+    """The constructor of that name, with its published numbers."""
     build = getattr(Objective, name, None)
     if name == "custom" or name.startswith("_") or not inspect.ismethod(build):
         known = [n for n, x in vars(Objective).items() if isinstance(x, classmethod)]
         names = ", ".join(dict.fromkeys((*AGGREGATION, *known)))
         _checks.fail("objective", f"one of {names.removesuffix(', custom')}", repr(name))
-    across = (
-        {"data_group": data_group} if "data_group" in inspect.signature(build).parameters else {}
-    )
-    objective: Objective = build(**across)
+    objective: Objective = build()
     return objective
 
 

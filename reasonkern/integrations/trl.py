@@ -20,7 +20,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .. import _checks
@@ -126,8 +125,7 @@ class GRPOTrainer(_Base):
     def _own(self, objective: Any) -> Objective:
         check_config(self.args, self.loss_type, objective)
         if isinstance(objective, str):
-            ranks = dist.group.WORLD if self.accelerator.num_processes > 1 else None
-            objective = named_objective(objective, ranks)
+            objective = named_objective(objective)
         check_no_constructor(objective)
         if not isinstance(objective, Objective):
             expected = "a name, an Objective (Objective.custom for a function) or None"
