@@ -115,8 +115,8 @@ def check_inputs(model_kwargs: dict[str, Any]) -> None:
 
 def check_positions(positions: Tensor | None, mask: Tensor) -> None:
     """Those that transformers makes of a (R, L) mask; of padding they may be anything."""
-    counted = mask.long().cumsum(-1) - 1
     if positions is None:
         return
+    counted = mask.long().cumsum(-1) - 1
     if positions.shape[-1] != mask.shape[-1] or ((positions != counted) & (mask != 0)).any():
         _checks.fail("position_ids", "tokens counted from 0, padding left out", positions.tolist())

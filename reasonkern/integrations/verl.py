@@ -133,7 +133,6 @@ OBJECTIVES: dict[str, Callable[[Any], Objective]] = {
     "rloo": lambda config: Objective.rloo(),
     "reinforce": lambda config: Objective.reinforce(),
 }
-# All constructors but gtpo and high_entropy, which need entropies: verl gives a loss none.
 NAMES = tuple(f"rk_{name}" for name in OBJECTIVES)
 # Terms of an `Objective` that are not its business in verl, and what is instead.
 NOT_HERE = {
@@ -152,11 +151,11 @@ def _weights(mask: Tensor, mode: str, info: dict[str, Any]) -> Tensor:
     """The weights of verl's `agg_loss`; ``info`` is the configuration's ``global_batch_info``."""
     _checks.check_choice("loss_agg_mode", mode, AGGREGATION)
     ranks, by_token = info.get("dp_size", 1), mode.startswith("token")
-    total = info.get("batch_num_tokens" if by_token else "global_batch_size")
+    name = "batch_num_tokens" if by_token else "global_batch_size"
+    total = info.get(name)
     if mode == "token-sum":
         total = 1
     elif total is None and ranks > 1:
-        name = "batch_num_tokens" if by_token else "global_batch_size"
         _checks.fail(f"global_batch_info[{name!r}]", f"a number with dp_size {ranks}", None)
     return token_weights(
         mask,
@@ -216,13 +215,13 @@ def objective_loss(
         objective,
         log_prob.unsqueeze(-1),
         Segments(),
-        torch.where(mask, old_log_prob, 0.0),
-        _per_sequence(advantages, mask) if objective.level == "sequence" else advantages,
-        _weights(mask, loss_agg_mode, info),
-        None,
-        None,
-        None,
-        rollout_is_weights,
+        old_logprob=torch.where(mask, old_log_prob, 0.0),
+        advantage=_per_sequence(advantages, mask) if objective.level == "sequence" else advantages,
+        weight=_weights(mask, loss_agg_mode, info),
+        ref_logprob=None,
+        rollout_logprob=None,
+        entropy_weight=None,
+        importance=rollout_is_weights,
     )
     check_objective(objective, context, packed=False)
     known = torch.where(mask, log_prob, 0.0).to(context.weight)

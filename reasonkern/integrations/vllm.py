@@ -79,12 +79,10 @@ class ModulationLogitsProcessor(_Base):
         self.used: set[int] = set()  # slots of the state
         self.staged: dict[int, tuple[Modulation | None, float]] = {}
         self.temperature = torch.zeros(slots, device=device)
-        self.folded = torch.zeros(
-            slots, dtype=torch.int64, device=device
-        )  # tokens, prompt included
-        self.step = torch.arange(
-            1 + (speculative.num_speculative_tokens if speculative else 0), device=device
-        )  # of tokens that a step may commit
+        # Tokens that the state has seen, the prompt included.
+        self.folded = torch.zeros(slots, dtype=torch.int64, device=device)
+        drafts = speculative.num_speculative_tokens if speculative else 0
+        self.step = torch.arange(1 + drafts, device=device)  # of tokens that a step may commit
 
     @classmethod
     def validate_params(cls, sampling_params: Any) -> None:
