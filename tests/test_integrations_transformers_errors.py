@@ -51,6 +51,10 @@ ERRORS = {
     "no number of trajectories": (
         {"num_trajectories": "four"}, "num_trajectories: expected an integer >= 1, got 'four'",
     ),
+    "transformers' name": (
+        {"num_return_sequences": 4},
+        "num_return_sequences: expected its name here, num_trajectories, got 4",
+    ),
     "eos by name": ({"eos": "<eos>"}, "eos: expected an id or several, got '<eos>'"),
     "eos of another model": ({"eos": [VOCAB]}, r"eos: expected ids in \[0, 48\), .* got 48"),
     "a flag for eos": ({"eos": True}, r"eos: expected ids in \[0, 48\), .* got True"),
@@ -69,6 +73,11 @@ def test_errors(ours, make, case):
     given = {"ids": IDS, "temperature": T, "max_new_tokens": 4} | changes
     with pytest.raises(ValueError, match=message):
         ours.generate(make(), given.pop("ids"), **given)
+
+
+def test_an_argument_of_no_name_is_a_type_error(ours, make):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+        ours.generate(make(), IDS, temperature=T, max_new_tokens=4, temprature=1.0)
 
 
 @pytest.mark.parametrize("eos, padded", [((), True), ((0, 5), False)])

@@ -42,6 +42,15 @@ _transformers = import_peer("transformers", TESTED)
 
 __all__ = ["Generation", "ModulationLogitsProcessor", "custom_generate", "generate"]
 
+# transformers' names for arguments of `generate` that have another one here.
+RENAMED = {
+    "num_return_sequences": "num_trajectories",
+    "max_length": "max_new_tokens, without the prompt",
+    "eos_token_id": "eos",
+    "pad_token_id": "pad",
+    "do_sample": "temperature, 0 = greedy",
+}
+
 
 @documented
 class Generation(NamedTuple):
@@ -81,6 +90,7 @@ def generate(
     streamer: Any = None,
     num_trajectories: int = 1,
     scope: int | Tensor | None = None,
+    **others: Any,
 ) -> Generation:
     """Generates from a transformers model; the text is that of plain seeded sampling.
 
@@ -125,6 +135,7 @@ def generate(
             each other in the result.
         scope: of the table, a number or one per request. None = one scope per distinct prompt, the
             same in every call.
+        others: none; an argument by transformers' name is refused with the name it has here.
 
     Returns:
         `Generation`.
@@ -134,6 +145,7 @@ def generate(
             are not the model's; padding that is not on the left; a table of a smaller vocabulary;
             something on another device; an option of another type or out of its range.
     """
+    _check_names(others)
     _checks.check_integer("num_trajectories", num_trajectories, 1)
     _checks.check_integer("max_new_tokens", max_new_tokens, 1)
     found = causal_model(model)
@@ -233,6 +245,13 @@ def custom_generate(
 
 
 # ---- inputs
+
+
+def _check_names(others: dict[str, Any]) -> None:
+    for name, value in others.items():
+        if name not in RENAMED:
+            raise TypeError(f"generate() got an unexpected keyword argument {name!r}")
+        _checks.fail(name, f"its name here, {RENAMED[name]}", repr(value))
 
 
 def _prompts(found: Any, input_ids: Tensor, mask: Tensor | None) -> list[list[int]]:
