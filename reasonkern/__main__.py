@@ -113,11 +113,11 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _shorten_spins() -> None:
-    """Starts the command anew where libgomp, which reads that once, would spin for long.
+    """Restarts the command with a shorter spin of libgomp's waiting threads, which is read once.
 
-    Where other processes want the cores, too, threads that spin as long as by default hold up the
-    ones they wait for, in every small operation. A short while costs an idle machine nothing. Not
-    where the process is another program's, as under ``%run -m`` of a notebook.
+    On busy cores, threads that spin for the default time hold up those they wait for, in every
+    small operation; on idle ones a short spin costs nothing. Not where another program owns the
+    process, as under ``%run -m`` of a notebook.
     """
     own = "reasonkern" in sys.orig_argv
     if own and not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:

@@ -48,7 +48,7 @@ def check_values(name: str, value: object) -> Tensor:
 def is_contiguous(
     value: object, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether kernels can take the value; asked before checks that would say what is wrong."""
+    """Whether kernels can take the value as it is; the slower checks can then be left out."""
     return (
         isinstance(value, Tensor)
         and value.dtype is dtype
@@ -75,7 +75,7 @@ def check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
 
 
 def expanded(name: str, value: object, other: Tensor, other_name: str) -> Tensor:
-    """The tensor lies where the other one lies and broadcasts to its shape; returns that view."""
+    """A view of the tensor in the shape of the other one, on whose device it must be."""
     tensor = check_tensor(name, value)
     check_device(name, tensor, other, other_name)
     try:
@@ -101,7 +101,7 @@ def as_device(name: str, value: Any) -> torch.device:
 
 
 def check_settings(given: object, own: Mapping[str, object]) -> None:
-    """Those of a saved state are the owner's; the message names the ones that are not."""
+    """A saved state has the settings of its owner; the message names those that differ."""
     if not isinstance(given, Mapping):
         fail("state['settings']", "a mapping, as state_dict writes it", type(given).__name__)
     names = [name for name in {**own, **given} if given.get(name) != own.get(name)]
@@ -119,7 +119,7 @@ def check_saved(state: Mapping[str, object], own: Mapping[str, Tensor], owner: s
 
 
 def check_list(name: str, value: object, of: str, *, ordered: bool = True) -> None:
-    """Several things: no text, which would be taken apart into its letters; `ordered`: no set."""
+    """A list or the like: no string, which is a sequence of letters, and if `ordered` no set."""
     unfit = isinstance(value, (str, bytes, Mapping, *((set, frozenset) if ordered else ())))
     if unfit or not hasattr(value, "__len__"):
         fail(name, f"a list of {of}", repr(value) if value is None else type(value).__name__)
@@ -158,7 +158,7 @@ def check_number(
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Of Python or NumPy, and no bool; the kinds that are asked for first are the quick ones."""
+    """A number of Python or NumPy, no bool; int and float come first because they test fast."""
     return isinstance(value, (int, float, Real)) and not isinstance(value, bool)
 
 
@@ -198,7 +198,7 @@ def reads_values(tensor: Tensor) -> bool:
 
 
 def check_all(name: str, tensor: Tensor, right: Tensor, expected: str) -> None:
-    """Every element is right, under `reads_values`; else ValueError shows the first wrong one."""
+    """Every element is right, else ValueError shows the first wrong one; call if `reads_values`."""
     if not right.all():
         index = tuple((~right).nonzero()[0].tolist())
         fail(name, expected, f"{tensor[index].item()} at {index}")

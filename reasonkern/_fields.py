@@ -10,9 +10,10 @@ Kind = TypeVar("Kind", bound=type)
 
 
 def documented(kind: Kind) -> Kind:
-    """Gives each field its text under "Attributes:"; help() says "Alias for field number 0" else.
+    """Gives each field its text in the class docstring's "Attributes:", for help() to show.
 
-    The class keeps the whole: help() shows it at its top, the fields some forty lines below.
+    Without it help() says "Alias for field number 0". The class keeps the whole docstring, because
+    help() shows the fields some forty lines below it.
     """
     # With python -OO there is no docstring.
     section = (inspect.getdoc(kind) or "").partition("Attributes:\n")[2]

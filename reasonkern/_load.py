@@ -136,7 +136,7 @@ def define_composite(
 ) -> Implementation:
     """Defines an op with one implementation for every device; returns that.
 
-    Without `autograd` its results are constants: no graph is recorded, inside it neither.
+    Without `autograd` its results are constants: neither it nor what it calls records a graph.
     """
     LIBRARY.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
     if autograd is None:
@@ -152,7 +152,7 @@ def define_composite(
 def _differentiable(name: str, autograd: Autograd) -> Implementation:
     """What `torch.library.register_autograd` registers, for schemas without defaults.
 
-    Its own looks for arguments left out at their defaults, which costs more than a small op.
+    torch's own searches for arguments left out at their defaults: that costs more than a small op.
     """
     op = getattr(torch.ops.reasonkern, name).default
 

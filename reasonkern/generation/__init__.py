@@ -89,9 +89,9 @@ def generate(
             nor drafter this is plain seeded decoding. None = no drafter.
         control: a `reasonkern.ModulationState` and the (requests,) int64 slots of the requests in
             it, -1 = no control: a slot for each, trajectories of a prompt included, put there with
-            its prompt. It has seen its text afterwards (with it, what a stop cut off) and serves
-            that text alone: ``remove`` and ``add`` it for another call. Drafts and tables do not
-            change what it does. None = no control.
+            its prompt. Afterwards a slot has seen the text of its request, what a stop cut off
+            included, and serves that text alone: ``remove`` and ``add`` it for another call. Drafts
+            and tables do not change what it does. None = no control.
         seed: of the run, from which those of the requests are hashed
             (`reasonkern.request_seeds`), or (requests,) int64 ones of the requests. The same one, 0
             as here, gives the same text in every call: torch's generator is not used.

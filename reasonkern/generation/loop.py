@@ -245,7 +245,7 @@ class Run:
             )  # fmt: skip
 
     def _learn(self, tree: DraftTree, now: _Now, out: Verified) -> None:
-        """Rows of plain steps wait for company: until the next draft nobody asks for them."""
+        """Rows of plain steps are collected: until the next draft nobody asks for them."""
         if self.table is None:
             return
         if tree.nodes > 1:

@@ -22,7 +22,7 @@ class Statistics:
             included.
         sizes: how many passes of the model had how many nodes per request.
         hits: look-ups in the table that an order of it answered, by order; with ``tree="auto"``
-            those are among them that only tell what larger trees would be worth.
+            including those that only tell what larger trees would be worth.
         misses: look-ups that no order answered.
         seconds: time by phase: prompt, draft, forward (the model), verify, update (table and
             cache).

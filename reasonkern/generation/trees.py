@@ -61,9 +61,9 @@ class BestTree:
 
     How many tokens a size emits is known from hindsight: now and then the whole tree is filled,
     whatever part of it is put to the model, and compared with what the text became. That costs no
-    pass, and tells of all sizes alike. What a size takes is known from the steps that used it: a
-    size is new as long as it would be the best if the growth from size to size below it slowed
-    down, and later all are tried again for a fixed share of the time.
+    pass, and tells of all sizes alike. How long a step of a size takes is known from the steps that
+    used it. A new size is tried while it would be the best one if times grew more slowly than
+    between the sizes below it; later all are tried again, for a fixed share of the time.
 
     Args:
         timings: by (requests, nodes); shared by all runs of a model.
@@ -159,8 +159,8 @@ def _at_least(times: list[float]) -> float:
 class Hindsight:
     """How often each node of a tree is accepted: drafts, and what the texts became after them.
 
-    In the equality modes the text does not depend on drafts, so that one which no model has seen
-    tells as much as one that was verified.
+    In the equality modes the text does not depend on the drafts, so a draft that was never put to
+    the model tells as much as one that was verified.
     """
 
     def __init__(self, tree: DraftTree) -> None:

@@ -11,9 +11,7 @@ from typing import Any
 
 
 def import_peer(module: str, tested: str) -> Any:
-    """The module of the package of the same name; ImportError says how to get it.
-
-    Where the package is there and something that it imports is not, that is named.
+    """A module of a trainer; ImportError says how to install it, or which dependency it lacks.
 
     Another version than ``tested`` (a prefix such as "1.16") warns; what the integration relies on
     is checked by `require_arguments`.

@@ -99,7 +99,7 @@ def causal_model(model: Any) -> CausalModel:
 
 
 def check_length(found: CausalModel, prompts: list[list[int]], max_new_tokens: int) -> None:
-    """Refuses texts in whose course the model changes what it has computed before; warns of others.
+    """Refuses texts so long that the model would change earlier positions; warns of overlong ones.
 
     Rotary embeddings "dynamic" and "longrope" take the frequencies of a pass from its largest
     position: those of another request, or of a draft, would reach into a text.

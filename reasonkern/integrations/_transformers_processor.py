@@ -41,9 +41,9 @@ class ModulationLogitsProcessor(LogitsProcessor):
     all ids: like folding anew, it takes time in proportion to the length.
 
     Make one per ``generate``: another call's sequences, the next turn of a chat among them, are
-    refused. What cannot be told from a step of the same call is taken for one: the text so far, or
-    it and one token; for a single sequence also a beginning of that text that holds the prompt, and
-    such a beginning with another last token (assisted decoding takes candidates back).
+    refused. Whatever could be the next step of the same call is taken for it: the text so far, or
+    it and one token; for a single sequence also a prefix of that text that holds the prompt, its
+    last token replaced or not (assisted decoding takes candidates back).
 
     Args:
         spec: a `Modulation` for all sequences, or one for each; None leaves a sequence alone.

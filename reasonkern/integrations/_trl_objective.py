@@ -54,7 +54,7 @@ def _unsupported(name: str, expected: str, got: object) -> None:
 
 
 def _with_bounds(objective: Any, **numbers: float | None) -> str:
-    """How the objective that was asked for takes the numbers; nothing where it has none such."""
+    """The objective that was asked for with these numbers, or nothing where it takes none such."""
     name = objective if isinstance(objective, str) else getattr(objective, "name", "")
     build = getattr(Objective, name, None)
     if not inspect.ismethod(build) or "ratio_min" not in inspect.signature(build).parameters:

@@ -13,8 +13,8 @@ from . import layout as at
 from .state import ModulationState
 
 _modulate = torch.ops.reasonkern.modulate_logits_.default
-# What the overload calls, without the frame of Python in between, which is dear where nothing is in
-# cache. Dynamo traces the overload only.
+# What the overload calls, without a Python frame in between, which costs much when caches are cold.
+# Dynamo traces the overload only.
 _modulate_now = _modulate._op
 _commit = torch.ops.reasonkern.commit_.default
 
@@ -73,8 +73,8 @@ def modulate_logits_(
             temperature; a soft budget without ``allow_dense``; on CPU also a slot out of range and
             rows that do not follow one another as local_pos says.
     """
-    # All checks in Python would take longer than the kernel, which makes them, too. They are made
-    # only when it objects, to say what is wrong. Where nothing is in cache every name that is
+    # The kernel checks its arguments, too, and the checks in Python take longer than it does: they
+    # are made only when it objects, to say what is wrong. With cold caches every name that is
     # looked up here counts.
     try:
         ready = state.checked_by_kernel

@@ -1,8 +1,8 @@
 """Test-time optimisation of hidden states in front of a frozen head: SRGen and LatentSeek.
 
-Both lose -log p of many rows and want no gradient of the head. The rows' logits exist a chunk at a
-time; the family's loss operator overwrites them with their gradient, which is summed over the rows
-(SRGen) or multiplied with the head (LatentSeek) before the next chunk.
+Both minimise -log p of many rows and need no gradient of the head. The rows' logits exist a chunk
+at a time; the family's loss operator overwrites them with their gradient, which is summed over the
+rows (SRGen) or multiplied with the head (LatentSeek) before the next chunk.
 """
 
 from __future__ import annotations

@@ -186,8 +186,8 @@ class Budget:
     """Ends thinking after a number of tokens by forcing a phrase, s1 (arXiv 2501.19393).
 
     Once ``tokens`` thinking tokens are spent, the ids of ``end`` are forced one after the other.
-    Where another token comes (a grammar, a foreign sampler), the phrase goes on from the longest of
-    its beginnings that the text then ends with. Once complete it is never forced again.
+    Where another token comes (a grammar, a foreign sampler), the phrase goes on from its longest
+    prefix that the text then ends with. Once complete it is never forced again.
 
     Args:
         tokens: thinking tokens before the phrase; 0 forces it at once.

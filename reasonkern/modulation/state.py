@@ -141,7 +141,7 @@ class ModulationState:
         self.max_id = max(self.sets.max_id, *self._ids)
         self.tensors.sets[at.LARGEST_ID] = self.max_id
         self.needs_heat, self.needs_dense = self.uses(at.MIN_THINK), self.uses(at.SOFT)
-        # What `modulate_logits_` asks of a state whose kernels check; in one, for its sake.
+        # All that `modulate_logits_` asks of a state whose kernels check, to be looked up at once.
         self.checked_by_kernel = None
         if self.device.type == "cpu" and _op.has_cpu_kernels():
             self.checked_by_kernel = (*self.tensors, self.needs_heat, self.needs_dense)
@@ -161,10 +161,10 @@ class ModulationState:
         return [slot for slot, parts in enumerate(self._parts) if not parts]
 
     def check_texts(self, name: str, slots: Sequence[int], lengths: Sequence[int]) -> None:
-        """Refuses slots whose prompt and tokens since are no texts of these lengths.
+        """Refuses slots whose prompt and tokens since do not make texts of these lengths.
 
-        A slot of -1 is none; which text the slots of a loaded state have seen is not known, and of
-        those that were added without a prompt only that it was longer. Waits for the device.
+        A slot of -1 is none, and what the slots of a loaded state have seen is not known. A slot
+        that was added without its prompt must have seen less than the text. Waits for the device.
 
         Raises:
             ValueError: ``name[index]`` of the first such slot.

@@ -160,7 +160,7 @@ class EntropyFilter(Rule):
     def apply(
         self, o: Objective, rows: Rows, context: RowContext, h: Hyper
     ) -> tuple[Objective, RowContext]:
-        """The advantages change; that sequences are dropped shows in the selection, too."""
+        """The advantages change; metrics count dropped sequences by the selection."""
         total = context.sequence_sum(torch.where(rows.used, rows.entropy, 0.0))
         mean = total / context.sequence_sum(rows.used).clamp_min(1)
         kept = filter_keeps(mean, self.max_entropy, self.initial_entropy)

@@ -1,8 +1,8 @@
 """Products with the language-model head, a chunk of rows at a time: no (N, V) tensor ever exists.
 
-`HeadChunks` yields the logits of one chunk after the other in one buffer. Who uses them writes
-their gradient over them and hands the chunk back: it goes into the products for the hidden states,
-the weight and the bias before the buffer is filled again.
+`HeadChunks` yields the logits of one chunk after the other in one buffer. Its user overwrites them
+with their gradient and gives the chunk to `HeadChunks.add_gradient`, which adds it to the gradients
+of the hidden states, the weight and the bias before the buffer is filled again.
 """
 
 from __future__ import annotations

@@ -35,9 +35,9 @@ def conflict_token_weights(
     run and get 0; completions with A = 0 match nothing and get 1.
 
     The released code builds a histogram over vocabulary x length per group; the kernel compares
-    columns and stops at the end of the run. It also divides the loss of a completion by its number
-    of conflicts (which it counts with the backward run in reversed positions; here it is the number
-    of tokens in either run).
+    columns and stops at the end of the run. That code also divides the loss of a completion by its
+    number of conflicts (which it counts with the backward run in reversed positions;
+    ``per_conflict_norm`` counts the tokens in either run).
 
     Args:
         tokens: (B, T) ids of the completions, int64 or int32, one per row, padded.

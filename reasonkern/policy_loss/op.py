@@ -230,7 +230,7 @@ def _policy_loss_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | N
 def scale_saved_gradient(grad_logits: Tensor, grad: Tensor, loss_scale: Tensor | None) -> Tensor:
     """Multiplies the gradient formed in the forward by the incoming one, in place, row by row.
 
-    In place the version bump tells every other op that saved the logits.
+    The version is bumped so that autograd raises in any other op that has saved the logits.
     """
     with torch.no_grad():
         factor = grad if loss_scale is None else grad / loss_scale

@@ -22,8 +22,8 @@ class TokenStats(NamedTuple):
         varentropy: variance of ln p under p, nats^2.
         max_prob: largest probability.
         is_top1: bool: the target is the argmax of the logits as they come (the first one among
-            ties). Logits that differ and that a soft-cap rounds to one value are ties to Triton,
-            and on different ranks.
+            ties). Different logits that a soft-cap rounds to one value are ties in the Triton
+            kernel, and where they are on different ranks.
     """
 
     logprob: Tensor

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Parallel:
-    """Which ranks hold the other columns, the other sequences and the other pieces of these ones.
+    """Which ranks hold other columns, other sequences, and other pieces of the same sequences.
 
     The three groups are three axes of the mesh of ranks: ranks of one ``vocab_group`` hold the same
     rows and different columns, ranks of one ``segment_group`` pieces of the same sequences, ranks
@@ -138,7 +138,7 @@ def total(x: Tensor, *groups: ProcessGroup | None) -> Tensor:
 
 
 class _GroupTotal(torch.autograd.Function):
-    """`total` over one group whose ranks' losses are added: their derivatives are, too."""
+    """`total` over one group whose ranks add up their losses, and so their derivatives."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:

@@ -2,8 +2,9 @@
 
 Each rank computes the statistics of its part of every row with the operator `token_stats`; one
 all-gather later every rank merges the same numbers in rank order, so all get the same bits. The
-merge takes the parts as outcomes of a first draw, of the rank: entropy, collision and varentropy
-then are sums of terms >= 0, and nothing cancels that would not in a single pass over the row.
+merge takes a token as drawn in two steps, first its rank, then the token in that rank's part:
+entropy, collision and varentropy are then sums of terms >= 0, and nothing cancels that would not
+cancel in a single pass over the row.
 """
 
 from __future__ import annotations

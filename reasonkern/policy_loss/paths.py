@@ -365,7 +365,7 @@ def _importance(
         return context.importance
     assert old is not None and context.rollout_logprob is not None
     if context.old_logprob is not None:
-        weight = context.weight  # not of this pass's statistics, which one pass has not yet
+        weight = context.weight  # rows that are not finite included: one pass does not know them
     return importance_weights(
         o.importance, old.detach(), context.rollout_logprob, weight, context.segments,
         h.log_ratio_clamp,

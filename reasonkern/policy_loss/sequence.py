@@ -126,7 +126,7 @@ class SequenceTerm(NamedTuple):
 
     value: Tensor
     dlogp: Tensor
-    log_ratio: Tensor  # of the sequence, on each of its rows: what its ratio is the exponential of
+    log_ratio: Tensor  # logarithm of the sequence's ratio, on each of its rows
 
 
 def sequence_term(

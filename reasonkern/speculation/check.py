@@ -36,7 +36,7 @@ def check_verifier(
     exact: bool = False,
     shared: bool = False,
 ) -> LawReport:
-    """Tests whether a speculative verifier, anybody's, emits the target model's law.
+    """Tests whether a speculative verifier, this project's or any other, emits the target's law.
 
     A toy target (the next token's law depends on the last token and the depth, some tokens are
     impossible) and a toy drafter (another law, on half of the vocabulary) make ``draws``
@@ -200,7 +200,7 @@ def _checked_result(result: object, batch: int, toy: Toy) -> tuple[Tensor, Tenso
 
 
 def _check_takes(fn: Callable[..., Any], names: tuple[str, ...]) -> None:
-    """The function can be called with so many positional arguments, if it says what it takes."""
+    """The function takes these positional arguments, as far as its signature can be read."""
     expected = f"a function ({', '.join(names)}), all of them positional"
     if not callable(fn):
         _checks.fail("fn", expected, repr(fn))

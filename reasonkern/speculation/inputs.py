@@ -56,7 +56,7 @@ def per_request(
 ) -> Tensor:  # fmt: skip
     """A number, or a 0-dim or (B,) tensor, as contiguous (B,) of `dtype`; its range is checked.
 
-    `shape` is what the caller's user calls (B,).
+    `shape` is what messages call (B,).
     """
     rule = _RANGES.get(name)
     if isinstance(x, Tensor):

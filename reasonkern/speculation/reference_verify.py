@@ -51,9 +51,9 @@ class Told(NamedTuple):
 
 
 class Rows:
-    """What is done with the rows of B requests, one of each at a time: the definition.
+    """How tokens are drawn from the rows of B requests, one row of each at a time.
 
-    Another way to do it overrides the three methods.
+    This is the definition; a backend overrides `choose` and `raw_statistics`.
     """
 
     def __init__(
@@ -63,17 +63,14 @@ class Rows:
         self.filters, self.seed, self.position = filters, seed, position
         self.control, self.stats = control, stats
 
-    def controlled(self, raw: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, V) float32: what is not allowed is -inf before control sees the row."""
-        x = allowed(raw, mask)
-        return x if self.control is None else self.control.apply(x, self.filters.temperature)
-
     def choose(
         self, raw: Tensor, mask: Tensor | None, depth: int = 0, drafts: Tensor | None = None,
         entry: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Told | None]:  # fmt: skip
         """Tokens, whether the row is bad, and with `stats` what there is to tell."""
-        x = self.controlled(raw, mask)
+        x = allowed(raw, mask)  # -inf before control sees the row
+        if self.control is not None:
+            x = self.control.apply(x, self.filters.temperature)
         s = scores(x, None, self.filters)
         if drafts is None or entry is None:
             token = choose(s, self.filters, self.seed, self.position + depth)
