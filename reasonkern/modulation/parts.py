@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from .. import _checks
@@ -143,9 +144,7 @@ class Schedule:
         pairs = _checked_pairs("points", self.points, at.MAX_POINTS, "(t, d)")
         object.__setattr__(self, "points", pairs)
         times = [t for t, _ in pairs]
-        if not all(_checks.is_integer(t) for t in times) or any(
-            a >= b for a, b in zip(times, times[1:], strict=False)
-        ):
+        if not all(_checks.is_integer(t) for t in times) or any(a >= b for a, b in pairwise(times)):
             _checks.fail("points", "ascending integers t", times)
         if times[0] <= -LIMIT or times[-1] >= LIMIT:
             _checks.fail("points", "integers t in (-2^62, 2^62)", times)

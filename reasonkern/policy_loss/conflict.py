@@ -124,7 +124,7 @@ def conflict_runs(
     the rows in order of their group, ``spans`` (B, 4): the range of the row's group in ``members``
     and of its trained columns.
     """
-    rows, width = tokens.shape
+    width = tokens.shape[1]
     begin, end, start, stop = (x.unsqueeze(1) for x in spans.unbind(1))
     position = torch.arange(width, device=tokens.device)
     runs = []

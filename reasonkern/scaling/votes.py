@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Hashable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -206,7 +207,7 @@ def subthought_split(text: str, markers: Collection[str] = MARKERS) -> list[str]
     pattern = "|".join(re.escape(marker) for marker in longest_first)
     cuts = [m.start() for m in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", text)]
     bounds = [0, *(c for c in cuts if c > 0), len(text)]
-    return [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False) if a < b]
+    return [text[a:b] for a, b in pairwise(bounds) if a < b]
 
 
 def vote_ids(answer_ids: Tensor, weights: Tensor | None = None) -> Tensor:

@@ -12,7 +12,6 @@ from .groups import Groups, check_flags, wide
 from .rewards import check_answers
 
 MODES = ("reward", "penalty", "hybrid")
-LEVELS = ("high", "medium", "low")  # of accuracy, the order of the targets
 
 
 def laser(

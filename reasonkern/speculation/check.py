@@ -18,7 +18,6 @@ from .toy import Toy
 from .tree import DraftTree
 from .verify import request_seeds
 
-Verifier = Callable[..., tuple[Tensor, Tensor]]
 CHUNK = 1 << 14
 JOINT = 3  # tokens of the joint law
 DRAWN, EXACT = (16, 3, 3), (4, 2, 2)  # vocabulary, children, depth

@@ -69,7 +69,7 @@ def run(config: TuneConfig) -> int:
     vocab = _vocabulary(traces, tokenizer)
     print(_heading(traces, tokenizer, vocab, config.nodes))
     findings = investigate(traces, vocab, config)
-    print(report(findings, config))
+    print(report(findings))
     if config.out is not None:
         findings.tree.save(config.out)
         print(f"\ntree written to {config.out}; rk.DraftTree.load({str(config.out)!r}) reads it")
@@ -246,7 +246,7 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def report(findings: Findings, config: TuneConfig) -> str:
+def report(findings: Findings) -> str:
     """Tokens per step by orders, by nodes and by trajectory, as text."""
     tuned, tree = findings.tuned, findings.tree
     lines = [f"\ntuned tree: {tree.draw().splitlines()[0]}", "\norders        tokens per step"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -122,7 +123,7 @@ def _replay_rows(
     rows: list[_Row], table: NgramTable, tree: DraftTree, total: Replayed, advance: Advance
 ) -> None:
     pointers, index = (t.tolist() for t in tree.children)
-    children = [index[a:b] for a, b in zip(pointers, pointers[1:], strict=False)]
+    children = [index[a:b] for a, b in pairwise(pointers)]
     for row in rows:
         _learn(table, [(row, row.prompt_windows, _one_hot(row.trace.prompt[1:]))])
     while rows:

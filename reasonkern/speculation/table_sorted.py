@@ -20,12 +20,11 @@ def sort_pairs(items: Tensor, values: Tensor, ids: Tensor) -> tuple[Tensor, Tens
 
     The candidates of the sorted items [a, b) of one key are the pairs [a k, b k).
     """
-    rows, width = ids.shape
     items, order = items.sort()
     changes = torch.zeros_like(items)
     changes[1:] = items[1:] != items[:-1]
     rank = changes.cumsum(0)
-    row = order // max(1, items.numel() // max(1, rows))
+    row = order // max(1, items.numel() // max(1, len(ids)))
     value = values[row].to(torch.int64)
     token = torch.where(value > 0, ids[row], NO_CANDIDATE)
     pairs, place = (rank[:, None] << PAIR_ID_BITS | token).reshape(-1).sort()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def check_settings(
     if not isinstance(orders, Sequence):
         _checks.fail("orders", "a sequence of 1 to 4 descending integers in [1, 8]", repr(orders))
     descending = all(_is_integer(o, 1, MAX_ORDER) for o in orders)
-    descending = descending and all(a > b for a, b in zip(orders, orders[1:], strict=False))
+    descending = descending and all(a > b for a, b in pairwise(orders))
     if not 1 <= len(orders) <= MAX_ORDERS or not descending:
         _checks.fail("orders", "a sequence of 1 to 4 descending integers in [1, 8]", tuple(orders))
     _checks.check_choice("storage", storage, STORAGES)
