@@ -14,7 +14,6 @@ from .conflict import conflict_token_weights, entropy_filter
 from .inputs import (
     KEPT,
     RowContext,
-    Scaling,
     canonical_logits,
     canonical_mask,
     canonical_scaling,
@@ -25,7 +24,7 @@ from .metrics import PolicyMetrics, loss_metrics
 from .objective import Objective
 from .objective_fields import KL, Importance
 from .outputs import PolicyLossOutput, TokenStats
-from .parallel import Parallel, VocabShard, vocab_shard
+from .parallel import Parallel, vocab_shard
 from .selection import covariance_mask, high_entropy_mask
 from .weights import token_weights
 
@@ -210,7 +209,10 @@ def policy_loss(
         n > 1 and not s for n, s in zip(rows.shape, rows.stride(), strict=True)
     ):
         _checks.fail("logits", "rows that do not share memory for inplace_grad", rows.stride())
-    out = _run(o, rows, y, context, scaling, loss_scale, inplace_grad, shard)
+    if shard is None and paths.is_fused(o, rows.dtype, paths.needs_grad(rows), context, loss_scale):
+        out = paths.fused(o, rows, y, context, scaling, loss_scale, inplace_grad)
+    else:
+        out = paths.two_phase(o, rows, y, context, scaling, inplace_grad, shard)
     shape = targets.shape
     return PolicyLossOutput(
         out.row_loss.sum(),
@@ -219,20 +221,3 @@ def policy_loss(
         out.entropy.view(shape),
         loss_metrics(context, *out[2:]),
     )
-
-
-def _run(
-    objective: Objective,
-    logits: Tensor,
-    targets: Tensor,
-    context: RowContext,
-    scaling: Scaling,
-    loss_scale: Tensor | None,
-    inplace: bool,
-    shard: VocabShard | None,
-) -> paths.PathOutput:
-    if shard is None and paths.is_fused(
-        objective, logits.dtype, paths.needs_grad(logits), context, loss_scale
-    ):
-        return paths.fused(objective, logits, targets, context, scaling, loss_scale, inplace)
-    return paths.two_phase(objective, logits, targets, context, scaling, inplace, shard)
