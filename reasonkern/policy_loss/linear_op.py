@@ -20,6 +20,7 @@ from .op import (
     LOSS_ARGS,
     claim_backward,
     once_differentiable,
+    save_stats,
     scale_saved_gradient,
     stats_grads,
 )
@@ -174,13 +175,7 @@ def _fake_linear_policy_loss(
 
 def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, targets, _, row_temperature, *ctx.numbers = inputs
-    logprob, entropy, _, collision, varentropy, max_prob, is_top1, row_max = output
-    ctx.save_for_backward(
-        hidden, weight, bias, targets, row_temperature,
-        logprob, entropy, collision, max_prob, row_max,
-    )  # fmt: skip
-    ctx.mark_non_differentiable(varentropy, max_prob, is_top1, row_max)
-    ctx.set_materialize_grads(False)
+    save_stats(ctx, output, hidden, weight, bias, targets, row_temperature)
 
 
 def _stats_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

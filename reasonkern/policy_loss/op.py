@@ -182,15 +182,17 @@ def claim_backward(ctx: Any) -> None:
     ctx.consumed = True
 
 
-def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, targets, _, row_temperature, temperature, softcap = inputs
+def save_stats(ctx: Any, output: tuple[Tensor, ...], *inputs: Tensor | None) -> None:
+    """For the backward of `token_stats`: some inputs, then the statistics that GRAD_ARGS has."""
     logprob, entropy, _, collision, varentropy, max_prob, is_top1, row_max = output
-    ctx.save_for_backward(
-        logits, targets, row_temperature, logprob, entropy, collision, max_prob, row_max
-    )
-    ctx.temperature, ctx.softcap = temperature, softcap
+    ctx.save_for_backward(*inputs, logprob, entropy, collision, max_prob, row_max)
     ctx.mark_non_differentiable(varentropy, max_prob, is_top1, row_max)
     ctx.set_materialize_grads(False)
+
+
+def _save_stats(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, targets, _, row_temperature, ctx.temperature, ctx.softcap = inputs
+    save_stats(ctx, output, logits, targets, row_temperature)
 
 
 def stats_grads(*grads: Tensor | None) -> list[Tensor | None]:

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from .chunks import Plan
 from .inputs import Scaling
 from .linear_op import OPS, to_inputs
+from .op import save_stats
 from .parallel import (
     Parallel,
     VocabShard,
@@ -52,12 +53,8 @@ class _ShardedLinearStats(torch.autograd.Function):
             targets, owner, mask, temperature if row_temperature is None else row_temperature,
             accumulator_dtype(plan.dtype), shard,
         )  # fmt: skip
-        logprob, entropy, _, collision, varentropy, max_prob, is_top1, row_max = out
-        saved = (logprob, entropy, collision, max_prob, row_max)
-        ctx.save_for_backward(hidden, weight, bias, targets, owner, row_temperature, *saved)
+        save_stats(ctx, out, hidden, weight, bias, targets, owner, row_temperature)
         ctx.given = temperature, softcap, plan, shard, reduce_dhidden
-        ctx.mark_non_differentiable(varentropy, max_prob, is_top1, row_max)
-        ctx.set_materialize_grads(False)
         return out
 
     @staticmethod

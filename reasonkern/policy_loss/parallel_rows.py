@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .op import claim_backward
+from .op import claim_backward, save_stats
 from .parallel import VocabShard, gather, in_rank_order, untraced
 from .reference import accumulator_dtype
 
@@ -124,12 +124,8 @@ class _ShardedStats(torch.autograd.Function):
             targets, owner, mask, temperature if row_temperature is None else row_temperature,
             accumulator_dtype(logits.dtype), shard,
         )  # fmt: skip
-        logprob, entropy, _, collision, varentropy, max_prob, is_top1, row_max = out
-        saved = (logprob, entropy, collision, max_prob, row_max)
-        ctx.save_for_backward(logits, targets, owner, row_temperature, *saved)
+        save_stats(ctx, out, logits, targets, owner, row_temperature)
         ctx.given = temperature, softcap, shard, inplace
-        ctx.mark_non_differentiable(varentropy, max_prob, is_top1, row_max)
-        ctx.set_materialize_grads(False)
         return out
 
     @staticmethod
