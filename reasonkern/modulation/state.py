@@ -332,10 +332,7 @@ def _bits(values: Sequence[float]) -> list[int]:
 
 
 def check_with_sets(spec: Modulation, sets: TokenSets, prefix: str = "") -> None:
-    """Refuses a spec that names an unknown set, or whose ban contradicts its other parts.
-
-    `prefix` goes before the names in messages.
-    """
+    """Refuses unknown sets, and a ban that contradicts other parts; names begin with `prefix`."""
     for name, part in spec.parts.items():
         if hasattr(part, "set"):
             check_set(f"{prefix}{name}.set", part.set, sets)

@@ -275,7 +275,7 @@ def _keys_step(
     rows, width = ids.shape
     items = context.new_empty(rows * len(orders))
     values = ids.new_empty(ids.shape, dtype=torch.int32)
-    keys_kernel[(max(1, triton.cdiv(rows, 16)),)](
+    keys_kernel[(max(1, triton.cdiv(rows, ROWS.value)),)](
         context, context.stride(0), ids, logits, lse, scope, epochs, counters, clock, items,
         values, rows, width, epochs.numel(), vocab_size, **_orders(orders),
         **OPTIONS,
