@@ -314,6 +314,7 @@ def _stop(
         checks.append(Criteria(criteria, found.device))
     if not checks:
         return None
+    # A list: every check hears of every token, also when an earlier one ends the request.
     return lambda request, text: any([check(request, text) for check in checks])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor
 
@@ -25,10 +25,15 @@ LIMITS = {
 OPTIONAL = ("ratio_min", "ratio_max", "dual_clip", "ratio_cap", "log_ratio_clamp", "opsm")
 
 
-def check(ok: bool, name: str, expected: str, got: object) -> None:
+def fail(name: str, expected: str, got: object) -> NoReturn:
     """ValueError for a field of an objective."""
+    _checks.fail(f"objective {name}", expected, got)
+
+
+def check(ok: bool, name: str, expected: str, got: object) -> None:
+    """`fail` unless `ok`."""
     if not ok:
-        raise ValueError(f"objective {name}: expected {expected}, got {got}")
+        fail(name, expected, got)
 
 
 def of_python(x: Any) -> Any:
@@ -45,14 +50,14 @@ def validate(o: ObjectiveFields) -> None:
         x = getattr(o, name)
         left_out = x is None and name in OPTIONAL
         if not left_out and not isinstance(x, Tensor) and not _is_number(x):
-            check(False, called.get(name, name), "a number", repr(x))
+            fail(called.get(name, name), "a number", repr(x))
     lo, hi, cap, dual = o.ratio_min, o.ratio_max, o.ratio_cap, o.dual_clip
     if isinstance(lo, (int, float)) and not 0 <= lo <= 1:
         expected = f"a ratio in [0, 1], not an epsilon, or None{_order(o.name)}"
-        check(False, "ratio_min", expected, lo)
+        fail("ratio_min", expected, lo)
     if isinstance(hi, (int, float)) and not hi >= 1:
         expected = f"a ratio >= 1, not an epsilon, or None{_as_ratios(lo, hi)}{_order(o.name)}"
-        check(False, "ratio_max", expected, hi)
+        fail("ratio_max", expected, hi)
     if isinstance(cap, (int, float)):
         bound = hi if isinstance(hi, (int, float)) else math.inf if hi is None else 0.0
         check(cap > bound, "ratio_cap", f"more than ratio_max = {hi}", cap)
@@ -67,7 +72,7 @@ def validate_kl(estimator: object, coef: Any) -> None:
     check(estimator in ("k1", "k2", "k3"), "kl", "estimator k1, k2 or k3", estimator)
     # A negative one would push the policy away from its reference, without bound for k2 and k3.
     if not isinstance(coef, Tensor) and not (_is_number(coef) and 0 <= coef < math.inf):
-        check(False, "kl", "a finite coefficient >= 0", repr(coef))
+        fail("kl", "a finite coefficient >= 0", repr(coef))
 
 
 def _order(name: str) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._fields import documented
 from .adaptive import Rule
-from .objective_checks import OPTIONAL, REQUIRED, check, of_python, validate, validate_kl
+from .objective_checks import OPTIONAL, REQUIRED, check, fail, of_python, validate, validate_kl
 from .reference_objective import CISPO, CLIP, Number
 
 KL_KINDS = {"k1": 1, "k2": 2, "k3": 3}
@@ -191,5 +191,5 @@ def _row_field(name: str, x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
         x = x.unsqueeze(0)  # packed (N,) tokens are rows of shape (1, N)
     if x.ndim and x.shape != rows.shape:
         expected = f"a float, a 0-dim tensor or one value per row {tuple(rows.shape)}"
-        check(False, name, expected, f"shape {tuple(x.shape)}")
+        fail(name, expected, f"shape {tuple(x.shape)}")
     return x.expand(shape)
