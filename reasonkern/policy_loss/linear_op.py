@@ -18,6 +18,7 @@ from .chunks import HeadChunks, Needs, Plan, Selection
 from .op import (
     GRAD_ARGS,
     LOSS_ARGS,
+    LOSS_SCALE,
     claim_backward,
     once_differentiable,
     save_stats,
@@ -42,12 +43,15 @@ SCHEMAS = {
     "-> (Tensor loss, Tensor token_loss, Tensor logprob, Tensor entropy, Tensor grad_hidden, "
     "Tensor grad_weight, Tensor grad_bias)",
 }
-ROWS = 8  # leading LOSS_ARGS with one element per row
-
 OPS = torch.ops.reasonkern
 
 
 # ---- implementations
+
+
+def _split(args: tuple[Any, ...]) -> tuple[tuple[Any, ...], Plan, Needs]:
+    """Arguments of an operator that ends with PLAN_ARGS, num_active and NEEDS_ARGS."""
+    return args[:-7], Plan(*args[-7:-3]), Needs(*args[-3:])
 
 
 def _linear_token_stats(
@@ -83,7 +87,7 @@ def _linear_token_stats_backward(
     softcap: float,
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    saved_and_grads, plan, needs = args[:9], Plan(*args[9:13]), Needs(*args[13:])
+    saved_and_grads, plan, needs = _split(args)
     max_prob = saved_and_grads[3]
     # Rows that were skipped in the forward have max_prob 0, nonfinite ones NaN.
     rows = Selection.of(max_prob != 0, targets.numel(), plan)
@@ -99,10 +103,11 @@ def _linear_token_stats_backward(
 def _linear_policy_loss(
     hidden: Tensor, head_weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    (targets, _, _, weight, entropy_weight), (loss_scale, hyper, *numbers) = args[:5], args[8:16]
-    plan, needs = Plan(*args[16:20]), Needs(*args[20:])
+    loss_args, plan, needs = _split(args)
+    per_token, (loss_scale, hyper, *numbers) = loss_args[:LOSS_SCALE], loss_args[LOSS_SCALE:]
+    targets, _, _, weight, entropy_weight, *_ = per_token
     rows = Selection.of(active_rows(weight, entropy_weight), targets.numel(), plan)
-    inputs = [rows.take(x) for x in args[:ROWS]]
+    inputs = [rows.take(x) for x in per_token]
     per_row = hyper is not None and hyper.shape[1] > 1
     if per_row and rows.index is not None:
         hyper = hyper[:, rows.index]
@@ -139,7 +144,7 @@ def _write(out: list[Tensor], span: slice, results: tuple[Tensor, ...]) -> None:
 
 
 def _fake_gradients(
-    hidden: Tensor, weight: Tensor, dtype: torch.dtype, needs: Any
+    hidden: Tensor, weight: Tensor, dtype: torch.dtype, needs: Needs
 ) -> tuple[Tensor, ...]:
     wide = accumulator_dtype(dtype)
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
@@ -152,21 +157,23 @@ def _fake_gradients(
 def _fake_linear_token_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    wide = accumulator_dtype(args[4])
+    wide = accumulator_dtype(Plan(*args[-4:]).dtype)
     return tuple(hidden.new_empty(targets.shape, dtype=_stat_dtype(n, wide)) for n in STATS)
 
 
 def _fake_backward(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
-    return _fake_gradients(hidden, weight, args[13], args[17:])
+    _, plan, needs = _split(args)
+    return _fake_gradients(hidden, weight, plan.dtype, needs)
 
 
 def _fake_linear_policy_loss(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *args: Any
 ) -> tuple[Tensor, ...]:
-    rows = hidden.new_empty(targets.shape, dtype=accumulator_dtype(args[15]))
-    gradients = _fake_gradients(hidden, weight, args[15], args[19:])
+    _, plan, needs = _split(args)
+    rows = hidden.new_empty(targets.shape, dtype=accumulator_dtype(plan.dtype))
+    gradients = _fake_gradients(hidden, weight, plan.dtype, needs)
     return (rows.new_empty(()), *(torch.empty_like(rows) for _ in range(3)), *gradients)
 
 
@@ -193,7 +200,7 @@ def _stats_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, token_loss, logprob, entropy, *gradients = output
-    ctx.save_for_backward(*gradients, inputs[11])
+    ctx.save_for_backward(*gradients, inputs[3 + LOSS_SCALE])
     ctx.dtypes = [None if x is None else x.dtype for x in inputs[:3]]
     ctx.needs = inputs[-3:]
     ctx.mark_non_differentiable(token_loss, logprob, entropy, *gradients)

@@ -27,6 +27,8 @@ LOSS_ARGS = (
     "Tensor? hyper, float[] values, float temperature, float softcap, int kind, int kl_kind, "
     "bool kl_unbiased"
 )
+# Places in LOSS_ARGS; what comes before the scale has one element per row.
+IMPORTANCE, LOSS_SCALE, HYPER, VALUES = 5, 8, 9, 10
 SCHEMAS = {
     "token_stats": f"(Tensor logits, {LOGITS_ARGS}, float temperature, float softcap) -> (Tensor "
     "logprob, Tensor entropy, Tensor lse, Tensor collision, Tensor varentropy, Tensor max_prob, "
@@ -214,7 +216,7 @@ def _token_stats_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
 
 def _save_grad(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, token_loss, logprob, entropy, grad_logits = output
-    ctx.save_for_backward(grad_logits, inputs[9])
+    ctx.save_for_backward(grad_logits, inputs[1 + LOSS_SCALE])
     ctx.mark_non_differentiable(token_loss, logprob, entropy, grad_logits)
     ctx.set_materialize_grads(False)
 

@@ -35,7 +35,7 @@ class _InplaceLoss(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
         row_loss, *rest = torch.ops.reasonkern.policy_loss_(logits.detach(), *args)
         torch.autograd.graph.increment_version(logits)
-        ctx.save_for_backward(logits, args[8])
+        ctx.save_for_backward(logits, args[op.LOSS_SCALE])
         ctx.mark_non_differentiable(*rest)
         ctx.set_materialize_grads(False)  # zeros for three outputs would be three launches
         return (row_loss, *rest)
@@ -155,7 +155,7 @@ def fused_choices(
     o: Objective, args: tuple[Any, ...]
 ) -> tuple[Tensor | None, Objective, list[float], Tensor | None]:
     """The last four of `PathOutput`, from `fused_args`."""
-    return args[5], o, args[10], args[9]
+    return args[op.IMPORTANCE], o, args[op.VALUES], args[op.HYPER]
 
 
 def fused_args(
