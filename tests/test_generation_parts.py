@@ -331,7 +331,7 @@ ERRORS = {
     "no temperature": ({"temperature": None}, "temperature: expected a number .*, got None"),
     "no function": ({"drafter": 3}, "drafter: expected a function of requests and texts, got 3"),
     "tree alone": ({"tree": rk.DraftTree.chain(3)}, "tree: expected a table to fill it from"),
-    "scope alone": ({"scope": 1}, "scope: expected a table"),
+    "scope alone": ({"scope": 1}, "scope: expected None without a table"),
     "scopes": ({"table": table_of(), "scope": torch.arange(3)}, r"scope: expected .*\(4,\)"),
     "half a scope": ({"table": table_of(), "scope": 0.5}, "scope: expected an integer or a tensor"),
     "no such scope": (

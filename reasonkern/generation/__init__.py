@@ -189,7 +189,7 @@ def _check_drafts(
         _checks.fail("drafter", "a function of requests and texts", repr(drafter))
     if table is None:
         if scope is not None:
-            _checks.fail("scope", "a table that it is of", "no table")
+            _checks.fail("scope", "None without a table", scope)
         return None
     if not isinstance(table, NgramTable):
         _checks.fail("table", "an NgramTable", type(table).__name__)

@@ -177,7 +177,7 @@ def _survives_ban(logits: Tensor, ids: Tensor, banned: Tensor) -> Tensor:
 
 
 def _apply_minimum(logits: Tensor, c: Control, temperature: Tensor | None, where: Tensor) -> None:
-    """Gives the mass of the end to the wait: what "an end is replaced by a wait" comes to."""
+    """Gives the mass of the end to the wait, as if every end drawn were replaced by a wait."""
     vocab = logits.shape[1]
     rows = (where & (c.end >= 0) & (c.end < vocab) & (c.wait < vocab)).nonzero().squeeze(-1)
     rows = rows[logits[rows, c.wait[rows]] != -INF]

@@ -211,7 +211,7 @@ def as_objective(objective: Objective | Callable[..., Tensor]) -> Objective:
 
 
 def check_no_constructor(objective: object) -> None:
-    """``Objective.dapo`` in the place of ``Objective.dapo()`` is a function, too."""
+    """Refuses ``Objective.dapo`` where ``Objective.dapo()`` is meant: it is a function, too."""
     if getattr(objective, "__self__", None) is Objective:
         name = f"Objective.{getattr(objective, '__name__', '…')}"
         _checks.fail("objective", f"an Objective, {name}()", f"its constructor, {name}")

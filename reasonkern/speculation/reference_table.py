@@ -234,7 +234,7 @@ def table_draft(
     scope: Tensor | None, temperature: Tensor, seed: Tensor, position: Tensor, kind: int,
     vocab_size: int, strict: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """See `NgramTable.draft`; level by level over all nodes, of which one level counts."""
+    """See `NgramTable.draft`; each level computes all nodes and keeps its own."""
     unused = counts.new_empty(0)
     table = Storage(keys, slots, extra, counts, unused, unused, epochs, counters)
     batch, nodes, topk = context.shape[0], parents.numel(), slots.shape[1]

@@ -40,7 +40,7 @@ class Control(Protocol):
 
 
 class Told(NamedTuple):
-    """What is said of rows, each (R,): see `reasonkern.Sampled`."""
+    """Statistics of rows, each (R,): see `reasonkern.Sampled`."""
 
     logprob: Tensor
     entropy: Tensor
