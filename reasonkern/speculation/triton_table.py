@@ -10,11 +10,13 @@ import triton
 import triton.language as tl
 
 from .._triton import kernel
+from . import reference_table as reference
 from . import table_sorted
 from .triton_table_draft import draft_kernel
 from .triton_table_entry import (
     EXACT,
     LANES,
+    PACKED,
     WAYS,
     WIDE,
     decode,
@@ -30,8 +32,10 @@ from .triton_table_entry import (
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 ROWS = tl.constexpr(16)  # rows read together
-EVICTIONS, REJECTED, MERGED = (tl.constexpr(k) for k in (5, 6, 7))  # of the counters
-TOTAL_LIMIT = tl.constexpr((1 << 30) + (1 << 30) // 1000)
+EVICTIONS, REJECTED, MERGED = (
+    tl.constexpr(k) for k in (reference.EVICTIONS, reference.REJECTED, reference.ROWS)
+)
+TOTAL_LIMIT = tl.constexpr(reference.TOTAL_LIMIT)
 LEFT_OUT = tl.constexpr((1 << 63) - 1)  # sorts behind every key
 NO_CANDIDATE = tl.constexpr(table_sorted.NO_CANDIDATE)
 
@@ -235,7 +239,7 @@ def merge_kernel(
 
 
 def _storage(extra):
-    return 2 if extra.dtype == torch.int64 else 1 if extra.numel() else 0
+    return (EXACT if extra.dtype == torch.int64 else WIDE if extra.numel() else PACKED).value
 
 
 def _orders(orders):
@@ -252,7 +256,7 @@ def table_draft(
     vocab_size, strict,
 ):  # fmt: skip
     batch, nodes, topk = context.shape[0], parents.numel(), slots.shape[1]
-    law = (batch, nodes, topk) if kind == 2 else (0,)
+    law = (batch, nodes, topk) if kind == reference.REJECTION else (0,)
     tokens = context.new_empty((batch, nodes))
     valid = context.new_empty((batch, nodes), dtype=torch.bool)
     q_ids = context.new_empty(law)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from .._triton import kernel
+from . import reference_table as reference
 from .triton_noise import gumbel, minus_log, word_of_token
 from .triton_table_entry import (
     EXACT,
@@ -19,10 +20,10 @@ from .triton_table_entry import (
     set_of,
 )
 
-SHARED, REJECTION = tl.constexpr(1), tl.constexpr(2)
+SHARED, REJECTION = tl.constexpr(reference.SHARED), tl.constexpr(reference.REJECTION)
 NODES = tl.constexpr(16)  # nodes drafted together
-MISSES = tl.constexpr(4)  # of the counters
-LARGEST_ID = tl.constexpr((1 << 31) - 1)  # of a context; larger numbers count as missing
+MISSES = tl.constexpr(reference.MISSES)
+LARGEST_ID = tl.constexpr(reference.LARGEST_ID)
 INF = tl.constexpr(float("inf"))
 
 

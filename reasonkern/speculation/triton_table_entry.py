@@ -3,8 +3,10 @@
 import triton
 import triton.language as tl
 
+from . import reference_table
+
 PACKED, WIDE, EXACT = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-WAYS = tl.constexpr(8)
+WAYS = tl.constexpr(reference_table.WAYS)
 LANES = tl.constexpr(16)  # slots of an entry, padded
 
 

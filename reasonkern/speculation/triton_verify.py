@@ -11,10 +11,13 @@ import triton
 import triton.language as tl
 
 from .._triton import check_dtype, check_launchable, kernel
+from . import reference_verify as reference
 from .tree import check_rows
 from .triton_rows import INF, Request, Row, choose, find_top, write_statistics
 
-EOS, BAD_ROW, CAPPED = (tl.constexpr(bit) for bit in (1, 2, 4))
+EOS, BAD_ROW, CAPPED = (
+    tl.constexpr(bit) for bit in (reference.EOS, reference.BAD_ROW, reference.CAPPED)
+)
 BLOCK = 2048
 
 
