@@ -223,7 +223,7 @@ def _check_values(
         expected = "the number of draft tokens before each row, among rows of its slot"
         _checks.check_all("local_pos", local, right, expected)
     if parents is not None:
-        node = torch.arange(len(parents))
+        node = torch.arange(len(parents), device=parents.device)
         right = torch.where(node == 0, parents == -1, (parents >= 0) & (parents < node))
         _checks.check_all("parents", parents, right, "-1, then the number of an earlier node each")
 
