@@ -27,7 +27,7 @@ bool draws_abreast(const VerifyParams& p, const Device& device) {
 
 template <class E>
 void launch_abreast(const AbreastShape& shape, VerifyParams p, const LaunchScope& scope) {
-  p.rows.slice = int(slice_tokens(p.rows.vocab, 1)), p.rows.stages = 0;
+  p.rows = whole_rows(p.rows);
   const auto kernel = shape.threads == kWideThreads ? verify_abreast_kernel<E, kWideThreads>
                                                     : verify_abreast_kernel<E, kTeamThreads>;
   const unsigned clusters = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20);
@@ -39,15 +39,16 @@ struct CudaBackend {
   static void sample(const SampleParams& p, int32_t device) {
     dispatch_row(p.rows.type, [&](auto element) {
       using E = typename decltype(element)::type;
-      const bool measured = blocks_inside<E>() > 1;  // the types that kernels know
-      launch_teams<TeamShared, E>(sample_kernel<E>, p, device, measured ? Reads::row : Reads::walk);
+      // What single rows gain was measured of the types that models compute in.
+      const Reads reads = knows_type<E>() ? Reads::row : Reads::walk;
+      launch_teams<TeamShared, E>(sample_kernel<E>, p, device, reads);
     });
   }
 
   static void verify(const VerifyParams& p, int32_t device) {
     dispatch_row(p.rows.type, [&](auto element) {
       using E = typename decltype(element)::type;
-      if constexpr (blocks_inside<E>() > 1) {
+      if constexpr (knows_type<E>()) {
         const LaunchScope scope(device);
         const Device about = describe(verify_kernel<E>, device);
         if (draws_abreast<E>(p, about)) {

@@ -88,7 +88,7 @@ struct Launch {
 
   template <class E>
   void start_abreast(VerifyParams p) const {
-    p.rows.slice = int(slice_tokens(p.rows.vocab, 1)), p.rows.stages = 0;
+    p.rows = whole_rows(p.rows);
     start(verify_abreast_kernel<E, kTeamThreads>, abreast_bytes<E>(p.rows, threads), p);
   }
 };
@@ -133,7 +133,7 @@ void verify(const Launch& l, const Fields& f) {
   if (p.statistics.entropy != nullptr || p.control.slot != nullptr) {
     return l.start_teams<ControlShared>(verify_controlled_kernel, p);
   }
-  if constexpr (!std::is_same<E, AnyElement>::value) {
+  if constexpr (knows_type<E>()) {
     if (l.abreast && p.q_ids == nullptr && can_be_alone<E>(p.rows, l.threads))
       return l.start_abreast<E>(p);
   }
