@@ -18,13 +18,6 @@ void launch_compact(const CompactParams& p, int32_t device) {
          scope.stream, p);
 }
 
-// Rows abreast, by equality, in blocks of which two fit on a multiprocessor.
-template <class E>
-bool draws_abreast(const VerifyParams& p, const Device& device) {
-  return p.q_ids == nullptr && device.arch >= 90 && can_be_alone<E>(p.rows, kTeamThreads) &&
-         abreast_bytes<E>(p.rows, kTeamThreads) <= device.shared_per_block / 2 - 1024;
-}
-
 template <class E>
 void launch_abreast(const AbreastShape& shape, VerifyParams p, const LaunchScope& scope) {
   p.rows = whole_rows(p.rows);

@@ -208,5 +208,12 @@ PYBIND11_MODULE(verify_sim, m) {
     const AbreastShape shape = abreast_shape(batch, depth, {90, units, 0});
     return std::make_tuple(shape.rows, shape.threads);
   });
+  // Shared memory of the wide blocks of rows abreast; 0: a launch draws none.
+  m.def("abreast_bytes", [](int64_t nodes, int64_t vocab, int arch, std::size_t shared) {
+    VerifyParams p{};
+    p.rows.nodes = nodes, p.rows.vocab = p.rows.stride_n = p.rows.stride_b = vocab;
+    return draws_abreast<bf16>(p, {arch, 132, shared}) ? abreast_bytes<bf16>(p.rows, kWideThreads)
+                                                       : 0;
+  });
   m.def("word_bytes", &word_bytes);
 }
