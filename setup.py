@@ -50,6 +50,33 @@ def toolkit_problem():
     return None
 
 
+def is_too_old(arch):
+    """Whether an entry of TORCH_CUDA_ARCH_LIST has no cp.async and no reductions of a warp."""
+    number = re.match(r"\d+\.\d+", arch)
+    old = ("Kepler", "Maxwell", "Pascal", "Volta", "Turing")
+    return float(number[0]) < 8 if number else arch.startswith(old)
+
+
+def architecture_problem():
+    """Why there is nothing to compile for, or None; takes what is too old from torch's list."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace("native", "")
+    if listed:  # containers bring lists that begin with 7.5
+        archs = re.split("[; ]+", listed)
+    elif torch.cuda.is_available():
+        gpus = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        archs = [f"{major}.{minor}" for major, minor in sorted(set(gpus))]
+        archs[-1] += "+PTX"  # as torch does
+    else:  # torch's own choice ends in an IndexError. 10.0 came with CUDA 12.8.
+        archs = ["8.0", "9.0a", *(["10.0+PTX"] if torch.version.cuda >= "12.8" else [])]
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs)
+    kept = [arch for arch in archs if not is_too_old(arch)]
+    if not kept:
+        return "its kernels need architecture 8.0 or newer"
+    if len(kept) < len(archs):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(kept)
+    return None
+
+
 def library(kind, name, pattern, **flags):
     """One abi3 library; no Python module inside, reasonkern._load hands it to torch.ops."""
     sources = sorted(glob(f"csrc/**/{pattern}", recursive=True))
@@ -64,18 +91,14 @@ def library(kind, name, pattern, **flags):
 wanted = os.environ.get("REASONKERN_CUDA", "")
 if wanted not in ("", "0", "1"):
     sys.exit(f"REASONKERN_CUDA: expected 0, 1 or unset, got {wanted!r}.")
-problem = "REASONKERN_CUDA=0" if wanted == "0" else toolkit_problem()
+problem = "REASONKERN_CUDA=0" if wanted == "0" else toolkit_problem() or architecture_problem()
 if wanted == "1" and problem:
     sys.exit(f"REASONKERN_CUDA=1 asks for the CUDA library, but {problem}.")
 
 extensions = [library(cpp.CppExtension, "_C", "cpu*.cpp", cxx=CPU_FLAGS)]
 if problem is None:
-    if not torch.cuda.is_available():
-        # Without a GPU to ask, torch's own choice ends in an IndexError. 10.0 came with CUDA 12.8.
-        newest = ";10.0+PTX" if torch.version.cuda >= "12.8" else ""
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a" + newest)
     extensions.append(library(cpp.CUDAExtension, "_C_cuda", "cuda*.cu", nvcc=NVCC_FLAGS))
-built_for = f"for {os.environ.get('TORCH_CUDA_ARCH_LIST', 'the GPUs in sight')}"
+built_for = f"for {os.environ.get('TORCH_CUDA_ARCH_LIST') or 'the GPUs in sight'}"
 print("reasonkern: building _C; _C_cuda", f"left out: {problem}" if problem else built_for)
 
 setup(

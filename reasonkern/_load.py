@@ -31,6 +31,8 @@ _LIBRARIES = {"cpu": ("_C", "reasonkern", "CPU"), "cuda": ("_C_cuda", "reasonker
 LIBRARY = torch.library.Library("reasonkern", "FRAGMENT")
 CUDA_LIBRARY = torch.library.Library("reasonkern_cuda", "FRAGMENT")
 
+CUDA_LIBRARY.define("compiled_for() -> int[]")
+
 _ops: dict[str, dict[str, Implementation | None]] = {}
 
 
@@ -266,8 +268,32 @@ def _choose(name: str, architecture: str, triton_serves: bool) -> str:
 
 def _preferred(name: str, architecture: str) -> str:
     present = [backend for backend in _ON_CUDA if not _missing(name, backend)]
-    evidenced = [backend for backend in present if (name, architecture, backend) in EVIDENCE]
+    evidenced = [
+        backend
+        for backend in present
+        if (name, architecture, backend) in EVIDENCE and not _other_code(backend, architecture)
+    ]
     return next(iter(evidenced), "triton" if "triton" in present else "reference")
+
+
+@cache
+def _compiled_for() -> tuple[int, ...]:
+    """The architectures of the CUDA library's code; 90 is sm_90."""
+    return tuple(torch.ops.reasonkern_cuda.compiled_for())
+
+
+def _other_code(backend: str, architecture: str) -> str:
+    """Why a library's code is not what ran on an architecture; "" when it is.
+
+    A library that was compiled for other generations of GPUs has PTX for this one, or nothing.
+    """
+    number = int(architecture.removeprefix("sm_"))
+    if backend != "cuda" or any(
+        code <= number and code // 10 == number // 10 for code in _compiled_for()
+    ):
+        return ""
+    others = ", ".join(f"sm_{code}" for code in _compiled_for())
+    return f"library _C_cuda was compiled for {others}, not for {architecture}"
 
 
 def _gpu_note(name: str, backend: str, architecture: str | None) -> str:
@@ -276,6 +302,8 @@ def _gpu_note(name: str, backend: str, architecture: str | None) -> str:
         return problem
     if architecture is None:
         return "no GPU here"
+    if problem := _other_code(backend, architecture):
+        return problem
     run = EVIDENCE.get((name, architecture, backend))
     return f"ran on {run}" if run else f"no result of this {backend} kernel on {architecture}"
 

@@ -222,17 +222,26 @@ def test_setup_refuses_unknown_switch(monkeypatch):
 
 
 @pytest.fixture
+def toolkit(tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch()
+    return tmp_path
+
+
+@pytest.fixture
 def cuda_setup(monkeypatch):
     """Runs setup.py as far as `setup()` on a pretended CUDA machine; returns its extensions."""
     cpp = pytest.importorskip("torch.utils.cpp_extension")
 
-    def run(cuda_home, torch_cuda, release):
+    def run(cuda_home, torch_cuda, release, gpus=(), archs=""):
         seen = {}
         monkeypatch.chdir(ROOT)
         monkeypatch.delenv("REASONKERN_CUDA", raising=False)
-        monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", archs)
         monkeypatch.setattr(torch.version, "cuda", torch_cuda)
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: gpus[index])
         monkeypatch.setattr(cpp, "CUDA_HOME", str(cuda_home))
         banner = f"Cuda compilation tools, release {release}, V{release}.48".encode()
         monkeypatch.setattr(subprocess, "check_output", lambda command: banner)
@@ -243,20 +252,45 @@ def cuda_setup(monkeypatch):
     return run
 
 
-def test_setup_builds_cuda_when_toolkit_and_torch_agree(cuda_setup, tmp_path, capsys):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvcc").touch()
-    extensions = cuda_setup(tmp_path, "13.0", "13.1")
+def test_setup_builds_cuda_when_toolkit_and_torch_agree(cuda_setup, toolkit, capsys):
+    extensions = cuda_setup(toolkit, "13.0", "13.1")
     assert set(extensions) == {"reasonkern._C", "reasonkern._C_cuda"}
     flags = extensions["reasonkern._C_cuda"].extra_compile_args["nvcc"]
     assert not [flag for flag in flags if "fast" in flag or "-std" in flag]
     assert capsys.readouterr().out.endswith("_C_cuda for 8.0;9.0a;10.0+PTX\n")
 
 
-def test_setup_leaves_cuda_out_when_they_disagree(cuda_setup, tmp_path, capsys):
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvcc").touch()
-    assert set(cuda_setup(tmp_path, "12.6", "13.0")) == {"reasonkern._C"}
+def test_setup_leaves_cuda_out_when_they_disagree(cuda_setup, toolkit, capsys):
+    assert set(cuda_setup(toolkit, "12.6", "13.0")) == {"reasonkern._C"}
     assert "is not of torch's CUDA 12.6" in capsys.readouterr().out
-    assert set(cuda_setup(tmp_path / "empty", "13.0", "13.0")) == {"reasonkern._C"}
+    assert set(cuda_setup(toolkit / "empty", "13.0", "13.0")) == {"reasonkern._C"}
     assert "no nvcc was found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("machine", "built_for"),
+    [
+        ({}, "8.0;9.0a;10.0+PTX"),
+        ({"archs": "native"}, "8.0;9.0a;10.0+PTX"),
+        ({"gpus": [(9, 0)]}, "the GPUs in sight"),
+        ({"gpus": [(8, 6), (7, 5), (8, 0)]}, "8.0;8.6+PTX"),
+        ({"gpus": [(9, 0)], "archs": "8.6;12.0+PTX"}, "8.6;12.0+PTX"),
+        ({"archs": "7.5 8.0 8.6 9.0 10.0 12.0+PTX"}, "8.0;8.6;9.0;10.0;12.0+PTX"),
+        ({"archs": "Volta+Tegra;Turing;Ampere;Hopper"}, "Ampere;Hopper"),
+    ],
+)
+def test_setup_compiles_for_what_has_the_instructions(
+    cuda_setup, toolkit, machine, built_for, capsys
+):
+    assert "reasonkern._C_cuda" in cuda_setup(toolkit, "13.0", "13.0", **machine)
+    assert capsys.readouterr().out.endswith(f"_C_cuda for {built_for}\n")
+    chosen = "" if built_for == "the GPUs in sight" else built_for
+    assert os.environ["TORCH_CUDA_ARCH_LIST"] == chosen
+
+
+@pytest.mark.parametrize("machine", [{"gpus": [(7, 5)]}, {"archs": "7.0;7.5+PTX"}])
+def test_setup_leaves_cuda_out_where_gpus_are_too_old(cuda_setup, toolkit, machine, capsys):
+    assert set(cuda_setup(toolkit, "13.0", "13.0", **machine)) == {"reasonkern._C"}
+    assert capsys.readouterr().out.endswith(
+        "_C_cuda left out: its kernels need architecture 8.0 or newer\n"
+    )

@@ -1,4 +1,4 @@
-"""Every CUDA source compiles without a warning for three architectures; spills are foreseen."""
+"""Every CUDA source compiles without a warning for four architectures; spills are foreseen."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ SOURCES = sorted((ROOT / "csrc").rglob("cuda*.cu"))
 # A minute each for the largest source: the core suite compiles for Hopper.
 ARCHITECTURES = tuple(
     pytest.param(arch, marks=() if arch == "90a" else pytest.mark.slow)
-    for arch in ("80", "90a", "100")
+    for arch in ("80", "90a", "100", "120")
 )
 # Bytes stored + loaded, of kernels that need more than 255 registers there; not run there yet.
 SPILLS = {("100", "verify_controlled_kernel"): 1536, ("100", "sample_controlled_kernel"): 32}
+SPILLS |= {("120", "verify_controlled_kernel"): 1536, ("120", "sample_controlled_kernel"): 32}
+SPILLS |= {("120", "verify_kernelI13__nv_bfloat16"): 8}
 NVCC = shutil.which("nvcc")
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH")
@@ -50,7 +52,8 @@ def kernels(log: str) -> Iterator[tuple[str, int, int]]:
 def test_compiles_clean_and_without_spills(source: Path, arch: str, tmp_path: Path) -> None:
     log = compile_log(source, arch, tmp_path)
     found = list(kernels(log))
-    assert len(found) == log.count("Compiling entry function") > 0
+    assert len(found) == log.count("Compiling entry function")
+    assert found or source.parent.name == "common"
     spilled = [
         f"{name}: {stores} + {loads}"
         for name, stores, loads in found

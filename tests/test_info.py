@@ -37,12 +37,13 @@ def toy_schemas():
 def machine(monkeypatch):
     """Registers the toy op on a pretended machine: its GPU, libraries, Triton and evidence."""
 
-    def pretend(evidence=(), cuda="", triton="", cpu="not built", gpu=True):
+    def pretend(evidence=(), cuda="", triton="", cpu="not built", gpu=True, compiled=(80, 90)):
         monkeypatch.setattr(_load, "_ops", {})
         monkeypatch.setattr(_load, "EVIDENCE", dict(evidence))
         monkeypatch.setattr(_load, "_library_reasons", {"cpu": cpu, "cuda": cuda})
         monkeypatch.setattr(_load, "_triton_reason", lambda: triton)
         monkeypatch.setattr(_load, "_architecture", lambda device: "sm_90")
+        monkeypatch.setattr(_load, "_compiled_for", lambda: compiled)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Toy GPU")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
@@ -66,6 +67,7 @@ def rows():
         ({"evidence": {(TOY, "sm_100", "cuda"): "another architecture"}}, "triton"),
         ({"evidence": {("another_op", "sm_90", "cuda"): "x"}}, "triton"),
         ({"evidence": CUDA_RAN, "cuda": "library _C_cuda is not built"}, "triton"),
+        ({"evidence": CUDA_RAN, "compiled": (80,)}, "triton"),  # built where an A100 was in sight
         ({}, "triton"),
     ],
 )
@@ -75,6 +77,29 @@ def test_cuda_backend_needs_evidence(machine, setup, choice):
         warnings.simplefilter("error")
         assert _load.choose_cuda_backend(TOY) == choice
     assert rows()[choice]["serves"] == ["cuda (sm_90)"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "compiled", "same"),
+    [
+        ("sm_90", (80, 90, 100), True),
+        ("sm_86", (80,), True),  # one generation, the older first
+        ("sm_80", (86,), False),
+        ("sm_90", (80, 100), False),  # PTX of sm_80 knows no clusters; sm_100 is newer
+        ("sm_120", (90, 100), False),
+    ],
+)
+def test_evidence_is_of_code_of_the_generation(machine, architecture, compiled, same):
+    machine(compiled=compiled)
+    assert (_load._other_code("cuda", architecture) == "") is same
+    assert _load._other_code("triton", architecture) == ""
+
+
+def test_info_says_for_what_the_library_was_compiled(machine):
+    machine(evidence=CUDA_RAN, compiled=(80, 86))
+    assert rows()["cuda"]["serves"] == []
+    why = "library _C_cuda was compiled for sm_80, sm_86, not for sm_90"
+    assert rows()["cuda"]["why"] == why
 
 
 @pytest.fixture

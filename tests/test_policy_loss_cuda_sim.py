@@ -163,6 +163,10 @@ def test_launch_configuration(sim: Any) -> None:
         assert sim.module().rowwise_config(rows, vocab, 2)["slices"] == slices
     assert not sim.module().loss_config(10**6, 4, True, hopper, opt_in)["resident"]
     assert not sim.module().loss_config(32_000, 8, True, hopper, opt_in)["resident"]
+    for shared in (99 * 1024, 227 * 1024):  # a row that does not fit on sm_120, or anywhere
+        sizes = [sim.module().loss_config(n << 15, 2, True, 120, shared) for n in range(1, 40)]
+        assert max(c["shared_bytes"] for c in sizes) <= shared
+        assert {c["resident"] for c in sizes} == {True, False}
 
 
 @pytest.mark.parametrize(

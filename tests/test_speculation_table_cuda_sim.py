@@ -19,6 +19,7 @@ from speculation_table_cases import state_tensors as tensors
 
 from reasonkern import DraftTree, NgramTable, _load
 from reasonkern.speculation import table_op
+from reasonkern.speculation.tree import MAX_NODES
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -218,3 +219,20 @@ def test_sanitised():
     done = run_sanitized([*arguments, "-k", "no_launch_changes"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout and "failed" not in done.stdout
+
+
+def test_shared_memory_of_other_gpus():
+    """What a block takes, of what one has on sm_80, on sm_86, sm_89 and sm_120, and on sm_90."""
+    from cuda_sim import table_backend
+
+    module, (ampere, small, hopper) = table_backend.module(), (163 * 1024, 99 * 1024, 227 * 1024)
+    assert module.few_bytes(module.few_items, 1024) <= small
+
+    def bytes_of(nodes, window=8, orders=4, topk=16):
+        return module.draft_bytes(nodes, window, orders, topk)
+
+    assert bytes_of(MAX_NODES) <= hopper  # else the kernel that serves there would refuse a tree
+    assert bytes_of(MAX_NODES, window=4) <= ampere < bytes_of(MAX_NODES)
+    assert bytes_of(3135) <= ampere < bytes_of(3136)  # check_room refuses the larger one
+    assert bytes_of(2654, window=4) <= small < bytes_of(2655, window=4)
+    assert bytes_of(1769) <= small < bytes_of(1770)

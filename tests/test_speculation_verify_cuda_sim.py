@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -299,9 +300,27 @@ def test_launch_decisions(simulated):
     assert [word(256, 64), word(24, 16), word(6, 2), word(3, 1)] == [16, 8, 2, 1]
 
 
+@pytest.mark.parametrize(
+    ("arch", "shared"), [(80, 163), (86, 99), (89, 99), (90, 227), (100, 227), (120, 99)]
+)
+def test_no_launch_asks_for_more_shared_memory_than_a_block_has(simulated, arch, shared):
+    module, room = simulated.module(), shared * 1024
+    vocabularies = [8 * round(1.3**k) for k in range(4, 50)]  # to 2^22
+    # Two scratch sizes: about those of TeamShared and of ControlShared.
+    teams = product(
+        (1, 32, 132, 512), vocabularies, (2, 4, 8), (20_000, 33_000), (1, 2), (True, False)
+    )
+    for batch, vocab, size, scratch, inside, walk in teams:
+        shape = module.team_shape(batch, vocab, size, scratch, inside, 132, arch, room, walk)
+        assert shape[2] <= room and (arch >= 90 or shape[:2] == (1, 0))
+    abreast = [module.abreast_bytes(n, v, arch, room) for n in (1, 80, 4096) for v in vocabularies]
+    assert max(abreast) <= room and (max(abreast) > 0) == (arch >= 90)
+
+
 SANITIZED = """
 import sys; sys.path.insert(0, "tests")
 from dataclasses import replace
+from itertools import product
 from speculation_cases import random_step, rows, random_logits
 from cuda_sim import verify_backend as sim
 for rejection in (False, True):

@@ -40,8 +40,12 @@ def compiled(
     return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=dict(options))
 
 
+# Bytes that a block may take on any GPU: those of sm_86, sm_89 and sm_120 have the least.
+SHARED = 99 * 1024
+
+
 def resources(kernel: Any) -> dict[str, int]:
-    """Registers, stack and local memory of a thread, in bytes where they are bytes."""
+    """Registers, stack and local memory of a thread, shared memory of a block; in bytes."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -49,7 +53,8 @@ def resources(kernel: Any) -> dict[str, int]:
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    return {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    used = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return used | {"SHARED": kernel.metadata.shared}
 
 
 def fused_steps(kernel: Any) -> int:
@@ -69,5 +74,6 @@ def output_of(program: str, *arguments: Any) -> Any:
 
 
 def assert_unspilled(row: Mapping[str, Any]) -> None:
-    """`resources` of a kernel: all in registers."""
+    """`resources` of a kernel: all in registers, and room for its block on every GPU."""
     assert 0 < row["REG"] <= 255 and row["LOCAL"] == row["STACK"] == 0, row
+    assert row["SHARED"] <= SHARED, row

@@ -86,6 +86,12 @@ int batch_count(int64_t vocab, unsigned threads) {
   return int((vocab + tokens - 1) / tokens);
 }
 
+// A launch's rows as such blocks take them: whole, and no copies.
+inline LogitRows whole_rows(LogitRows rows) {
+  rows.slice = int(slice_tokens(rows.vocab, 1)), rows.stages = 0;
+  return rows;
+}
+
 // Whether blocks of so many threads can read a launch's rows so.
 template <class E>
 bool can_be_alone(const LogitRows& rows, unsigned threads) {

@@ -1,6 +1,7 @@
 // CPU operators of the table: requests and runs of sets to threads, registration.
 #include "cpu_table_draft.h"
 #include "cpu_table_update.h"
+#include "cpu_tree.h"
 #include "table_operators.h"
 
 namespace reasonkern {
@@ -9,6 +10,7 @@ namespace {
 
 struct CpuTable {
   static void draft(const DraftParams& p, int32_t) {
+    check_tree(p);
     for (int32_t r = 0; r < p.batch && p.strict; ++r) {
       STD_TORCH_CHECK(is_known(p, r), "table_draft: context or scope of row ", r);
     }
@@ -44,6 +46,16 @@ struct CpuTable {
       const int64_t evictions = merge_items(p, rows, share(begin), share(end));
       __atomic_fetch_add(t.counters + kEvictions, evictions, __ATOMIC_RELAXED);
     });
+  }
+
+ private:
+  static void check_tree(const DraftParams& p) {
+    const int32_t last = p.nodes - 1;
+    STD_TORCH_CHECK(are_children(p.child_ptr, p.child_index, p.nodes) &&
+                        are_within(p.parents + 1, last, 0, last) &&
+                        are_bounds(p.level_ptr, p.levels, p.inner_nodes) &&
+                        are_within(p.level_nodes, p.inner_nodes, 0, last),
+                    "parents to level_nodes: expected those of a tree of ", p.nodes, " nodes");
   }
 };
 

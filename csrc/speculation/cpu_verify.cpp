@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "cpu_tree.h"
 #include "verify_operators.h"
 
 namespace reasonkern {
@@ -74,16 +75,9 @@ struct CpuBackend {
 
  private:
   static void check_tree(const VerifyParams& p) {
-    const int64_t links = p.rows.nodes - 1;
-    bool sound = p.child_ptr[0] == 0 && p.child_ptr[p.rows.nodes] == links;
-    for (int64_t i = 0; i < p.rows.nodes && sound; ++i) {
-      sound = p.child_ptr[i] <= p.child_ptr[i + 1] && p.child_ptr[i + 1] <= links;
-    }
-    for (int64_t i = 0; i < links && sound; ++i) {
-      sound = p.child_index[i] > 0 && p.child_index[i] <= links;
-    }
-    STD_TORCH_CHECK(sound, "child_ptr, child_index: expected the children of a tree of ",
-                    p.rows.nodes, " nodes");
+    STD_TORCH_CHECK(are_children(p.child_ptr, p.child_index, p.rows.nodes),
+                    "child_ptr, child_index: expected the children of a tree of ", p.rows.nodes,
+                    " nodes");
   }
 };
 

@@ -15,12 +15,24 @@ unsigned blocks(int64_t work, int64_t per_block) {
   return unsigned(wanted < 1 ? 1 : wanted > 65535 ? 65535 : wanted);
 }
 
+// Windows and tree of a request lie in shared memory. A block of sm_90 or sm_100 has room for the
+// largest tree, of others not.
+void check_room(const DraftParams& p, unsigned bytes, int32_t device) {
+  constexpr unsigned kEverywhere = 48 * 1024;
+  if (bytes <= kEverywhere) return;  // as most, without asking
+  const int room = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  STD_TORCH_CHECK(bytes <= unsigned(room), "parents: expected a tree whose draft fits into ", room,
+                  " bytes, the shared memory of a block on this GPU, got ", p.nodes,
+                  " nodes, which take ", bytes);
+}
+
 struct CudaTable {
   static void draft(const DraftParams& p, int32_t device) {
     STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(p.table.slots) % SetReader::kVector == 0,
                     "slots: expected an address that is a multiple of 16");
     const LaunchScope scope(device);
     with_draft_kernel(p, [&](auto kernel, unsigned shared) {
+      check_room(p, shared, device);
       launch(kernel, dim3(blocks(p.batch, 1)), dim3(kDraftThreads), 1, shared, scope.stream, p);
     });
   }

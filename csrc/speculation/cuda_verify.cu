@@ -18,16 +18,9 @@ void launch_compact(const CompactParams& p, int32_t device) {
          scope.stream, p);
 }
 
-// Rows abreast, by equality, in blocks of which two fit on a multiprocessor.
-template <class E>
-bool draws_abreast(const VerifyParams& p, const Device& device) {
-  return p.q_ids == nullptr && device.arch >= 90 && can_be_alone<E>(p.rows, kTeamThreads) &&
-         abreast_bytes<E>(p.rows, kTeamThreads) <= device.shared_per_block / 2 - 1024;
-}
-
 template <class E>
 void launch_abreast(const AbreastShape& shape, VerifyParams p, const LaunchScope& scope) {
-  p.rows.slice = int(slice_tokens(p.rows.vocab, 1)), p.rows.stages = 0;
+  p.rows = whole_rows(p.rows);
   const auto kernel = shape.threads == kWideThreads ? verify_abreast_kernel<E, kWideThreads>
                                                     : verify_abreast_kernel<E, kTeamThreads>;
   const unsigned clusters = unsigned(p.rows.batch < (1 << 20) ? p.rows.batch : 1 << 20);
@@ -39,15 +32,16 @@ struct CudaBackend {
   static void sample(const SampleParams& p, int32_t device) {
     dispatch_row(p.rows.type, [&](auto element) {
       using E = typename decltype(element)::type;
-      const bool measured = blocks_inside<E>() > 1;  // the types that kernels know
-      launch_teams<TeamShared, E>(sample_kernel<E>, p, device, measured ? Reads::row : Reads::walk);
+      // What single rows gain was measured of the types that models compute in.
+      const Reads reads = knows_type<E>() ? Reads::row : Reads::walk;
+      launch_teams<TeamShared, E>(sample_kernel<E>, p, device, reads);
     });
   }
 
   static void verify(const VerifyParams& p, int32_t device) {
     dispatch_row(p.rows.type, [&](auto element) {
       using E = typename decltype(element)::type;
-      if constexpr (blocks_inside<E>() > 1) {
+      if constexpr (knows_type<E>()) {
         const LaunchScope scope(device);
         const Device about = describe(verify_kernel<E>, device);
         if (draws_abreast<E>(p, about)) {

@@ -93,6 +93,8 @@ struct TableOperators {
     p.table = describe_table(context, keys, slots, extra, counts, epochs, counters, orders);
     const int64_t batch = context.size(0), nodes = parents.numel();
     STD_TORCH_CHECK(nodes >= 1 && level_ptr.numel() >= 1, "parents: expected at least a root");
+    STD_TORCH_CHECK(level_nodes.numel() <= nodes, "level_nodes: expected at most ", nodes,
+                    " nodes, got ", level_nodes.numel());
     p.parents = tree_data(parents, "parents", nodes, context);
     p.depths = tree_data(depths, "depths", nodes, context);
     tree_data(ranks, "ranks", nodes, context);

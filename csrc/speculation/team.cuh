@@ -10,8 +10,6 @@
 
 namespace reasonkern {
 
-constexpr int kTeamThreads = 256;  // of a block; a power of two
-constexpr int kWideThreads = 512;  // of a block that draws rows alone and fills a multiprocessor
 constexpr int kMaxWarps = kWideThreads / 32;
 constexpr int kBlocksInside = 2;     // of a multiprocessor, of kernels that know the element type
 constexpr unsigned kPartBytes = 64;  // the largest value that is reduced

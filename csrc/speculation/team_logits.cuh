@@ -105,10 +105,15 @@ struct Elements {
 // Any element type, told apart where logits are loaded: one kernel instead of four.
 struct AnyElement;
 
+template <class E>
+constexpr bool knows_type() {
+  return !std::is_same<E, AnyElement>::value;
+}
+
 // Blocks on a multiprocessor: telling types apart takes registers.
 template <class E>
 constexpr int blocks_inside() {
-  return std::is_same<E, AnyElement>::value ? 1 : kBlocksInside;
+  return knows_type<E>() ? kBlocksInside : 1;
 }
 
 template <>
@@ -211,7 +216,7 @@ template <class E>
 struct TeamRow {
   // In registers: where types are told apart, neither for looking at listed shares nor for noise of
   // two quads at a time.
-  static constexpr bool kHasRoom = !std::is_same<E, AnyElement>::value;
+  static constexpr bool kHasRoom = knows_type<E>();
 
   Slice slice;
   Elements<E> mine;     // the slice's logits

@@ -74,6 +74,13 @@ std::size_t abreast_bytes(const LogitRows& rows, unsigned threads) {
          sizeof(float) * threads * unsigned(batch_count<E>(rows.vocab, threads));
 }
 
+// Whether a launch draws rows abreast: by equality, in blocks of which two fit on a multiprocessor.
+template <class E>
+bool draws_abreast(const VerifyParams& p, const Device& device) {
+  return p.q_ids == nullptr && device.arch >= 90 && can_be_alone<E>(p.rows, kTeamThreads) &&
+         abreast_bytes<E>(p.rows, kTeamThreads) <= device.shared_per_block / 2 - 1024;
+}
+
 // What a block has found out about its row.
 struct alignas(16) Told {
   int32_t node = -1, token = -1;  // node -1: it had none; token -1: the row emits nothing

@@ -9,7 +9,9 @@
 
 namespace reasonkern {
 
-constexpr int kTeamBlocks = 8;  // of a cluster, at most: the largest portable one
+constexpr int kTeamBlocks = 8;     // of a cluster, at most: the largest portable one
+constexpr int kTeamThreads = 256;  // of a block; a power of two
+constexpr int kWideThreads = 512;  // of a block that draws rows alone and fills a multiprocessor
 
 // Tokens of a row that each of the blocks, a power of two, takes: words of the mask, hence whole
 // vectors. No division: a device takes long for one.
@@ -68,19 +70,19 @@ struct AbreastShape {
 
 constexpr unsigned kMostAbreast = 5;  // few walks are longer
 
-// As many rows as are resident at once for all requests, no more than a walk can have: 5 in blocks
-// of 512 threads, which have a multiprocessor to themselves, or as many as possible of 256, two on
-// one. Clusters of more than two blocks leave a rest of most groups of multiprocessors.
+// As many rows as are resident at once for all requests, no more than a walk can have: 5 in wide
+// blocks, which have a multiprocessor to themselves, or as many as possible in others, two on one.
+// Clusters of more than two blocks leave a rest of most groups of multiprocessors.
 inline AbreastShape abreast_shape(int64_t batch, int depth, const Device& device) {
   const unsigned most = depth + 1 < int(kMostAbreast) ? unsigned(depth + 1) : kMostAbreast;
   const auto resident = [&](unsigned rows, int inside) {
     const int64_t all = int64_t(inside) * device.multiprocessors;
     return batch * rows <= (rows > 2 ? all * 7 / 8 : all);
   };
-  if (resident(most, 1)) return {most, 512};
+  if (resident(most, 1)) return {most, kWideThreads};
   unsigned rows = most;
   while (rows > 1 && !resident(rows, 2)) --rows;
-  return {rows, 256};
+  return {rows, kTeamThreads};
 }
 
 // The widest word that divides a head's bytes and the strides and addresses in bytes.

@@ -111,5 +111,13 @@ void run(const std::string& op, const py::dict& launch, const py::dict& args) {
 
 PYBIND11_MODULE(table_sim, m) {
   m.def("run", &run);
+  m.def("draft_bytes", [](int nodes, int window, int orders, int topk) {
+    DraftParams p{};
+    p.nodes = nodes, p.table.window = window, p.table.num_orders = orders, p.table.topk = topk;
+    unsigned bytes = 0;
+    with_draft_kernel(p, [&](auto, unsigned shared) { bytes = shared; });
+    return bytes;
+  });
+  m.def("few_bytes", &few_shared_bytes);
   m.attr("few_items") = int(kFewItems);
 }

@@ -88,7 +88,7 @@ struct Launch {
 
   template <class E>
   void start_abreast(VerifyParams p) const {
-    p.rows.slice = int(slice_tokens(p.rows.vocab, 1)), p.rows.stages = 0;
+    p.rows = whole_rows(p.rows);
     start(verify_abreast_kernel<E, kTeamThreads>, abreast_bytes<E>(p.rows, threads), p);
   }
 };
@@ -133,7 +133,7 @@ void verify(const Launch& l, const Fields& f) {
   if (p.statistics.entropy != nullptr || p.control.slot != nullptr) {
     return l.start_teams<ControlShared>(verify_controlled_kernel, p);
   }
-  if constexpr (!std::is_same<E, AnyElement>::value) {
+  if constexpr (knows_type<E>()) {
     if (l.abreast && p.q_ids == nullptr && can_be_alone<E>(p.rows, l.threads))
       return l.start_abreast<E>(p);
   }
@@ -207,6 +207,13 @@ PYBIND11_MODULE(verify_sim, m) {
   m.def("abreast_shape", [](int64_t batch, int depth, int units) {
     const AbreastShape shape = abreast_shape(batch, depth, {90, units, 0});
     return std::make_tuple(shape.rows, shape.threads);
+  });
+  // Shared memory of the wide blocks of rows abreast; 0: a launch draws none.
+  m.def("abreast_bytes", [](int64_t nodes, int64_t vocab, int arch, std::size_t shared) {
+    VerifyParams p{};
+    p.rows.nodes = nodes, p.rows.vocab = p.rows.stride_n = p.rows.stride_b = vocab;
+    return draws_abreast<bf16>(p, {arch, 132, shared}) ? abreast_bytes<bf16>(p.rows, kWideThreads)
+                                                       : 0;
   });
   m.def("word_bytes", &word_bytes);
 }
