@@ -159,8 +159,8 @@ def test_targets_and_mask_of_labels() -> None:
     assert_close(out.loss.item(), math.log(V))
 
 
-def test_without_logits_and_custom() -> None:
-    chunked, custom = blocks("README.md", "## Operators")
+def test_custom_and_without_logits() -> None:
+    custom, chunked = blocks("README.md", "## Your trainer: objectives")
     here = batch()
     given = {n: here[n] for n in ("targets", "old_logprob", "advantage")}
     given["weight"] = rk.token_weights(here["mask"], "token-mean")
