@@ -58,13 +58,13 @@ def _add_demo(add: AddParser) -> None:
         "--steps",
         type=_at_least(4),
         default=60,
-        help="optimiser steps of each stage (default: %(default)s)",
+        help="optimiser steps of each stage, at least 4 (default: %(default)s)",
     )
     demo.add_argument(
         "--minutes",
         type=_minutes,
         default=4.5,
-        help="time budget; a slow machine takes fewer steps, and half a minute or more is "
+        help="time budget; a slow machine takes fewer steps, and some 15 seconds or more are "
         "the least (default: %(default)s)",
     )
     demo.add_argument(

@@ -275,6 +275,12 @@ OBJECTIVES: list[tuple[str, dict[str, Any], str]] = [
         for name, order in (("dapo", ""), ("cispo", CISPO_ORDER))
     ),
     (
+        "gspo",
+        {"ratio_min": 3e-4, "ratio_max": 4e-4},
+        "ratio_max: expected a ratio >= 1, not an epsilon, or None (ratio_min=0.9997, "
+        "ratio_max=1.0004 for the epsilons 0.0003 and 0.0004), got 0.0004",
+    ),
+    (
         "cispo",
         {"ratio_min": 5, "ratio_max": 0.2},  # cispo(0.2, 5)
         f"ratio_min: expected a ratio in [0, 1], not an epsilon, or None{CISPO_ORDER}, got 5",

@@ -159,8 +159,8 @@ def test_targets_and_mask_of_labels() -> None:
     assert_close(out.loss.item(), math.log(V))
 
 
-def test_without_logits_and_custom() -> None:
-    chunked, custom = blocks("README.md", "## Operators")
+def test_custom_and_without_logits() -> None:
+    custom, chunked = blocks("README.md", "## Your trainer: objectives")
     here = batch()
     given = {n: here[n] for n in ("targets", "old_logprob", "advantage")}
     given["weight"] = rk.token_weights(here["mask"], "token-mean")
@@ -174,6 +174,24 @@ def test_without_logits_and_custom() -> None:
     logprob = rk.token_stats(here["logits"], here["targets"]).logprob
     gain = (logprob - here["old_logprob"]).exp() * here["advantage"].clamp_min(0)
     assert_close(here["out"].loss, -(gain * given["weight"]).sum())
+
+
+def test_gspo_with_its_terms() -> None:
+    """k3 to the reference, and the engine's weight, e^2 in the second sequence, cut to 2."""
+    (code,) = re.findall(r"`(rk\.Objective\..*importance=.*)`", (ROOT / "README.md").read_text())
+    b = batch()
+    old, advantage, mask = b["old_logprob"], torch.tensor([1.0, -1.0]), b["mask"]
+    weight = rk.token_weights(mask, "seq-mean-token-mean")
+    out = rk.policy_loss(
+        b["logits"], b["targets"], old_logprob=old, advantage=advantage, weight=weight,
+        ref_logprob=old, rollout_logprob=old - torch.tensor([[0.0], [2.0]]),
+        objective=eval(code, {"rk": rk}),
+    )  # fmt: skip
+    d = old - rk.token_stats(b["logits"], b["targets"]).logprob
+    ratio = (-(d * mask).sum(-1) / mask.sum(-1)).exp()
+    clipped = torch.minimum(ratio * advantage, ratio.clamp(0.9997, 1.0004) * advantage)
+    token = -clipped[:, None] * torch.tensor([[1.0], [2.0]]) + 0.01 * (d.exp() - d - 1)
+    assert_close(out.loss, (weight * token).sum())
 
 
 # ---- the decoder
@@ -201,6 +219,13 @@ class Toy:
         return torch.stack([torch.stack(r) for r in rows])
 
 
+def cache(texts: list[list[int]], drafted: torch.Tensor) -> torch.Tensor:
+    """(B, 1, S, 1): each token's entry is the token; the nodes lie behind what is committed."""
+    rows = [text[:-1] + tokens for text, tokens in zip(texts, drafted.tolist(), strict=True)]
+    size = max(map(len, rows))
+    return torch.tensor([row + [-1] * (size - len(row)) for row in rows]).double()[:, None, :, None]
+
+
 def decode(code: str, scope: dict[str, Any], texts: list[list[int]], length: int) -> int:
     """Runs the block's first part once and its loop until every text is long enough."""
     once, step = re.split("# every step.*\n", code)
@@ -212,9 +237,14 @@ def decode(code: str, scope: dict[str, Any], texts: list[list[int]], length: int
         context = torch.tensor([text[-4:] for text in texts])
         scope |= {"context": context, "position": lengths, "lengths": lengths}
         exec(step, scope)
-        out = scope.get("step") or scope["verified"]
+        out, key = scope.get("step") or scope["verified"], cache(texts, scope["draft"].tokens)
+        call = re.search(r"^# (rk\.compact_kv_\(.*\))$", step, re.M)
+        if call:
+            exec(call[1], scope | {"key": key, "value": key.clone()})
         for text, tokens, n in zip(texts, out.tokens.tolist(), out.length.tolist(), strict=True):
             text += tokens[:n]
+        for text, entries in zip(texts, key[:, 0, :, 0].tolist(), strict=True):
+            assert not call or entries[: len(text) - 1] == text[:-1]
         steps += 1
     return steps
 

@@ -74,7 +74,7 @@ class Objective(ObjectiveFields):
         if not isinstance(lo, (int, float)) or not isinstance(hi, (int, float)):
             return
         if 0 < lo < 0.5 and hi < 1.5:
-            meant = f"a ratio, {1 - lo:.4g} for an epsilon of {lo:g}"
+            meant = f"a ratio, {1 - lo:.7g} for an epsilon of {lo:g}"
             got = f"{lo:g} beside ratio_max = {hi:g}"
             warnings.warn(
                 f"objective ratio_min: expected {meant}, got {got}", UserWarning, stacklevel=4

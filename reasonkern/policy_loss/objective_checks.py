@@ -84,7 +84,7 @@ def _as_ratios(lo: object, hi: float) -> str:
     """What was meant where bounds can be epsilons, as in ``dapo(0.2, 0.28)``."""
     if not isinstance(lo, (int, float)) or not 0 < lo < 0.5 or not 0 < hi < 1:
         return ""
-    ratios = f"ratio_min={1 - lo:.4g}, ratio_max={1 + hi:.4g}"
+    ratios = f"ratio_min={1 - lo:.7g}, ratio_max={1 + hi:.7g}"
     return f" ({ratios} for the epsilons {lo:g} and {hi:g})"
 
 
