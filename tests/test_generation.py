@@ -67,6 +67,16 @@ def test_speculation_gives_the_plain_text(requests, temperature, tree, device):
         assert found.statistics.mean_accepted > LEAST
 
 
+def test_a_default_device_changes_nothing():
+    options = {"temperature": 0.4, "max_new_tokens": NEW, "seed": 1}
+    expected = generate(MODEL, PROMPTS, **options).texts
+    table = table_of()
+    with torch.device("meta"):  # as torch.set_default_device("cuda")
+        tree = rk.DraftTree(TREES["default"].parents.tolist())
+        assert tree.attention_mask().device.type == "cpu"
+        assert generate(MODEL, PROMPTS, table=table, tree=tree, **options).texts == expected
+
+
 @pytest.mark.parametrize("scope", ["private", "shared", "one", None], ids=str)
 def test_scopes_do_not_matter_to_the_text(scope):
     options = {"temperature": 0.15, "max_new_tokens": NEW, "num_trajectories": 4}

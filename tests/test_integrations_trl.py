@@ -381,6 +381,16 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"objective": "high_entropy", "top_entropy_quantile": 0.5},
         r"args\.top_entropy_quantile: expected 1\.0 with this objective",
     ),
+    (
+        {"objective": "gmpo", "top_entropy_quantile": 0.5, "loss_type": "grpo"},
+        r"args\.top_entropy_quantile: expected 1\.0 with this objective",
+    ),
+    ({"loss_type": "vespo", "top_entropy_quantile": 0.5}, r"quantile: expected 1\.0 at the seq"),
+    (
+        {"importance_sampling_level": "sequence", "top_entropy_quantile": 0.5},
+        r"args\.top_entropy_quantile: expected 1\.0 at the sequence level",
+    ),
+    ({"delta": 1.5, "epsilon_high": 0.6}, r"args\.delta: expected more than 1\.6, the upper bound"),
     ({"objective": "bapo"}, r"args\.num_iterations: expected more updates than one .* for bapo"),
     (
         {"loss_type": "cispo"},

@@ -167,6 +167,22 @@ def test_slots_are_reused_without_a_trace():
     assert used.max_id == fresh.max_id and not used.stopped.any()
 
 
+def test_a_default_device_changes_nothing():
+    requests = random_requests(12, 5, windows=True)
+
+    def filled():
+        state = make_state(12)
+        for slot, (spec, prompt) in enumerate(requests):
+            state.add(slot, spec, prompt, [1, 2, 7, 3])
+        loaded = make_state(12)
+        loaded.load_state_dict(state.state_dict())
+        return loaded.tensors
+
+    expected = filled()
+    with torch.device("meta"):  # as torch.set_default_device("cuda")
+        assert all(map(torch.equal, filled(), expected))
+
+
 @pytest.mark.parametrize("kind", [np.uint8, np.int8, np.int16, np.uint64])
 def test_numpys_integers_do_not_wrap(kind):
     """-x of an unsigned one is another number, and torch takes no uint64."""

@@ -328,6 +328,28 @@ def test_tensor_hyper_parameters_equal_floats(field: str, how: str, form: str) -
     assert_close(others, values, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("field", [*FIELDS, "custom"])
+def test_numbers_get_no_gradient(field: str) -> None:
+    """A learnt coefficient is a constant of the loss, whatever else wants a gradient."""
+    b = batch("packed")
+    given: list[Tensor] = []
+
+    def learnt(x: float) -> Tensor:
+        given.append(torch.tensor(x, dtype=torch.float64, requires_grad=True))
+        return given[-1]
+
+    if field == "custom":
+        terms = {"entropy_coef": learnt(0.1), "kl": ("k3", learnt(0.2))}
+        objective = Objective.custom(lambda logprob, entropy, ctx: -logprob, **terms)
+    else:
+        objective = FIELDS[field](learnt)["objective"]
+    names = ("ref_logprob", "rollout_logprob")
+    run(b, objective, *names)
+    assert given and all(x.grad is None for x in given)
+    constant = policy_loss(b.logits, b.targets, objective=objective, **b.given(*names))
+    assert not constant.loss.requires_grad
+
+
 @pytest.mark.parametrize("make", [Objective.ppo, Objective.gspo, Objective.gmpo])
 def test_bounds_that_differ_between_rows(make: Callable[..., Objective]) -> None:
     """GSPO's gradient sums each row's own clipped loss; PPO's and GMPO's bounds act by token."""

@@ -142,6 +142,15 @@ def test_more_rows_than_a_block_and_any_shape(variant: str, monkeypatch: Any) ->
     assert found_bounds(variant, batch) == expected
 
 
+def test_a_default_device_changes_nothing() -> None:
+    """The grid is made on the CPU, where its memory can be pinned, whatever the default is."""
+    ratio, advantage = torch.tensor([1.5, 1.0]), torch.tensor([1.0, -1.3])
+    mask = torch.ones(2)
+    expected = rk.bapo_bounds(ratio, advantage, mask, variant="code")
+    with torch.device("meta"):
+        assert rk.bapo_bounds(ratio, advantage, mask, variant="code") == expected
+
+
 def test_bounds_go_into_the_objective_and_back() -> None:
     bounds = found_bounds("code", random_batch(5))
     o = rk.Objective.ppo(*map(torch.tensor, bounds), dual_clip=3.0)

@@ -145,6 +145,7 @@ BUILT: dict[str, Callable[[], Objective]] = {
     "dapo": lambda: Objective.dapo(entropy_coef=0.1, kl=("k3", 0.1)),
     "sapo": Objective.sapo,
     "vespo": Objective.vespo,
+    "high_entropy": Objective.high_entropy,
 }
 
 

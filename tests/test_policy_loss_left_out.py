@@ -163,14 +163,18 @@ def test_all_masked_batch(objective: Any, dtype: torch.dtype, inplace: bool) -> 
 
 
 @pytest.mark.parametrize("shape", [(0, T), (B, 0), (0,)])
-@pytest.mark.parametrize("make", [Objective.ppo, Objective.gspo])
-def test_no_rows_at_all(make: Callable[..., Objective], shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("make", [Objective.ppo, Objective.gspo, Objective.kl_cov])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_no_rows_at_all(
+    per_row: bool, make: Callable[..., Objective], shape: tuple[int, ...]
+) -> None:
     x = torch.zeros(*shape, V, requires_grad=True)
     y = torch.zeros(shape, dtype=torch.int64)
     segments = torch.tensor([0, 0]) if len(shape) == 1 else None
     advantage = torch.zeros(1 if segments is not None else shape[0])
+    objective = make(log_ratio_clamp=torch.ones(shape) if per_row else 20.0)
     out = policy_loss(
-        x, y, advantage=advantage, weight=torch.zeros(shape), objective=make(), segments=segments
+        x, y, advantage=advantage, weight=torch.zeros(shape), objective=objective, segments=segments
     )
     out.loss.backward()
     assert out.loss == 0 and x.grad.shape == x.shape

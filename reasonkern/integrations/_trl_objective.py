@@ -96,6 +96,13 @@ def check_config(args: Any, loss_type: str, own: Any = None) -> None:
     if level != "token" and args.beta and args.use_bias_correction_kl:
         # TRL weights each token's KL by the ratio of the sequence, which is not unbiased.
         _unsupported("use_bias_correction_kl", "False at the sequence level", True)
+    by_sequence = level != "token" or loss_type == "vespo"
+    if by_sequence and args.top_entropy_quantile < 1:
+        _unsupported("top_entropy_quantile", "1.0 at the sequence level", args.top_entropy_quantile)
+    high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    clips = not own_bounds and loss_type not in ("cispo", "sapo", "vespo")
+    if clips and args.delta is not None and args.delta <= 1 + high:
+        _unsupported("delta", f"more than {1 + high:g}, the upper bound,", args.delta)
     if loss_type == "vespo" and args.use_vllm and args.vllm_importance_sampling_correction:
         _unsupported("vllm_importance_sampling_correction", "False for vespo", True)
     if loss_type == "cispo" and not own_bounds and (args.epsilon_high or args.epsilon) < 1:
@@ -182,6 +189,6 @@ def with_terms(objective: Objective, terms: dict[str, Any]) -> Objective:
     ):
         if given := getattr(objective, name):
             _checks.fail(f"objective.{name}", f"to come from the trainer's args.{option}", given)
-    if objective.rule is not None and "rule" in terms:
+    if "rule" in terms and (objective.rule is not None or objective.level != "token"):
         _unsupported("top_entropy_quantile", "1.0 with this objective", terms["rule"].quantile)
     return replace(objective, **terms)

@@ -182,11 +182,11 @@ class ObjectiveFields:
         """The selection for rows like ``rows`` (B, T), contiguous."""
         if self.selection is None:
             return None
-        return _row_field("selection", self.selection.detach(), rows, rows.shape).contiguous()
+        return _row_field("selection", self.selection, rows, rows.shape).contiguous()
 
 
 def _row_field(name: str, x: Tensor, rows: Tensor, shape: torch.Size) -> Tensor:
-    x = x.to(device=rows.device, dtype=rows.dtype)
+    x = x.detach().to(device=rows.device, dtype=rows.dtype)
     if x.shape == rows.shape[1:] and rows.shape[0] == 1:
         x = x.unsqueeze(0)  # packed (N,) tokens are rows of shape (1, N)
     if x.ndim and x.shape != rows.shape:

@@ -369,4 +369,4 @@ def _importance(
     return importance_weights(
         o.importance, old.detach(), context.rollout_logprob, weight, context.segments,
         h.log_ratio_clamp,
-    )  # fmt: skip
+    ).detach()  # fmt: skip

@@ -32,7 +32,8 @@ class Hyper(NamedTuple):
 def unpack_hyper(values: list[float], hyper: Tensor | None, shape: torch.Size) -> Hyper:
     if hyper is None:
         return Hyper(*values)
-    return Hyper(*(h.view(shape) if h.numel() > 1 else h.view(()) for h in hyper.unbind(0)))
+    fields = hyper.squeeze(1) if hyper.shape[1] == 1 else hyper.reshape(len(hyper), *shape)
+    return Hyper(*fields.unbind(0))
 
 
 class Term(NamedTuple):

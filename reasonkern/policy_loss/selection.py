@@ -8,7 +8,6 @@ is no limit on the number of elements (`torch.quantile` refuses more than 2^24).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from .parallel import as_groups, gather, total
 
 Groups = Sequence[Any]  # of ranks whose elements form one batch: axes of a mesh
 DIGIT = 16
-FINEST = 10**9  # of a share: times a count of tokens it stays below 2^63
+ROUNDING = 2.0**-51  # of a share's binary fraction and its product with a count, at most
 GOLDEN = 0x9E3779B97F4A7C15  # SplitMix64 (Steele, Lea & Flood 2014), a bijection of 64-bit words
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
@@ -62,9 +61,7 @@ def high_entropy_mask(
 def select_high(entropy: Tensor, trained: Tensor, rho: float, groups: Groups) -> Tensor:
     """`high_entropy_mask` on checked inputs."""
     count = _added(trained.sum(), groups)
-    share = Fraction(str(rho)).limit_denominator(FINEST)
-    rank = -torch.div(-count * share.numerator, share.denominator, rounding_mode="floor")
-    rank = torch.minimum(rank.clamp_min(1), count)
+    rank = torch.minimum(_part(count, rho).ceil().long().clamp_min(1), count)
     return _at_least_kth(entropy, trained, rank, groups)
 
 
@@ -186,9 +183,14 @@ def draw_between(
 
 
 def _share(count: Tensor, fraction: float) -> Tensor:
-    share = Fraction(str(fraction)).limit_denominator(FINEST)
-    of_all = torch.div(count * share.numerator, share.denominator, rounding_mode="floor")
-    return of_all.clamp_min(1)
+    return _part(count, fraction).floor().long().clamp_min(1)
+
+
+def _part(count: Tensor, share: float) -> Tensor:
+    """The share of a count in float64, whole where that of the decimal fraction is."""
+    part = count.double() * share
+    whole = part.round()
+    return torch.where((part - whole).abs() <= ROUNDING * part, whole, part)
 
 
 def _at_least_kth(x: Tensor, used: Tensor, rank: Tensor, groups: Groups) -> Tensor:
