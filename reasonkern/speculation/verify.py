@@ -17,6 +17,7 @@ from . import verify_op as _verify_op  # noqa: F401  (defines the operators)
 from .draft import Draft
 from .inputs import (
     as_int64,
+    as_moved,
     check_caches,
     check_draft,
     check_logits,
@@ -344,6 +345,7 @@ def compact_kv_(
         >>> key.flatten().tolist()
         [0.0, 1.0, 2.0, 4.0, 4.0, 5.0]
     """
+    key, value = as_moved(key, value)
     slots = check_caches(key, value, lengths, path, block_table)
     begin = lengths if start is None else start
     for name, x in (("lengths", lengths), ("path", path), ("accepted", accepted), ("start", begin)):
