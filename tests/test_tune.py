@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +241,18 @@ def test_candidates_that_are_none_take_no_place_and_null_is_no_field(tmp_path: P
     first, second = read_traces(traces, load_tokenizer("bytes"))
     assert first.topk_ids is not None and first.topk_ids[:, 0].tolist() == [7, 7]
     assert second.topk_ids is None and len(first.prompt) == 0 and first.from_text
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_traces_come_out_of_a_pipe(tmp_path: Path, packed: bool) -> None:
+    """As of a shell's ``<(zstdcat …)``."""
+    content = write(tmp_path / "traces", [{"text": "ab"}], packed).read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+    writer.start()
+    (trace,) = read_traces(tmp_path / "pipe", load_tokenizer("bytes"))
+    writer.join()
+    assert trace.tokens.tolist() == [97, 98]
 
 
 def test_a_missing_file_is_named(tmp_path: Path, capsys: Any) -> None:
