@@ -92,15 +92,15 @@ def check_verifier(
         default if given is None else given
         for given, default in zip((vocab, children, depth), EXACT if exact else DRAWN, strict=True)
     )
-    _check_size("vocab", vocab, 2, 6 if exact else 4096)
-    _check_size("children", children, 1, min(3 if exact else 64, vocab))
-    _check_size("depth", depth, 1, 3 if exact else 8)
+    _checks.check_integer("vocab", vocab, 2, 6 if exact else 4096)
+    _checks.check_integer("children", children, 1, min(3 if exact else 64, vocab))
+    _checks.check_integer("depth", depth, 1, 3 if exact else 8)
     _checks.check_seed("seed", seed)
     _check_takes(fn, ("draws", "coins") if exact else ARGUMENTS)
     toy = Toy(vocab, children, depth, seed)
     if exact:
         return exact_report(fn, toy)
-    _check_size("draws", draws, 1, 1 << 32)
+    _checks.check_integer("draws", draws, 1, 1 << 32)
     tree = full_tree(children, depth)
     counts = Counts(toy)
     seeds = request_seeds(seed, draws, device=CPU)
@@ -217,8 +217,3 @@ def _check_takes(fn: Callable[..., Any], names: tuple[str, ...]) -> None:
         signature.bind(*names)
     except TypeError as error:
         _checks.fail("fn", expected, f"{signature} ({error})")
-
-
-def _check_size(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        _checks.fail(name, f"an integer in [{low}, {high}]", repr(value))
