@@ -36,8 +36,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Non-blank lines with their numbers; a damaged gzip stream is named with the line it hits."""
     number = 0
     with path.open("rb") as raw:
-        packed = raw.read(2) == GZIP_MAGIC
-        raw.seek(0)
+        packed = raw.peek(2)[:2] == GZIP_MAGIC  # a pipe cannot go back
         stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw)) if packed else raw
         try:
             for number, line in enumerate(stream, start=1):

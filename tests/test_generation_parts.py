@@ -308,6 +308,25 @@ def test_a_model_without_finite_logits():
         generate(Broken(MODEL.model), PROMPTS[:1], temperature=T, max_new_tokens=4)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_with_bad_rows(value):
+    """Such a row gives the arg-max of what is finite and teaches nothing; prompts hold some."""
+
+    class Uneven(Decoding):
+        def __call__(self, given):
+            logits = super().__call__(given)
+            if given.logits:
+                logits[..., 0].masked_fill_(given.tokens % 3 == 0, value)
+            return logits
+
+    model = Uneven(MODEL.model)
+    options = {"temperature": T, "max_new_tokens": NEW, "seed": 1}
+    expected = generate(model, PROMPTS, **options).texts
+    assert any(token % 3 == 0 for text in (*PROMPTS, *expected) for token in text[:-1])
+    found = generate(model, PROMPTS, **options, table=table_of(), tree=rk.DraftTree.default(16))
+    assert found.texts == expected and found.statistics.mean_accepted > 1
+
+
 ERRORS = {
     "no prompts": ({"prompts": []}, "prompts: expected at least one"),
     "one prompt": ({"prompts": [1, 2]}, "prompt 0: expected a sequence of token ids, got int"),

@@ -13,6 +13,7 @@ from transformers_fixtures import IDS, KINDS, LEAST, LETTERS, MASK, NEW, TREE, V
 
 import reasonkern as rk
 from reasonkern.generation import Statistics, chain_proposal, loop
+from reasonkern.integrations._transformers_stop import StopStrings
 
 pytest_plugins = ("transformers_fixtures",)
 pytestmark = pytest.mark.peers
@@ -156,6 +157,23 @@ def test_eos_and_strings_inside_a_path(ours, make, tokenizer, transformers):
     by_criterion = ours.generate(model, IDS, **options, stopping_criteria=[criterion])
     by_strings = ours.generate(model, IDS, **options, stop_strings=strings, tokenizer=tokenizer)
     assert torch.equal(by_criterion.sequences, by_strings.sequences)
+
+
+def test_strings_of_spaces_that_decoding_drops(ours, transformers):
+    """Those of a list's first token, and those before punctuation."""
+    tokenizers = pytest.importorskip("tokenizers")
+    words = {word: i for i, word in enumerate(("<pad>", "▁so", "▁Stop", "▁.", "Stop"))}
+    words_alone = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>"))
+    words_alone.decoder = tokenizers.decoders.Metaspace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words_alone, clean_up_tokenization_spaces=True
+    )
+    assert (tokenizer.decode([2, 1]), tokenizer.decode([1, 3])) == ("Stop so", "so.")
+    cases = ((" Stop", [2], True), (" .", [3], True), (" .", [1, 3], True), ("so.", [1, 3], False),
+             (" Stop", [4], False), ("so Stop", [2], False))  # fmt: skip
+    for string, new, ends in cases:
+        stop = StopStrings(string, tokenizer, [1], 5)
+        assert stop(0, [1, *new]) == ends, (string, new)
 
 
 def test_a_streamer_gets_the_prompt_and_every_token_once(ours, make):

@@ -99,6 +99,16 @@ def test_strided_caches(backend):
         assert_same_bits(x.cpu()[..., [0, 9]], b[..., [0, 9]])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_front_takes_every_dtype(dtype):
+    path, accepted = walk(3, 7, 5, 6)
+    lengths = torch.tensor([1, 4, 2])
+    key, value = (x.transpose(1, 2) for x in caches((3, 16, 2, 8), dtype, 5))
+    expected = [moved(x, lengths, path, accepted, lengths) for x in (key, value)]
+    rk.compact_kv_(key, value, lengths, path, accepted)
+    assert_same_bits([key, value], expected)
+
+
 def test_follows_a_verified_step():
     """The cache of the accepted tokens is that of a run that never drafted."""
     tree = rk.DraftTree([-1, 0, 0, 1, 2, 4])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from speculation_verifiers import MISTAKES, batched, enumerated
@@ -228,6 +229,11 @@ def test_g_test_of_a_true_law_is_uniform():
 def test_sizes_are_checked(change, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         rk.check_verifier(ours("shared"), **change)
+
+
+def test_sizes_of_numpy_are_sizes():
+    sizes = dict.fromkeys(("children", "depth"), np.int64(2)) | {"vocab": np.int32(4)}
+    assert rk.check_verifier(ours("shared"), draws=np.int64(4096), **sizes)
 
 
 def test_results_are_checked():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+from generation_cases import MODEL, PROMPTS, table_of
 from speculation_cases import generator
 
 import reasonkern as rk
+from reasonkern.generation import generate
 
 VOCAB, BATCH, STEPS = 12, 60, 40
 TREE = rk.DraftTree([-1, 0, 0, 1, 1, 3, 5])
@@ -71,3 +75,49 @@ def test_rejection_follows_the_target_while_the_table_learns():
     report = rk.speculation.laws.g_test("transition", counts.flatten(0, 1), law.flatten(0, 1))
     assert report.holds, str(report)
     assert sum(map(len, text)) > 1.5 * 600 * 12  # it does speculate
+
+
+def by_rejection(logits, draft, tree, temperature, seed, position):
+    given = {"temperature": temperature, "seed": seed, "position": position}
+    out = rk.verify_tree(logits, draft, tree, mode="rejection", **given)
+    return out.tokens, out.length
+
+
+def everything(context, logits, key):
+    """What makes tensors of its own, given those of a caller."""
+    tree, table = rk.DraftTree.default(6), rk.NgramTable(64, vocab_size=VOCAB, orders=(2,))
+    table.update(context, context, torch.full_like(context, -2) * 0.5)
+    given = {"temperature": 0.8, "seed": 3, "position": 5}
+    drafted = table.draft(context, tree, **given)
+    out = rk.verify_tree(logits, drafted, tree, eos=[VOCAB], max_length=4, num_nodes=5, **given)
+    table.update_verified(context, out, scope=0, all_nodes=(logits, drafted, tree))
+    rk.compact_kv_(key, key.clone(), 0 * out.length, out.path, out.length)
+    tuned = rk.tune_tree([[1, 2, 3] * 9], 5).parents
+    report = rk.check_verifier(by_rejection, draws=1 << 12)
+    texts = generate(MODEL, PROMPTS, temperature=0.5, max_new_tokens=9, table=table_of()).texts
+    return [tree.attention_mask(), drafted.tokens, *out[:5], key, tuned, len(table), report, texts]
+
+
+@contextmanager
+def default_of(value):
+    if isinstance(value, torch.device):
+        with value:
+            yield
+        return
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(value)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("value", [torch.float64, torch.bfloat16, torch.device("meta")], ids=str)
+def test_torchs_default_dtype_and_device_do_not_matter(value):
+    """Tensors lie where those of the caller do, and have the dtypes that are written."""
+    logits = torch.randn(2, 6, VOCAB, generator=generator(2))
+    given = torch.tensor([[3, 4], [5, 6]]), logits, torch.randn(2, 1, 9, 4)
+    expected = everything(*given[:2], given[2].clone())
+    with default_of(value):
+        found = everything(*given)
+    assert list(map(str, found)) == list(map(str, expected))

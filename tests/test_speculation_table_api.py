@@ -83,6 +83,8 @@ def test_all_nodes_learn_from_every_valid_node() -> None:
     table, expected = small(), small()
     draft = SimpleNamespace(tokens=tokens, valid=valid)
     table.update_verified(context, None, all_nodes=(logits, draft, tree), scope=1)
+    bad = logits.index_fill(2, torch.tensor([7]), torch.nan)  # rows that verification skips
+    table.update_verified(context, None, all_nodes=(bad, draft, tree), scope=1)
     windows = [[1, 2, 3], [2, 3, 10], [2, 3, 11], [3, 10, 12], [10, 12, 13]]
     windows += [[4, 5, 6], [5, 6, 20], [6, 20, 21]]
     pick = torch.tensor([0] * 5 + [1] * 3), torch.tensor([0, 1, 2, 3, 4, 0, 1, 3])

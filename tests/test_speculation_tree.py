@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -75,6 +77,19 @@ def test_default_trees_are_nested() -> None:
     assert DraftTree.default().nodes == 80 and DraftTree.default().max_children <= 12
 
 
+@pytest.mark.parametrize("options", [{"depth": 1}, {"rates": (1e-310, 1e-320)}])
+def test_trees_grow_where_likelihoods_are_none(options: dict[str, Any]) -> None:
+    """Halved 4,000 times, or multiplied a few, a rate is 0; every node has its parent before it."""
+    tree = DraftTree.grow(4096, **options)
+    assert tree.nodes == 4096 and tree.depth <= options.get("depth", 4095)
+
+
+def test_numbers_of_numpy() -> None:
+    nodes = np.int64(7)
+    assert DraftTree.default(nodes) == DraftTree.default(7)
+    assert DraftTree.chain(nodes).prefix(np.int32(3)) == DraftTree.chain(3)
+
+
 def test_chain() -> None:
     tree = DraftTree.chain(5)
     assert tree.parents.tolist() == [-1, 0, 1, 2, 3] and (tree.nodes, tree.depth) == (5, 4)
@@ -106,6 +121,7 @@ def test_a_file_without_a_tree_is_named(tmp_path: Path, text: str) -> None:
         ([0], r"parents\[0\]: expected -1, the mark of the root, got 0"),
         ([-1, 1], r"parents\[1\]: expected an integer in \[0, 1\), got 1"),
         ([-1, 0, -1], r"parents\[2\]: expected an integer in \[0, 2\), got -1"),
+        ([-1.0, 0], r"parents\[0\]: expected -1, the mark of the root, got -1.0"),
         ([-1, 0.0], r"parents\[1\]: expected an integer"),
         ([-1, 0, True], r"parents\[2\]: expected an integer in \[0, 2\), got True"),
         (5, "parents: expected a sequence of integers, got 5"),

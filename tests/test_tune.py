@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import re
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from test_speculation_tree import parent_lists
 
 from reasonkern import DraftTree, tune_tree
 from reasonkern.__main__ import main
-from reasonkern.speculation.cli import TuneConfig, investigate
+from reasonkern.speculation.cli import TuneConfig, investigate, read_traces
 from reasonkern.speculation.replay import TokenTrace, replay
 from reasonkern.speculation.tokenizers import TokenizerError, load_tokenizer
 from reasonkern.speculation.tune import big_tree
@@ -200,6 +202,11 @@ def test_token_ids_need_no_tokenizer(tmp_path: Path, capsys: Any) -> None:
             {"text": "ab", "topk_ids": [[1], [2]], "topk_logprobs": [[0.1], [0.1]]},
             "line 2: 'topk_logprobs' must be log-probabilities",
         ),
+        ({"text": "a", "topk_ids": [[]], "topk_logprobs": [[]]}, "line 2: 'topk_ids' .* one row"),
+        ({"text": "a", "topk_ids": [[1.5]], "topk_logprobs": [[0]]}, "line 2: .* be integers"),
+        ({"text": "a", "topk_ids": [["1"]], "topk_logprobs": [["0"]]}, "line 2: .* be integers"),
+        ({"text": "a", "topk_ids": [[1 << 64]], "topk_logprobs": [[0]]}, "line 2: .* be integers"),
+        ({"text": "ab", "topk_ids": [[1], []], "topk_logprobs": [[0], []]}, "line 2: .* one len"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, capsys: Any, line: Any, message: str) -> None:
@@ -224,6 +231,28 @@ def test_bad_options(tmp_path: Path, capsys: Any, arguments: list[str], message:
     filled = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
     assert main(["tune", str(traces), *filled]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_candidates_that_are_none_take_no_place_and_null_is_no_field(tmp_path: Path) -> None:
+    """Of more than a table keeps."""
+    law = {"topk_ids": [[-1] * 12 + [7]] * 2, "topk_logprobs": [[0.0] * 12 + [-0.1]] * 2}
+    record = {"tokens": None, "prompt": None, "text": "ab", "problem_id": None, **law}
+    traces = write(tmp_path / "traces.jsonl", [record, {"text": "ab", "topk_ids": None}])
+    first, second = read_traces(traces, load_tokenizer("bytes"))
+    assert first.topk_ids is not None and first.topk_ids[:, 0].tolist() == [7, 7]
+    assert second.topk_ids is None and len(first.prompt) == 0 and first.from_text
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_traces_come_out_of_a_pipe(tmp_path: Path, packed: bool) -> None:
+    """As of a shell's ``<(zstdcat …)``."""
+    content = write(tmp_path / "traces", [{"text": "ab"}], packed).read_bytes()
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=(content,))
+    writer.start()
+    (trace,) = read_traces(tmp_path / "pipe", load_tokenizer("bytes"))
+    writer.join()
+    assert trace.tokens.tolist() == [97, 98]
 
 
 def test_a_missing_file_is_named(tmp_path: Path, capsys: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..speculation import NgramTable
+from ..speculation import NgramTable, table_inputs
 from .cache import SlotCache
 from .passes import Model, logits_of, prompt_pass
 
@@ -62,10 +62,8 @@ def _learn(
     windows = pad(tokens, (width - 1, 0), value=-1).unfold(1, width, 1)[:, begin : begin + count]
     inside = torch.arange(begin, begin + count, device=tokens.device) < ends[:, None]
     context = windows.where(inside[..., None], -1).flatten(0, 1)
-    rows = logits.flatten(0, 1).float()
-    top = rows.topk(min(table.topk, rows.shape[1]), dim=-1)
-    each = scope.repeat_interleave(count)
-    table.update(context, top.indices, top.values, lse=rows.logsumexp(-1), scope=each)
+    ids, values, lse = table_inputs.laws_of(table, logits.flatten(0, 1))
+    table.update(context, ids, values, lse=lse, scope=scope.repeat_interleave(count))
 
 
 def scopes_of(prompts: Sequence[Sequence[int]], table: NgramTable) -> list[int]:

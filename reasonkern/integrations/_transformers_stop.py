@@ -34,8 +34,16 @@ class StopStrings:
     def __call__(self, request: int, text: list[int]) -> bool:
         """Whether the request ends with the last token of `text`, which begins with its prompt."""
         first = max(self._prompts[request], len(text) - self._window)
-        tail = self._tokenizer.decode(text[first:], skip_special_tokens=False)
-        return any(string in tail for string in self._strings)
+        # Decoding may drop the space that a list begins with: the one before is decoded along.
+        before, tail = (self._decoded(text[first - 1 : end]) for end in (first, len(text)))
+        return any(string in tail[len(before) :] for string in self._strings)
+
+    def _decoded(self, ids: list[int]) -> str:
+        """What the tokens say, where decoding may otherwise take spaces before punctuation away."""
+        text: str = self._tokenizer.decode(
+            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+        return text
 
 
 class Criteria:

@@ -89,7 +89,8 @@ def read_traces(path: Path, tokenizer: Tokenizer) -> list[TokenTrace]:
 
     Fields: ``tokens`` (ids) or ``text``; ``prompt_tokens`` or ``prompt``; ids win; ``problem_id``
     groups the trajectories of one problem (without it, equal prompts do); ``topk_ids`` and
-    ``topk_logprobs``: for each token the model's top candidates before it.
+    ``topk_logprobs``: for each token the model's top candidates before it, -1 = none. A field that
+    is null is not there.
     """
     traces = [_trace(record, where, tokenizer) for where, record in read_records(path)]
     if not traces:
@@ -98,6 +99,7 @@ def read_traces(path: Path, tokenizer: Tokenizer) -> list[TokenTrace]:
 
 
 def _trace(record: dict[str, Any], where: str, tokenizer: Tokenizer) -> TokenTrace:
+    record = {name: value for name, value in record.items() if value is not None}
     tokens = _ids(record, "tokens", "text", where, tokenizer)
     if tokens is None or not len(tokens):
         raise TraceError(f"{where}: expected a non-empty 'tokens' (ids) or 'text'")
@@ -131,26 +133,26 @@ def _ids(
 
 
 def _add_laws(trace: TokenTrace, record: dict[str, Any], where: str) -> None:
+    must = f"{where}: 'topk_ids' and 'topk_logprobs' must"
     try:
-        ids = np.array(record["topk_ids"], dtype=np.int64)
-        logprobs = np.array(record.get("topk_logprobs"), dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise TraceError(f"{where}: 'topk_ids' and 'topk_logprobs' must be numbers") from error
-    if ids.ndim != 2 or ids.shape[0] != len(trace.tokens) or logprobs.shape != ids.shape:
+        ids, logprobs = (np.array(record.get(name)) for name in ("topk_ids", "topk_logprobs"))
+    except ValueError as error:
+        raise TraceError(f"{must} have rows of one length") from error
+    tokens = len(trace.tokens)
+    if ids.ndim != 2 or len(ids) != tokens or not ids.size or logprobs.shape != ids.shape:
         shapes = f"{ids.shape} and {logprobs.shape}"
-        raise TraceError(
-            f"{where}: 'topk_ids' and 'topk_logprobs' must have one row per token, "
-            f"({len(trace.tokens)}, k), got {shapes}"
-        )
-    total = np.where(ids >= 0, np.exp(logprobs.astype(np.float64)), 0).sum(1)
-    if not (total <= 1.001).all() or ids.min(initial=0) < -1 or ids.max(initial=0) >= 1 << 26:
+        raise TraceError(f"{must} have one row per token, ({tokens}, k), got {shapes}")
+    if ids.dtype.kind not in "iu" or logprobs.dtype.kind not in "iuf":
+        raise TraceError(f"{must} be integers and numbers")
+    logprobs = np.where(ids >= 0, logprobs, -np.inf)
+    if not (np.exp(logprobs).sum(1) <= 1.001).all() or ids.min() < -1 or ids.max() >= 1 << 26:
         raise TraceError(
             f"{where}: 'topk_logprobs' must be log-probabilities of ids (sum at most 1 per token)"
         )
     keep = min(12, ids.shape[1])
     best = np.argsort(-logprobs, axis=1, kind="stable")[:, :keep]
     trace.topk_ids = np.take_along_axis(ids, best, 1)
-    trace.topk_logprobs = np.take_along_axis(logprobs, best, 1)
+    trace.topk_logprobs = np.take_along_axis(logprobs, best, 1).astype(np.float32)
 
 
 def _vocabulary(traces: Sequence[TokenTrace], tokenizer: Tokenizer) -> int:

@@ -8,7 +8,7 @@ import torch
 
 from .. import _checks
 from .laws import LawReport, exact_law
-from .toy import Toy
+from .toy import CPU, Toy
 
 MAX_RUNS = 4_000_000
 
@@ -118,8 +118,8 @@ def _following(coins: Coins) -> list[int] | None:
 def exact_report(fn: Callable[[Draws, Coins], list[int]], toy: Toy) -> LawReport:
     """The laws of `check_verifier`, enumerated."""
     v, n = toy.vocab, toy.depth + 1
-    joint = torch.zeros((v,) * n, dtype=torch.float64)
-    later = [torch.zeros(v, v, dtype=torch.float64) for _ in range(toy.depth)]
+    joint = torch.zeros((v,) * n, dtype=torch.float64, device=CPU)
+    later = [torch.zeros(v, v, dtype=torch.float64, device=CPU) for _ in range(toy.depth)]
     rest: dict[tuple[int, ...], float] = {}
     for tokens, p in runs(fn, toy):
         if not 1 <= len(tokens) <= n or not all(0 <= t < v for t in tokens):

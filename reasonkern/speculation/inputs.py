@@ -187,6 +187,19 @@ def step_limits(
     return ids, cap, used
 
 
+def as_moved(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """8-bit floats, which no other function takes, as the bytes that they are."""
+
+    def small(x: object) -> bool:
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            return False
+        return x.is_floating_point() and x.itemsize == 1
+
+    if small(key) and small(value) and key.dtype == value.dtype:
+        return key.view(torch.uint8), value.view(torch.uint8)
+    return key, value
+
+
 def check_caches(
     key: Tensor, value: Tensor, lengths: Tensor, path: Tensor, block_table: Tensor | None
 ) -> int:
@@ -229,7 +242,8 @@ def check_slots(
     if not _checks.reads_values(lengths):
         return
     _checks.check_range("accepted", accepted, 0, path.shape[1] + 1)
-    moves = torch.arange(path.shape[1], device=path.device) < accepted.unsqueeze(-1)
+    steps = torch.arange(path.shape[1], device=path.device)
+    moves = steps < accepted.unsqueeze(-1)
     _checks.check_range("lengths", lengths, 0, slots + 1)
     if (start < lengths).any():
         _checks.fail("start", "slots >= lengths", start.tolist())
@@ -239,7 +253,7 @@ def check_slots(
     if (moves[:, 1:] & (path[:, 1:] <= path[:, :-1])).any():
         _checks.fail("path", "ascending nodes", path.tolist())
     if block_table is not None:
-        target = lengths.unsqueeze(-1) + torch.arange(path.shape[1], device=path.device)
+        target = lengths.unsqueeze(-1) + steps
         for x in (source, target):
             entry = block_table.gather(1, torch.where(moves, x // size, 0))
             _checks.check_range("block_table", entry, 0, blocks, where=moves)

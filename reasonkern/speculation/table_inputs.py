@@ -265,9 +265,17 @@ def node_rows(
         shifted = torch.cat((windows[:, parents.clamp_min(0), 1:], draft.tokens[..., None]), -1)
         windows = torch.where((tensors.depths == level)[:, None], shifted, windows)
     windows = torch.where(draft.valid[..., None], windows, -1)
-    top = logits.float().topk(min(table.topk, logits.shape[-1]), dim=-1)
-    lse = logits.float().logsumexp(-1)
-    return _flat(windows, top.indices, top.values, lse, scopes(table, scope, batch))
+    return _flat(windows, *laws_of(table, logits), scopes(table, scope, batch))
+
+
+def laws_of(table: NgramTable, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, logits and lse of the (…, V) rows of a model, as `Verified` has them.
+
+    A row with NaN, +inf or nothing finite has no ids: a text may go on without the table's help.
+    """
+    rows = logits.float()
+    top, lse = rows.topk(min(table.topk, rows.shape[-1]), dim=-1), rows.logsumexp(-1)
+    return top.indices.where(lse.isfinite().unsqueeze(-1), -1), top.values, lse
 
 
 def _flat(

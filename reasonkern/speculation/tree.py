@@ -124,7 +124,8 @@ class DraftTree:
             score, parent, rank = heapq.heappop(queue)
             parents.append(parent)
             depths.append(depths[parent] + 1)
-            sibling = score / _rank_rate(rates, rank) * _rank_rate(rates, rank + 1)
+            rate = _rank_rate(rates, rank)  # 0 where halving has gone below all numbers
+            sibling = score / rate * _rank_rate(rates, rank + 1) if rate else score
             heapq.heappush(queue, (sibling, parent, rank + 1))
             if depth is None or depths[-1] < depth:
                 heapq.heappush(queue, (score * _rank_rate(rates, 0), len(parents) - 1, 0))
@@ -280,8 +281,8 @@ def check_rows(logits: Tensor) -> None:
 def _checked_parents(parents: Sequence[int]) -> tuple[int, ...]:
     if not 1 <= len(parents) <= MAX_NODES:
         _checks.fail("parents", f"1 to {MAX_NODES} nodes", len(parents))
-    if parents[0] != -1:
-        _checks.fail("parents[0]", "-1, the mark of the root", parents[0])
+    if not isinstance(parents[0], int) or parents[0] != -1:
+        _checks.fail("parents[0]", "-1, the mark of the root", repr(parents[0]))
     for node, parent in enumerate(parents[1:], start=1):
         if not isinstance(parent, int) or isinstance(parent, bool) or not 0 <= parent < node:
             _checks.fail(f"parents[{node}]", f"an integer in [0, {node})", repr(parent))

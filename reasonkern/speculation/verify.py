@@ -16,6 +16,7 @@ from . import verify_op as _verify_op  # noqa: F401  (defines the operators)
 from .draft import Draft
 from .inputs import (
     as_int64,
+    as_moved,
     check_caches,
     check_draft,
     check_logits,
@@ -99,7 +100,7 @@ def request_seeds(
     Args:
         seed: any integer below 2^64, or a 0-dim int64 tensor read as uint64.
         batch: number of seeds B.
-        device: of the result; None = that of ``seed``, or the CPU.
+        device: of the result; None = that of ``seed``, or torch's default, which is the CPU.
 
     Returns:
         (B,) int64, to be read as uint64.
@@ -343,6 +344,7 @@ def compact_kv_(
         >>> key.flatten().tolist()
         [0.0, 1.0, 2.0, 4.0, 4.0, 5.0]
     """
+    key, value = as_moved(key, value)
     slots = check_caches(key, value, lengths, path, block_table)
     begin = lengths if start is None else start
     for name, x in (("lengths", lengths), ("path", path), ("accepted", accepted), ("start", begin)):
