@@ -230,3 +230,29 @@ def test_laser_target_search() -> None:
     nobody = torch.zeros(300, dtype=torch.bool)
     nothing = shaping.adaptive_length_targets(length, nobody, group, lower=1, upper=999)
     assert nothing.tolist() == [999] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_nothing_depends_on_the_default_dtype(dtype: torch.dtype) -> None:
+    """Two numbers of Python that meet in a tensor are rounded to it."""
+    long, targets = torch.full((N,), 1025), (1025, 1025, 1025)
+    ids, sign = torch.zeros(N, 2, dtype=torch.int64), REWARD.float()
+    mask = torch.ones(N, 2, dtype=torch.bool)
+
+    def results() -> list[torch.Tensor]:
+        return [
+            shaping.laser(long, BITS, target=1025, bonus=0.3),
+            shaping.laser_d(long, BITS, GROUP, targets=targets, bonus=0.3),
+            shaping.laser_de(long, BITS, GROUP, targets=targets),
+            *shaping.zero_sum_rewards(BITS, REWARD > 0),
+            shaping.conflict_token_weights(ids, sign, GROUP, mask, amplify=1.1),
+        ]
+
+    expected, usual = results(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = results()
+    finally:
+        torch.set_default_dtype(usual)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)
