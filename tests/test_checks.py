@@ -219,3 +219,21 @@ def test_everything_public_that_checks_is_fuzzed(monkeypatch):
         }
         made = set(re.findall(r"\b(?:rk|shaping|scaling)\.(\w+)[.(,]", source))
         assert refusing - {"Parallel"} <= made, "Parallel takes process groups: parallel_checks.py"
+
+
+def test_what_lies_on_the_host_does_so_under_any_default_device() -> None:
+    """As with ``torch.set_default_device("cuda")``: no GPU tensor is pinned, none meets the CPU."""
+    from reasonkern.generation.loop import _sent
+
+    ratio, advantage, mask = torch.rand(9), torch.randn(9), torch.ones(9, dtype=torch.bool)
+    cache, tokens = torch.zeros(1, 1, 8, 2), torch.tensor([[0, 2]])
+    one = torch.ones(1, dtype=torch.int64)
+    state = rk.ModulationState(1, rk.TokenSets({"a": [1]}))
+    saved = state.state_dict()
+    with torch.device("meta"):
+        assert rk.bapo_bounds(ratio, advantage, mask, variant="code")[0].is_cpu
+        assert _sent([1, 0], torch.device("cpu")).tolist() == [1, 0]
+        assert rk.DraftTree.default(4).attention_mask().is_cpu
+        rk.compact_kv_(cache, cache, one, tokens, one, start=one)
+        state.load_state_dict(saved)
+        assert rk.TokenSets({"a": [1]}).tensor().is_cpu

@@ -110,12 +110,12 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
             ids += own
             bounds.append(len(ids))
             bits |= {i: bits.get(i, 0) | 1 << s for i in own}
-        packed = torch.zeros(SET_ENTRIES + len(ids), dtype=torch.int64)
+        packed = torch.zeros(SET_ENTRIES + len(ids), dtype=torch.int64, device="cpu")
         packed[:LARGEST_ID] = len(ids)
-        packed[: len(bounds)] = torch.tensor(bounds)
+        packed[: len(bounds)] = packed.new_tensor(bounds)
         packed[LARGEST_ID] = self.max_id
-        member = torch.tensor([bits[i] for i in ids], dtype=torch.int64)
-        packed[SET_ENTRIES:] = torch.tensor(ids, dtype=torch.int64) | member << SET_BITS
+        member = packed.new_tensor([bits[i] for i in ids])
+        packed[SET_ENTRIES:] = packed.new_tensor(ids) | member << SET_BITS
         return packed
 
     def index(self, name: str) -> int:
