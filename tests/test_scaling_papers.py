@@ -319,6 +319,9 @@ def test_deepprune() -> None:
     # 5 against the first cluster: 1/30, against the second: 1/4.
     assert scaling.greedy_cluster(scores, max_clusters=2) == [[0, 1, 4], [2, 3, 5]]
     assert scaling.greedy_cluster(scores, max_clusters=1) == [[0, 1, 2, 3, 4, 5]]
+    # Three scores of 0.2 are not above 0.2, although their sum over 3 is.
+    at_tau = [[1.0] * 3] * 3 + [[0.2] * 3]
+    assert scaling.greedy_cluster([row + [1.0] for row in at_tau], 0.2) == [[0, 1, 2], [3]]
     assert scaling.greedy_cluster(scores, tau=2.0) == [[i] for i in range(6)]
     assert scaling.greedy_cluster([]) == []
     one = scaling.greedy_cluster(scores, max_members=1, seed=5)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Hashable, Sequence
+from numbers import Number
 from typing import Any, NamedTuple
 
 import torch
@@ -93,7 +94,7 @@ def vote(
 
 
 def _is_nan(answer: object) -> bool:
-    return isinstance(answer, float) and answer != answer
+    return isinstance(answer, Number) and bool(answer != answer)  # NumPy's and Decimal's, too
 
 
 @documented
