@@ -178,7 +178,7 @@ def test_laser_takes_lengths_of_any_dtype() -> None:
 
 
 def test_laser_d_and_de() -> None:
-    targets = (20, 50, 60)
+    targets = (20, 60, 40)
     assert accuracy_level(BITS, GROUP).tolist() == [level(i) for i in range(N)]
     assert {level(i) for i in range(N)} == {0, 1, 2}
     repetitive = LENGTH == 80
@@ -197,6 +197,7 @@ def test_laser_d_and_de() -> None:
     check(shaping.laser_de(LENGTH, BITS, GROUP, targets=targets, repetitive=repetitive), de)
     assert {d(i) for i in range(N)} == {-0.5, 1.0, 1.5} and 0.0 in {de(i) for i in range(N)}
     assert repetitive.any()
+    assert (LENGTH[~BITS] == 60).any() and (LENGTH[~BITS] == 40).any()  # not longer than its target
 
 
 def test_levels_at_their_exact_bounds() -> None:
