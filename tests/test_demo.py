@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -166,6 +167,16 @@ def test_plots_are_drawn(finished):
         assert pixels[..., :3].std() > 0.02
 
 
+def test_a_plot_without_reflections_warns_of_nothing(finished):
+    plots = pytest.importorskip("reasonkern.demo.plots")
+    _, _, results = finished
+    runs = [run | {"reflections_at": [0] * len(run["tokens_at"])}
+            for run in results["control"]["runs"]]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots._control(results["control"] | {"runs": runs})
+
+
 def test_table_names_the_figures(finished):
     out, _, results = finished
     text = report.table(results)
@@ -243,6 +254,8 @@ def test_without_tqdm_progress_is_plain_lines(monkeypatch, capsys):
     [
         (["--objective", "magic"], "--objective: expected one of ppo, .*got 'magic'"),
         (["--device", "nowhere"], "--device nowhere: not usable here"),
+        (["--device", "meta"], "--device meta: not usable here"),
+        (["--seed", str(2**63)], r"--seed: expected an integer in \[-2\^63, 2\^63\), got 9223"),
         (["--out", "{file}/sub"], "--out .*cannot be made"),
     ],
 )

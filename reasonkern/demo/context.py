@@ -109,10 +109,12 @@ def check(config: Config) -> None:
         names = ", ".join(FORMULAS)
         raise DemoError(f"--objective: expected one of {names}; got {config.objective!r}")
     try:
-        torch.empty(0, device=config.device)
+        torch.zeros((), device=config.device).item()  # device meta has no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise DemoError(f"--device {config.device}: not usable here ({reason})") from error
+    if not -(2**63) <= config.seed < 2**63:
+        raise DemoError(f"--seed: expected an integer in [-2^63, 2^63), got {config.seed}")
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

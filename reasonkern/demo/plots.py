@@ -195,7 +195,7 @@ def _control(controlled: Results) -> Figure:
     right.set(title="Entropy of the model", ylabel="nats per token", xlabel="position in the text")
     _lengths(middle, runs)
     for panel in (left, right):
-        panel.set_ylim(0, 1.25 * panel.dataLim.y1)  # room for the legend
+        panel.set_ylim(0, 1.25 * panel.dataLim.y1 or 1)  # room for the legend
         panel.legend(fontsize="small", loc="upper right")
     return figure
 
