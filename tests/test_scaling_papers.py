@@ -8,6 +8,7 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tolerance import randn
@@ -44,6 +45,8 @@ def test_two_heads_are_better() -> None:
     assert scaling.vote([]) == (None, 0.0, {})
     assert scaling.vote([None]).answer is None
     assert scaling.vote(["a"], [0.0]).answer is None
+    many = scaling.vote(["a", "a", "b"], np.array([2.0**24, 1, 2.0**24], dtype=np.float32))
+    assert many.votes["a"] == 2**24 + 1  # more than float32 holds
 
 
 def test_sift() -> None:
@@ -327,6 +330,8 @@ def test_deepprune() -> None:
     # Three scores of 0.2 are not above 0.2, although their sum over 3 is.
     at_tau = [[1.0] * 3] * 3 + [[0.2] * 3]
     assert scaling.greedy_cluster([row + [1.0] for row in at_tau], 0.2) == [[0, 1, 2], [3]]
+    half = np.array([[1, 0, 0], [1, 0, 0], [0.5, 0.5005, 0]], dtype=np.float16)
+    assert scaling.greedy_cluster(half) == [[0, 1, 2]]  # in half precision the mean is 0.5
     assert scaling.greedy_cluster(scores, tau=2.0) == [[i] for i in range(6)]
     assert scaling.greedy_cluster([]) == []
     one = scaling.greedy_cluster(scores, max_members=1, seed=5)

@@ -320,9 +320,7 @@ def _times_head(x: Tensor, weight: Tensor) -> Tensor:
 
 def _plan(dtype: torch.dtype, chunk_rows: int | None, count: int) -> Plan:
     """Chunks of no more than the rows that there are."""
-    if isinstance(chunk_rows, bool) or not (
-        chunk_rows is None or (isinstance(chunk_rows, int) and chunk_rows >= 1)
-    ):
+    if chunk_rows is not None and not (_checks.is_integer(chunk_rows) and chunk_rows >= 1):
         _checks.fail("chunk_rows", "an integer >= 1 or None", repr(chunk_rows))
     rows = -1 if chunk_rows is None else min(chunk_rows, max(1, count))
     return Plan(dtype, rows, False, -1)

@@ -81,7 +81,7 @@ def vote(
             got = "nan" if _is_nan(answer) else type(answer).__name__
             _checks.fail(f"answers[{i}]", expected, got)
         if answer is not None:
-            votes[answer] = votes.get(answer, 0.0) + weight
+            votes[answer] = votes.get(answer, 0.0) + float(weight)
     total = sum(votes.values())
     if total == 0:
         return Vote(None, 0.0, votes)

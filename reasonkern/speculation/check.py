@@ -95,7 +95,7 @@ def check_verifier(
     _check_size("vocab", vocab, 2, 6 if exact else 4096)
     _check_size("children", children, 1, min(3 if exact else 64, vocab))
     _check_size("depth", depth, 1, 3 if exact else 8)
-    _checks.check_seed("seed", seed)
+    seed = _checks.check_seed("seed", seed)
     _check_takes(fn, ("draws", "coins") if exact else ARGUMENTS)
     toy = Toy(vocab, children, depth, seed)
     if exact:
@@ -214,5 +214,5 @@ def _check_takes(fn: Callable[..., Any], names: tuple[str, ...]) -> None:
 
 
 def _check_size(name: str, value: object, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+    if not _checks.is_integer(value) or not low <= value <= high:
         _checks.fail(name, f"an integer in [{low}, {high}]", repr(value))
