@@ -58,7 +58,7 @@ def _add_demo(add: AddParser) -> None:
         "--steps",
         type=_at_least(4),
         default=60,
-        help="optimiser steps of each stage (default: %(default)s)",
+        help="optimiser steps of stage 1, and of stage 2 about as many (default: %(default)s)",
     )
     demo.add_argument(
         "--minutes",

@@ -18,7 +18,7 @@ from reasonkern import demo
 from reasonkern.__main__ import _shorten_spins, main
 from reasonkern._progress import progress
 from reasonkern.demo import control, eager, report, tokenizer
-from reasonkern.demo.context import prepare
+from reasonkern.demo.context import _shown, prepare
 from reasonkern.demo.train import build_objective
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -175,6 +175,14 @@ def test_a_plot_without_reflections_warns_of_nothing(finished):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         plots._control(results["control"] | {"runs": runs})
+
+
+def test_a_file_may_have_any_name(tmp_path):
+    """One that looks like a formula ended the run after its last stage."""
+    plots = pytest.importorskip("reasonkern.demo.plots")
+    figure, _ = plots._figure(1, 1, r"Stage 1: fine-tuning on x$\frac$.jsonl")
+    figure.savefig(tmp_path / "figure.png")
+    assert _shown(Path(os.fsdecode(b"a\xff.jsonl"))) == "a\ufffd.jsonl"
 
 
 def test_table_names_the_figures(finished):

@@ -91,7 +91,7 @@ def prepare(config: Config) -> Context:
     sequences = encode(traces, tokenizer)
     context = Context(config, device, tokenizer, sequences, model, Random(config.seed))
     context.results["data"] = {
-        "source": str(config.traces) if config.traces else "generated arithmetic",
+        "source": _shown(config.traces) if config.traces else "generated arithmetic",
         "traces": len(traces),
         "problems": len({trace.problem_id for trace in traces}),
         "correct": sum(trace.correct for trace in traces),
@@ -121,6 +121,11 @@ def check(config: Config) -> None:
         raise DemoError(f"--out {config.out}: cannot be made ({error.strerror})") from error
     if not os.access(config.out, os.W_OK):
         raise DemoError(f"--out {config.out}: not writable")
+
+
+def _shown(path: Path) -> str:
+    """A name that is not UTF-8 cannot be printed as it is."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _read(config: Config) -> list[Trace]:

@@ -162,7 +162,7 @@ def temperature_vote(
         if v.answer is not None and v.votes[v.answer] / len(samples[t]) >= intra
     ]
     agreed = max((confident.count(a) for a in confident), default=0)
-    done = agreed > 0 and agreed >= cross * len(inside) - 1e-9  # 0.7 * 10 is more than 7
+    done = agreed > 0 and agreed >= float(cross) * len(inside) - 1e-9  # 0.7 * 10 is more than 7
     answer = max(confident, key=confident.count) if done else final.answer
     return TemperatureVote(answer, done, inside)
 
