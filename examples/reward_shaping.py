@@ -45,7 +45,8 @@ def entropies(texts: Sequence[bytes]) -> list[Tensor]:
 
 def shape(traces: Sequence[Trace], max_entropy: float) -> dict[str, Tensor]:
     """Every stage of the reward, one number per trace."""
-    texts = [trace.text.encode() for trace in traces]
+    # JSON may hold lone surrogates, which strict UTF-8 refuses.
+    texts = [trace.text.encode("utf-8", "surrogatepass") for trace in traces]
     numbers = {problem: i for i, problem in enumerate(dict.fromkeys(t.problem_id for t in traces))}
     group = torch.tensor([numbers[trace.problem_id] for trace in traces])
     correct = torch.tensor([trace.correct for trace in traces])
@@ -53,8 +54,9 @@ def shape(traces: Sequence[Trace], max_entropy: float) -> dict[str, Tensor]:
     longest = int(length.max())
     step = max(longest // 16, 1)
 
+    samples = int(group.bincount().min())  # answers that every problem has
     targets = rk.shaping.adaptive_length_targets(
-        length, correct, group, lower=step, upper=longest, step=step
+        length, correct, group, lower=step, upper=longest, step=step, rollouts=samples
     )
     parts = {
         "LASER-D": rk.shaping.laser_d(length, correct, group, targets=targets),
@@ -109,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(traces, stages))
     high, medium, low = stages["targets"].tolist()
     print(f"\nlength targets by accuracy: high {high}, medium {medium}, low {low} bytes")
-    dropped = int(((stages["filtered"] == 0) & (stages["advantage"] != 0)).sum())
+    dropped = int(((stages["filtered"] == 0) & (stages["entropy"] > 0)).sum())
     limit = f"{options.max_entropy:.3f}"
     print(f"GTPO drops {dropped} of {len(traces)} traces: those of mean entropy above {limit} nats")
     return 0

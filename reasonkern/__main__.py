@@ -58,7 +58,7 @@ def _add_demo(add: AddParser) -> None:
         "--steps",
         type=_at_least(4),
         default=60,
-        help="optimiser steps of each stage, at least 4 (default: %(default)s)",
+        help="steps of stage 1, at least 4, and of stage 2 about as many (default: %(default)s)",
     )
     demo.add_argument(
         "--minutes",

@@ -186,10 +186,11 @@ def check_ids(name: str, value: object, high: int, origin: str = "") -> None:
             fail(name, f"ids in [0, {high}){origin}", repr(token))
 
 
-def check_seed(name: str, value: object) -> None:
-    """An integer of 64 bits, signed or not."""
+def check_seed(name: str, value: object) -> int:
+    """An integer of 64 bits, signed or not; Python's, as generators take no other."""
     if not is_integer(value) or not -INT64 <= int(value) + 1 <= 1 << 64:
         fail(name, "an integer in [-2^63, 2^64)", repr(value))
+    return int(value)
 
 
 def reads_values(tensor: Tensor) -> bool:

@@ -221,7 +221,7 @@ PAPERS = (
           "Advancing Language Model Reasoning through Reinforcement Learning and "
           "Inference Scaling",
           ("shaping.group_advantages", "shaping.anchor_update_", "KL"),
-          (SHAPING + "t1", LOSS + "objectives.py::test_kl")),
+          (SHAPING + "t1", FORMULA)),
     Paper(44, "2503.19633", "1.4M distilled dataset",
           "1.4 Million Open-Source Distilled Reasoning Dataset to "
           "Empower Large Language Model Training",

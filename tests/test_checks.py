@@ -153,7 +153,7 @@ def test_checks_accept_what_is_right():
     for number in (np.float32(0.5), np.float16(0.5), np.float64(0.5), np.int32(1)):
         _checks.check_number("x", number, 0, 1)
     _checks.check_integer("k", np.int64(3), 1, 3)
-    _checks.check_seed("seed", np.uint64((1 << 64) - 1))
+    assert type(_checks.check_seed("seed", np.uint64((1 << 64) - 1))) is int
     _checks.check_seed("seed", np.int64((1 << 63) - 1))
     for several in ([1], (1,), np.ones(1), X, {1: 2}.values(), {1: 2}.keys()):
         _checks.check_list("x", several, "numbers")
@@ -219,3 +219,51 @@ def test_everything_public_that_checks_is_fuzzed(monkeypatch):
         }
         made = set(re.findall(r"\b(?:rk|shaping|scaling)\.(\w+)[.(,]", source))
         assert refusing - {"Parallel"} <= made, "Parallel takes process groups: parallel_checks.py"
+
+
+def test_what_lies_on_the_host_does_so_under_any_default_device() -> None:
+    """As with ``torch.set_default_device("cuda")``: no GPU tensor is pinned, none meets the CPU."""
+    from reasonkern.generation.loop import _sent
+
+    ratio, advantage, mask = torch.rand(9), torch.randn(9), torch.ones(9, dtype=torch.bool)
+    cache, tokens = torch.zeros(1, 1, 8, 2), torch.tensor([[0, 2]])
+    one = torch.ones(1, dtype=torch.int64)
+    state = rk.ModulationState(1, rk.TokenSets({"a": [1]}))
+    saved = state.state_dict()
+    with torch.device("meta"):
+        assert rk.bapo_bounds(ratio, advantage, mask, variant="code")[0].is_cpu
+        assert _sent([1, 0], torch.device("cpu")).tolist() == [1, 0]
+        assert rk.DraftTree.default(4).attention_mask().is_cpu
+        rk.compact_kv_(cache, cache, one, tokens, one, start=one)
+        state.load_state_dict(saved)
+        assert rk.TokenSets({"a": [1]}).tensor().is_cpu
+
+
+def test_integers_of_numpy_are_pythons() -> None:
+    """Generators take no other seeds, and NumPy's overflow in hashes."""
+    x, mask, tied = torch.arange(1.0, 9.0), torch.ones(8), [[1.0] * 3] * 3
+    group = torch.zeros(8, dtype=torch.int64)
+
+    def results(seed: object) -> list[object]:
+        out = rk.policy_loss(
+            -x.expand(2, 8), torch.tensor([1, 0]), advantage=x[:2], weight=mask[:2],
+            old_logprob=-x[:2], objective=rk.Objective.clip_cov(seed=seed),
+        )  # fmt: skip
+        return [
+            out.loss,
+            rk.covariance_mask(x, x.sin(), mask, seed=seed, fraction=0.5),
+            rk.shaping.prioritised_sample(x, 3, seed=seed).indices,
+            rk.shaping.elliptical_bonus(x.outer(x.cos()), group, project=2, seed=seed),
+            rk.scaling.greedy_cluster(tied, max_members=1, seed=seed),
+            rk.scaling.finish_plan([[0], [1]], 1, 1, seed=seed),
+            rk.scaling.route_peers(["a", "b", "c"], 1, strategy="random", seed=seed),
+        ]
+
+    for a, b in zip(results(np.int64(7)), results(7), strict=True):
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+    with pytest.raises(ValueError, match="seed: expected an integer in"):
+        rk.Objective.clip_cov(seed=0.5)
+    three = np.int64(3)
+    assert rk.entropy_forks(X, X == 0, three).shape == (2, 3)
+    assert rk.completion_probe(X, group[:2], [three - 1], [np.int64(0)]).tolist() == [0, 0]
+    assert rk.latent_policy_gradient(X, X, 1.0, chunk_rows=three).loss.ndim == 0

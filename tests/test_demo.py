@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from reasonkern import demo
 from reasonkern.__main__ import _shorten_spins, main
 from reasonkern._progress import progress
 from reasonkern.demo import control, eager, report, tokenizer
-from reasonkern.demo.context import prepare
+from reasonkern.demo.context import _shown, prepare
 from reasonkern.demo.train import build_objective
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -166,6 +167,24 @@ def test_plots_are_drawn(finished):
         assert pixels[..., :3].std() > 0.02
 
 
+def test_a_plot_without_reflections_warns_of_nothing(finished):
+    plots = pytest.importorskip("reasonkern.demo.plots")
+    _, _, results = finished
+    runs = [run | {"reflections_at": [0] * len(run["tokens_at"])}
+            for run in results["control"]["runs"]]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plots._control(results["control"] | {"runs": runs})
+
+
+def test_a_file_may_have_any_name(tmp_path):
+    """One that looks like a formula ended the run after its last stage."""
+    plots = pytest.importorskip("reasonkern.demo.plots")
+    figure, _ = plots._figure(1, 1, r"Stage 1: fine-tuning on x$\frac$.jsonl")
+    figure.savefig(tmp_path / "figure.png")
+    assert _shown(Path(os.fsdecode(b"a\xff.jsonl"))) == "a\ufffd.jsonl"
+
+
 def test_table_names_the_figures(finished):
     out, _, results = finished
     text = report.table(results)
@@ -243,6 +262,8 @@ def test_without_tqdm_progress_is_plain_lines(monkeypatch, capsys):
     [
         (["--objective", "magic"], "--objective: expected one of ppo, .*got 'magic'"),
         (["--device", "nowhere"], "--device nowhere: not usable here"),
+        (["--device", "meta"], "--device meta: not usable here"),
+        (["--seed", str(2**63)], r"--seed: expected an integer in \[-2\^63, 2\^63\), got 9223"),
         (["--out", "{file}/sub"], "--out .*cannot be made"),
     ],
 )

@@ -65,5 +65,10 @@ def test_elliptical_select_front() -> None:
         ValueError, match="lam: expected a ridge of at least 1e-12 h'h = 16, got 0.01"
     ):
         scaling.elliptical_select(1e6 * h, 4)
+    with pytest.raises(ValueError, match="lam: expected a ridge of at least 1e-12 h'h = inf, got"):
+        scaling.elliptical_select(1e200 * h, 4)
+    # h'h is more than float32 holds, the ridge is not.
+    large = (h.float() * 2.0**62, 4, 0.25 * 4.0**62)
+    assert scaling.elliptical_select(*large).tolist() == by_inverses(h.float().double(), 4, 0.25)
     with pytest.raises(ValueError, match=r"features: expected finite numbers, got nan at \(0, 2\)"):
         scaling.elliptical_select(torch.where(torch.arange(7) == 2, torch.nan, h), 1)

@@ -47,6 +47,22 @@ def test_a_file_and_a_limit_that_drops(tmp_path: Path, capsys: pytest.CaptureFix
     assert "cannot be read" in capsys.readouterr().err
 
 
+def test_traces_that_differ_by_nothing_are_dropped_like_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An advantage of 0, and text that is no valid Unicode."""
+    path = tmp_path / "traces.jsonl"
+    texts = {1: (("abab\ud800", True), ("abac", False)), 2: (("abad", True), ("abab", True))}
+    with path.open("w") as file:
+        for problem, answers in texts.items():
+            for text, correct in answers:
+                trace = {"problem_id": problem, "prompt": "", "text": text, "correct": correct}
+                file.write(json.dumps(trace) + "\n")
+    assert reward_shaping.main([str(path), "--max-entropy", "0.01"]) == 0
+    out = capsys.readouterr().out
+    assert {row["advantage"] for row in rows(out)} >= {"0.000"} and "drops 4 of 4" in out
+
+
 def test_entropies_of_the_byte_model() -> None:
     text = b"abababac"
     (got,) = reward_shaping.entropies([text])

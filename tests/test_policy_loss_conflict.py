@@ -225,6 +225,10 @@ def test_entropy_filter_equals_the_definition() -> None:
             expected = advantage[i].item() - 0.1 * mean if inside else 0.0
             assert found[i].item() == pytest.approx(expected, rel=1e-6, abs=1e-7)
     assert 60 < kept < 140
+    at_most = rk.entropy_filter(
+        advantage[:1], torch.full((1, 2), 0.5), mask[1:2, :2], max_entropy=0.5
+    )
+    assert mask[1, :2].any() and at_most.item() == pytest.approx(advantage[0].item() - 0.05)
     entropy.requires_grad_()  # as that of token_stats is
     assert not rk.entropy_filter(advantage.requires_grad_(), entropy, mask).requires_grad
 

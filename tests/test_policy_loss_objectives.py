@@ -43,7 +43,7 @@ OBJECTIVES = {
     "cap and dual clip": Objective.dr_grpo(ratio_cap=5.0, dual_clip=3.0),
     "gppo": Objective.gppo(),
     "gppo one-sided": Objective.gppo(None, 1.28, beta_low=0.0),
-    "ce_gppo dual clip": Objective.ce_gppo(dual_clip=10.0),
+    "ce_gppo dual clip": Objective.ce_gppo(beta_high=0.5, dual_clip=10.0),
     "cispo": Objective.cispo(),
     "cispo two-sided": Objective.cispo(1.28, 0.8),
     "sapo": Objective.sapo(),

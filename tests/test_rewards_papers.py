@@ -178,7 +178,7 @@ def test_laser_takes_lengths_of_any_dtype() -> None:
 
 
 def test_laser_d_and_de() -> None:
-    targets = (20, 50, 60)
+    targets = (20, 60, 40)
     assert accuracy_level(BITS, GROUP).tolist() == [level(i) for i in range(N)]
     assert {level(i) for i in range(N)} == {0, 1, 2}
     repetitive = LENGTH == 80
@@ -197,6 +197,7 @@ def test_laser_d_and_de() -> None:
     check(shaping.laser_de(LENGTH, BITS, GROUP, targets=targets, repetitive=repetitive), de)
     assert {d(i) for i in range(N)} == {-0.5, 1.0, 1.5} and 0.0 in {de(i) for i in range(N)}
     assert repetitive.any()
+    assert (LENGTH[~BITS] == 60).any() and (LENGTH[~BITS] == 40).any()  # not longer than its target
 
 
 def test_levels_at_their_exact_bounds() -> None:
@@ -230,3 +231,29 @@ def test_laser_target_search() -> None:
     nobody = torch.zeros(300, dtype=torch.bool)
     nothing = shaping.adaptive_length_targets(length, nobody, group, lower=1, upper=999)
     assert nothing.tolist() == [999] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_nothing_depends_on_the_default_dtype(dtype: torch.dtype) -> None:
+    """Two numbers of Python that meet in a tensor are rounded to it."""
+    long, targets = torch.full((N,), 1025), (1025, 1025, 1025)
+    ids, sign = torch.zeros(N, 2, dtype=torch.int64), REWARD.float()
+    mask = torch.ones(N, 2, dtype=torch.bool)
+
+    def results() -> list[torch.Tensor]:
+        return [
+            shaping.laser(long, BITS, target=1025, bonus=0.3),
+            shaping.laser_d(long, BITS, GROUP, targets=targets, bonus=0.3),
+            shaping.laser_de(long, BITS, GROUP, targets=targets),
+            *shaping.zero_sum_rewards(BITS, REWARD > 0),
+            shaping.conflict_token_weights(ids, sign, GROUP, mask, amplify=1.1),
+        ]
+
+    expected, usual = results(), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        got = results()
+    finally:
+        torch.set_default_dtype(usual)
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == torch.float32 and torch.equal(a, b)

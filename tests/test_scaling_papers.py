@@ -8,6 +8,7 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tolerance import randn
@@ -44,6 +45,8 @@ def test_two_heads_are_better() -> None:
     assert scaling.vote([]) == (None, 0.0, {})
     assert scaling.vote([None]).answer is None
     assert scaling.vote(["a"], [0.0]).answer is None
+    many = scaling.vote(["a", "a", "b"], np.array([2.0**24, 1, 2.0**24], dtype=np.float32))
+    assert many.votes["a"] == 2**24 + 1  # more than float32 holds
 
 
 def test_sift() -> None:
@@ -99,6 +102,8 @@ def test_ttt_bench() -> None:
             answer = scaling.vote([None if i < 0 else i for i in ids[b, :k].tolist()]).answer
             assert got[b] == (answer == reference[b].item())
     assert scaling.cons_at_k(ids, reference, 3).tolist() == [True, True, True, False]
+    nobody = torch.full((1, 3), -1)  # voted: nothing is right
+    assert scaling.cons_at_k(nobody, reference[3:], 3).tolist() == [False]
 
 
 def test_role_of_temperature_sampling() -> None:
@@ -197,6 +202,8 @@ def test_deepdistill() -> None:
     assert rate.tolist() == [1, 0.5, 0, 0.25] and grade.tolist() == [0, 1, 2, 2]
     expected = [0.0, 1.0, 0.0, math.sqrt(3 / 16) / 0.25]
     assert variation.tolist() == pytest.approx(expected)
+    at = torch.arange(9) < torch.tensor([[6], [3]])  # 2/3 and 1/3 are not below the thresholds
+    assert scaling.difficulty_grade(at).grade.tolist() == [0, 1]
     tenths = torch.full((1, 3), 0.1, dtype=torch.float64)
     assert tenths.std(correction=0) > 0  # from rounding
     assert scaling.difficulty_grade(tenths).variation == 0
@@ -205,12 +212,12 @@ def test_deepdistill() -> None:
 
 def test_deep_self_evolving_reasoning() -> None:
     """Transition counts of the two-state chain, its limit, and the tail that votes."""
-    correct = torch.tensor([[0, 0, 1, 1, 0, 1], [1, 1, 1, 0, 0, 0]]).bool()
-    wrong_right, wrong, right_wrong, right = 2, 5, 2, 5
+    correct = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]).bool()
+    wrong_right, wrong, right_wrong, right = 1, 4, 1, 6
     got = scaling.markov_improvement(correct)
-    assert [x.item() for x in got] == pytest.approx([wrong_right / wrong, right_wrong / right, 0.5])
+    assert [x.item() for x in got] == pytest.approx([wrong_right / wrong, right_wrong / right, 0.6])
     smooth = scaling.markov_improvement(correct, prior=0.1)
-    assert smooth.p_improve.item() == pytest.approx((2 + 0.1) / (5 + 0.2), rel=1e-14)
+    assert smooth.p_improve.item() == pytest.approx((1 + 0.1) / (4 + 0.2), rel=1e-14)
     # The limit is where the chain goes: iterate the transition matrix.
     p = torch.tensor([[1 - got[0], got[0]], [got[1], 1 - got[1]]], dtype=torch.float64)
     torch.testing.assert_close(torch.linalg.matrix_power(p, 200)[0, 1], got.stationary)
@@ -288,12 +295,13 @@ def test_leap() -> None:
 
 def test_ded() -> None:
     pytest.importorskip("rapidfuzz")
-    s = scaling.text_similarity(TEXTS)
-    got = scaling.select_diverse(TEXTS, 4)
-    lowest = min((s[i, j], i) for i in range(6) for j in range(6))[1]
+    texts = [*TEXTS, "abc"]  # far from the first pick, near the third: not what comes next
+    s = scaling.text_similarity(texts)
+    got = scaling.select_diverse(texts, 4)
+    lowest = min((s[i, j], i) for i in range(7) for j in range(7))[1]
     expected = [lowest]
     while len(expected) < 4:
-        rest = [j for j in range(6) if j not in expected]
+        rest = [j for j in range(7) if j not in expected]
         expected.append(min(rest, key=lambda j: (max(s[j, c] for c in expected), j)))
     assert got == expected
     assert scaling.select_diverse(TEXTS, 0) == [] and scaling.select_diverse(["a"], 1) == [0]
@@ -319,6 +327,11 @@ def test_deepprune() -> None:
     # 5 against the first cluster: 1/30, against the second: 1/4.
     assert scaling.greedy_cluster(scores, max_clusters=2) == [[0, 1, 4], [2, 3, 5]]
     assert scaling.greedy_cluster(scores, max_clusters=1) == [[0, 1, 2, 3, 4, 5]]
+    # Three scores of 0.2 are not above 0.2, although their sum over 3 is.
+    at_tau = [[1.0] * 3] * 3 + [[0.2] * 3]
+    assert scaling.greedy_cluster([row + [1.0] for row in at_tau], 0.2) == [[0, 1, 2], [3]]
+    half = np.array([[1, 0, 0], [1, 0, 0], [0.5, 0.5005, 0]], dtype=np.float16)
+    assert scaling.greedy_cluster(half) == [[0, 1, 2]]  # in half precision the mean is 0.5
     assert scaling.greedy_cluster(scores, tau=2.0) == [[i] for i in range(6)]
     assert scaling.greedy_cluster([]) == []
     one = scaling.greedy_cluster(scores, max_members=1, seed=5)

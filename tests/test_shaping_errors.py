@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from decimal import Decimal
 from typing import Any
 
 import pytest
@@ -190,6 +191,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sh.mix_rewards({"a": X}, {"a": 1}, schedule=[1]), "schedule: expected a mapping"),
     # what they hold
     (lambda: sc.vote([1.0, math.nan]), r"answers\[1\]: expected a string, .* got nan"),
+    (lambda: sc.vote(["1", Decimal("nan")]), r"answers\[1\]: expected a string, .* got nan"),
     (lambda: sc.temperature_vote(["7"], X[:1]), r"temperature\[0\]: expected .* got tensor"),
     (lambda: sc.temperature_vote(["7"], [None]), r"temperature\[0\]: expected .* got None"),
     (lambda: sc.temperature_vote(["7"], [math.nan]), r"temperature\[0\]: .* >= 0, got nan"),

@@ -91,7 +91,7 @@ def prepare(config: Config) -> Context:
     sequences = encode(traces, tokenizer)
     context = Context(config, device, tokenizer, sequences, model, Random(config.seed))
     context.results["data"] = {
-        "source": str(config.traces) if config.traces else "generated arithmetic",
+        "source": _shown(config.traces) if config.traces else "generated arithmetic",
         "traces": len(traces),
         "problems": len({trace.problem_id for trace in traces}),
         "correct": sum(trace.correct for trace in traces),
@@ -109,16 +109,23 @@ def check(config: Config) -> None:
         names = ", ".join(FORMULAS)
         raise DemoError(f"--objective: expected one of {names}; got {config.objective!r}")
     try:
-        torch.empty(0, device=config.device)
+        torch.zeros((), device=config.device).item()  # device meta has no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise DemoError(f"--device {config.device}: not usable here ({reason})") from error
+    if not -(2**63) <= config.seed < 2**63:
+        raise DemoError(f"--seed: expected an integer in [-2^63, 2^63), got {config.seed}")
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DemoError(f"--out {config.out}: cannot be made ({error.strerror})") from error
     if not os.access(config.out, os.W_OK):
         raise DemoError(f"--out {config.out}: not writable")
+
+
+def _shown(path: Path) -> str:
+    """A name that is not UTF-8 cannot be printed as it is."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _read(config: Config) -> list[Trace]:

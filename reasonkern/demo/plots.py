@@ -76,7 +76,7 @@ def _save(figure: Figure, path: Path) -> Path:
 def _figure(rows: int, columns: int, title: str) -> tuple[Figure, list[Axes]]:
     size = (4.4 * columns, 3.2 * rows + 0.5)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False)
-    figure.suptitle(title, weight="bold")
+    figure.suptitle(title, weight="bold", parse_math=False)  # a file may be called $x$
     figure.set_layout_engine("constrained", w_pad=0.1, h_pad=0.1)
     panels = list(axes.flat)
     for panel in panels:
@@ -195,7 +195,7 @@ def _control(controlled: Results) -> Figure:
     right.set(title="Entropy of the model", ylabel="nats per token", xlabel="position in the text")
     _lengths(middle, runs)
     for panel in (left, right):
-        panel.set_ylim(0, 1.25 * panel.dataLim.y1)  # room for the legend
+        panel.set_ylim(0, 1.25 * panel.dataLim.y1 or 1)  # room for the legend
         panel.legend(fontsize="small", loc="upper right")
     return figure
 

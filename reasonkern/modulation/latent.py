@@ -8,6 +8,7 @@ rows (SRGen) or multiplied with the head (LatentSeek) before the next chunk.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -121,7 +122,7 @@ def srgen_delta(
     plan = _plan(dtype, chunk_rows, count)
     wide = accumulator_dtype(dtype)
     share = mask.to(wide) / mask.sum().clamp_min(1)
-    with torch.no_grad():
+    with torch.no_grad(), _without_autocast(weight.device):
         delta = torch.zeros_like(last_hidden, dtype=wide)
         optimizer = torch.optim.AdamW([delta], lr, eps=1e-5, weight_decay=1e-8)
         last = _head_times(weight, last_hidden.to(wide))
@@ -290,6 +291,13 @@ def _entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
     return entropy, terms - p * entropy
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """It would round the products with δ and their gradients to half precision."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 def _head_times(weight: Tensor, x: Tensor) -> Tensor:
     """The product weight @ x in the dtype of x; one in half precision would round it."""
     if weight.dtype == x.dtype:
@@ -312,9 +320,7 @@ def _times_head(x: Tensor, weight: Tensor) -> Tensor:
 
 def _plan(dtype: torch.dtype, chunk_rows: int | None, count: int) -> Plan:
     """Chunks of no more than the rows that there are."""
-    if isinstance(chunk_rows, bool) or not (
-        chunk_rows is None or (isinstance(chunk_rows, int) and chunk_rows >= 1)
-    ):
+    if chunk_rows is not None and not (_checks.is_integer(chunk_rows) and chunk_rows >= 1):
         _checks.fail("chunk_rows", "an integer >= 1 or None", repr(chunk_rows))
     rows = -1 if chunk_rows is None else min(chunk_rows, max(1, count))
     return Plan(dtype, rows, False, -1)

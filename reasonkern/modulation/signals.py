@@ -47,7 +47,7 @@ def entropy_forks(entropy: Tensor, mask: Tensor, n: int) -> Tensor:
     _checks.check_shape("mask", mask, entropy.shape, "entropy.shape")
     _checks.check_dtype("mask", mask, torch.bool)
     _checks.check_device("mask", mask, entropy, "entropy")
-    if isinstance(n, bool) or not isinstance(n, int) or not 0 <= n < 1 << 31:
+    if not _checks.is_integer(n) or not 0 <= n < 1 << 31:
         _checks.fail("n", "an integer in [0, 2^31)", repr(n))
     _checks.check_finite("entropy", entropy, mask, "finite values under the mask")
     # Sorted rather than topk: which of two equal entropies topk returns is not defined.

@@ -18,7 +18,7 @@ from .bapo import PUBLISHED, Range, grid, search
 from .conflict import check_filter, filter_keeps, shape_advantage
 from .parallel import batch_groups
 from .reference_objective import Hyper, clamped_exp
-from .selection import covariance, draw_between, select_high, select_top
+from .selection import check_seed, covariance, draw_between, select_high, select_top
 
 if TYPE_CHECKING:
     from .inputs import RowContext
@@ -106,6 +106,7 @@ class CovarianceSelection(Rule):
         _checks.check_number("fraction", self.fraction, 0, 1, exclusive=True)
         _checks.check_number("high", self.high, self.low)
         _checks.check_number("coef", self.coef, 0)
+        check_seed(self.seed)
 
     def apply(
         self, o: Objective, rows: Rows, context: RowContext, h: Hyper

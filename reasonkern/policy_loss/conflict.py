@@ -79,7 +79,7 @@ def conflict_token_weights(
         )
         forward = trained & (column < start + first)
         backward = trained & (column >= stop - last)
-        inside = torch.where(sign > 0, float(amplify), 0.0).unsqueeze(1)
+        inside = (sign > 0).float().unsqueeze(1) * float(amplify)
         factors = [torch.where(run, inside, 1.0) for run in (forward, backward)]
         merge = torch.mul if combine == "product" else torch.maximum
         weights = torch.where(trained, merge(*factors), 0.0)

@@ -129,11 +129,7 @@ def covariance_mask(
         _checks.check_shape("candidates", candidates, logprob.shape, "logprob.shape")
     for name, x in (("logprob", logprob), ("advantage", advantage)):
         _checks.check_finite(name, x, trained)
-    if isinstance(seed, Tensor):
-        _checks.check_dtype("seed", seed, torch.int64)
-        _checks.check_shape("seed", seed, (), "0-dim")
-    else:
-        _checks.check_seed("seed", seed)
+    check_seed(seed)
     groups = as_groups(data_group)
     with torch.no_grad():
         cov, count = covariance(logprob, advantage, trained, groups)
@@ -141,6 +137,15 @@ def covariance_mask(
             return select_top(cov, trained, count, fraction, groups)
         drawn = trained if candidates is None else trained & candidates
         return draw_between(cov, drawn, count, fraction, low, high, seed, groups)
+
+
+def check_seed(seed: int | Tensor) -> None:
+    """An integer, or a tensor that a captured graph reads anew."""
+    if isinstance(seed, Tensor):
+        _checks.check_dtype("seed", seed, torch.int64)
+        _checks.check_shape("seed", seed, (), "0-dim")
+    else:
+        _checks.check_seed("seed", seed)
 
 
 def covariance(
@@ -235,7 +240,7 @@ def random_keys(count: int, seed: int | Tensor, device: torch.device, groups: Gr
     index = torch.arange(count, device=device)
     if groups:
         index = index + _offset(count, device, groups)
-    base = seed.to(index) if isinstance(seed, Tensor) else index.new_full((), _signed(seed))
+    base = seed.to(index) if isinstance(seed, Tensor) else index.new_full((), _signed(int(seed)))
     return _mix(_mix(base + _signed(GOLDEN)) + index * _signed(GOLDEN))
 
 

@@ -55,7 +55,8 @@ def elliptical_select(features: Tensor, k: int, lam: float = 0.01) -> Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     _checks.check_finite("features", x, expected="finite numbers")
     if _checks.reads_values(x) and x.numel():
-        least = SMALLEST_RIDGE * torch.linalg.vector_norm(x, dim=-1).max().item() ** 2
+        largest = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64).max().item()
+        least = SMALLEST_RIDGE * largest * largest
         if lam < least:
             expected = f"a ridge of at least {SMALLEST_RIDGE} h'h = {least:.2g}"
             _checks.fail("lam", expected, f"{lam}: it is rounded away")

@@ -66,7 +66,7 @@ def greedy_cluster(
     for name, limit in (("max_clusters", max_clusters), ("max_members", max_members)):
         if limit is not None:
             _checks.check_integer(name, limit, 1, or_none=" or None")
-    _checks.check_seed("seed", seed)
+    seed = _checks.check_seed("seed", seed)
     draw = random.Random(seed)
     clusters: list[list[int]] = []
     for i, row in enumerate(rows):
@@ -74,7 +74,7 @@ def greedy_cluster(
         for members in clusters:
             some = max_members is not None and len(members) > max_members
             compared = draw.sample(members, max_members or 0) if some else members
-            means.append(sum(row[j] for j in compared) / len(compared))
+            means.append(_mean([float(row[j]) for j in compared]))
         best = max(range(len(means)), key=means.__getitem__, default=None)
         full = max_clusters is not None and len(clusters) >= max_clusters
         if best is not None and (means[best] > tau or full):
@@ -82,6 +82,12 @@ def greedy_cluster(
         else:
             clusters.append([i])
     return clusters
+
+
+def _mean(scores: list[float]) -> float:
+    """About the largest, so that equal scores are their own mean: three of 0.1 are not above it."""
+    top = max(scores)
+    return top + sum(score - top for score in scores) / len(scores)
 
 
 def _check_scores(name: str, scores: list[Any]) -> None:
@@ -127,13 +133,13 @@ def finish_plan(
     """
     for name, limit in (("per_cluster", per_cluster), ("singletons", singletons)):
         _checks.check_integer(name, limit, 1)
-    _checks.check_seed("seed", seed)
+    seed = _checks.check_seed("seed", seed)
     _checks.check_list("clusters", clusters, "clusters")
     for i, cluster in enumerate(clusters):
         _checks.check_list(f"clusters[{i}]", cluster, "traces", ordered=False)
     if not all(len(cluster) for cluster in clusters):
         _checks.fail("clusters", "clusters with members", "an empty one")
-    if not clusters:
+    if not len(clusters):
         return []
     largest = max(clusters, key=len)
     if len(largest) > 1 or len(clusters) == 1:

@@ -86,7 +86,7 @@ def route_peers(
     k = max(n - 1, 0) if top_k == -1 else top_k
     others = [[j for j in range(n) if j != i] for i in range(n)]
     if strategy == "random":
-        _checks.check_seed("seed", seed)
+        seed = _checks.check_seed("seed", seed)
         draw = random.Random(seed)
         return [draw.sample(peers, k) for peers in others]
     if k == 0:

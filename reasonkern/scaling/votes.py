@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Collection, Hashable, Sequence
 from itertools import pairwise
+from numbers import Number
 from typing import Any, NamedTuple
 
 import torch
@@ -81,7 +82,7 @@ def vote(
             got = "nan" if _is_nan(answer) else type(answer).__name__
             _checks.fail(f"answers[{i}]", expected, got)
         if answer is not None:
-            votes[answer] = votes.get(answer, 0.0) + weight
+            votes[answer] = votes.get(answer, 0.0) + float(weight)
     total = sum(votes.values())
     if total == 0:
         return Vote(None, 0.0, votes)
@@ -94,7 +95,7 @@ def vote(
 
 
 def _is_nan(answer: object) -> bool:
-    return isinstance(answer, float) and answer != answer
+    return isinstance(answer, Number) and bool(answer != answer)  # NumPy's and Decimal's, too
 
 
 @documented
@@ -162,7 +163,7 @@ def temperature_vote(
         if v.answer is not None and v.votes[v.answer] / len(samples[t]) >= intra
     ]
     agreed = max((confident.count(a) for a in confident), default=0)
-    done = agreed > 0 and agreed >= cross * len(inside) - 1e-9  # 0.7 * 10 is more than 7
+    done = agreed > 0 and agreed >= float(cross) * len(inside) - 1e-9  # 0.7 * 10 is more than 7
     answer = max(confident, key=confident.count) if done else final.answer
     return TemperatureVote(answer, done, inside)
 

@@ -228,7 +228,7 @@ def prioritised_sample(
     _checks.check_values("advantage", check_vector("advantage", advantage))
     _checks.check_number("alpha", alpha, 0.0)
     _checks.check_integer("k", k, 0, len(advantage))
-    _checks.check_seed("seed", seed)
+    seed = _checks.check_seed("seed", seed)
     _checks.check_finite("advantage", advantage, expected="finite numbers")
     generator = torch.Generator(advantage.device).manual_seed(seed)
     noise = torch.empty_like(advantage, dtype=torch.float64).exponential_(generator=generator)

@@ -142,7 +142,7 @@ def _by_group(
 def sparse_projection(width: int, project: int, seed: int, device: torch.device) -> Tensor:
     """(width, project) of a very sparse random projection (Li, Hastie, Church 2006), float64."""
     _checks.check_integer("project", project, 1)
-    _checks.check_seed("seed", seed)
+    seed = _checks.check_seed("seed", seed)
     generator = torch.Generator(device).manual_seed(seed)
     sparsity = math.sqrt(max(width, 1))
     uniform = torch.rand((width, project), generator=generator, device=device, dtype=torch.float64)

@@ -61,10 +61,10 @@ def laser(
         _checks.check_finite("target", target, expected="finite numbers")
     else:
         _checks.check_number("target", target, 0.0)
-    short = wide(length) <= target  # a small dtype would wrap or round the target
-    gained = torch.where(short, bonus if mode != "penalty" else 0.0, 0.0)
-    lost = torch.where(short, 0.0, bonus if mode != "reward" else 0.0)
-    return torch.where(correct, 1 + wide(gained) - wide(lost), wrong).float()
+    short = wide(wide(length) <= target)  # a small dtype would wrap or round the target
+    gained = short * (bonus if mode != "penalty" else 0.0)
+    lost = (1 - short) * (bonus if mode != "reward" else 0.0)
+    return torch.where(correct, 1 + gained - lost, wrong).float()
 
 
 def laser_d(
@@ -239,5 +239,6 @@ def _spread_targets(targets: Sequence[float] | Tensor, level: Tensor) -> Tensor:
     for i, target in enumerate(targets):
         _checks.check_number(f"targets[{i}]", target)
     high, medium, low = (float(t) for t in targets)
-    rest = torch.where(level == 1, medium, low)
-    return torch.where(level == 0, high, wide(rest))
+    # Two numbers alone would meet in torch's default dtype.
+    rest = torch.where(level == 1, medium, torch.full_like(level, low, dtype=torch.float64))
+    return torch.where(level == 0, high, rest)

@@ -133,5 +133,6 @@ def cosine(step: float, total: float, start: float = 1.0, end: float = 0.0) -> f
     _checks.check_number("step", step, 0.0)
     _checks.check_number("total", total, 0.0, exclusive=True)
     if step >= total:
-        return end
+        return float(end)
+    start, end = float(start), float(end)  # NumPy's would sum in their own precision
     return end + (start - end) * (1 + math.cos(math.pi * step / total)) / 2

@@ -382,7 +382,7 @@ def zero_sum_rewards(detected: Tensor, harmful: Tensor | None = None) -> tuple[T
         (tensor([-1.,  1.]), tensor([ 1., -1.]))
     """
     check_flags("detected", detected)
-    critic = torch.where(detected, 1.0, -1.0)
+    critic = 2 * detected.float() - 1
     if harmful is not None:
-        critic = critic * check_flags("harmful", harmful, detected, "detected")
+        critic = critic.where(check_flags("harmful", harmful, detected, "detected"), 0.0)
     return 0.0 - critic, critic

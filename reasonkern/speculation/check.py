@@ -95,7 +95,7 @@ def check_verifier(
     most = min(3 if exact else 64, vocab)
     _checks.check_integer("children", children, 1, most, f" (vocab = {vocab})")
     _checks.check_integer("depth", depth, 1, 3 if exact else 8)
-    _checks.check_seed("seed", seed)
+    seed = _checks.check_seed("seed", seed)
     _check_takes(fn, ("draws", "coins") if exact else ARGUMENTS)
     toy = Toy(vocab, children, depth, seed)
     if exact:

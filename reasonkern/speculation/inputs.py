@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,8 +45,7 @@ _RANGES = {
 
 def as_int64(name: str, value: object) -> int:
     """An integer in [-2^63, 2^64) as the int64 with the same bits."""
-    _checks.check_seed(name, value)
-    number = int(cast(int, value))
+    number = _checks.check_seed(name, value)
     return number - (1 << 64) if number >> 63 == 1 else number
 
 
