@@ -11,6 +11,7 @@ from .. import _checks
 from ..modulation import Modulation, SoftBudget, TokenSets
 from ..modulation.sets import check_set, sets_or_none
 from ..modulation.spec import PARTS
+from ..modulation.state import check_with_sets
 
 NAME = "modulation"
 
@@ -58,7 +59,7 @@ def modulation_of(parameters: Mapping[str, Any] | None) -> Modulation | None:
 
 
 def check_request(spec: Modulation, sets: TokenSets, vocab_size: int) -> None:
-    """Refuses what a step would trip over: unknown sets, ids outside the vocabulary, windows."""
+    """Refuses what a step would trip over: sets, ids, windows, a ban that contradicts a part."""
     check_windows(spec)
     for name, part in spec.parts.items():
         if hasattr(part, "set"):
@@ -66,6 +67,7 @@ def check_request(spec: Modulation, sets: TokenSets, vocab_size: int) -> None:
     for name, token in _ids(spec):
         if token >= vocab_size:
             _checks.fail(f"{NAME}.{name}", f"token ids in [0, {vocab_size})", token)
+    check_with_sets(spec, sets)
 
 
 def check_windows(spec: Modulation) -> None:
