@@ -92,6 +92,15 @@ def test_pieces_by_variant(tokenizer):
     assert names("exact", " café") in ({"ĠcafÃ©"}, {"▁café"})
 
 
+def test_a_letter_of_maltese_makes_no_byte_level():
+    """Large vocabularies of SentencePiece hold it, byte-level ones an added token with ▁."""
+    sentences = Vocabulary("▁o", "▁café", "é", "Ġgan", "Ġ", "▁Ġ")
+    assert rk.TokenSets.from_tokenizer(sentences, {"a": ["é"]})["a"] == (102,)
+    assert rk.TokenSets.from_tokenizer(sentences, {"a": ["é"]}, variants="all")["a"] == (101, 102)
+    byte_level = Vocabulary("Ġo", "ĠcafÃ©", "Ã©", "▁of▁sentence")
+    assert rk.TokenSets.from_tokenizer(byte_level, {"a": ["é"]}, variants="all")["a"] == (101, 102)
+
+
 def test_strings_of_several_tokens_are_named():
     with pytest.raises(ValueError, match="one token each, got a: 'Hold on', b: 'hm'"):
         rk.TokenSets.from_tokenizer(BYTE_LEVEL, {"a": ["wait", "Hold on"], "b": ["hm"]})
