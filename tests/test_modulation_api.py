@@ -241,6 +241,16 @@ def test_a_state_without_sets_is_saved_copied_and_moved():
         make_state(2).load_state_dict(state.state_dict())
 
 
+def test_an_unpickled_state_asks_anew_who_serves_it():
+    """Its fast path trusts kernels that check their arguments; not every device has them."""
+    state = make_state(2)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    other = torch.load(buffer, map_location="meta", weights_only=False)
+    assert state.checked_by_kernel is not None and other.checked_by_kernel is None
+
+
 def test_a_state_outlives_inference_mode():
     """Inference tensors could not be written to outside of it."""
     with torch.inference_mode():

@@ -228,6 +228,11 @@ class ModulationState:
         self._prompts = [None] * self.max_requests
         self._refresh()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled, perhaps on another device, or where other kernels serve its tensors."""
+        vars(self).update(state)
+        self._refresh()
+
     def _settings(self) -> dict[str, Any]:
         return {
             "layout": at.LAYOUT, "max_requests": self.max_requests, "sets": dict(self.sets)
