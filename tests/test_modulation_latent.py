@@ -90,6 +90,18 @@ def test_srgen_in_lower_precision(form: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours.to(F64), theirs, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    hidden, labels, last, weight = operands(dtype)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", BF16, enabled=enabled):
+            srgen = rk.srgen_delta((hidden, weight), labels, last, weight)
+            found.append((*srgen, *rk.latent_policy_gradient(hidden, weight, 1.0)))
+    for plain, under in zip(*found, strict=True):
+        assert plain.dtype == under.dtype and torch.equal(plain, under)
+
+
 def test_srgen_counts_rows_without_a_finite_loss_as_0() -> None:
     hidden, labels, last, weight = operands()
     logits, shift = hidden @ weight.T, torch.zeros(V, dtype=F64)

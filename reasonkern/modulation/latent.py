@@ -8,6 +8,7 @@ time; the family's loss operator overwrites them with their gradient, which is s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -121,7 +122,7 @@ def srgen_delta(
     plan = _plan(dtype, chunk_rows, count)
     wide = accumulator_dtype(dtype)
     share = mask.to(wide) / mask.sum().clamp_min(1)
-    with torch.no_grad():
+    with torch.no_grad(), _no_autocast(weight.device.type):
         delta = torch.zeros_like(last_hidden, dtype=wide)
         optimizer = torch.optim.AdamW([delta], lr, eps=1e-5, weight_decay=1e-8)
         last = _head_times(weight, last_hidden.to(wide))
@@ -288,6 +289,12 @@ def _entropy(logits: Tensor) -> tuple[Tensor, Tensor]:
     terms = torch.special.entr(p)  # -p ln p, 0 where p is
     entropy = terms.sum()
     return entropy, terms - p * entropy
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    """It would round the products of the wide δ; devices such as meta have none."""
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else nullcontext()
 
 
 def _head_times(weight: Tensor, x: Tensor) -> Tensor:
