@@ -251,6 +251,26 @@ def test_an_unpickled_state_asks_anew_who_serves_it():
     assert state.checked_by_kernel is not None and other.checked_by_kernel is None
 
 
+def test_a_default_device_moves_no_state():
+    spec = rk.Modulation(
+        cyclic=rk.Cyclic(1.0, 7), budget=rk.Budget(2, [7, END]),
+        min_think=rk.MinThink(1, wait=[6]), think_end=END,
+    )  # fmt: skip
+    saved = state_of(spec).state_dict()
+    drafts, parents = torch.tensor([[5, 6, 7]]), torch.tensor([-1, 0, 1])
+    expected = rk.modulate_logits_(
+        torch.zeros(3, VOCAB), state_of(spec), ONE, 0, drafts, parents, temperature=1.0
+    )
+    rows, backwards = torch.zeros(3, VOCAB), torch.tensor([-1, 2, 1])
+    with torch.device("meta"):
+        state = rk.ModulationState(4, rk.TokenSets.from_ids(SETS), "cpu")
+        state.load_state_dict(saved)
+        rk.modulate_logits_(rows, state, ONE, 0, drafts, parents, temperature=1.0)
+        with pytest.raises(ValueError, match="parents: expected -1, then"):
+            rk.modulate_logits_(rows, state, ONE, 0, drafts, backwards, temperature=1.0)
+    assert torch.equal(rows, expected)
+
+
 def test_a_state_outlives_inference_mode():
     """Inference tensors could not be written to outside of it."""
     with torch.inference_mode():

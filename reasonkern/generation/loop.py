@@ -299,7 +299,8 @@ class Run:
 def _sent(values: list[int], device: torch.device) -> Tensor:
     """On the device; a copy from pinned memory does not wait for what a GPU still computes."""
     pinned = device.type == "cuda"
-    return torch.tensor(values, pin_memory=pinned).to(device, non_blocking=pinned)
+    host = torch.tensor(values, device="cpu", pin_memory=pinned)
+    return host.to(device, non_blocking=pinned)
 
 
 @dataclass

@@ -153,7 +153,7 @@ class _Rows:
             most = self.state.max_requests
             _checks.fail("max_requests", "more than the requests at a time", most)
         # Images and sounds stand in a prompt as numbers of up to 63 bits: no tokens, no markers.
-        prompt = torch.tensor(list(request.origin_input_ids), dtype=torch.int64)
+        prompt = torch.tensor(list(request.origin_input_ids), dtype=torch.int64, device="cpu")
         self.state.add(slot, spec, prompt.clamp_max_(ID_LIMIT - 1), request.output_ids)
         self.folded[slot] = len(request.output_ids)
         return slot

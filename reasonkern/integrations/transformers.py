@@ -306,7 +306,7 @@ def _emit(streamer: Any, requests: int, input_ids: Tensor) -> Emit | None:
     if requests != 1:
         _checks.fail("streamer", "a single request", f"{requests} requests")
     streamer.put(input_ids.cpu())
-    return lambda _, tokens: streamer.put(torch.tensor(tokens))
+    return lambda _, tokens: streamer.put(torch.tensor(tokens, device="cpu"))
 
 
 def _sequences(prompts: Tensor, texts: list[list[int]], pad: int) -> Tensor:

@@ -231,7 +231,7 @@ def _check_values(
             expected = "the number of draft tokens before each row, among rows of its slot"
             _checks.fail("local_pos", expected, f"{int(local[row])} at {row}")
     if parents is not None:
-        node = torch.arange(len(parents))
+        node = torch.arange(len(parents), device="cpu")
         wrong = torch.where(node == 0, parents != -1, (parents < 0) | (parents >= node))
         if wrong.any():
             at_node = int(wrong.nonzero()[0])

@@ -116,7 +116,7 @@ def paths(
     """
     rows = len(where)
     if draft is None or (local_pos is None and parents is None) or rows == 0:
-        return torch.empty(rows, 0, dtype=torch.int64)
+        return torch.empty(rows, 0, dtype=torch.int64, device=where.device)
     if parents is None:
         assert local_pos is not None
         last = torch.arange(rows, device=draft.device)
@@ -140,7 +140,7 @@ def _ancestors(parents: list[int]) -> Tensor:
         chains.append([*chains[parent], node])
     depth = max(map(len, chains))
     padded = [chain + [-1] * (depth - len(chain)) for chain in chains]
-    return torch.tensor(padded, dtype=torch.int64).reshape(len(parents), depth)
+    return torch.tensor(padded, dtype=torch.int64, device="cpu").reshape(len(parents), depth)
 
 
 def fold_path(record: Tensor, sets: Sets, p: Progress, path: Tensor) -> Progress:

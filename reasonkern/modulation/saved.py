@@ -61,7 +61,7 @@ def _check_spec(records: Tensor, sets: int) -> None:
         given, used = records[:, column], (parts & part) != 0
         _check(given, -1, high + 1)
         _check(given, low, high + 1, where=used)
-    place = torch.arange(at.MAX_END)
+    place = torch.arange(at.MAX_END, device="cpu")
     inside = place < records[:, at.END_LENGTH, None]
     failure = records[:, at.FAILURE : at.ROW_WIDTH]
     _check(failure, 0, at.MAX_END, where=inside)
@@ -82,7 +82,7 @@ def _phrases(records: Tensor) -> Tensor:
         (at.END, at.END_LENGTH, at.MAX_END),
         (at.WAIT, at.WAIT_LENGTH, at.MAX_WAIT),
     ):
-        used = torch.arange(width) < records[:, length, None]
+        used = torch.arange(width, device="cpu") < records[:, length, None]
         ids = records[:, begin : begin + width]
         _check(ids, 0, ID_LIMIT, where=used)  # a wait's is written without asking for its sign
         phrases.append(torch.where(used, ids, -1))

@@ -110,12 +110,14 @@ class TokenSets(Mapping[str, tuple[int, ...]]):
             ids += own
             bounds.append(len(ids))
             bits |= {i: bits.get(i, 0) | 1 << s for i in own}
-        packed = torch.zeros(SET_ENTRIES + len(ids), dtype=torch.int64)
+        packed = torch.zeros(SET_ENTRIES + len(ids), dtype=torch.int64, device="cpu")
         packed[:LARGEST_ID] = len(ids)
-        packed[: len(bounds)] = torch.tensor(bounds)
+        packed[: len(bounds)] = torch.tensor(bounds, device="cpu")
         packed[LARGEST_ID] = self.max_id
-        member = torch.tensor([bits[i] for i in ids], dtype=torch.int64)
-        packed[SET_ENTRIES:] = torch.tensor(ids, dtype=torch.int64) | member << SET_BITS
+        entries, member = torch.tensor(
+            [ids, [bits[i] for i in ids]], dtype=torch.int64, device="cpu"
+        )
+        packed[SET_ENTRIES:] = entries | member << SET_BITS
         return packed
 
     def index(self, name: str) -> int:

@@ -100,7 +100,7 @@ class ModulationState:
         record = _pack(spec, self.sets)
         record[: at.PROGRESS_WIDTH] = _start(spec, prompt)
         record = [int(column) for column in record]  # NumPy's narrow ones, too
-        self.tensors.records[slot, : at.ROW_WIDTH].copy_(torch.tensor(record))
+        self.tensors.records[slot, : at.ROW_WIDTH].copy_(torch.tensor(record, device="cpu"))
         self._parts[slot], self._ids[slot] = record[at.PARTS], record[at.MAX_ID]
         self._prompts[slot] = len(prompt)
         self._refresh()
@@ -258,7 +258,8 @@ def _as_ids(name: str, tokens: Sequence[int] | Tensor) -> Tensor:
     ids = tokens
     if not isinstance(ids, Tensor):
         try:
-            ids = torch.tensor(ids) if len(ids) else torch.empty(0, dtype=torch.int64)
+            dtype = None if len(ids) else torch.int64
+            ids = torch.tensor(ids, dtype=dtype, device="cpu")
         except (RuntimeError, TypeError, ValueError):
             _checks.fail(name, "a sequence of token ids", repr(tokens))
     _checks.check_values(name, ids)
@@ -332,7 +333,8 @@ def _pack(spec: Modulation, sets: TokenSets) -> list[int]:
 
 def _bits(values: Sequence[float]) -> list[int]:
     """Doubles as columns hold them."""
-    bits: list[int] = torch.tensor(values, dtype=torch.float64).view(torch.int64).tolist()
+    doubles = torch.tensor(values, dtype=torch.float64, device="cpu")
+    bits: list[int] = doubles.view(torch.int64).tolist()
     return bits
 
 

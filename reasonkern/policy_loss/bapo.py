@@ -185,7 +185,7 @@ def _side_sums(ratio: Tensor, amount: Tensor, lows: Tensor, highs: Tensor) -> Te
 
 def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     """From pinned memory, because a copy from pageable memory waits for the stream."""
-    host = torch.tensor(values, dtype=torch.float64)
+    host = torch.tensor(values, dtype=torch.float64, device="cpu")
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)

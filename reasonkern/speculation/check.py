@@ -125,11 +125,11 @@ def full_tree(children: int, depth: int) -> DraftTree:
 
 def draw_step(toy: Toy, tree: DraftTree, seed: Tensor, shared: bool) -> tuple[Tensor, Draft]:
     """Logits (B, N, V) and drafts of one step per seed, all after token 0 at position 0."""
-    batch = len(seed)
-    tokens = torch.zeros(batch, tree.nodes, dtype=torch.int64)
-    logits = torch.empty(batch, tree.nodes, toy.vocab)
-    q_ids = torch.full((batch, tree.nodes, toy.entry), -1)
-    q_logprob = torch.full((batch, tree.nodes, toy.entry), -torch.inf)
+    shape = (len(seed), tree.nodes)
+    tokens = torch.zeros(shape, dtype=torch.int64, device="cpu")
+    logits = torch.empty(*shape, toy.vocab, device="cpu")
+    q_ids = torch.full((*shape, toy.entry), -1, device="cpu")
+    q_logprob = torch.full((*shape, toy.entry), -torch.inf, device="cpu")
     pointers, index = (t.tolist() for t in tree.children)
     streams = [(d, noise.TARGET, 0) if shared else (0, noise.DRAFT, d) for d in range(toy.depth)]
     g = [
@@ -155,9 +155,9 @@ class Counts:
     def __init__(self, toy: Toy) -> None:
         self.toy, self.depth = toy, toy.depth
         v, self.joint_length = toy.vocab, min(JOINT, toy.depth + 1)
-        self.first = torch.zeros(v)
-        self.later = [torch.zeros(v * v) for _ in range(toy.depth)]
-        self.joint = torch.zeros(v**self.joint_length)
+        self.first = torch.zeros(v, device="cpu")
+        self.later = [torch.zeros(v * v, device="cpu") for _ in range(toy.depth)]
+        self.joint = torch.zeros(v**self.joint_length, device="cpu")
         self.generator = torch.Generator().manual_seed(toy.seed)
 
     def add(self, tokens: Tensor, length: Tensor) -> None:
@@ -193,7 +193,7 @@ def _checked_result(result: object, batch: int, toy: Toy) -> tuple[Tensor, Tenso
     _checks.check_shape("length", length, (batch,), "(B,)")
     tokens, length = tokens.cpu().long(), length.cpu().long()
     _checks.check_range("length", length, 1, toy.depth + 2)
-    emitted = torch.arange(toy.depth + 1) < length.unsqueeze(-1)
+    emitted = torch.arange(toy.depth + 1, device="cpu") < length.unsqueeze(-1)
     _checks.check_range("tokens", tokens, 0, toy.vocab, where=emitted)
     return tokens.clamp(0, toy.vocab - 1), length
 

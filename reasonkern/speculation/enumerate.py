@@ -118,8 +118,8 @@ def _following(coins: Coins) -> list[int] | None:
 def exact_report(fn: Callable[[Draws, Coins], list[int]], toy: Toy) -> LawReport:
     """The laws of `check_verifier`, enumerated."""
     v, n = toy.vocab, toy.depth + 1
-    joint = torch.zeros((v,) * n, dtype=torch.float64)
-    later = [torch.zeros(v, v, dtype=torch.float64) for _ in range(toy.depth)]
+    joint = torch.zeros((v,) * n, dtype=torch.float64, device="cpu")
+    later = [torch.zeros_like(toy.target[0]) for _ in range(toy.depth)]
     rest: dict[tuple[int, ...], float] = {}
     for tokens, p in runs(fn, toy):
         if not 1 <= len(tokens) <= n or not all(0 <= t < v for t in tokens):

@@ -244,7 +244,8 @@ def check_slots(
     if torch.compiler.is_compiling() or lengths.device.type != "cpu":
         return
     _checks.check_range("accepted", accepted, 0, path.shape[1] + 1)
-    moves = torch.arange(path.shape[1]) < accepted.unsqueeze(-1)
+    place = torch.arange(path.shape[1], device="cpu")
+    moves = place < accepted.unsqueeze(-1)
     _checks.check_range("lengths", lengths, 0, slots + 1)
     if (start < lengths).any():
         _checks.fail("start", "slots >= lengths", start.tolist())
@@ -254,7 +255,7 @@ def check_slots(
     if (moves[:, 1:] & (path[:, 1:] <= path[:, :-1])).any():
         _checks.fail("path", "ascending nodes", path.tolist())
     if block_table is not None:
-        target = lengths.unsqueeze(-1) + torch.arange(path.shape[1])
+        target = lengths.unsqueeze(-1) + place
         for x in (source, target):
             entry = block_table.gather(1, torch.where(moves, x // size, 0))
             _checks.check_range("block_table", entry, 0, blocks, where=moves)

@@ -127,7 +127,7 @@ def _replay_rows(
         _learn(table, [(row, row.prompt_windows, _one_hot(row.trace.prompt[1:]))])
     while rows:
         contexts = torch.from_numpy(np.stack([row.windows[row.position] for row in rows]))
-        scopes = torch.tensor([row.scope for row in rows])
+        scopes = torch.tensor([row.scope for row in rows], device="cpu")
         draft = table.draft(
             contexts, tree, temperature=0.0, seed=0, position=0, mode="target-only", scope=scopes
         )

@@ -213,7 +213,7 @@ class DraftTree:
 
     def attention_mask(self, device: torch.device | str = "cpu") -> Tensor:
         """(N, N) bool: [i, j] is True when node i attends to node j, its ancestor or itself."""
-        mask = torch.eye(self.nodes, dtype=torch.bool)
+        mask = torch.eye(self.nodes, dtype=torch.bool, device="cpu")
         for node, parent in enumerate(self._parents[1:], start=1):
             mask[node] |= mask[parent]
         return mask.to(device)
@@ -318,4 +318,4 @@ def _tree_tensors(parents: tuple[int, ...]) -> TreeTensors:
         level_ptr.append(len(level_nodes))
     child_index = [node for row in children for node in row]
     arrays = (parents, ranks, depths, child_ptr, child_index, level_ptr, level_nodes)
-    return TreeTensors(*(torch.tensor(a, dtype=torch.int32) for a in arrays))
+    return TreeTensors(*(torch.tensor(a, dtype=torch.int32, device="cpu") for a in arrays))

@@ -68,7 +68,7 @@ def tune_tree(
         expected = "counts, or a list of sequences of token ids"
         _checks.fail("source", expected, repr(source))
     if isinstance(source, Tensor) or (len(source) and isinstance(source[0], int | float)):
-        counts = torch.as_tensor(source, dtype=torch.float64).cpu()
+        counts = torch.as_tensor(source, dtype=torch.float64, device="cpu")
     else:
         from .replay import replay, token_traces  # numpy
 
