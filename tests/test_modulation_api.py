@@ -94,9 +94,11 @@ def test_pieces_by_variant(tokenizer):
 
 def test_a_letter_of_maltese_makes_no_byte_level():
     """Large vocabularies of SentencePiece hold it, byte-level ones an added token with ▁."""
-    sentences = Vocabulary("▁o", "▁café", "é", "Ġgan", "Ġ", "▁Ġ")
-    assert rk.TokenSets.from_tokenizer(sentences, {"a": ["é"]})["a"] == (102,)
-    assert rk.TokenSets.from_tokenizer(sentences, {"a": ["é"]}, variants="all")["a"] == (101, 102)
+    for space in ("▁", " "):
+        sentences = Vocabulary(f"{space}o", f"{space}café", "é", "Ġgan", "Ġ", f"{space}Ġ")
+        for variants, ids in (("exact", (102,)), ("all", (101, 102))):
+            sets = rk.TokenSets.from_tokenizer(sentences, {"a": ["é"]}, variants=variants)
+            assert sets["a"] == ids
     byte_level = Vocabulary("Ġo", "ĠcafÃ©", "Ã©", "▁of▁sentence")
     assert rk.TokenSets.from_tokenizer(byte_level, {"a": ["é"]}, variants="all")["a"] == (101, 102)
 
