@@ -90,6 +90,27 @@ def test_speculation_gives_the_text_of_control_alone(
     assert torch.equal(state.tensors.progress, expected_state.tensors.progress)
 
 
+@pytest.mark.parametrize("speculates", [False, True])
+def test_a_default_device_moves_nothing(speculates: bool) -> None:
+    """``torch.set_default_device``: what is made on the host stays there."""
+
+    def texts() -> Any:
+        options: dict[str, Any] = {}
+        if speculates:
+            options = {"table": taught(4), "tree": rk.DraftTree.default(4)}
+        state, slot = rk.ModulationState(5, SETS, "cpu"), torch.arange(4, device="cpu")
+        for request, spec in enumerate(SPECS):
+            state.add(request, spec or rk.Modulation(), PROMPTS[request], [])
+        return generate(
+            MODEL, PROMPTS, max_new_tokens=8, seed=7, temperature=T, control=(state, slot),
+            **options,
+        ).texts  # fmt: skip
+
+    expected = texts()
+    with torch.device("meta"):
+        assert texts() == expected
+
+
 def test_any_drafter_gives_the_text_of_control_alone() -> None:
     expected = generate(
         MODEL, PROMPTS, max_new_tokens=NEW, seed=7, temperature=T, control=control(SPECS)

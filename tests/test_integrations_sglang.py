@@ -83,6 +83,25 @@ def test_sglang_rows_equal_a_request_on_its_own(sglang: Any) -> None:
     assert sorted(rows.free) == list(range(20))
 
 
+def test_sglang_begins_anew_where_the_text_was_thrown_away(sglang: Any) -> None:
+    """As SGLang does where it retracts a request of embeddings: `output_ids` are empty again."""
+    one = Request([THINK], SPECS[1], 0.6)
+    row = torch.zeros(1, V)
+    for tokens in ([9] * 5, [], [11], [6, 9]):
+        one.output_ids = array("q", tokens)
+        out = sglang()(row.clone(), [one.parameters])
+        assert torch.equal(out[0], expected_row(row[0], SPECS[1], [THINK], tokens, 0.6)), tokens
+
+
+def test_sglang_prompts_may_hold_images(sglang: Any) -> None:
+    """Which SGLang writes as hashes of 62 bits."""
+    one = Request([11, 10**18, THINK, 10**18, 12], SPECS[1], 0.6)
+    row = torch.zeros(1, V)
+    out = sglang()(row.clone(), [one.parameters])
+    assert torch.equal(out[0], expected_row(row[0], SPECS[1], [THINK, 12, 12], [], 0.6))
+    assert not torch.equal(out, row)
+
+
 def test_sglang_refuses_what_it_cannot_control(sglang: Any) -> None:
     one = Request([THINK], SPECS[0], 0.6)
     with pytest.raises(ValueError, match="one row per request: .* got 2 rows of 1 requests"):
@@ -103,6 +122,10 @@ def test_sglang_clients_check_what_they_send(sglang: Any) -> None:
         (rk.Modulation(ban=rk.Ban("words")), r"modulation\.ban\.set: expected "),
         (rk.Modulation(think_end=V), rf"modulation\.think_end: expected token ids in \[0, {V}\)"),
         (rk.Modulation(deepconf=rk.DeepConf(1.0)), r"modulation\.deepconf: expected None"),
+        (
+            rk.Modulation(ban=rk.Ban(), min_think=rk.MinThink(1, wait=[5]), think_end=END),
+            "min_think.wait: expected a first id that ban leaves",
+        ),
         ({}, "spec: expected a Modulation, got dict"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -108,6 +108,19 @@ def test_transformers_strategies_equal_a_processor_without_memory(
 
 
 @pytest.mark.peers
+def test_sequences_may_change_places_in_their_buffer() -> None:
+    """As beams do; what was folded is compared with a copy."""
+    spec, logits = rk.Modulation(tip=rk.TIP(3.0, 2, "switch")), torch.zeros(2, V)
+    control, ids = processor(spec, SETS), torch.full((2, 9), 11)
+    for length in range(1, 9):
+        out = control(ids[:, :length], logits)
+        for row, tokens in zip(out, ids[:, :length].tolist(), strict=True):
+            assert torch.equal(row, expected_row(logits[0], spec, tokens[:1], tokens[1:], 1.0))
+        ids[1, length] = 9 if length % 3 == 1 else 12
+        ids[:] = ids.flip(0)
+
+
+@pytest.mark.peers
 def test_transformers_without_sets(model: Any) -> None:
     """A budget alone, as beside sets that it does not name."""
     spec = rk.Modulation(budget=rk.Budget(5, [4, END]), think_end=END)

@@ -183,6 +183,10 @@ def test_vllm_refuses_at_admission_what_a_step_would_trip_over(vllm: Any) -> Non
         ({"budget": {"tokens": 4, "end": [V]}}, r"modulation.budget.end: .*\[0, 32\), got 32"),
         ({"think_end": V}, r"modulation.think_end: expected token ids in \[0, 32\)"),
         ({"deepconf": {"threshold": 1.0}}, "modulation.deepconf: expected None"),
+        (
+            {"ban": {}, "min_think": {"ignore": 1, "wait": [5]}, "think_end": END},
+            r"min_think.wait: expected a first id that ban leaves, got 5",
+        ),
         ("{", "modulation: expected JSON"),
         ([1], "modulation: expected a mapping"),
     ]

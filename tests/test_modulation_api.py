@@ -92,6 +92,17 @@ def test_pieces_by_variant(tokenizer):
     assert names("exact", " café") in ({"ĠcafÃ©"}, {"▁café"})
 
 
+def test_a_letter_of_maltese_makes_no_byte_level():
+    """Large vocabularies of SentencePiece hold it, byte-level ones an added token with ▁."""
+    for space in ("▁", " "):
+        sentences = Vocabulary(f"{space}o", f"{space}café", "é", "Ġgan", "Ġ", f"{space}Ġ")
+        for variants, ids in (("exact", (102,)), ("all", (101, 102))):
+            sets = rk.TokenSets.from_tokenizer(sentences, {"a": ["é"]}, variants=variants)
+            assert sets["a"] == ids
+    byte_level = Vocabulary("Ġo", "ĠcafÃ©", "Ã©", "▁of▁sentence")
+    assert rk.TokenSets.from_tokenizer(byte_level, {"a": ["é"]}, variants="all")["a"] == (101, 102)
+
+
 def test_strings_of_several_tokens_are_named():
     with pytest.raises(ValueError, match="one token each, got a: 'Hold on', b: 'hm'"):
         rk.TokenSets.from_tokenizer(BYTE_LEVEL, {"a": ["wait", "Hold on"], "b": ["hm"]})
@@ -246,6 +257,36 @@ def test_a_state_without_sets_is_saved_copied_and_moved():
     assert rk.ModulationState(2).to("meta").device.type == "meta"
     with pytest.raises(ValueError, match="state: expected settings {'sets': {'reflect'"):
         make_state(2).load_state_dict(state.state_dict())
+
+
+def test_an_unpickled_state_asks_anew_who_serves_it():
+    """Its fast path trusts kernels that check their arguments; not every device has them."""
+    state = make_state(2)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    other = torch.load(buffer, map_location="meta", weights_only=False)
+    assert state.checked_by_kernel is not None and other.checked_by_kernel is None
+
+
+def test_a_default_device_moves_no_state():
+    spec = rk.Modulation(
+        cyclic=rk.Cyclic(1.0, 7), budget=rk.Budget(2, [7, END]),
+        min_think=rk.MinThink(1, wait=[6]), think_end=END,
+    )  # fmt: skip
+    saved = state_of(spec).state_dict()
+    drafts, parents = torch.tensor([[5, 6, 7]]), torch.tensor([-1, 0, 1])
+    expected = rk.modulate_logits_(
+        torch.zeros(3, VOCAB), state_of(spec), ONE, 0, drafts, parents, temperature=1.0
+    )
+    rows, backwards = torch.zeros(3, VOCAB), torch.tensor([-1, 2, 1])
+    with torch.device("meta"):
+        state = rk.ModulationState(4, rk.TokenSets.from_ids(SETS), "cpu")
+        state.load_state_dict(saved)
+        rk.modulate_logits_(rows, state, ONE, 0, drafts, parents, temperature=1.0)
+        with pytest.raises(ValueError, match="parents: expected -1, then"):
+            rk.modulate_logits_(rows, state, ONE, 0, drafts, backwards, temperature=1.0)
+    assert torch.equal(rows, expected)
 
 
 def test_a_state_outlives_inference_mode():

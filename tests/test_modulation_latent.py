@@ -90,17 +90,16 @@ def test_srgen_in_lower_precision(form: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(ours.to(F64), theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_autocast_rounds_nothing() -> None:
-    """It ended srgen_delta: a gradient in bfloat16 for a delta in float32."""
-    hidden, labels, last, weight = (x.float() if x.is_floating_point() else x for x in operands())
-    for call in (
-        lambda: rk.srgen_delta((hidden, weight), labels, last, weight),
-        lambda: rk.latent_policy_gradient(hidden, weight, 1.0),
-    ):
-        with torch.autocast("cpu", dtype=BF16):
-            out = call()
-        for a, b in zip(out, call(), strict=True):
-            assert torch.equal(a, b)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    hidden, labels, last, weight = operands(dtype)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", BF16, enabled=enabled):
+            srgen = rk.srgen_delta((hidden, weight), labels, last, weight)
+            found.append((*srgen, *rk.latent_policy_gradient(hidden, weight, 1.0)))
+    for plain, under in zip(*found, strict=True):
+        assert plain.dtype == under.dtype and torch.equal(plain, under)
 
 
 def test_srgen_counts_rows_without_a_finite_loss_as_0() -> None:

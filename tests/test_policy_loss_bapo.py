@@ -115,6 +115,13 @@ def test_bounds_with_other_grids_and_targets(variant: str) -> None:
             assert found == expected_bounds(variant, batch, low, high, target)
 
 
+def test_a_default_device_does_not_matter() -> None:
+    batch = random_batch(1)
+    expected = found_bounds("paper", batch)
+    with torch.device("meta"):
+        assert found_bounds("paper", batch) == expected
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_edges(variant: str) -> None:
     low, high, _ = GRIDS[variant]

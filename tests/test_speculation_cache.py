@@ -109,6 +109,15 @@ def test_the_front_takes_every_dtype(dtype):
     assert_same_bits([key, value], expected)
 
 
+def test_a_default_device_does_not_matter():
+    key, value = caches((1, 2, 8, 3), torch.float32, 1)
+    lengths, path, accepted = torch.tensor([2]), torch.tensor([[0, 2, -1]]), torch.tensor([2])
+    expected = moved(key, lengths, path, accepted, lengths)
+    with torch.device("meta"):
+        rk.compact_kv_(key, value, lengths, path, accepted)
+    assert torch.equal(key, expected)
+
+
 def test_follows_a_verified_step():
     """The cache of the accepted tokens is that of a run that never drafted."""
     tree = rk.DraftTree([-1, 0, 0, 1, 2, 4])

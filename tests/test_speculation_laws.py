@@ -159,6 +159,15 @@ def test_the_right_batched_verifier_passes():
     assert rk.check_verifier(batched(None), vocab=8, depth=2, draws=2**14)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_default_device_does_not_matter(exact):
+    toy = {"vocab": 3, "children": 1, "depth": 1, "exact": exact}
+    fn = enumerated(None) if exact else ours("rejection")
+    expected = str(rk.check_verifier(fn, **toy, **({} if exact else {"draws": 64})))
+    with torch.device("meta"):
+        assert str(rk.check_verifier(fn, **toy, **({} if exact else {"draws": 64}))) == expected
+
+
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_mistakes_are_found_by_enumeration(mistake):
     report = rk.check_verifier(enumerated(mistake), vocab=5, children=2, depth=1, exact=True)

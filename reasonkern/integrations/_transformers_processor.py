@@ -107,7 +107,7 @@ class ModulationLogitsProcessor(LogitsProcessor):
         elif new:
             slot = torch.arange(len(ids), device=ids.device)
             commit_(self.state, slot, ids[:, -1:].contiguous(), torch.ones_like(slot))
-        self.folded = ids
+        self.folded = ids.clone()  # a loop may write its next ids over these
         return self.state
 
     def _check_follows(self, ids: Tensor) -> None:

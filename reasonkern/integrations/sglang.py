@@ -35,6 +35,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..modulation import Modulation, ModulationState, TokenSets, commit_, modulate_logits_
+from ..modulation.parts import ID_LIMIT
 from ._peer import import_peer, require_arguments
 from ._request import check_request, controlled_tokens, modulation_of, request_parameters
 
@@ -132,22 +133,29 @@ class _Rows:
 
     def _slot(self, request: Any, parameters: dict[str, Any]) -> int:
         """-1 for a request without a `Modulation`; a new one is given a slot."""
-        if id(request) in self.slots:
-            return self.slots[id(request)]
+        slot = self.slots.get(id(request))
+        # SGLang may throw away what a request has generated and begin anew (one of embeddings that
+        # it retracts, a prefill that it repeats).
+        if slot is not None and len(request.output_ids) >= self.folded[slot]:
+            return slot
         spec = modulation_of(parameters)
         if spec is None:
             return -1
         check_request(spec, self.sets, self.vocab_size)
         if request is None:
             _checks.fail("custom_params", "SGLang's request beside modulation", None)
-        if not self.free:
-            _checks.fail(
-                "max_requests", "more than the requests at a time", self.state.max_requests
-            )
-        slot = self.free.pop()
-        self.state.add(slot, spec, request.origin_input_ids, request.output_ids)
-        self.folded[slot], self.slots[id(request)] = len(request.output_ids), slot
-        weakref.finalize(request, self.gone.append, id(request))
+        if slot is not None:
+            self.state.remove(slot)
+        elif self.free:
+            slot = self.slots[id(request)] = self.free.pop()
+            weakref.finalize(request, self.gone.append, id(request))
+        else:
+            most = self.state.max_requests
+            _checks.fail("max_requests", "more than the requests at a time", most)
+        # Images and sounds stand in a prompt as numbers of up to 63 bits: no tokens, no markers.
+        prompt = torch.tensor(list(request.origin_input_ids), dtype=torch.int64, device="cpu")
+        self.state.add(slot, spec, prompt.clamp_max_(ID_LIMIT - 1), request.output_ids)
+        self.folded[slot] = len(request.output_ids)
         return slot
 
     def _commit(self, new: dict[int, list[int]]) -> None:

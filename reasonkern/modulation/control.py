@@ -35,8 +35,8 @@ def modulate_logits_(
 
     To be called after penalties and before temperature, for greedy rows too. A row's controls are
     those of its request after the tokens committed and the draft tokens before the row; nothing but
-    the logits is written, and what it costs does not depend on the vocabulary. For every row, with
-    the progress of its request at t generated tokens::
+    the logits is written, unseen by autograd, and what it costs does not depend on the vocabulary.
+    For every row, with the progress of its request at t generated tokens::
 
         if a token v is due (budget spent, middle of a phrase, stopped) and z[v] > -inf:
             z[v] = 3e4; done                       # the other logits must be below 2e4

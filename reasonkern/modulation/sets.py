@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -204,7 +205,9 @@ _BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + n): b for n, b in enumerat
 
 def _by_text(vocab: Mapping[str, int], added: Mapping[str, int]) -> dict[str, list[int]]:
     """Ids by the text of their piece, its leading space included; added pieces are text as is."""
-    byte_level = any(piece.startswith("\u0120") for piece in vocab)
+    # Most of them: a few pieces of the other kind begin with a letter of Maltese, or were added.
+    starts = Counter(piece[:1] for piece in vocab)
+    byte_level = starts["\u0120"] > starts["\u2581"] + starts[" "]
     out: dict[str, list[int]] = {}
     for piece, token in vocab.items():
         if piece in added:

@@ -228,6 +228,11 @@ class ModulationState:
         self._prompts = [None] * self.max_requests
         self._refresh()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Unpickled, perhaps on another device, or where other kernels serve its tensors."""
+        vars(self).update(state)
+        self._refresh()
+
     def _settings(self) -> dict[str, Any]:
         return {
             "layout": at.LAYOUT, "max_requests": self.max_requests, "sets": dict(self.sets)
@@ -253,7 +258,8 @@ def _as_ids(name: str, tokens: Sequence[int] | Tensor) -> Tensor:
     ids = tokens
     if not isinstance(ids, Tensor):
         try:
-            ids = torch.tensor(ids if len(ids) else [0], device="cpu")[: len(ids)]
+            dtype = None if len(ids) else torch.int64
+            ids = torch.tensor(ids, dtype=dtype, device="cpu")
         except (RuntimeError, TypeError, ValueError):
             _checks.fail(name, "a sequence of token ids", repr(tokens))
     _checks.check_values(name, ids)
@@ -327,9 +333,8 @@ def _pack(spec: Modulation, sets: TokenSets) -> list[int]:
 
 def _bits(values: Sequence[float]) -> list[int]:
     """Doubles as columns hold them."""
-    bits: list[int] = (
-        torch.tensor(values, dtype=torch.float64, device="cpu").view(torch.int64).tolist()
-    )
+    doubles = torch.tensor(values, dtype=torch.float64, device="cpu")
+    bits: list[int] = doubles.view(torch.int64).tolist()
     return bits
 
 

@@ -100,7 +100,7 @@ def request_seeds(
     Args:
         seed: any integer below 2^64, or a 0-dim int64 tensor read as uint64.
         batch: number of seeds B.
-        device: of the result; None = that of ``seed``, or torch's default, which is the CPU.
+        device: of the result; None = that of ``seed``, or the CPU.
 
     Returns:
         (B,) int64, to be read as uint64.
