@@ -270,7 +270,7 @@ def _inferred_mask(config: Any, input_ids: Tensor) -> Tensor:
 
 
 def _pad(model: Any, pad: int | None, eos: Sequence[int]) -> int:
-    if not (pad is None or (isinstance(pad, int) and not isinstance(pad, bool))):
+    if not (pad is None or _checks.is_integer(pad)):
         _checks.fail("pad", "an id or None", repr(pad))
     for choice in (pad, model.generation_config.pad_token_id, *eos[:1]):
         if choice is not None:
