@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -157,6 +158,14 @@ def test_eos_and_strings_inside_a_path(ours, make, tokenizer, transformers):
     by_criterion = ours.generate(model, IDS, **options, stopping_criteria=[criterion])
     by_strings = ours.generate(model, IDS, **options, stop_strings=strings, tokenizer=tokenizer)
     assert torch.equal(by_criterion.sequences, by_strings.sequences)
+
+
+def test_ids_of_numpy(ours, make):
+    options = {"attention_mask": MASK, "temperature": 1.0, "max_new_tokens": NEW}
+    found = ours.generate(make(), IDS, eos=np.int64(5), pad=np.int32(7), **options)
+    expected = ours.generate(make(), IDS, eos=5, pad=7, **options)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert (found.lengths < NEW).any() and (found.sequences[:, -1] == 7).any()
 
 
 def test_strings_of_spaces_that_decoding_drops(ours, transformers):
