@@ -66,6 +66,8 @@ def _tokenizers(path: Path) -> Tokenizer:
     except Exception as error:  # likewise
         message = f"--tokenizer {path}: not a tokenizer.json of tokenizers ({error})"
         raise TokenizerError(message) from error
+    fast.no_truncation()  # what training had switched on is saved with it
+    fast.no_padding()
 
     def encode(text: str) -> list[int]:
         return list(fast.encode(text, add_special_tokens=False).ids)
