@@ -273,6 +273,7 @@ def test_a_tokenizer_file_is_used(tmp_path: Path, capsys: Any) -> None:
         printed = capsys.readouterr().out
         assert "5 tokens (tokenizer, vocabulary 3)" in printed and "encodes no" not in printed
         assert "\nwarning: 5 tokens, fewer than the 80 nodes of the tree" in printed
+    assert load_tokenizer(str(tmp_path)).encode("a \ud83d b") == [0, 2, 1]
     write(traces, [{"tokens": [0, 1] * 40, "text": "a"}])
     assert main(["tune", str(traces), "--tokenizer", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

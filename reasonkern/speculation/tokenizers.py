@@ -70,6 +70,8 @@ def _tokenizers(path: Path) -> Tokenizer:
     fast.no_padding()
 
     def encode(text: str) -> list[int]:
+        # A log may cut a character that JSON writes as two surrogates; no text holds half of it.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return list(fast.encode(text, add_special_tokens=False).ids)
 
     return Tokenizer(path.stem, fast.get_vocab_size(), encode)
