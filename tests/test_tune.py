@@ -264,6 +264,8 @@ def test_a_tokenizer_file_is_used(tmp_path: Path, capsys: Any) -> None:
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, "?"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.enable_truncation(2)
+    words.enable_padding(length=9)
     words.save(str(tmp_path / "tokenizer.json"))
     traces = write(tmp_path / "traces.jsonl", [{"text": "a b a b a"}])
     for name in (tmp_path, tmp_path / "tokenizer.json"):  # a model's folder, or the file in it
@@ -271,6 +273,7 @@ def test_a_tokenizer_file_is_used(tmp_path: Path, capsys: Any) -> None:
         printed = capsys.readouterr().out
         assert "5 tokens (tokenizer, vocabulary 3)" in printed and "encodes no" not in printed
         assert "\nwarning: 5 tokens, fewer than the 80 nodes of the tree" in printed
+    assert load_tokenizer(str(tmp_path)).encode("a \ud83d b") == [0, 2, 1]
     write(traces, [{"tokens": [0, 1] * 40, "text": "a"}])
     assert main(["tune", str(traces), "--tokenizer", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

@@ -66,8 +66,12 @@ def _tokenizers(path: Path) -> Tokenizer:
     except Exception as error:  # likewise
         message = f"--tokenizer {path}: not a tokenizer.json of tokenizers ({error})"
         raise TokenizerError(message) from error
+    fast.no_truncation()  # what training had switched on is saved with it
+    fast.no_padding()
 
     def encode(text: str) -> list[int]:
+        # A log may cut a character that JSON writes as two surrogates; no text holds half of it.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return list(fast.encode(text, add_special_tokens=False).ids)
 
     return Tokenizer(path.stem, fast.get_vocab_size(), encode)
