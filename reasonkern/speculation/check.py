@@ -103,7 +103,7 @@ def check_verifier(
     _check_size("draws", draws, 1, 1 << 32)
     tree = full_tree(children, depth)
     counts = Counts(toy)
-    seeds = request_seeds(seed, draws)
+    seeds = request_seeds(seed, draws, device="cpu")
     for chunk in seeds.split(CHUNK):
         logits, draft = draw_step(toy, tree, chunk, shared)
         result = fn(logits, draft, tree, 1.0, chunk, 0)
@@ -126,10 +126,10 @@ def full_tree(children: int, depth: int) -> DraftTree:
 def draw_step(toy: Toy, tree: DraftTree, seed: Tensor, shared: bool) -> tuple[Tensor, Draft]:
     """Logits (B, N, V) and drafts of one step per seed, all after token 0 at position 0."""
     batch = len(seed)
-    tokens = torch.zeros(batch, tree.nodes, dtype=torch.int64)
-    logits = torch.empty(batch, tree.nodes, toy.vocab)
-    q_ids = torch.full((batch, tree.nodes, toy.entry), -1)
-    q_logprob = torch.full((batch, tree.nodes, toy.entry), -torch.inf)
+    tokens = seed.new_zeros((batch, tree.nodes))
+    logits = toy.logits.new_empty((batch, tree.nodes, toy.vocab))
+    q_ids = seed.new_full((batch, tree.nodes, toy.entry), -1)
+    q_logprob = toy.logits.new_full((batch, tree.nodes, toy.entry), -torch.inf)
     pointers, index = (t.tolist() for t in tree.children)
     streams = [(d, noise.TARGET, 0) if shared else (0, noise.DRAFT, d) for d in range(toy.depth)]
     g = [
@@ -155,10 +155,10 @@ class Counts:
     def __init__(self, toy: Toy) -> None:
         self.toy, self.depth = toy, toy.depth
         v, self.joint_length = toy.vocab, min(JOINT, toy.depth + 1)
-        self.first = torch.zeros(v)
-        self.later = [torch.zeros(v * v) for _ in range(toy.depth)]
-        self.joint = torch.zeros(v**self.joint_length)
-        self.generator = torch.Generator().manual_seed(toy.seed)
+        self.first = toy.logits.new_zeros(v)
+        self.later = [toy.logits.new_zeros(v * v) for _ in range(toy.depth)]
+        self.joint = toy.logits.new_zeros(v**self.joint_length)
+        self.generator = torch.Generator("cpu").manual_seed(toy.seed)
 
     def add(self, tokens: Tensor, length: Tensor) -> None:
         v = self.toy.vocab
@@ -193,7 +193,7 @@ def _checked_result(result: object, batch: int, toy: Toy) -> tuple[Tensor, Tenso
     _checks.check_shape("length", length, (batch,), "(B,)")
     tokens, length = tokens.cpu().long(), length.cpu().long()
     _checks.check_range("length", length, 1, toy.depth + 2)
-    emitted = torch.arange(toy.depth + 1) < length.unsqueeze(-1)
+    emitted = torch.arange(toy.depth + 1, device=length.device) < length.unsqueeze(-1)
     _checks.check_range("tokens", tokens, 0, toy.vocab, where=emitted)
     return tokens.clamp(0, toy.vocab - 1), length
 

@@ -18,26 +18,30 @@ class Toy:
     def __init__(self, vocab: int, children: int, depth: int, seed: int) -> None:
         self.vocab, self.children, self.depth, self.seed = vocab, children, depth, seed
         self.entry = max(children, (vocab + 1) // 2)
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator("cpu").manual_seed(seed)
         shape = (depth + 1, vocab, vocab)
-        self.logits = 1.2 * torch.randn(shape, generator=g)
-        noisy = self.logits + 0.8 * torch.randn(shape, generator=g)
+        # Whatever torch's defaults are.
+        first, second = (
+            torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for _ in range(2)
+        )
+        self.logits = 1.2 * first
+        noisy = self.logits + 0.8 * second
         q, self.q_ids = noisy.topk(self.entry, dim=-1)
         self.q_logprob = q.log_softmax(-1)
         """(D + 1, V, entry) float32 log-probabilities of `q_ids` after each token."""
-        cell = torch.arange(vocab * vocab).view(vocab, vocab)
+        cell = torch.arange(vocab * vocab, device="cpu").view(vocab, vocab)
         impossible = (cell + cell // vocab) % IMPOSSIBLE == 1
         self.logits.masked_fill_(impossible & (cell % vocab > 0), -torch.inf)
         self.target = self.logits.double().softmax(-1)
         """(D + 1, V, V) the law of the next token after each token."""
         q = self.q_logprob.double().softmax(-1)
-        self.draft = torch.zeros(shape, dtype=torch.float64).scatter(-1, self.q_ids, q)
+        self.draft = self.target.new_zeros(shape).scatter(-1, self.q_ids, q)
         """(D + 1, V, V) the law that drafts are drawn from."""
         self.target_lists, self.draft_lists = self.target.tolist(), self.draft.tolist()
 
     def continued(self, tokens: tuple[int, ...]) -> Tensor:
         """Law of the tokens that the target itself emits after `tokens`, up to depth D."""
-        law = torch.ones((), dtype=torch.float64)
+        law = self.target.new_ones(())
         for j in range(len(tokens), self.depth + 1):
             step = self.target[j, tokens[-1]] if law.ndim == 0 else self.target[j]
             law = law.unsqueeze(-1) * step
