@@ -267,3 +267,21 @@ def test_integers_of_numpy_are_pythons() -> None:
     assert rk.entropy_forks(X, X == 0, three).shape == (2, 3)
     assert rk.completion_probe(X, group[:2], [three - 1], [np.int64(0)]).tolist() == [0, 0]
     assert rk.latent_policy_gradient(X, X, 1.0, chunk_rows=three).loss.ndim == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_verifier_is_judged_alike_under_any_default_dtype(dtype: torch.dtype) -> None:
+    """Counts in bfloat16 end at 256: a right verifier was wrong."""
+
+    def equality(logits, draft, tree, temperature, seed, position):
+        out = rk.verify_tree(logits, draft, tree, temperature=temperature, seed=seed,
+                             position=position, mode="target-only")  # fmt: skip
+        return out.tokens, out.length
+
+    size = {"vocab": 4, "children": 2, "depth": 2, "draws": 4096}
+    expected, usual = str(rk.check_verifier(equality, **size)), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        assert str(rk.check_verifier(equality, **size)) == expected
+    finally:
+        torch.set_default_dtype(usual)

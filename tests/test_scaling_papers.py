@@ -327,9 +327,10 @@ def test_deepprune() -> None:
     # 5 against the first cluster: 1/30, against the second: 1/4.
     assert scaling.greedy_cluster(scores, max_clusters=2) == [[0, 1, 4], [2, 3, 5]]
     assert scaling.greedy_cluster(scores, max_clusters=1) == [[0, 1, 2, 3, 4, 5]]
-    # Three scores of 0.2 are not above 0.2, although their sum over 3 is.
-    at_tau = [[1.0] * 3] * 3 + [[0.2] * 3]
-    assert scaling.greedy_cluster([row + [1.0] for row in at_tau], 0.2) == [[0, 1, 2], [3]]
+    # Means of just tau are not above it, although the sum over the number, or other ways, may be.
+    for last in ([0.2] * 3, [0.1, 0.5, 0.0], [0.6, 0.0, 0.0]):
+        at_tau = [[1.0] * 4] * 3 + [[*last, 1.0]]
+        assert scaling.greedy_cluster(at_tau, 0.2) == [[0, 1, 2], [3]]
     half = np.array([[1, 0, 0], [1, 0, 0], [0.5, 0.5005, 0]], dtype=np.float16)
     assert scaling.greedy_cluster(half) == [[0, 1, 2]]  # in half precision the mean is 0.5
     assert scaling.greedy_cluster(scores, tau=2.0) == [[i] for i in range(6)]

@@ -37,6 +37,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sh.tppo_masks(BITS, BITS, BITS), r"mask: expected shape \(B, T\)"),
     (lambda: sh.tppo_masks(ROWS.bool(), ROWS, BITS), "generated_this_step: expected dtype"),
     (lambda: sh.elliptical_bonus(X, GROUP), r"features: expected floating point of shape \(N, d\)"),
+    (lambda: sh.elliptical_bonus(IDS, GROUP), r"features: expected floating .*2\), torch.int64"),
     (lambda: sh.elliptical_bonus(FEATURES / 0, GROUP), r"features: expected finite .* \(0, 0\)"),
     (lambda: sh.laser(X, BITS, target=ROWS), "target: expected shape"),
     (lambda: sh.laser_d(X, BITS, GROUP, targets=(1, 2)), "targets: expected three"),

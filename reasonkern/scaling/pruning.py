@@ -85,9 +85,10 @@ def greedy_cluster(
 
 
 def _mean(scores: list[float]) -> float:
-    """About the largest, so that equal scores are their own mean: three of 0.1 are not above it."""
-    top = max(scores)
-    return top + sum(score - top for score in scores) / len(scores)
+    """Rounded once: equal scores are their own mean, and no decimal fraction is above itself."""
+    mean = math.fsum(scores) / len(scores)
+    rest = math.fsum([*scores, *[-mean] * len(scores)])  # what that left
+    return mean + rest / len(scores)
 
 
 def _check_scores(name: str, scores: list[Any]) -> None:

@@ -73,7 +73,8 @@ def elliptical_bonus(
         tensor([0.1053, 0.1053, 0.6154])
     """
     if check_tensor("features", features).ndim != 2 or not features.is_floating_point():
-        _checks.fail("features", "floating point of shape (N, d)", tuple(features.shape))
+        got = f"{tuple(features.shape)}, {features.dtype}"
+        _checks.fail("features", "floating point of shape (N, d)", got)
     _checks.check_number("lam", lam, 0.0, exclusive=True)
     _checks.check_choice("mode", mode, MODES)
     for name, bound in (("max_groups", max_groups), ("max_group_size", max_group_size)):

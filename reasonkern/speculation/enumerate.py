@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
-
 from .. import _checks
 from .laws import LawReport, exact_law
 from .toy import CPU, Toy

@@ -19,7 +19,7 @@ class Toy:
     def __init__(self, vocab: int, children: int, depth: int, seed: int) -> None:
         self.vocab, self.children, self.depth, self.seed = vocab, children, depth, seed
         self.entry = max(children, (vocab + 1) // 2)
-        g = torch.Generator().manual_seed(seed)
+        g = torch.Generator("cpu").manual_seed(seed)
         shape = (depth + 1, vocab, vocab)
         self.logits = torch.empty(shape, dtype=torch.float32, device=CPU).normal_(generator=g)
         self.logits *= 1.2
