@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import _checks
 from .._checks import check_tensor
 from .parallel import as_groups, total
+from .selection import element
 
 BLOCK = 1 << 16  # rows per pass; the table of a block is (grid points, BLOCK) in float64
 MAX_STEPS = 1000
@@ -169,7 +170,7 @@ def search(
     stops = ~(balance < target)  # 0 / 0 stops at once
     stops[-1] = True
     first = stops.to(torch.int8).argmax()
-    return low_probes.take(first), high_probes.take(first)
+    return element(low_probes, first), element(high_probes, first)
 
 
 def _side_sums(ratio: Tensor, amount: Tensor, lows: Tensor, highs: Tensor) -> Tensor:

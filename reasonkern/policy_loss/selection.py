@@ -229,10 +229,15 @@ def kth_largest(keys: Tensor, used: Tensor, k: Tensor, bits: int, groups: Groups
         histogram = _added(histogram, groups)
         at_least = histogram.flip(0).cumsum(0).flip(0)
         chosen = ((at_least >= k).sum() - 1).clamp_min(0)
-        k = k - at_least.take(chosen) + histogram.take(chosen)
+        k = k - element(at_least, chosen) + element(histogram, chosen)
         used = used & (digit == chosen)
         found = (found << DIGIT) + (chosen - offset)
     return found
+
+
+def element(x: Tensor, index: Tensor) -> Tensor:
+    """``x[index]`` of a 0-dim index without waiting for it; Inductor compiles no `Tensor.take`."""
+    return x.gather(0, index.unsqueeze(0)).squeeze(0)
 
 
 def random_keys(count: int, seed: int | Tensor, device: torch.device, groups: Groups) -> Tensor:

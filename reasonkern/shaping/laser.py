@@ -216,7 +216,7 @@ def adaptive_length_targets(
         covered = counted[:, None] & (wide(length)[:, None] <= candidates)
         enough = n * covered.sum(0) >= counted.sum().clamp_min(1)
         enough[-1] = True
-        out.append(candidates.take(enough.long().argmax()))
+        out.append(candidates.gather(0, enough.long().argmax(0, keepdim=True)).squeeze(0))
     return torch.stack(out)
 
 
