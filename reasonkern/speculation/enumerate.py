@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from .. import _checks
 from .laws import LawReport, exact_law
-from .toy import CPU, Toy
+from .toy import Toy
 
 MAX_RUNS = 4_000_000
 
@@ -116,8 +116,8 @@ def _following(coins: Coins) -> list[int] | None:
 def exact_report(fn: Callable[[Draws, Coins], list[int]], toy: Toy) -> LawReport:
     """The laws of `check_verifier`, enumerated."""
     v, n = toy.vocab, toy.depth + 1
-    joint = torch.zeros((v,) * n, dtype=torch.float64, device=CPU)
-    later = [torch.zeros(v, v, dtype=torch.float64, device=CPU) for _ in range(toy.depth)]
+    joint = toy.target.new_zeros((v,) * n)
+    later = [toy.target.new_zeros((v, v)) for _ in range(toy.depth)]
     rest: dict[tuple[int, ...], float] = {}
     for tokens, p in runs(fn, toy):
         if not 1 <= len(tokens) <= n or not all(0 <= t < v for t in tokens):
