@@ -60,8 +60,9 @@ def is_too_old(arch):
 def architecture_problem():
     """Why there is nothing to compile for, or None; takes what is too old from torch's list."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace("native", "")
-    if listed:  # containers bring lists that begin with 7.5
-        archs = re.split("[; ]+", listed)
+    archs = re.findall("[^; ]+", listed)
+    if archs:  # containers bring lists that begin with 7.5
+        pass
     elif torch.cuda.is_available():
         gpus = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
         archs = [f"{major}.{minor}" for major, minor in sorted(set(gpus))]

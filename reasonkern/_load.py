@@ -278,7 +278,10 @@ def _preferred(name: str, architecture: str) -> str:
 
 @cache
 def _compiled_for() -> tuple[int, ...]:
-    """The architectures of the CUDA library's code; 90 is sm_90."""
+    """The architectures of the CUDA library's code; 90 is sm_90. Of older builds none is known."""
+    op = "reasonkern_cuda::compiled_for"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(op, "CompositeExplicitAutograd"):
+        return ()
     return tuple(torch.ops.reasonkern_cuda.compiled_for())
 
 
@@ -292,7 +295,7 @@ def _other_code(backend: str, architecture: str) -> str:
         code <= number and code // 10 == number // 10 for code in _compiled_for()
     ):
         return ""
-    others = ", ".join(f"sm_{code}" for code in _compiled_for())
+    others = ", ".join(f"sm_{code}" for code in _compiled_for()) or "unknown GPUs (build it anew)"
     return f"library _C_cuda was compiled for {others}, not for {architecture}"
 
 

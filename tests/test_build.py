@@ -277,6 +277,7 @@ def test_setup_leaves_cuda_out_when_they_disagree(cuda_setup, toolkit, capsys):
         ({"gpus": [(9, 0)], "archs": "8.6;12.0+PTX"}, "8.6;12.0+PTX"),
         ({"archs": "7.5 8.0 8.6 9.0 10.0 12.0+PTX"}, "8.0;8.6;9.0;10.0;12.0+PTX"),
         ({"archs": "Volta+Tegra;Turing;Ampere;Hopper"}, "Ampere;Hopper"),
+        ({"archs": " 7.5 ; 9.0a ;"}, "9.0a"),
     ],
 )
 def test_setup_compiles_for_what_has_the_instructions(
@@ -288,7 +289,7 @@ def test_setup_compiles_for_what_has_the_instructions(
     assert os.environ["TORCH_CUDA_ARCH_LIST"] == chosen
 
 
-@pytest.mark.parametrize("machine", [{"gpus": [(7, 5)]}, {"archs": "7.0;7.5+PTX"}])
+@pytest.mark.parametrize("machine", [{"gpus": [(7, 5)]}, {"archs": "7.0;7.5+PTX; "}])
 def test_setup_leaves_cuda_out_where_gpus_are_too_old(cuda_setup, toolkit, machine, capsys):
     assert set(cuda_setup(toolkit, "13.0", "13.0", **machine)) == {"reasonkern._C"}
     assert capsys.readouterr().out.endswith(

@@ -87,6 +87,7 @@ def test_cuda_backend_needs_evidence(machine, setup, choice):
         ("sm_80", (86,), False),
         ("sm_90", (80, 100), False),  # PTX of sm_80 knows no clusters; sm_100 is newer
         ("sm_120", (90, 100), False),
+        ("sm_90", (), False),
     ],
 )
 def test_evidence_is_of_code_of_the_generation(machine, architecture, compiled, same):
@@ -100,6 +101,11 @@ def test_info_says_for_what_the_library_was_compiled(machine):
     assert rows()["cuda"]["serves"] == []
     why = "library _C_cuda was compiled for sm_80, sm_86, not for sm_90"
     assert rows()["cuda"]["why"] == why
+
+
+def test_a_library_older_than_its_sources_does_not_say(monkeypatch):
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
+    assert _load._compiled_for.__wrapped__() == ()
 
 
 @pytest.fixture

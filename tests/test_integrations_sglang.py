@@ -111,6 +111,13 @@ def test_sglang_refuses_what_it_cannot_control(sglang: Any) -> None:
     alone = {k: v for k, v in one.parameters.items() if k != "__req__"}
     with pytest.raises(ValueError, match="custom_params: expected SGLang's request"):
         sglang()(torch.zeros(1, V), [alone])
+    wrong = Request([-5], SPECS[0], 0.6)  # no id: the slot it would have had stays free
+    for _ in range(2):
+        with pytest.raises(ValueError, match="prompt_tokens"):
+            sglang()(torch.zeros(1, V), [wrong.parameters])
+    del wrong
+    gc.collect()
+    sglang()(torch.zeros(1, V), [one.parameters])  # a step of others
     many = [Request([THINK], SPECS[0], 0.6) for _ in range(21)]
     with pytest.raises(ValueError, match="max_requests: expected more .*, got 20"):
         sglang()(torch.zeros(21, V), [r.parameters for r in many])

@@ -6,6 +6,7 @@ import re
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -62,6 +63,8 @@ def test_ties_are_kept_and_the_share_is_of_the_decimal() -> None:
     assert rk.high_entropy_mask(tied, torch.ones(2, 5), 0.2).all()
     # 0.07 * 100 is 7.000000000000001 in binary: still seven tokens.
     assert rk.high_entropy_mask(torch.arange(100.0), torch.ones(100), 0.07).sum() == 7
+    for fifth in (np.float32(0.2), Fraction(1, 5)):
+        assert rk.high_entropy_mask(torch.arange(10.0), torch.ones(10), fifth).sum() == 2
     for shape in ((0,), (3, 0)):
         assert rk.high_entropy_mask(torch.zeros(shape), torch.zeros(shape)).shape == shape
     assert not rk.high_entropy_mask(torch.rand(4), torch.zeros(4)).any()

@@ -243,6 +243,7 @@ def test_sizes_are_checked(change, message):
 def test_sizes_of_numpy_are_sizes():
     sizes = dict.fromkeys(("children", "depth"), np.int64(2)) | {"vocab": np.int32(4)}
     assert rk.check_verifier(ours("shared"), draws=np.int64(4096), **sizes)
+    assert rk.check_verifier(ours("shared"), vocab=np.uint8(16), depth=1, draws=np.int16(4096))
 
 
 def test_results_are_checked():

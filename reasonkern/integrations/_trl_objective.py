@@ -63,7 +63,7 @@ def _with_bounds(objective: Any, **numbers: float | None) -> str:
         build(**numbers)
     except ValueError:  # no two-sided clipping for this one, or an epsilon that is none
         return ""
-    given = ", ".join(f"{k}={v:.4g}" for k, v in numbers.items())
+    given = ", ".join(f"{k}={v:.7g}" for k, v in numbers.items())
     return f", as in objective=rk.Objective.{name}({given})"
 
 

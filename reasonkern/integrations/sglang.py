@@ -144,17 +144,19 @@ class _Rows:
         check_request(spec, self.sets, self.vocab_size)
         if request is None:
             _checks.fail("custom_params", "SGLang's request beside modulation", None)
+        # Images and sounds stand in a prompt as numbers of up to 63 bits: no tokens, no markers.
+        prompt = torch.tensor(list(request.origin_input_ids), dtype=torch.int64, device="cpu")
         if slot is not None:
             self.state.remove(slot)
         elif self.free:
-            slot = self.slots[id(request)] = self.free.pop()
-            weakref.finalize(request, self.gone.append, id(request))
+            slot = self.free[-1]
         else:
             most = self.state.max_requests
             _checks.fail("max_requests", "more than the requests at a time", most)
-        # Images and sounds stand in a prompt as numbers of up to 63 bits: no tokens, no markers.
-        prompt = torch.tensor(list(request.origin_input_ids), dtype=torch.int64, device="cpu")
         self.state.add(slot, spec, prompt.clamp_max_(ID_LIMIT - 1), request.output_ids)
+        if id(request) not in self.slots:  # once there is nothing left to refuse
+            self.slots[id(request)] = self.free.pop()
+            weakref.finalize(request, self.gone.append, id(request))
         self.folded[slot] = len(request.output_ids)
         return slot
 

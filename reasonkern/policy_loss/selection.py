@@ -8,6 +8,7 @@ is no limit on the number of elements (`torch.quantile` refuses more than 2^24).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -193,6 +194,8 @@ def _share(count: Tensor, fraction: float) -> Tensor:
 
 def _part(count: Tensor, share: float) -> Tensor:
     """The share of a count in float64, whole where that of the decimal fraction is."""
+    if not isinstance(share, (int, float)):
+        share = float(Fraction(str(share)))  # NumPy's 0.2 in float32 is more than 0.2
     part = count.double() * share
     whole = part.round()
     return torch.where((part - whole).abs() <= ROUNDING * part, whole, part)

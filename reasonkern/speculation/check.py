@@ -95,12 +95,14 @@ def check_verifier(
     most = min(3 if exact else 64, vocab)
     _checks.check_integer("children", children, 1, most, f" (vocab = {vocab})")
     _checks.check_integer("depth", depth, 1, 3 if exact else 8)
+    vocab, children, depth = int(vocab), int(children), int(depth)  # NumPy's small ones overflow
     seed = _checks.check_seed("seed", seed)
     _check_takes(fn, ("draws", "coins") if exact else ARGUMENTS)
     toy = Toy(vocab, children, depth, seed)
     if exact:
         return exact_report(fn, toy)
     _checks.check_integer("draws", draws, 1, 1 << 32)
+    draws = int(draws)
     tree = full_tree(children, depth)
     counts = Counts(toy)
     seeds = request_seeds(seed, draws, device=CPU)
