@@ -204,7 +204,9 @@ def sequence_rows(
         k = kl_term(kl_kind, kl_unbiased, lp, ref_logprob, old, h)
         value, dlogp = value + h.kl_coef * k.value, dlogp + weight * h.kl_coef * k.dlogp
     rows = combine(Term(value, dlogp), lp, ent, weight, entropy_weight, h)
-    return rows._replace(finite=rows.finite & stated), log_ratio.contiguous()
+    # Not `_replace`: Dynamo of torch 2.11 fails at it after a graph break.
+    rows = RowLoss(*rows[:-1], finite=rows.finite & stated)
+    return rows, log_ratio.contiguous()
 
 
 def _like(x: Tensor, number: float | Tensor) -> Tensor:
