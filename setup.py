@@ -61,16 +61,14 @@ def architecture_problem():
     """Why there is nothing to compile for, or None; takes what is too old from torch's list."""
     listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace("native", "")
     archs = re.findall("[^; ]+", listed)
-    if archs:  # containers bring lists that begin with 7.5
-        pass
-    elif torch.cuda.is_available():
+    if not archs and torch.cuda.is_available():
         gpus = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
         archs = [f"{major}.{minor}" for major, minor in sorted(set(gpus))]
         archs[-1] += "+PTX"  # as torch does
-    else:  # torch's own choice ends in an IndexError. 10.0 came with CUDA 12.8.
+    elif not archs:  # torch's own choice ends in an IndexError. 10.0 came with CUDA 12.8.
         archs = ["8.0", "9.0a", *(["10.0+PTX"] if torch.version.cuda >= "12.8" else [])]
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(archs)
-    kept = [arch for arch in archs if not is_too_old(arch)]
+    kept = [arch for arch in archs if not is_too_old(arch)]  # containers' lists begin with 7.5
     if not kept:
         return "its kernels need architecture 8.0 or newer"
     if len(kept) < len(archs):

@@ -129,11 +129,8 @@ def generate(
     every = [list(prompt) for prompt in prompts for _ in range(num_trajectories)]
     if temperature is None:  # other options are off with None
         _checks.fail("temperature", "a number or one per request, 0 = greedy", None)
-    device, seeds = model.device, seed
-    if not isinstance(seed, Tensor):
-        seeds = request_seeds(seed, len(every), device=device)
-    elif not seed.ndim:
-        seeds = request_seeds(seed, len(every))
+    seeds = seed if isinstance(seed, Tensor) and seed.ndim else request_seeds(seed, len(every))
+    device = model.device
     sampling = Sampling.of(
         len(every), device, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         seed=_checks.check_values("seed", seeds).to(device),

@@ -105,7 +105,7 @@ def check_verifier(
     draws = int(draws)
     tree = full_tree(children, depth)
     counts = Counts(toy)
-    seeds = request_seeds(seed, draws, device=CPU)
+    seeds = request_seeds(seed, draws)
     for chunk in seeds.split(CHUNK):
         logits, draft = draw_step(toy, tree, chunk, shared)
         result = fn(logits, draft, tree, 1.0, chunk, 0)
