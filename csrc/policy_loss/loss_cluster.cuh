@@ -69,11 +69,10 @@ struct Stage {
 // The moments of the share's lanes, as its chunks come in.
 template <class T>
 __device__ __forceinline__ Moments<acc_t<T>> staged_moments(const Stage<T>& stage, unsigned turn,
-                                                            const RowScale<T>& scale,
-                                                            bool& floored) {
+                                                            const RowScale<T>& scale, bool& free) {
   int chunk = 0;
   return share_moments<Moments<acc_t<T>>>(
-      stage.share, scale, Target<T>{}, floored, [&](Vec<T>(&v)[kUnroll], int at, int step) {
+      stage.share, scale, Target<T>{}, free, [&](Vec<T>(&v)[kUnroll], int at, int step) {
         if (at - int(threadIdx.x % 32) * Vec<T>::size == stage.begin(chunk)) {
           wait_for_turn<Sender::self>(stage.fetched + chunk++, turn);
         }
@@ -101,7 +100,7 @@ __device__ __forceinline__ void write_gradient_fetch_next(T* grad, const Stage<T
   for (int i = 0; i < kChunks; ++i) {
     int at = stage.begin(i) + lane * N;
     const int end = stage.begin(i + 1);
-    if (aligned && (kFloor ? floor.usable : scale.softcap.value == acc_t<T>(0))) {
+    if (aligned && (!kFloor || floor.usable)) {
       constexpr int U = 3;
       for (; at + (U - 1) * step + N <= end; at += U * step) {
 #pragma unroll
@@ -182,8 +181,8 @@ __global__ void __launch_bounds__(kGroup, 3)
       s.row.task = task;
       x_y = target_logit(logits - share.begin, task.target, p.rows.vocab);
     }
-    bool floored;
-    store_joined(s.warps + warp, staged_moments(stage, turn, scale, floored));
+    bool free;
+    store_joined(s.warps + warp, staged_moments(stage, turn, scale, free));
     __syncthreads();
     if (warp == 0) {
       const auto total = exchange(s, turn, int(blockDim.x) / 32, scale);
@@ -197,7 +196,7 @@ __global__ void __launch_bounds__(kGroup, 3)
     row = next_weight != A(0) ? next : skip_inactive<T>(p, next, slice);
     logits = share_of_row(row);
     if (threadIdx.x == 0 && logits != nullptr) task = load_task(p, row);
-    if (c.live && !floored && std::fabs(c.slope) < A(1) && !needs_floor(c.origin, scale)) {
+    if (c.live && free && std::fabs(c.slope) < A(1) && !needs_floor(c.origin, scale)) {
       write_gradient_fetch_next<false>(grad, stage, logits, c, scale);
     } else if (c.live) {
       write_gradient_fetch_next<true>(grad, stage, logits, c, scale);

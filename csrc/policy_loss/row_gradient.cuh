@@ -71,20 +71,20 @@ __device__ __forceinline__ T gradient_of(T logit, const GradCoefs<acc_t<T>>& c,
   return from_acc<T>(gradient_at<kCurve>(t, c, scale, addend) * jacobian);
 }
 
-// Of a vector without the target. kCurve: whether `curve` can be nonzero. kFloor: whether offsets
-// may be so low that a coefficient times them is infinite, unless they are kept above the floor.
+// Of a vector without the target. kCurve: whether `curve` can be nonzero. kFloor: whether there may
+// be a soft-cap, or offsets so low that a coefficient times them is infinite, unless they are kept
+// above the floor.
 template <bool kCurve, bool kFloor, class T>
 __device__ __forceinline__ Vec<T> gradient_vector(const Vec<T>& v, const GradCoefs<acc_t<T>>& c,
                                                   const Floor<T>& floor, const RowScale<T>& scale) {
   using A = acc_t<T>;
   constexpr int N = Vec<T>::size;
-  if (kFloor ? !floor.usable : scale.softcap.value != A(0)) {
+  if (kFloor && !floor.usable) {
     const auto one_by_one = [&](auto far) {
       return make_vec<T>(
           [&](int j) { return gradient_of<kCurve, far>(get_lane(v, j), c, scale, A(0)); });
     };
-    return kFloor && is_far<T>(c.origin) ? one_by_one(std::true_type())
-                                         : one_by_one(std::false_type());
+    return is_far<T>(c.origin) ? one_by_one(std::true_type()) : one_by_one(std::false_type());
   }
   A t[N], g[N];
   lane_offsets<kFloor>(t, v, c.origin, floor, scale);

@@ -66,13 +66,15 @@ __device__ __forceinline__ void rescale(FullMoments<A>& a, A d, A alpha, A e, A 
   rescale(static_cast<Moments<A>&>(a), d, alpha, e, top);
 }
 
-// While nothing finite was seen (m = -inf) the sums are 0, or s is NaN: nothing to rescale.
-template <class T, class M>
+// While nothing finite was seen (m = -inf) the sums are 0, or s is NaN: nothing to rescale. kNear:
+// neither maximum is far.
+template <bool kNear = false, class T, class M>
 __device__ __forceinline__ void raise_max(M& a, acc_t<T> m, const RowScale<T>& scale) {
   using A = acc_t<T>;
   if (m > a.m && a.m > -kInfinity<A>) {
-    const A from = origin(a.m, scale), to = origin(m, scale), top = own_offset(a.m, from, scale);
-    const bool far = is_far<T>(from) || is_far<T>(to);
+    const A from = origin(a.m, scale), to = origin(m, scale),
+            top = kNear ? offset(a.m, from, scale) : own_offset(a.m, from, scale);
+    const bool far = !kNear && (is_far<T>(from) || is_far<T>(to));
     const A apart =
         far ? mul_rn(a.m - m, scale.exp_scale) + (own_offset(m, to, scale) - top) : from - to;
     const A d = max_nan(apart, scale.floor),

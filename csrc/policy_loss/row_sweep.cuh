@@ -31,8 +31,7 @@ struct Running {
   acc_t<T> bar;  // tiles below it are but summed: the limit, or what the target's rivals reach
   Top<T> top;    // of the lane
   Target<T> target;
-  bool rival;    // whether one was seen
-  bool floored;  // whether offsets are kept above the floor
+  bool rival;  // whether one was seen
 };
 template <class M, class T>
 __device__ __forceinline__ acc_t<T> limit_of(const Running<M, T>& r, const RowScale<T>& scale) {
@@ -44,23 +43,27 @@ template <class M, class T>
 __device__ __forceinline__ Floor<T> floor_of(const Running<M, T>& r, const RowScale<T>& scale) {
   return floor_below<T>(r.sums.m, scale);
 }
-template <class M, class T>
-__device__ __forceinline__ bool is_plain(const Running<M, T>& r, const RowScale<T>& scale) {
-  if (r.floored) return floor_of(r, scale).usable;
-  return scale.softcap.value == acc_t<T>(0) && !is_far<T>(r.origin);
-}
-template <class M, class T>
+
+// A share is swept freely first: without soft-cap, and as if it held neither -inf nor a maximum
+// whose offsets may be infinite or are spoilt by rounding. Where it does the sum u becomes NaN, and
+// the share is swept again, guarded. The free sweep asks for none of this, tile after tile.
+enum class Sweep { free, guarded };
+
+template <Sweep sweep, class M, class T>
 __device__ __forceinline__ acc_t<T> find_bar(const Running<M, T>& r, const RowScale<T>& scale) {
-  if (!is_plain(r, scale)) return -kInfinity<acc_t<T>>;
+  if (sweep == Sweep::guarded && !floor_of(r, scale).usable) return -kInfinity<acc_t<T>>;
   const acc_t<T> limit = limit_of(r, scale);
   return kFull<M> && !r.rival ? std::fmin(limit, to_acc(r.target.logit)) : limit;
 }
-template <class M, class T>
+template <Sweep sweep, class M, class T>
 __device__ __forceinline__ void raise_running(Running<M, T>& r, acc_t<T> m,
                                               const RowScale<T>& scale) {
-  raise_max(r.sums, m, scale);
+  raise_max<sweep == Sweep::free>(r.sums, m, scale);
   r.origin = origin(m, scale);
-  r.bar = find_bar(r, scale);
+  r.bar = find_bar<sweep>(r, scale);
+  if (sweep == Sweep::free && needs_floor(r.origin, scale)) {
+    r.sums.u = std::numeric_limits<acc_t<T>>::quiet_NaN();
+  }
 }
 
 // The vectors of the lane's tile that lie before the end, `left` elements behind the first one's
@@ -132,22 +135,25 @@ __device__ __forceinline__ void absorb_any(Running<M, T>& r, Vec<T> (&v)[kUnroll
 
 // Raises the warp's maximum to the tile's where that is beyond the limit and takes out the elements
 // at it; false: the tile was dealt with here.
-template <class M, class T>
+template <Sweep sweep, class M, class T>
 __device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll], Top<T> tile_top,
                                           acc_t<T> highest, const RowScale<T>& scale) {
   using A = acc_t<T>;
-  if (scale.softcap.value != A(0)) highest = soft_capped(highest, scale.softcap);
+  if (sweep == Sweep::guarded && scale.softcap.value != A(0)) {
+    highest = soft_capped(highest, scale.softcap);
+  }
   const A warp_highest = warp_max(highest);
   const bool raised = warp_highest > limit_of(r, scale);
-  if (raised) raise_running(r, warp_highest, scale);
-  if (!r.floored && needs_floor(r.origin, scale)) r.sums.u = std::numeric_limits<A>::quiet_NaN();
-  if (!(r.sums.m > -kInfinity<A>)) {
-    if (highest != highest) r.sums.s = highest;  // no sum moves, but warp_max passed over the NaN
-    return false;
-  }
-  if (!is_plain(r, scale)) {
-    is_far<T>(r.origin) ? absorb_any<true>(r, v, scale) : absorb_any<false>(r, v, scale);
-    return false;
+  if (raised) raise_running<sweep>(r, warp_highest, scale);
+  if constexpr (sweep == Sweep::guarded) {
+    if (!(r.sums.m > -kInfinity<A>)) {
+      if (highest != highest) r.sums.s = highest;  // no sum moves, but warp_max passed over the NaN
+      return false;
+    }
+    if (!floor_of(r, scale).usable) {
+      is_far<T>(r.origin) ? absorb_any<true>(r, v, scale) : absorb_any<false>(r, v, scale);
+      return false;
+    }
   }
   const T top = from_acc<T>(r.sums.m);
   // Where a NaN hides a maximum beside it the sums become NaN anyway.
@@ -157,7 +163,7 @@ __device__ __forceinline__ bool lay_below(Running<M, T>& r, Vec<T> (&v)[kUnroll]
 }
 
 // Looks for the first rival of the target; one is enough.
-template <class M, class T>
+template <Sweep sweep, class M, class T>
 __device__ __forceinline__ void note_rival(Running<M, T>& r, const Vec<T> (&v)[kUnroll],
                                            acc_t<T> highest, int index, int step,
                                            const RowScale<T>& scale) {
@@ -177,13 +183,13 @@ __device__ __forceinline__ void note_rival(Running<M, T>& r, const Vec<T> (&v)[k
   }
   if (all_lanes(!rival)) return;
   r.rival = true;
-  r.bar = find_bar(r, scale);
+  r.bar = find_bar<sweep>(r, scale);
 }
 
 // Adds kUnroll vectors per lane, which it may use up, those `left` elements and more behind the
 // first of which are padding; vector i starts at position index + i * step, from where the target's
 // index counts too. Called by whole warps, whose lanes share the maximum.
-template <class M, class T>
+template <Sweep sweep, class M, class T>
 __device__ __forceinline__ void absorb(Running<M, T>& r, Vec<T> (&v)[kUnroll], int left,
                                        const RowScale<T>& scale, int index, int step) {
   Top<T> top = top_of(v[0]);
@@ -192,10 +198,10 @@ __device__ __forceinline__ void absorb(Running<M, T>& r, Vec<T> (&v)[kUnroll], i
   r.top = higher<T>(r.top, top);
   const acc_t<T> highest = top_value<T>(top);  // NaN if any element is
   if (!all_lanes(highest < r.bar)) {
-    if constexpr (kFull<M>) note_rival(r, v, highest, index, step, scale);
-    if (!lay_below(r, v, top, highest, scale)) return;
+    if constexpr (kFull<M>) note_rival<sweep>(r, v, highest, index, step, scale);
+    if (!lay_below<sweep>(r, v, top, highest, scale)) return;
   }
-  if (r.floored) {
+  if constexpr (sweep == Sweep::guarded) {
     absorb_below<false, true>(r, v, left, step, scale);
   } else if (sizeof(T) == 2 || scale.temperature.value == acc_t<T>(1)) {
     absorb_below<true, false>(r, v, left, step, scale);
@@ -204,33 +210,38 @@ __device__ __forceinline__ void absorb(Running<M, T>& r, Vec<T> (&v)[kUnroll], i
   }
 }
 
-// The moments of the lanes of the calling warp's share of a slice, of one maximum. load(v, at,
-// step) fills v with the vectors at positions at, at + step, ... of the share. Offsets are taken
-// without a floor first; where that makes a NaN, of 0 * -inf, the share is read again. `floored`
-// says so.
-template <class M, class T, class Load>
-__device__ __forceinline__ M share_moments(Slice share, const RowScale<T>& scale,
-                                           const Target<T>& target, bool& floored, Load load) {
+template <Sweep sweep, class M, class T, class Load>
+__device__ __forceinline__ void sweep_share(Running<M, T>& r, Slice share, const RowScale<T>& scale,
+                                            Load load) {
   constexpr int N = Vec<T>::size, step = 32 * N;
   const int lane = threadIdx.x % 32;
+  clear(r.sums);  // the first tile raises the rest, and the target's logit may come until then
+  r.origin = r.bar = r.sums.m;
+  r.top = top_of(padding<T>());
+#pragma unroll 1
+  for (int at = 0; at < share.n; at += kUnroll * step) {
+    Vec<T> v[kUnroll];
+    const int from = at + lane * N;
+    load(v, from, step);
+    absorb<sweep>(r, v, share.n - from, scale, from, step);
+  }
+}
+
+// The moments of the lanes of the calling warp's share of a slice, of one maximum, and whether the
+// free sweep was enough. load(v, at, step) fills v with the vectors at positions at, at + step, ...
+// of the share.
+template <class M, class T, class Load>
+__device__ __forceinline__ M share_moments(Slice share, const RowScale<T>& scale,
+                                           const Target<T>& target, bool& free, Load load) {
   Running<M, T> r;
   r.target = {target.logit, target.index - share.begin};
   r.rival = false;
-#pragma unroll 1
-  for (r.floored = false;; r.floored = true) {
-    clear(r.sums);  // the first tile raises the rest, and the target's logit may come until then
-    r.origin = r.bar = r.sums.m;
-    r.top = top_of(padding<T>());
-#pragma unroll 1
-    for (int at = 0; at < share.n; at += kUnroll * step) {
-      Vec<T> v[kUnroll];
-      const int from = at + lane * N;
-      load(v, from, step);
-      absorb(r, v, share.n - from, scale, from, step);
-    }
-    if (r.floored || all_lanes(r.sums.u == r.sums.u)) break;
+  free = scale.softcap.value == acc_t<T>(0);
+  if (free) {
+    sweep_share<Sweep::free>(r, share, scale, load);
+    free = all_lanes(r.sums.u == r.sums.u);
   }
-  floored = r.floored;
+  if (!free) sweep_share<Sweep::guarded>(r, share, scale, load);
   if constexpr (kFull<M>) r.sums.rivals = r.rival ? acc_t<T>(1) : acc_t<T>(0);
   __syncwarp();  // or each shuffle asks who is there
   acc_t<T> top = top_value<T>(r.top);
@@ -249,9 +260,9 @@ __device__ __forceinline__ void sweep_moments(M* parts, const T* row, int64_t vo
   for (int i = threadIdx.x / 32; i < tiling.slices << shift; i += blockDim.x / 32) {
     const Slice share = share_of(slice_of(tiling, vocab, i >> shift), tiling, i & (warps - 1));
     const Piece<T> piece(row, share.begin, share.n);
-    bool floored;
+    bool free;
     const M a = share_moments<M>(
-        share, scale, target, floored,
+        share, scale, target, free,
         [&](Vec<T>(&v)[kUnroll], int at, int step) { load_vectors<reuse>(v, piece, at, step); });
     store_joined(parts + i, a);
   }
