@@ -271,12 +271,13 @@ def test_eos_of_no_token_ends_nothing(backend):
     assert out["length"].item() == 3 and out["status"].item() == 0
 
 
-@pytest.mark.parametrize("limit", [0, 1, 2, 3, 4])
+@pytest.mark.parametrize("limit", [2 - (1 << 32), 0, 1, 2, 3, 4])
 def test_max_length(backend, limit):
     out = verify_everywhere(backend, replace(chain([3, 1, 4]), max_length=torch.tensor([limit])))
-    assert out["length"].item() == min(limit, 3)
+    length = min(max(limit, 0), 3)
+    assert out["length"].item() == length
     assert out["status"].item() == (Status.CAPPED if limit <= 3 else 0)
-    assert (out["topk_ids"][0, min(limit, 3) :] == -1).all()
+    assert (out["topk_ids"][0, length:] == -1).all()
 
 
 def test_padding_requests_emit_nothing(backend):

@@ -121,7 +121,7 @@ class AbreastWalk {
         ends_(p),
         active_(p.valid[b * p.rows.nodes]),
         cap_(p.max_length != nullptr ? p.max_length[b] : INT64_MAX),
-        limit_(int(cap_ < p.depth + 1 ? cap_ : p.depth + 1)) {
+        limit_(most_rows(p, cap_)) {
     tree.load(p, b);
     __syncthreads();  // all loads so far come side by side
   }
