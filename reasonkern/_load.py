@@ -47,7 +47,8 @@ def _load_library(stem: str) -> str:
     try:
         torch.ops.load_library(paths[0])
     except (OSError, RuntimeError) as error:
-        return f"library {stem} failed to load: {str(error).strip().splitlines()[0]}"
+        cause = error.__cause__ or error  # torch's own text names the file alone
+        return f"library {stem} failed to load: {str(cause).strip().splitlines()[0]}"
     return ""
 
 
@@ -242,8 +243,10 @@ def choose_cuda_backend(
 ) -> str:
     """The backend for CUDA tensors: one with evidence, else Triton, else the reference.
 
-    `triton_serves` is false for arguments that Triton does not take. Falling back to the reference
-    warns once per op and architecture, or raises RuntimeError with REASONKERN_STRICT=1.
+    REASONKERN_GPU_BACKEND=cuda or =triton, set before the first call, names one that comes first,
+    with evidence or without. `triton_serves` is false for arguments that Triton does not take.
+    Falling back to the reference warns once per op and architecture, or raises RuntimeError with
+    REASONKERN_STRICT=1.
     """
     index = device.index if device is not None else None
     architecture = _architecture(torch.cuda.current_device() if index is None else index)
@@ -252,9 +255,7 @@ def choose_cuda_backend(
 
 @cache
 def _choose(name: str, architecture: str, triton_serves: bool) -> str:
-    choice = _preferred(name, architecture)
-    if choice == "triton" and not triton_serves:
-        choice = "reference"
+    choice = _preferred(name, architecture, _ON_CUDA if triton_serves else ("cuda",))
     if choice == "reference":
         notes = [_gpu_note(name, backend, architecture) for backend in _ON_CUDA]
         if not triton_serves:
@@ -266,14 +267,19 @@ def _choose(name: str, architecture: str, triton_serves: bool) -> str:
     return choice
 
 
-def _preferred(name: str, architecture: str) -> str:
-    present = [backend for backend in _ON_CUDA if not _missing(name, backend)]
-    evidenced = [
-        backend
-        for backend in present
-        if (name, architecture, backend) in EVIDENCE and not _other_code(backend, architecture)
-    ]
-    return next(iter(evidenced), "triton" if "triton" in present else "reference")
+def _preferred(name: str, architecture: str, among: tuple[str, ...] = _ON_CUDA) -> str:
+    present = [backend for backend in among if not _missing(name, backend)]
+    usable = [backend for backend in present if not _other_code(backend, architecture)]
+    named = [backend for backend in usable if backend == _named_backend()]
+    evidenced = [backend for backend in usable if (name, architecture, backend) in EVIDENCE]
+    return next(iter(named + evidenced), "triton" if "triton" in present else "reference")
+
+
+def _named_backend() -> str:
+    named = os.environ.get("REASONKERN_GPU_BACKEND", "")
+    if named not in ("", *_ON_CUDA):
+        raise ValueError(f"REASONKERN_GPU_BACKEND: expected cuda, triton or unset, got {named!r}")
+    return named
 
 
 @cache
@@ -308,7 +314,8 @@ def _gpu_note(name: str, backend: str, architecture: str | None) -> str:
     if problem := _other_code(backend, architecture):
         return problem
     run = EVIDENCE.get((name, architecture, backend))
-    return f"ran on {run}" if run else f"no result of this {backend} kernel on {architecture}"
+    note = f"ran on {run}" if run else f"no result of this {backend} kernel on {architecture}"
+    return note + ("; REASONKERN_GPU_BACKEND names it" if backend == _named_backend() else "")
 
 
 def info() -> dict[str, Any]:

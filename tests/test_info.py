@@ -80,6 +80,44 @@ def test_cuda_backend_needs_evidence(machine, setup, choice):
 
 
 @pytest.mark.parametrize(
+    ("named", "setup", "choice"),
+    [
+        ("cuda", {}, "cuda"),
+        ("triton", {"evidence": CUDA_RAN}, "triton"),
+        ("cuda", {"compiled": (80,)}, "triton"),  # no code for this GPU
+        ("cuda", {"cuda": "library _C_cuda is not built"}, "triton"),
+        ("triton", {"evidence": CUDA_RAN, "triton": "triton is not importable"}, "cuda"),
+    ],
+)
+def test_a_named_backend_comes_first(machine, monkeypatch, named, setup, choice):
+    machine(**setup)
+    monkeypatch.setenv("REASONKERN_GPU_BACKEND", named)
+    assert _load.choose_cuda_backend(TOY) == choice
+    found = rows()
+    assert found[choice]["serves"] == ["cuda (sm_90)"]
+    assert found[choice]["why"].endswith("GPU_BACKEND names it") is (choice == named)
+
+
+def test_a_named_backend_that_does_not_take_the_arguments(machine, monkeypatch):
+    machine(evidence=CUDA_RAN)
+    monkeypatch.setenv("REASONKERN_GPU_BACKEND", "triton")
+    assert _load.choose_cuda_backend(TOY, triton_serves=False) == "cuda"
+
+
+def test_another_name_is_refused(machine, monkeypatch):
+    machine()
+    monkeypatch.setenv("REASONKERN_GPU_BACKEND", "CUDA")
+    with pytest.raises(ValueError, match="BACKEND: expected cuda, triton or unset, got 'CUDA'"):
+        _load.choose_cuda_backend(TOY)
+
+
+def test_a_library_that_does_not_load_says_why(tmp_path, monkeypatch):
+    (tmp_path / "_toy.abi3.so").write_text("no library")
+    monkeypatch.setattr(_load, "__file__", str(tmp_path / "_load.py"))
+    assert re.search("^library _toy failed to load: .*_toy.abi3.so: .", _load._load_library("_toy"))
+
+
+@pytest.mark.parametrize(
     ("architecture", "compiled", "same"),
     [
         ("sm_90", (80, 90, 100), True),
