@@ -106,9 +106,6 @@ class PolicyMetrics:
 
         Default: the ``segment_group`` and ``data_group`` of the loss's `Parallel`, whose
         ``vocab_group`` holds the same rows and has nothing to add; without one, all ranks.
-
-        Raises:
-            ValueError: no group for a pickled copy of a `Parallel` loss's metrics.
         """
         if group is None and self.parallel is False:
             _checks.fail("group", "a process group: pickling left those of the loss behind", None)
