@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 from reasonkern._evidence import EVIDENCE
 
@@ -179,11 +180,24 @@ def _differentiable(name: str, autograd: Autograd) -> Implementation:
     Node.__name__ = Node.__qualname__ = f"Backward_{name}"
 
     def dispatched(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if (recorded and torch._C._are_functorch_transforms_active()) or _any_dual(args):
+            raise NotImplementedError(
+                f"reasonkern::{name}: no forward-mode derivatives and none by torch.func; use "
+                "backward() or torch.autograd.grad"
+            )
+        if recorded:
             return Node.apply(*args, keyset)  # type: ignore[no-untyped-call]
         return below(keyset, *args)
 
     return dispatched
+
+
+def _any_dual(args: tuple[Any, ...]) -> bool:
+    """Whether an argument has a tangent, which an op would drop."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
+    )
 
 
 def register_op(name: str, backends: Mapping[str, Implementation | None]) -> None:

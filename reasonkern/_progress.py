@@ -1,4 +1,4 @@
-"""A progress bar that does without tqdm where there is none."""
+"""What commands say: a progress bar that does without tqdm where there is none, counts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
+
+
+def counted(number: int, noun: str) -> str:
+    """The number with its noun, "1 trace" or "2,000 traces"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class Update(Protocol):

@@ -221,24 +221,6 @@ def test_everything_public_that_checks_is_fuzzed(monkeypatch):
         assert refusing - {"Parallel"} <= made, "Parallel takes process groups: parallel_checks.py"
 
 
-def test_what_lies_on_the_host_does_so_under_any_default_device() -> None:
-    """As with ``torch.set_default_device("cuda")``: no GPU tensor is pinned, none meets the CPU."""
-    from reasonkern.generation.loop import _sent
-
-    ratio, advantage, mask = torch.rand(9), torch.randn(9), torch.ones(9, dtype=torch.bool)
-    cache, tokens = torch.zeros(1, 1, 8, 2), torch.tensor([[0, 2]])
-    one = torch.ones(1, dtype=torch.int64)
-    state = rk.ModulationState(1, rk.TokenSets({"a": [1]}))
-    saved = state.state_dict()
-    with torch.device("meta"):
-        assert rk.bapo_bounds(ratio, advantage, mask, variant="code")[0].is_cpu
-        assert _sent([1, 0], torch.device("cpu")).tolist() == [1, 0]
-        assert rk.DraftTree.default(4).attention_mask().is_cpu
-        rk.compact_kv_(cache, cache, one, tokens, one, start=one)
-        state.load_state_dict(saved)
-        assert rk.TokenSets({"a": [1]}).tensor().is_cpu
-
-
 def test_integers_of_numpy_are_pythons() -> None:
     """Generators take no other seeds, and NumPy's overflow in hashes."""
     x, mask, tied = torch.arange(1.0, 9.0), torch.ones(8), [[1.0] * 3] * 3
@@ -267,21 +249,3 @@ def test_integers_of_numpy_are_pythons() -> None:
     assert rk.entropy_forks(X, X == 0, three).shape == (2, 3)
     assert rk.completion_probe(X, group[:2], [three - 1], [np.int64(0)]).tolist() == [0, 0]
     assert rk.latent_policy_gradient(X, X, 1.0, chunk_rows=three).loss.ndim == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_a_verifier_is_judged_alike_under_any_default_dtype(dtype: torch.dtype) -> None:
-    """Counts in bfloat16 end at 256: a right verifier was wrong."""
-
-    def equality(logits, draft, tree, temperature, seed, position):
-        out = rk.verify_tree(logits, draft, tree, temperature=temperature, seed=seed,
-                             position=position, mode="target-only")  # fmt: skip
-        return out.tokens, out.length
-
-    size = {"vocab": 4, "children": 2, "depth": 2, "draws": 4096}
-    expected, usual = str(rk.check_verifier(equality, **size)), torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        assert str(rk.check_verifier(equality, **size)) == expected
-    finally:
-        torch.set_default_dtype(usual)

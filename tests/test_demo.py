@@ -199,6 +199,12 @@ def test_table_names_the_figures(finished):
         assert words in text
 
 
+def test_one_problem_is_no_problems(finished):
+    _, _, results = finished
+    few = results["data"] | {"traces": 4, "problems": 1, "correct": 2}
+    assert ": 4 traces of 1 problem, 2 correct, " in report.table(results | {"data": few})
+
+
 def test_a_slow_machine_takes_fewer_steps(tmp_path):
     assert demo.run(demo.Config(out=tmp_path, minutes=1e-6, **TINY)) == 0
     results = json.loads((tmp_path / "results.json").read_text())

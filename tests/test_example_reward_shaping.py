@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -32,6 +35,18 @@ def test_default_traces(capsys: pytest.CaptureFixture[str]) -> None:
         assert x["advantage"] == pytest.approx(x["reward"] - sum(mine) / len(mine), abs=2e-3)
         assert x["filtered"] == pytest.approx(x["advantage"] - 0.1 * x["entropy"], abs=2e-3)
     assert "GTPO drops 0 of 20" in out
+
+
+def test_the_command_stops_when_nobody_reads_on() -> None:
+    command = [sys.executable, reward_shaping.__file__]
+    environment = {**os.environ, "PYTHONPATH": str(Path(reward_shaping.__file__).parents[1])}
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
 
 
 def test_a_file_and_a_limit_that_drops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

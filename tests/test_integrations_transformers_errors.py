@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers_fixtures import IDS, MASK, SHAPE, VOCAB, T
+from transformers_fixtures import IDS, MASK, NEW, SHAPE, VOCAB, T
 
 import reasonkern as rk
 
@@ -122,6 +122,7 @@ def unsupported(transformers: ModuleType) -> dict[str, tuple[Any, str]]:
     flex = transformers.LlamaConfig(**(SHAPE | {"num_hidden_layers": 1}))
     llama = transformers.LlamaForCausalLM(flex)
     llama.config._attn_implementation = "flex_attention"
+    bert = transformers.BertConfig(**small, num_attention_heads=2, intermediate_size=16)
     return {
         "encoder and decoder": (
             transformers.T5ForConditionalGeneration(t5), r"a causal \(decoder-only\) language model"
@@ -134,6 +135,9 @@ def unsupported(transformers: ModuleType) -> dict[str, tuple[Any, str]]:
         "assertions": (transformers.XLMWithLMHeadModel(xlm), r"XLM.* \(AssertionError: \)"),
         "attention": (llama, "attn_implementation 'sdpa' or 'eager'.* got 'flex_attention'"),
         "no model": (torch.nn.Linear(2, 2), "a causal language model of transformers, got Linear"),
+        "tokens that see later ones": (
+            transformers.BertLMHeadModel(bert).eval(), "is_decoder=True.* BertLMHeadModel, whose",
+        ),
         "classifier": (
             transformers.LlamaForSequenceClassification(flex), "model: expected|does not take",
         ),
@@ -142,7 +146,7 @@ def unsupported(transformers: ModuleType) -> dict[str, tuple[Any, str]]:
 
 KINDS_OF_UNSUPPORTED = (
     "encoder and decoder", "recurrent", "positions by slot", "keys of one request", "assertions",
-    "attention", "no model", "classifier",
+    "attention", "no model", "tokens that see later ones", "classifier",
 )  # fmt: skip
 
 
@@ -151,6 +155,21 @@ def test_unsupported_models(ours, transformers, case):
     model, message = unsupported(transformers)[case]
     with pytest.raises(ValueError, match=message):
         ours.generate(model, torch.tensor([[1, 2]]), temperature=0, max_new_tokens=2)
+
+
+def test_berts_with_a_causal_mask_of_their_own(ours, transformers):
+    config = transformers.BertConfig(
+        vocab_size=VOCAB, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, is_decoder=True,
+    )  # fmt: skip
+    model = transformers.BertLMHeadModel(config).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    given = {"max_new_tokens": NEW, "eos": (), "attention_mask": MASK}
+    drafts = {"drafter": lambda _, texts: [([1, 2, 3, 4], range(-1, 3))] * len(texts)}
+    found = ours.generate(model, IDS, temperature=0, **given, **drafts)
+    given.pop("eos")
+    assert torch.equal(found.sequences, model.generate(IDS, do_sample=False, **given))
 
 
 def test_a_model_that_ignores_the_mask(ours, make):

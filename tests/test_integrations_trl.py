@@ -390,6 +390,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"importance_sampling_level": "sequence", "top_entropy_quantile": 0.5},
         r"args\.top_entropy_quantile: expected 1\.0 at the sequence level",
     ),
+    ({"epsilon": 1.2}, r"args\.epsilon: expected a number in \[0, 1\], .* got 1\.2"),
+    ({"epsilon_high": -0.1}, r"args\.epsilon_high: expected 0 or more, .* got -0\.1"),
     ({"delta": 1.5, "epsilon_high": 0.6}, r"args\.delta: expected more than 1\.6, the upper bound"),
     ({"objective": "bapo"}, r"args\.num_iterations: expected more updates than one .* for bapo"),
     (

@@ -29,7 +29,7 @@ from modulation_cases import (
 
 import reasonkern as rk
 from reasonkern.modulation import layout as at
-from reasonkern.modulation.state import failure
+from reasonkern.modulation.records import failure
 
 OPS = torch.ops.reasonkern
 ONE = torch.tensor([0])

@@ -11,6 +11,7 @@ import torch
 from policy_loss_literal import batch, gradient, make_batch
 from policy_loss_paths import FORMS, PATHS, Calls, head, paths
 from torch import nn
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 import reasonkern as rk
@@ -130,6 +131,36 @@ def test_second_order_gradients_of_token_stats_are_refused() -> None:
     )
     with pytest.raises(RuntimeError, match="no second derivatives"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("how", ["grad", "jvp", "dual", "dual of a leaf"])
+@paths()
+def test_forward_mode_and_torch_func_are_refused(
+    objective: Any, dtype: torch.dtype, how: str
+) -> None:
+    """They would say that the tangent is 0, or absent."""
+    b = make_batch(torch.float32)
+    x, ones = b.logits.to(dtype), torch.ones_like(b.logits, dtype=dtype)
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        return policy_loss(x, b.targets, objective=objective, **b.given()).loss
+
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives and none by torch."):
+        if how == "grad":
+            torch.func.grad(loss)(x)
+        elif how == "jvp":
+            torch.func.jvp(loss, (x,), (ones,))
+        else:
+            with forward_ad.dual_level():
+                loss(forward_ad.make_dual(x.clone().requires_grad_("leaf" in how), ones))
+
+
+def test_what_has_no_tangent_passes_a_dual_level() -> None:
+    b = make_batch(torch.float32)
+    plain = gradient(*head(b, torch.float32, False, Objective.ppo()))
+    with forward_ad.dual_level():
+        loss, x = head(b, torch.float32, False, Objective.ppo())
+    assert torch.equal(gradient(loss, x), plain)
 
 
 def test_create_graph_alone_gives_the_gradient() -> None:

@@ -113,7 +113,7 @@ PADDED: list[tuple[dict[str, Any], str]] = [
     ({"temperature": NAN}, "temperature: expected a finite number > 0, got nan"),
     (
         {"temperature": torch.tensor([1.0, 0.0, 1, 1])},
-        "temperature: expected finite positive values, got 0.0 at (1, 0)",
+        "temperature: expected finite positive values, got 0.0 at (1,)",
     ),
     (
         {"temperature": torch.tensor(INF)},
@@ -125,8 +125,9 @@ PADDED: list[tuple[dict[str, Any], str]] = [
     ({"entropy_weight": F - INF}, "entropy_weight: expected finite values, got -inf at (0, 0)"),
     (
         {"advantage": torch.tensor([0, 0, NAN, 0])},
-        "advantage: expected finite values, got nan at (2, 0)",
+        "advantage: expected finite values, got nan at (2,)",
     ),
+    ({"advantage": F + INF}, "advantage: expected finite values, got inf at (0, 0)"),
     (
         {"targets": IDS + V},
         "targets: expected values in [0, 13) in rows with a weight (of a mask such as targets != "
@@ -186,6 +187,14 @@ PACKED: list[tuple[dict[str, Any], str]] = [
     (
         {"advantage": torch.ones(B + 1)},
         "advantage: expected one value per segment, (4,), got shape (5,)",
+    ),
+    (
+        {"advantage": torch.tensor([1, 1, INF, 1])},
+        "advantage: expected finite values, got inf at (2,)",
+    ),
+    (
+        {"temperature": torch.tensor([1, 1, NAN, 1])},
+        "temperature: expected finite positive values, got nan at (2,)",
     ),
     (
         {"temperature": torch.ones(3)},

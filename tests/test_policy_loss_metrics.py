@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from dataclasses import replace
 from functools import reduce
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import parallel_ranks
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_loss_literal import Batch, batch, make_batch, spread, stats
 from torch import Tensor
 from torch.testing import assert_close
 
-from reasonkern import Objective, PolicyMetrics, policy_loss
+from reasonkern import Objective, Parallel, PolicyMetrics, policy_loss
 
 LOW, HIGH, DUAL, CAP = 0.8, 1.2, 1.6, 2.0
 OBJECTIVE = Objective.ppo(LOW, HIGH, dual_clip=DUAL, ratio_cap=CAP)
@@ -310,6 +312,20 @@ def test_metrics_of_micro_batches_add_up_by_sum() -> None:
     first, second = metrics(make_batch()), metrics(make_batch())
     added = (first + second).compute()
     assert_close(sum([first, second]).compute(), added, rtol=0, atol=0)  # type: ignore[union-attr]
+
+
+def test_metrics_of_groups_are_pickled_without_them() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        given = metrics(make_batch(), parallel=Parallel(data_group=dist.group.WORLD))
+        copy = pickle.loads(pickle.dumps(given))
+        assert given.parallel and torch.equal(copy.sums, given.sums)
+        with pytest.raises(ValueError, match="^group: expected a process group: pickling left"):
+            (copy + given).all_reduce()
+        merged = copy.all_reduce(dist.group.WORLD)
+        assert_close(merged.compute(), given.all_reduce().compute(), rtol=0, atol=0)
+    finally:
+        dist.destroy_process_group()
 
 
 RANK = """

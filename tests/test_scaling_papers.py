@@ -335,6 +335,8 @@ def test_deepprune() -> None:
     assert scaling.greedy_cluster(half) == [[0, 1, 2]]  # in half precision the mean is 0.5
     assert scaling.greedy_cluster(scores, tau=2.0) == [[i] for i in range(6)]
     assert scaling.greedy_cluster([]) == []
+    large = [[0, 0, 0, 0], [1e308, 0, 0, 0], [1e308, 1e308, 0, 0], [-1e308, -1e308, -1.5e308, 0]]
+    assert scaling.greedy_cluster(large) == [[0, 1, 2], [3]]  # sums that no double holds
     one = scaling.greedy_cluster(scores, max_members=1, seed=5)
     assert one == scaling.greedy_cluster(scores, max_members=1, seed=5)
     assert sorted(sum(one, [])) == list(range(6))

@@ -16,6 +16,8 @@ from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter  # noqa: E402
 
+from .._progress import counted  # noqa: E402
+
 Results = dict[str, Any]
 Lines = dict[str, str]  # label → metric
 
@@ -148,8 +150,8 @@ def _log_scale_if_wide(panel: Axes) -> None:
 def _solve(solved: Results) -> Figure:
     runs = solved["outcomes"]
     title = (
-        f"Stage 3: {solved['problems']} problems at temperature {solved['temperature']}, "
-        "plain and with speculation"
+        f"Stage 3: {counted(solved['problems'], 'problem')} at temperature "
+        f"{solved['temperature']}, plain and with speculation"
     )
     figure, (left, right) = _figure(1, 2, title)
     counts = [str(run["trajectories"]) for run in runs]

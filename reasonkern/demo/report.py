@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .._progress import counted
 from .context import Config
 
 DEVIATION_LIMIT = 1e-4
@@ -111,9 +112,12 @@ def table(results: Results) -> str:
 
 
 def _data_rows(data: Results) -> list[tuple[str, str]]:
-    traces = f"{data['traces']} traces of {data['problems']} problems, {data['correct']} correct"
+    traces = f"{counted(data['traces'], 'trace')} of {counted(data['problems'], 'problem')}"
     return [
-        ("data", f"{data['source']}: {traces}, {data['tokens']:,} tokens"),
+        (
+            "data",
+            f"{data['source']}: {traces}, {data['correct']} correct, {data['tokens']:,} tokens",
+        ),
         (
             "model",
             f"{data['parameters'] / 1e6:.1f} M parameters, vocabulary {data['vocabulary']:,} "
@@ -144,7 +148,7 @@ def _training_rows(results: Results, figures: Results) -> list[tuple[str, str]]:
 
 
 def _steps(done: int, asked: int | None) -> str:
-    return f"{done} steps" if asked is None else f"{done} of {asked} steps in the time budget"
+    return counted(done, "step") if asked is None else f"{done} of {asked} steps in the time budget"
 
 
 def _solve_rows(solved: Results | None) -> list[tuple[str, str]]:

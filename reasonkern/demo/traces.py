@@ -11,6 +11,7 @@ import torch
 
 from .. import shaping
 from .._jsonl import TraceError, read_records, show
+from .._progress import counted
 
 __all__ = ["Trace", "TraceError", "load_traces"]
 
@@ -54,8 +55,9 @@ def check_groups(traces: Sequence[Trace], source: str) -> None:
         raise TraceError(
             f"{source}: no group has both outcomes. The advantage of a trace is its reward minus "
             "the mean of its group (same 'problem_id'), so RL needs a problem with at least one "
-            f"trace whose 'correct' is true and one where it is false; got {len(traces)} traces "
-            f"of {problems} problems, {sum(trace.correct for trace in traces)} correct"
+            "trace whose 'correct' is true and one where it is false; got "
+            f"{counted(len(traces), 'trace')} of {counted(problems, 'problem')}, "
+            f"{sum(trace.correct for trace in traces)} correct"
         )
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 from .. import _checks
 from ..modulation import Modulation, SoftBudget, TokenSets
+from ..modulation.records import check_with_sets
 from ..modulation.sets import sets_or_none
 from ..modulation.spec import PARTS
-from ..modulation.state import check_with_sets
 
 NAME = "modulation"
 

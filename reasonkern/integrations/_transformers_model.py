@@ -152,8 +152,8 @@ def _check_kind(model: Any) -> None:
 def _tried(found: CausalModel) -> int:
     """Columns of the logits, if tokens 0, 1, 2 give the same ones in a row and among branches.
 
-    Both ways make five nodes, so that the same kernels serve them, of two requests: some models
-    take the cache's keys only as those of one.
+    All ways make five nodes, so that the same kernels serve them, of two requests: some models
+    take the cache's keys only as those of one. A model that is left to its own mask must be causal.
     """
     name = type(found.model).__name__
     row = torch.tensor([[0, 1, 2, 0, 0]] * 2, device=found.device)
@@ -163,6 +163,10 @@ def _tried(found: CausalModel) -> int:
     try:
         straight = found(prompt_pass(row, first, 0, True))
         branched = found(tree_pass(branches, tree, second, 0))
+        own = found.model(
+            input_ids=row, attention_mask=torch.ones_like(row), use_cache=False, return_dict=True,
+            position_ids=torch.arange(5, device=found.device).expand_as(row),
+        ).logits  # fmt: skip
     except (
         TypeError, ValueError, AttributeError, RuntimeError, IndexError, AssertionError
     ) as error:  # fmt: skip
@@ -171,11 +175,15 @@ def _tried(found: CausalModel) -> int:
         raise ValueError(message) from error
     worst = _difference(*(x.float() for x in (straight[:, [0, 1, 2]], branched[:, [0, 2, 4]])))
     # A model that ignores the mask or the positions is off by as much as its logits differ.
-    if not worst <= (0.05 if found.model.dtype in (torch.bfloat16, torch.float16) else 1e-3):
+    most = 0.05 if found.model.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    if not worst <= most:
         expected_of = "the same logits for a branch of a tree as for a row of tokens"
         dropout = " in training mode (model.eval() switches dropout off)"
         given_as = name + (dropout if found.model.training else "")
         _checks.fail("model", expected_of, f"{given_as}, which is off by {worst:.1%}")
+    if not _difference(*(x[:, :3].float() for x in (straight, own))) <= most:
+        expected = "a causal language model (config.is_decoder=True makes those like BERT causal)"
+        _checks.fail("model", expected, f"{name}, whose tokens see later ones")
     return straight.shape[-1]
 
 

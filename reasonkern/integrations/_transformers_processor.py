@@ -10,8 +10,8 @@ from torch import Tensor
 
 from .. import _checks
 from ..modulation import Modulation, ModulationState, TokenSets, commit_, modulate_logits_
+from ..modulation.records import check_with_sets
 from ..modulation.sets import sets_or_none
-from ..modulation.state import check_with_sets
 from ._peer import import_peer
 from ._request import check_windows
 

@@ -101,6 +101,10 @@ def check_config(args: Any, loss_type: str, own: Any = None) -> None:
         _unsupported("top_entropy_quantile", "1.0 at the sequence level", args.top_entropy_quantile)
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     clips = not own_bounds and loss_type not in ("cispo", "sapo", "vespo")
+    if clips and not 0 <= args.epsilon <= 1:
+        _unsupported("epsilon", "a number in [0, 1], 1 - the smallest ratio,", args.epsilon)
+    if clips and not high >= 0:
+        _unsupported("epsilon_high", "0 or more, the largest ratio - 1,", args.epsilon_high)
     if clips and args.delta is not None and args.delta <= 1 + high:
         _unsupported("delta", f"more than {1 + high:g}, the upper bound,", args.delta)
     if loss_type == "vespo" and args.use_vllm and args.vllm_importance_sampling_correction:

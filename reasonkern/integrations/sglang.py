@@ -29,6 +29,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ from .. import _checks
 from ..modulation import Modulation, ModulationState, TokenSets, commit_, modulate_logits_
 from ..modulation.parts import ID_LIMIT
 from ._peer import import_peer, require_arguments
-from ._request import check_request, controlled_tokens, modulation_of, request_parameters
+from ._request import NAME, check_request, controlled_tokens, modulation_of, request_parameters
 
 __all__ = ["ModulationLogitProcessor", "request_parameters"]
 
@@ -50,7 +51,8 @@ class ModulationLogitProcessor(_Base):
     """Applies each request's `Modulation`; a subclass gives ``vocab_size`` and the named ``sets``.
 
     SGLang makes instances at will, so what a request has generated is kept by class and device, for
-    as long as SGLang keeps the request, for at most ``max_requests`` at a time.
+    as long as SGLang keeps the request, for at most ``max_requests`` at a time; a class without
+    requests takes no memory of the device.
     """
 
     sets: ClassVar[TokenSets | None] = None
@@ -84,10 +86,10 @@ class ModulationLogitProcessor(_Base):
         if len(given) != len(logits) or len(known) < len(requests) - requests.count(None):
             expected = "one row per request: a custom processor is given no draft tokens"
             _checks.fail("logits", expected, f"{len(logits)} rows of {len(known)} requests")
+        if all(parameters.get(NAME) is None for parameters in given):
+            return logits
         rows = _Rows.of(type(self), logits.device)
         slots = rows.advance(requests, given)
-        if max(slots, default=-1) < 0:
-            return logits
         heat = [1.0 if s < 0 else _temperature(r) for r, s in zip(requests, slots, strict=True)]
         slot = torch.tensor(slots, device=logits.device)
         temperature = torch.tensor(heat, device=logits.device)
@@ -98,9 +100,12 @@ class ModulationLogitProcessor(_Base):
 
 
 class _Rows:
-    """The requests that are being generated for, of one class on one device."""
+    """The requests that are being generated for, of one class on one device.
 
-    _all: ClassVar[dict[tuple[type, torch.device], _Rows]] = {}
+    They keep it: SGLang keeps every class that it was ever sent.
+    """
+
+    _all: ClassVar[WeakValueDictionary[tuple[type, torch.device], _Rows]] = WeakValueDictionary()
 
     def __init__(self, kind: type[ModulationLogitProcessor], device: torch.device) -> None:
         self.sets, self.vocab_size = controlled_tokens(kind)
@@ -112,9 +117,10 @@ class _Rows:
 
     @classmethod
     def of(cls, kind: type[ModulationLogitProcessor], device: torch.device) -> _Rows:
-        if (kind, device) not in cls._all:
-            cls._all[kind, device] = cls(kind, device)
-        return cls._all[kind, device]
+        rows = cls._all.get((kind, device))
+        if rows is None:
+            rows = cls._all[kind, device] = cls(kind, device)
+        return rows
 
     def advance(self, requests: Sequence[Any], given: Sequence[dict[str, Any]]) -> list[int]:
         """The slots of the requests, with everything folded that they have generated."""
@@ -156,9 +162,12 @@ class _Rows:
         self.state.add(slot, spec, prompt.clamp_max_(ID_LIMIT - 1), request.output_ids)
         if id(request) not in self.slots:  # once there is nothing left to refuse
             self.slots[id(request)] = self.free.pop()
-            weakref.finalize(request, self.gone.append, id(request))
+            weakref.finalize(request, self._drop, id(request))
         self.folded[slot] = len(request.output_ids)
         return slot
+
+    def _drop(self, request: int) -> None:
+        self.gone.append(request)
 
     def _commit(self, new: dict[int, list[int]]) -> None:
         if not new:

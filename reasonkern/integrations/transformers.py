@@ -13,7 +13,7 @@ or, with transformers' own preparation of prompts, options and stopping criteria
 The loop is ``reasonkern.generation``; this module is the model's side: masks, positions, cache.
 Causal models with plain key-value caches (Llama, Qwen2, Qwen3, Mistral and the like, sliding
 windows included), eager or SDPA attention, on one device. A model is tried once: one that does not
-follow a tree's mask and positions is refused.
+follow a tree's mask and positions, or whose own mask shows a token later ones, is refused.
 """
 
 from __future__ import annotations

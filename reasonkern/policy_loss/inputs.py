@@ -115,7 +115,7 @@ def canonical_scaling(
     rows = row_tensor("temperature", temperature, logits, per_sequence=True, segments=segments)
     if _checks.reads_values(rows):
         right = (rows > 0) & torch.isfinite(rows)
-        _checks.check_all("temperature", rows, right, "finite positive values")
+        _check_all("temperature", rows, right, "finite positive values", temperature, segments)
     return Scaling(rows, 1.0, cap)
 
 
@@ -188,7 +188,19 @@ def canonical_segments(
     return Segments.of(targets, cu_seqlens, parallel)
 
 
-def check_rows(context: RowContext, targets: Tensor, vocab: int) -> None:
+def _check_all(
+    name: str, rows: Tensor, right: Tensor, expected: str, given: Tensor, segments: Segments | None
+) -> None:
+    """`_checks.check_all` of rows (B, T); of values per sequence, the index is the sequence's."""
+    segments = segments or Segments()
+    if given.numel() == segments.count(rows) and not right.all():
+        b, t = (~right).nonzero()[0].tolist()
+        sequence = b if segments.ids is None else segments.ids[b, t].item()
+        _checks.fail(name, expected, f"{rows[b, t].item()} at ({sequence},)")
+    _checks.check_all(name, rows, right, expected)
+
+
+def check_rows(context: RowContext, targets: Tensor, vocab: int, advantage: Tensor) -> None:
     """Values that would otherwise only be counted as nonfinite: refused on CPU."""
     if not _checks.reads_values(targets):
         return
@@ -196,7 +208,8 @@ def check_rows(context: RowContext, targets: Tensor, vocab: int) -> None:
     _checks.check_finite("weight", context.weight, expected="finite values")
     if context.entropy_weight is not None:
         _checks.check_finite("entropy_weight", context.entropy_weight, expected="finite values")
-    _checks.check_finite("advantage", context.advantage, active, "finite values")
+    right = torch.isfinite(context.advantage) | ~active
+    _check_all("advantage", context.advantage, right, "finite values", advantage, context.segments)
     _checks.check_range("targets", targets, 0, vocab, active, WEIGHTED)
 
 
@@ -294,7 +307,7 @@ def loss_inputs(
     scaling = canonical_scaling(logits, temperature, softcap, sequences)
     context = row_context(o, logits, sequences, **rows)
     check_objective(o, context, packed)
-    check_rows(context, targets, vocab)
+    check_rows(context, targets, vocab, rows["advantage"])
     return LossInputs(o, context, scaling, canonical_loss_scale(loss_scale, context))
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from .. import _checks
 from .inputs import RowContext
 from .objective import Objective
 from .parallel import Parallel, gather
@@ -59,14 +60,20 @@ PAIRS = ("ratio_ratio", "logp_adv", "logp_adv_unclipped")
 class PolicyMetrics:
     """Statistics over the rows with weight != 0, in float64 on the loss's device.
 
-    ``a + b`` merges micro-batches, `all_reduce` merges ranks, `compute` gives the values.
+    ``a + b`` merges micro-batches, `all_reduce` merges ranks, `compute` gives the values. Pickling
+    leaves the loss's process groups behind: `all_reduce` of a copy is given one.
     """
 
     sums: Tensor  # (len(SUMS),)
     ratio_range: Tensor  # (2,) minimum, maximum
     moments: Tensor  # (len(PAIRS), 4)
     has_ref: bool
-    parallel: Parallel | None = None  # what `all_reduce` merges over by default
+    # What `all_reduce` merges over by default; False: groups that stayed in another process.
+    parallel: Parallel | Literal[False] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without process groups, which cannot be pickled."""
+        return vars(self) | {"parallel": None if self.parallel is None else False}
 
     def __add__(self, other: PolicyMetrics) -> PolicyMetrics:
         """Merges the statistics of two disjoint sets of rows."""
@@ -100,7 +107,9 @@ class PolicyMetrics:
         Default: the ``segment_group`` and ``data_group`` of the loss's `Parallel`, whose
         ``vocab_group`` holds the same rows and has nothing to add; without one, all ranks.
         """
-        if group is None and self.parallel is not None:
+        if group is None and self.parallel is False:
+            _checks.fail("group", "a process group: pickling left those of the loss behind", None)
+        if group is None and self.parallel:
             groups = [self.parallel.segment_group, self.parallel.data_group]
         else:
             groups = [group or torch.distributed.group.WORLD]
@@ -180,7 +189,9 @@ def loss_metrics(
     return _unflatten(flat, context.ref_logprob is not None, context.parallel)
 
 
-def _unflatten(flat: Tensor, has_ref: bool, parallel: Parallel | None) -> PolicyMetrics:
+def _unflatten(
+    flat: Tensor, has_ref: bool, parallel: Parallel | Literal[False] | None
+) -> PolicyMetrics:
     sums, ratio_range, moments = flat.split_with_sizes((len(SUMS), 2, 4 * len(PAIRS)))
     return PolicyMetrics(sums, ratio_range, moments.view(len(PAIRS), 4), has_ref, parallel)
 

@@ -86,8 +86,11 @@ def greedy_cluster(
 
 def _mean(scores: list[float]) -> float:
     """Rounded once: equal scores are their own mean, and no decimal fraction is above itself."""
-    mean = math.fsum(scores) / len(scores)
-    rest = math.fsum([*scores, *[-mean] * len(scores)])  # what that left
+    try:
+        mean = math.fsum(scores) / len(scores)
+        rest = math.fsum([*scores, *[-mean] * len(scores)])  # what that left
+    except OverflowError:  # near the largest double
+        return 2.0**64 * _mean([score * 2.0**-64 for score in scores])
     return mean + rest / len(scores)
 
 

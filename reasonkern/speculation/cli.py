@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from .._jsonl import TraceError, read_records, show
-from .._progress import progress
+from .._progress import counted, progress
 from .replay import Ids, Replayed, TokenTrace, replay
 from .tokenizers import Tokenizer, TokenizerError, load_tokenizer
 from .tree import DraftTree
@@ -223,8 +223,8 @@ def _heading(traces: Sequence[TokenTrace], tokenizer: Tokenizer, vocab: int, nod
     tokens = sum(len(trace.tokens) for trace in traces)
     groups = len({trace.group for trace in traces})
     logged = sum(trace.topk_ids is not None for trace in traces)
-    head = f"{_counted(len(traces), 'trace')} of {_counted(groups, 'problem')}, "
-    head += f"{_counted(tokens, 'token')} "
+    head = f"{counted(len(traces), 'trace')} of {counted(groups, 'problem')}, "
+    head += f"{counted(tokens, 'token')} "
     kinds = {trace.from_text for trace in traces}
     named = [name for name, kind in ((tokenizer.name, True), ("token ids", False)) if kind in kinds]
     head += f"({' and '.join(named)}, vocabulary {vocab:,})"
@@ -232,7 +232,7 @@ def _heading(traces: Sequence[TokenTrace], tokenizer: Tokenizer, vocab: int, nod
         head += "\n--tokenizer encodes no trace: all of them are token ids"
     if tokens < nodes:
         head += (
-            f"\nwarning: {_counted(tokens, 'token')}, fewer than the {nodes} nodes of the tree, "
+            f"\nwarning: {counted(tokens, 'token')}, fewer than the {nodes} nodes of the tree, "
             "most of which no text has chosen"
         )
     if logged < len(traces):
@@ -242,10 +242,6 @@ def _heading(traces: Sequence[TokenTrace], tokenizer: Tokenizer, vocab: int, nod
             "followed. With logits, drafts know more."
         )
     return head
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def report(findings: Findings) -> str:
