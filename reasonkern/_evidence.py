@@ -24,7 +24,6 @@ EVIDENCE: dict[tuple[str, str, str], str] = {
     ('sample', 'sm_90', 'cuda'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9.json)',
     ('sample', 'sm_90', 'triton'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9.json)',
     ('sample_controlled', 'sm_90', 'cuda'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9-tests.json)',
-    ('sample_controlled', 'sm_90', 'triton'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9-tests.json)',
     ('scale_rows_', 'sm_90', 'cuda'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9.json)',
     ('scale_rows_', 'sm_90', 'triton'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9-tests.json)',
     ('sequence_map', 'sm_90', 'cuda'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9.json)',
@@ -40,7 +39,5 @@ EVIDENCE: dict[tuple[str, str, str], str] = {
     ('token_stats_backward_', 'sm_90', 'cuda'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9.json)',
     ('token_stats_backward_', 'sm_90', 'triton'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9-tests.json)',
     ('verify_controlled', 'sm_90', 'cuda'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9-tests.json)',
-    ('verify_controlled', 'sm_90', 'triton'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9-tests.json)',
     ('verify_tree', 'sm_90', 'cuda'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9.json)',
-    ('verify_tree', 'sm_90', 'triton'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9.json)',
 }

@@ -271,6 +271,19 @@ def test_eos_of_no_token_ends_nothing(backend):
     assert out["length"].item() == 3 and out["status"].item() == 0
 
 
+def test_the_largest_logits_of_one_lane(backend, monkeypatch):
+    """They lie a multiple of Triton's block apart, beyond 128 of them, with ties and below zero."""
+    if backend.name == "triton":
+        monkeypatch.setattr("reasonkern.speculation.triton_verify.BLOCK", 16)
+    step = replace(chain([5], vocab=16 * 131 + 8), topk=12)
+    step.logits.fill_(-50.0)
+    at = 5 + 16 * torch.tensor([130, 0, 129, 128, 127, 64, 63, 2, 1])
+    step.logits[0, 0, at] = torch.tensor([9.0, 9, 8, 7, 7, 1, 0, -1, -2])
+    out = verify_everywhere(backend, step)
+    expected = [*at[[1, 0, 2, 4, 3, 5, 6, 7, 8]].tolist(), 0, 1, 2]
+    assert out["topk_ids"][0, 0].tolist() == expected
+
+
 @pytest.mark.parametrize("limit", [2 - (1 << 32), 0, 1, 2, 3, 4])
 def test_max_length(backend, limit):
     out = verify_everywhere(backend, replace(chain([3, 1, 4]), max_length=torch.tensor([limit])))

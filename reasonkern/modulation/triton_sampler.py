@@ -21,9 +21,12 @@ from ..speculation.triton_rows import (
     draw,
     filter_cut,
     find_top,
+    id_of,
     load_logits,
     masked,
+    order_at,
     order_of,
+    without,
     write_statistics,
 )
 from . import reference_sampler, triton_modulation
@@ -65,22 +68,18 @@ def kept_entropy(row, temperature, top, cut, BLOCK: tl.constexpr):
 
 @triton.jit
 def confidence_of(row, top, log_sum, BLOCK: tl.constexpr):
-    """-mean(log p) of the most likely tokens, one sweep each."""
-    lanes = tl.arange(0, BLOCK)
-    last = tl.cast(0x7FFFFFFFFFFFFFFF, tl.int64)
+    """-mean(log p) of the most likely tokens."""
+    firsts = tl.full((BLOCK,), -1, tl.int64)
+    for start in tl.range(0, row.vocab, BLOCK):
+        firsts = tl.maximum(firsts, order_at(row, start + tl.arange(0, BLOCK)))
     total, count = tl.cast(0.0, tl.float64), tl.cast(0, tl.int32)
     for _ in tl.range(0, TOKENS):
-        best, value = tl.cast(-1, tl.int64), tl.cast(-INF, tl.float32)
-        for start in tl.range(0, row.vocab, BLOCK):
-            cols = start + lanes
-            x = masked(row, cols, load_logits(row, cols))
-            order = tl.where((order_of(x, cols) < last) & (x > -INF), order_of(x, cols), -1)
-            best = tl.maximum(best, tl.max(order, 0))
-            value = tl.maximum(value, tl.max(tl.where(order >= 0, x, -INF), 0))
+        best = tl.max(firsts, 0)
         if best >= 0:
-            total += value.to(tl.float64) - top.to(tl.float64) - log_sum
+            value = tl.load(row.logits + id_of(best)).to(tl.float64)
+            total += value - top.to(tl.float64) - log_sum
             count += 1
-        last = tl.where(best >= 0, best, 0)
+            firsts = without(row, firsts, best, BLOCK)
     return (0.0 - total) / tl.maximum(count, 1).to(tl.float64)
 
 

@@ -11,6 +11,7 @@ INF = tl.constexpr(float("inf"))
 MAX_NOISE = tl.constexpr(22.1808)  # above the largest noise
 LAST_ID = tl.constexpr(0x3FFFFF)
 TINY = tl.constexpr(2.0**-126)
+LANE_BLOCK = tl.constexpr(128)  # of a lane's tokens, read at once
 
 
 class Row(NamedTuple):
@@ -170,25 +171,54 @@ def choose(row, top, r, BLOCK: tl.constexpr):
     return token, bad
 
 
+# ---- the first tokens in order: those of a lane, which are BLOCK apart, give one another's place
+
+
+@triton.jit
+def order_at(row, cols):
+    """The order of the allowed tokens, -1 of others."""
+    x = masked(row, cols, load_logits(row, cols))
+    return tl.where(x > -INF, order_of(x, cols), -1)
+
+
+@triton.jit
+def id_of(order):
+    return LAST_ID - (order & LAST_ID).to(tl.int32)
+
+
+@triton.jit
+def first_of_lane(row, lane, before, BLOCK: tl.constexpr):
+    """The largest order of a lane's tokens below `before`; -1: there is none."""
+    first = tl.cast(-1, tl.int64)
+    for start in tl.range(lane, row.vocab, BLOCK * LANE_BLOCK):
+        order = order_at(row, start + tl.arange(0, LANE_BLOCK) * BLOCK)
+        first = tl.maximum(first, tl.max(tl.where(order < before, order, -1), 0))
+    return first
+
+
+@triton.jit
+def without(row, firsts, taken, BLOCK: tl.constexpr):
+    """The first of each lane, the token of the order `taken` being left out with all before it."""
+    lane = id_of(taken) % BLOCK
+    return tl.where(tl.arange(0, BLOCK) == lane, first_of_lane(row, lane, taken, BLOCK), firsts)
+
+
 @triton.jit
 def write_statistics(row, top, ids, logits, lse, topk, BLOCK: tl.constexpr):
-    """The largest raw logits, one pass each, and the log-sum-exp."""
+    """The largest raw logits and the log-sum-exp."""
+    own = Row(row.logits, None, row.vocab)
     lanes = tl.arange(0, BLOCK)
-    total = tl.cast(0.0, tl.float64)
+    total = tl.zeros((BLOCK,), tl.float64)
+    firsts = tl.full((BLOCK,), -1, tl.int64)
     for start in tl.range(0, row.vocab, BLOCK):
-        e = exp_of(load_logits(row, start + lanes) - top)
-        total += tl.sum(e.to(tl.float64), 0)
-    tl.store(lse, (top.to(tl.float64) + tl.log(total)).to(tl.float32))
-    last = tl.cast(0x7FFFFFFFFFFFFFFF, tl.int64)
+        cols = start + lanes
+        total += exp_of(load_logits(own, cols) - top).to(tl.float64)
+        firsts = tl.maximum(firsts, order_at(own, cols))
+    tl.store(lse, (top.to(tl.float64) + tl.log(tl.sum(total, 0))).to(tl.float32))
     for k in tl.range(0, topk):
-        best = tl.cast(-1, tl.int64)
-        for start in tl.range(0, row.vocab, BLOCK):
-            cols = start + lanes
-            x = load_logits(row, cols)
-            order = order_of(x, cols)
-            best = tl.maximum(best, tl.max(tl.where((order < last) & (x > -INF), order, -1), 0))
+        best = tl.max(firsts, 0)
         if best >= 0:
-            at = -(best & LAST_ID).to(tl.int32) + LAST_ID
+            at = id_of(best)
             tl.store(ids + k, at.to(tl.int64))
             tl.store(logits + k, tl.load(row.logits + at).to(tl.float32))
-        last = tl.where(best >= 0, best, 0)
+            firsts = without(own, firsts, best, BLOCK)
