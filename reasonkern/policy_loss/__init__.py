@@ -165,7 +165,8 @@ def policy_loss(
         inplace_grad: write the gradient over the logits: no second (N, V) buffer. The logits must
             not be used afterwards; autograd raises where another op saved them.
         loss_scale: 0-dim tensor folded into the gradient before it is rounded to the logits' dtype
-            (GradScaler's factor for float16); scaling the loss by the same factor cancels it.
+            (GradScaler's factor for float16, ``scaler.scale(torch.ones((), device=…))``); scaling
+            the loss by the same factor cancels it.
         parallel: `Parallel`. ``vocab_group``: the logits are this rank's columns, the loss is the
             same on every rank, the gradient that of this rank's columns (always the two-pass form,
             one all-gather of 32 bytes per row); a DTensor sharded on its last dimension needs no

@@ -155,7 +155,8 @@ def linear_policy_loss(
         softcap: z = cap * tanh(x / cap) before the temperature; None = off.
         entropy_weight: per-row weight of the entropy bonus, floats; None = ``weight``.
         loss_scale: 0-dim tensor folded into the gradients before they are rounded (GradScaler's
-            factor for float16); scaling the loss by the same factor cancels it.
+            factor for float16, ``scaler.scale(torch.ones((), device=…))``); scaling the loss by the
+            same factor cancels it.
         chunk_rows: rows whose logits exist at a time; the last chunk is filled up. None = equal
             chunks of about 96 MiB of logits on CPU, 1.25 GiB on a GPU.
         compact: leave rows that take no part out of the matrix products, too. Counting them waits
