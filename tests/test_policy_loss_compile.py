@@ -165,6 +165,22 @@ def test_an_objective_built_inside_a_dynamic_graph(name: str) -> None:
     assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected, y))
 
 
+@pytest.mark.parametrize("objective", [Objective.dapo(), Objective.gspo(0.9, 1.1)])
+def test_tokens_of_any_batch_beside_advantages_of_one(objective: Objective) -> None:
+    """The batch is a symbol in the shapes of the tokens and a number in that of the advantages."""
+    tokens = torch.randn(3, 5, 7), torch.randint(7, (3, 5)), token_weights(torch.ones(3, 5))
+    advantage = torch.randn(3)
+
+    def step(x: Tensor, targets: Tensor, weight: Tensor, advantage: Tensor) -> Tensor:
+        given = {"advantage": advantage, "weight": weight, "objective": objective}
+        return policy_loss(x, targets, **given).loss
+
+    for x in tokens:
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(*tokens, advantage), step(*tokens, advantage))
+
+
 SCHEDULES: dict[str, Callable[[Tensor], dict[str, Any]]] = {
     "ratio_max": lambda v: {"objective": Objective.ppo(ratio_max=v)},
     "entropy_coef": lambda v: {"objective": Objective.cispo(2.0, entropy_coef=v)},

@@ -133,6 +133,20 @@ def test_seeds_are_read_as_unsigned() -> None:
     assert draft(2**64 - 5) == draft(-5) == draft(torch.tensor([-5]))
 
 
+def test_drafts_compile_with_a_temperature_by_request() -> None:
+    table = small()
+    ids, logits, lse = laws(2)
+    context = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    table.update(context, ids, logits, lse=lse)
+
+    def draft(temperature: Tensor) -> Tensor:
+        return table.draft(context, CHAIN, temperature=temperature, seed=1, position=3).tokens
+
+    compiled = torch.compile(draft, fullgraph=True, backend="aot_eager")
+    temperature = torch.tensor([0.0, 0.7])
+    assert torch.equal(compiled(temperature), draft(temperature))
+
+
 # ---- replicas
 
 RANK = """

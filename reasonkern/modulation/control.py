@@ -51,7 +51,8 @@ def modulate_logits_(
     Otherwise -inf stays -inf and NaN stays NaN.
 
     Args:
-        logits: (R, V) float32, bfloat16, float16 or float64, the last dimension contiguous.
+        logits: (R, V) float32, bfloat16, float16 or float64, the last dimension contiguous. Divide
+            float16 by the temperature in float32, as `sample` does: 3e4 / 0.4 overflows it.
         state: the `ModulationState`.
         slot: (R,) int64 slot of each row, -1 = padding; with ``parents`` (B,). Rows of free slots
             are left alone, too: a request without controls needs none.

@@ -74,7 +74,7 @@ def token_stats(
             contiguous (``logits[:, :-1]`` costs no copy). -inf entries are allowed.
         targets: (N,) or (B, T) token ids in [0, V).
         temperature: a number > 0, or a tensor of one per row or one per sequence (B,).
-        softcap: z = cap * tanh(x / cap) before the temperature; None = off.
+        softcap: z = cap * tanh(x / cap) before the temperature, but -inf stays; None = off.
         mask: bool or 0/1 numbers, shaped like ``targets``; rows where it is 0 are not read: their
             statistics and gradient are 0, and any target is allowed. None = all rows.
         parallel: with a ``vocab_group`` the logits are this rank's columns, and the statistics,
@@ -160,12 +160,13 @@ def policy_loss(
             in the paper and user-defined objectives; the others do not look at them.
         segments: ``cu_seqlens`` (S + 1,) of packed tokens, for sequence-level terms.
         temperature: number > 0, or a tensor of one per row or per sequence. No gradient.
-        softcap: z = cap * tanh(x / cap) before the temperature; None = off.
+        softcap: z = cap * tanh(x / cap) before the temperature, but -inf stays; None = off.
         entropy_weight: per-row weight of the entropy bonus, floats; None = ``weight``.
         inplace_grad: write the gradient over the logits: no second (N, V) buffer. The logits must
             not be used afterwards; autograd raises where another op saved them.
         loss_scale: 0-dim tensor folded into the gradient before it is rounded to the logits' dtype
-            (GradScaler's factor for float16); scaling the loss by the same factor cancels it.
+            (GradScaler's factor for float16, ``scaler.scale(torch.ones((), device=…))``); scaling
+            the loss by the same factor cancels it.
         parallel: `Parallel`. ``vocab_group``: the logits are this rank's columns, the loss is the
             same on every rank, the gradient that of this rank's columns (always the two-pass form,
             one all-gather of 32 bytes per row); a DTensor sharded on its last dimension needs no

@@ -163,7 +163,8 @@ def _spread(name: str, x: Tensor, shape: torch.Size, segments: Segments | None) 
         if x.shape != (count,):
             _checks.fail(name, f"one value per segment, {(count,)}", f"shape {tuple(x.shape)}")
         return x[segments.ids]
-    if x.shape in ((shape[0],), (shape[0], 1)):
+    # Not `x.shape in (…)`: traced by Dynamo, 3 is in no tuple whose 3 is a symbol.
+    if x.shape[:1] == shape[:1] and x.shape[1:] in ((), (1,)):
         return x.reshape(-1, 1).expand(shape)
     return x
 
@@ -273,7 +274,8 @@ def row_context(
         ref_logprob=optional("ref_logprob", ref_logprob),
         rollout_logprob=optional("rollout_logprob", rollout_logprob),
         segments=segments,
-        advantage_per_sequence=advantage.numel() in (1, segments.count(spread)),
+        advantage_per_sequence=advantage.numel() == 1
+        or advantage.numel() == segments.count(spread),
         importance=optional("importance", importance),
     )
 

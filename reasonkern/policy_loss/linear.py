@@ -54,7 +54,7 @@ def linear_token_stats(
         targets: (N,) or (B, T) token ids in [0, V).
         bias: (V,); None = no bias.
         temperature: a number > 0, or a tensor of one per row or one per sequence (B,).
-        softcap: z = cap * tanh(x / cap) before the temperature; None = off.
+        softcap: z = cap * tanh(x / cap) before the temperature, but -inf stays; None = off.
         mask: bool or 0/1 numbers, shaped like ``targets``; rows where it is 0 have statistics and
             gradient 0, whatever their hidden states and target. None = all rows.
         chunk_rows: rows whose logits exist at a time; the last chunk is filled up. None = equal
@@ -152,10 +152,11 @@ def linear_policy_loss(
             in the paper and user-defined objectives; the others do not look at them.
         segments: ``cu_seqlens`` (S + 1,) of packed tokens, for sequence-level terms.
         temperature: number > 0, or a tensor of one per row or per sequence. No gradient.
-        softcap: z = cap * tanh(x / cap) before the temperature; None = off.
+        softcap: z = cap * tanh(x / cap) before the temperature, but -inf stays; None = off.
         entropy_weight: per-row weight of the entropy bonus, floats; None = ``weight``.
         loss_scale: 0-dim tensor folded into the gradients before they are rounded (GradScaler's
-            factor for float16); scaling the loss by the same factor cancels it.
+            factor for float16, ``scaler.scale(torch.ones((), device=…))``); scaling the loss by the
+            same factor cancels it.
         chunk_rows: rows whose logits exist at a time; the last chunk is filled up. None = equal
             chunks of about 96 MiB of logits on CPU, 1.25 GiB on a GPU.
         compact: leave rows that take no part out of the matrix products, too. Counting them waits

@@ -133,9 +133,9 @@ def draft_inputs(
         temperature = _floats("temperature", temperature, table)
         if temperature.ndim > 1 or (temperature.ndim and temperature.shape[0] != rows):
             _checks.fail("temperature", f"a number or shape ({rows},)", tuple(temperature.shape))
-        if table.device.type == "cpu" and not bool((temperature >= 0).all()):
-            _checks.fail("temperature", "numbers >= 0", temperature.tolist())
         hot = temperature.expand(rows).contiguous()
+        if _checks.reads_values(hot):
+            _checks.check_all("temperature", hot, hot >= 0, "numbers >= 0")
     else:
         _checks.check_number("temperature", temperature, 0)
         hot = torch.full((rows,), temperature, dtype=torch.float32, device=table.device)

@@ -56,8 +56,8 @@ class Verified(NamedTuple):
     Attributes:
         tokens: (B, D + 1) int64 emitted tokens, -1 beyond ``length``.
         length: (B,) int64 number of emitted tokens, the bonus token included.
-        path: (B, D + 1) int64 node whose row emitted each token; ``path[:, 0]`` is 0, -1 when
-            empty.
+        path: (B, D + 1) int64 node whose row emitted each token, -1 when empty; but ``path[:, 0]``
+            is the root, 0, also where nothing was emitted.
         topk_ids: (B, D + 1, topk) int64 ids of the largest raw logits of each row on the path, -1 =
             empty.
         topk_logits: (B, D + 1, topk) float32 those logits, before temperature, mask and filters;
