@@ -81,6 +81,11 @@ bool draws_abreast(const VerifyParams& p, const Device& device) {
          abreast_bytes<E>(p.rows, kTeamThreads) <= device.shared_per_block / 2 - 1024;
 }
 
+// Rows that a walk may take: all that the tree has, or as many as tokens are allowed.
+__device__ __forceinline__ int most_rows(const VerifyParams& p, int64_t allowed) {
+  return allowed < 0 ? 0 : allowed < p.depth + 1 ? int(allowed) : p.depth + 1;
+}
+
 // What a block has found out about its row.
 struct alignas(16) Told {
   int32_t node = -1, token = -1;  // node -1: it had none; token -1: the row emits nothing

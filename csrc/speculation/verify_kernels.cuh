@@ -19,11 +19,6 @@ __device__ __forceinline__ bool is_usable(const VerifyParams& p, int64_t b, int6
   return inside & p.valid[b * p.rows.nodes + node];  // loads side by side
 }
 
-// Rows that a walk may take: all that the tree has, or as many as tokens are allowed.
-__device__ __forceinline__ int most_rows(const VerifyParams& p, int64_t allowed) {
-  return allowed < 0 ? 0 : allowed < p.depth + 1 ? int(allowed) : p.depth + 1;
-}
-
 // ---- a row's token
 
 // -1: no child was accepted.
@@ -259,9 +254,10 @@ template <class Visit>
 __device__ void verify_request(const VerifyParams& p, Team& team, int64_t b) {
   const Request& request = team.begin(p.requests, b);
   const bool active = p.valid[b * p.rows.nodes], first_block = cluster_rank() == 0;
-  const int limit = most_rows(p, p.max_length != nullptr ? p.max_length[b] : p.depth + 1);
+  const int64_t allowed = p.max_length != nullptr ? p.max_length[b] : p.depth + 1;
+  const int limit = int(allowed < p.depth + 1 ? allowed : p.depth + 1);  // where any is allowed
   int32_t status = 0;
-  Place at{b, active && limit > 0 ? 0 : -1, 0};
+  Place at{b, active && allowed > 0 ? 0 : -1, 0};
   const bool walks = at.node >= 0;
   if (!walks) team.await(Slice(p.rows, b, 0, team.rank()));
   if (first_block) clear_outputs(p, b, 0);
