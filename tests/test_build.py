@@ -75,7 +75,7 @@ def sdist(tmp_path_factory):
     subprocess.run(command, cwd=tree, check=True, capture_output=True)
     (archive,) = (tree / "dist").iterdir()
     with tarfile.open(archive) as tar:
-        tar.extractall(tree / "out")
+        tar.extractall(tree / "out", filter="data")
     (unpacked,) = (tree / "out").iterdir()
     return unpacked
 
