@@ -64,6 +64,7 @@ clean:
 	@echo "Setting up .venv: a few minutes and, unless torch is there, its download; pip is quiet."
 	$(PYTHON) -m venv .venv
 	$(PY) -c "import torch" 2>/dev/null || $(PY) -m pip install -q $(TORCH)
+	$(PY) -c "import triton" 2>/dev/null || $(PY) -m pip install -q "triton==3.6.0; platform_system == 'Linux'"
 	$(PY) -m pip install -q "setuptools>=64" wheel ninja "numpy<2.4"
 	touch $@
 

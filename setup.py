@@ -26,6 +26,7 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # Texts of errors name csrc/…, not the folder that the library was built in.
 PREFIX = f"-fmacro-prefix-map={os.path.abspath('.')}/="
 CPU_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", PREFIX, TARGET]
+CPU_FLAGS += ["-Wno-psabi"]  # vectors wider than registers pass between inlined functions only
 SANITIZE = []
 if os.environ.get("REASONKERN_SANITIZE") == "1":  # what `make stress` runs the CPU library under
     SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]

@@ -1,6 +1,7 @@
 """The sdist is complete, gives one abi3 wheel, and importing touches neither GPU nor extras."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 import reasonkern
 
@@ -73,7 +75,7 @@ def sdist(tmp_path_factory):
     subprocess.run(command, cwd=tree, check=True, capture_output=True)
     (archive,) = (tree / "dist").iterdir()
     with tarfile.open(archive) as tar:
-        tar.extractall(tree / "out")
+        tar.extractall(tree / "out", filter="data")
     (unpacked,) = (tree / "out").iterdir()
     return unpacked
 
@@ -163,6 +165,15 @@ def test_a_checkout_that_was_not_built_says_so(tmp_path):
     status, output = python(ONE_OP, tmp_path, REASONKERN_NO_EXT="0")
     assert status == 0, output
     assert f"reasonkern in {tmp_path / 'reasonkern'}: library _C is not built, so CPU" in output
+
+
+def test_extras_take_the_triton_that_torch_brings():
+    """Else pip puts another torch in the place of the one that is there."""
+    named = re.findall(r'"(triton[<=>~!][^"]*)"', (ROOT / "pyproject.toml").read_text())
+    assert len(named) == 2
+    for requirement in map(Requirement, named):
+        # of torch 2.11, 2.13 and 2.15
+        assert all(map(requirement.specifier.contains, ("3.6.0", "3.7.1", "3.9.0")))
 
 
 def test_an_editable_install_is_found_from_the_folder_above(tmp_path):

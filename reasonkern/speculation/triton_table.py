@@ -106,7 +106,7 @@ def _claim(keys, counts, ages, counters, key, now, sets):
     n = tl.load(counts + first + way).to(tl.int64)
     order = tl.where(held == 0, 0, 1 + ((age.to(tl.int64) << 16) | n))
     chosen = tl.where(found, tl.argmax(same.to(tl.int32), 0), tl.argmin(order, 0))
-    taken = (way == chosen) & (found == 0)
+    taken = ((way == chosen) & (found == 0)) != 0  # in the interpreter `&` with a scalar: an int32
     evicted = tl.sum((taken & (held != 0)).to(tl.int64), 0)
     tl.atomic_add(counters + EVICTIONS, evicted, sem="relaxed")
     tl.store(keys + first + way, (held * 0 + key).to(tl.int64, bitcast=True), mask=taken)
@@ -130,7 +130,7 @@ def _insert(best_token, best_sum, topk, token, total):
 @triton.jit
 def _load_sums(slots, extra, entry, found, n, topk, STORAGE: tl.constexpr):
     lane = tl.arange(0, LANES)
-    mask = (lane < topk) & found
+    mask = ((lane < topk) & found) != 0  # as `taken` of _claim
     word = tl.load(slots + entry * topk + lane, mask=mask, other=0)
     if STORAGE == EXACT:
         total = tl.load(extra + entry * topk + lane, mask=mask, other=0)

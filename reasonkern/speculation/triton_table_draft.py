@@ -144,8 +144,9 @@ def draft_kernel(
             mask = start + step < end
             node = tl.load(level_nodes + start + step, mask=mask, other=0)
             mask = mask & (tl.load(valid_row + node, mask=mask, other=0) != 0)
+            present = (mask & known) != 0  # in the interpreter `&` with a scalar: an int32
             entry, found = _look_up(
-                keys, parents, tokens_row, context, node, mask & known, scope, epoch, sets,
+                keys, parents, tokens_row, context, node, present, scope, epoch, sets,
                 WINDOW, ORDERS, NUM_ORDERS,
             )  # fmt: skip
             for k in tl.static_range(NUM_ORDERS):
