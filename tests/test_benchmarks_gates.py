@@ -76,6 +76,7 @@ def toy(monkeypatch):
 
     def use(*gates):
         case = dataclasses.replace(CASE, providers=("right", "copy", "wrong"), gates=gates)
+        monkeypatch.setattr(cli.families, "NAMES", ("toy",))
         monkeypatch.setattr(cli.families, "load", lambda name: toy_family(case))
         monkeypatch.setattr(engine, "Effort", lambda: FAST)
 

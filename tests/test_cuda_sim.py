@@ -328,6 +328,7 @@ def test_fault(sim, kernel):
     run(sim, kernel, None, np.zeros(1, np.int32), shared=100, n=n)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(build.SANITIZE in os.environ, reason="starts the run under sanitizers")
 def test_under_the_address_and_undefined_behaviour_sanitizers():
     pytest_arguments = ["-m", "pytest", "-s", "-p", "no:cacheprovider", "--noconftest", __file__]

@@ -169,9 +169,8 @@ def test_launch_configuration(sim: Any) -> None:
         assert {c["resident"] for c in sizes} == {True, False}
 
 
-@pytest.mark.parametrize(
-    "sanitizers", ["undefined", pytest.param("address", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizers", ["undefined", "address"])
 def test_under_sanitizers(sanitizers: str) -> None:
     """Out-of-bounds accesses and undefined behaviour end the process."""
     from cuda_sim.build import run_sanitized
