@@ -24,8 +24,8 @@ TARGET = ROOT / "reasonkern" / "_evidence.py"
 GPU_BACKENDS = ("cuda", "triton")
 # (op, backend) -> since when the kernel is another one. Delete what a newer result speaks for.
 WRITTEN_ANEW = {
-    (op, "triton"): "2026-11-27T17:00"
-    for op in ("sample_controlled", "verify_controlled", "verify_tree")
+    (op, "triton"): "2026-11-27T20:00"
+    for op in ("sample", "sample_controlled", "verify_controlled", "verify_tree")
 }
 
 HEAD = '''"""Which backend has run, and matched, on which GPU architecture.

@@ -100,6 +100,14 @@ def as_device(name: str, value: Any) -> torch.device:
         fail(name, "a device of this machine", f"{str(value)!r} ({reason})")
 
 
+def filled(values: Sequence[int], device: torch.device) -> Tensor:
+    """(K,) int64, filled on the device: a copy from the host would synchronise."""
+    out = torch.empty(len(values), dtype=torch.int64, device=device)
+    for k, value in enumerate(values):
+        out[k].fill_(value)
+    return out
+
+
 def check_settings(given: object, own: Mapping[str, object]) -> None:
     """A saved state has the settings of its owner; the message names those that differ."""
     if not isinstance(given, Mapping):

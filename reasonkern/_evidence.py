@@ -22,7 +22,6 @@ EVIDENCE: dict[tuple[str, str, str], str] = {
     ('policy_metrics', 'sm_90', 'cuda'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9.json)',
     ('policy_metrics', 'sm_90', 'triton'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9-tests.json)',
     ('sample', 'sm_90', 'cuda'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9.json)',
-    ('sample', 'sm_90', 'triton'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9.json)',
     ('sample_controlled', 'sm_90', 'cuda'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9-tests.json)',
     ('scale_rows_', 'sm_90', 'cuda'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9.json)',
     ('scale_rows_', 'sm_90', 'triton'): 'NVIDIA H200, 2026-11-27 (h200/2026-11-27-9f4b0a9-tests.json)',

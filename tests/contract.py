@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.library import opcheck
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.optests import aot_autograd_check
 
 SENTINEL = 7.25
@@ -36,6 +37,14 @@ def _tensors(out: Any) -> tuple[Tensor, ...]:
     if out is None:
         return ()
     return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+class NoHostData(TorchFunctionMode):
+    """Refuses tensors of numbers of the host: their copy to a device synchronises."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.tensor, torch.as_tensor), args
+        return func(*args, **(kwargs or {}))
 
 
 def clone_args(args: Sequence[Any]) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from contract import NoHostData
 from speculation_cases import generator, random_tree
 
 import reasonkern as rk
@@ -55,6 +56,18 @@ def test_scalars_and_tensors_mean_the_same():
     expected = rk.sample(x, **full)
     assert torch.equal(rk.sample(x, **tensors), expected)
     assert torch.equal(rk.sample(x, **zero_dim), expected)
+
+
+def test_numbers_are_filled_in_on_the_device():
+    TREE.tensors("meta")  # copied there once
+    logits = torch.zeros(2, 4, V, device="meta")
+    on_device = rk.Draft(*(x.to("meta") for x in draft()[:2]))
+    for eos in (3, [3, 4], []):
+        with NoHostData():
+            seed = rk.request_seeds(5, 2, device="meta")
+            limits = {"eos": eos, "max_length": 2, "num_nodes": 3, "top_k": 5, "top_p": 0.9}
+            out = call(logits=logits, draft=on_device, seed=seed, **limits)
+        assert out.tokens.shape == (2, TREE.depth + 1)
 
 
 def test_numbers_beyond_float32_mean_off():

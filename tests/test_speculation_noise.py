@@ -133,6 +133,13 @@ def test_triton_gumbel_of_hard_words():
     assert_same_bits(triton_kernel.gumbel(word), noise.gumbel(word))
 
 
+def test_triton_passes_over_what_no_noise_can_lift():
+    rows = pytest.importorskip("reasonkern.speculation.triton_rows")
+    noise_of_ends = noise.gumbel(torch.tensor([0, 2**32 - 1]))
+    assert rows.MIN_NOISE.value < noise_of_ends[1] < rows.MIN_NOISE.value + 1e-3
+    assert rows.MAX_NOISE.value - 1e-3 < noise_of_ends[0] < rows.MAX_NOISE.value
+
+
 # ---- what words depend on
 
 

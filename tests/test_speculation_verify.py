@@ -73,7 +73,9 @@ def cases(backend, few: int, many: int) -> range:
 
 @pytest.mark.parametrize("filters", ["off", "mixed"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_sample_random_rows(backend, filters, masked):
+def test_sample_random_rows(backend, monkeypatch, filters, masked):
+    if backend.name == "triton" and backend.slow:  # few tokens, but several blocks
+        monkeypatch.setattr("reasonkern.speculation.triton_verify.BLOCK", 64)
     for seed in cases(backend, 3, 25):
         vocab = (1, 2, 31, 64, 509, 515, 2081, 700)[seed % 8] if seed else 137
         if backend.slow:
@@ -143,6 +145,17 @@ def test_sample_where_the_inverse_of_the_temperature_overflows(backend):
     assert torch.isinf(1 / temperature).all() and torch.isfinite(x / temperature[:, None]).all()
     r = replace(rows(12, 40, 5, "off"), temperature=temperature)
     assert sample_everywhere(backend, x, None, r).unique().numel() > 2
+
+
+@pytest.mark.parametrize("top", [0.0, 8.0, 24.0, 26.0, 1e30])
+def test_sample_where_one_token_is_far_above(backend, monkeypatch, top):
+    """So far that others are within reach of the noise, just so, or not; 1e30 swallows any."""
+    if backend.name == "triton":
+        monkeypatch.setattr("reasonkern.speculation.triton_verify.BLOCK", 16)
+    x = torch.zeros(8, 70)
+    x[torch.arange(8), torch.tensor([0, 3, 17, 40, 47, 60, 64, 69])] = top
+    r = replace(rows(8, 70, 6, "off"), temperature=torch.ones(8))
+    sample_everywhere(backend, x, None, r)
 
 
 def test_a_masked_token_may_be_anything(backend):

@@ -1,10 +1,12 @@
 """Compiles every Triton kernel of policy_loss and shaping ahead of time, without a GPU."""
 
+import ast
 import inspect
 import json
 import re
 import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -189,3 +191,25 @@ def test_sizes_and_hyper_parameters_do_not_recompile(report, name):
     assert set(row["constexprs"]) <= CONSTEXPR
     small, large = row["keys"]
     assert small == large
+
+
+def launches(node, guarded=False):
+    """Calls `kernel[grid](…)` below a node: their lines, and whether they are in a device_of."""
+    if isinstance(node, ast.With):
+        guarded |= any("torch.cuda.device_of" in ast.unparse(item) for item in node.items)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+        yield node.lineno, guarded
+    for child in ast.iter_child_nodes(node):
+        yield from launches(child, guarded)
+
+
+def test_launches_are_on_the_device_of_their_tensors():
+    """Triton launches on the current device and its stream, wherever the tensors are."""
+    package = Path(__file__).parents[1] / "reasonkern"
+    found = {
+        (path.name, line): guarded
+        for path in package.rglob("triton_*.py")
+        for line, guarded in launches(ast.parse(path.read_text()))
+    }
+    assert len(found) >= 14
+    assert not [place for place, guarded in found.items() if not guarded]

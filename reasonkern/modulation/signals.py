@@ -130,4 +130,4 @@ def _id_table(name: str, ids: Sequence[int] | Tensor, logits: Tensor) -> Tensor:
     listed = list(ids)
     if not listed or len(set(listed)) < len(listed):
         _checks.fail(name, "one id or more, each once", listed)
-    return torch.tensor([listed], dtype=torch.int64, device=logits.device)
+    return _checks.filled(listed, logits.device).unsqueeze(0)

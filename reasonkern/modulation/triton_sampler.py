@@ -26,6 +26,7 @@ from ..speculation.triton_rows import (
     masked,
     order_at,
     order_of,
+    sum_of_thread,
     without,
     write_statistics,
 )
@@ -39,31 +40,35 @@ def add_moments(total, weighted, d):
     """Adds exp(d) and exp(d) d; -inf adds nothing."""
     e = exp_of(d)
     product = tl.where(e > 0, e * d, 0.0)
-    return total + tl.sum(e.to(tl.float64), 0), weighted + tl.sum(product.to(tl.float64), 0)
+    total += sum_of_thread(e.to(tl.float64))
+    return total, weighted + sum_of_thread(product.to(tl.float64))
 
 
 @triton.jit
 def moments(row, top, BLOCK: tl.constexpr):
     """Of the allowed tokens at temperature 1."""
     lanes = tl.arange(0, BLOCK)
-    total, weighted = tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64)
+    total = tl.zeros((BLOCK // 4,), tl.float64)
+    weighted = total
     for start in tl.range(0, row.vocab, BLOCK):
         cols = start + lanes
         x = masked(row, cols, load_logits(row, cols))
         total, weighted = add_moments(total, weighted, x - top)
-    return total, weighted
+    return tl.sum(total, 0), tl.sum(weighted, 0)
 
 
 @triton.jit
 def kept_entropy(row, temperature, top, cut, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
-    total, weighted = tl.cast(0.0, tl.float64), tl.cast(0.0, tl.float64)
+    total = tl.zeros((BLOCK // 4,), tl.float64)
+    weighted = total
     for start in tl.range(0, row.vocab, BLOCK):
         cols = start + lanes
         value = tl.div_rn(masked(row, cols, load_logits(row, cols)), temperature)
         value = tl.where(order_of(value, cols) >= cut, value, -INF)
         total, weighted = add_moments(total, weighted, value - top)
-    return tl.log(total) - weighted / total
+    total = tl.sum(total, 0)
+    return tl.log(total) - tl.sum(weighted, 0) / total
 
 
 @triton.jit
@@ -91,11 +96,11 @@ def describe_kernel(
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     row = Row(logits + b * stride, None if mask is None else mask + b * mask_stride, vocab)
+    top = find_top(row, BLOCK)
     r = Request(
         tl.load(temperature + b), tl.load(top_k + b), tl.load(top_p + b), tl.load(min_p + b),
         tl.load(seed + b), tl.load(position + b),
     )  # fmt: skip
-    top = find_top(row, BLOCK)
     greedy = r.temperature == 0
     value = tl.where(greedy, top.value, tl.div_rn(top.value, tl.where(greedy, 1.0, r.temperature)))
     bad = (top.bad != 0) | ((tl.abs(value) < INF) == 0)

@@ -174,7 +174,7 @@ def step_limits(
         for token in given:
             if not _checks.is_integer(token):
                 _checks.fail("eos", "an id, a list of ids or a tensor", repr(eos))
-        ids = torch.tensor([as_int64("eos", x) for x in given], dtype=torch.int64, device=device)
+        ids = _checks.filled([as_int64("eos", x) for x in given], device)
     if ids is not None and ids.numel() > MAX_EOS:
         _checks.fail("eos", f"at most {MAX_EOS} ids", ids.numel())
     cap = used = None

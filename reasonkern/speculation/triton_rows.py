@@ -9,6 +9,7 @@ from .triton_noise import exp_of, gumbel, minus_log, words_of_block
 
 INF = tl.constexpr(float("inf"))
 MAX_NOISE = tl.constexpr(22.1808)  # above the largest noise
+MIN_NOISE = tl.constexpr(-2.8116)  # below the smallest
 LAST_ID = tl.constexpr(0x3FFFFF)
 TINY = tl.constexpr(2.0**-126)
 LANE_BLOCK = tl.constexpr(128)  # of a lane's tokens, read at once
@@ -57,27 +58,30 @@ def masked(row, cols, x):
 
 
 @triton.jit
+def sum_of_thread(x):
+    """(BLOCK / 4,) sums of what lies in one thread where it has four elements: no exchange."""
+    return tl.sum(tl.reshape(x, (4, x.shape[0] // 4)), 0)
+
+
+@triton.jit
 def find_top(row, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
-    raw = tl.cast(-INF, tl.float32)
-    value, at = raw, tl.cast(-1, tl.int32)
-    bad = tl.cast(0, tl.int32)
-    bad_raw = bad
+    raw = tl.full((BLOCK,), -INF, tl.float32)  # of each lane's tokens, as the others
+    value, at = raw, tl.full((BLOCK,), -1, tl.int32)
+    bad = tl.zeros((BLOCK,), tl.int32)  # 1: among all, 2: among the allowed
     for start in tl.range(0, row.vocab, BLOCK):
         cols = start + lanes
         x = load_logits(row, cols)
-        good = x < INF  # not NaN either
-        bad_raw |= tl.max((good == 0).to(tl.int32), 0)
-        raw = tl.maximum(raw, tl.max(tl.where(good, x, -INF), 0))
+        bad |= tl.where(x < INF, 0, 1)  # not NaN either
+        raw = tl.maximum(raw, tl.where(x < INF, x, -INF))
         x = masked(row, cols, x)
-        good = x < INF
-        bad |= tl.max((good == 0).to(tl.int32), 0)
-        x = tl.where(good, x, -INF)
-        top = tl.max(x, 0)
-        if top > value:
-            value = top
-            at = tl.min(tl.where(x == top, cols, LAST_ID), 0)
-    return Top(raw, value, at, bad, bad_raw)
+        bad |= tl.where(x < INF, 0, 2)
+        x = tl.where(x < INF, x, -INF)
+        at = tl.where(x > value, cols, at)
+        value = tl.maximum(value, x)
+    top = tl.max(value, 0)
+    at = tl.min(tl.where(value == top, at, LAST_ID), 0)
+    return Top(tl.max(raw, 0), top, at, tl.max(bad & 2, 0), tl.max(bad & 1, 0))
 
 
 @triton.jit
@@ -95,21 +99,21 @@ def bound_order(bound):
 
 
 @triton.jit
-def weigh(row, temperature, top, cut, least, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Mass, or number, of the tokens whose order is at least `cut` and `least`."""
+def weigh(row, temperature, top, least, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Mass, or number, of the tokens whose order is at least `least`."""
     lanes = tl.arange(0, BLOCK)
-    total = tl.cast(0, tl.int64)
+    total = tl.zeros((BLOCK // 4,), tl.int64)
     for start in tl.range(0, row.vocab, BLOCK):
         cols = start + lanes
         value = tl.div_rn(masked(row, cols, load_logits(row, cols)), temperature)
         order = order_of(value, cols)
-        kept = (order >= cut) & (order >= least) & (cols < row.vocab)
+        kept = (order >= least) & (cols < row.vocab)
         if MASS:
             weight = (exp_of(value - top) * 1099511627776.0).to(tl.int64)
         else:
             weight = tl.full((BLOCK,), 1, tl.int64)
-        total += tl.sum(tl.where(kept, weight, 0), 0)
-    return total
+        total += sum_of_thread(tl.where(kept, weight, 0))
+    return tl.sum(total, 0)
 
 
 @triton.jit
@@ -118,7 +122,8 @@ def search_cut(row, temperature, top, cut, limit, MASS: tl.constexpr, BLOCK: tl.
     low = tl.cast(0, tl.int64)
     for i in tl.range(0, 54):
         least = low + (tl.cast(1, tl.int64) << (53 - i))
-        enough = weigh(row, temperature, top, cut, least, MASS, BLOCK).to(tl.float64) >= limit
+        weight = weigh(row, temperature, top, tl.maximum(cut, least), MASS, BLOCK)
+        enough = weight.to(tl.float64) >= limit
         low = tl.where(enough, least, low)
     return low
 
@@ -130,7 +135,7 @@ def filter_cut(row, r, top, BLOCK: tl.constexpr):
     if (r.top_k > 0) & (r.top_k < row.vocab):
         cut = search_cut(row, r.temperature, top, cut, r.top_k.to(tl.float64), False, BLOCK)
     if (r.top_p >= 1) == 0:
-        total = weigh(row, r.temperature, top, cut, cut, True, BLOCK).to(tl.float64)
+        total = weigh(row, r.temperature, top, cut, True, BLOCK).to(tl.float64)
         limit = r.top_p.to(tl.float64) * total
         limit = tl.where(limit >= 1, limit, 1.0)  # below a unit, or NaN: the first token alone
         cut = search_cut(row, r.temperature, top, cut, limit, True, BLOCK)
@@ -150,7 +155,7 @@ def draw(row, r, top, cut, BLOCK: tl.constexpr):
         value = tl.div_rn(masked(row, cols, load_logits(row, cols)), r.temperature)
         kept = (order_of(value, cols) >= cut) & (cols < row.vocab)
         value = tl.where(kept, value, -INF)
-        if tl.max(value, 0) + MAX_NOISE >= best:
+        if tl.max(value, 0) + MAX_NOISE >= tl.maximum(best, top + MIN_NOISE):
             score = value + gumbel(words_of_block(start, r.position, 0, r.seed, BLOCK))
             top_score = tl.max(score, 0)
             if top_score > best:

@@ -262,13 +262,14 @@ def table_draft(
     q_ids = context.new_empty(law)
     q_logprob = context.new_empty(law, dtype=torch.float32)
     if batch:
-        draft_kernel[(batch,)](
-            context, context.stride(0), keys, slots, extra, counts, epochs, counters,
-            keys.shape[0], topk, epochs.numel(), parents, depths, child_ptr, child_index,
-            level_ptr, level_nodes, level_ptr.numel() - 1, nodes, scope, temperature, seed,
-            position, tokens, valid.view(torch.int8), q_ids, q_logprob,
-            KIND=kind, STORAGE=_storage(extra), **_orders(orders), **OPTIONS,
-        )  # fmt: skip
+        with torch.cuda.device_of(context):
+            draft_kernel[(batch,)](
+                context, context.stride(0), keys, slots, extra, counts, epochs, counters,
+                keys.shape[0], topk, epochs.numel(), parents, depths, child_ptr, child_index,
+                level_ptr, level_nodes, level_ptr.numel() - 1, nodes, scope, temperature, seed,
+                position, tokens, valid.view(torch.int8), q_ids, q_logprob,
+                KIND=kind, STORAGE=_storage(extra), **_orders(orders), **OPTIONS,
+            )  # fmt: skip
     return tokens, valid, q_ids, q_logprob
 
 
@@ -279,11 +280,11 @@ def _keys_step(
     rows, width = ids.shape
     items = context.new_empty(rows * len(orders))
     values = ids.new_empty(ids.shape, dtype=torch.int32)
-    keys_kernel[(max(1, triton.cdiv(rows, ROWS.value)),)](
-        context, context.stride(0), ids, logits, lse, scope, epochs, counters, clock, items,
-        values, rows, width, epochs.numel(), vocab_size, **_orders(orders),
-        **OPTIONS,
-    )  # fmt: skip
+    with torch.cuda.device_of(context):
+        keys_kernel[(max(1, triton.cdiv(rows, ROWS.value)),)](
+            context, context.stride(0), ids, logits, lse, scope, epochs, counters, clock, items,
+            values, rows, width, epochs.numel(), vocab_size, **_orders(orders), **OPTIONS,
+        )  # fmt: skip
     return items, values
 
 
@@ -291,11 +292,12 @@ def _merge_step(
     context, keys, slots, extra, counts, ages, clock, epochs, counters, orders, max_count,
     vocab_size, ids, logits, lse, scope, strict, items, pairs, totals,
 ):  # fmt: skip
-    merge_kernel[(items.numel(),)](
-        keys, slots, extra, counts, ages, clock, counters, items, pairs, totals, items.numel(),
-        keys.shape[0], slots.shape[1], ids.shape[1], max_count, STORAGE=_storage(extra),
-        num_warps=1, enable_fp_fusion=False,
-    )  # fmt: skip
+    with torch.cuda.device_of(context):
+        merge_kernel[(items.numel(),)](
+            keys, slots, extra, counts, ages, clock, counters, items, pairs, totals, items.numel(),
+            keys.shape[0], slots.shape[1], ids.shape[1], max_count, STORAGE=_storage(extra),
+            num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 def table_update_(*args):

@@ -119,7 +119,8 @@ def request_seeds(
         _checks.check_shape("seed", seed, (), "0-dim")
         key = seed if device is None else seed.to(device)
     else:
-        key = torch.tensor(as_int64("seed", seed), device=device or "cpu")
+        number = as_int64("seed", seed)
+        key = torch.full((), number, dtype=torch.int64, device=device or "cpu")
     index = torch.arange(batch, device=key.device)
     tag = torch.full_like(index, SEED_TAG)
     low, high, *_ = noise.philox((index, index * 0, index * 0, tag), key)
