@@ -1,4 +1,4 @@
-"""What each rank checks of slime's loss; `test_integrations_slime.py` says on how many."""
+"""What each rank checks of slime's loss; `test_policy_loss_parallel.py` says on how many."""
 
 from __future__ import annotations
 
@@ -90,15 +90,15 @@ def every_case(check: Callable[..., None], vocab: Any, pieces: Any) -> None:
             raise AssertionError(f"{case}: {error}") from error
 
 
-def vocabulary() -> None:
+def slime_vocabulary() -> None:
     every_case(literally, world(), None)
 
 
-def pieces_of_texts() -> None:
+def slime_pieces() -> None:
     every_case(literally, None, world())
 
 
-def both() -> None:
+def slime_grid() -> None:
     every_case(literally, *grid())
 
 

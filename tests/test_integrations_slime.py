@@ -1,4 +1,4 @@
-"""slime's policy loss by `policy_loss`, on one process and with tensor and context parallelism.
+"""slime's policy loss by `policy_loss`; over ranks it is among `test_policy_loss_parallel.py`.
 
 slime is on no package index: the loss is compared with its formulas written out, over a stand-in
 for Megatron's groups. Where a checkout of slime is on PYTHONPATH (with httpx, which it imports),
@@ -27,7 +27,6 @@ from reasonkern import Objective
 from reasonkern.integrations import slime as ours
 
 NEAR = checks.NEAR
-WORLD = {"vocabulary": 2, "pieces_of_texts": 2, "both": 4}
 OWN = {"slimes_own_vocabulary": 2, "slimes_own_pieces": 2, "slimes_own_both": 4}
 
 
@@ -52,13 +51,6 @@ def test_the_loss_its_metrics_and_its_gradient(megatron: None, case: tuple[str, 
 @pytest.mark.parametrize("case", checks.CASES)
 def test_against_slimes_own(slimes_own: Any, case: tuple[str, bool]) -> None:
     checks.against_slime(None, None, *case)
-
-
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-@pytest.mark.parametrize("name", WORLD)
-def test_on_ranks(name: str, tmp_path: Path) -> None:
-    outcome = parallel_ranks.run(WORLD[name], ["parallel_checks_slime"], [name], tmp_path)
-    assert outcome[name] == parallel_ranks.PASSED, outcome[name]
 
 
 @pytest.mark.parametrize("name", OWN)

@@ -50,12 +50,12 @@ class Rows(NamedTuple):
     """Where the response tokens are among the T rows of logits."""
 
     targets: Tensor  # (T,)
-    index: Tensor  # (n,) the row that predicts each response token, in the order of slime's lists
+    where: Tensor  # (n,) the row that predicts each response token, in the order of slime's lists
     segments: Tensor  # cu_seqlens of the samples and of the padding after them
 
     def spread(self, x: Tensor | None) -> Any:
         """(T,) from (n,)."""
-        return None if x is None else x.new_zeros(self.targets.shape).index_copy(0, self.index, x)
+        return None if x is None else x.new_zeros(self.targets.shape).index_copy(0, self.where, x)
 
 
 def rows_of(batch: dict[str, Any], count: int, rank: int, ranks: int) -> Rows:
@@ -98,12 +98,13 @@ class Tokens(NamedTuple):
         return torch.cat((*first, zero))
 
 
-def tokens_of(batch: dict[str, Any], old_is_rollout: bool, sum_of_sample_mean: Reducer) -> Tokens:
+def tokens_of(args: Any, batch: dict[str, Any], sum_of_sample_mean: Reducer) -> Tokens:
     """With the weights of the reducer: it is linear, so they are its gradient."""
-    names = ("log_probs", "ref_log_probs", "rollout_log_probs")
-    old, ref, rollout = (torch.cat(x) if (x := batch.get(name)) else None for name in names)
+    names = ("log_probs", "rollout_log_probs")
+    old, rollout = (torch.cat(x) if (x := batch.get(name)) else None for name in names)
+    ref = torch.cat(batch["ref_log_probs"]) if args.use_kl_loss else None
     advantage = torch.cat(batch["advantages"])
     token = torch.zeros_like(advantage, dtype=torch.float32, requires_grad=True)
     with torch.enable_grad():
         (weight,) = torch.autograd.grad(sum_of_sample_mean(token), token)
-    return Tokens(weight, advantage, rollout if old_is_rollout else old, ref, rollout)
+    return Tokens(weight, advantage, rollout if args.use_rollout_logprobs else old, ref, rollout)

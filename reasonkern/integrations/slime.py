@@ -80,7 +80,7 @@ def init(args: Any) -> None:
             "reasonkern.integrations.slime does not fit this slime: expected a "
             f"policy_loss_function({', '.join(names)}); it is tested with {TESTED}"
         )
-    slimes.policy_loss_function = policy_loss_function
+    setattr(slimes, "policy_loss_function", policy_loss_function)  # noqa: B010
 
 
 def make(objective: Source) -> Callable[..., Result]:
@@ -162,7 +162,7 @@ def _loss(
 ) -> Result:
     o, (parallel, rank, ranks) = _objective(source, args), groups()
     rows = rows_of(batch, logits.shape[1], rank, ranks)
-    x = tokens_of(batch, args.use_rollout_logprobs, sum_of_sample_mean)
+    x = tokens_of(args, batch, sum_of_sample_mean)
     by_sequence = o.level == "sequence"
     out = policy_loss(
         logits.squeeze(0),  # a view; the backward of logits[0] would allocate all of them again
@@ -186,7 +186,7 @@ def _metrics(
     o: Objective, args: Any, x: Tokens, rows: Rows, out: PolicyLossOutput, texts: Segments | None
 ) -> dict[str, Tensor]:
     """slime's; ``texts`` where the ratio is that of a whole one."""
-    logp, entropy, token_loss = (y[rows.index] for y in (out.logprob, out.entropy, out.token_loss))
+    logp, entropy, token_loss = (y[rows.where] for y in (out.logprob, out.entropy, out.token_loss))
     trained = x.weight != 0
 
     def kept(y: Tensor) -> Tensor:  # rows that do not train were not read
@@ -198,13 +198,13 @@ def _metrics(
     old = logp if x.old is None else x.old
     log_ratio = kept(logp - old)
     metrics = {"loss": out.loss.detach().clone(), "entropy_loss": mean(entropy)}
-    if args.use_kl_loss:
+    if x.ref is not None:
         kl = _kl(args, kept(logp - x.ref), log_ratio.exp())
         metrics["kl_loss"] = mean(kl)
         token_loss = token_loss - args.kl_loss_coef * kl
     if texts is not None:
         total, length = (texts.sum(rows.spread(y)[None]) for y in (log_ratio, trained))
-        log_ratio = (total / length.clamp_min(1))[0, rows.index].to(logp)
+        log_ratio = (total / length.clamp_min(1))[0, rows.where].to(logp)
     ratio = log_ratio.exp()
     metrics["pg_loss"], metrics["ppo_kl"] = mean(token_loss), mean(-log_ratio)
     metrics["pg_clipfrac"] = mean(_clipped(o, ratio, x.advantage))
