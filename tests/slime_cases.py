@@ -94,7 +94,8 @@ def make_batch(on_policy: bool = False, by_token: bool = True) -> dict[str, Any]
         "logits": logits, "unconcat_tokens": list(text), "total_lengths": list(total),
         "response_lengths": list(response), "loss_masks": masks, "advantages": advantages,
         "log_probs": None if on_policy else near(10),
-        "ref_log_probs": [x - 1.5 * (i == 2) for i, x in enumerate(near(50))],
+        # The last sample's k3 is beyond the clamp of low_var_kl.
+        "ref_log_probs": [x + d for x, d in zip(near(50), (0, 0, -1.5, 3), strict=True)],
         "rollout_log_probs": near(20),
         # The last two samples are of one rollout, whose tokens count alike.
         "rollout_mask_sums": torch.stack((*sums[:2], *(sums[2] + sums[3],) * 2)).double(),
