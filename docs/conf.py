@@ -68,7 +68,7 @@ def directive(name: str, thing: Any) -> str:
 
 
 # autodoc imports stand-ins for trainers and engines, which have no version and no signatures.
-PEERS = ("transformers", "vllm", "sglang", "trl", "verl")
+PEERS = ("transformers", "vllm", "sglang", "trl", "verl", "slime")
 _peer.import_peer = lambda module, tested: import_module(module)
 _peer.require_arguments = lambda *_: None
 

@@ -27,7 +27,12 @@ pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="torch was built without distributed"
 )
 
-CHECKS = ("parallel_checks", "parallel_checks_numerics", "parallel_checks_groups")
+CHECKS = (
+    "parallel_checks",
+    "parallel_checks_numerics",
+    "parallel_checks_groups",
+    "parallel_checks_slime",
+)
 NUMERICS = (
     "numerics_hard_rows",
     "numerics_accumulation",
@@ -63,6 +68,8 @@ TWO = (
     "pieces_on_two_ranks",
     "weights_of_pieces",
     "compiled_breaks_the_graph_and_agrees",
+    "slime_vocabulary",
+    "slime_pieces",
 )
 FOUR = (
     *VOCABULARY,
@@ -70,6 +77,7 @@ FOUR = (
     "grid_of_vocabulary_and_pieces",
     "grid_of_pieces_and_data",
     "worked_example",
+    "slime_grid",
 )
 
 
