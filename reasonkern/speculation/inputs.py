@@ -194,7 +194,9 @@ def as_moved(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             return False
         return x.is_floating_point() and x.itemsize == 1
 
-    if small(key) and small(value) and key.dtype == value.dtype:
+    if isinstance(key, Tensor) and isinstance(value, Tensor) and key.dtype != value.dtype:
+        _checks.fail("value", f"dtype {key.dtype}, that of key", value.dtype)
+    if small(key) and small(value):
         return key.view(torch.uint8), value.view(torch.uint8)
     return key, value
 
@@ -202,7 +204,7 @@ def as_moved(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 def check_caches(
     key: Tensor, value: Tensor, lengths: Tensor, path: Tensor, block_table: Tensor | None
 ) -> int:
-    """Shapes and dtypes of the caches; returns the number of slots a request can address."""
+    """Shapes of the caches of one dtype; returns the number of slots a request can address."""
     for name, x in (("key", key), ("value", value)):
         check_tensor(name, x)
         if x.ndim != 4:
@@ -211,12 +213,16 @@ def check_caches(
     check_tensor("lengths", lengths)
     check_tensor("path", path)
     _checks.check_device("value", value, key, "key")
-    _checks.check_dtype("value", value, key.dtype)
     _checks.check_shape("value", value, (*key.shape[:3], value.shape[3]), "that of key up to D")
     for name, x in (("key", key), ("value", value)):
-        lead = zip(x.shape[:3], x.stride()[:3], strict=True)
-        if x.numel() and (any(n > 1 and step < x.shape[3] for n, step in lead)):
+        *lead, inner = zip(x.shape, x.stride(), strict=True)
+        if x.numel() and inner[0] > 1 and inner[1] != 1:
+            _checks.fail(name, "the last dimension contiguous", f"strides {x.stride()}")
+        if x.numel() and any(n > 1 and step < inner[0] for n, step in lead):
             _checks.fail(name, "rows that do not overlap", f"strides {x.stride()}")
+    if _share_a_row(key, value):
+        expected = "memory of its own (for a cache of one tensor: key[..., :0])"
+        _checks.fail("value", expected, "that of key")
     if lengths.ndim != 1:
         _checks.fail("lengths", "shape (B,)", tuple(lengths.shape))
     batch = lengths.shape[0]
@@ -231,6 +237,13 @@ def check_caches(
     if block_table.ndim != 2 or block_table.shape[0] != batch:
         _checks.fail("block_table", f"shape ({batch}, max_blocks)", tuple(block_table.shape))
     return key.shape[1] * block_table.shape[1]
+
+
+def _share_a_row(key: Tensor, value: Tensor) -> bool:
+    if torch.compiler.is_compiling() or key.is_meta or not (key.numel() and value.numel()):
+        return False
+    apart = value.data_ptr() - key.data_ptr()
+    return -value.shape[3] < apart // key.itemsize < key.shape[3]
 
 
 def check_slots(

@@ -323,15 +323,17 @@ def compact_kv_(
             key[b, :, lengths[b] + j] = key[b, :, start[b] + path[b, j]]
 
     Args:
-        key: (B, H, S, D), or (blocks, block_size, H, D) with a block table; any strides whose rows
-            do not overlap.
-        value: laid out like ``key``; its D may differ.
+        key: (B, H, S, D), or (blocks, block_size, H, D) with a block table; the last dimension
+            contiguous, rows that do not overlap. Any dtype, 8-bit ones too.
+        value: laid out like ``key``; its D may differ. ``key[..., :0]`` where keys and values are
+            one tensor, as in MLA.
         lengths: (B,) int64 committed tokens in the cache, the root's slot excluded.
         path: (B, P) int64, `Verified.path`.
         accepted: (B,) int64, `Verified.length`; 0 moves nothing.
         start: (B,) int64 slot of the root, >= lengths. None = lengths.
-        block_table: (B, max_blocks) int32 or int64: block of each run of block_size slots. None =
-            dense.
+        block_table: (B, max_blocks) int32 or int64: block of each run of block_size slots. With
+            ``row[:, None]`` and a cache (R, S, H, D) request b has row ``row[b]`` of it. None =
+            dense, row b.
 
     Raises:
         ValueError: wrong shape, dtype or device; on CPU also a slot outside the cache.
