@@ -168,6 +168,9 @@ def step_limits(
     if isinstance(eos, Tensor):
         _checks.check_dtype("eos", eos, *INTEGERS)
         _checks.check_device("eos", eos, logits, "logits")
+        if eos.ndim > 1:
+            expected = "shape (E,), of ids that end any request"
+            _checks.fail("eos", expected, tuple(eos.shape))
         ids = eos.reshape(-1).to(torch.int64).contiguous()
     elif eos is not None:
         given = eos if isinstance(eos, (list, tuple)) else [eos]
