@@ -59,14 +59,12 @@ def per_request(
     """
     rule = _RANGES.get(name)
     if isinstance(x, Tensor):
-        allowed = INTEGERS if dtype == torch.int64 else (torch.float32, torch.float64, *INTEGERS)
-        _checks.check_dtype(name, x, *allowed)
-        if x.device != device:
-            _checks.fail(name, f"device {device}", x.device)
-        if x.ndim:
-            _checks.check_shape(name, x, (batch,), shape)
-        rows = x.detach().to(dtype).expand(batch).contiguous()
-        if rule is not None and _checks.reads_values(rows):
+        rows = x
+        if not _checks.is_contiguous(x, (batch,), dtype, device):
+            rows = _as_rows(name, x, batch, dtype, device, shape)
+        if rule is None or not _checks.reads_values(rows):
+            return rows
+        if not all(map(rule.holds, _checks.extremes(rows))):
             _checks.check_all(name, rows, rule.holds(rows), rule.expected)
         return rows
     if dtype == torch.int64:
@@ -80,6 +78,18 @@ def per_request(
     if dtype == torch.float32:  # what is larger means "off", and float32 cannot hold it
         x = max(-_checks.LARGEST, min(float(x), _checks.LARGEST))
     return torch.full((batch,), x, dtype=dtype, device=device)
+
+
+def _as_rows(
+    name: str, x: Tensor, batch: int, dtype: torch.dtype, device: torch.device, shape: str
+) -> Tensor:
+    allowed = INTEGERS if dtype == torch.int64 else (torch.float32, torch.float64, *INTEGERS)
+    _checks.check_dtype(name, x, *allowed)
+    if x.device != device:
+        _checks.fail(name, f"device {device}", x.device)
+    if x.ndim:
+        _checks.check_shape(name, x, (batch,), shape)
+    return x.detach().to(dtype).expand(batch).contiguous()
 
 
 def row_parameters(
@@ -260,7 +270,7 @@ def check_slots(
     steps = torch.arange(path.shape[1], device=path.device)
     moves = steps < accepted.unsqueeze(-1)
     _checks.check_range("lengths", lengths, 0, slots + 1)
-    if (start < lengths).any():
+    if start is not lengths and (start < lengths).any():
         _checks.fail("start", "slots >= lengths", start.tolist())
     _checks.check_range("path", path, 0, max(slots, 1), where=moves)
     source = start.unsqueeze(-1) + path
