@@ -141,6 +141,18 @@ def test_rows_of_a_larger_dense_cache():
     assert_same_bits(stored, expected)
 
 
+def test_all_layers_in_one_call():
+    path, accepted = walk(3, 7, 5, 10)
+    lengths = torch.tensor([1, 4, 2])
+    stored = caches((4, 3, 2, 16, 8), torch.float32, 8)
+    expected = [
+        torch.stack([moved(layer, lengths, path, accepted, lengths) for layer in x]) for x in stored
+    ]
+    keys, values = (x.flatten(0, 1) for x in stored)
+    rk.compact_kv_(keys, values, lengths.repeat(4), path.repeat(4, 1), accepted.repeat(4))
+    assert_same_bits(stored, expected)
+
+
 def test_follows_a_verified_step():
     """The cache of the accepted tokens is that of a run that never drafted."""
     tree = rk.DraftTree([-1, 0, 0, 1, 2, 4])

@@ -323,6 +323,9 @@ def compact_kv_(
         for j in range(accepted[b]):
             key[b, :, lengths[b] + j] = key[b, :, start[b] + path[b, j]]
 
+    Layers that are one tensor (L, B, H, S, D) take one call: of ``flatten(0, 1)``, the other
+    arguments repeated L times.
+
     Args:
         key: (B, H, S, D), or (blocks, block_size, H, D) with a block table; the last dimension
             contiguous, rows that do not overlap. Any dtype, 8-bit ones too.
