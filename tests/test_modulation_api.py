@@ -452,6 +452,19 @@ def test_contract_of_commit():
     run_contract(OPS.commit_.default, samples, mutable=(5,), views=False)
 
 
+def test_a_step_of_another_thread_sees_all_parts_while_a_request_is_added():
+    class Parts(int):
+        def __ror__(self, other: int) -> int:  # between two bytecodes of `add`
+            seen.append(state.watches_statistics)
+            return other | int(self)
+
+    state, seen = rk.ModulationState(2), []
+    state.add(0, rk.Modulation(deepconf=rk.DeepConf(1.0)), [])
+    state._parts[0] = Parts(state._parts[0])
+    state.add(1, rk.Modulation(), [])
+    assert seen == [True]
+
+
 def test_a_loop_makes_no_tensor_of_another_size():
     """Nothing grows: the same tensors before and after 30 steps of 8 requests."""
 

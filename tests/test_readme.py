@@ -238,13 +238,15 @@ def decode(code: str, scope: dict[str, Any], texts: list[list[int]], length: int
     steps = 0
     while min(map(len, texts)) < length:
         lengths = torch.tensor([len(text) for text in texts])
-        context = torch.tensor([text[-4:] for text in texts])
-        scope |= {"context": context, "position": lengths, "lengths": lengths}
+        now = {"context": torch.tensor([text[-4:] for text in texts]), "position": lengths}
+        for name in now if steps and "context, position =" in step else ():
+            assert torch.equal(scope[name], now[name])
+        scope |= now | {"lengths": lengths}
         exec(step, scope)
         out, key = scope.get("step") or scope["verified"], cache(texts, scope["draft"].tokens)
         call = re.search(r"^# (rk\.compact_kv_\(.*\))$", step, re.M)
         if call:
-            exec(call[1], scope | {"key": key, "value": key.clone()})
+            exec(call[1], scope | now | {"key": key, "value": key.clone()})
         for text, tokens, n in zip(texts, out.tokens.tolist(), out.length.tolist(), strict=True):
             text += tokens[:n]
         for text, entries in zip(texts, key[:, 0, :, 0].tolist(), strict=True):

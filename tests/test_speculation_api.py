@@ -141,6 +141,7 @@ def test_sample_has_the_law_of_the_filtered_softmax():
         ({"node_mask": torch.zeros(2, 4, 2).int()}, "node_mask: expected shape"),
         ({"node_mask": torch.zeros(2, 4, 1).long()}, "node_mask: expected dtype"),
         ({"eos": torch.zeros(1)}, "eos: expected dtype"),
+        ({"eos": torch.tensor([[1], [2]])}, r"eos: expected shape \(E,\), of ids that end any"),
         ({"eos": list(range(65))}, "eos: expected at most 64 ids"),
         ({"eos": "stop"}, "eos: expected an id, a list of ids or a tensor, got 'stop'"),
         ({"eos": [0.5]}, r"eos: expected an id, a list of ids or a tensor, got \[0.5\]"),

@@ -118,6 +118,41 @@ def test_a_default_device_does_not_matter():
     assert torch.equal(key, expected)
 
 
+def test_one_tensor_for_keys_and_values():
+    """MLA keeps a latent per token: alone, or in two parts of a tensor."""
+    path, accepted = walk(3, 7, 5, 8)
+    lengths = torch.tensor([1, 4, 2])
+    for parts in (lambda x: (x, x[..., :0]), lambda x: (x[..., :6], x[..., 6:])):
+        latent = caches((3, 1, 16, 8), torch.bfloat16, 6)[0]
+        expected = moved(latent, lengths, path, accepted, lengths)
+        rk.compact_kv_(*parts(latent), lengths, path, accepted)
+        assert_same_bits([latent], [expected])
+
+
+def test_rows_of_a_larger_dense_cache():
+    path, accepted = walk(3, 7, 5, 9)
+    lengths, row = torch.tensor([1, 4, 2]), torch.tensor([6, 0, 3])
+    stored = caches((8, 16, 2, 8), torch.float32, 7)
+    expected = [x.clone() for x in stored]
+    for x in expected:
+        own = x[row].transpose(1, 2)
+        x[row] = moved(own, lengths, path, accepted, lengths).transpose(1, 2)
+    rk.compact_kv_(*stored, lengths, path, accepted, block_table=row[:, None])
+    assert_same_bits(stored, expected)
+
+
+def test_all_layers_in_one_call():
+    path, accepted = walk(3, 7, 5, 10)
+    lengths = torch.tensor([1, 4, 2])
+    stored = caches((4, 3, 2, 16, 8), torch.float32, 8)
+    expected = [
+        torch.stack([moved(layer, lengths, path, accepted, lengths) for layer in x]) for x in stored
+    ]
+    keys, values = (x.flatten(0, 1) for x in stored)
+    rk.compact_kv_(keys, values, lengths.repeat(4), path.repeat(4, 1), accepted.repeat(4))
+    assert_same_bits(stored, expected)
+
+
 def test_follows_a_verified_step():
     """The cache of the accepted tokens is that of a run that never drafted."""
     tree = rk.DraftTree([-1, 0, 0, 1, 2, 4])
@@ -140,6 +175,7 @@ GOOD = {
     "lengths": lambda: torch.tensor([0, 1]), "path": lambda: torch.tensor([[0, 1], [0, -1]]),
     "accepted": lambda: torch.tensor([2, 1]),
 }  # fmt: skip
+ONE, FP8 = torch.zeros(2, 1, 8, 4), torch.float8_e4m3fn
 
 
 @pytest.mark.parametrize(
@@ -148,6 +184,12 @@ GOOD = {
         ({"key": torch.zeros(2, 8, 2)}, r"^key: expected shape \(B, H, S, D\)"),
         ({"value": torch.zeros(2, 1, 7, 2)}, "^value: expected shape"),
         ({"value": torch.zeros(2, 1, 8, 2).half()}, "^value: expected dtype"),
+        ({"value": torch.zeros(2, 1, 8, 2).to(FP8)}, "^value: expected dtype torch.float32, that"),
+        ({"key": torch.zeros(2, 1, 8, 2).to(FP8)}, "^value: expected dtype torch.float8"),
+        ({"key": ONE, "value": ONE}, "^value: expected memory of its own"),
+        ({"key": ONE, "value": ONE[..., 1:]}, "^value: expected memory of its own"),
+        ({"key": ONE[..., 3:], "value": ONE}, "^value: expected memory of its own"),
+        ({"key": ONE.to(FP8), "value": ONE.to(FP8)[..., ::2]}, "^value: expected the last dim"),
         ({"lengths": torch.tensor([0])}, "^path: expected shape"),
         ({"lengths": torch.tensor([0, 1]).int()}, "^lengths: expected dtype"),
         ({"path": torch.tensor([[0, 9], [0, -1]])}, r"^path: expected values in \[0, 8\)"),

@@ -355,6 +355,11 @@ def test_bad_sequences_and_steps() -> None:
     verified = SimpleNamespace(tokens=tokens, length=torch.tensor([1, 1]))
     with pytest.raises(ValueError, match=r"verified.tokens: expected shape \(1, depth \+ 1\)"):
         small().update_verified(CONTEXT, verified)
+    names = ("topk_ids", "topk_logits", "lse")
+    law = dict(zip(names, laws(1, 5, topk=5), strict=True))
+    more = SimpleNamespace(tokens=tokens[:1], length=torch.tensor([1]), **law)
+    with pytest.raises(ValueError, match=r"verified.topk_ids: .*verify_tree\(…, topk=4\), got 5"):
+        small().update_verified(CONTEXT, more)
     with pytest.raises(ValueError, match="verified: expected a Verified, .* got tuple"):
         small().update_verified(CONTEXT, (tokens, verified.length))
     with pytest.raises(ValueError, match="verified: expected a Verified, .* got Draft"):

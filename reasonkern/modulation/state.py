@@ -69,11 +69,13 @@ class ModulationState:
         """Puts a request into a free slot.
 
         With ``generated_tokens`` a request that was taken out goes on where it was: all but the
-        windows of `DeepConf` and `EntropyTrigger`, which begin anew, follows from its tokens.
+        windows of `DeepConf` and `EntropyTrigger`, which begin anew, and a stop that came of them,
+        follows from its tokens.
 
         Args:
             slot: a free one.
-            spec: what to do to its logits.
+            spec: what to do to its logits. An id that the vocabulary lacks is refused only with
+                the logits, and those of all requests are: look at ids of strangers beforehand.
             prompt_tokens: ids; only the markers of thinking are looked for.
             generated_tokens: ids generated so far.
 
@@ -124,9 +126,10 @@ class ModulationState:
 
     def _refresh(self) -> None:
         """Sums up the slots on the host: fronts ask without a synchronisation."""
-        self._uses = 0
+        uses = 0  # self._uses is never half of it: another thread may be at a step
         for parts in self._parts:
-            self._uses |= parts
+            uses |= parts
+        self._uses = uses
         self.max_id = max(self.sets.max_id, *self._ids)
         self.tensors.sets[at.LARGEST_ID] = self.max_id
         self.needs_heat, self.needs_dense = self.uses(at.MIN_THINK), self.uses(at.SOFT)

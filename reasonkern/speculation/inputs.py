@@ -59,14 +59,12 @@ def per_request(
     """
     rule = _RANGES.get(name)
     if isinstance(x, Tensor):
-        allowed = INTEGERS if dtype == torch.int64 else (torch.float32, torch.float64, *INTEGERS)
-        _checks.check_dtype(name, x, *allowed)
-        if x.device != device:
-            _checks.fail(name, f"device {device}", x.device)
-        if x.ndim:
-            _checks.check_shape(name, x, (batch,), shape)
-        rows = x.detach().to(dtype).expand(batch).contiguous()
-        if rule is not None and _checks.reads_values(rows):
+        rows = x
+        if not _checks.is_contiguous(x, (batch,), dtype, device):
+            rows = _as_rows(name, x, batch, dtype, device, shape)
+        if rule is None or not _checks.reads_values(rows):
+            return rows
+        if not all(map(rule.holds, _checks.extremes(rows))):
             _checks.check_all(name, rows, rule.holds(rows), rule.expected)
         return rows
     if dtype == torch.int64:
@@ -80,6 +78,18 @@ def per_request(
     if dtype == torch.float32:  # what is larger means "off", and float32 cannot hold it
         x = max(-_checks.LARGEST, min(float(x), _checks.LARGEST))
     return torch.full((batch,), x, dtype=dtype, device=device)
+
+
+def _as_rows(
+    name: str, x: Tensor, batch: int, dtype: torch.dtype, device: torch.device, shape: str
+) -> Tensor:
+    allowed = INTEGERS if dtype == torch.int64 else (torch.float32, torch.float64, *INTEGERS)
+    _checks.check_dtype(name, x, *allowed)
+    if x.device != device:
+        _checks.fail(name, f"device {device}", x.device)
+    if x.ndim:
+        _checks.check_shape(name, x, (batch,), shape)
+    return x.detach().to(dtype).expand(batch).contiguous()
 
 
 def row_parameters(
@@ -168,6 +178,9 @@ def step_limits(
     if isinstance(eos, Tensor):
         _checks.check_dtype("eos", eos, *INTEGERS)
         _checks.check_device("eos", eos, logits, "logits")
+        if eos.ndim > 1:
+            expected = "shape (E,), of ids that end any request"
+            _checks.fail("eos", expected, tuple(eos.shape))
         ids = eos.reshape(-1).to(torch.int64).contiguous()
     elif eos is not None:
         given = eos if isinstance(eos, (list, tuple)) else [eos]
@@ -194,7 +207,9 @@ def as_moved(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             return False
         return x.is_floating_point() and x.itemsize == 1
 
-    if small(key) and small(value) and key.dtype == value.dtype:
+    if isinstance(key, Tensor) and isinstance(value, Tensor) and key.dtype != value.dtype:
+        _checks.fail("value", f"dtype {key.dtype}, that of key", value.dtype)
+    if small(key) and small(value):
         return key.view(torch.uint8), value.view(torch.uint8)
     return key, value
 
@@ -202,7 +217,7 @@ def as_moved(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 def check_caches(
     key: Tensor, value: Tensor, lengths: Tensor, path: Tensor, block_table: Tensor | None
 ) -> int:
-    """Shapes and dtypes of the caches; returns the number of slots a request can address."""
+    """Shapes of the caches of one dtype; returns the number of slots a request can address."""
     for name, x in (("key", key), ("value", value)):
         check_tensor(name, x)
         if x.ndim != 4:
@@ -211,12 +226,16 @@ def check_caches(
     check_tensor("lengths", lengths)
     check_tensor("path", path)
     _checks.check_device("value", value, key, "key")
-    _checks.check_dtype("value", value, key.dtype)
     _checks.check_shape("value", value, (*key.shape[:3], value.shape[3]), "that of key up to D")
     for name, x in (("key", key), ("value", value)):
-        lead = zip(x.shape[:3], x.stride()[:3], strict=True)
-        if x.numel() and (any(n > 1 and step < x.shape[3] for n, step in lead)):
+        *lead, inner = zip(x.shape, x.stride(), strict=True)
+        if x.numel() and inner[0] > 1 and inner[1] != 1:
+            _checks.fail(name, "the last dimension contiguous", f"strides {x.stride()}")
+        if x.numel() and any(n > 1 and step < inner[0] for n, step in lead):
             _checks.fail(name, "rows that do not overlap", f"strides {x.stride()}")
+    if _share_a_row(key, value):
+        expected = "memory of its own (for a cache of one tensor: key[..., :0])"
+        _checks.fail("value", expected, "that of key")
     if lengths.ndim != 1:
         _checks.fail("lengths", "shape (B,)", tuple(lengths.shape))
     batch = lengths.shape[0]
@@ -233,6 +252,13 @@ def check_caches(
     return key.shape[1] * block_table.shape[1]
 
 
+def _share_a_row(key: Tensor, value: Tensor) -> bool:
+    if torch.compiler.is_compiling() or key.is_meta or not (key.numel() and value.numel()):
+        return False
+    apart = value.data_ptr() - key.data_ptr()
+    return -value.shape[3] < apart // key.itemsize < key.shape[3]
+
+
 def check_slots(
     lengths: Tensor, path: Tensor, accepted: Tensor, start: Tensor, slots: int,
     block_table: Tensor | None, blocks: int, size: int,
@@ -244,7 +270,7 @@ def check_slots(
     steps = torch.arange(path.shape[1], device=path.device)
     moves = steps < accepted.unsqueeze(-1)
     _checks.check_range("lengths", lengths, 0, slots + 1)
-    if (start < lengths).any():
+    if start is not lengths and (start < lengths).any():
         _checks.fail("start", "slots >= lengths", start.tolist())
     _checks.check_range("path", path, 0, max(slots, 1), where=moves)
     source = start.unsqueeze(-1) + path

@@ -183,8 +183,9 @@ class NgramTable:
 
         Args:
             context: (B, max(orders)) the context that was drafted from.
-            verified: result of `verify_tree`: row j is the model's output after ``context +
-                tokens[:j]``; rows at and beyond ``length`` are ignored.
+            verified: result of `verify_tree` with a ``topk`` of at most this table's: row j is the
+                model's output after ``context + tokens[:j]``; rows at and beyond ``length`` are
+                ignored.
             scope: (B,), one number, or None = 0.
             all_nodes: (logits (B, N, V), draft, tree) of the step: learns from the rows of all
                 valid nodes, not only from the visited ones. That reads all the logits once more.

@@ -240,6 +240,9 @@ def verified_rows(
     inside = torch.arange(rows, device=tokens.device) < length[:, None]
     windows = torch.where(inside[..., None], windows, -1)
     laws = verified.topk_ids, verified.topk_logits, verified.lse
+    if laws[0].shape[-1] > table.topk:
+        expected = f"at most {table.topk} ids a row: verify_tree(…, topk={table.topk})"
+        _checks.fail("verified.topk_ids", expected, laws[0].shape[-1])
     return _flat(windows, *laws, scopes(table, scope, batch))
 
 

@@ -213,7 +213,10 @@ class DraftTree:
         return DraftTree(self._parents[:nodes])
 
     def attention_mask(self, device: torch.device | str = "cpu") -> Tensor:
-        """(N, N) bool: [i, j] is True when node i attends to node j, its ancestor or itself."""
+        """(N, N) bool: [i, j] is True when node i attends to node j, its ancestor or itself.
+
+        Made anew in every call: a loop keeps it.
+        """
         mask = torch.eye(self.nodes, dtype=torch.bool, device="cpu")
         for node, parent in enumerate(self._parents[1:], start=1):
             mask[node] |= mask[parent]

@@ -237,7 +237,8 @@ def verify_tree(
             emits the token at ``position + d``.
         mode: "shared" or "target-only" (equality; the drafts may depend on anything), "greedy"
             (equality at temperature 0) or "rejection".
-        eos: ids that end a request: the step is cut after the first one. None = no id.
+        eos: ids, at most 64, that end any request: the step is cut after the first one. A tensor
+            (E,) on a GPU, where a list is copied, and waited for, in every call. None = no id.
         max_length: most tokens a request may emit in this step, a number or (B,). None = no bound.
         topk: how many of the largest raw logits of the rows on the path to return, 1 to 64.
         node_mask: (B, N, ceil(V / 32)) int32 bitmask of the tokens allowed after each node. None =
@@ -323,16 +324,21 @@ def compact_kv_(
         for j in range(accepted[b]):
             key[b, :, lengths[b] + j] = key[b, :, start[b] + path[b, j]]
 
+    Layers that are one tensor (L, B, H, S, D) take one call: of ``flatten(0, 1)``, the other
+    arguments repeated L times.
+
     Args:
-        key: (B, H, S, D), or (blocks, block_size, H, D) with a block table; any strides whose rows
-            do not overlap.
-        value: laid out like ``key``; its D may differ.
+        key: (B, H, S, D), or (blocks, block_size, H, D) with a block table; the last dimension
+            contiguous, rows that do not overlap. Any dtype, 8-bit ones too.
+        value: laid out like ``key``; its D may differ. ``key[..., :0]`` where keys and values are
+            one tensor, as in MLA.
         lengths: (B,) int64 committed tokens in the cache, the root's slot excluded.
         path: (B, P) int64, `Verified.path`.
         accepted: (B,) int64, `Verified.length`; 0 moves nothing.
         start: (B,) int64 slot of the root, >= lengths. None = lengths.
-        block_table: (B, max_blocks) int32 or int64: block of each run of block_size slots. None =
-            dense.
+        block_table: (B, max_blocks) int32 or int64: block of each run of block_size slots. With
+            ``row[:, None]`` and a cache (R, S, H, D) request b has row ``row[b]`` of it. None =
+            dense, row b.
 
     Raises:
         ValueError: wrong shape, dtype or device; on CPU also a slot outside the cache.
