@@ -252,6 +252,11 @@ def random_keys(count: int, seed: int | Tensor, device: torch.device, groups: Gr
     return _mix(_mix(base + signed(GOLDEN)) + index * signed(GOLDEN))
 
 
+def uniform(count: int, seed: int, device: torch.device) -> Tensor:
+    """(count,) float64 inside (0, 1) by such a hash: no generator, which a graph cannot hold."""
+    return (_shift_right(random_keys(count, seed, device, ()), 12).double() + 0.5) * 2.0**-52
+
+
 def _mix(x: Tensor) -> Tensor:
     for shift, factor in MIX:
         x = (x ^ _shift_right(x, shift)) * signed(factor)
