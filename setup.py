@@ -23,16 +23,17 @@ except ModuleNotFoundError as error:
 # want C++17 in 2.11 and C++20 in 2.13.
 TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # Contraction would fuse a*b+c in one kernel and not in its twin, and they must agree bit for bit.
-# Texts of errors name csrc/…, not the folder that the library was built in.
-PREFIX = f"-fmacro-prefix-map={os.path.abspath('.')}/="
-CPU_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", PREFIX, TARGET]
+# Texts of errors name csrc/… and torch/…, not where they were; of two that fit the last one counts.
+HERE, TORCH = os.path.abspath("."), cpp.include_paths()[0]
+PLACES = [f"-fmacro-prefix-map={HERE}/=", f"-fmacro-prefix-map={TORCH}/="]
+CPU_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", *PLACES, TARGET]
 CPU_FLAGS += ["-Wno-psabi"]  # vectors wider than registers pass between inlined functions only
 SANITIZE = []
 if os.environ.get("REASONKERN_SANITIZE") == "1":  # what `make stress` runs the CPU library under
     SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
     CPU_FLAGS += [*SANITIZE, "-O1", "-g1", "-fno-omit-frame-pointer"]
 NVCC_FLAGS = ["-O3", "-lineinfo", "--expt-relaxed-constexpr", "-Xcompiler=-fvisibility=hidden"]
-NVCC_FLAGS += [f"-Xcompiler={PREFIX}", "-DUSE_CUDA", TARGET]
+NVCC_FLAGS += [*(f"-Xcompiler={flag}" for flag in PLACES), "-DUSE_CUDA", TARGET]
 
 
 def toolkit_problem():

@@ -36,7 +36,7 @@ class Step:
     end: int
 
 
-def specs(kind: str, vocab: int, end: int) -> rk.Modulation:
+def specs(kind: str, end: int) -> rk.Modulation:
     """Published settings; every part is on and acts in every row, but for forces."""
     if kind == "cyclic":
         return rk.Modulation(cyclic=rk.Cyclic(AMPLITUDE, PERIOD), think_end=end)
@@ -67,7 +67,7 @@ def inputs(case: Case, seed: int) -> Step:
     lengths = torch.randint(HISTORY // 2, HISTORY, (rows,), generator=g).tolist()
     histories = [torch.randint(vocab - 1000, (n,), generator=g).tolist() for n in lengths]
     for slot, history in enumerate(histories):
-        state.add(slot, specs(case.label, vocab, end), [], history)
+        state.add(slot, specs(case.label, end), [], history)
     columns = ids[0] if case.label in ("cyclic", "ban") else [*sum(ids, []), 14_190, end]
     return Step(
         hidden @ head.T,

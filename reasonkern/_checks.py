@@ -201,6 +201,11 @@ def check_seed(name: str, value: object) -> int:
     return int(value)
 
 
+def signed(word: int) -> int:
+    """An integer of 64 bits, signed or not, as the int64 with its bits."""
+    return word - (1 << 64) if word >> 63 == 1 else word  # a mask would not fit a traced integer
+
+
 def reads_values(tensor: Tensor) -> bool:
     """Whether values are checked: on CPU (CUDA would synchronise), and not while tracing."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -181,7 +181,7 @@ def _differentiable(name: str, autograd: Autograd) -> Implementation:
 
     def dispatched(keyset: Any, *args: Any) -> Any:
         recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
-        if (recorded and torch._C._are_functorch_transforms_active()) or _any_dual(args):
+        if (recorded and torch._C._are_functorch_transforms_active()) or _any_dual(*args):
             raise NotImplementedError(
                 f"reasonkern::{name}: no forward-mode derivatives and none by torch.func; use "
                 "backward() or torch.autograd.grad"
@@ -193,7 +193,12 @@ def _differentiable(name: str, autograd: Autograd) -> Implementation:
     return dispatched
 
 
-def _any_dual(args: tuple[Any, ...]) -> bool:
+def is_transformed(x: torch.Tensor) -> bool:
+    """Whether a derivative by torch.func or forward mode may be wanted, which no op has."""
+    return torch._C._are_functorch_transforms_active() or _any_dual(x)
+
+
+def _any_dual(*args: Any) -> bool:
     """Whether an argument has a tangent, which an op would drop."""
     return forward_ad._current_level >= 0 and any(
         isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args

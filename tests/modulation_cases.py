@@ -152,7 +152,7 @@ class Loop:
         noise = self.noise[torch.arange(traces)[:, None], place]
         scaled = logits.view(traces, nodes, VOCAB) / self.temperature.clamp_min(1e-6)[:, None, None]
         noisy = torch.where(self.temperature[:, None, None] > 0, noise, 0.0)
-        tokens, counts = self._walk(parents, drafts, (scaled + noisy).argmax(-1), length)
+        tokens, counts = self._walk(parents, drafts, (scaled + noisy).argmax(-1))
         self._call("commit_", slot, tokens, counts, None, None, *self.state.tensors)
 
     def _call(self, op: str, *args: Any) -> None:
@@ -185,7 +185,7 @@ class Loop:
         return drafts
 
     def _walk(
-        self, parents: Sequence[int], drafts: Tensor, chosen: Tensor, length: Tensor
+        self, parents: Sequence[int], drafts: Tensor, chosen: Tensor
     ) -> tuple[Tensor, Tensor]:
         children: list[list[int]] = [[] for _ in parents]
         for node, parent in enumerate(parents[1:], start=1):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,7 +87,6 @@ class Step:
     node_mask: Tensor | None = None
     num_nodes: Tensor | None = None
     topk: int = 4
-    notes: dict[str, Any] = field(default_factory=dict)
 
     def args(self) -> tuple[Any, ...]:
         t = self.tree

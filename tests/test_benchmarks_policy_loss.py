@@ -124,7 +124,7 @@ def test_truth_rejects_a_forgotten_entropy_bonus():
     assert found["grad"] > 1 and found["loss"] > 1 and found["logprob"] <= 1
 
 
-def test_forced_backend_serves_every_op_and_is_noted(monkeypatch):
+def test_forced_backend_serves_every_op_and_is_noted():
     from reasonkern import _load
 
     def build(case, inputs):

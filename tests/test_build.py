@@ -130,6 +130,14 @@ def test_library_is_no_python_module(wheel):
     assert b"libtorch_python" not in library
 
 
+def test_library_names_no_folder_of_the_machine_that_built_it(wheel, sdist):
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.read("reasonkern/_C.abi3.so")
+    assert b"csrc/policy_loss/" in library
+    for folder in (sdist, *torch.__path__):
+        assert str(folder).encode() not in library
+
+
 def test_import_leaves_the_driver_alone():
     status, output = python(NO_DRIVER, ROOT)
     assert status == 0, output

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from random import Random
 
@@ -126,6 +127,12 @@ def test_many_traces_are_cut_to_whole_mixed_groups():
 # ---- generated arithmetic
 
 
+def slips(text):
+    """The equations that do not hold."""
+    equations = re.findall(r"(\d+) ([-+*]) (\d+) = (\d+)", text)
+    return [e for e in equations if arithmetic.apply(e[1], int(e[0]), int(e[2])) != int(e[3])]
+
+
 @given(st.integers(0, 10_000))
 @example(263)  # a value far below 0 slips
 @settings(max_examples=20, deadline=None)
@@ -136,11 +143,11 @@ def test_generated_traces_are_verifiable(seed):
         assert "Wait, " in trace.text
         assert trace.correct == arithmetic.verify(trace.prompt, trace.text)
         if not trace.correct:
-            assert arithmetic.slips(trace.text)
+            assert slips(trace.text)
 
 
 def test_generated_traces_catch_some_slips_and_are_reproducible():
-    caught = [trace for trace in GENERATED if trace.correct and arithmetic.slips(trace.text)]
+    caught = [trace for trace in GENERATED if trace.correct and slips(trace.text)]
     assert caught and all("is wrong" in trace.text for trace in caught)
     assert arithmetic.generate(8, 4, seed=3) == GENERATED != arithmetic.generate(8, 4, seed=4)
 

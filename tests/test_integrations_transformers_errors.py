@@ -205,7 +205,7 @@ def test_columns_that_a_model_masks(ours, make, value):
         ours.generate(broken, IDS, **options)
 
 
-def test_dropout_is_named_where_a_model_is_refused_for_it(ours, make, transformers):
+def test_dropout_is_named_where_a_model_is_refused_for_it(ours, transformers):
     config = transformers.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2)
     model = transformers.GPT2LMHeadModel(config).train()
     with pytest.raises(ValueError, match=r"in training mode \(model.eval\(\) switches dropout off"):

@@ -133,17 +133,20 @@ def test_second_order_gradients_of_token_stats_are_refused() -> None:
         grad.sum().backward()
 
 
+@pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("how", ["grad", "jvp", "dual", "dual of a leaf"])
 @paths()
 def test_forward_mode_and_torch_func_are_refused(
-    objective: Any, dtype: torch.dtype, how: str
+    objective: Any, dtype: torch.dtype, how: str, inplace: bool
 ) -> None:
     """They would say that the tangent is 0, or absent."""
     b = make_batch(torch.float32)
     x, ones = b.logits.to(dtype), torch.ones_like(b.logits, dtype=dtype)
 
     def loss(x: torch.Tensor) -> torch.Tensor:
-        return policy_loss(x, b.targets, objective=objective, **b.given()).loss
+        return policy_loss(
+            x, b.targets, objective=objective, inplace_grad=inplace, **b.given()
+        ).loss
 
     with pytest.raises(NotImplementedError, match="no forward-mode derivatives and none by torch."):
         if how == "grad":

@@ -128,6 +128,23 @@ def test_a_custom_loss_that_is_not_finite_is_left_out_with_a_clean_gradient() ->
     assert out.metrics.compute()["rows_nonfinite"] == 1
 
 
+def test_vmap_over_the_logits_is_a_loop() -> None:
+    """With the gradient of a leaf outside of it, clean where the loss is not finite."""
+    b = make_batch()
+
+    def broken(logp: Tensor, entropy: Tensor, ctx: RowContext) -> Tensor:
+        others = torch.ones_like(ctx.weight).index_fill(1, torch.tensor([1]), 0.0)
+        return -ctx.advantage * logp / others
+
+    def loss(x: Tensor) -> Tensor:
+        return policy_loss(x, b.targets, objective=broken, **b.given()).loss
+
+    x, y = (torch.stack((b.logits, b.logits.flip(-1))).requires_grad_() for _ in range(2))
+    together, alone = torch.vmap(loss)(x), torch.stack([loss(one) for one in y])
+    assert_close(together, alone, rtol=1e-12, atol=1e-15)
+    assert_close(gradient(together.sum(), x), gradient(alone.sum(), y), rtol=1e-12, atol=1e-15)
+
+
 @padded_and_packed
 def test_what_a_custom_objective_sees(form: str) -> None:
     b = batch(form).to(torch.float32)

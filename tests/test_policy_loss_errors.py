@@ -420,6 +420,13 @@ def test_gtpo_names_its_own_argument():
         Objective.gtpo(0.2)
 
 
+def test_a_custom_objective_is_a_function():
+    with raises(
+        "objective custom: expected a function (logprob, entropy, ctx) -> token_loss, got 3"
+    ):
+        Objective.custom(3)
+
+
 def test_the_class_itself_is_no_objective() -> None:
     """A name alone would clip nothing, and a misspelt argument would be lost."""
     constructor = "Objective: expected a constructor, Objective.dapo(), got Objective"

@@ -184,11 +184,20 @@ def test_the_draw_is_seeded_and_even() -> None:
     assert pairs < 3 * draws[0].sum() / eligible.sum()
 
 
+def test_a_seed_that_changes_is_an_argument_of_a_traced_graph() -> None:
+    lp, a, mask = rows(1)
+    torch._dynamo.reset()
+    compiled = torch.compile(rk.covariance_mask, fullgraph=True, backend="eager")
+    for seed in (3, 4, -1):
+        drawn = rk.covariance_mask(lp, a, mask, seed=seed, fraction=0.1)
+        assert torch.equal(compiled(lp, a, mask, seed=seed, fraction=0.1), drawn)
+
+
 def test_random_keys_are_distinct_and_the_published_hash() -> None:
     """SplitMix64 from seed 0 starts with these words."""
     keys = selection.random_keys(100_000, 0, torch.device("cpu"), ())
     assert keys.unique().numel() == keys.numel()
-    state = torch.tensor([1, 2, 3]) * selection._signed(selection.GOLDEN)
+    state = torch.tensor([1, 2, 3]) * selection.signed(selection.GOLDEN)
     words = [w % 2**64 for w in selection._mix(state).tolist()]
     assert words == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
 

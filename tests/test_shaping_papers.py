@@ -261,6 +261,11 @@ def test_skywork_r1v2() -> None:
         # Five standard deviations of a share of 4000 draws are below 0.04.
         torch.testing.assert_close(share, p / p.sum(), rtol=0, atol=0.04)
     assert not shaping.prioritised_sample(torch.zeros(3), 3).valid.any()
+    torch._dynamo.reset()
+    compiled = torch.compile(shaping.prioritised_sample, fullgraph=True, backend="aot_eager")
+    for seed in (3, 4, -1):
+        drawn, eager = (f(a, 3, seed=seed) for f in (compiled, shaping.prioritised_sample))
+        assert torch.equal(drawn.indices, eager.indices)
 
 
 # ---- exploration
@@ -330,6 +335,10 @@ def test_representation_based_exploration_compiles_with_its_bounds() -> None:
     torch.testing.assert_close(compiled(3), shaping.elliptical_bonus(features, group))
     assert compiled(2).isnan().tolist() == [True] * 6 + [False] * 2
     torch.testing.assert_close(compiled(2)[6:], compiled(3)[6:])
+    bounds = {"project": 2, "max_groups": 3, "max_group_size": 3}
+    projected = torch.compile(shaping.elliptical_bonus, fullgraph=True, backend="aot_eager")
+    expected = shaping.elliptical_bonus(features, group, **bounds)
+    torch.testing.assert_close(projected(features, group, **bounds), expected)
 
 
 def test_sparse_projection_keeps_lengths() -> None:

@@ -14,7 +14,6 @@ from .traces import Trace
 WORDS = {"+": "add", "-": "subtract", "*": "multiply by"}
 SYMBOLS = {word: symbol for symbol, word in WORDS.items()}
 INVERSE = {"+": "-", "-": "+"}
-EQUATION = re.compile(r"(\d+) ([-+*]) (\d+) = (\d+)")
 
 Step = tuple[str, int]
 
@@ -55,15 +54,6 @@ def verify(prompt: str, text: str) -> bool:
     """Whether the boxed answer of `text` solves `prompt`."""
     boxed = re.findall(r"\\boxed\{(-?\d+)\}", text)
     return bool(boxed) and int(boxed[-1]) == expected_answer(prompt)
-
-
-def slips(text: str) -> list[str]:
-    """The equations in `text` that do not hold."""
-    return [
-        found[0]
-        for found in EQUATION.finditer(text)
-        if apply(found[2], int(found[1]), int(found[3])) != int(found[4])
-    ]
 
 
 def _problem(rng: Random) -> tuple[int, list[Step]]:

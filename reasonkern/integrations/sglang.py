@@ -26,10 +26,9 @@ control needs ``--disable-overlap-schedule``. Speculative decoding gives a proce
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import Any, ClassVar
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize
 
 import torch
 from torch import Tensor
@@ -162,7 +161,7 @@ class _Rows:
         self.state.add(slot, spec, prompt.clamp_max_(ID_LIMIT - 1), request.output_ids)
         if id(request) not in self.slots:  # once there is nothing left to refuse
             self.slots[id(request)] = self.free.pop()
-            weakref.finalize(request, self._drop, id(request))
+            finalize(request, self._drop, id(request))
         self.folded[slot] = len(request.output_ids)
         return slot
 

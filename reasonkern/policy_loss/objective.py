@@ -17,7 +17,7 @@ from torch import Tensor
 from .adaptive import BalancedBounds, CovarianceSelection, EntropyFilter, HighEntropySelection
 from .bapo import Range
 from .conflict import LN_2
-from .objective_checks import check
+from .objective_checks import check, fail
 from .objective_fields import ObjectiveFields
 from .reference_objective import CISPO, DPPO_KL, DPPO_TV, DRO, GPPO, SAPO, Number
 
@@ -370,4 +370,6 @@ class Objective(ObjectiveFields):
         It runs on `token_stats`; ``ctx`` is a `reasonkern.RowContext` with the rows' other inputs.
         Where the logits want a gradient, the loss must have one, too: a detached one is refused.
         """
+        if not callable(function):
+            fail("custom", "a function (logprob, entropy, ctx) -> token_loss", repr(function))
         return cls(name="custom", level="custom", function=function, **terms)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _checks
+from .. import _checks, _load
 from . import op, parallel_rows
 from .adaptive import adapt
 from .inputs import RowContext, Scaling
@@ -86,9 +86,15 @@ class _FiniteGradient(torch.autograd.Function):
     A user-defined loss that is nonfinite in a row is left out, yet 0 * inf in its backward is NaN.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(x: Tensor) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        """Nothing is saved; torch.vmap wants it apart from the forward."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -112,6 +118,11 @@ class PathOutput(NamedTuple):
 
 def needs_grad(logits: Tensor) -> bool:
     return torch.is_grad_enabled() and logits.requires_grad
+
+
+def _is_inplace(inplace: bool, logits: Tensor) -> bool:
+    """Whether a gradient replaces the logits; what the operators refuse is left to them."""
+    return inplace and needs_grad(logits) and not _load.is_transformed(logits)
 
 
 def is_fused(
@@ -142,7 +153,7 @@ def fused(
 ) -> PathOutput:
     """One operator reads the row and writes its gradient."""
     args = fused_args(o, targets, context, scaling, loss_scale)
-    if inplace and needs_grad(logits):
+    if _is_inplace(inplace, logits):
         row_loss, token_loss, logprob, entropy = _InplaceLoss.apply(logits, *args)  # type: ignore[no-untyped-call]
     else:
         row_loss, token_loss, logprob, entropy, _ = torch.ops.reasonkern.policy_loss(
@@ -192,7 +203,7 @@ def two_phase(
         logprob, entropy = parallel_rows.token_stats(
             logits, *args, shard, inplace and needs_grad(logits)
         )[:2]
-    elif inplace and needs_grad(logits):
+    elif _is_inplace(inplace, logits):
         logprob, entropy = _InplaceTokenStats.apply(logits, *args)  # type: ignore[no-untyped-call]
     else:
         logprob, entropy = torch.ops.reasonkern.token_stats(logits, *args)[:2]

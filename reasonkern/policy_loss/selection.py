@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._checks import check_tensor
+from .._checks import check_tensor, signed
 from .parallel import as_groups, gather, total
 
 Groups = Sequence[Any]  # of ranks whose elements form one batch: axes of a mesh
@@ -248,24 +248,24 @@ def random_keys(count: int, seed: int | Tensor, device: torch.device, groups: Gr
     index = torch.arange(count, device=device)
     if groups:
         index = index + _offset(count, device, groups)
-    base = seed.to(index) if isinstance(seed, Tensor) else index.new_full((), _signed(int(seed)))
-    return _mix(_mix(base + _signed(GOLDEN)) + index * _signed(GOLDEN))
+    base = seed.to(index) if isinstance(seed, Tensor) else index.new_full((), signed(int(seed)))
+    return _mix(_mix(base + signed(GOLDEN)) + index * signed(GOLDEN))
+
+
+def uniform(count: int, seed: int, device: torch.device) -> Tensor:
+    """(count,) float64 inside (0, 1) by such a hash: no generator, which a graph cannot hold."""
+    return (_shift_right(random_keys(count, seed, device, ()), 12).double() + 0.5) * 2.0**-52
 
 
 def _mix(x: Tensor) -> Tensor:
     for shift, factor in MIX:
-        x = (x ^ _shift_right(x, shift)) * _signed(factor)
+        x = (x ^ _shift_right(x, shift)) * signed(factor)
     return x ^ _shift_right(x, 31)
 
 
 def _shift_right(x: Tensor, shift: int) -> Tensor:
     """Without copies of the sign."""
     return (x >> shift) & ((1 << (64 - shift)) - 1)
-
-
-def _signed(word: int) -> int:
-    word &= (1 << 64) - 1
-    return word - (1 << 64) if word >> 63 else word
 
 
 def _offset(count: int, device: torch.device, groups: Groups) -> Tensor:

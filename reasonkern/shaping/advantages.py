@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._fields import documented
+from ..policy_loss.selection import uniform
 from .groups import Groups, check_flags, check_length, check_vector, narrow, wide
 
 BASELINES = ("group-mean", "batch-mean", "leave-one-out", "length-weighted", "none")
@@ -210,7 +211,7 @@ def prioritised_sample(
         advantage: (N,), one per sequence.
         k: number of samples, 0 to N.
         alpha: exponent >= 0; 0 draws uniformly among the non-zero ones.
-        seed: of the draw; the same seed and device give the same samples.
+        seed: of the draw; the same seed gives the same samples.
 
     Returns:
         `ReplaySample`, the samples in the order drawn.
@@ -230,8 +231,7 @@ def prioritised_sample(
     _checks.check_integer("k", k, 0, len(advantage))
     seed = _checks.check_seed("seed", seed)
     _checks.check_finite("advantage", advantage, expected="finite numbers")
-    generator = torch.Generator(advantage.device).manual_seed(seed)
-    noise = torch.empty_like(advantage, dtype=torch.float64).exponential_(generator=generator)
+    noise = -uniform(len(advantage), seed, advantage.device).log()
     # The k smallest of E_i / w_i, E exponential, are a weighted sample without replacement.
     log_weight = alpha * wide(advantage).abs().log()
     live = advantage != 0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._checks import check_tensor
+from ..policy_loss.selection import uniform
 from .groups import Groups, narrow
 
 MODES = ("leave-one-out", "leverage")
@@ -144,9 +145,8 @@ def sparse_projection(width: int, project: int, seed: int, device: torch.device)
     """(width, project) of a very sparse random projection (Li, Hastie, Church 2006), float64."""
     _checks.check_integer("project", project, 1)
     seed = _checks.check_seed("seed", seed)
-    generator = torch.Generator(device).manual_seed(seed)
     sparsity = math.sqrt(max(width, 1))
-    uniform = torch.rand((width, project), generator=generator, device=device, dtype=torch.float64)
-    sign = torch.sign(uniform - 0.5 / sparsity).neg()  # +1 with probability 1 / (2 sparsity)
-    value = torch.where(uniform < 1 / sparsity, sign, 0.0)
+    drawn = uniform(width * project, seed, device).view(width, project)
+    sign = torch.sign(drawn - 0.5 / sparsity).neg()  # +1 with probability 1 / (2 sparsity)
+    value = torch.where(drawn < 1 / sparsity, sign, 0.0)
     return value * math.sqrt(sparsity / project)

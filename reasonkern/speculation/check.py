@@ -14,7 +14,7 @@ from . import noise
 from .draft import Draft
 from .enumerate import exact_report
 from .laws import Law, LawReport, g_test
-from .toy import CPU, Toy
+from .toy import Toy
 from .tree import DraftTree
 from .verify import request_seeds
 
@@ -129,8 +129,8 @@ def draw_step(toy: Toy, tree: DraftTree, seed: Tensor, shared: bool) -> tuple[Te
     """Logits (B, N, V) and drafts of one step per seed, all after token 0 at position 0."""
     batch = len(seed)
     nodes = (batch, tree.nodes)
-    tokens = torch.zeros(nodes, dtype=torch.int64, device=CPU)
-    logits = torch.empty((*nodes, toy.vocab), dtype=torch.float32, device=CPU)
+    tokens = seed.new_zeros(nodes)
+    logits = toy.logits.new_empty((*nodes, toy.vocab))
     q_ids = tokens.new_full((*nodes, toy.entry), -1)
     q_logprob = logits.new_full((*nodes, toy.entry), -torch.inf)
     pointers, index = (t.tolist() for t in tree.children)
@@ -158,9 +158,10 @@ class Counts:
     def __init__(self, toy: Toy) -> None:
         self.toy, self.depth = toy, toy.depth
         v, self.joint_length = toy.vocab, min(JOINT, toy.depth + 1)
-        self.first = _zeros(v)
-        self.later = [_zeros(v * v) for _ in range(toy.depth)]
-        self.joint = _zeros(v**self.joint_length)
+        zeros = toy.target.new_zeros  # float32 would not tell 2^24 from the next count
+        self.first = zeros(v)
+        self.later = [zeros(v * v) for _ in range(toy.depth)]
+        self.joint = zeros(v**self.joint_length)
         self.generator = torch.Generator().manual_seed(toy.seed)
 
     def add(self, tokens: Tensor, length: Tensor) -> None:
@@ -186,11 +187,6 @@ class Counts:
         return tuple(laws)
 
 
-def _zeros(cells: int) -> Tensor:
-    """Counts; float32 would not tell 2^24 from the next one."""
-    return torch.zeros(cells, dtype=torch.float64, device=CPU)
-
-
 def _checked_result(result: object, batch: int, toy: Toy) -> tuple[Tensor, Tensor]:
     if not isinstance(result, tuple | list) or len(result) != 2:
         _checks.fail("fn's result", "the pair (tokens, length)", type(result).__name__)
@@ -201,7 +197,7 @@ def _checked_result(result: object, batch: int, toy: Toy) -> tuple[Tensor, Tenso
     _checks.check_shape("length", length, (batch,), "(B,)")
     tokens, length = tokens.cpu().long(), length.cpu().long()
     _checks.check_range("length", length, 1, toy.depth + 2)
-    emitted = torch.arange(toy.depth + 1, device=CPU) < length.unsqueeze(-1)
+    emitted = torch.arange(toy.depth + 1, device=length.device) < length.unsqueeze(-1)
     _checks.check_range("tokens", tokens, 0, toy.vocab, where=emitted)
     return tokens.clamp(0, toy.vocab - 1), length
 

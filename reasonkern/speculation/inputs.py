@@ -45,8 +45,7 @@ _RANGES = {
 
 def as_int64(name: str, value: object) -> int:
     """An integer in [-2^63, 2^64) as the int64 with the same bits."""
-    number = _checks.check_seed(name, value)
-    return number - (1 << 64) if number >> 63 == 1 else number
+    return _checks.signed(_checks.check_seed(name, value))
 
 
 def per_request(

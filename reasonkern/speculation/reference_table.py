@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import _checks
 from . import noise
 
 WAYS = 8  # keys per set
@@ -47,13 +48,9 @@ class Storage(NamedTuple):
 # ---- hashing: int64 arithmetic wraps, as uint64 does
 
 
-def _signed(x: int) -> int:
-    return x - (1 << 64) if x >> 63 else x
-
-
-_STEP = _signed(0x9E3779B97F4A7C15)
-_MIX1, _MIX2 = _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
-_START, _ORDER = 0x243F6A8885A308D3, _signed(0xD1342543DE82EF95)
+_STEP = _checks.signed(0x9E3779B97F4A7C15)
+_MIX1, _MIX2 = _checks.signed(0xBF58476D1CE4E5B9), _checks.signed(0x94D049BB133111EB)
+_START, _ORDER = 0x243F6A8885A308D3, _checks.signed(0xD1342543DE82EF95)
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
@@ -67,7 +64,7 @@ def _step(h: Tensor, x: Tensor) -> Tensor:
 
 
 def _key(h: Tensor, order: int) -> Tensor:
-    h = h ^ _signed(order * (_ORDER & ((1 << 64) - 1)) % (1 << 64))
+    h = h ^ _checks.signed(order * (_ORDER & ((1 << 64) - 1)) % (1 << 64))
     h = (h ^ _shift(h, 30)) * _MIX1
     h = (h ^ _shift(h, 27)) * _MIX2
     h = h ^ _shift(h, 31)
@@ -314,7 +311,7 @@ def table_update_(
 
 
 def _merge(table: Storage, key: int, sums: dict[int, int], m: int, max_count: int) -> None:
-    signed = _signed(key)
+    signed = _checks.signed(key)
     where = ((key >> 33) * table.keys.shape[0]) >> 31
     ways = table.keys[where].tolist()
     now = int(table.clock)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-CPU = torch.device("cpu")  # whatever torch's default is
 IMPOSSIBLE = 6  # every sixth token after some tokens has probability 0
 
 
@@ -21,25 +20,25 @@ class Toy:
         self.entry = max(children, (vocab + 1) // 2)
         g = torch.Generator("cpu").manual_seed(seed)
         shape = (depth + 1, vocab, vocab)
-        self.logits = torch.empty(shape, dtype=torch.float32, device=CPU).normal_(generator=g)
+        self.logits = torch.empty(shape, dtype=torch.float32, device="cpu").normal_(generator=g)
         self.logits *= 1.2
         noisy = self.logits + 0.8 * torch.empty_like(self.logits).normal_(generator=g)
         q, self.q_ids = noisy.topk(self.entry, dim=-1)
         self.q_logprob = q.log_softmax(-1)
         """(D + 1, V, entry) float32 log-probabilities of `q_ids` after each token."""
-        cell = torch.arange(vocab * vocab, device=CPU).view(vocab, vocab)
+        cell = torch.arange(vocab * vocab, device="cpu").view(vocab, vocab)
         impossible = (cell + cell // vocab) % IMPOSSIBLE == 1
         self.logits.masked_fill_(impossible & (cell % vocab > 0), -torch.inf)
         self.target = self.logits.double().softmax(-1)
         """(D + 1, V, V) the law of the next token after each token."""
         q = self.q_logprob.double().softmax(-1)
-        self.draft = torch.zeros(shape, dtype=torch.float64, device=CPU).scatter(-1, self.q_ids, q)
+        self.draft = torch.zeros_like(self.target).scatter(-1, self.q_ids, q)
         """(D + 1, V, V) the law that drafts are drawn from."""
         self.target_lists, self.draft_lists = self.target.tolist(), self.draft.tolist()
 
     def continued(self, tokens: tuple[int, ...]) -> Tensor:
         """Law of the tokens that the target itself emits after `tokens`, up to depth D."""
-        law = torch.ones((), dtype=torch.float64, device=CPU)
+        law = self.target.new_ones(())
         for j in range(len(tokens), self.depth + 1):
             step = self.target[j, tokens[-1]] if law.ndim == 0 else self.target[j]
             law = law.unsqueeze(-1) * step

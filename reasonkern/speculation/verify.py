@@ -98,7 +98,8 @@ def request_seeds(
     same noise at the same position.
 
     Args:
-        seed: any integer below 2^64, or a 0-dim int64 tensor read as uint64.
+        seed: an integer below 2^64 (2^63 where ``torch.compile`` sees it change), or a 0-dim int64
+            tensor read as uint64.
         batch: number of seeds B.
         device: of the result; None = that of ``seed``, or the CPU.
 
@@ -161,8 +162,9 @@ def sample(
         top_p: probability kept, > 0, a number or (B,); off at >= 1. None = off.
         min_p: smallest probability relative to the largest, <= 1, a number or (B,); off at <= 0.
             None = off.
-        seed: of each request: an integer below 2^64, or (B,) int64 read as uint64. One integer is
-            the same noise in every row: several samples of one prompt take `request_seeds`.
+        seed: of each request: an integer below 2^64 (2^63 where ``torch.compile`` sees it change),
+            or (B,) int64 read as uint64. One integer is the same noise in every row: several
+            samples of one prompt take `request_seeds`.
         position: index of the token to be drawn, padding not counted: a number or (B,) int64.
         mask: (B, ceil(V / 32)) int32: bit v % 32 of word v // 32 allows token v (xgrammar's
             bitmask). None = every token.

@@ -49,7 +49,7 @@ def _rows(logits: Tensor, mask: Tensor | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _run(op: str, logits: Tensor, fields: dict[str, Any]) -> None:
+def _run(op: str, fields: dict[str, Any]) -> None:
     module().run(op, KERNELS.launch(), launch.pointers(fields, STRIDED))
 
 
@@ -71,7 +71,7 @@ def _statistics(*shape: int) -> dict[str, Tensor]:
 def sample(logits: Tensor, mask: Tensor | None, *requests: Tensor) -> Tensor:
     token = torch.empty(logits.shape[0], dtype=torch.int64)
     fields = _rows(logits, mask) | dict(zip(REQUESTS, requests, strict=True)) | {"token": token}
-    _run("sample", logits, fields)
+    _run("sample", fields)
     return token
 
 
@@ -79,7 +79,7 @@ def sample_controlled(logits: Tensor, mask: Tensor | None, *rest: Any) -> tuple[
     *requests, slot, state = rest
     token, told = torch.empty(logits.shape[0], dtype=torch.int64), _statistics(logits.shape[0])
     fields = _rows(logits, mask) | dict(zip(REQUESTS, requests, strict=True)) | {"token": token}
-    _run("sample", logits, fields | told | _control(slot, state))
+    _run("sample", fields | told | _control(slot, state))
     return token, *told.values()
 
 
@@ -113,7 +113,7 @@ def verify_tree(
         "child_index": child_index, "eos": eos, "eos_count": 0 if eos is None else len(eos),
         "max_length": max_length, "num_nodes": num_nodes, "depth": depth, "topk": topk,
     }  # fmt: skip
-    _run("verify", logits, fields | more)
+    _run("verify", fields | more)
     return tuple(out.values())
 
 
