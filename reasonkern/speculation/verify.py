@@ -240,7 +240,7 @@ def verify_tree(
         mode: "shared" or "target-only" (equality; the drafts may depend on anything), "greedy"
             (equality at temperature 0) or "rejection".
         eos: ids, at most 64, that end any request: the step is cut after the first one. A tensor
-            (E,) on a GPU, where a list is copied, and waited for, in every call. None = no id.
+            (E,) is taken as it is; of a list each id is a launch on a GPU. None = no id.
         max_length: most tokens a request may emit in this step, a number or (B,). None = no bound.
         topk: how many of the largest raw logits of the rows on the path to return, 1 to 64.
         node_mask: (B, N, ceil(V / 32)) int32 bitmask of the tokens allowed after each node. None =
