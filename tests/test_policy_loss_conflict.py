@@ -229,6 +229,10 @@ def test_entropy_filter_equals_the_definition() -> None:
         advantage[:1], torch.full((1, 2), 0.5), mask[1:2, :2], max_entropy=0.5
     )
     assert mask[1, :2].any() and at_most.item() == pytest.approx(advantage[0].item() - 0.05)
+    # Two equal choices at every token: in float32 their entropy is a little more than ln 2.
+    equal = rk.token_stats(torch.zeros(1, 3, 2), torch.zeros(1, 3, dtype=torch.int64)).entropy
+    assert equal.double().mean() > math.log(2)
+    assert rk.entropy_filter(torch.ones(1), equal, torch.ones(1, 3), coef=0.0) == 1
     entropy.requires_grad_()  # as that of token_stats is
     assert not rk.entropy_filter(advantage.requires_grad_(), entropy, mask).requires_grad
 

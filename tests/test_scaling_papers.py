@@ -31,6 +31,7 @@ def test_beyond_the_last_answer() -> None:
     ]  # fmt: skip
     assert scaling.subthought_split("") == [] and scaling.subthought_split("plain") == ["plain"]
     assert scaling.subthought_split("a+b? (a+b)", ["a+b"]) == ["a+b? (", "a+b)"]
+    assert scaling.subthought_split("x\n\ny</t>z", ["\n\n", "</t>"]) == ["x", "\n\ny", "</t>z"]
     assert scaling.subthought_split("x Wait y But", {"But", "Wait"}) == ["x ", "Wait y ", "But"]
     assert len(set(scaling.MARKERS)) == 32
     assert scaling.vote(["4", "5", "5", "4", None], tie="earliest").answer == "4"

@@ -60,6 +60,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sc.greedy_cluster([[1.0, 2.0]]), "scores: expected a square matrix"),
     (lambda: sh.composed_all_correct(ROWS.bool(), valid=3), "valid: expected a tensor, got int"),
     (lambda: sh.composed_all_correct(ROWS.bool(), valid=ROWS.bool().to("meta")), "valid: .*device"),
+    (lambda: sh.laser_d(X, BITS, GROUP, targets=X.to("meta")), "targets: expected the device of l"),
     (lambda: sh.concise_gated(X.to_sparse(), BITS, GROUP, limit=1), "length: expected a dense ten"),
     (lambda: sh.adactrl(X.cfloat(), BITS, GROUP, GROUP), "length: expected a dense tensor of flo"),
     (lambda: sh.covariance_mask(X, X, X, candidates=BITS.to("meta")), "candidates: .*device"),

@@ -301,6 +301,8 @@ def test_representation_based_exploration(mode: str, lam: float) -> None:
         torch.testing.assert_close(got[g == GROUP], expected, rtol=1e-6, atol=1e-9)
     for g in (12, 2**60):
         assert not got[g == GROUP].any()
+        for ridge in (0.03, 0.1, 0.7):  # whose inverse square root is no float
+            assert not shaping.elliptical_bonus(features, GROUP, ridge, mode)[g == GROUP].any()
     hints = shaping.elliptical_bonus(features, GROUP, lam, mode, max_groups=9, max_group_size=6)
     torch.testing.assert_close(hints, got, rtol=1e-9, atol=1e-12)
 

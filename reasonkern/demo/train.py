@@ -28,7 +28,11 @@ WARM_UP = 10  # steps
 EPOCHS = 4  # over the same logged groups
 EPOCHS_PER_SNAPSHOT = 2
 CHECKS = 4  # steps of a stage at which the gradient is compared
-AGGREGATION = {entry.name: entry.aggregation for entry in OBJECTIVES}
+# A sum over each answer is a multiple of the mean over tokens, on whose scale losses are compared.
+AGGREGATION = {
+    entry.name: entry.aggregation.replace("seq-mean-token-sum", "token-mean")
+    for entry in OBJECTIVES
+}
 # GTPO drops no sequence while the model it started from has more entropy than ln 2 per token.
 ARGUMENTS: dict[str, dict[str, Any]] = {"gtpo": {"initial_entropy": 1.0}}
 

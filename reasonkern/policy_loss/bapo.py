@@ -54,7 +54,8 @@ def bapo_bounds(
     * ``variant="paper"``: the upper bound first, then the lower one, while
       ``sum_{A>0} p |min(rA, clip(r, 0, hi) A)| / sum p |min(rA, clip(r, lo, hi) A)| < target``
       with p the probability of the token under the policy that sampled it.
-      Defaults: low (0.6, 0.9, 0.02), high (1.2, 3.0, 0.05), target 0.4.
+      Defaults: low (0.6, 0.9, 0.02), high (1.2, 3.0, 0.05), target 0.4 (0.5 in the
+      README of the released code).
     * ``variant="code"``, the released code: the lower bound first, no p, and pos / (neg + 1e-8)
       instead of the share, infinite when neg is 0. Defaults: low (0.6, 0.8, 0.05),
       high (1.2, 2.0, 0.05), target 1.

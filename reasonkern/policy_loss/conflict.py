@@ -222,7 +222,9 @@ def filter_keeps(
     mean_entropy: Tensor, max_entropy: float, initial_entropy: float | Tensor | None
 ) -> Tensor:
     """Which completions the filter does not drop."""
-    kept = ~(mean_entropy > max_entropy)  # NaN is no reason to drop: it shows in the result
+    # Compared in float32, as entropies are: that of two equal choices is above ln 2 in float64. NaN
+    # is no reason to drop: it shows in the result.
+    kept = ~(mean_entropy.float() > max_entropy)
     if isinstance(initial_entropy, Tensor):
         return kept | (initial_entropy.to(kept.device) > LN_2)
     # A number made a tensor of a CUDA device would wait for it.

@@ -155,7 +155,11 @@ class Objective(ObjectiveFields):
         beta_high: Number = 1.0,
         **terms: Any,
     ) -> Objective:
-        """GPPO with separate factors that steer the entropy (CE-GPPO, arXiv 2509.20712)."""
+        """GPPO with separate factors that steer the entropy (CE-GPPO, arXiv 2509.20712).
+
+        The numbers are those of Klear-Reasoner's script; CE-GPPO's own runs take an upper bound of
+        1.2, and a lower factor of 0.5 for 1.5B and 0.75 for 7B.
+        """
         return cls(
             name="ce_gppo", kind=GPPO, ratio_min=ratio_min, ratio_max=ratio_max, low=beta_low,
             high=beta_high, **terms,
@@ -195,7 +199,10 @@ class Objective(ObjectiveFields):
 
     @classmethod
     def rloo(cls, **terms: Any) -> Objective:
-        """-A logp with leave-one-out advantages (RLOO, arXiv 2402.14740)."""
+        """-A logp with leave-one-out advantages (RLOO, arXiv 2402.14740).
+
+        An answer is one action there: weights of mode ``seq-mean-token-sum``.
+        """
         return cls(name="rloo", kind=CISPO, ratio_min=1.0, ratio_max=1.0, **terms)
 
     @classmethod
@@ -232,7 +239,11 @@ class Objective(ObjectiveFields):
 
     @classmethod
     def dro(cls, beta: Number = 0.1, **terms: Any) -> Objective:
-        """-(A logp - beta/2 (logp - old)^2)  (DRO, arXiv 2405.19107)."""
+        """-(A logp - beta/2 (logp - old)^2)  (DRO, arXiv 2405.19107).
+
+        By token, as in verl, which has no default of beta: this one is ours. In the paper logp and
+        old, its reference, are of the whole answer.
+        """
         return cls(name="dro", kind=DRO, low=beta, **terms)
 
     # ---- sequence-level objectives (two passes over the logits)
@@ -266,6 +277,7 @@ class Objective(ObjectiveFields):
         """-phi(w) A logp, phi = e^{lambda + k ln w - lambda w}, w = detached product of ratios.
 
         ln w is limited to [ln 1e-8, 20]; (k, lambda) by the sign of A (VESPO, arXiv 2602.10693).
+        ``importance`` is a factor of the loss; the authors' code multiplies w by it.
         """
         shape = (k_positive, lambda_positive, k_negative, lambda_negative)
         return cls(name="vespo", level="sequence", vespo_shape=shape, **terms)
@@ -306,7 +318,8 @@ class Objective(ObjectiveFields):
         """PPO's loss without a few unclipped tokens of high covariance (Clip-Cov, 2505.22617).
 
         They are drawn by `reasonkern.covariance_mask`; give another ``seed`` each step. The bounds
-        are those of the paper's PPO, the rest its and verl's defaults.
+        are those of the paper's PPO, the rest its and verl's defaults; its runs of Clip-Cov widen
+        the bounds to [0, 2].
         """
         rule = CovarianceSelection("clip", fraction, low, high, 0.0, seed)
         return cls(name="clip_cov", ratio_min=ratio_min, ratio_max=ratio_max, rule=rule, **terms)

@@ -39,7 +39,7 @@ def token_weights(
     ========================  ==============================================  ==================
     ``token-mean``            sum(mask * l) / num_tokens                      DAPO, BNPO
     ``seq-mean-token-mean``   mean over sequences of sum(mask * l) / length   GRPO, SAPO
-    ``seq-mean-token-sum``    mean over sequences of sum(mask * l)            verl
+    ``seq-mean-token-sum``    mean over sequences of sum(mask * l)            RLOO
     ``constant``              sum(mask * l) / (num_sequences * max_length)    Dr.GRPO
     ========================  ==============================================  ==================
 

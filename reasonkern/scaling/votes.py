@@ -186,7 +186,8 @@ def subthought_split(text: str, markers: Collection[str] = MARKERS) -> list[str]
 
     Args:
         text: the trace.
-        markers: words or phrases; matched as whole words, case counts, the longest first.
+        markers: words or phrases; none is found inside a longer word, case counts, the longest one
+            is taken.
 
     Returns:
         The parts, whose concatenation is the text; one part without a marker, none for "".
@@ -206,7 +207,8 @@ def subthought_split(text: str, markers: Collection[str] = MARKERS) -> list[str]
         _checks.fail("markers", "one word or more, none of them empty", markers)
     longest_first = sorted(markers, key=len, reverse=True)
     pattern = "|".join(re.escape(marker) for marker in longest_first)
-    cuts = [m.start() for m in re.finditer(rf"(?<!\w)(?:{pattern})(?!\w)", text)]
+    edge = r"(?!(?<=\w)\w)"  # not between two letters, which a marker such as "\n\n" may touch
+    cuts = [m.start() for m in re.finditer(rf"{edge}(?:{pattern}){edge}", text)]
     bounds = [0, *(c for c in cuts if c > 0), len(text)]
     return [text[a:b] for a, b in pairwise(bounds) if a < b]
 

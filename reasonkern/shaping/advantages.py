@@ -168,7 +168,7 @@ def dynamic_sampling_mask(reward: Tensor, group: Tensor) -> Tensor:
 
     Returns:
         (N,) bool, False for every member of a group whose rewards are all equal, a group of one
-        among them.
+        among them (verl's recipe keeps those of one).
 
     Raises:
         ValueError: wrong shape, dtype or device; on CPU also a reward that is not finite.

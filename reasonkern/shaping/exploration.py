@@ -47,7 +47,7 @@ def elliptical_bonus(
         features: (N, d), mean last-layer hidden state of each response, any floating dtype.
         group: (N,) int64 ids.
         lam: ridge λ > 0. Code: 0.01.
-        mode: "leave-one-out" (the code's default) or "leverage".
+        mode: "leave-one-out" (the code's default) or "leverage" (its training script's choice).
         lam_relative: λ becomes lam · tr K / (G - 1), in units of the mean eigenvalue.
         project: width of a sparse random projection before all else, entries ±√(s/k) or 0 with
             density 1/s = 1/√d, as in the paper (its k: 32 to 512); None = the exact features.
@@ -136,7 +136,8 @@ def _by_group(
     factor, _ = torch.linalg.cholesky_ex(matrix)
     diagonal = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2) * ridge
     bonus = 1 / diagonal - 1 if mode == "leave-one-out" else 1 - diagonal
-    bonus = torch.where(lost, torch.nan, bonus.clamp_min(0))
+    bonus = torch.where(trace == 0, 0.0, bonus.clamp_min(0))  # else 2e-16, by rounding of some λ
+    bonus = torch.where(lost, torch.nan, bonus)
     bonus = torch.cat((bonus.flatten(), phi.new_full((1,), torch.nan)))
     return bonus[slot]
 

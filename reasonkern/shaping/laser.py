@@ -173,7 +173,9 @@ def adaptive_length_targets(
     Among ``lower, lower + step, …, upper`` the smallest ℓ with ⌊cover(ℓ) n⌋ >= 1: cover is the
     share of a level's correct answers (on a monitoring set) that are no longer than ℓ, and n the
     correct answers that a group of the level has at least: ⌊2/3 rollouts⌋ for high, ⌊1/3 rollouts⌋
-    for medium and 1 for low, so low needs all of them. Compared in integers.
+    for medium and 1 for low, so low needs all of them. Compared in integers. In the released code
+    cover counts wrong answers, too, levels begin above their bounds (in the search alone), and no
+    target is longer than the batch's longest answer.
 
     Args:
         length: (N,) tokens of the monitoring set's answers.
@@ -230,6 +232,7 @@ def accuracy_level(correct: Tensor, group: Tensor) -> Tensor:
 def _spread_targets(targets: Sequence[float] | Tensor, level: Tensor) -> Tensor:
     if isinstance(targets, Tensor):
         _checks.check_shape("targets", targets, (3,), "(levels,)")
+        _checks.check_device("targets", targets, level, "length")
         _checks.check_finite("targets", targets, expected="finite numbers")
         return wide(targets)[level]
     three = "three numbers, for high, medium and low accuracy"
