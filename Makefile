@@ -79,5 +79,5 @@ clean:
 
 .venv/.peers: .venv/.ready
 	$(PY) -m pip install -q "reasonkern[peers]"
-	$(PY) -m pip install -q --no-deps verl==0.9.1
+	$(PY) -m pip install -q --no-deps verl==0.9.1 openrlhf==0.11.2
 	touch $@

@@ -40,7 +40,7 @@ nitpicky = True
 nitpick_ignore_regex = [("py:class", r"(?!reasonkern\.).*|reasonkern\.\w+\.\w+\.\w+")]
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-autodoc_mock_imports = ["trl", "verl", "transformers", "datasets", "vllm", "sglang"]
+autodoc_mock_imports = ["trl", "verl", "openrlhf", "transformers", "datasets", "vllm", "sglang"]
 napoleon_use_rtype = False
 myst_heading_anchors = 4
 suppress_warnings = ["myst.header"]  # CHANGELOG's headings repeat
@@ -68,7 +68,7 @@ def directive(name: str, thing: Any) -> str:
 
 
 # autodoc imports stand-ins for trainers and engines, which have no version and no signatures.
-PEERS = ("transformers", "vllm", "sglang", "trl", "verl", "slime")
+PEERS = ("transformers", "vllm", "sglang", "trl", "verl", "openrlhf", "slime")
 _peer.import_peer = lambda module, tested: import_module(module)
 _peer.require_arguments = lambda *_: None
 

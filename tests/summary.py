@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGES = (
     "torch", "numpy", "triton", "pytest", "hypothesis", "trl", "transformers", "accelerate",
-    "liger-kernel", "verl", "tensordict", "ray",
+    "liger-kernel", "verl", "openrlhf", "tensordict", "ray",
 )  # fmt: skip
 SLOWEST = 10
 

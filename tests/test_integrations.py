@@ -16,7 +16,7 @@ from reasonkern.integrations import _peer
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("trainer", ["trl", "verl", "transformers", "vllm", "sglang"])
+@pytest.mark.parametrize("trainer", ["trl", "verl", "openrlhf", "transformers", "vllm", "sglang"])
 def test_a_missing_trainer_is_an_import_error_that_says_how_to_get_it(
     trainer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,7 +58,7 @@ def test_the_package_imports_no_trainer() -> None:
     assert done.returncode == 0, done.stderr
     modules = set(done.stdout.split())
     assert "reasonkern.integrations" in modules
-    trainers = {"trl", "verl", "megatron", "vllm", "sglang", "transformers", "ray"}
+    trainers = {"trl", "verl", "openrlhf", "megatron", "vllm", "sglang", "transformers", "ray"}
     assert not modules & trainers
 
 

@@ -32,11 +32,8 @@ from torch import Tensor
 
 from .. import _checks
 from ..policy_loss import Objective, token_weights
-from ..policy_loss.adaptive import EntropyFilter, HighEntropySelection
-from ..policy_loss.inputs import check_no_constructor, check_objective, row_context
-from ..policy_loss.metrics import loss_metrics
-from ..policy_loss.paths import loss_of_statistics
-from ..policy_loss.sequence import Segments
+from ..policy_loss.inputs import check_no_constructor
+from ._log_probs import check_terms, log_prob_loss
 from ._peer import import_peer, require_arguments
 
 TESTED = "0.9"
@@ -168,16 +165,6 @@ def _weights(mask: Tensor, mode: str, info: dict[str, Any]) -> Tensor:
     )
 
 
-def _per_sequence(advantages: Tensor, mask: Tensor) -> Tensor:
-    """A sequence's advantage, which verl spreads over its tokens; ValueError where they differ."""
-    kept = torch.where(mask, advantages, 0.0)
-    mean = kept.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp_min(1)
-    apart = torch.where(mask, (advantages - mean).abs(), 0.0)
-    if (apart > 1e-5 * mean.abs().clamp_min(1e-6)).any():
-        _checks.fail("advantages", "one value per sequence for a sequence-level objective", "more")
-    return mean.squeeze(-1)
-
-
 def objective_loss(
     objective: Objective,
     old_log_prob: Tensor,
@@ -211,22 +198,16 @@ def objective_loss(
     """
     mask = response_mask != 0
     info = {} if config is None else config.global_batch_info
-    context = row_context(
+    loss, counted = log_prob_loss(
         objective,
-        log_prob.unsqueeze(-1),
-        Segments(),
-        old_logprob=torch.where(mask, old_log_prob, 0.0),
-        advantage=_per_sequence(advantages, mask) if objective.level == "sequence" else advantages,
+        log_prob,
+        mask,
+        old_logprob=old_log_prob,
+        advantage=advantages,
         weight=_weights(mask, loss_agg_mode, info),
-        ref_logprob=None,
-        rollout_logprob=None,
-        entropy_weight=None,
         importance=rollout_is_weights,
     )
-    check_objective(objective, context, packed=False)
-    known = torch.where(mask, log_prob, 0.0).to(context.weight)
-    out = loss_of_statistics(objective, known, torch.zeros_like(known), context)
-    values = loss_metrics(context, *out[2:]).compute()
+    values = counted.compute()
     numbers = torch.stack(list(values.values())).tolist()  # one synchronisation
     found = dict(zip(values, numbers, strict=True))
     metrics = {
@@ -235,7 +216,7 @@ def objective_loss(
         "actor/pg_clipfrac_lower": found["dual_clip_frac"],
     }
     ours = {k: v for k, v in found.items() if not k.startswith("entropy")}
-    return out.row_loss.sum(), metrics | {f"actor/reasonkern/{k}": v for k, v in ours.items()}
+    return loss, metrics | {f"actor/reasonkern/{k}": v for k, v in ours.items()}
 
 
 def register(objective: Objective | Callable[[Any], Objective], name: str) -> str:
@@ -256,13 +237,7 @@ def register(objective: Objective | Callable[[Any], Objective], name: str) -> st
         register(rk.Objective.gppo(0.8, 1.28, beta_low=0.5), "rk_gppo_half")
     """
     if isinstance(objective, Objective):
-        for term, instead in NOT_HERE.items():
-            if given := getattr(objective, term):
-                _checks.fail(f"objective.{term}", f"not set (but {instead})", given)
-        if isinstance(objective.rule, (EntropyFilter, HighEntropySelection)):
-            _checks.fail(
-                "objective", "one that needs no entropies, which verl keeps", objective.name
-            )
+        check_terms(objective, NOT_HERE, "verl")
     else:
         check_no_constructor(objective)
         if not callable(objective):

@@ -196,18 +196,26 @@ def two_phase(
     shard: VocabShard | None = None,
 ) -> PathOutput:
     """As `fused`, through the statistics and an O(N) map; `shard`: logits are a rank's columns."""
-    args = (
-        targets, context.active, scaling.row_temperature, scaling.temperature, scaling.softcap,
-    )  # fmt: skip
-    if shard is not None:
-        logprob, entropy = parallel_rows.token_stats(
-            logits, *args, shard, inplace and needs_grad(logits)
-        )[:2]
-    elif _is_inplace(inplace, logits):
-        logprob, entropy = _InplaceTokenStats.apply(logits, *args)  # type: ignore[no-untyped-call]
+    rows = (logits, targets, context.active, scaling)
+    if shard is None:
+        logprob, entropy = statistics(*rows, inplace)
     else:
-        logprob, entropy = torch.ops.reasonkern.token_stats(logits, *args)[:2]
+        args = (scaling.row_temperature, scaling.temperature, scaling.softcap)
+        logprob, entropy = parallel_rows.token_stats(
+            *rows[:3], *args, shard, inplace and needs_grad(logits)
+        )[:2]
     return loss_of_statistics(o, logprob, entropy, context)
+
+
+def statistics(
+    logits: Tensor, targets: Tensor, active: Tensor, scaling: Scaling, inplace: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy; ``inplace``: the gradient will be written over the logits."""
+    args = (targets, active, scaling.row_temperature, scaling.temperature, scaling.softcap)
+    if _is_inplace(inplace, logits):
+        return _InplaceTokenStats.apply(logits, *args)  # type: ignore[no-untyped-call,no-any-return]
+    logprob, entropy = torch.ops.reasonkern.token_stats(logits, *args)[:2]
+    return logprob, entropy
 
 
 def loss_of_statistics(
