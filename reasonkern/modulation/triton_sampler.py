@@ -108,7 +108,7 @@ def describe_kernel(
     token = top.id
     if (bad == 0) & (greedy == 0):
         cut = filter_cut(row, r, value, BLOCK)
-        token = draw(row, r, cut, BLOCK)
+        token = draw(row, r, value, cut, BLOCK)
         if STATS:
             kept = kept_entropy(row, r.temperature, value, cut, BLOCK)
             tl.store(entropy + b, kept.to(tl.float32))

@@ -146,7 +146,7 @@ def filter_cut(row, r, top, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def draw(row, r, cut, BLOCK: tl.constexpr):
+def draw(row, r, top, cut, BLOCK: tl.constexpr):
     """The token of the largest kept value plus noise; blocks that cannot hold it are skipped."""
     lanes = tl.arange(0, BLOCK)
     best, at = tl.cast(-INF, tl.float32), tl.cast(-1, tl.int32)
@@ -172,7 +172,7 @@ def choose(row, top, r, BLOCK: tl.constexpr):
     bad = (top.bad != 0) | ((tl.abs(value) < INF) == 0)
     token = top.id
     if (bad == 0) & (greedy == 0):
-        token = draw(row, r, filter_cut(row, r, value, BLOCK), BLOCK)
+        token = draw(row, r, value, filter_cut(row, r, value, BLOCK), BLOCK)
     return token, bad
 
 
