@@ -126,6 +126,13 @@ def test_an_objective_of_ones_own(megatron: None, name: str) -> None:
         assert metrics["pg_clipfrac"] == clip > 0
 
 
+def test_clip_cov_draws_anew_in_each_call(megatron: None) -> None:
+    objective = Objective.clip_cov(fraction=0.2, low=-10, high=10)
+    batch = slime.make_batch()
+    gradients = {tuple(call(objective, batch)[2].flatten().tolist()) for _ in range(6)}
+    assert len(gradients) > 1
+
+
 def test_the_gradient_lies_where_the_logits_were(megatron: None) -> None:
     batch, args = slime.make_batch(), slime.make_args()
     part, _ = slime.local(batch, (0, 1), (0, 1))

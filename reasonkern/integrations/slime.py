@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..policy_loss import KL, Importance, Objective, policy_loss
+from ..policy_loss.adaptive import CovarianceSelection
 from ..policy_loss.inputs import check_no_constructor
 from ..policy_loss.outputs import PolicyLossOutput
 from ..policy_loss.reference_objective import CISPO
@@ -60,6 +62,7 @@ TIS: dict[str | None, Any] = {
 }
 Source = Objective | Callable[[Any], Objective]
 Result = tuple[Tensor, dict[str, Tensor]]
+_seeds = itertools.count(1)
 
 
 def init(args: Any) -> None:
@@ -164,6 +167,8 @@ def _loss(
     rows = rows_of(batch, logits.shape[1], rank, ranks)
     x = tokens_of(args, batch, sum_of_sample_mean)
     by_sequence = o.level == "sequence"
+    if isinstance(o.rule, CovarianceSelection):  # the same on ranks with parts of the same rows
+        o = replace(o, rule=replace(o.rule, seed=next(_seeds)))
     out = policy_loss(
         logits.squeeze(0),  # a view; the backward of logits[0] would allocate all of them again
         rows.targets,
