@@ -187,7 +187,7 @@ def test_options_that_are_not_honoured_together(megatron: None) -> None:
 
 def test_objectives_that_are_refused(megatron: None) -> None:
     batch = slime.make_batch()
-    for objective in ("gppo", Objective.gppo):
+    for objective in ("gppo", Objective.gppo, lambda logprob, entropy, ctx: -logprob):
         with pytest.raises(ValueError, match="objective: expected an Objective"):
             ours.make(objective)
     with pytest.raises(ValueError, match="objective.kl: expected not set .but --use-kl-loss"):

@@ -97,16 +97,19 @@ def make(objective: Source) -> Callable[..., Result]:
         ``(args, batch, logits, sum_of_sample_mean) -> (loss, metrics)``, the metrics those of
         slime's policy loss. ``pg_clipfrac`` counts tokens with a ratio, for a sequence-level
         objective that of the sequence, beyond the bound for the sign of the advantage (for CISPO
-        beyond either).
+        beyond either; for BAPO, whose bounds are the batch's, 0).
 
     Raises:
         ValueError: no objective; in a call an option that is not honoured, a term that slime's
             options set, or advantages that differ in a sample for a sequence-level objective.
     """
     check_no_constructor(objective)
-    if not isinstance(objective, Objective) and not callable(objective):
-        expected = "an Objective, or a function from slime's arguments to one"
-        _checks.fail("objective", expected, repr(objective))
+    if not isinstance(objective, Objective):
+        try:
+            inspect.signature(objective).bind(None)
+        except TypeError:
+            expected = "an Objective (such as Objective.custom(function)), or a function from"
+            _checks.fail("objective", f"{expected} slime's arguments to one", repr(objective))
     return functools.partial(_loss, objective)
 
 
