@@ -73,7 +73,7 @@ OBJECTIVES = {
     "reinforce": (Objective.reinforce(), False),
     "opsm": (Objective.ppo(opsm=0.05), False),
     "kl_cov": (Objective.kl_cov(0.1), False),
-    "gmpo": (Objective.gmpo(), True),
+    "gmpo": (Objective.gmpo(0.8, 1.1), True),
     "vespo": (Objective.vespo(), True),
 }
 
@@ -121,8 +121,8 @@ def test_an_objective_of_ones_own(megatron: None, name: str) -> None:
     assert own.abs().max() > 1e-2
     if name in ("sapo", "reinforce", "vespo"):
         assert metrics["pg_clipfrac"] == 0
-    if name == "gppo":
-        clip = call(Objective.ppo(0.8, 1.1), batch, **options)[1]["pg_clipfrac"]
+    if name in ("gppo", "gmpo"):
+        clip = call(Objective.ppo(*objective.numbers()[:2]), batch, **options)[1]["pg_clipfrac"]
         assert metrics["pg_clipfrac"] == clip > 0
 
 

@@ -95,9 +95,9 @@ def make(objective: Source) -> Callable[..., Result]:
 
     Returns:
         ``(args, batch, logits, sum_of_sample_mean) -> (loss, metrics)``, the metrics those of
-        slime's policy loss. ``pg_clipfrac`` counts tokens with a ratio, for a sequence-level
-        objective that of the sequence, beyond the bound for the sign of the advantage (for CISPO
-        beyond either; for BAPO, whose bounds are the batch's, 0).
+        slime's policy loss. ``pg_clipfrac`` counts tokens with a ratio, for GSPO that of the
+        sequence, beyond the bound for the sign of the advantage (for CISPO beyond either; for BAPO,
+        whose bounds are the batch's, 0).
 
     Raises:
         ValueError: no objective; in a call an option that is not honoured, a term that slime's
@@ -186,7 +186,9 @@ def _loss(
         inplace_grad=True,
         parallel=parallel,
     )
-    of_rows = Segments.of(rows.targets[None], rows.segments, parallel) if by_sequence else None
+    of_rows = None
+    if o.name == "gspo":
+        of_rows = Segments.of(rows.targets[None], rows.segments, parallel)
     return out.loss, _metrics(o, args, x, rows, out, of_rows)
 
 
