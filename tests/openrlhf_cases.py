@@ -73,6 +73,7 @@ DEFAULTS: dict[str, Any] = {
     "actor.muon.lr": 0.0, "actor.adam.lr": 0.0, "actor.lr_scheduler": "constant",
     "actor.lr_warmup_ratio": 0.0, "actor.min_lr_ratio": 0.0, "actor.max_norm": 1.0,
     "actor.gradient_checkpointing_enable": False,
+    "algo.advantage.estimator": "gae",
     "algo.advantage.is_correction_level": "off", "algo.advantage.is_correction_mode": "mask",
     "algo.advantage.is_correction_gating": "ratio",
     "algo.advantage.is_correction_threshold": [0.5, 5.0],

@@ -432,6 +432,23 @@ def test_options_reach_the_workers(
         cases.make_worker(kind, folder, cases.make_args({"actor.eps_clip_low_high": (0.2, 0.28)}))
 
 
+def test_advantages_by_token_are_refused_before_the_first_step(
+    workers: ModuleType, ours: ModuleType, launcher: ModuleType, folder: str
+) -> None:
+    ours.install(Objective.gspo())
+    kind = workers.PolicyModelActor.__ray_actor_class__
+    given: dict[str, Any] = {}
+    for change, message in (
+        ({}, r"--algo.advantage.estimator: expected any but 'gae' with objective gspo, of whole"),
+        ({"algo.advantage.estimator": "rloo"}, r"--algo.kl.use_loss: expected True or an --algo"),
+    ):
+        given |= change
+        with pytest.raises(ValueError, match=message):
+            cases.make_worker(kind, folder, cases.make_args(given))
+    for change in ({"algo.kl.use_loss": True}, {"algo.kl.init_coef": 0.0}):
+        cases.make_worker(kind, folder, cases.make_args(given | change))
+
+
 WORKER = """
 import pickle, sys
 from openrlhf_cases import make_args, make_experience, make_worker

@@ -73,7 +73,7 @@ OBJECTIVES = {
     "reinforce": (Objective.reinforce(), False),
     "opsm": (Objective.ppo(opsm=0.05), False),
     "kl_cov": (Objective.kl_cov(0.1), False),
-    "gmpo": (Objective.gmpo(), True),
+    "gmpo": (Objective.gmpo(0.8, 1.1), True),
     "vespo": (Objective.vespo(), True),
 }
 
@@ -121,9 +121,16 @@ def test_an_objective_of_ones_own(megatron: None, name: str) -> None:
     assert own.abs().max() > 1e-2
     if name in ("sapo", "reinforce", "vespo"):
         assert metrics["pg_clipfrac"] == 0
-    if name == "gppo":
-        clip = call(Objective.ppo(0.8, 1.1), batch, **options)[1]["pg_clipfrac"]
+    if name in ("gppo", "gmpo"):
+        clip = call(Objective.ppo(*objective.numbers()[:2]), batch, **options)[1]["pg_clipfrac"]
         assert metrics["pg_clipfrac"] == clip > 0
+
+
+def test_clip_cov_draws_anew_in_each_call(megatron: None) -> None:
+    objective = Objective.clip_cov(fraction=0.2, low=-10, high=10)
+    batch = slime.make_batch()
+    gradients = {tuple(call(objective, batch)[2].flatten().tolist()) for _ in range(6)}
+    assert len(gradients) > 1
 
 
 def test_the_gradient_lies_where_the_logits_were(megatron: None) -> None:
@@ -180,7 +187,7 @@ def test_options_that_are_not_honoured_together(megatron: None) -> None:
 
 def test_objectives_that_are_refused(megatron: None) -> None:
     batch = slime.make_batch()
-    for objective in ("gppo", Objective.gppo):
+    for objective in ("gppo", Objective.gppo, lambda logprob, entropy, ctx: -logprob):
         with pytest.raises(ValueError, match="objective: expected an Objective"):
             ours.make(objective)
     with pytest.raises(ValueError, match="objective.kl: expected not set .but --use-kl-loss"):

@@ -157,6 +157,17 @@ class PolicyLoss(_Base):
         return loss, found["clip_frac"], -found["kl_old_k1"], vllm_kl, filtered
 
 
+def _check_advantages(objective: Objective, algo: Any) -> None:
+    """ValueError for a sequence-level objective where OpenRLHF's advantages are by token."""
+    if objective.level == "sequence":
+        given = f"with objective {objective.name}, of whole sequences"
+        if algo.advantage.estimator == "gae":
+            _checks.fail("--algo.advantage.estimator", f"any but 'gae' {given}", "'gae'")
+        if algo.kl.init_coef > 0 and not algo.kl.use_loss:
+            expected = f"True or an --algo.kl.init_coef of 0 {given}"
+            _checks.fail("--algo.kl.use_loss", expected, "False, a KL in each token's reward")
+
+
 @functools.cache
 def _workers() -> tuple[Any, Any, Any, Any]:
     """OpenRLHF's modules of the policy's and the reference's workers, and the classes of these."""
@@ -179,7 +190,8 @@ def install(objective: Objective | None = None) -> None:
 
     Raises:
         ValueError: as `PolicyLoss`; what depends on OpenRLHF's arguments, and a vision-language
-            model, in the workers.
+            model, in the workers. There also advantages by token (``gae``, a KL in the rewards) for
+            a sequence-level objective.
     """
     if objective is not None:
         PolicyLoss(objective)
@@ -191,6 +203,7 @@ def install(objective: Objective | None = None) -> None:
             super().init_model_from_pretrained(*args, **kwargs)
             fuse(self.actor)
             if objective is not None:
+                _check_advantages(objective, self.trainer.args.algo)
                 theirs = self.trainer.actor_loss_fn
                 options = {name: getattr(theirs, name) for name in OPTIONS}
                 self.trainer.actor_loss_fn = PolicyLoss(objective, **options)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -32,6 +33,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..policy_loss import KL, Importance, Objective, policy_loss
+from ..policy_loss.adaptive import CovarianceSelection
 from ..policy_loss.inputs import check_no_constructor
 from ..policy_loss.outputs import PolicyLossOutput
 from ..policy_loss.reference_objective import CISPO
@@ -60,6 +62,7 @@ TIS: dict[str | None, Any] = {
 }
 Source = Objective | Callable[[Any], Objective]
 Result = tuple[Tensor, dict[str, Tensor]]
+_seeds = itertools.count(1)
 
 
 def init(args: Any) -> None:
@@ -92,18 +95,21 @@ def make(objective: Source) -> Callable[..., Result]:
 
     Returns:
         ``(args, batch, logits, sum_of_sample_mean) -> (loss, metrics)``, the metrics those of
-        slime's policy loss. ``pg_clipfrac`` counts tokens with a ratio, for a sequence-level
-        objective that of the sequence, beyond the bound for the sign of the advantage (for CISPO
-        beyond either).
+        slime's policy loss. ``pg_clipfrac`` counts tokens with a ratio, for GSPO that of the
+        sequence, beyond the bound for the sign of the advantage (for CISPO beyond either; for BAPO,
+        whose bounds are the batch's, 0).
 
     Raises:
         ValueError: no objective; in a call an option that is not honoured, a term that slime's
             options set, or advantages that differ in a sample for a sequence-level objective.
     """
     check_no_constructor(objective)
-    if not isinstance(objective, Objective) and not callable(objective):
-        expected = "an Objective, or a function from slime's arguments to one"
-        _checks.fail("objective", expected, repr(objective))
+    if not isinstance(objective, Objective):
+        try:
+            inspect.signature(objective).bind(None)
+        except TypeError:
+            expected = "an Objective (such as Objective.custom(function)), or a function from"
+            _checks.fail("objective", f"{expected} slime's arguments to one", repr(objective))
     return functools.partial(_loss, objective)
 
 
@@ -164,6 +170,8 @@ def _loss(
     rows = rows_of(batch, logits.shape[1], rank, ranks)
     x = tokens_of(args, batch, sum_of_sample_mean)
     by_sequence = o.level == "sequence"
+    if isinstance(o.rule, CovarianceSelection):  # the same on ranks with parts of the same rows
+        o = replace(o, rule=replace(o.rule, seed=next(_seeds)))
     out = policy_loss(
         logits.squeeze(0),  # a view; the backward of logits[0] would allocate all of them again
         rows.targets,
@@ -178,7 +186,9 @@ def _loss(
         inplace_grad=True,
         parallel=parallel,
     )
-    of_rows = Segments.of(rows.targets[None], rows.segments, parallel) if by_sequence else None
+    of_rows = None
+    if o.name == "gspo":
+        of_rows = Segments.of(rows.targets[None], rows.segments, parallel)
     return out.loss, _metrics(o, args, x, rows, out, of_rows)
 
 
