@@ -468,9 +468,10 @@ def test_ray_takes_the_worker_to_another_process(
     cloudpickle = importlib.import_module("ray.cloudpickle")
     kind = workers.PolicyModelActor.__ray_metadata__.modified_class
     (tmp_path / "kind").write_bytes(cloudpickle.dumps(kind))
+    path = os.pathsep.join((f"{ROOT}/tests", str(ROOT), os.environ.get("PYTHONPATH", "")))
     done = subprocess.run(
         [sys.executable, "-c", WORKER, str(tmp_path / "kind"), folder], capture_output=True,
-        text=True, timeout=300, cwd=ROOT, env=os.environ | {"PYTHONPATH": f"{ROOT}/tests:{ROOT}"},
+        text=True, timeout=300, cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == f"reasonkern.integrations.openrlhf {OBJECTIVE}"
