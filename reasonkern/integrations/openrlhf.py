@@ -18,7 +18,6 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..policy_loss import Objective, token_weights
-from ..policy_loss.adaptive import CovarianceSelection
+from ..policy_loss.adaptive import drawn_anew
 from ..policy_loss.inputs import check_no_constructor
 from ._log_probs import check_terms, log_prob_loss
 from ._openrlhf_actor import TESTED, fuse
@@ -140,11 +139,8 @@ class PolicyLoss(_Base):
             corrected = self._corrected(old_log_probs, mask, rollout_log_probs)
             importance, vllm_kl, filtered = corrected
         self._calls += 1
-        objective = self.objective
-        if isinstance(objective.rule, CovarianceSelection):  # the same on ranks with the same rows
-            objective = replace(objective, rule=replace(objective.rule, seed=self._calls))
         loss, metrics = log_prob_loss(
-            objective,
+            drawn_anew(self.objective, self._calls),  # the same on ranks with the same rows
             log_probs,
             mask,
             old_logprob=old_log_probs,

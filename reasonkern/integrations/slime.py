@@ -33,7 +33,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..policy_loss import KL, Importance, Objective, policy_loss
-from ..policy_loss.adaptive import CovarianceSelection
+from ..policy_loss.adaptive import drawn_anew
 from ..policy_loss.inputs import check_no_constructor
 from ..policy_loss.outputs import PolicyLossOutput
 from ..policy_loss.reference_objective import CISPO
@@ -170,8 +170,7 @@ def _loss(
     rows = rows_of(batch, logits.shape[1], rank, ranks)
     x = tokens_of(args, batch, sum_of_sample_mean)
     by_sequence = o.level == "sequence"
-    if isinstance(o.rule, CovarianceSelection):  # the same on ranks with parts of the same rows
-        o = replace(o, rule=replace(o.rule, seed=next(_seeds)))
+    o = drawn_anew(o, next(_seeds))  # the same on ranks with parts of the same rows
     out = policy_loss(
         logits.squeeze(0),  # a view; the backward of logits[0] would allocate all of them again
         rows.targets,

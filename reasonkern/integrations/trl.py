@@ -24,7 +24,7 @@ from torch import Tensor
 
 from .. import _checks
 from ..policy_loss import Objective, PolicyMetrics, conflict_token_weights, token_weights
-from ..policy_loss.adaptive import BalancedBounds, CovarianceSelection
+from ..policy_loss.adaptive import BalancedBounds, drawn_anew
 from ..policy_loss.inputs import check_no_constructor
 from ._peer import import_peer, require_arguments
 from ._trl_head import HeadCall, HeadOutput, HeadRows, add_head
@@ -217,8 +217,7 @@ class GRPOTrainer(_Base):
             rollout = torch.where(rollout.isnan(), old, rollout)
         if rollout is None and objective.opsm is not None:
             objective = replace(objective, opsm=None)  # on-policy: nothing has drifted
-        if isinstance(objective.rule, CovarianceSelection):
-            objective = replace(objective, rule=replace(objective.rule, seed=self._step))
+        objective = drawn_anew(objective, self._step)
         if "conflict_weights" in inputs:
             objective = replace(objective, selection=inputs["conflict_weights"])
         entropy_weight = None

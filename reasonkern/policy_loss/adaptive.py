@@ -170,6 +170,13 @@ class EntropyFilter(Rule):
         return o, replace(context, advantage=shaped)
 
 
+def drawn_anew(o: Objective, seed: int) -> Objective:
+    """With another seed, where its rule draws tokens: trainers give one each time they ask."""
+    if not isinstance(o.rule, CovarianceSelection):
+        return o
+    return replace(o, rule=replace(o.rule, seed=seed))
+
+
 def adapt(
     o: Objective, logprob: Tensor, entropy: Tensor, finite: Tensor, context: RowContext, h: Hyper
 ) -> tuple[Objective, RowContext]:
