@@ -125,8 +125,9 @@ def linear_policy_loss(
     twice: checkpoint the layers before it. With fully_shard (FSDP2), call it in the forward of the
     module that holds the head, where the weight is a plain tensor; a DTensor is refused. FSDP's
     mixed precision casts the floating tensors that forward is called with, and bfloat16
-    log-probabilities are off by 0.03 nat: pass them in a plain object. Under torch.compile it is
-    one operator of the graph.
+    log-probabilities are off by 0.03 nat: pass them in a plain object. With DDP, too, call it in
+    the forward of the wrapped module: outside, nothing averages the gradients over the ranks.
+    Under torch.compile it is one operator of the graph.
 
     Args:
         hidden: (N, D) packed or (B, T, D) padded, float32, bfloat16, float16 or float64. For next-
