@@ -252,7 +252,10 @@ class Objective(ObjectiveFields):
     def gspo(
         cls, ratio_min: Number | None = 0.9997, ratio_max: Number | None = 1.0004, **terms: Any
     ) -> Objective:
-        """PPO's loss on s = exp(mean of the log-ratio over the sequence) (GSPO, 2507.18071)."""
+        """PPO's loss on s = exp(mean of the log-ratio over the sequence) (GSPO, 2507.18071).
+
+        With weights of mode ``seq-mean-token-sum`` it is LUSPO (2602.05261).
+        """
         return cls(name="gspo", level="sequence", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
 
     @classmethod

@@ -39,7 +39,7 @@ def token_weights(
     ========================  ==============================================  ==================
     ``token-mean``            sum(mask * l) / num_tokens                      DAPO, BNPO
     ``seq-mean-token-mean``   mean over sequences of sum(mask * l) / length   GRPO, SAPO
-    ``seq-mean-token-sum``    mean over sequences of sum(mask * l)            RLOO
+    ``seq-mean-token-sum``    mean over sequences of sum(mask * l)            RLOO, LUSPO
     ``constant``              sum(mask * l) / (num_sequences * max_length)    Dr.GRPO
     ========================  ==============================================  ==================
 
@@ -47,7 +47,8 @@ def token_weights(
         mask: bool or 0/1 numbers, (B, T) padded or (N,) packed; True = the token is trained.
         mode: one of the table.
         segments: ``cu_seqlens`` (S + 1,) for packed tokens; needed by the sequence modes.
-        max_length: L_max of mode ``constant``, for it alone; default T of a padded mask.
+        max_length: L_max of mode ``constant``, for it alone; default T of a padded mask, which
+            micro-batches cut to their longest sequence do not share.
         num_tokens: normaliser of ``token-mean``, for it alone, a number or 0-dim tensor: the
             trained tokens of the whole accumulation window over all ranks. Default: those of this
             mask.
