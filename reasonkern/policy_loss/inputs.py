@@ -37,7 +37,8 @@ class RowContext:
     """The rows of a batch: every tensor is (B, T), or (1, N) for packed tokens; None = not given.
 
     This is the ``ctx`` of a user-defined objective. ``sequence_sum(x)`` sums over each sequence and
-    gives the sum back to each of its rows; ``parallel`` is what was given to the loss.
+    gives the sum back to each of its rows; rows of weight 0 count, too, unless x is 0 there, as
+    ``torch.where(ctx.active, x, 0)`` is. ``parallel`` is what was given to the loss.
     ``importance`` is a detached factor of the policy term, in the place of the objective's own.
     """
 
@@ -57,7 +58,7 @@ class RowContext:
         return active_rows(self.weight, self.entropy_weight)
 
     def sequence_sum(self, x: Tensor) -> Tensor:
-        """Sum over each sequence, all pieces of it, in float64, spread back to its rows."""
+        """Sum over all rows and pieces of each sequence, in float64, spread back to its rows."""
         return self.segments.sum(x)
 
     @property
