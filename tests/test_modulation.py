@@ -290,6 +290,10 @@ def test_forces_by_rank(backend):
     state.tensors.progress[0, at.STOPPED] = 1
     assert modulate(backend, z[None], state, torch.tensor([0])).argmax() == 9
     assert state.stopped.tolist() == [True]
+    z[9] = -INF  # then nothing is forced, the phrase of the next rank neither
+    state = one(spec, (), [0, 7])
+    state.tensors.progress[0, at.STOPPED] = 1
+    assert modulate(backend, z[None], state, torch.tensor([0])).max() < 3e4
 
 
 def test_the_phrase_goes_on_after_the_end_of_thinking(backend):
@@ -421,6 +425,8 @@ def test_a_soft_budget_ramps_and_stays_below_the_top(backend, dtype):
     error = max(abs(a - b) for a, b in zip(values[5:10], ramp, strict=True))
     assert error <= 8 * torch.finfo(dtype).eps
     assert row_of(backend, spec, z, [1] * 7 + [7])[END] > 0  # the next id of the phrase
+    early = rk.Modulation(budget=rk.Budget(10, [END, 7], rk.SoftBudget(0.5)), think_end=END)
+    assert torch.equal(row_of(backend, early, z, [1] * 9 + [END]), z)  # the budget is not spent
     assert torch.equal(row_of(backend, spec, z, [1] * 9, dense=False), z)
     z[7] = 8.0
     assert torch.equal(row_of(backend, spec, z, [1] * 9), z)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections import Counter
 from fractions import Fraction
 from typing import Any
@@ -209,6 +210,9 @@ def test_deepdistill() -> None:
     assert tenths.std(correction=0) > 0  # from rounding
     assert scaling.difficulty_grade(tenths).variation == 0
     assert scaling.difficulty_grade(scores, thresholds=()).grade.tolist() == [0] * 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no problems are no reason to warn
+        assert scaling.difficulty_grade(torch.zeros(0, 4)).variation.shape == (0,)
 
 
 def test_deep_self_evolving_reasoning() -> None:

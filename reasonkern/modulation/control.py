@@ -41,14 +41,16 @@ def modulate_logits_(
         if a token v is due (budget spent, middle of a phrase, stopped) and z[v] > -inf:
             z[v] = 3e4; done                       # the other logits must be below 2e4
         for v in the sets of the parts:
-            z[v] += sum of the parts' additions    # in double, rounded once to float32
+            z[v] += sum of the parts' additions    # in double, rounded once to float32 unless
+                                                   # the logits are float64
             z[v] = -inf if banned                  # unless nothing finite would be left
         if thinking must go on and z[wait] > -inf:
             z[wait] = T * log(exp(z[wait] / T) + exp(z[think_end] / T))
             z[think_end] = -inf
         z[end] += share * max(0, max(z) - margin - z[end])       # a soft budget
 
-    Otherwise -inf stays -inf and NaN stays NaN.
+    Of several due tokens only the first counts: that of a stop, of a budget, of a "Wait". Otherwise
+    -inf stays -inf and NaN stays NaN.
 
     Args:
         logits: (R, V) float32, bfloat16, float16 or float64, the last dimension contiguous. Divide

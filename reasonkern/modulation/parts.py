@@ -192,7 +192,7 @@ class Budget:
         tokens: thinking tokens before the phrase; 0 forces it at once.
         end: its ids, 1 to 64; they contain think_end where the `Modulation` has one.
         soft: a `SoftBudget`; None = off. The phrase may then begin on its own from ``soft.start``
-            of the budget on.
+            of the budget on; nothing is forced before it is spent, also not after a think_end.
 
     Raises:
         ValueError: an argument out of its range.
@@ -218,8 +218,8 @@ class MinThink:
     While fewer than ``tokens`` thinking tokens are spent, or ``ignore`` is not used up, the
     probability of think_end goes to the first id of ``wait``: the law of sampling and then
     replacing an end. Each such id, whether the text came to it by itself or not, uses up one of
-    ``ignore``; the remaining ids of ``wait`` are forced after it. A row in which that id is not
-    allowed is left alone.
+    ``ignore``; the remaining ids of ``wait`` are forced after it and use up nothing. A row in which
+    that id is not allowed is left alone.
 
     Args:
         tokens: thinking tokens before which there is no end.

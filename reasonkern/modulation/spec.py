@@ -26,9 +26,9 @@ class Modulation:
     """What is done to the logits of one request; every part is off where it is None.
 
     Everything but ``deepconf`` and ``entropy_trigger`` acts in the thinking phase only: from
-    ``think_start`` until ``think_end``, then off for good; a budget's phrase that holds think_end
-    goes on to its own end. In a prompt the last of the two decides, and the tokens after an open
-    start count as thinking tokens.
+    ``think_start`` until ``think_end``, then off for good; the phrase of a spent budget that holds
+    think_end goes on to its own end. In a prompt the last of the two decides, and the tokens after
+    an open start count as thinking tokens.
 
     Args:
         cyclic: a `Cyclic`.

@@ -29,7 +29,8 @@ def conflict_token_weights(
 
     A token conflicts when the same id at the same position occurs in a completion of its group with
     A > 0 and in one with A < 0. Only the unbroken run of conflicts from the first trained token
-    counts (forward), and the one up to the last, with positions counted from the end (backward).
+    counts, with positions counted from it (forward), and the one up to the last trained token,
+    with positions counted back from that (backward).
     Of each run, conflicts with A > 0 get the factor ``amplify``, those with A < 0 get 0, all other
     tokens 1. Tokens that are not trained (tool output) keep their position, never match, end the
     run and get 0; completions with A = 0 match nothing and get 1.

@@ -29,7 +29,8 @@ class Vote(NamedTuple):
     """What `vote` returns.
 
     Attributes:
-        answer: the winner; None when nobody voted, or after a tie with tie="none".
+        answer: the winner; None when nobody voted, or with weight 0 alone, or after a tie with
+            tie="none".
         share: its part of the votes cast, 0 without a winner.
         votes: votes by answer, in the order of their first appearance.
     """
@@ -224,7 +225,7 @@ def vote_ids(answer_ids: Tensor, weights: Tensor | None = None) -> Tensor:
         weights: (B, N) >= 0; None = 1 each.
 
     Returns:
-        (B,) int64, the winning id, -1 where nobody voted.
+        (B,) int64, the winning id, -1 where nobody voted, or with weight 0 alone.
 
     Raises:
         ValueError: wrong shape, dtype or device; on CPU also a weight that is negative or not

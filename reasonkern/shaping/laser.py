@@ -173,9 +173,9 @@ def adaptive_length_targets(
     Among ``lower, lower + step, …, upper`` the smallest ℓ with ⌊cover(ℓ) n⌋ >= 1: cover is the
     share of a level's correct answers (on a monitoring set) that are no longer than ℓ, and n the
     correct answers that a group of the level has at least: ⌊2/3 rollouts⌋ for high, ⌊1/3 rollouts⌋
-    for medium and 1 for low, so low needs all of them. Compared in integers. In the released code
-    cover counts wrong answers, too, levels begin above their bounds (in the search alone), and no
-    target is longer than the batch's longest answer.
+    for medium, both at least 1, and 1 for low, so low needs all of them. Compared in integers. In
+    the released code cover counts wrong answers, too, levels begin above their bounds (in the
+    search alone), and no target is longer than the batch's longest answer.
 
     Args:
         length: (N,) tokens of the monitoring set's answers.

@@ -43,9 +43,9 @@ def check_verifier(
     ranks. G-tests then compare three kinds of laws with the target's: "marginal", of the first
     token; "joint", of the first three, where the target itself continues shorter steps; and
     "length > j", of token j given the one before it, over the steps that emitted it. A law is
-    broken when its p-value is below 1e-6, and not tested where too few steps come to it. The
-    default's draws take 10 to 20 s with `verify_tree` on a core of a CPU; 2^14 are a
-    quick look, below a second.
+    broken when its p-value is below 1e-6, and not tested where too few steps come to it. All are
+    laws of one step: noise that requests share breaks none of them. The default's draws take 10 to
+    20 s with `verify_tree` on a core of a CPU; 2^14 are a quick look, below a second.
 
     With ``exact``, the law is enumerated instead: ``fn`` is run once for every outcome of every
     random choice and the laws must agree to a total variation of 1e-12. ``fn`` then takes its

@@ -109,7 +109,7 @@ class NgramTable:
         Args:
             context: (M, max(orders)) token ids, the newest last, padded on the left with -1. An
                 order whose window holds a -1 is skipped; a row that ends in -1 is padding.
-            topk_ids: (M, k) integers, k at most K; -1 = empty.
+            topk_ids: (M, k) integers, k at most K; -1 = empty. A row without an id is padding, too.
             topk_logits: (M, k) logits of the raw model output (before temperature, penalties and
                 masks), or log-probabilities where ``lse`` is None. A one-hot row (id, 0.0) records
                 a token of which the logits are not known.

@@ -59,7 +59,7 @@ class Verified(NamedTuple):
         path: (B, D + 1) int64 node whose row emitted each token, -1 when empty; but ``path[:, 0]``
             is the root, 0, also where nothing was emitted.
         topk_ids: (B, D + 1, topk) int64 ids of the largest raw logits of each row on the path, -1 =
-            empty.
+            empty: all of a row with NaN or +inf, from which a table learns nothing.
         topk_logits: (B, D + 1, topk) float32 those logits, before temperature, mask and filters;
             -inf = empty.
         lse: (B, D + 1) float32 log-sum-exp of the raw row; -inf = empty.
