@@ -306,6 +306,18 @@ def linear_statistics_and_frozen_head() -> None:
         assert_close(got, expected, **EXACT)
 
 
+def linear_hidden_of_any_strides() -> None:
+    """All ranks add up one layout, the one without columns (of four) included."""
+    _, x = linear_problem("packed", torch.float64)
+    y = torch.arange(len(x[0])) % V
+    gradients = []
+    for operands, parallel in ((x, None), (own_rows(x), Parallel(world()))):
+        hidden = operands[0].t().contiguous().t().requires_grad_()
+        stats = rk.linear_token_stats(hidden, operands[1], y, bias=operands[2], parallel=parallel)
+        gradients += torch.autograd.grad(stats.logprob.sum(), hidden)
+    assert_close(*gradients, **EXACT)
+
+
 # ---- DTensor
 
 

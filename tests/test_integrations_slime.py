@@ -126,6 +126,17 @@ def test_an_objective_of_ones_own(megatron: None, name: str) -> None:
         assert metrics["pg_clipfrac"] == clip > 0
 
 
+def test_the_metric_of_slimes_distillation(megatron: None) -> None:
+    """--use-opd, which changes advantages."""
+    batch = slime.make_batch()
+    distances = [torch.full_like(x, i + 1.0) for i, x in enumerate(batch["advantages"])]
+    metrics = call(None, batch | {"opd_reverse_kl": distances})[1]
+    lengths = torch.stack([m.sum() for m in batch["loss_masks"]])
+    means = torch.arange(1, len(lengths) + 1) * lengths / batch["rollout_mask_sums"]
+    assert_close(metrics.pop("opd_reverse_kl"), means.sum(), check_dtype=False)
+    assert metrics.keys() == call(None, batch)[1].keys()
+
+
 def test_clip_cov_draws_anew_in_each_call(megatron: None) -> None:
     objective = Objective.clip_cov(fraction=0.2, low=-10, high=10)
     batch = slime.make_batch()

@@ -41,6 +41,9 @@ def masks(split: Any, group: Any) -> dict[str, Tensor]:
             out[f"{mode} {seed}"] = rk.covariance_mask(
                 lp, a, used, mode=mode, fraction=fraction, seed=seed, data_group=group
             )
+        out[f"tied {seed}"] = rk.covariance_mask(
+            lp, 0 * a, used, mode="kl", fraction=0.6, data_group=group
+        )
     return out
 
 

@@ -142,6 +142,18 @@ def test_autocast_leaves_float64_alone() -> None:
     assert_same_bits(out[:4], [t.detach() for t in expected[:4]])
 
 
+@pytest.mark.parametrize("compact", [False, True])
+@EACH_PATH
+def test_backward_inside_autocast(name: str, compact: bool) -> None:
+    b = make_batch(F32)
+    x = operands(b, F32)
+    expected = gradients(linear(x, b, OBJECTIVES[name], compact=compact), x)
+    out = linear(x, b, OBJECTIVES[name], compact=compact)
+    with torch.autocast("cpu", BF16):
+        found = gradients(out, x)
+    assert_same_bits(found, expected)
+
+
 @pytest.mark.parametrize("how", ["two-phase", "loss_scale", "autocast", "autocast loss_scale"])
 def test_float16_gradient_survives_with_grad_scaler(how: str) -> None:
     """Formed before the factor 65536, a float16 gradient loses most of its mass at large V."""

@@ -57,6 +57,7 @@ VOCABULARY = (
     "linear_loss_of_every_objective",
     "linear_padding_and_own_reduction",
     "linear_statistics_and_frozen_head",
+    "linear_hidden_of_any_strides",
     "dtensor_logits",
     "errors",
 )

@@ -138,9 +138,18 @@ def test_kl_cov_equals_the_sort(fraction: float) -> None:
         assert torch.equal(found, mask & (cov >= threshold)) and found.sum() == k
 
 
-def test_kl_cov_keeps_ties() -> None:
+def test_kl_cov_takes_the_first_of_ties() -> None:
     lp, a = torch.tensor([-1.0, -3.0, -1.0, -3.0]), torch.tensor([1.0, -1.0, 1.0, -1.0])
-    assert rk.covariance_mask(lp, a, torch.ones(4), mode="kl", fraction=0.25).all()
+    found = rk.covariance_mask(lp, a, torch.tensor([0, 1, 1, 1]), mode="kl", fraction=0.67)
+    assert found.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("advantage", [0.0, 0.7])
+def test_kl_cov_of_equal_advantages_is_no_larger(advantage: float) -> None:
+    """The tokens of one sequence, which a micro-batch can be: all covariances are 0."""
+    lp, _, mask = rows(0)
+    found = rk.covariance_mask(lp, torch.tensor(advantage), mask, mode="kl", fraction=0.01)
+    assert found.sum() == floor_share(0.01, int(mask.sum())) and not (found & ~mask).any()
 
 
 @pytest.mark.parametrize("fraction", [2e-4, 0.01, 0.05, 0.9])

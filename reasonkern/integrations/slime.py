@@ -188,7 +188,10 @@ def _loss(
     of_rows = None
     if o.name == "gspo":
         of_rows = Segments.of(rows.targets[None], rows.segments, parallel)
-    return out.loss, _metrics(o, args, x, rows, out, of_rows)
+    metrics = _metrics(o, args, x, rows, out, of_rows)
+    if distilled := batch.get("opd_reverse_kl"):
+        metrics["opd_reverse_kl"] = sum_of_sample_mean(torch.cat(distilled))
+    return out.loss, metrics
 
 
 def _metrics(

@@ -17,7 +17,8 @@ numbers of its own. BAPO searches its bounds from those of its released code, VE
 sequences whatever it says (``seq-mean-token-mean`` gives their numbers here). Importance weights
 that differ within a sequence multiply the losses of its tokens: for ``rk_gspo`` each token's
 gradient then has the mean of them, for verl's ``gspo`` its own, and ``geo_mean`` takes their
-geometric mean.
+geometric mean. With ``algorithm.rollout_correction.bypass_mode`` verl gives a loss no weights and
+rejects nothing before it: both are inside its own loss, ``bypass_mode``.
 """
 
 from __future__ import annotations

@@ -154,7 +154,9 @@ class HeadChunks:
             if index is None:
                 torch.mm(gradient, self.weight, out=self.grad_hidden[chunk.span])
             else:
-                self.grad_hidden.index_copy_(0, index[chunk.span], gradient @ self.weight)
+                # Into `out`, which autocast leaves in the dtype it has.
+                product = torch.mm(gradient, self.weight, out=torch.empty_like(chunk.hidden))
+                self.grad_hidden.index_copy_(0, index[chunk.span], product)
         if self.needs.weight:
             # 0 times a NaN among the hidden states would be NaN in the whole weight.
             chunk.hidden.masked_fill_(~torch.isfinite(logprob).view(-1, 1), 0.0)

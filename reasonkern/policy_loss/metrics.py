@@ -105,7 +105,8 @@ class PolicyMetrics:
         """Merges the ranks of a process group in rank order, so every rank gets the same bits.
 
         Default: the ``segment_group`` and ``data_group`` of the loss's `Parallel`, whose
-        ``vocab_group`` holds the same rows and has nothing to add; without one, all ranks.
+        ``vocab_group`` holds the same rows and has nothing to add; without one, all ranks. Give a
+        loss of DTensors a `Parallel`, for the ranks of its columns would each count its rows.
         """
         if group is None and self.parallel is False:
             _checks.fail("group", "a process group: pickling left those of the loss behind", None)

@@ -74,7 +74,7 @@ class _ShardedLinearStats(torch.autograd.Function):
             gradients = to_inputs(out, inputs, needs)
         else:
             gradients = [
-                torch.zeros_like(x) if n else None for x, n in zip(inputs, needs, strict=True)
+                x.new_zeros(x.shape) if n else None for x, n in zip(inputs, needs, strict=True)
             ]
         grad_hidden, *of_columns = gradients
         if grad_hidden is not None and reduce_dhidden:

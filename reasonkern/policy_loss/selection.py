@@ -86,7 +86,7 @@ def covariance_mask(
     * ``mode="clip"`` (Clip-Cov drops these from the loss): ``max(floor(fraction n), 1)`` tokens
       drawn at random from the candidates with low < cov < high, all of them if there are fewer.
     * ``mode="kl"`` (KL-Cov penalises these): the ``max(floor(fraction n), 1)`` tokens of largest
-      covariance, ties kept.
+      covariance; of equal ones the first.
 
     The paper's means and counts are over the batch, verl's over the micro-batch: pass
     ``data_group`` for the former. verl draws with ``torch.randperm`` and waits for the device; here
@@ -166,9 +166,14 @@ def covariance(
 def select_top(
     cov: Tensor, trained: Tensor, count: Tensor, fraction: float, groups: Groups
 ) -> Tensor:
-    """KL-Cov's tokens."""
+    """KL-Cov's tokens; where the advantages are equal, so are all covariances."""
     rank = torch.minimum(_share(count, fraction), count)
-    return _at_least_kth(cov, trained, rank, groups)
+    keys = ordered_integers(cov)
+    kth = kth_largest(keys, trained, rank, 64, groups)
+    above, tied = trained & (keys > kth), trained & (keys == kth)
+    room = rank - _added(above.sum(), groups)
+    place = _offset(tied.sum(), groups) + tied.flatten().cumsum(0)
+    return above | (tied & (place <= room).view_as(tied))
 
 
 def draw_between(
@@ -247,7 +252,7 @@ def random_keys(count: int, seed: int | Tensor, device: torch.device, groups: Gr
     """Distinct int64 by a hash of (seed, index); indices go on from rank to rank."""
     index = torch.arange(count, device=device)
     if groups:
-        index = index + _offset(count, device, groups)
+        index = index + _offset(torch.full((), count, device=device), groups)
     base = seed.to(index) if isinstance(seed, Tensor) else index.new_full((), signed(int(seed)))
     return _mix(_mix(base + signed(GOLDEN)) + index * signed(GOLDEN))
 
@@ -268,9 +273,8 @@ def _shift_right(x: Tensor, shift: int) -> Tensor:
     return (x >> shift) & ((1 << (64 - shift)) - 1)
 
 
-def _offset(count: int, device: torch.device, groups: Groups) -> Tensor:
-    """Elements on the ranks before this one; the first group's ranks follow each other."""
-    size = torch.full((), count, device=device)
+def _offset(size: Tensor, groups: Groups) -> Tensor:
+    """Sum of sizes on the ranks before this one; the first group's ranks follow each other."""
     offset = torch.zeros_like(size)
     for group in groups:
         sizes = gather(size, group)
