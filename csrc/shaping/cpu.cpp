@@ -31,7 +31,7 @@ void run_gae(const GaeParams<T>& p) {
   if (p.length == 0) return;
   const int64_t grain = std::max<int64_t>(1, 16384 / p.length);
   torch::stable::parallel_for(0, p.rows, grain, [&p](int64_t begin, int64_t end) {
-    std::vector<T> scratch(p.mask == nullptr ? 0 : 4 * p.length + 1);
+    std::vector<T> scratch(p.mask == nullptr ? 0 : kWindow + p.length);
     for (int64_t row = begin; row < end; ++row) gae_row(p, row, scratch.data());
   });
 }

@@ -1,6 +1,7 @@
 // The reverse recurrence of generalised advantage estimation on CPU.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../common/cpu_capability.h"
@@ -9,8 +10,7 @@
 namespace reasonkern {
 namespace cpu {
 
-constexpr int64_t kChunk = 512;  // tokens at a time: their buffers stay in the first cache
-constexpr int kWindow = 16;      // chains side by side
+constexpr int kWindow = 16;  // tokens that one step takes
 
 // Not beside the namespaces of other families.
 namespace scan {
@@ -19,8 +19,8 @@ namespace scan {
 }  // namespace scan
 
 template <class T>
-using GaeRow = void(const T* reward, const T* value, int64_t length, T next, T gamma, T decay,
-                    T decay_value, T* advantage, T* returns);
+using GaeRow = void(const T* reward, const T* value, const uint8_t* mask, int64_t length, T next,
+                    T gamma, T decay, T decay_value, T* advantage, T* returns, T* scratch);
 
 template <class T>
 GaeRow<T>* gae_row_kernel() {
@@ -38,8 +38,8 @@ T bootstrap(const GaeParams<T>& p, int64_t row, const T* last_value) {
   return p.bootstrap_value == nullptr ? T(0) : p.bootstrap_value[row];
 }
 
-// A row of the batch. Masked tokens are cut out before and become zeros afterwards; `scratch` is
-// four rows long.
+// A row of the batch. Masked rows end with their last token that counts, so that padding changes no
+// bit, and take scratch for a row and kWindow tokens.
 template <class T>
 void gae_row(const GaeParams<T>& p, int64_t row, T* scratch) {
   const T gamma = static_cast<T>(p.gamma);
@@ -48,33 +48,19 @@ void gae_row(const GaeParams<T>& p, int64_t row, T* scratch) {
       static_cast<T>(p.gamma * (p.row_lam_value ? p.row_lam_value[row] : p.lam_value));
   const T* reward = p.reward + row * p.reward_stride;
   const T* value = p.value + row * p.value_stride;
+  const auto* mask = reinterpret_cast<const uint8_t*>(p.mask);
+  if (mask != nullptr) mask += row * p.length;
   T* const advantage = p.advantage + row * p.length;
   T* const returns = p.returns + row * p.length;
+  int64_t length = p.length;
+  while (mask != nullptr && length > 0 && !mask[length - 1]) --length;
+  std::fill(advantage + length, advantage + p.length, T(0));
+  std::fill(returns + length, returns + p.length, T(0));
+  if (length == 0) return;
+  const T next = bootstrap(p, row, value + length - 1);
   static GaeRow<T>* const scan_row = gae_row_kernel<T>();
-  if (p.mask == nullptr) {
-    const T next = bootstrap(p, row, value + p.length - 1);
-    scan_row(reward, value, p.length, next, gamma, decay, decay_value, advantage, returns);
-    return;
-  }
-  const bool* mask = p.mask + row * p.length;
-  T *r = scratch, *v = r + p.length, *a = v + p.length, *b = a + p.length;
-  int64_t count = 0;
-  for (int64_t t = 0; t < p.length; ++t) {
-    r[count] = reward[t];
-    v[count] = value[t];
-    count += mask[t];
-  }
-  if (count > 0) {
-    const T next = bootstrap(p, row, v + count - 1);
-    scan_row(r, v, count, next, gamma, decay, decay_value, a, b);
-  }
-  int64_t from = 0;
-  for (int64_t t = 0; t < p.length; ++t) {
-    const T x = a[from], y = b[from];  // read in any case: no branch
-    advantage[t] = mask[t] ? x : T(0);
-    returns[t] = mask[t] ? y : T(0);
-    from += mask[t];
-  }
+  scan_row(reward, value, mask, length, next, gamma, decay, decay_value, advantage, returns,
+           scratch);
 }
 
 }  // namespace cpu

@@ -71,9 +71,9 @@ def gae(
     _checks.check_number("gamma", gamma, 0, 1)
     _check_end(reward, bootstrap, bootstrap_value, truncated)
     dtype = torch.float64 if reward.dtype == torch.float64 else torch.float32
-    number, row_lam = _lambda("lam", lam, reward, dtype)
-    lam_value = lam if lam_value is None else lam_value
-    number_value, row_lam_value = _lambda("lam_value", lam_value, reward, dtype)
+    number, row_lam = number_value, row_lam_value = _lambda("lam", lam, reward, dtype)
+    if lam_value is not None:
+        number_value, row_lam_value = _lambda("lam_value", lam_value, reward, dtype)
     rows = [x.detach().to(dtype) for x in (reward, value)]
     out: tuple[Tensor, Tensor] = torch.ops.reasonkern.gae(
         *(x if x.stride(1) == 1 else x.contiguous() for x in rows),
@@ -130,7 +130,7 @@ def _lambda(
         _checks.check_number(name, lam, 0, 1)
         return float(lam), None
     _check_beside(name, lam, reward, reward.shape[:1])
-    if _checks.reads_values(lam):
+    if _checks.reads_values(lam) and not all(0 <= x <= 1 for x in _checks.extremes(lam)):
         _checks.check_all(name, lam, (lam >= 0) & (lam <= 1), "values in [0, 1]")
     return 0.0, lam.detach().to(dtype).contiguous()
 
