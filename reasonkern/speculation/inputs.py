@@ -18,6 +18,7 @@ LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_ENTRY = 64  # tokens of a draft law
 MAX_EOS = 64
 INTEGERS = (torch.int64, torch.int32)
+ALL_INTEGERS = (*INTEGERS, torch.int16, torch.int8, torch.uint8)
 CONTIGUOUS = torch.contiguous_format
 
 
@@ -82,7 +83,7 @@ def per_request(
 def _as_rows(
     name: str, x: Tensor, batch: int, dtype: torch.dtype, device: torch.device, shape: str
 ) -> Tensor:
-    allowed = INTEGERS if dtype == torch.int64 else (torch.float32, torch.float64, *INTEGERS)
+    allowed = ALL_INTEGERS if dtype == torch.int64 else (*LOGITS_DTYPES, *ALL_INTEGERS)
     _checks.check_dtype(name, x, *allowed)
     if x.device != device:
         _checks.fail(name, f"device {device}", x.device)
@@ -97,11 +98,17 @@ def row_parameters(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     batch, device = logits.shape[0], logits.device
     real, whole = torch.float32, torch.int64
+    if top_k is None and min_p is None:  # one launch for both: 0 is off, of either dtype
+        largest = torch.zeros(batch, dtype=whole, device=device)
+        least = largest.view(real)[:batch]
+    else:
+        largest = per_request("top_k", 0 if top_k is None else top_k, batch, whole, device)
+        least = per_request("min_p", 0.0 if min_p is None else min_p, batch, real, device)
     return (
         per_request("temperature", temperature, batch, real, device),
-        per_request("top_k", 0 if top_k is None else top_k, batch, whole, device),
+        largest,
         per_request("top_p", 1.0 if top_p is None else top_p, batch, real, device),
-        per_request("min_p", 0.0 if min_p is None else min_p, batch, real, device),
+        least,
         per_request("seed", seed, batch, whole, device),
         per_request("position", position, batch, whole, device),
     )
