@@ -245,7 +245,7 @@ def decode(code: str, scope: dict[str, Any], texts: list[list[int]], length: int
         out, key = scope.get("step") or scope["verified"], cache(texts, scope["draft"].tokens)
         call = re.search(r"^# (rk\.compact_kv_\(.*\))$", step, re.M)
         if call:
-            exec(call[1], scope | now | {"key": key, "value": key.clone()})
+            exec(call[1], scope | now | {"keys": [key], "values": [key.clone()]})
         for text, tokens, n in zip(texts, out.tokens.tolist(), out.length.tolist(), strict=True):
             text += tokens[:n]
         for text, entries in zip(texts, key[:, 0, :, 0].tolist(), strict=True):

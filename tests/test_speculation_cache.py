@@ -153,6 +153,45 @@ def test_all_layers_in_one_call():
     assert_same_bits(stored, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_list_of_layers(dtype, paged):
+    """The bits of layer by layer; heads, widths, strides and dtypes may differ."""
+    path, accepted = walk(3, 7, 5, 11)
+    lengths = torch.tensor([1, 4, 2])
+    table = torch.tensor([[3, 0], [1, 5], [4, 2]]) if paged else None
+    front, slots = ((6,), 8) if paged else ((3,), 16)
+    layers = [(2, 8, dtype), (2, 8, dtype), (1, 3, dtype), (2, 8, torch.int8), (2, 8, dtype)]
+    pairs = [
+        caches((*front, slots, heads, width), kind, 20 + i)
+        for i, (heads, width, kind) in enumerate(layers)
+    ]
+    pairs[4][1] = pairs[4][1][..., :6]
+    if not paged:
+        pairs = [[x.transpose(1, 2) for x in pair] for pair in pairs]
+    expected = [[moved(x, lengths, path, accepted, lengths, table) for x in pair] for pair in pairs]
+    single = [[x.clone() for x in pair] for pair in pairs]
+    for pair in single:
+        rk.compact_kv_(*pair, lengths, path, accepted, block_table=table)
+    keys, values = map(list, zip(*pairs, strict=True))
+    rk.compact_kv_(keys, tuple(values), lengths, path, accepted, block_table=table)
+    for got, one, e in zip(pairs, single, expected, strict=True):
+        assert_same_bits(got, e)
+        assert_same_bits(one, e)
+
+
+def test_a_list_of_layers_compiles():
+    path, accepted = walk(3, 7, 5, 12)
+    lengths = torch.tensor([1, 4, 2])
+    keys = caches((3, 2, 16, 4), torch.float32, 13)
+    values = caches((3, 2, 16, 6), torch.float32, 14)
+    expected = [moved(x, lengths, path, accepted, lengths) for x in (*keys, *values)]
+    torch.compile(rk.compact_kv_, fullgraph=True, backend="aot_eager")(
+        keys, values, lengths, path, accepted
+    )
+    assert_same_bits([*keys, *values], expected)
+
+
 def test_follows_a_verified_step():
     """The cache of the accepted tokens is that of a run that never drafted."""
     tree = rk.DraftTree([-1, 0, 0, 1, 2, 4])
@@ -206,3 +245,58 @@ def test_errors(change, message):
     start, table = args.pop("start", None), args.pop("block_table", None)
     with pytest.raises(ValueError, match=message):
         rk.compact_kv_(*args.values(), start=start, block_table=table)
+
+
+def layer(*shape: int) -> Tensor:
+    return torch.zeros(*shape or (2, 1, 8, 2))
+
+
+OTHER, FIRST = layer(2, 1, 9, 2), layer()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (layer(2, 8, 2), layer(), r"^key\[1\]: expected shape \(B, H, S, D"),
+        (None, layer(), r"^key\[1\]: expected a tensor, got NoneType"),
+        (layer(), 3, r"^value\[1\]: expected a tensor, got int"),
+        (layer(), layer(2, 1, 7, 2), r"^value\[1\]: expected shape that of key\[1\]"),
+        (layer().half(), layer(), r"^value\[1\]: expected dtype torch.float16"),
+        (layer(3, 1, 8, 2), layer(3, 1, 8, 2), r"^key\[1\]: expected the B and S of key\[0\]"),
+        (OTHER, OTHER.clone(), r"^key\[1\]: expected the B and S of key\[0\]"),
+        (layer().to_sparse(), layer(), r"^key\[1\]: expected a dense tensor"),
+        (layer(2, 1, 8, 4)[..., ::2], layer(), r"^key\[1\]: expected the last dimension"),
+        (layer().to("meta"), layer().to("meta"), r"^key\[1\]: expected the device of key\[0\]"),
+        (OTHER[:, :, 1:], OTHER[:, :, 1:], r"^value\[1\]: expected memory .*that of key\[1\]"),
+        (FIRST, layer(), r"^key\[1\]: expected memory of its own, got that of key\[0\]"),
+    ],
+)
+def test_errors_of_a_layer(key, value, message):
+    """Nothing is moved before all layers are checked."""
+    rest = [GOOD[name]() for name in ("lengths", "path", "accepted")]
+    with pytest.raises(ValueError, match=message):
+        rk.compact_kv_([FIRST, key], [layer(), value], *rest)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ([], [], r"^value: expected a list of 0 tensors, one for each of key \(>= 1\), got 0"),
+        ([FIRST], layer(), "^value: expected a list of 1 tensors.*, got Tensor"),
+        ([FIRST, layer()], [layer()], "^value: expected a list of 2 tensors.*, got 1"),
+        (FIRST, [layer()], "^value: expected a tensor, got list"),
+    ],
+)
+def test_errors_of_lists(key, value, message):
+    rest = [GOOD[name]() for name in ("lengths", "path", "accepted")]
+    with pytest.raises(ValueError, match=message):
+        rk.compact_kv_(key, value, *rest)
+
+
+def test_layers_have_pages_of_one_size():
+    one, keys = torch.ones(2, dtype=torch.int64), [layer(4, 8, 2, 2), layer(4, 4, 2, 2)]
+    values = [k.clone() for k in keys]
+    with pytest.raises(
+        ValueError, match=r"^key\[1\]: expected the blocks and block_size of key\[0"
+    ):
+        rk.compact_kv_(keys, values, one, 0 * one[:, None], one, block_table=one[:, None])

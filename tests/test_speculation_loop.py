@@ -8,8 +8,10 @@ import pytest
 import torch
 from generation_cases import MODEL, PROMPTS, table_of
 from speculation_cases import generator
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import reasonkern as rk
+from reasonkern import _checks
 from reasonkern.generation import generate
 
 VOCAB, BATCH, STEPS = 12, 60, 40
@@ -121,3 +123,47 @@ def test_torchs_default_dtype_and_device_do_not_matter(value):
     with default_of(value):
         found = everything(*given)
     assert list(map(str, found)) == list(map(str, expected))
+
+
+class Launches(TorchDispatchMode):
+    """Calls of operators that are no views: on a GPU each is a launch or more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += not op.is_view
+        return op(*args, **(kwargs or {}))
+
+
+def test_launches_of_a_step(monkeypatch):
+    """At most, where values are not checked, as on a GPU; a number is one of its own."""
+    monkeypatch.setattr(_checks, "reads_values", lambda tensor: False)
+    table = rk.NgramTable(64, vocab_size=VOCAB, orders=(2, 1))
+    context, scope = torch.tensor([[3, 4], [5, 6], [7, 8]]), torch.arange(3)
+    logits = torch.randn(3, TREE.nodes, VOCAB, generator=generator(3))
+    given = {"temperature": torch.full((3,), 0.8), "seed": rk.request_seeds(0, 3)}
+    given["position"] = scope + 5
+    numbers = given | {"temperature": 0.8}
+    filters = {"top_k": scope + 3, "top_p": given["temperature"]}
+    drafted = table.draft(context, TREE, **given)
+    out = rk.verify_tree(logits, drafted, TREE, **given)
+    layers = [torch.zeros(3, 1, 9, 4) for _ in range(4)]
+    nodes = (logits, drafted, TREE)
+    for most, call in (
+        (1, lambda: table.draft(context, TREE, **given, scope=scope)),
+        (2, lambda: table.draft(context, TREE, **numbers)),
+        (3, lambda: rk.verify_tree(logits, drafted, TREE, **given)),
+        (4, lambda: rk.verify_tree(logits, drafted, TREE, **numbers)),
+        (1, lambda: rk.sample(logits[:, 0], **given, **filters, min_p=given["temperature"])),
+        (2, lambda: rk.sample(logits[:, 0], **given, **filters)),
+        (3, lambda: rk.sample(logits[:, 0], **given)),
+        (6, lambda: table.update_verified(context, out)),
+        (7, lambda: table.update_verified(context, out, scope=scope)),
+        (13, lambda: table.update_verified(context, out, all_nodes=nodes)),
+        (2, lambda: rk.compact_kv_(layers[:2], layers[2:], scope, out.path, out.length)),
+    ):
+        with Launches() as launches:
+            call()
+        assert launches.count <= most

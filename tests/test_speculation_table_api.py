@@ -14,7 +14,7 @@ from contract import run_contract
 from speculation_table_cases import entries, generator, random_batch, random_requests, state_tensors
 from torch import Tensor
 
-from reasonkern import Draft, DraftTree, NgramTable, _load
+from reasonkern import Draft, DraftTree, NgramTable, _load, verify_tree
 from reasonkern.speculation import reference_table as reference
 from reasonkern.speculation.tree import TreeTensors
 
@@ -145,6 +145,37 @@ def test_drafts_compile_with_a_temperature_by_request() -> None:
     compiled = torch.compile(draft, fullgraph=True, backend="aot_eager")
     temperature = torch.tensor([0.0, 0.7])
     assert torch.equal(compiled(temperature), draft(temperature))
+
+
+@pytest.mark.parametrize("name", ["temperature", "seed", "position"])
+def test_drafts_and_verification_take_the_same_dtypes(name: str) -> None:
+    """Any integer; of a temperature any float, too."""
+    table = small()
+    ids, logits, lse = laws(2)
+    context = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    table.update(context, ids, logits, lse=lse)
+    rows = torch.randn(2, CHAIN.nodes, 50, generator=generator(4))
+
+    known = {"temperature": 0.5, "seed": 1, "position": 3}
+    draft = table.draft(context, CHAIN, **known)
+
+    def step(value: Any) -> list[Tensor]:
+        given = known | {name: value}
+        calls = table.draft(context, CHAIN, **given), verify_tree(rows, draft, CHAIN, **given)
+        return [result.tokens for result in calls]
+
+    allowed = {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8}
+    if name == "temperature":
+        allowed |= {torch.float32, torch.bfloat16, torch.float16, torch.float64}
+    for dtype in allowed:
+        for shape in ((), (2,)):
+            assert all(map(torch.equal, step(torch.full(shape, 2, dtype=dtype)), step(2)))
+    for dtype in {torch.bool, torch.float32, torch.complex64} - allowed:
+        given = known | {name: torch.ones(2, dtype=dtype)}
+        with pytest.raises(ValueError, match=f"{name}: expected dtype"):
+            table.draft(context, CHAIN, **given)
+        with pytest.raises(ValueError, match=f"{name}: expected dtype"):
+            verify_tree(rows, draft, CHAIN, **given)
 
 
 # ---- replicas
@@ -308,8 +339,8 @@ LOGITS = torch.tensor([[-0.5, -2.0]])
         ({"lse": torch.zeros(2)}, r"lse: expected shape \(rows,\) = \(1,\), got \(2,\)"),
         ({"scope": 4}, r"scope: expected an integer in \[0, 4\), got 4"),
         ({"scope": torch.tensor([-1])}, r"scope: expected values in \[0, 4\), got -1"),
-        ({"scope": torch.tensor([0, 1])}, r"scope: expected a number or shape \(1,\), got \(2,\)"),
-        ({"scope": 0.5}, "scope: expected an integer or a tensor, got 0.5"),
+        ({"scope": torch.tensor([0, 1])}, r"scope: expected shape \(rows,\) = \(1,\), got \(2,\)"),
+        ({"scope": 0.5}, r"scope: expected an integer or a \(rows,\) tensor, got 0.5"),
     ],
 )
 def test_bad_rows(changes: dict[str, Any], message: str) -> None:
@@ -326,13 +357,14 @@ def test_bad_rows(changes: dict[str, Any], message: str) -> None:
     [
         ({"mode": "fast"}, "mode: expected 'shared' or 'rejection' or"),
         ({"tree": [-1, 0]}, "tree: expected a DraftTree, got list"),
-        ({"temperature": -1.0}, "temperature: expected a finite number >= 0, got -1.0"),
-        ({"temperature": torch.tensor([torch.nan])}, "temperature: expected numbers >= 0"),
-        ({"temperature": torch.ones(2)}, r"temperature: expected a number or shape \(1,\)"),
-        ({"seed": 1.5}, "seed: expected an integer or a tensor, got 1.5"),
-        ({"position": -1}, r"position: expected an integer >= 0 or a \(B,\) tensor, got -1"),
+        ({"temperature": -1.0}, "temperature: expected finite values >= 0, got -1.0"),
+        ({"temperature": torch.tensor([torch.nan])}, "temperature: expected finite values >= 0"),
+        ({"temperature": torch.ones(2)}, r"temperature: expected shape \(B,\) = \(1,\)"),
+        ({"seed": 1.5}, r"seed: expected an integer or a \(B,\) tensor, got 1.5"),
+        ({"position": -1}, "position: expected values >= 0, got -1"),
         ({"seed": 1 << 64}, r"seed: expected an integer in \[-2\^63, 2\^64\), got 1844"),
-        ({"position": torch.tensor([0, 1])}, r"position: expected a number or shape \(1,\)"),
+        ({"position": torch.tensor([0, 1])}, r"position: expected shape \(B,\) = \(1,\)"),
+        ({"position": torch.tensor([-1])}, r"position: expected values >= 0, got -1 at \(0,\)"),
         ({"context": CONTEXT - 3}, r"context: expected values in \[-1, 50\), got -2"),
         ({"scope": 9}, r"scope: expected an integer in \[0, 4\), got 9"),
     ],
@@ -391,7 +423,7 @@ def test_bad_states() -> None:
     with pytest.raises(ValueError, match=r"scope: expected an integer in \[0, 4\), got 4"):
         table.reset(4)
     for wrong in (1.5, "a", None):
-        with pytest.raises(ValueError, match="scope: expected an integer or a tensor"):
+        with pytest.raises(ValueError, match="scope: expected an integer or a .*tensor"):
             table.reset(wrong)
 
 

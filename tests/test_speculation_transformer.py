@@ -103,8 +103,8 @@ class Cache:
         return model(tokens, tree.positions(self.lengths), attend)
 
     def commit(self, path: Tensor, accepted: Tensor) -> None:
-        for layer in range(LAYERS):
-            rk.compact_kv_(self.keys[layer], self.values[layer], self.lengths, path, accepted)
+        layers = self.keys.unbind(), self.values.unbind()
+        rk.compact_kv_(*layers, self.lengths, path, accepted)
         self.lengths += accepted
 
 

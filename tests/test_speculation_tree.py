@@ -70,6 +70,16 @@ def test_drawing_has_one_line_per_node(parents: list[int]) -> None:
     assert sorted(int(line.lstrip("│└├─ ")) for line in lines) == list(range(len(parents)))
 
 
+@given(parent_lists(), st.integers(1, 5))
+def test_windows_are_the_last_tokens_up_to_a_node(parents: list[int], width: int) -> None:
+    paths = [list(range(-width, 1))]  # negative: of the context
+    for node, parent in enumerate(parents[1:], start=1):
+        paths.append([*paths[parent], node])
+    seen = torch.tensor([*range(1 - width, 1), *range(1, len(parents))])
+    found = seen[DraftTree(parents).windows(width, torch.device("cpu"))]
+    assert found.tolist() == [path[-width:] for path in paths]
+
+
 def test_default_trees_are_nested() -> None:
     big = DraftTree.default(625)
     for nodes in (1, 2, 16, 80):

@@ -18,6 +18,7 @@ LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_ENTRY = 64  # tokens of a draft law
 MAX_EOS = 64
 INTEGERS = (torch.int64, torch.int32)
+ALL_INTEGERS = (*INTEGERS, torch.int16, torch.int8, torch.uint8)
 CONTIGUOUS = torch.contiguous_format
 
 
@@ -82,7 +83,7 @@ def per_request(
 def _as_rows(
     name: str, x: Tensor, batch: int, dtype: torch.dtype, device: torch.device, shape: str
 ) -> Tensor:
-    allowed = INTEGERS if dtype == torch.int64 else (torch.float32, torch.float64, *INTEGERS)
+    allowed = ALL_INTEGERS if dtype == torch.int64 else (*LOGITS_DTYPES, *ALL_INTEGERS)
     _checks.check_dtype(name, x, *allowed)
     if x.device != device:
         _checks.fail(name, f"device {device}", x.device)
@@ -97,11 +98,17 @@ def row_parameters(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     batch, device = logits.shape[0], logits.device
     real, whole = torch.float32, torch.int64
+    if top_k is None and min_p is None:  # one launch for both: 0 is off, of either dtype
+        largest = torch.zeros(batch, dtype=whole, device=device)
+        least = largest.view(real)[:batch]
+    else:
+        largest = per_request("top_k", 0 if top_k is None else top_k, batch, whole, device)
+        least = per_request("min_p", 0.0 if min_p is None else min_p, batch, real, device)
     return (
         per_request("temperature", temperature, batch, real, device),
-        per_request("top_k", 0 if top_k is None else top_k, batch, whole, device),
+        largest,
         per_request("top_p", 1.0 if top_p is None else top_p, batch, real, device),
-        per_request("min_p", 0.0 if min_p is None else min_p, batch, real, device),
+        least,
         per_request("seed", seed, batch, whole, device),
         per_request("position", position, batch, whole, device),
     )
@@ -198,43 +205,101 @@ def step_limits(
     return ids, cap, used
 
 
-def as_moved(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    """8-bit floats, which no other function takes, as the bytes that they are."""
+def cache_layers(key: Any, value: Any, paged: bool) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values, a checked pair per layer; 8-bit floats as the bytes that they are."""
+    if not isinstance(key, (list, tuple)):
+        layers = [_checked_layer(key, value, "", paged)]
+        _check_apart(layers, listed=False)
+        return layers
+    if not isinstance(value, (list, tuple)) or not 0 < len(key) == len(value):
+        got = len(value) if isinstance(value, (list, tuple)) else type(value).__name__
+        _checks.fail("value", f"a list of {len(key)} tensors, one for each of key (>= 1)", got)
+    layers = []
+    kinds: tuple[object, object] = (None, None)
+    for k, v in zip(key, value, strict=True):
+        if _is_of(k, kinds[0]) and _is_of(v, kinds[1]):
+            small = k.dtype is not layers[-1][0].dtype
+            layers.append((k.view(torch.uint8), v.view(torch.uint8)) if small else (k, v))
+            continue
+        at = f"[{len(layers)}]"
+        layers.append(_checked_layer(k, v, at, paged))
+        _check_same_slots(k, key[0], at, paged)
+        kinds = _kind(k), _kind(v)
+    _check_apart(layers, listed=True)
+    return layers
 
-    def small(x: object) -> bool:
-        if not isinstance(x, Tensor) or x.layout != torch.strided:
-            return False
-        return x.is_floating_point() and x.itemsize == 1
 
+def _kind(x: Tensor) -> tuple[object, ...]:
+    """All that the checks of a layer look at."""
+    return x.dtype, x.shape, x.stride(), x.device
+
+
+def _is_of(x: object, kind: object) -> bool:
+    return isinstance(x, Tensor) and x.layout is torch.strided and _kind(x) == kind
+
+
+def _checked_layer(key: Tensor, value: Tensor, at: str, paged: bool) -> tuple[Tensor, Tensor]:
+    """`at` follows the names in messages: the layer's index."""
     if isinstance(key, Tensor) and isinstance(value, Tensor) and key.dtype != value.dtype:
-        _checks.fail("value", f"dtype {key.dtype}, that of key", value.dtype)
-    if small(key) and small(value):
-        return key.view(torch.uint8), value.view(torch.uint8)
-    return key, value
-
-
-def check_caches(
-    key: Tensor, value: Tensor, lengths: Tensor, path: Tensor, block_table: Tensor | None
-) -> int:
-    """Shapes of the caches of one dtype; returns the number of slots a request can address."""
-    for name, x in (("key", key), ("value", value)):
+        _checks.fail(f"value{at}", f"dtype {key.dtype}, that of key{at}", value.dtype)
+    if _is_small(key) and _is_small(value):
+        key, value = key.view(torch.uint8), value.view(torch.uint8)
+    caches = ((f"key{at}", key), (f"value{at}", value))
+    for name, x in caches:
         check_tensor(name, x)
         if x.ndim != 4:
-            layout = "(B, H, S, D)" if block_table is None else "(blocks, block_size, H, D)"
+            layout = "(blocks, block_size, H, D)" if paged else "(B, H, S, D)"
             _checks.fail(name, f"shape {layout}", tuple(x.shape))
-    check_tensor("lengths", lengths)
-    check_tensor("path", path)
-    _checks.check_device("value", value, key, "key")
-    _checks.check_shape("value", value, (*key.shape[:3], value.shape[3]), "that of key up to D")
-    for name, x in (("key", key), ("value", value)):
+    _checks.check_device(f"value{at}", value, key, f"key{at}")
+    shape = (*key.shape[:3], value.shape[3])
+    _checks.check_shape(f"value{at}", value, shape, f"that of key{at} up to D")
+    for name, x in caches:
         *lead, inner = zip(x.shape, x.stride(), strict=True)
         if x.numel() and inner[0] > 1 and inner[1] != 1:
             _checks.fail(name, "the last dimension contiguous", f"strides {x.stride()}")
         if x.numel() and any(n > 1 and step < inner[0] for n, step in lead):
             _checks.fail(name, "rows that do not overlap", f"strides {x.stride()}")
-    if _share_a_row(key, value):
-        expected = "memory of its own (for a cache of one tensor: key[..., :0])"
-        _checks.fail("value", expected, "that of key")
+    return key, value
+
+
+def _is_small(x: object) -> bool:
+    """8-bit floats, which no other function takes."""
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        return False
+    return x.is_floating_point() and x.itemsize == 1
+
+
+def _check_same_slots(key: Tensor, first: Tensor, at: str, paged: bool) -> None:
+    """Layers may differ in all but where their slots are."""
+    if key.device != first.device:
+        _checks.fail(f"key{at}", f"the device of key[0], {first.device}", key.device)
+    slots = 1 if paged else 2
+    if (key.shape[0], key.shape[slots]) != (first.shape[0], first.shape[slots]):
+        expected = "the blocks and block_size" if paged else "the B and S"
+        _checks.fail(f"key{at}", f"{expected} of key[0], {tuple(first.shape)}", tuple(key.shape))
+
+
+def _check_apart(layers: list[tuple[Tensor, Tensor]], listed: bool) -> None:
+    """What lies in two caches would move twice: in keys and values, or in layers that share one."""
+    if torch.compiler.is_compiling():
+        return
+    owners: dict[int, int] = {}
+    for i, (key, value) in enumerate(layers):
+        place = key.data_ptr()  # 0 of an empty one and of device meta
+        if not place:
+            continue
+        at = f"[{i}]" if listed else ""
+        if -value.shape[3] < (value.data_ptr() - place) // key.itemsize < key.shape[3]:
+            expected = "memory of its own (for a cache of one tensor: key[..., :0])"
+            _checks.fail(f"value{at}", expected, f"that of key{at}")
+        if owners.setdefault(place, i) != i:
+            _checks.fail(f"key{at}", "memory of its own", f"that of key[{owners[place]}]")
+
+
+def check_path(key: Tensor, lengths: Tensor, path: Tensor, block_table: Tensor | None) -> int:
+    """Shapes of what says where to move; returns the number of slots a request can address."""
+    check_tensor("lengths", lengths)
+    check_tensor("path", path)
     if lengths.ndim != 1:
         _checks.fail("lengths", "shape (B,)", tuple(lengths.shape))
     batch = lengths.shape[0]
@@ -249,13 +314,6 @@ def check_caches(
     if block_table.ndim != 2 or block_table.shape[0] != batch:
         _checks.fail("block_table", f"shape ({batch}, max_blocks)", tuple(block_table.shape))
     return key.shape[1] * block_table.shape[1]
-
-
-def _share_a_row(key: Tensor, value: Tensor) -> bool:
-    if torch.compiler.is_compiling() or key.is_meta or not (key.numel() and value.numel()):
-        return False
-    apart = value.data_ptr() - key.data_ptr()
-    return -value.shape[3] < apart // key.itemsize < key.shape[3]
 
 
 def check_slots(

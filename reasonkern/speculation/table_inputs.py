@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _checks
 from .draft import Draft
-from .inputs import as_int64
+from .inputs import ALL_INTEGERS, LOGITS_DTYPES, per_request
 from .reference_table import ID_BITS, TOTAL_LIMIT, Storage, row_values
 from .tree import DraftTree
 
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from .table import NgramTable
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # context, topk_ids, topk_logits, lse, scope, as `NgramTable.update` takes them
 UpdateArgs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
@@ -52,12 +50,12 @@ def _on_table(name: str, tensor: Tensor, dtypes: Sequence[torch.dtype], table: N
 
 
 def _integers(name: str, tensor: Tensor, table: NgramTable) -> Tensor:
-    _on_table(name, tensor, INTEGERS, table)
+    _on_table(name, tensor, ALL_INTEGERS, table)
     return tensor.to(torch.int64)
 
 
 def _floats(name: str, tensor: Tensor, table: NgramTable) -> Tensor:
-    _on_table(name, tensor, FLOATS, table)
+    _on_table(name, tensor, LOGITS_DTYPES, table)
     return tensor.to(torch.float32).contiguous()
 
 
@@ -70,25 +68,13 @@ def contexts(table: NgramTable, context: Tensor) -> Tensor:
     return context if context.stride(1) == 1 else context.contiguous()
 
 
-def _per_row(name: str, value: int | Tensor, rows: int, table: NgramTable) -> Tensor:
-    """(rows,) int64 of an integer or a tensor."""
-    if isinstance(value, Tensor):
-        value = _integers(name, value, table)
-        if value.ndim > 1 or (value.ndim and value.shape[0] != rows):
-            _checks.fail(name, f"a number or shape ({rows},)", tuple(value.shape))
-        return value.expand(rows).contiguous()
-    if not _checks.is_integer(value):
-        _checks.fail(name, "an integer or a tensor", repr(value))
-    return torch.full((rows,), as_int64(name, value), dtype=torch.int64, device=table.device)
-
-
 def scopes(table: NgramTable, scope: int | Tensor | None, rows: int) -> Tensor | None:
     """(rows,) int64, or None for scope 0."""
     if scope is None:
         return None
     if _checks.is_integer(scope) and not 0 <= scope < table.max_scopes:
         _checks.fail("scope", f"an integer in [0, {table.max_scopes})", scope)
-    return _per_row("scope", scope, rows, table)
+    return per_request("scope", scope, rows, torch.int64, table.device, "(rows,)")
 
 
 def check_known(table: NgramTable, context: Tensor, scope: Tensor | None) -> None:
@@ -126,25 +112,13 @@ def draft_inputs(
 ) -> DraftInputs:
     """Checks and expands the arguments of `NgramTable.draft`."""
     context = contexts(table, context)
-    rows = context.shape[0]
-    if not isinstance(position, Tensor):
-        _checks.check_integer("position", position, 0, or_none=" or a (B,) tensor")
-    if isinstance(temperature, Tensor):
-        temperature = _floats("temperature", temperature, table)
-        if temperature.ndim > 1 or (temperature.ndim and temperature.shape[0] != rows):
-            _checks.fail("temperature", f"a number or shape ({rows},)", tuple(temperature.shape))
-        hot = temperature.expand(rows).contiguous()
-        if _checks.reads_values(hot):
-            _checks.check_all("temperature", hot, hot >= 0, "numbers >= 0")
-    else:
-        _checks.check_number("temperature", temperature, 0)
-        hot = torch.full((rows,), temperature, dtype=torch.float32, device=table.device)
+    rows, device = context.shape[0], table.device
     return DraftInputs(
         context,
         scopes(table, scope, rows),
-        hot,
-        _per_row("seed", seed, rows, table),
-        _per_row("position", position, rows, table),
+        per_request("temperature", temperature, rows, torch.float32, device),
+        per_request("seed", seed, rows, torch.int64, device),
+        per_request("position", position, rows, torch.int64, device),
     )
 
 
@@ -260,13 +234,8 @@ def node_rows(
     if logits.ndim != 3 or tuple(logits.shape[:2]) != (batch, tree.nodes):
         expected = f"logits of shape ({batch}, {tree.nodes}, vocabulary)"
         _checks.fail("all_nodes", expected, tuple(logits.shape))
-    tensors = tree.tensors(context.device)
-    windows = context.new_empty((batch, tree.nodes, width))
-    windows[:, 0] = context
-    parents = tensors.parents.to(torch.int64)
-    for level in range(1, tree.depth + 1):
-        shifted = torch.cat((windows[:, parents.clamp_min(0), 1:], draft.tokens[..., None]), -1)
-        windows = torch.where((tensors.depths == level)[:, None], shifted, windows)
+    seen = torch.cat((context, draft.tokens[:, 1:]), 1)
+    windows = seen[:, tree.windows(width, context.device)]
     windows = torch.where(draft.valid[..., None], windows, -1)
     return _flat(windows, *laws_of(table, logits), scopes(table, scope, batch))
 
@@ -284,16 +253,13 @@ def laws_of(table: NgramTable, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def _flat(
     windows: Tensor, ids: Tensor, logits: Tensor, lse: Tensor | None, scope: Tensor | None
 ) -> UpdateArgs:
-    batch, rows = windows.shape[:2]
-    each = None if scope is None else scope[:, None].expand(batch, rows).reshape(-1)
-    flat = windows.reshape(-1, windows.shape[-1])
     k = ids.shape[-1]
     return (
-        flat,
+        windows.flatten(0, 1),
         ids.reshape(-1, k),
         logits.reshape(-1, k),
         None if lse is None else lse.reshape(-1),
-        each,
+        None if scope is None else scope.repeat_interleave(windows.shape[1]),
     )
 
 

@@ -76,6 +76,7 @@ class DraftTree:
         given = parents.tolist() if isinstance(parents, Tensor) else list(parents)
         self._parents = _checked_parents(given)
         self._tensors: dict[torch.device, TreeTensors] = {}
+        self._windows: dict[tuple[int, torch.device], Tensor] = {}
         cpu = torch.device("cpu")
         self._tensors[cpu] = _tree_tensors(self._parents)
         self._depth = int(self._tensors[cpu].depths.max())
@@ -202,6 +203,18 @@ class DraftTree:
             here = self.tensors()
             self._tensors[device] = TreeTensors(*(t.to(device) for t in here))
         return self._tensors[device]
+
+    def windows(self, width: int, device: torch.device) -> Tensor:
+        """(N, width) int64: where the last tokens up to each node are; copied to a device once.
+
+        Of (width,) tokens that end with the root's, followed by those of nodes 1, 2, ….
+        """
+        if (width, device) not in self._windows:
+            rows = [list(range(width))]
+            for node, parent in enumerate(self._parents[1:], start=width):
+                rows.append([*rows[parent][1:], node])
+            self._windows[width, device] = torch.tensor(rows, device=device)
+        return self._windows[width, device]
 
     def prefix(self, nodes: int) -> DraftTree:
         """The tree of the first ``nodes`` nodes.

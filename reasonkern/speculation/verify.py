@@ -16,11 +16,11 @@ from . import verify_op as _verify_op  # noqa: F401  (defines the operators)
 from .draft import Draft
 from .inputs import (
     as_int64,
-    as_moved,
-    check_caches,
+    cache_layers,
     check_draft,
     check_logits,
     check_mask,
+    check_path,
     check_slots,
     row_parameters,
     step_limits,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 MODES = ("shared", "target-only", "greedy", "rejection")
 MAX_TOPK = 64
+_compact = torch.ops.reasonkern.compact_kv_.default
 SEED_TAG = 0xFFFFFFFF  # stream word of `request_seeds`, which no other noise uses
 
 
@@ -308,8 +309,8 @@ def _control_arguments(
 
 
 def compact_kv_(
-    key: Tensor,
-    value: Tensor,
+    key: Tensor | Sequence[Tensor],
+    value: Tensor | Sequence[Tensor],
     lengths: Tensor,
     path: Tensor,
     accepted: Tensor,
@@ -326,14 +327,16 @@ def compact_kv_(
         for j in range(accepted[b]):
             key[b, :, lengths[b] + j] = key[b, :, start[b] + path[b, j]]
 
-    Layers that are one tensor (L, B, H, S, D) take one call: of ``flatten(0, 1)``, the other
-    arguments repeated L times.
+    A list of layers is moved layer by layer, but checked together, which is most of the time of a
+    call. Layers that are one tensor (L, B, H, S, D) take a single launch each for keys and values:
+    a call of ``flatten(0, 1)``, the other arguments repeated L times.
 
     Args:
         key: (B, H, S, D), or (blocks, block_size, H, D) with a block table; the last dimension
-            contiguous, rows that do not overlap. Any dtype, 8-bit ones too.
+            contiguous, rows that do not overlap. Any dtype, 8-bit ones too. Or a list of them, one
+            per layer, which may differ in H, D, dtype and strides.
         value: laid out like ``key``; its D may differ. ``key[..., :0]`` where keys and values are
-            one tensor, as in MLA.
+            one tensor, as in MLA. A list where ``key`` is one.
         lengths: (B,) int64 committed tokens in the cache, the root's slot excluded.
         path: (B, P) int64, `Verified.path`.
         accepted: (B,) int64, `Verified.length`; 0 moves nothing.
@@ -353,17 +356,20 @@ def compact_kv_(
         >>> key.flatten().tolist()
         [0.0, 1.0, 2.0, 4.0, 4.0, 5.0]
     """
-    key, value = as_moved(key, value)
-    slots = check_caches(key, value, lengths, path, block_table)
+    layers = cache_layers(key, value, block_table is not None)
+    first = layers[0][0]
+    slots = check_path(first, lengths, path, block_table)
     begin = lengths if start is None else start
     for name, x in (("lengths", lengths), ("path", path), ("accepted", accepted), ("start", begin)):
         _checks.check_dtype(name, x, torch.int64)
-        _checks.check_device(name, x, key, "key")
+        _checks.check_device(name, x, first, "key")
         if name != "path":
             _checks.check_shape(name, x, lengths.shape, "(B,)")
-    check_slots(lengths, path, accepted, begin, slots, block_table, key.shape[0], key.shape[1])
+    check_slots(lengths, path, accepted, begin, slots, block_table, *first.shape[:2])
+    moves = (
+        lengths.contiguous(), path.contiguous(), accepted.contiguous(), begin.contiguous(),
+        None if block_table is None else block_table.long().contiguous(),
+    )  # fmt: skip
     with torch.no_grad():
-        torch.ops.reasonkern.compact_kv_(
-            key, value, lengths.contiguous(), path.contiguous(), accepted.contiguous(),
-            begin.contiguous(), None if block_table is None else block_table.long().contiguous(),
-        )  # fmt: skip
+        for k, v in layers:
+            _compact(k, v, *moves)
