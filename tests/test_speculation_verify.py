@@ -21,6 +21,7 @@ from tolerance import ulp
 from torch import Tensor
 
 from reasonkern import DraftTree, Status, _load
+from reasonkern.speculation import reference_row
 from reasonkern.speculation.tree import MAX_NODES
 
 OUTPUTS = ("tokens", "length", "path", "topk_ids", "topk_logits", "lse", "status")
@@ -179,6 +180,43 @@ def test_greedy_takes_the_lowest_of_ties_and_ignores_filters(backend):
     x = torch.tensor([[0.0, 2.0, 2.0, -0.0], [-0.0, 0.0, -1.0, -1.0]])
     r = replace(rows(2, 4, 1), temperature=torch.zeros(2))
     assert sample_everywhere(backend, x, None, r).tolist() == [1, 0]
+
+
+def rows_to_filter() -> dict[str, Tensor]:
+    g = generator(9)
+    x = torch.randn(6, 130, generator=g) * 6
+    few = torch.where(torch.rand(6, 130, generator=g) < 0.9, -INF, x)
+    few[:, 7] = 1.0
+    last_bits = torch.randint(0, 40, (6, 130), generator=g)
+    return {
+        "spread": x,
+        "float16": x.half(),
+        "ties": (x / 2).round() * 2,
+        "ties of bfloat16": x.round().bfloat16(),
+        "both zeros": torch.where(x < 0, -0.0, 0.0),
+        "few finite": few,
+        "denormal": x * 1e-41,
+        "ties by rounding": 1 + 2.0**-23 * last_bits,  # where T > 1
+        "a total above 2^53": torch.where(torch.rand(6, 9000, generator=g) < 0.1, 0.01, 0.0),
+    }
+
+
+@pytest.mark.parametrize("name", rows_to_filter())
+def test_triton_keeps_what_the_definition_keeps(name):
+    triton_kernel = pytest.importorskip("speculation_triton_filters")
+    logits = rows_to_filter()[name]
+    f = reference_row.Filters(
+        torch.tensor([1.0, 1.9, 1.3, 0.7, 1.0, 1.6]),
+        torch.tensor([0, 40, 0, 129, 20, 0]),
+        torch.tensor([1.0, 1.0, 0.95, 0.5, 0.99, 1e-20]),
+        torch.tensor([0.0, 0.0, 0.0, 0.0, 0.05, 1e-6]),
+    )
+    value = logits.float() / f.temperature[:, None]
+    expected, _ = reference_row._filter(value, f)
+    got = triton_kernel.kept(logits, f, 128 if value.shape[1] < 1000 else 4096)
+    finite = value > -INF  # the others weigh nothing
+    assert torch.equal(got & finite, expected & finite)
+    assert (expected & finite).sum(-1).unique().numel() > 3
 
 
 # ---- verify_tree

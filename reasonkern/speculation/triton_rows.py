@@ -12,6 +12,7 @@ MAX_NOISE = tl.constexpr(22.1808)  # above the largest noise
 MIN_NOISE = tl.constexpr(-2.8116)  # below the smallest
 LAST_ID = tl.constexpr(0x3FFFFF)
 TINY = tl.constexpr(2.0**-126)
+SEARCHED = tl.constexpr(4)  # logits that a sweep of a filter's search compares with
 LANE_BLOCK = tl.constexpr(128)  # of a lane's tokens, read at once
 
 
@@ -93,56 +94,118 @@ def order_of(value, cols):
 
 
 @triton.jit
-def bound_order(bound):
-    """The order of the last token whose value is `bound`."""
-    return order_of(bound, tl.cast(LAST_ID, tl.int32))
+def value_of(row, cols, temperature):
+    return tl.div_rn(masked(row, cols, load_logits(row, cols)), temperature)
 
 
 @triton.jit
-def weigh(row, temperature, top, least, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """Mass, or number, of the tokens whose order is at least `least`."""
-    lanes = tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK // 4,), tl.int64)
+def mass_of(below):
+    return (exp_of(below) * 1099511627776.0).to(tl.int64)
+
+
+@triton.jit
+def weigh_above(row, temperature, top, bound, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """Mass, or number, of the tokens whose value is above `bound`."""
+    total = tl.zeros((BLOCK // 4,), tl.int64 if MASS else tl.int32)
     for start in tl.range(0, row.vocab, BLOCK):
-        cols = start + lanes
-        value = tl.div_rn(masked(row, cols, load_logits(row, cols)), temperature)
-        order = order_of(value, cols)
-        kept = (order >= least) & (cols < row.vocab)
+        value = value_of(row, start + tl.arange(0, BLOCK), temperature)
+        weight = value > bound
         if MASS:
-            weight = (exp_of(value - top) * 1099511627776.0).to(tl.int64)
-        else:
-            weight = tl.full((BLOCK,), 1, tl.int64)
-        total += sum_of_thread(tl.where(kept, weight, 0))
+            weight = tl.where(weight, mass_of(value - top), 0)
+        total += sum_of_thread(weight.to(total.dtype))
     return tl.sum(total, 0)
 
 
 @triton.jit
-def search_cut(row, temperature, top, cut, limit, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest order at or above which the kept tokens weigh `limit` or more, bit by bit."""
-    low = tl.cast(0, tl.int64)
-    for i in tl.range(0, 54):
-        least = low + (tl.cast(1, tl.int64) << (53 - i))
-        weight = weigh(row, temperature, top, tl.maximum(cut, least), MASS, BLOCK)
-        enough = weight.to(tl.float64) >= limit
-        low = tl.where(enough, least, low)
-    return low
+def logit_of(key, ZEROS: tl.constexpr):
+    """The logit of a key (uint32)."""
+    SIGN: tl.constexpr = 0x80000000 >> ZEROS
+    bits = tl.where(key < SIGN, key ^ 0xFFFFFFFF, key ^ SIGN) << ZEROS
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def search_value(row, temperature, top, limit, MASS: tl.constexpr, BLOCK: tl.constexpr):
+    """The largest value at or above which the tokens weigh `limit` or more."""
+    # By keys, ordered as logits are; those of 16-bit logits leave out the zeros at their ends.
+    ZEROS: tl.constexpr = 23 - row.logits.dtype.element_ty.fp_mantissa_width
+    low = tl.cast(0x007FFFFF >> ZEROS, tl.uint32)  # -inf
+    step = tl.cast(0xFF800000 >> ZEROS, tl.uint32) - low  # to inf
+    while step > 1:
+        step = (step + SEARCHED) // (SEARCHED + 1)
+        least = logit_of(low + step * (tl.arange(0, SEARCHED) + 1).to(tl.uint32), ZEROS)
+        total = tl.zeros((SEARCHED, BLOCK // 4), tl.int64 if MASS else tl.int32)
+        for start in tl.range(0, row.vocab, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x = masked(row, cols, load_logits(row, cols))
+            weight = x[None, :] >= least[:, None]
+            if MASS:
+                mass = mass_of(tl.div_rn(x, temperature) - top)
+                weight = tl.where(weight, mass[None, :], 0)
+            total += tl.sum(tl.reshape(weight.to(total.dtype), (SEARCHED, 4, BLOCK // 4)), 1)
+        low += step * tl.sum((tl.sum(total, 1).to(tl.float64) >= limit).to(tl.uint32), 0)
+    return tl.div_rn(logit_of(low, ZEROS), temperature)
+
+
+@triton.jit
+def ties_below(total, mass, limit):
+    """How many tokens of a mass leave the total below the limit."""
+    ties, step = tl.cast(0, tl.int32), LAST_ID // 2 + 1
+    while step > 0:
+        short = (total + (ties + step) * mass).to(tl.float64) < limit
+        ties = tl.where(short, ties + step, ties)
+        step = step // 2
+    return ties
+
+
+@triton.jit
+def find_tie(row, temperature, value, place, BLOCK: tl.constexpr):
+    """The id of the token in that place, from 1 on, among those of that value."""
+    at = tl.cast(LAST_ID, tl.int32)
+    for start in tl.range(0, row.vocab, BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        tie = (value_of(row, cols, temperature) == value).to(tl.int32)
+        count = tl.sum(tie, 0)
+        if (place > 0) & (place <= count):
+            at, step = start, BLOCK // 2
+            while step > 0:
+                before = tl.sum(tl.where(cols < at + step, tie, 0), 0)
+                at = tl.where(before < place, at + step, at)
+                step = step // 2
+        place -= count
+    return at
+
+
+@triton.jit
+def tighter(value, place, other, other_place):
+    """Of two cuts, each the value and the place among its ties of the last token kept."""
+    least = tl.where(value == other, tl.minimum(place, other_place), other_place)
+    return tl.maximum(value, other), tl.where(value > other, place, least)
 
 
 @triton.jit
 def filter_cut(row, r, top, BLOCK: tl.constexpr):
     """The order of the last token that top-k, top-p and min-p keep."""
-    cut = tl.cast(0, tl.int64)
+    value, place = tl.cast(-INF, tl.float32), tl.cast(LAST_ID, tl.int32)
     if (r.top_k > 0) & (r.top_k < row.vocab):
-        cut = search_cut(row, r.temperature, top, cut, r.top_k.to(tl.float64), False, BLOCK)
+        value = search_value(row, r.temperature, top, r.top_k.to(tl.float64), False, BLOCK)
+        place = r.top_k.to(tl.int32) - weigh_above(row, r.temperature, top, value, False, BLOCK)
     if (r.top_p >= 1) == 0:
-        total = weigh(row, r.temperature, top, cut, True, BLOCK).to(tl.float64)
-        limit = r.top_p.to(tl.float64) * total
+        total = weigh_above(row, r.temperature, top, value, True, BLOCK)
+        total += mass_of(value - top) * place
+        limit = r.top_p.to(tl.float64) * total.to(tl.float64)
         limit = tl.where(limit >= 1, limit, 1.0)  # below a unit, or NaN: the first token alone
-        cut = search_cut(row, r.temperature, top, cut, limit, True, BLOCK)
+        least = search_value(row, r.temperature, top, limit, True, BLOCK)
+        above = weigh_above(row, r.temperature, top, least, True, BLOCK)
+        ties = ties_below(above, mass_of(least - top), limit)
+        value, place = tighter(value, place, least, ties + 1)
     if r.min_p > 0:
         m = tl.minimum(tl.maximum(r.min_p, TINY), 1.0)
-        cut = tl.maximum(cut, bound_order(top - minus_log(m)))
-    return cut
+        value, place = tighter(value, place, top - minus_log(m), LAST_ID)
+    at = tl.cast(LAST_ID, tl.int32)
+    if place < LAST_ID:
+        at = find_tie(row, r.temperature, value, place, BLOCK)
+    return order_of(value, at)
 
 
 @triton.jit
