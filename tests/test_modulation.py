@@ -373,6 +373,8 @@ def test_waiting_at_every_distance(backend):
     share = distance / heat.double()
     assert (share < 1e-9).sum() > 50 and (share > 750).sum() > 10
     kept = (share < 700) | (share > 750)  # between them lie numbers of fewer bits
+    if backend.name == "triton" and backend.slow:  # a row takes tens of milliseconds
+        kept &= torch.arange(len(share)) % 5 == 0
     distance, heat, share = distance[kept], heat[kept], share[kept]
     logits = torch.zeros(len(share), VOCAB, dtype=torch.float64 if wide else torch.float32)
     logits[:, END] = -distance.to(logits.dtype)
