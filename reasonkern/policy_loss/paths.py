@@ -202,7 +202,7 @@ def two_phase(
     else:
         args = (scaling.row_temperature, scaling.temperature, scaling.softcap)
         logprob, entropy = parallel_rows.token_stats(
-            *rows[:3], *args, shard, inplace and needs_grad(logits)
+            *rows[:3], *args, shard, _is_inplace(inplace, logits)
         )[:2]
     return loss_of_statistics(o, logprob, entropy, context)
 
