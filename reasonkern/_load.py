@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch.autograd import forward_ad
@@ -182,10 +182,7 @@ def _differentiable(name: str, autograd: Autograd) -> Implementation:
     def dispatched(keyset: Any, *args: Any) -> Any:
         recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if (recorded and torch._C._are_functorch_transforms_active()) or _any_dual(*args):
-            raise NotImplementedError(
-                f"reasonkern::{name}: no forward-mode derivatives and none by torch.func; use "
-                "backward() or torch.autograd.grad"
-            )
+            refuse_transforms(name)
         if recorded:
             return Node.apply(*args, keyset)  # type: ignore[no-untyped-call]
         return below(keyset, *args)
@@ -193,9 +190,17 @@ def _differentiable(name: str, autograd: Autograd) -> Implementation:
     return dispatched
 
 
-def is_transformed(x: torch.Tensor) -> bool:
+def is_transformed(*args: Any) -> bool:
     """Whether a derivative by torch.func or forward mode may be wanted, which no op has."""
-    return torch._C._are_functorch_transforms_active() or _any_dual(x)
+    return torch._C._are_functorch_transforms_active() or _any_dual(*args)
+
+
+def refuse_transforms(name: str) -> NoReturn:
+    """NotImplementedError: what a user meets in the place of torch's words on its Functions."""
+    raise NotImplementedError(
+        f"reasonkern::{name}: no forward-mode derivatives and none by torch.func; use "
+        "backward() or torch.autograd.grad"
+    )
 
 
 def _any_dual(*args: Any) -> bool:

@@ -250,9 +250,9 @@ def test_nonfinite_rows_are_counted_once_and_left_out() -> None:
 def part(b: Batch, rows: Tensor) -> PolicyMetrics:
     """Metrics of the batch with weight 0 outside `rows`, less what it then skips."""
     found = metrics(replace(b, weight=torch.where(rows, b.weight, 0.0)))
-    outside = torch.zeros_like(found.sums)
+    outside = torch.zeros_like(found.flat)
     outside[1] = (~rows).sum()
-    return replace(found, sums=found.sums - outside)
+    return replace(found, flat=found.flat - outside)
 
 
 WHOLE = large_batch()

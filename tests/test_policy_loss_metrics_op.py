@@ -15,7 +15,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import reasonkern as rk
-from reasonkern import Objective
+from reasonkern import Objective, _checks
 from reasonkern.policy_loss.metrics import SUMS, metric_rows
 from reasonkern.policy_loss.reference_objective import CLIP, DPPO_KL, DPPO_TV
 
@@ -142,15 +142,17 @@ def test_order_of_simulated_threads_changes_no_bit(group: int) -> None:
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operators that would launch a kernel: not views and not allocations."""
+    """Counts the operators that would launch a kernel, not allocations, and beside them views."""
 
     FREE = ("empty", "new_empty", "empty_like", "detach", "alias", "_unsafe_view")
 
     def __init__(self) -> None:
         super().__init__()
         self.count: Counter[str] = Counter()
+        self.views = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.views += func.is_view
         if not func.is_view and func.overloadpacket.__name__ not in self.FREE:
             self.count[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
@@ -178,6 +180,26 @@ def test_a_fused_forward_is_three_operators(inplace: bool) -> None:
     assert launches(Objective.ppo(kl=("k3", 0.1)), **every) == fused
     by_sequence = launches(plain, advantage=row[:, 0], inplace_grad=inplace)
     assert by_sequence == fused | {"clone": 1}  # one value a sequence spread over its rows
+
+
+def test_a_fused_linear_forward_is_two_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_checks, "reads_values", lambda tensor: False)  # as on a GPU
+    hidden, head = torch.zeros(4, 8, 16), torch.zeros(32, 16).requires_grad_()
+    row, targets = torch.zeros(4, 8), torch.zeros(4, 8, dtype=torch.int64)
+    given = {"advantage": row, "weight": row, "objective": Objective.dapo()}
+    with Launches() as mode:
+        rk.linear_policy_loss(hidden, head, targets, **given)
+    assert mode.count == {"linear_policy_loss": 1, "policy_metrics": 1}
+
+
+def test_rows_of_padded_tokens_are_given_as_they_come() -> None:
+    """Seven views cost the host as much as the operator; the metrics are cut when they are read."""
+    x, row = torch.empty(4, 8, 32, device="meta"), torch.empty(4, 8, device="meta")
+    targets = torch.empty(4, 8, dtype=torch.int64, device="meta")
+    with Launches() as mode:
+        rk.token_stats(x, targets)
+        rk.policy_loss(x, targets, advantage=row, weight=row, objective=Objective.dapo())
+    assert mode.views == 0
 
 
 def test_two_phase_forwards() -> None:

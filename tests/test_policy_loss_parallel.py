@@ -6,6 +6,7 @@ The checks are in `parallel_checks*.py`; one spawn per number of processes runs 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from tolerance import randn
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.testing import assert_close
 
 import reasonkern as rk
@@ -214,3 +216,34 @@ def test_a_parallel_without_groups_changes_nothing() -> None:
     expected = rk.token_stats(x, y)
     for got, e in zip(rk.token_stats(x, y, parallel=Parallel()), expected, strict=True):
         assert torch.equal(got, e)
+
+
+# ---- a group of one rank whose last column is padding
+
+
+@pytest.fixture
+def padded() -> Iterator[Parallel]:
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Parallel(vocab_group=dist.group.WORLD, vocab_size=4)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("how", ["logits", "in place", "hidden"])
+def test_forward_mode_and_torch_func_are_refused(padded: Parallel, how: str) -> None:
+    """In our words, not in those torch has for the author of an autograd.Function."""
+    rows = torch.ones(3)
+    given: dict[str, Any] = {"advantage": rows, "weight": rows, "objective": rk.Objective.dapo()}
+
+    def loss(x: Tensor) -> Tensor:
+        y = torch.tensor([0, 1, 3])
+        if how == "hidden":
+            head = torch.ones(5, 5)
+            return rk.linear_policy_loss(x, head, y, parallel=padded, **given).loss
+        return rk.policy_loss(x, y, parallel=padded, inplace_grad=how == "in place", **given).loss
+
+    x = torch.randn(3, 5)
+    with pytest.raises(NotImplementedError, match="and none by torch.func; use"):
+        torch.func.grad(loss)(x)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="none by torch.func"):
+        loss(forward_ad.make_dual(x, torch.ones_like(x)))

@@ -62,7 +62,7 @@ def log_prob_loss(
     check_objective(objective, context, packed=False)
     known = trained(logprob).to(context.weight)
     out = loss_of_statistics(objective, known, torch.zeros_like(known), context)
-    return out.row_loss.sum(), loss_metrics(context, *out[2:])
+    return out.loss, loss_metrics(context, *out[2:])
 
 
 def _per_sequence(advantages: Tensor, mask: Tensor) -> Tensor:

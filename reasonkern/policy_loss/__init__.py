@@ -18,6 +18,7 @@ from .inputs import (
     canonical_mask,
     canonical_scaling,
     loss_inputs,
+    of_caller,
 )
 from .linear import linear_policy_loss, linear_token_stats
 from .metrics import PolicyMetrics, loss_metrics
@@ -105,7 +106,7 @@ def token_stats(
         out = torch.ops.reasonkern.token_stats(*args)
     else:
         out = parallel_rows.token_stats(*args, shard)
-    return TokenStats(*(t.view(targets.shape) for t in out[:7]))
+    return TokenStats(*of_caller(out[:7], targets))
 
 
 def policy_loss(
@@ -214,11 +215,6 @@ def policy_loss(
         out = paths.fused(o, rows, y, context, scaling, loss_scale, inplace_grad)
     else:
         out = paths.two_phase(o, rows, y, context, scaling, inplace_grad, shard)
-    shape = targets.shape
-    return PolicyLossOutput(
-        out.row_loss.sum(),
-        out.token_loss.view(shape),
-        out.logprob.view(shape),
-        out.entropy.view(shape),
-        loss_metrics(context, *out[2:]),
-    )
+    metrics = loss_metrics(context, *out[2:])
+    token_loss, logprob, entropy = of_caller(out[1:4], targets)
+    return PolicyLossOutput(out.loss, token_loss, logprob, entropy, metrics)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -69,7 +69,6 @@ class RowContext:
 def canonical_logits(logits: Tensor, targets: Tensor, least: int = 1) -> tuple[Tensor, Tensor]:
     """Views (B, T, V) and (B, T) of (N, V), (N,) or (B, T, V), (B, T) inputs, V >= `least`."""
     check_tensor("logits", logits)
-    check_tensor("targets", targets)
     _checks.check_dtype("logits", logits, *LOGITS_DTYPES)
     if logits.ndim not in (2, 3):
         _checks.fail("logits", "shape (N, V) or (B, T, V)", tuple(logits.shape))
@@ -78,13 +77,20 @@ def canonical_logits(logits: Tensor, targets: Tensor, least: int = 1) -> tuple[T
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         expected = "the last dimension contiguous (logits.contiguous() copies them)"
         _checks.fail("logits", expected, f"strides {logits.stride()}")
-    _checks.check_shape("targets", targets, logits.shape[:-1], "logits.shape[:-1]")
-    _checks.check_dtype("targets", targets, torch.int64, torch.int32)
-    _checks.check_device("targets", targets, logits, "logits")
-    targets = targets.to(torch.int64).contiguous()
+    shape = logits.shape[:-1]
+    if not _checks.is_contiguous(targets, shape, torch.int64, logits.device):
+        _checks.check_shape("targets", targets, shape, "logits.shape[:-1]")
+        _checks.check_dtype("targets", targets, torch.int64, torch.int32)
+        _checks.check_device("targets", targets, logits, "logits")
+        targets = targets.to(torch.int64).contiguous()
     if logits.ndim == 2:
         return logits.unsqueeze(0), targets.unsqueeze(0)
     return logits, targets
+
+
+def of_caller(rows: Sequence[Tensor], targets: Tensor) -> Sequence[Tensor]:
+    """Rows (B, T) in the shape of the caller's targets, (N,) where they are packed."""
+    return rows if targets.ndim == 2 else [x.view_as(targets) for x in rows]
 
 
 def canonical_mask(

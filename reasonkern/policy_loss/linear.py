@@ -19,6 +19,7 @@ from .inputs import (
     canonical_mask,
     canonical_scaling,
     loss_inputs,
+    of_caller,
 )
 from .metrics import loss_metrics
 from .objective import Objective
@@ -88,7 +89,7 @@ def linear_token_stats(
     out = parallel_linear.linear_token_stats(
         head.operands, head.targets, mask, scaling, plan, shard, parallel
     )
-    return TokenStats(*(t.view(targets.shape) for t in out[:7]))
+    return TokenStats(*of_caller(out[:7], targets))
 
 
 def linear_policy_loss(
@@ -204,7 +205,9 @@ def linear_policy_loss(
         objective, head.rows, head.targets, vocab,
         packed=hidden.ndim == 2, softcap=softcap, loss_scale=loss_scale, parallel=parallel, **given,
     )  # fmt: skip
-    plan = head.plan(chunk_rows, compact, num_active, context.active)
+    plan = head.plan(chunk_rows, compact, num_active)
+    if num_active is not None:
+        count_on_cpu(num_active, context.active)
     needs = head.needs()
     if shard is None and paths.is_fused(o, plan.dtype, any(needs), context, loss_scale):
         args = paths.fused_args(o, head.targets, context, scaling, loss_scale)
@@ -216,12 +219,10 @@ def linear_policy_loss(
             head.operands, head.targets, context.active, scaling, plan, shard, parallel
         )[:2]
         mapped = paths.loss_of_statistics(o, logprob, entropy, context)
-        row_loss, token_loss, logprob, entropy = mapped[:4]
-        loss, rest = row_loss.sum(), mapped[4:]
+        loss, token_loss, logprob, entropy = mapped[:4]
+        rest = mapped[4:]
     metrics = loss_metrics(context, logprob, entropy, *rest)
-    token_loss, logprob, entropy = (
-        x.detach().view(targets.shape) for x in (token_loss, logprob, entropy)
-    )
+    token_loss, logprob, entropy = of_caller((token_loss, logprob, entropy), targets)
     return PolicyLossOutput(loss, token_loss, logprob, entropy, metrics)
 
 
@@ -239,22 +240,14 @@ class LinearHead:
         enabled = torch.is_grad_enabled()
         return Needs(*(enabled and x is not None and x.requires_grad for x in self.operands))
 
-    def plan(
-        self,
-        chunk_rows: int | None,
-        compact: bool,
-        num_active: int | None,
-        active: Tensor | None = None,
-    ) -> Plan:
+    def plan(self, chunk_rows: int | None, compact: bool, num_active: int | None) -> Plan:
         """Checks and packs what says how the rows are cut."""
         for name, given, least in (("chunk_rows", chunk_rows, 1), ("num_active", num_active, 0)):
             if given is not None:
                 _checks.check_integer(name, given, least, or_none=" or None")
         _checks.check_choice("compact", compact, (False, True))
-        if num_active is not None:
-            if not compact:
-                _checks.fail("num_active", "None without compact=True", num_active)
-            count_on_cpu(num_active, active)
+        if num_active is not None and not compact:
+            _checks.fail("num_active", "None without compact=True", num_active)
         return Plan(
             self.dtype,
             -1 if chunk_rows is None else chunk_rows,
@@ -263,9 +256,9 @@ class LinearHead:
         )
 
 
-def count_on_cpu(num_active: int, active: Tensor | None) -> None:
+def count_on_cpu(num_active: int, active: Tensor) -> None:
     """Refuses a number below the count; on CUDA counting would synchronise."""
-    if active is not None and _checks.reads_values(active):
+    if _checks.reads_values(active):
         count = int(active.sum())
         if count > num_active:
             _checks.fail("num_active", f"at least the {count} rows that take part", num_active)

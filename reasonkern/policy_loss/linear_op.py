@@ -190,11 +190,10 @@ def _stats_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     if all(g is None for g in grads[:4]):
         return (None,) * 12
     temperature, softcap, *plan = ctx.numbers
-    with torch.no_grad():
-        out = OPS.linear_token_stats_backward(
-            hidden, weight, bias, targets, row_temperature, temperature, softcap, *stats,
-            *stats_grads(*grads), *plan, *ctx.needs_input_grad[:3],
-        )  # fmt: skip
+    out = OPS.linear_token_stats_backward(
+        hidden, weight, bias, targets, row_temperature, temperature, softcap, *stats,
+        *stats_grads(*grads), *plan, *ctx.needs_input_grad[:3],
+    )  # fmt: skip
     return *to_inputs(out, (hidden, weight, bias), ctx.needs_input_grad), *(None,) * 9
 
 
@@ -218,9 +217,7 @@ def _loss_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ..
     out: list[Tensor | None] = [None] * 3
     for i, (x, need) in enumerate(zip(gradients, ctx.needs, strict=True)):
         if need:
-            rows = x.view(1, -1, x.shape[-1])
-            factor = grad.expand(rows.shape[:2])
-            scale_saved_gradient(rows, factor, loss_scale)
+            scale_saved_gradient(x.view(1, -1, x.shape[-1]), grad, loss_scale)
             out[i] = once_differentiable(x.to(ctx.dtypes[i]))
     return *out, *(None,) * 23
 

@@ -6,7 +6,7 @@ Counts and sums add; minima and maxima combine; variances and covariances merge 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, Literal
 
@@ -64,12 +64,26 @@ class PolicyMetrics:
     leaves the loss's process groups behind: `all_reduce` of a copy is given one.
     """
 
-    sums: Tensor  # (len(SUMS),)
-    ratio_range: Tensor  # (2,) minimum, maximum
-    moments: Tensor  # (len(PAIRS), 4)
+    # (len(SUMS) + 2 + 4 * len(PAIRS),): as the operator gives them, cut where they are looked at.
+    flat: Tensor
     has_ref: bool
     # What `all_reduce` merges over by default; False: groups that stayed in another process.
     parallel: Parallel | Literal[False] | None = None
+
+    @property
+    def sums(self) -> Tensor:
+        """(len(SUMS),)."""
+        return self.flat[: len(SUMS)]
+
+    @property
+    def ratio_range(self) -> Tensor:
+        """(2,) minimum, maximum."""
+        return self.flat[len(SUMS) : len(SUMS) + 2]
+
+    @property
+    def moments(self) -> Tensor:
+        """(len(PAIRS), 4)."""
+        return self.flat[len(SUMS) + 2 :].view(len(PAIRS), 4)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without process groups, which cannot be pickled."""
@@ -87,15 +101,10 @@ class PolicyMetrics:
         share = n_b / n.clamp_min(1)
         dx, dy = x_b - x_a, y_b - y_a
         moments = (n, x_a + dx * share, y_a + dy * share, c_a + c_b + dx * dy * n_a * share)
-        low = torch.minimum(self.ratio_range[0], other.ratio_range[0])
-        high = torch.maximum(self.ratio_range[1], other.ratio_range[1])
-        return PolicyMetrics(
-            self.sums + other.sums,
-            torch.stack((low, high)),
-            torch.stack(moments, -1),
-            self.has_ref,
-            self.parallel,
-        )
+        low = torch.minimum(self.ratio_range[:1], other.ratio_range[:1])
+        high = torch.maximum(self.ratio_range[1:], other.ratio_range[1:])
+        rest = torch.stack(moments, -1).flatten()
+        return replace(self, flat=torch.cat((self.sums + other.sums, low, high, rest)))
 
     def __radd__(self, other: int) -> PolicyMetrics:
         """0, which ``sum(metrics)`` starts from, adds nothing."""
@@ -117,9 +126,7 @@ class PolicyMetrics:
         merged = self
         for ranks in groups:
             if ranks is not None:
-                flat = torch.cat((merged.sums, merged.ratio_range, merged.moments.flatten()))
-                gathered = gather(flat, ranks)
-                parts = [_unflatten(part, self.has_ref, self.parallel) for part in gathered]
+                parts = [replace(self, flat=flat) for flat in gather(merged.flat, ranks)]
                 merged = reduce(PolicyMetrics.__add__, parts)
         return merged
 
@@ -187,14 +194,7 @@ def loss_metrics(
         objective.kind if objective.level == "token" else CLIP, not objective.leaves_out_ratio,
         objective.kl is not None,
     )  # fmt: skip
-    return _unflatten(flat, context.ref_logprob is not None, context.parallel)
-
-
-def _unflatten(
-    flat: Tensor, has_ref: bool, parallel: Parallel | Literal[False] | None
-) -> PolicyMetrics:
-    sums, ratio_range, moments = flat.split_with_sizes((len(SUMS), 2, 4 * len(PAIRS)))
-    return PolicyMetrics(sums, ratio_range, moments.view(len(PAIRS), 4), has_ref, parallel)
+    return PolicyMetrics(flat, context.ref_logprob is not None, context.parallel)
 
 
 # ---- the definition of the operator; csrc/policy_loss/metrics.h computes the same in one pass

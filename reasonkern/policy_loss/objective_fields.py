@@ -168,9 +168,10 @@ class ObjectiveFields:
         ``hyper`` is None when all numbers are floats, else (9, 1), or (9, B*T) with per-row fields.
         """
         numbers = self.numbers() if numbers is None else numbers
-        if not any(isinstance(x, Tensor) for x in numbers):
+        tensors = [x for x in numbers if isinstance(x, Tensor)]
+        if not tensors:
             return [float(x) for x in numbers], None
-        per_row = any(isinstance(x, Tensor) and x.ndim > 0 for x in numbers)
+        per_row = any(x.ndim > 0 for x in tensors)
         shape = rows.shape if per_row else torch.Size(())
         fields = [
             _row_field(name, x, rows, shape) if isinstance(x, Tensor) else rows.new_full(shape, x)

@@ -207,10 +207,9 @@ def _token_stats_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ..
     if all(g is None for g in grads[:4]):
         return (None,) * 6
     scaling = row_temperature, ctx.temperature, ctx.softcap
-    with torch.no_grad():
-        grad = torch.ops.reasonkern.token_stats_backward(
-            logits, targets, *scaling, *saved, *stats_grads(*grads)
-        )
+    grad = torch.ops.reasonkern.token_stats_backward(
+        logits, targets, *scaling, *saved, *stats_grads(*grads)
+    )
     return once_differentiable(grad), None, None, None, None, None
 
 
@@ -232,13 +231,13 @@ def _policy_loss_vjp(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | N
 
 
 def scale_saved_gradient(grad_logits: Tensor, grad: Tensor, loss_scale: Tensor | None) -> Tensor:
-    """Multiplies the gradient formed in the forward by the incoming one, in place, row by row.
+    """Multiplies the forward's gradient in place by the incoming one, of each row or of all.
 
     The version is bumped so that autograd raises in any other op that has saved the logits.
     """
-    with torch.no_grad():
-        factor = grad if loss_scale is None else grad / loss_scale
-        torch.ops.reasonkern.scale_rows_(grad_logits, factor.contiguous())
+    factor = grad if loss_scale is None else grad / loss_scale
+    rows = factor.expand(*grad_logits.shape[:2]).contiguous()
+    torch.ops.reasonkern.scale_rows_(grad_logits, rows)
     if not torch.compiler.is_compiling():
         torch.autograd.graph.increment_version(grad_logits)
     return once_differentiable(grad_logits)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import _load
 from .chunks import Plan
 from .inputs import Scaling
 from .linear_op import OPS, to_inputs
@@ -111,5 +112,7 @@ def linear_token_stats(
     numbers = (scaling.row_temperature, scaling.temperature, scaling.softcap)
     if shard is None or parallel is None:
         return OPS.linear_token_stats(*operands, targets, mask, *numbers, *plan)  # type: ignore[no-any-return]
+    if _load.is_transformed(*operands):
+        _load.refuse_transforms("linear_token_stats")
     args = (*operands, targets, mask, *numbers, plan, shard, parallel.reduce_dhidden)
     return _sharded(*args)

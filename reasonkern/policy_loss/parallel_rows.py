@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .. import _load
 from .op import claim_backward, save_stats
 from .parallel import VocabShard, gather, in_rank_order, untraced
 from .reference import accumulator_dtype
@@ -181,6 +182,8 @@ def token_stats(
     temperature: float, softcap: float, shard: VocabShard, inplace: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """The operator `token_stats` over a vocabulary group, with autograd."""
+    if _load.is_transformed(logits):
+        _load.refuse_transforms("token_stats")
     return _ShardedStats.apply(  # type: ignore[no-any-return, no-untyped-call]
         logits, targets, mask, row_temperature, temperature, softcap, shard, inplace
     )

@@ -29,25 +29,23 @@ from .sequence import KINDS, importance_weights, opsm_keeps, sequence_rows
 
 
 class _InplaceLoss(torch.autograd.Function):
-    """Fused loss whose gradient replaces the logits (mutating operators take no formula)."""
+    """Sum of the fused rows whose gradient replaced the logits (mutating operators: no formula)."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        row_loss, *rest = torch.ops.reasonkern.policy_loss_(logits.detach(), *args)
+    def forward(ctx: Any, logits: Tensor, row_loss: Tensor, loss_scale: Tensor | None) -> Tensor:
+        # Not before: autograd finds another way to a view that has changed, through a new buffer.
         torch.autograd.graph.increment_version(logits)
-        ctx.save_for_backward(logits, args[op.LOSS_SCALE])
-        ctx.mark_non_differentiable(*rest)
-        ctx.set_materialize_grads(False)  # zeros for three outputs would be three launches
-        return (row_loss, *rest)
+        ctx.save_for_backward(logits, loss_scale)
+        ctx.set_materialize_grads(False)
+        return row_loss.sum()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 17
+            return None, None, None
         op.claim_backward(ctx)
         logits, loss_scale = ctx.saved_tensors
-        gradient = op.scale_saved_gradient(logits.detach(), grad, loss_scale)
-        return (gradient, *(None,) * 16)
+        return op.scale_saved_gradient(logits.detach(), grad, loss_scale), None, None
 
 
 class _InplaceTokenStats(torch.autograd.Function):
@@ -71,11 +69,10 @@ class _InplaceTokenStats(torch.autograd.Function):
         op.claim_backward(ctx)
         logits, targets, row_temperature, *stats = ctx.saved_tensors
         gradient = logits.detach()
-        with torch.no_grad():
-            torch.ops.reasonkern.token_stats_backward_(
-                gradient, targets, row_temperature, *ctx.scaling, *stats,
-                *op.stats_grads(*grads, None, None),
-            )  # fmt: skip
+        torch.ops.reasonkern.token_stats_backward_(
+            gradient, targets, row_temperature, *ctx.scaling, *stats,
+            *op.stats_grads(*grads, None, None),
+        )  # fmt: skip
         torch.autograd.graph.increment_version(logits)
         return (op.once_differentiable(gradient), *(None,) * 5)
 
@@ -102,9 +99,9 @@ class _FiniteGradient(torch.autograd.Function):
 
 
 class PathOutput(NamedTuple):
-    """What both paths return, (B, T) each; ``row_loss`` alone with autograd."""
+    """What both paths return, (B, T) each but for ``loss``, which alone has autograd."""
 
-    row_loss: Tensor
+    loss: Tensor
     token_loss: Tensor
     logprob: Tensor
     entropy: Tensor
@@ -154,12 +151,15 @@ def fused(
     """One operator reads the row and writes its gradient."""
     args = fused_args(o, targets, context, scaling, loss_scale)
     if _is_inplace(inplace, logits):
-        row_loss, token_loss, logprob, entropy = _InplaceLoss.apply(logits, *args)  # type: ignore[no-untyped-call]
+        out = torch.ops.reasonkern.policy_loss_(logits.detach(), *args)
+        row_loss, token_loss, logprob, entropy = out
+        loss = _InplaceLoss.apply(logits, row_loss, loss_scale)  # type: ignore[no-untyped-call]
     else:
         row_loss, token_loss, logprob, entropy, _ = torch.ops.reasonkern.policy_loss(
             logits, *args, needs_grad(logits)
         )
-    return PathOutput(row_loss, token_loss, logprob, entropy, None, *fused_choices(o, args))
+        loss = row_loss.sum()
+    return PathOutput(loss, token_loss, logprob, entropy, None, *fused_choices(o, args))
 
 
 def fused_choices(
@@ -202,7 +202,7 @@ def two_phase(
     else:
         args = (scaling.row_temperature, scaling.temperature, scaling.softcap)
         logprob, entropy = parallel_rows.token_stats(
-            *rows[:3], *args, shard, inplace and needs_grad(logits)
+            *rows[:3], *args, shard, _is_inplace(inplace, logits)
         )[:2]
     return loss_of_statistics(o, logprob, entropy, context)
 
@@ -250,7 +250,7 @@ def loss_of_statistics(
         slope = rows.dlogp * (lp - lp.detach()) + rows.dentropy * (ent - ent.detach())
         row_loss, token_loss, finite = rows.row_loss + slope, rows.token_loss, finite & rows.finite
     rest = token_loss.detach(), logprob.detach(), entropy.detach()
-    return PathOutput(row_loss, *rest, finite, factor, o, values, hyper, log_ratio)
+    return PathOutput(row_loss.sum(), *rest, finite, factor, o, values, hyper, log_ratio)
 
 
 def _has_operator(o: Objective, context: RowContext) -> bool:
@@ -293,7 +293,7 @@ def _operator_rows(
             *rows, context.segments.offsets, of_rows, numbers, KINDS[o.name], *_kl(o)
         )
     rest = logprob.detach(), entropy.detach(), finite, factor, o, values, hyper
-    return PathOutput(row_loss, token_loss, *rest, log_ratio if o.name == "gspo" else None)
+    return PathOutput(row_loss.sum(), token_loss, *rest, log_ratio if o.name == "gspo" else None)
 
 
 def _mapped_rows(
