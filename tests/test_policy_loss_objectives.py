@@ -310,7 +310,7 @@ def test_zero_advantage_does_not_hide_a_nan_ratio(backend: Backend) -> None:
 def test_hyper_parameters_as_tensors_equal_floats(backend: Backend, name: str) -> None:
     a = with_terms(batch(OBJECTIVES[name], torch.float32, seed=100), kl_kind=3)
     if backend.slow:
-        a = a.rows(slice(None, None, 3))
+        a = a.rows(list(range(0, a.targets.numel(), 3)))
     expected = run_loss(backend, a.map(backend.to))
     numbers = torch.tensor(a.values).unsqueeze(-1)
     for hyper in (numbers, numbers.expand(9, a.targets.numel()).contiguous()):
