@@ -43,9 +43,9 @@ def test_a_missing_dependency_of_a_trainer_is_named(
         _peer.import_peer("oldtrainer", "1.0")
 
 
-def test_the_readme_names_what_verl_needs_without_its_dependencies() -> None:
+def test_the_page_names_what_verl_needs_without_its_dependencies() -> None:
     """Those that `make test-all` installs beside it."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "reasonkern/integrations/README.md").read_text()
     (line,) = re.findall(r"^pip install (codetiming .*)$", text, re.M)
     peers = (ROOT / "pyproject.toml").read_text().partition("\npeers = [")[2].partition("\n]")[0]
     named = set(shlex.split(line))
