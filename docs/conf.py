@@ -117,7 +117,7 @@ def add_contents(app: Any, docname: str, source: list[str]) -> None:
         return
     readmes = sorted(p.relative_to(ROOT).with_suffix("") for p in ROOT.glob("reasonkern/*/*.md"))
     api = [f"docs/api/{family}" for family in families()]
-    rest = ["CONTRIBUTING", "CHANGELOG", "docs/papers", "docs/test-all"]
+    rest = ["CONTRIBUTING", "CHANGELOG", "docs/papers", "docs/tested", "docs/test-all"]
     rest += ["benchmarks/results/README"]
     for caption, pages in (("API", api), ("Families", readmes), ("Project", rest)):
         entries = "\n".join(str(page) for page in pages)
