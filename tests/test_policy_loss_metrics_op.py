@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from conftest import Backend
 from contract import assert_same_bits
+from launches import Launches
 from tolerance import randn
 from torch import Tensor
 from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import reasonkern as rk
 from reasonkern import Objective, _checks
@@ -139,23 +138,6 @@ def test_order_of_simulated_threads_changes_no_bit(group: int) -> None:
 
 
 # ---- operators of one call
-
-
-class Launches(TorchDispatchMode):
-    """Counts the operators that would launch a kernel, not allocations, and beside them views."""
-
-    FREE = ("empty", "new_empty", "empty_like", "detach", "alias", "_unsafe_view")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count: Counter[str] = Counter()
-        self.views = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.views += func.is_view
-        if not func.is_view and func.overloadpacket.__name__ not in self.FREE:
-            self.count[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def launches(objective: Objective, dtype: torch.dtype = torch.bfloat16, **other: Any) -> Any:
