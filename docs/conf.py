@@ -19,6 +19,7 @@ from sphinx.util.nodes import make_refnode  # noqa: E402
 
 import reasonkern as rk  # noqa: E402
 from reasonkern.integrations import _peer  # noqa: E402
+from reasonkern.policy_loss.metrics import Metrics  # noqa: E402
 
 project = "reasonkern"
 release = rk.__version__
@@ -63,6 +64,8 @@ def directive(name: str, thing: Any) -> str:
     if isinstance(thing, type):
         # "Attributes:" in the docstring of a named tuple describes its members.
         members = "" if issubclass(thing, tuple) else "   :members:\n"
+        if issubclass(thing, Metrics):
+            members += "   :inherited-members:\n"
         return f".. autoclass:: {name}\n{members}   :show-inheritance:\n"
     return f".. auto{'function' if isfunction(thing) else 'data'}:: {name}\n"
 

@@ -43,7 +43,7 @@ class NoHostData(TorchFunctionMode):
     """Refuses tensors of numbers of the host: their copy to a device synchronises."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        assert func not in (torch.tensor, torch.as_tensor), args
+        assert func not in (torch.tensor, torch.as_tensor, Tensor.new_tensor), args
         return func(*args, **(kwargs or {}))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Backend
-from contract import assert_same_bits
+from contract import NoHostData, assert_same_bits
 from launches import Launches
 from tolerance import randn
 from torch import Tensor
@@ -111,6 +111,14 @@ def test_every_backend_agrees_with_the_definition(
 def test_any_number_of_rows(backend: Backend, n: int) -> None:
     """Fewer rows than threads, several chunks of the CPU, none."""
     check(backend, cases(n, torch.float32)["every input"])
+
+
+def test_the_definition_waits_for_no_value() -> None:
+    """It serves CUDA tensors where no library does."""
+    for args in cases(6, torch.float32).values():
+        there = [x.to("meta") if isinstance(x, Tensor) else x for x in args]
+        with NoHostData():
+            assert metric_rows(*there).is_meta
 
 
 def test_threads_and_order_change_no_bit() -> None:

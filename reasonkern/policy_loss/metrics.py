@@ -1,14 +1,17 @@
 """`PolicyMetrics`: what the clipping did, as a mergeable accumulator on the device, without a sync.
 
+`Metrics` is what it shares with `MismatchMetrics`.
+
 Counts and sums add; minima and maxima combine; variances and covariances merge as centred moments
 (Chan, Golub & LeVeque 1979), so splitting a batch changes the result by rounding only.
 """
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,19 +59,70 @@ SUMS = (
 PAIRS = ("ratio_ratio", "logp_adv", "logp_adv_unclipped")
 
 
+M = TypeVar("M", bound="Metrics")
+
+
 @dataclass(frozen=True, eq=False)
-class PolicyMetrics:
+class Metrics:
+    """Statistics of a set of rows: one float64 vector on their device, cut where it is looked at.
+
+    ``a + b`` merges micro-batches, ``all_reduce`` merges ranks, ``compute`` gives the values.
+    Pickling leaves process groups behind: ``all_reduce`` of a copy is given one.
+    """
+
+    flat: Tensor
+    # What `all_reduce` merges over by default; False: groups that stayed in another process.
+    parallel: Parallel | Literal[False] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without process groups, which cannot be pickled."""
+        return vars(self) | {"parallel": None if self.parallel is None else False}
+
+    def __add__(self: M, other: M) -> M:
+        """Merges the statistics of two disjoint sets of rows."""
+        if type(other) is not type(self):
+            return NotImplemented
+        return replace(self, flat=self._merged(other))
+
+    def __radd__(self: M, other: int) -> M:
+        """0, which ``sum(metrics)`` starts from, adds nothing."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def _merged(self: M, other: M) -> Tensor:
+        """`flat` of both sets of rows."""
+        raise NotImplementedError
+
+    def all_reduce(self: M, group: Any = None) -> M:
+        """Merges the ranks of a process group in rank order, so every rank gets the same bits.
+
+        Default: the ``segment_group`` and ``data_group`` of the call's `Parallel`, whose
+        ``vocab_group`` holds the same rows and has nothing to add; without one, all ranks. Give a
+        loss of DTensors a `Parallel`, for the ranks of its columns would each count its rows.
+        """
+        if group is None and self.parallel is False:
+            _checks.fail("group", "a process group: pickling left those of the call behind", None)
+        if group is None and self.parallel:
+            groups = [self.parallel.segment_group, self.parallel.data_group]
+        else:
+            groups = [group or torch.distributed.group.WORLD]
+        merged = self
+        for ranks in groups:
+            if ranks is not None:
+                parts = [replace(self, flat=flat) for flat in gather(merged.flat, ranks)]
+                merged = reduce(operator.add, parts)
+        return merged
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyMetrics(Metrics):
     """Statistics over the rows with weight != 0, in float64 on the loss's device.
 
     ``a + b`` merges micro-batches, `all_reduce` merges ranks, `compute` gives the values. Pickling
     leaves the loss's process groups behind: `all_reduce` of a copy is given one.
     """
 
-    # (len(SUMS) + 2 + 4 * len(PAIRS),): as the operator gives them, cut where they are looked at.
-    flat: Tensor
-    has_ref: bool
-    # What `all_reduce` merges over by default; False: groups that stayed in another process.
-    parallel: Parallel | Literal[False] | None = None
+    # `flat` is (len(SUMS) + 2 + 4 * len(PAIRS),), as the operator gives it.
+    has_ref: bool = False
 
     @property
     def sums(self) -> Tensor:
@@ -85,14 +139,7 @@ class PolicyMetrics:
         """(len(PAIRS), 4)."""
         return self.flat[len(SUMS) + 2 :].view(len(PAIRS), 4)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without process groups, which cannot be pickled."""
-        return vars(self) | {"parallel": None if self.parallel is None else False}
-
-    def __add__(self, other: PolicyMetrics) -> PolicyMetrics:
-        """Merges the statistics of two disjoint sets of rows."""
-        if not isinstance(other, PolicyMetrics):
-            return NotImplemented
+    def _merged(self, other: PolicyMetrics) -> Tensor:
         if self.has_ref != other.has_ref:
             raise ValueError("metrics: expected ref_logprob in both or in neither, got it in one")
         n_a, x_a, y_a, c_a = self.moments.unbind(-1)
@@ -104,31 +151,7 @@ class PolicyMetrics:
         low = torch.minimum(self.ratio_range[:1], other.ratio_range[:1])
         high = torch.maximum(self.ratio_range[1:], other.ratio_range[1:])
         rest = torch.stack(moments, -1).flatten()
-        return replace(self, flat=torch.cat((self.sums + other.sums, low, high, rest)))
-
-    def __radd__(self, other: int) -> PolicyMetrics:
-        """0, which ``sum(metrics)`` starts from, adds nothing."""
-        return self if isinstance(other, int) and other == 0 else NotImplemented
-
-    def all_reduce(self, group: Any = None) -> PolicyMetrics:
-        """Merges the ranks of a process group in rank order, so every rank gets the same bits.
-
-        Default: the ``segment_group`` and ``data_group`` of the loss's `Parallel`, whose
-        ``vocab_group`` holds the same rows and has nothing to add; without one, all ranks. Give a
-        loss of DTensors a `Parallel`, for the ranks of its columns would each count its rows.
-        """
-        if group is None and self.parallel is False:
-            _checks.fail("group", "a process group: pickling left those of the loss behind", None)
-        if group is None and self.parallel:
-            groups = [self.parallel.segment_group, self.parallel.data_group]
-        else:
-            groups = [group or torch.distributed.group.WORLD]
-        merged = self
-        for ranks in groups:
-            if ranks is not None:
-                parts = [replace(self, flat=flat) for flat in gather(merged.flat, ranks)]
-                merged = reduce(PolicyMetrics.__add__, parts)
-        return merged
+        return torch.cat((self.sums + other.sums, low, high, rest))
 
     def compute(self) -> dict[str, Tensor]:
         """0-dim float64 tensors by name; a mean over no rows is 0 (see ``rows_active``).
@@ -194,7 +217,7 @@ def loss_metrics(
         objective.kind if objective.level == "token" else CLIP, not objective.leaves_out_ratio,
         objective.kl is not None,
     )  # fmt: skip
-    return PolicyMetrics(flat, context.ref_logprob is not None, context.parallel)
+    return PolicyMetrics(flat, context.parallel, context.ref_logprob is not None)
 
 
 # ---- the definition of the operator; csrc/policy_loss/metrics.h computes the same in one pass
@@ -207,7 +230,7 @@ def _moments(x: Tensor, y: Tensor, used: Tensor, n: Tensor) -> Tensor:
     return torch.stack((n, mean_x, mean_y, centred))
 
 
-def _estimators(d: Tensor, clamp: float | Tensor) -> list[Tensor]:
+def estimators(d: Tensor, clamp: float | Tensor) -> list[Tensor]:
     """k1, k2, k3 of d = log of (other / policy)."""
     within = torch.clamp_max(torch.clamp_min(d, -clamp), clamp)
     return [-d, 0.5 * d * d, torch.expm1(within) - d]
@@ -236,11 +259,13 @@ def _taken_in(finite: Tensor | None, first: Tensor, *others: Tensor | None) -> T
     return good
 
 
-def _range(x: Tensor, used: Tensor) -> Tensor:
+def extent(x: Tensor, used: Tensor) -> Tensor:
     """(minimum, maximum); (inf, -inf) of nothing."""
-    ends = x.new_tensor((torch.inf, -torch.inf))
-    low, high = (torch.where(used, x, end).flatten() for end in ends)
-    return torch.stack((torch.cat((ends[:1], low)).amin(), torch.cat((ends[1:], high)).amax()))
+    low, high = (
+        torch.cat((x.new_full((1,), end), torch.where(used, x, end).flatten()))
+        for end in (torch.inf, -torch.inf)
+    )
+    return torch.stack((low.amin(), high.amax()))
 
 
 def metric_rows(
@@ -290,7 +315,7 @@ def metric_rows(
     columns = [
         torch.ones_like(logp), pos, neg, pos & low, pos & high, neg & low, neg & high,
         beyond_cap, dropped,
-        *_estimators(old_d, h.log_ratio_clamp), *_estimators(ref_d, h.log_ratio_clamp),
+        *estimators(old_d, h.log_ratio_clamp), *estimators(ref_d, h.log_ratio_clamp),
         entropy, torch.where(pos, entropy, 0.0), torch.where(neg, entropy, 0.0),
         torch.clamp_min(r_eff * a, 0), torch.clamp_min(-r_eff * a, 0),
     ]  # fmt: skip
@@ -298,4 +323,4 @@ def metric_rows(
     counts = torch.stack(((~active).sum().double(), (read & ~good).sum().double()))
     pairs = ((r, r), (logp, a), (logp, torch.where(clipped, 0.0, a)))
     moments = [_moments(x, y, used, rows[0]) for x, y in pairs]
-    return torch.cat((rows[:1], counts, rows[1:], _range(r, used), *moments))
+    return torch.cat((rows[:1], counts, rows[1:], extent(r, used), *moments))
