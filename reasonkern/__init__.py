@@ -30,6 +30,7 @@ from .modulation import (
 from .policy_loss import (
     KL,
     Importance,
+    MismatchMetrics,
     Objective,
     Parallel,
     PolicyLossOutput,
@@ -44,6 +45,7 @@ from .policy_loss import (
     linear_policy_loss,
     linear_token_stats,
     policy_loss,
+    rollout_mismatch,
     token_stats,
     token_weights,
 )
@@ -80,6 +82,7 @@ __all__ = [
     "Law",
     "LawReport",
     "MinThink",
+    "MismatchMetrics",
     "Modulation",
     "ModulationState",
     "Sampled",
@@ -115,6 +118,7 @@ __all__ = [
     "modulate_logits_",
     "policy_loss",
     "request_seeds",
+    "rollout_mismatch",
     "sample",
     "sample_controlled",
     "scaling",

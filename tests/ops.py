@@ -56,6 +56,8 @@ ROWS = (
         page=LOSS + "#from-hidden-states-the-chunk-loop"),
     Row(("token_weights",), "aggregation modes as one weight per token", "`mask / mask.sum()`, …",
         dtypes="bool, 0/1"),
+    Row(("rollout_mismatch",), "differences, KL, ratios, χ², perplexities of trainer and engine, "
+        "mergeable", "`(old - rollout)[mask].abs().mean()`, …"),
     Row(("bapo_bounds", "covariance_mask", "high_entropy_mask"),
         "clip bounds and token selections of a whole batch, exact, over ranks",
         "a probe loop, `quantile`, `topk`, `randperm`", dtypes="float",

@@ -151,6 +151,19 @@ def weights_of_pieces() -> None:
     )  # fmt: skip
 
 
+def mismatch_of(b: Batch, parallel: Parallel | None = None) -> dict[str, Tensor]:
+    found = rk.rollout_mismatch(b.old_logprob, b.rollout_logprob, b.mask, parallel=parallel)
+    return found.compute() if parallel is None else found.all_reduce().compute()
+
+
+def mismatch_of_pieces() -> None:
+    """A sequence counts once, whatever its pieces, and so do its tokens."""
+    b, parallel = make_batch(), Parallel(segment_group=world())
+    for at in PIECES:
+        got = mismatch_of(pieces(b, at, rank()), parallel)
+        assert_close(got, mismatch_of(b), rtol=1e-12, atol=1e-14)
+
+
 # ---- 2 x 2
 
 
@@ -183,3 +196,4 @@ def grid_of_pieces_and_data() -> None:
     values = got.metrics.all_reduce().compute()
     for name, value in expected.metrics.compute().items():
         assert_close(values[name], value, **EXACT)
+    assert_close(mismatch_of(mine, parallel), mismatch_of(b), rtol=1e-12, atol=1e-14)

@@ -187,7 +187,21 @@ def token_stats(p: Place) -> tuple[Tensor, ...]:
     return rk.token_stats(logits, targets, temperature=0.7, softcap=20.0)
 
 
-CALLS = (sample, verify_tree, shared_step, rejection_step, modulated, controlled, token_stats)
+def rollout_mismatch(p: Place) -> tuple[Tensor, ...]:
+    """Padded and packed, both with known sequences."""
+    old, rollout = p.buffers["statistics"].unbind(0)
+    mask = torch.arange(3, device=old.device) < p.buffers["length"][:, None]
+    padded = rk.rollout_mismatch(old, rollout, mask)
+    segments = 3 * torch.arange(BATCH + 1, device=old.device)
+    flat = (x.flatten() for x in (old, rollout, mask))
+    packed = rk.rollout_mismatch(*flat, segments=segments)
+    return (*padded.compute().values(), *(padded + packed).compute().values())
+
+
+CALLS = (
+    sample, verify_tree, shared_step, rejection_step, modulated, controlled, token_stats,
+    rollout_mismatch,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)

@@ -121,6 +121,19 @@ def test_token_stats_and_weights_compile() -> None:
     assert_close(*found, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_rollout_mismatch_compiles(form: str) -> None:
+    b = batch(form)
+
+    def values(old: Tensor, rollout: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        found = rk.rollout_mismatch(old, rollout, mask, segments=b.segments)
+        return (found + found).compute()
+
+    rows = b.old_logprob, b.rollout_logprob, b.mask
+    compiled = torch.compile(values, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(*rows), values(*rows), rtol=1e-12, atol=1e-14)
+
+
 def test_a_model_step_compiles_as_a_whole() -> None:
     """lm_head, loss and metrics in one graph, the gradient over the logits."""
     b = batch("padded").to(F32)

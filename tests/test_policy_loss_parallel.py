@@ -70,6 +70,7 @@ TWO = (
     "default_weights_over_data_ranks",
     "pieces_on_two_ranks",
     "weights_of_pieces",
+    "mismatch_of_pieces",
     "compiled_breaks_the_graph_and_agrees",
     "slime_vocabulary",
     "slime_pieces",

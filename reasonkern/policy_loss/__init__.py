@@ -22,6 +22,7 @@ from .inputs import (
 )
 from .linear import linear_policy_loss, linear_token_stats
 from .metrics import PolicyMetrics, loss_metrics
+from .mismatch import MismatchMetrics, rollout_mismatch
 from .objective import Objective
 from .objective_fields import KL, Importance
 from .outputs import PolicyLossOutput, TokenStats
@@ -32,6 +33,7 @@ from .weights import token_weights
 __all__ = [
     "KL",
     "Importance",
+    "MismatchMetrics",
     "Objective",
     "Parallel",
     "PolicyLossOutput",
@@ -46,6 +48,7 @@ __all__ = [
     "linear_policy_loss",
     "linear_token_stats",
     "policy_loss",
+    "rollout_mismatch",
     "token_stats",
     "token_weights",
 ]

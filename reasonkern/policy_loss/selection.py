@@ -52,7 +52,7 @@ def high_entropy_mask(
         >>> rk.high_entropy_mask(torch.tensor([0.1, 2.0, 0.3, 9.0]), torch.tensor([1, 1, 1, 0]))
         tensor([False,  True, False, False])
     """
-    trained = _trained("entropy", entropy, mask)
+    trained = trained_rows("entropy", entropy, mask)
     _checks.check_number("rho", rho, 0, 1, exclusive=True)
     _checks.check_finite("entropy", entropy, trained)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def covariance_mask(
         >>> rk.covariance_mask(logprob, advantage, torch.ones(3), mode="kl")
         tensor([ True, False, False])
     """
-    trained = _trained("logprob", logprob, mask)
+    trained = trained_rows("logprob", logprob, mask)
     _checks.check_choice("mode", mode, ("clip", "kl"))
     _checks.check_number("fraction", fraction, 0, 1, exclusive=True)
     _checks.check_number("low", low)
@@ -290,7 +290,8 @@ def _added(counts: Tensor, groups: Groups) -> Tensor:
     return counts
 
 
-def _trained(name: str, x: Tensor, mask: Tensor) -> Tensor:
+def trained_rows(name: str, x: Tensor, mask: Tensor) -> Tensor:
+    """The checked mask as bools; x is a float tensor of its shape, any."""
     check_tensor(name, x)
     check_tensor("mask", mask)
     _checks.check_dtype(name, x, torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -133,6 +133,17 @@ def token_weights(draw: Draw) -> Arguments:
     }
 
 
+def rollout_mismatch(draw: Draw) -> Arguments:
+    shape = rows(draw)
+    offsets = torch.tensor([0, shape[0] // 2, shape[0]])
+    return {
+        "old_logprob": -draw.positive(*shape),
+        "rollout_logprob": -draw.positive(*shape),
+        "mask": draw.mask(*shape),
+        "segments": draw.choice(None, offsets) if len(shape) == 1 else None,
+    }
+
+
 def selection(draw: Draw, name: str) -> Arguments:
     shape = rows(draw)
     return {name: draw.normal(*shape), "advantage": draw.normal(*shape), "mask": draw.mask(*shape)}
@@ -207,6 +218,10 @@ def run_policy_loss(logits: Any, **arguments: Any) -> Any:
     return differentiated(rk.policy_loss(given, **arguments), {"logits": logits}, "logits")
 
 
+def run_rollout_mismatch(**arguments: Any) -> Any:
+    return rk.rollout_mismatch(**arguments).compute()
+
+
 def run_linear_policy_loss(**arguments: Any) -> Any:
     return differentiated(rk.linear_policy_loss(**arguments), arguments, "hidden", "lm_head_weight")
 
@@ -227,6 +242,7 @@ CALLS = {
     "linear_policy_loss": (run_linear_policy_loss, linear_policy_loss),
     "Objective": (make_objective, objective),
     "token_weights": (rk.token_weights, token_weights),
+    "rollout_mismatch": (run_rollout_mismatch, rollout_mismatch),
     "bapo_bounds": (rk.bapo_bounds, bapo_bounds),
     "covariance_mask": (rk.covariance_mask, covariance_mask),
     "high_entropy_mask": (rk.high_entropy_mask, high_entropy_mask),

@@ -73,6 +73,7 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "Parallel": lambda: rk.Parallel(vocab_size=5),
     "PolicyLossOutput": loss,
     "PolicyMetrics": lambda: loss().metrics,
+    "MismatchMetrics": lambda: rk.rollout_mismatch(X[..., 0], X[..., 1], Y),
     "TokenStats": lambda: rk.token_stats(X, Y),
     "NgramTable": table,
     "DraftTree": lambda: rk.DraftTree([-1, 0, 0, 1]),
