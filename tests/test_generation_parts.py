@@ -37,17 +37,30 @@ from reasonkern.generation.trees import SIZES, BestTree, Hindsight, Timing, Timi
 # ---- the prompt
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4])
-def test_prompts_in_chunks(chunk, monkeypatch):
-    """The same text, and a table that has learnt the same from the prompt."""
-    options = {"temperature": T, "max_new_tokens": 1, "tree": rk.DraftTree.chain(1)}
-    tables = table_of(storage="exact"), table_of(storage="exact")
-    expected = generate(MODEL, PROMPTS, table=tables[0], **options).texts
+@pytest.mark.parametrize("chunk", [1, 3, 4, prompts.CHUNK])
+def test_the_table_learns_the_law_after_every_token(chunk, monkeypatch):
+    """Of prompts in chunks and of plain steps, the last of which no draft waits for."""
+    options = {"temperature": T, "max_new_tokens": 20, "tree": rk.DraftTree.chain(1), "seed": 1}
+    table, expected = table_of(storage="exact"), table_of(storage="exact")
     monkeypatch.setattr(prompts, "CHUNK", chunk)
-    assert generate(MODEL, PROMPTS, table=tables[1], **options).texts == expected
-    first, second = (t.state_dict() for t in tables)
-    assert torch.equal(first["keys"].sort().values, second["keys"].sort().values)
-    assert len(tables[0]) == len(tables[1]) > 20
+    texts = generate(MODEL, PROMPTS, table=table, **options).texts
+    scopes = prompts.scopes_of(PROMPTS, table)
+    for prompt, text, scope in zip(PROMPTS, texts, scopes, strict=True):
+        tokens = torch.tensor([[*prompt, *text[:-1]]])
+        with torch.no_grad():
+            logits = MODEL.model(tokens).float()
+        values, ids = logits.topk(table.topk)
+        expected.update_from_sequence(
+            tokens, ids, values, lse=logits.logsumexp(-1), lengths=torch.tensor([tokens.shape[1]]),
+            scope=scope,
+        )  # fmt: skip
+    found, wanted = table.state_dict(), expected.state_dict()
+    order, other = (state["keys"].flatten().argsort() for state in (found, wanted))
+    assert torch.equal(found["keys"].flatten()[order], wanted["keys"].flatten()[other])
+    for name in ("slots", "counts"):
+        assert torch.equal(found[name][order], wanted[name][other]), name
+    sums = found["extra"][order], wanted["extra"][other]
+    assert (sums[0] - sums[1]).abs().max() < 2**30 * 1e-6 < sums[0].max()
 
 
 def test_prompt_logits_exist_for_a_chunk_at_a_time(monkeypatch):
@@ -79,9 +92,10 @@ def test_equal_prompts_are_read_once_and_share_a_scope(monkeypatch):
     table = table_of(max_scopes=16)
     scopes = prompts.scopes_of([PROMPTS[0], PROMPTS[2], PROMPTS[0]], table)
     assert scopes[0] == scopes[2] != scopes[1]
-    assert scopes[1] == prompts.scopes_of([PROMPTS[2]], table)[0]
+    assert scopes == [prompts.scopes_of([PROMPTS[k]], table)[0] for k in (0, 2, 0)]
     many = [[i, j] for i in range(4) for j in range(4)]
     assert sorted(prompts.scopes_of(many, table)) == list(range(16))
+    assert prompts.scopes_of([*many, [9]], table)[:16] == prompts.scopes_of(many, table)
 
 
 # ---- the cache
@@ -266,8 +280,12 @@ def test_auto_keeps_the_times_of_its_steps_by_batch_size():
 def test_statistics_add_up(device):
     statistics, table = Statistics(), taught(4, device=device)
     options = {"temperature": T, "max_new_tokens": NEW, "table": table, "tree": TREES["80"]}
+    before = table.stats()
     for seed in range(2):
         generate(model_on(device), PROMPTS, seed=seed, statistics=statistics, **options)
+    after = table.stats()
+    assert statistics.hits == {n: hits - before["hits"][n] for n, hits in after["hits"].items()}
+    assert statistics.misses == after["misses"] - before["misses"] > 0
     assert statistics.tokens == 2 * 4 * NEW and statistics.steps < statistics.tokens
     assert set(statistics.sizes) == {80}
     assert statistics.passes <= statistics.steps <= 4 * statistics.passes

@@ -442,6 +442,19 @@ def test_states_that_no_table_has(storage: str, name: str, value: int) -> None:
         table.load_state_dict(table.state_dict() | {"ages": state["ages"].to("meta")})
 
 
+def test_sums_and_upper_bits_of_ids_that_no_table_has() -> None:
+    exact, wide = small(storage="exact"), small(vocab_size=(1 << 18) + 1)
+    most = reference.TOTAL_LIMIT * exact.max_count
+    for table, right, wrong, name in ((exact, most, -1, "extra"), (exact, 0, most + 1, "extra"),
+                                      (wide, 1, 2, "slots")):  # fmt: skip
+        state = copy.deepcopy(table.state_dict())
+        state["extra"].fill_(right)
+        table.load_state_dict(state)
+        state["extra"].fill_(wrong)
+        with pytest.raises(ValueError, match=rf"state\['{name}'\]: expected values in \[0, "):
+            table.load_state_dict(state)
+
+
 def test_the_storage_names_its_tensors() -> None:
     assert set(state_tensors(small())) == set(reference.Storage._fields)
     assert "orders=[3, 2, 1]" in repr(small()) and small().device.type == "cpu"
