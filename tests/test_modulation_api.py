@@ -356,6 +356,30 @@ def test_states_that_no_state_has(name, column, value):
         state.load_state_dict(saved)
 
 
+def test_a_state_at_its_limits_is_loaded():
+    """Every part at its largest, phrases one id before their end, thinking over."""
+    spec = rk.Modulation(
+        cyclic=rk.Cyclic(1.0, 1e-6, windows=[(k, k + 1) for k in range(at.MAX_WINDOWS)]),
+        tip=rk.TIP(), constant=rk.Constant(1.0), ban=rk.Ban("words"),
+        schedule=rk.Schedule([(t, 1.0) for t in range(at.MAX_POINTS)]),
+        budget=rk.Budget(1, [7] * (at.MAX_END - 1) + [END], rk.SoftBudget()),
+        min_think=rk.MinThink(1, 3, [8] * at.MAX_WAIT), think_end=END,
+        deepconf=rk.DeepConf(1.0, at.MAX_CONFIDENCE, eos=9),
+        entropy_trigger=rk.EntropyTrigger(at.MAX_ENTROPY),
+    )  # fmt: skip
+    state = make_state(4)
+    phrase = [5] + [7] * (at.MAX_END - 1)
+    for slot, tokens in enumerate(([8] * (at.MAX_WAIT - 1), phrase, [*phrase, END])):
+        state.add(slot, spec, [], tokens)
+    progress = state.tensors.progress
+    assert progress[:3, at.WAIT_AT].tolist() == [at.MAX_WAIT - 1, 0, 0]
+    assert progress[1:3, at.PHRASE].tolist() == [at.MAX_END - 1, at.DONE]
+    assert progress[2, at.PHASE] == at.CLOSED
+    loaded = make_state(4)
+    loaded.load_state_dict(state.state_dict())
+    assert all(map(torch.equal, loaded.tensors, state.tensors)) and loaded.free == [3]
+
+
 def test_generated_tokens_of_any_strides():
     tokens = torch.tensor([[1, 9], [2, 9], [3, 9]])[:, 0]
     state = state_of()

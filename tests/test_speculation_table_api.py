@@ -384,6 +384,8 @@ def test_bad_sequences_and_steps() -> None:
         small().update_from_sequence(tokens, ids, logits[:, 1:], lse=lse)
     with pytest.raises(ValueError, match=r"lengths: expected values in \[0, 6\), got 6 at \(1,\)"):
         small().update_from_sequence(tokens, ids, logits, lengths=torch.tensor([0, 6]))
+    with pytest.raises(ValueError, match=r"lengths: expected shape \(batch,\) = \(2,\), got \(1,"):
+        small().update_from_sequence(tokens, ids, logits, lengths=torch.tensor([5]))
     verified = SimpleNamespace(tokens=tokens, length=torch.tensor([1, 1]))
     with pytest.raises(ValueError, match=r"verified.tokens: expected shape \(1, depth \+ 1\)"):
         small().update_verified(CONTEXT, verified)
