@@ -319,6 +319,7 @@ LOGITS = torch.tensor([[-0.5, -2.0]])
     [
         ({"context": [[1, 2, 3]]}, "context: expected a tensor, got list"),
         ({"context": CONTEXT.float()}, "context: expected dtype torch.int64 or"),
+        ({"context": CONTEXT.to("meta")}, "context: expected the table's device, cpu, got meta"),
         (
             {"context": CONTEXT[:, 1:]},
             r"context: expected shape \(rows, max\(orders\)\) = \(…, 3\)",
@@ -402,9 +403,12 @@ def test_bad_sequences_and_steps() -> None:
         small().update_from_sequence(tokens, ids, [[0.0]])
     with pytest.raises(ValueError, match=r"all_nodes: expected a triple \(logits, draft, tree\)"):
         small().update_verified(CONTEXT, verified, all_nodes=(1, 2))
-    step = torch.zeros(1, 3, 50), None, DraftTree.chain(2)
-    with pytest.raises(ValueError, match=r"all_nodes: expected logits of shape \(1, 2, vocab"):
-        small().update_verified(CONTEXT, None, all_nodes=step)
+    with pytest.raises(ValueError, match="topk_ids: expected a tensor, got list"):
+        small().update_from_sequence(tokens, [[0]], logits)
+    for shape in ((1, 3, 50), (1, 2)):
+        step = torch.zeros(shape), None, DraftTree.chain(2)
+        with pytest.raises(ValueError, match=r"all_nodes: expected logits of shape \(1, 2, vocab"):
+            small().update_verified(CONTEXT, None, all_nodes=step)
 
 
 def test_bad_states() -> None:
@@ -424,6 +428,8 @@ def test_bad_states() -> None:
         table.load_state_dict(None)
     with pytest.raises(ValueError, match=r"scope: expected an integer in \[0, 4\), got 4"):
         table.reset(4)
+    with pytest.raises(ValueError, match=r"scope: expected values in \[0, 4\), got 4 at \(1,\)"):
+        table.reset(torch.tensor([0, 4]))
     for wrong in (1.5, "a", None):
         with pytest.raises(ValueError, match="scope: expected an integer or a .*tensor"):
             table.reset(wrong)
