@@ -1,4 +1,4 @@
-"""Triton kernels that show the noise contract: words and noise of tokens, noise of words."""
+"""Triton kernels that show the noise contract: words, noise of tokens and words, exponentials."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from reasonkern.speculation.triton_noise import exp_of, philox4x32, word_of_token
 from reasonkern.speculation.triton_noise import gumbel as gumbel_of
-from reasonkern.speculation.triton_noise import philox4x32, word_of_token
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = 4096
@@ -42,6 +42,12 @@ def _gumbel_kernel(words, out, n, BLOCK: tl.constexpr):
     tl.store(out + i, gumbel_of(word), mask=i < n)
 
 
+@triton.jit
+def _exp_kernel(x, out, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + i, exp_of(tl.load(x + i, mask=i < n, other=0.0)), mask=i < n)
+
+
 def philox(counter: list[int], seed: int) -> list[int]:
     out = torch.empty(4, dtype=torch.int64, device=DEVICE)
     _philox_kernel[(1,)](torch.tensor(counter, device=DEVICE), out, seed)
@@ -62,4 +68,11 @@ def gumbel(words: Tensor) -> Tensor:
     out = torch.empty(len(words), device=DEVICE)
     grid = (triton.cdiv(len(words), BLOCK),)
     _gumbel_kernel[grid](words.to(DEVICE), out, len(words), BLOCK, enable_fp_fusion=False)
+    return out.cpu()
+
+
+def exp(x: Tensor) -> Tensor:
+    out = torch.empty(len(x), device=DEVICE)
+    grid = (triton.cdiv(len(x), BLOCK),)
+    _exp_kernel[grid](x.to(DEVICE), out, len(x), BLOCK, enable_fp_fusion=False)
     return out.cpu()

@@ -144,6 +144,19 @@ def test_any_drafter_gives_the_plain_text(requests, device):
     assert found.statistics.mean_accepted > LEAST
 
 
+def test_a_text_may_end_in_id_0():
+    """What stands for no token, where requests are over, is -1."""
+    given, options = [[4, 0], [0]], {"temperature": 0.0, "max_new_tokens": 6}
+    expected = [whole_text(MODEL.model, prompt, 6, temperature=0.0, seed=0) for prompt in given]
+    assert generate(MODEL, given, **options).texts == expected
+    assert generate(MODEL, given, drafter=Adversary(expected, given), **options).texts == expected
+    table = table_of()
+    for tree in (rk.DraftTree.chain(1), rk.DraftTree.chain(4)):  # which drafts what that has taught
+        found = generate(MODEL, given, table=table, tree=tree, **options)
+        assert found.texts == expected
+    assert found.statistics.mean_accepted > 2
+
+
 @pytest.mark.slow
 def test_the_demos_trained_model(tmp_path):
     """Texts of its vocabulary of 32,768, ended by its EOS, in float64."""

@@ -28,7 +28,7 @@ from speculation_cases import generator
 
 import reasonkern as rk
 from reasonkern.demo.model import Decoding
-from reasonkern.generation import Statistics, chain_proposal, generate, loop, prompts
+from reasonkern.generation import Statistics, chain_proposal, generate, loop, prompts, trees
 from reasonkern.generation.cache import SlotCache
 from reasonkern.generation.drafts import plant
 from reasonkern.generation.passes import prompt_pass
@@ -37,17 +37,30 @@ from reasonkern.generation.trees import SIZES, BestTree, Hindsight, Timing, Timi
 # ---- the prompt
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 4])
-def test_prompts_in_chunks(chunk, monkeypatch):
-    """The same text, and a table that has learnt the same from the prompt."""
-    options = {"temperature": T, "max_new_tokens": 1, "tree": rk.DraftTree.chain(1)}
-    tables = table_of(storage="exact"), table_of(storage="exact")
-    expected = generate(MODEL, PROMPTS, table=tables[0], **options).texts
+@pytest.mark.parametrize("chunk", [1, 3, 4, prompts.CHUNK])
+def test_the_table_learns_the_law_after_every_token(chunk, monkeypatch):
+    """Of prompts in chunks and of plain steps, the last of which no draft waits for."""
+    options = {"temperature": T, "max_new_tokens": 20, "tree": rk.DraftTree.chain(1), "seed": 1}
+    table, expected = table_of(storage="exact"), table_of(storage="exact")
     monkeypatch.setattr(prompts, "CHUNK", chunk)
-    assert generate(MODEL, PROMPTS, table=tables[1], **options).texts == expected
-    first, second = (t.state_dict() for t in tables)
-    assert torch.equal(first["keys"].sort().values, second["keys"].sort().values)
-    assert len(tables[0]) == len(tables[1]) > 20
+    texts = generate(MODEL, PROMPTS, table=table, **options).texts
+    scopes = prompts.scopes_of(PROMPTS, table)
+    for prompt, text, scope in zip(PROMPTS, texts, scopes, strict=True):
+        tokens = torch.tensor([[*prompt, *text[:-1]]])
+        with torch.no_grad():
+            logits = MODEL.model(tokens).float()
+        values, ids = logits.topk(table.topk)
+        expected.update_from_sequence(
+            tokens, ids, values, lse=logits.logsumexp(-1), lengths=torch.tensor([tokens.shape[1]]),
+            scope=scope,
+        )  # fmt: skip
+    found, wanted = table.state_dict(), expected.state_dict()
+    order, other = (state["keys"].flatten().argsort() for state in (found, wanted))
+    assert torch.equal(found["keys"].flatten()[order], wanted["keys"].flatten()[other])
+    for name in ("slots", "counts"):
+        assert torch.equal(found[name][order], wanted[name][other]), name
+    sums = found["extra"][order], wanted["extra"][other]
+    assert (sums[0] - sums[1]).abs().max() < 2**30 * 1e-6 < sums[0].max()
 
 
 def test_prompt_logits_exist_for_a_chunk_at_a_time(monkeypatch):
@@ -79,9 +92,10 @@ def test_equal_prompts_are_read_once_and_share_a_scope(monkeypatch):
     table = table_of(max_scopes=16)
     scopes = prompts.scopes_of([PROMPTS[0], PROMPTS[2], PROMPTS[0]], table)
     assert scopes[0] == scopes[2] != scopes[1]
-    assert scopes[1] == prompts.scopes_of([PROMPTS[2]], table)[0]
+    assert scopes == [prompts.scopes_of([PROMPTS[k]], table)[0] for k in (0, 2, 0)]
     many = [[i, j] for i in range(4) for j in range(4)]
     assert sorted(prompts.scopes_of(many, table)) == list(range(16))
+    assert prompts.scopes_of([*many, [9]], table)[:16] == prompts.scopes_of(many, table)
 
 
 # ---- the cache
@@ -102,6 +116,12 @@ def test_a_cache_that_grows_and_loses_requests_keeps_what_is_committed():
             logits = model(prompt_pass(texts[rows, begin : begin + 5], parts, begin, True))
             torch.testing.assert_close(logits, expected[rows, begin : begin + 5])
             parts.commit(torch.arange(5).repeat(3, 1), torch.full((3,), 5))
+
+
+def test_a_pass_sees_a_multiple_of_eight_slots():
+    cache = SlotCache(1, MODEL.device)
+    seen = [len(cache.open(nodes, longest)[1]) for nodes, longest in ((1, 0), (3, 5), (1, 8))]
+    assert seen == [8, 8, 16]
 
 
 # ---- drafts and trees
@@ -230,6 +250,29 @@ def test_hindsight_finds_the_paths_of_the_verifier(monkeypatch):
     assert found.statistics.mean_accepted > LEAST
 
 
+def test_hindsight_forgets():
+    """A first child is always right, later none: of the older half nothing is left to be seen."""
+    tree = TREES["80"]
+    hindsight, path = Hindsight(tree), [0]
+    while below := [n for n, up in enumerate(tree.parents.tolist()) if up == path[-1]]:
+        path.append(below[0])
+    for token, accepted in ((5, len(path)), (6, 1)):
+        texts = [SimpleNamespace(text=[0], done=False) for _ in range(600)]
+        hindsight.add(texts, [[0, *[5] * 79]] * 600)
+        assert hindsight.expected()[0] == pytest.approx(1)  # not long enough to know
+        for one in texts:
+            one.text = [0, *[token] * 90]
+        found = hindsight.expected()
+        assert found[0] == pytest.approx(1) and found[-1] == pytest.approx(accepted, rel=0.1)
+
+
+def test_the_time_of_a_larger_size_is_guessed_from_those_below():
+    """It grows half as fast per node as between the last two."""
+    assert trees._at_least([1.0]) == 1.0
+    assert trees._at_least([1.0, 1.5, 3.5]) == 3.5 + 0.5 * (3.5 - 1.5) / (4 - 2) * (8 - 4)
+    assert trees._at_least([2.0, 1.0]) == 1.0
+
+
 def test_a_part_of_a_draft_is_the_draft_of_a_part():
     table, whole = taught(4), TREES["80"]
     context = torch.tensor([[-1] * max(0, 4 - len(p)) + p[-4:] for p in PROMPTS])
@@ -241,6 +284,23 @@ def test_a_part_of_a_draft_is_the_draft_of_a_part():
         part = table.draft(context, whole.prefix(size), **options)
         assert torch.equal(part.tokens, every.tokens[:, :size])
         assert torch.equal(part.valid, every.valid[:, :size])
+
+
+def test_auto_looks_back_at_the_drafts_of_the_texts_under_way(monkeypatch):
+    seen, right = [], BestTree.drafted
+
+    def drafted(self, requests, tokens):
+        seen.extend(zip([(r.done, r.text[-1]) for r in requests], tokens, strict=True))
+        right(self, requests, tokens)
+
+    monkeypatch.setattr(BestTree, "drafted", drafted)
+    texts = generate(
+        MODEL, PROMPTS[:3], temperature=T, max_new_tokens=NEW, table=taught(4), seed=1,
+        stop=lambda request, text: request == 1 and len(text) > 20,
+    ).texts  # fmt: skip
+    assert len(texts[1]) == 20 and len(seen) > NEW // 8
+    assert all((done, last) == (False, row[0]) for (done, last), row in seen)
+    assert {len(row) for _, row in seen} == {80} and any(max(row[1:]) >= 0 for _, row in seen)
 
 
 def test_auto_keeps_the_times_of_its_steps_by_batch_size():
@@ -266,8 +326,12 @@ def test_auto_keeps_the_times_of_its_steps_by_batch_size():
 def test_statistics_add_up(device):
     statistics, table = Statistics(), taught(4, device=device)
     options = {"temperature": T, "max_new_tokens": NEW, "table": table, "tree": TREES["80"]}
+    before = table.stats()
     for seed in range(2):
         generate(model_on(device), PROMPTS, seed=seed, statistics=statistics, **options)
+    after = table.stats()
+    assert statistics.hits == {n: hits - before["hits"][n] for n, hits in after["hits"].items()}
+    assert statistics.misses == after["misses"] - before["misses"] > 0
     assert statistics.tokens == 2 * 4 * NEW and statistics.steps < statistics.tokens
     assert set(statistics.sizes) == {80}
     assert statistics.passes <= statistics.steps <= 4 * statistics.passes

@@ -290,6 +290,8 @@ def test_forces_by_rank(backend):
     state.tensors.progress[0, at.STOPPED] = 1
     assert modulate(backend, z[None], state, torch.tensor([0])).argmax() == 9
     assert state.stopped.tolist() == [True]
+    state.remove(0)
+    assert state.stopped.tolist() == [False]
     z[9] = -INF  # then nothing is forced, the phrase of the next rank neither
     state = one(spec, (), [0, 7])
     state.tensors.progress[0, at.STOPPED] = 1

@@ -324,17 +324,27 @@ FOREIGN = [
     ("records", at.BAN_SET, len(SETS)),  # a set that does not exist
     ("records", at.END, VOCAB),  # written beyond the row of logits: MAX_ID does not tell
     ("records", at.ENTROPY_WINDOW, 0),  # divided by
+    ("records", at.CONFIDENCE_WINDOW, 0),  # likewise
+    ("records", at.END_LENGTH, 0),
+    ("records", at.POINTS, 0),
     ("records", at.PARTS, -1),
+    ("records", at.PARTS, 2 * at.TRIGGER + at.ACTIVE),
     ("records", at.FAILURE, 1000),
+    ("records", at.FAILURE, -1),
     ("records", at.FAILURE, 1),  # followed without end
     ("records", at.PERIOD, 0),  # likewise
     ("records", at.PERIOD, 1),  # the least number: no backend has its remainders
     ("records", at.PARTS, at.BAN),  # neither free nor in use
+    ("records", at.PHASE, at.CLOSED + 1),
     ("records", at.PHRASE, at.MAX_END + 1),
     ("records", at.PHRASE, 2),  # beyond what is known of the failure function
     ("records", at.WAIT, -1),  # written before the row of logits
     ("records", at.WAIT_LENGTH, 0),  # likewise, since no id is looked at
     ("records", at.WAIT_AT, 1),
+    ("records", at.WAIT_AT, -1),
+    ("records", at.PHRASE, at.DONE - 1),
+    ("records", at.THINK_START, -2),
+    ("records", at.THINK_START, 1 << 31),
     ("records", at.CONFIDENCE_PUSHED, -5),
     ("sets", 1, 99),
 ]
@@ -345,6 +355,7 @@ def test_states_that_no_state_has(name, column, value):
     spec = rk.Modulation(
         ban=rk.Ban(), budget=rk.Budget(3, [7, END]), entropy_trigger=rk.EntropyTrigger(),
         cyclic=rk.Cyclic(1.0, 9), min_think=rk.MinThink(3, 0, [0]), think_end=END,
+        schedule=rk.Schedule([(0, 1.0)]), deepconf=rk.DeepConf(1.0),
     )  # fmt: skip
     state = state_of(spec)
     state.load_state_dict(state.state_dict())
@@ -354,6 +365,31 @@ def test_states_that_no_state_has(name, column, value):
     saved[name].view(-1)[column] = value
     with pytest.raises(ValueError, match=rf"state\['{name}'\]: expected "):
         state.load_state_dict(saved)
+
+
+def test_a_state_at_its_limits_is_loaded():
+    """Every part at its largest, phrases one id before their end, thinking over."""
+    spec = rk.Modulation(
+        cyclic=rk.Cyclic(1.0, 1e-6, windows=[(k, k + 1) for k in range(at.MAX_WINDOWS)]),
+        tip=rk.TIP(), constant=rk.Constant(1.0), ban=rk.Ban("words"),
+        schedule=rk.Schedule([(t, 1.0) for t in range(at.MAX_POINTS)]),
+        budget=rk.Budget(1, [7] * (at.MAX_END - 1) + [END], rk.SoftBudget()),
+        min_think=rk.MinThink(1, 3, [8] * at.MAX_WAIT), think_end=END,
+        deepconf=rk.DeepConf(1.0, at.MAX_CONFIDENCE, eos=9),
+        entropy_trigger=rk.EntropyTrigger(at.MAX_ENTROPY),
+    )  # fmt: skip
+    state = make_state(5)
+    phrase = [5] + [7] * (at.MAX_END - 1)
+    for slot, tokens in enumerate(([8] * (at.MAX_WAIT - 1), phrase, [*phrase, END])):
+        state.add(slot, spec, [], tokens)
+    state.add(3, rk.Modulation(think_start=(1 << 31) - 1), [])  # above MAX_ID, which it is not in
+    progress = state.tensors.progress
+    assert progress[:3, at.WAIT_AT].tolist() == [at.MAX_WAIT - 1, 0, 0]
+    assert progress[1:3, at.PHRASE].tolist() == [at.MAX_END - 1, at.DONE]
+    assert progress[2, at.PHASE] == at.CLOSED
+    loaded = make_state(5)
+    loaded.load_state_dict(state.state_dict())
+    assert all(map(torch.equal, loaded.tensors, state.tensors)) and loaded.free == [4]
 
 
 def test_generated_tokens_of_any_strides():

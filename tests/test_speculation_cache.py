@@ -235,6 +235,7 @@ ONE, FP8 = torch.zeros(2, 1, 8, 4), torch.float8_e4m3fn
         ({"path": torch.tensor([[1, 0], [0, -1]])}, "^path: expected ascending"),
         ({"accepted": torch.tensor([3, 1])}, "^accepted: expected values"),
         ({"start": torch.tensor([0, 0])}, "^start: expected slots >= lengths"),
+        ({"lengths": torch.tensor([0, -1]), "start": torch.tensor([0, 1])}, "^lengths: .*got -1"),
         ({"start": torch.tensor([7, 7])}, r"^start \+ path: expected values"),
         ({"block_table": torch.zeros(3, 1).long()}, "^block_table: expected shape"),
         ({"block_table": torch.tensor([[0, 1], [5, 5]])}, "^block_table: expected values"),

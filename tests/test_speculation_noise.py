@@ -140,6 +140,36 @@ def test_triton_passes_over_what_no_noise_can_lift():
     assert rows.MAX_NOISE.value - 1e-3 < noise_of_ends[0] < rows.MAX_NOISE.value
 
 
+# ---- the exponential, of which masses are
+
+
+def exponents() -> Tensor:
+    """Of every power of two that is not 0, dense near 0; the last ones give 0."""
+    near = -torch.logspace(-9, 0, 5000)
+    return torch.cat([torch.zeros(1), near, -torch.linspace(0.5, 86.99, 50_000), -torch.tensor(
+        [87.0, 88.0, 1e30, float("inf"), float("nan")]
+    )])  # fmt: skip
+
+
+def test_the_exponential():
+    x = exponents()
+    got, truth = noise.exp(x).double(), x.double().exp()
+    assert ((got - truth).abs() <= 1.2e-7 * truth)[:-5].all() and got[0] == 1
+    assert (got[-5:] == 0).all()
+
+
+def test_the_compiled_exponential_has_the_same_bits(simulator):
+    x = exponents()
+    out = torch.empty(len(x))
+    simulator.exp(x.data_ptr(), out.data_ptr(), len(x))
+    assert_same_bits(out, noise.exp(x))
+
+
+def test_the_triton_exponential_has_the_same_bits():
+    triton_kernel = pytest.importorskip("speculation_triton_noise")
+    assert_same_bits(triton_kernel.exp(exponents()), noise.exp(exponents()))
+
+
 # ---- what words depend on
 
 

@@ -22,6 +22,7 @@ from speculation_table_cases import (
     define,
     entries,
     filled,
+    generator,
     random_batch,
     random_requests,
     renumbered,
@@ -51,6 +52,29 @@ def test_update_is_the_definition(backend, kind, with_lse):
         assert_same_table(got, expected)
     stats = expected.stats()
     assert stats["evictions"] and stats["load"] > 0.5  # most sets overflow
+
+
+def test_small_probabilities_are_the_definition(backend):
+    """Of one to three rows a key, down to none; most codes have no exponent."""
+    got, expected = small().to(backend.device), small()
+    keys = torch.arange(6 if backend.slow else 40)
+    context = torch.nn.functional.pad(
+        keys.repeat_interleave(1 + keys % 3)[:, None], (2, 0), value=-1
+    )
+    for call in range(1 if backend.slow else 3):
+        logits = -8 - 11 * torch.rand(len(context), TOPK, generator=generator(call))
+        batch = Batch(context, torch.arange(TOPK).repeat(len(context), 1), logits)
+        run_update(define, expected, batch)
+        run_update(backend, got, Batch(*map(backend.to, vars(batch).values())))
+        assert_same_table(got, expected)
+    codes = (state_tensors(expected)["slots"] >> reference.ID_BITS) & 0x3FFF
+    assert (codes > 0).sum() > 3 * len(keys) and (codes < 1024)[codes > 0].double().mean() > 0.5
+    context, one = context.unique(dim=0), torch.ones(len(keys), dtype=torch.int64)
+    requests = context, one.float(), one, one, 0 * one
+    tree = DraftTree([-1, 0, 0])
+    drafts = run_draft(define, expected, tree, Requests(*requests), 2)
+    here = Requests(*map(backend.to, requests))
+    assert_same_bits([x.cpu() for x in run_draft(backend, got, tree, here, 2)], drafts)
 
 
 @pytest.mark.parametrize("noise_kind", [0, 1, 2], ids=["none", "shared", "rejection"])

@@ -319,6 +319,7 @@ LOGITS = torch.tensor([[-0.5, -2.0]])
     [
         ({"context": [[1, 2, 3]]}, "context: expected a tensor, got list"),
         ({"context": CONTEXT.float()}, "context: expected dtype torch.int64 or"),
+        ({"context": CONTEXT.to("meta")}, "context: expected the table's device, cpu, got meta"),
         (
             {"context": CONTEXT[:, 1:]},
             r"context: expected shape \(rows, max\(orders\)\) = \(…, 3\)",
@@ -384,6 +385,8 @@ def test_bad_sequences_and_steps() -> None:
         small().update_from_sequence(tokens, ids, logits[:, 1:], lse=lse)
     with pytest.raises(ValueError, match=r"lengths: expected values in \[0, 6\), got 6 at \(1,\)"):
         small().update_from_sequence(tokens, ids, logits, lengths=torch.tensor([0, 6]))
+    with pytest.raises(ValueError, match=r"lengths: expected shape \(batch,\) = \(2,\), got \(1,"):
+        small().update_from_sequence(tokens, ids, logits, lengths=torch.tensor([5]))
     verified = SimpleNamespace(tokens=tokens, length=torch.tensor([1, 1]))
     with pytest.raises(ValueError, match=r"verified.tokens: expected shape \(1, depth \+ 1\)"):
         small().update_verified(CONTEXT, verified)
@@ -400,9 +403,12 @@ def test_bad_sequences_and_steps() -> None:
         small().update_from_sequence(tokens, ids, [[0.0]])
     with pytest.raises(ValueError, match=r"all_nodes: expected a triple \(logits, draft, tree\)"):
         small().update_verified(CONTEXT, verified, all_nodes=(1, 2))
-    step = torch.zeros(1, 3, 50), None, DraftTree.chain(2)
-    with pytest.raises(ValueError, match=r"all_nodes: expected logits of shape \(1, 2, vocab"):
-        small().update_verified(CONTEXT, None, all_nodes=step)
+    with pytest.raises(ValueError, match="topk_ids: expected a tensor, got list"):
+        small().update_from_sequence(tokens, [[0]], logits)
+    for shape in ((1, 3, 50), (1, 2)):
+        step = torch.zeros(shape), None, DraftTree.chain(2)
+        with pytest.raises(ValueError, match=r"all_nodes: expected logits of shape \(1, 2, vocab"):
+            small().update_verified(CONTEXT, None, all_nodes=step)
 
 
 def test_bad_states() -> None:
@@ -422,6 +428,8 @@ def test_bad_states() -> None:
         table.load_state_dict(None)
     with pytest.raises(ValueError, match=r"scope: expected an integer in \[0, 4\), got 4"):
         table.reset(4)
+    with pytest.raises(ValueError, match=r"scope: expected values in \[0, 4\), got 4 at \(1,\)"):
+        table.reset(torch.tensor([0, 4]))
     for wrong in (1.5, "a", None):
         with pytest.raises(ValueError, match="scope: expected an integer or a .*tensor"):
             table.reset(wrong)
@@ -440,6 +448,19 @@ def test_states_that_no_table_has(storage: str, name: str, value: int) -> None:
         table.load_state_dict(state)
     with pytest.raises(ValueError, match=r"state\['ages'\]: expected a tensor with values"):
         table.load_state_dict(table.state_dict() | {"ages": state["ages"].to("meta")})
+
+
+def test_sums_and_upper_bits_of_ids_that_no_table_has() -> None:
+    exact, wide = small(storage="exact"), small(vocab_size=(1 << 18) + 1)
+    most = reference.TOTAL_LIMIT * exact.max_count
+    for table, right, wrong, name in ((exact, most, -1, "extra"), (exact, 0, most + 1, "extra"),
+                                      (wide, 1, 2, "slots")):  # fmt: skip
+        state = copy.deepcopy(table.state_dict())
+        state["extra"].fill_(right)
+        table.load_state_dict(state)
+        state["extra"].fill_(wrong)
+        with pytest.raises(ValueError, match=rf"state\['{name}'\]: expected values in \[0, "):
+            table.load_state_dict(state)
 
 
 def test_the_storage_names_its_tensors() -> None:

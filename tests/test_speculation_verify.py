@@ -182,6 +182,22 @@ def test_greedy_takes_the_lowest_of_ties_and_ignores_filters(backend):
     assert sample_everywhere(backend, x, None, r).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "kept"),
+    [("top_p", 0.5, 2), ("top_p", float("nan"), 1), ("top_k", 3, 3), ("min_p", 1.0, 4)],
+)
+def test_filters_of_equal_tokens(backend, monkeypatch, name, value, kept):
+    """A mass before a token that is P leaves it out, top-k keeps just k, min-p what is at it.
+    Devices look at no values: P may be NaN."""
+    if backend.name == "triton":
+        monkeypatch.setattr("reasonkern.speculation.triton_verify.BLOCK", 16)
+    batch = {"cuda-sim": 16}.get(backend.name, 2) if backend.slow else 64
+    r = replace(rows(batch, 4, 3, "off"), temperature=torch.ones(batch))
+    r = replace(r, **{name: torch.full_like(getattr(r, name), value)})
+    token = sample_everywhere(backend, torch.zeros(batch, 4), None, r)
+    assert token.max() < kept and (backend.slow or token.unique().numel() == kept)
+
+
 def rows_to_filter() -> dict[str, Tensor]:
     g = generator(9)
     x = torch.randn(6, 130, generator=g) * 6
@@ -194,6 +210,7 @@ def rows_to_filter() -> dict[str, Tensor]:
         "ties": (x / 2).round() * 2,
         "ties of bfloat16": x.round().bfloat16(),
         "both zeros": torch.where(x < 0, -0.0, 0.0),
+        "a power of two of ties": torch.where(torch.arange(130) < 128, 0.0, -INF).repeat(6, 1),
         "few finite": few,
         "denormal": x * 1e-41,
         "ties by rounding": 1 + 2.0**-23 * last_bits,  # where T > 1
@@ -238,6 +255,19 @@ def test_verify_random_steps(backend, rejection, limits):
         out = verify_everywhere(backend, step)
         seen |= int(out["status"].max()) | (8 if int(out["length"].max()) > 2 else 0)
     assert seen >= (14 if limits else 10) or backend.slow
+
+
+def test_draft_laws_are_normalised(backend):
+    if backend.name == "triton":
+        pytest.skip("the Triton backend has the equality rule only")
+    longest = 0
+    for seed in cases(backend, 1, 6):
+        step = random_step(seed, batch=7, rejection=True, limits=False, filters="off")
+        shifted = replace(step, q_logprob=step.q_logprob - 1)
+        out, other = (verify_everywhere(backend, s) for s in (step, shifted))
+        assert torch.equal(out["tokens"], other["tokens"])
+        longest = max(longest, int(out["length"].max()))
+    assert longest > 1 or backend.slow
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

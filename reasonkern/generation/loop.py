@@ -16,7 +16,6 @@ from ..modulation import ModulationState, commit_
 from ..speculation import Draft, DraftTree, NgramTable, Verified, verify_tree
 from ..speculation.inputs import per_request
 from . import prompts as _prompts
-from .cache import SlotCache
 from .drafts import Drafter, plant
 from .passes import Model, logits_of, tree_pass
 from .statistics import Clock, Statistics
@@ -109,7 +108,6 @@ class Run:
         if table is None:
             tree = PLAIN  # nothing fills another one
         self.tree: DraftTree | BestTree = BestTree(model.timings) if tree is None else tree
-        self.cache = SlotCache(0, model.device)
         self._waiting: list[tuple[Tensor, ...]] = []
         self._before = self._look_ups()
 
@@ -160,7 +158,7 @@ class Run:
                 )  # fmt: skip
             self._learn(tree, now, out)
         self.statistics.sizes[tree.nodes] += 1
-        if self.drafter is None and isinstance(self.tree, BestTree):
+        if isinstance(self.tree, BestTree):
             self.tree.took(time.perf_counter() - begin)
         for request, row in zip(self.requests, rows, strict=True):
             request.cached += row[0]

@@ -45,6 +45,11 @@ PYBIND11_MODULE(noise_sim, m) {
       pointer<float>(out)[i] = noise::gumbel_of(pointer<const uint32_t>(words)[i]);
     }
   });
+  m.def("exp", [](std::uintptr_t x, std::uintptr_t out, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+      pointer<float>(out)[i] = noise::exp_of(pointer<const float>(x)[i]);
+    }
+  });
   m.def("device_noise", [](uint64_t seed, uint64_t position, int stream, int depth, int64_t tokens,
                            std::uintptr_t words, std::uintptr_t noise) {
     const Params p{seed,
