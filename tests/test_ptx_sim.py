@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import struct
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -197,8 +199,9 @@ def call(op: str, backend: str, *args: object) -> Sequence[torch.Tensor]:
 @pytest.mark.skipif(not COMPILED, reason="for test_in_a_process_that_compiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(6))
-def test_compiled_samplers_agree(seed, dtype):
-    """Four kernels that draw the same tokens: bit for bit, and as the CPU does."""
+def test_compiled_samplers_agree(monkeypatch, seed, dtype):
+    """Four operators that draw the same tokens, those that the CPU draws."""
+    monkeypatch.setattr("ptx_sim.driver.SIMULATOR.backwards", seed % 2 == 1)
     batch, nodes = 6, 4
     vocab = (1, 2047, 5000, 6151, 130, 2049)[seed]
     logits = random_logits((batch, vocab), seed, dtype)
@@ -240,3 +243,26 @@ def test_compiled_rows_of_a_whole_vocabulary():
     logits, r = random_logits((4, vocab), 1, torch.bfloat16), rows(4, vocab, 1, "mixed")
     token = call("sample", "triton", logits, None, *r.args())
     assert_same_bits(token, call("sample", "cpu", logits, None, *r.args()))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPILED, reason="for test_in_a_process_that_compiles")
+def test_compiled_barriers_are_all_needed(monkeypatch):
+    """Each that is taken away is missed: so the simulator sees a race, and so none was there."""
+    from ptx_sim.driver import SIMULATOR
+
+    from reasonkern.speculation.triton_verify import sample_kernel
+
+    sample_kernel.device_caches.clear()
+    r = replace(rows(2, 5000, 1), temperature=torch.tensor([0.7, 1.3]))
+    args = (random_logits((2, 5000), 1), None, *r.args())
+    call("sample", "triton", *args)
+    (kernel,) = sample_kernel.device_caches[0][0].values()
+    text = kernel.asm["ptx"]
+    barriers = list(re.finditer(r"bar\.sync\s+0;", text))
+    assert len(barriers) > 20
+    for found in barriers:
+        without = Program(text[: found.start()] + text[found.end() :], SIMULATOR.functions)
+        monkeypatch.setattr(kernel, "function", without)
+        with pytest.raises(RuntimeError, match="a race|nothing wrote"):
+            call("sample", "triton", *args)

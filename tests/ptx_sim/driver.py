@@ -51,7 +51,8 @@ class Utils:
         return {"max_shared_mem": 99 * 1024}
 
     def load_binary(self, name: str, ptx: bytes, shared: int, device: int) -> tuple[Any, ...]:
-        return None, Program(ptx.decode(), SIMULATOR.functions), 0, 0, 1024
+        program = Program(ptx.decode(), SIMULATOR.functions)
+        return program, program, 0, 0, 1024  # a module of None would be loaded at every launch
 
 
 class Driver:

@@ -40,6 +40,8 @@ ELEMENTWISE = [
     (rf"copysign\.(?P<t>{REAL})", "t t t", "std::copysign(b, a)"),
     (rf"min\.(?P<t>{INT}|{REAL})", "t t t", "result(least(a, b))"),
     (rf"max\.(?P<t>{INT}|{REAL})", "t t t", "result(most(a, b))"),
+    (r"max\.NaN\.(?P<t>f32)", "t t t", f"result({NAN} ? a + b : most(a, b))"),
+    (r"min\.NaN\.(?P<t>f32)", "t t t", f"result({NAN} ? a + b : least(a, b))"),
     (rf"shl\.(?P<t>{INT})", "t t u32", "left(a, b)"),
     (rf"shr\.(?P<t>{INT})", "t t u32", "right(a, b)"),
     (r"bfe\.(?P<t>[su](32|64))", "t t u32 u32", "field(a, b & 255, c & 255)"),
@@ -54,7 +56,7 @@ ELEMENTWISE = [
     (rf"setp\.nan\.(?P<t>{REAL}|{SMALL})", "pred t t", NAN),
     (r"cvt\.rn\.(?P<x>b?f16)x2\.(?P<t>f32)", "b32 t t",
      "uint32_t(bits<uint16_t>({X}(a).x)) << 16 | bits<uint16_t>({X}(b).x)"),
-    (rf"cvt(\.rn)?\.(?P<x>{ANY})\.(?P<t>{ANY})", "x t", "converted<{X}, 0>(a)"),
+    (rf"cvt(\.rn)?\.(?P<x>{ANY})\.(?P<t>{ANY})", "x t", "converted<{X}, 0>({T}(a))"),
     (rf"cvt\.r(?P<m>[nzmp])i\.(?P<x>{ANY})\.(?P<t>{REAL})", "x t", "converted<{X}, '{m}'>(a)"),
     (r"ex2\.approx\.(?P<t>f32)", "t t", "result(std::exp2(a))"),
     (r"ex2\.approx\.ftz\.(?P<t>f32)", "t t", "result(flushed(std::exp2(flushed(a))))"),
@@ -102,6 +104,8 @@ def lower(op: str, operands: list[Operand], width: dict[str, str]) -> Lowered:
             named = {"t": t, "x": x, "n": "pred" if t == "pred" else f"b{8 * SIZES[t]}"}
             named["w"] = t[0] + str(16 * SIZES[t])
             given = [named.get(key, key) for key in types.split()]
+            if op.startswith("cvt") and SIZES[width.get(operands[1], t)] > SIZES[t]:
+                given[1] = width[operands[1]]  # of which t are the low bits
             spelt = {"x": SIGNS.get(x, x), "m": found.get("m", ""), "X": CPP.get(x, "")}
             value = value.format(**spelt, T=CPP.get(t), W=CPP.get(named["w"]))
             return Lowered(elementwise(given, value), list(zip(operands, given, strict=True)))
@@ -110,6 +114,10 @@ def lower(op: str, operands: list[Operand], width: dict[str, str]) -> Lowered:
 
 def lower_exchange(op: str, operands: list[Operand], width: dict[str, str]) -> Lowered | None:
     """What moves values between registers, lanes and memory; None: an elementwise instruction."""
+    if op == "cp.async.commit_group":
+        return Lowered("w.copies.emplace_back();", [])
+    if op == "bar.warp.sync":
+        return Lowered("w.together(); ++w.sync;", [])
     head, *more = op.split(".")
     kind = more[-1]
     first, *others = lists = [x if isinstance(x, list) else [x] for x in operands]
@@ -151,10 +159,6 @@ def lower_exchange(op: str, operands: list[Operand], width: dict[str, str]) -> L
         to, of, size, used = operands
         given = [(to.base, "b32"), (of.base, "b64"), (used, "b32")]
         return Lowered(f"start_copies(w, o, {int(size, 0)});", given, (to.offset, of.offset))
-    if op == "cp.async.commit_group":
-        return Lowered("w.copies.emplace_back();", [])
     if op == "cp.async.wait_group":
         return Lowered("wait_for_copies(w, o.imm[0]);", [], (int(operands[0]),))
-    if op == "bar.warp.sync":
-        return Lowered("w.together(); ++w.sync;", [])
     return None
