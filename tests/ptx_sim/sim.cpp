@@ -3,7 +3,7 @@
 
 namespace {
 
-enum { BARRIER = 1, RETURN, BRANCH };  // in place of a function: CONTROL in program.py
+enum { BARRIER = 1, RETURN, BRANCH };      // in place of a function: CONTROL in program.py
 constexpr int64_t LIMIT = 10'000'000'000;  // steps of the warps of a block
 
 // Of the active lanes those of `taken` go on at the target; then those furthest behind are active.
@@ -96,7 +96,8 @@ extern "C" int launch(const Op* ops, const char* file, int64_t size, int tid, in
         ++block.barrier;
       } while (waiting);
     } catch (const std::exception& error) {
-      std::strncpy(message, (error.what() + (", block " + std::to_string(b))).c_str(), capacity - 1);
+      std::strncpy(message, (error.what() + (", block " + std::to_string(b))).c_str(),
+                   capacity - 1);
       return here;
     }
   }

@@ -80,7 +80,7 @@ T most(T a, T b) {
 template <class T>
 T high(T a, T b) {
   if constexpr (std::is_signed_v<T>) return T(__int128(a) * b >> SIZE<T>);
-  return T((unsigned __int128)(a) * b >> SIZE<T>);
+  return T((unsigned __int128)(a)*b >> SIZE<T>);
 }
 
 template <class T>
@@ -214,7 +214,8 @@ struct Warp {
 
   bool written_before(const Byte& byte, int lane) {
     const int thread = index * LANES + lane;
-    if (byte.write_barrier < block->barrier || byte.writer < 0 || byte.writer == thread) return true;
+    if (byte.write_barrier < block->barrier || byte.writer < 0 || byte.writer == thread)
+      return true;
     return byte.writer / LANES == index && byte.write_sync < sync;
   }
 
