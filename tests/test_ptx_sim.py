@@ -23,6 +23,7 @@ if shutil.which(os.environ.get("CXX", "g++")) is None:
 
 from ptx_sim.program import Program, Simulator  # noqa: E402
 
+pytestmark = pytest.mark.slow
 HERE = Path(__file__).parent
 INF, NAN = float("inf"), float("nan")
 
@@ -178,7 +179,6 @@ RUNS = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(COMPILED, reason="this is that process")
 @pytest.mark.parametrize(("file", "chosen"), RUNS)
 def test_in_a_process_that_compiles(file, chosen):
@@ -196,7 +196,6 @@ def call(op: str, backend: str, *args: object) -> Sequence[torch.Tensor]:
     return _load.implementation(op, backend)(*args)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not COMPILED, reason="for test_in_a_process_that_compiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(6))
@@ -237,7 +236,6 @@ def test_compiled_samplers_agree(monkeypatch, seed, dtype):
     assert_same_bits(list(both[: len(out)]), list(out))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not COMPILED, reason="for test_in_a_process_that_compiles")
 def test_compiled_rows_of_a_whole_vocabulary():
     vocab = 151_936
@@ -246,7 +244,6 @@ def test_compiled_rows_of_a_whole_vocabulary():
     assert_same_bits(token, call("sample", "cpu", logits, None, *r.args()))
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not COMPILED, reason="for test_in_a_process_that_compiles")
 def test_compiled_barriers_are_all_needed(monkeypatch):
     """Each that is taken away is missed: so the simulator sees a race, and so none was there."""
