@@ -57,7 +57,7 @@ sdist: .venv/.ready
 	$(PY) -m build -q --no-isolation --sdist --outdir dist .
 
 clean:
-	rm -rf .venv build dist *.egg-info reasonkern/*.so tests/cuda_sim/_build docs/_build docs/api
+	rm -rf .venv build dist *.egg-info reasonkern/*.so tests/*_sim/_build docs/_build docs/api
 	rm -rf .pytest_cache .mypy_cache .ruff_cache
 
 .venv/.torch:
