@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+import triton_interpreter
 from summary import Summary
 from torch import Tensor
 
 # Decided before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    triton_interpreter.patch_once_a_launch()
 
 from gpu_record import GpuRecord  # noqa: E402
 
@@ -44,6 +46,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if path is not None:
         worker = hasattr(config, "workerinput")
         config.pluginmanager.register(GpuRecord(path, worker), "gpu-record")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Workers take file after file: the longest of the last ones would keep one core waiting."""
+    items.sort(key=lambda item: item.path.stem != "test_triton_compile")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Runs checks on every rank of a gloo process group, spawned once for many of them; programs."""
+"""Runs checks on every rank of a gloo process group, started once for many of them; programs.
+
+The ranks are forks of one new process, which has imported everything and has no threads yet.
+"""
 
 from __future__ import annotations
 
@@ -25,17 +28,10 @@ def run(world: int, modules: Sequence[str], names: Sequence[str], folder: Path) 
 
     A failed check ends the run, because the ranks are no longer in step; the rest did not run.
     """
-    context = mp.get_context("spawn")
-    processes = [
-        context.Process(target=_rank, args=(rank, world, list(modules), list(names), str(folder)))
-        for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        if process.is_alive():
-            process.kill()
+    arguments = world, list(modules), list(names), str(folder)
+    parent = mp.get_context("spawn").Process(target=_fork, args=arguments)
+    parent.start()
+    parent.join()
     reports = [
         json.loads(path.read_text()) if (path := folder / f"{rank}.json").exists() else {}
         for rank in range(world)
@@ -43,11 +39,27 @@ def run(world: int, modules: Sequence[str], names: Sequence[str], folder: Path) 
     return {name: _verdict(name, reports) for name in names}
 
 
-def run_script(script: str, folder: Path, seconds: float = 120) -> None:
-    """Two processes run a program, which finds its rank and the folder among its arguments."""
-    command = [sys.executable, "-c", script]
-    ranks = [subprocess.Popen([*command, str(rank), str(folder)]) for rank in range(2)]
-    assert [rank.wait(timeout=seconds) for rank in ranks] == [0, 0]
+PROGRAM = """
+import os, sys
+sys.path[:0] = {paths}
+import torch, torch.distributed as dist
+torch.set_num_threads(1)
+{imports}
+child = os.fork()
+rank, folder = int(child == 0), sys.argv[1]
+dist.init_process_group("gloo", f"file://{{folder}}/store", rank=rank, world_size=2)
+{script}
+dist.destroy_process_group()
+sys.exit(child and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def run_script(imports: str, script: str, folder: Path, seconds: float = 120) -> None:
+    """Two processes of a group run a script after its imports, with their `rank` and `folder`."""
+    here = Path(__file__).parent
+    program = PROGRAM.format(paths=[str(here), str(here.parent)], imports=imports, script=script)
+    command = [sys.executable, "-c", program, str(folder)]
+    assert subprocess.run(command, timeout=seconds).returncode == 0
 
 
 def _verdict(name: str, reports: Sequence[dict[str, str]]) -> str:
@@ -57,10 +69,24 @@ def _verdict(name: str, reports: Sequence[dict[str, str]]) -> str:
     return "\n".join(f"rank {rank}: {outcome}" for rank, outcome in enumerate(found))
 
 
-def _rank(rank: int, world: int, modules: list[str], names: list[str], folder: str) -> None:
+def _fork(world: int, modules: list[str], names: list[str], folder: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=120), world, rank)
     checks = {name: f for m in modules for name, f in vars(import_module(m)).items()}
+    context = mp.get_context("fork")
+    ranks = [
+        context.Process(target=_rank, args=(rank, world, checks, names, folder))
+        for rank in range(world)
+    ]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(300)
+        if rank.is_alive():
+            rank.kill()
+
+
+def _rank(rank: int, world: int, checks: dict[str, Check], names: list[str], folder: str) -> None:
+    dist.init_process_group("gloo", f"file://{folder}/store", timedelta(seconds=120), world, rank)
     report: dict[str, str] = {}
     for name in names:
         try:

@@ -62,27 +62,20 @@ def losses(split: Any, group: Any) -> dict[str, Tensor]:
 
 
 RANK = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, {tests!r})
-import test_policy_loss_adaptive_ranks as t
-rank, folder = int(sys.argv[1]), sys.argv[2]
-torch.set_num_threads(1)
-dist.init_process_group("gloo", f"file://{{folder}}/store", rank=rank, world_size=2)
 for name, first in t.SHARE.items():
     def split(x, first=first):
         at = first * len(x) // 4
         return x[:at] if rank == 0 else x[at:]
     found = t.bounds(split, dist.group.WORLD) | t.masks(split, dist.group.WORLD)
-    torch.save(found | t.losses(split, dist.group.WORLD), f"{{folder}}/{{name}}{{rank}}.pt")
-dist.destroy_process_group()
+    torch.save(found | t.losses(split, dist.group.WORLD), f"{folder}/{name}{rank}.pt")
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
-    script = RANK.format(tests=str(Path(__file__).parent))
-    parallel_ranks.run_script(script, folder, seconds=300)
+    imports = "import test_policy_loss_adaptive_ranks as t"
+    parallel_ranks.run_script(imports, RANK, folder, seconds=300)
     return folder
 
 

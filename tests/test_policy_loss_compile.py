@@ -101,7 +101,10 @@ def test_inductor_equals_eager(name: str, inplace: bool, form: str) -> None:
         return every(x)[: 4 if name == "dapo" else 5]
 
     compiled = torch.compile(step, fullgraph=True, backend="inductor")
-    assert_close(results(compiled, b, dtype), results(step, b, dtype), rtol=1e-5, atol=1e-6)
+    # Scalar code: else programs are compiled to find out what this machine's vectors can do.
+    with torch._inductor.config.patch({"cpp.vec_isa_ok": False}):
+        found = results(compiled, b, dtype)
+    assert_close(found, results(step, b, dtype), rtol=1e-5, atol=1e-6)
 
 
 def test_token_stats_and_weights_compile() -> None:

@@ -180,29 +180,23 @@ def test_drafts_and_verification_take_the_same_dtypes(name: str) -> None:
 
 # ---- replicas
 
-RANK = """
-import sys
-sys.path[:0] = [{tests!r}, {root!r}]
-import torch, torch.distributed as dist
+IMPORTS = """
 from speculation_table_cases import random_batch, state_tensors
 from reasonkern import NgramTable
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", f"file://{{folder}}/store", rank=rank, world_size=2)
+"""
+RANK = """
 table = NgramTable(64, vocab_size=50, orders=(3, 2, 1), topk=4, max_scopes=4)
 for step in range(5):
     b = random_batch(2 * step + rank, rows=30)
     scope = b.scope if step else None
     lse, logits = (b.lse, b.logits) if step != 1 else (None, b.logits - b.lse[:, None])
     table.update(b.context, b.ids, logits, lse=lse, scope=scope, process_group=dist.group.WORLD)
-torch.save(state_tensors(table), f"{{folder}}/{{rank}}.pt")
-dist.destroy_process_group()
+torch.save(state_tensors(table), f"{folder}/{rank}.pt")
 """
 
 
 def test_replicas_stay_identical(tmp_path: Path) -> None:
-    here = Path(__file__).parent
-    script = RANK.format(tests=str(here), root=str(here.parent))
-    parallel_ranks.run_script(script, tmp_path)
+    parallel_ranks.run_script(IMPORTS, RANK, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     alone = NgramTable(64, vocab_size=50, orders=(3, 2, 1), topk=4, max_scopes=4)
     for step in range(5):
