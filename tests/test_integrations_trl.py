@@ -359,6 +359,11 @@ def test_gtpo_weighs_conflicting_tokens_of_a_prompt(ours: ModuleType, make: Make
     assert (expected > 1).any() and (expected == 0).any()
     # The model has a mean entropy above ln 2: as published, GTPO drops every completion.
     assert trainer.state.log_history[0]["reasonkern/dropped_frac"] == 1
+    trainer.objective = Objective.gtpo(initial_entropy=2.0)  # drops no completion
+    original(trainer.model, seen[0])
+    dropped = trainer._row_metrics["train"].compute()["dropped_frac"]
+    mask = seen[0]["completion_mask"] != 0
+    assert 0 < dropped == (seen[0]["conflict_weights"][mask] == 0).double().mean()
 
 
 @pytest.mark.parametrize("objective", ["gspo", "gmpo", Objective.gtpo(initial_entropy=2.0)])
