@@ -236,6 +236,8 @@ def test_all_rows_masked(backend: Backend, dtype: torch.dtype) -> None:
     assert out.grad_logits.shape == x.shape and all((t == 0).all() for t in out)
     stats = run_stats(backend, backend.to(x), y, torch.zeros(2, 3, dtype=torch.bool))
     assert all((t == 0).all() for t in stats)
+    gradient = run_gradient(backend, backend.to(x), 0 * y, stats, row_grads(y, dtype))
+    assert (gradient == 0).all()
 
 
 # ---- §1, §2: the shifted form, temperature, soft-cap
