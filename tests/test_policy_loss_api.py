@@ -144,6 +144,11 @@ def test_a_mask_of_statistics_may_be_numbers() -> None:
     assert_close(next(linear), next(linear))
 
 
+def test_a_vocabulary_of_one_token_has_no_stride() -> None:
+    x = torch.randn(1, 3).T
+    assert x.stride() == (1, 3) and (token_stats(x, torch.zeros(3).long()).max_prob == 1).all()
+
+
 def test_softcap() -> None:
     b = make_batch()
     c = b.clean()

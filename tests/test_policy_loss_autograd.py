@@ -10,7 +10,7 @@ import pytest
 import torch
 from policy_loss_literal import batch, gradient, make_batch
 from policy_loss_paths import FORMS, PATHS, Calls, head, paths
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.testing import assert_close
 
@@ -97,6 +97,25 @@ def test_second_backward_raises(which: str, inplace: bool) -> None:
     with pytest.raises(RuntimeError, match="differentiated before.*call policy_loss again"):
         loss.backward()
     assert torch.equal(x.grad, first)
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None: ...
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@paths("fused", "two-phase half", "sequence")
+def test_backward_without_an_incoming_gradient(
+    objective: Any, dtype: torch.dtype, inplace: bool
+) -> None:
+    loss, x = head(make_batch(), dtype, inplace, objective)
+    NoGradient.apply(loss).backward()
+    assert x.grad is None
 
 
 @paths("two-phase half", "sequence", "custom")
