@@ -316,6 +316,24 @@ def test_logits_used_twice(inplace: bool) -> None:
     assert_close(x.grad, gradient(*head(b, torch.float32, False, Objective.ppo())) + 2 * b.logits)
 
 
+@pytest.mark.parametrize("which", ["fused", "sequence"])
+def test_what_saved_the_gradient_in_the_logits_place_sees_it_change(which: str) -> None:
+    _, objective, dtype = next(p for p in PATHS if p[0] == which)
+    b = make_batch(torch.float32)
+    x = b.logits.clone().requires_grad_()
+    logits = x * 1
+    before = logits.detach().requires_grad_().square().sum()
+    loss = policy_loss(logits, b.targets, objective=objective, inplace_grad=True, **b.given()).loss
+    changed = "modified by an inplace operation"
+    if which == "fused":  # the gradient is there already
+        with pytest.raises(RuntimeError, match=changed):
+            before.backward()
+    after = logits.detach().requires_grad_().square().sum()
+    (2 * loss).backward()
+    with pytest.raises(RuntimeError, match=changed):
+        after.backward()
+
+
 # ---- memory
 
 
