@@ -234,15 +234,18 @@ INFO: dict[str, dict[str, Any]] = {
 def test_ppo_equals_its_own_loss(
     dual_clip: Any, by_token: bool, correction: Any, info: str, models: ModuleType, ours: ModuleType
 ) -> None:
-    """Loss, gradient and all four metrics."""
+    """Loss, gradient and all four metrics; of ours, with masked tokens that hold anything."""
     given = {f"is_correction_{k}": v for k, v in CORRECTIONS.get(correction, {}).items()}
     given["token_level_loss"] = by_token
     objective = Objective.ppo(0.9, 1.15, dual_clip=dual_clip)
     own = models.PolicyLoss(clip_eps_low=0.1, clip_eps_high=0.15, dual_clip=dual_clip, **given)
     b, found = data(), []
-    for loss in (ours.PolicyLoss(objective, **given), own):
+    off = torch.where(b.mask, 0.0, float("nan"))
+    rows = {name: getattr(b, name) + off for name in ("old_logprob", "rollout_logprob")}
+    dirty = Batch(**(vars(b) | rows))
+    for loss, each in ((ours.PolicyLoss(objective, **given), dirty), (own, b)):
         logp = stats(b.logits, b.targets)[0].requires_grad_()
-        total, *metrics = call(loss, b, logp, **INFO[info])
+        total, *metrics = call(loss, each, logp, **INFO[info])
         found.append((total, gradient(total, logp), metrics))
     (total, grad, metrics), (own_total, own_grad, own_metrics) = found
     assert_close(total.double(), own_total.double(), rtol=1e-6, atol=1e-8)

@@ -83,6 +83,8 @@ def test_an_objective_of_ones_own(megatron: None, name: str) -> None:
     """Equal to `policy_loss` of the padded texts, with slime's options for its terms."""
     objective, by_sequence = OBJECTIVES[name]
     batch = slime.make_batch(by_token=not by_sequence)
+    masked = zip(batch["advantages"], batch["loss_masks"], strict=True)
+    batch["advantages"] = [torch.where(mask != 0, a, 9.0) for a, mask in masked]
     options = {"entropy_coef": 0.1, "use_kl_loss": True, "use_tis": True}
     loss, metrics, gradient = call(objective, batch, **options)
     called = call(lambda args: objective, batch, **options)

@@ -77,7 +77,9 @@ def pair(
 def test_loss_gradients_and_metrics_equal_trls(pair: tuple[Any, Any]) -> None:
     mine, theirs = pair
     batch = add_logprobs(theirs, make_batch())
-    found, expected = (loss_and_gradients(t, batch) for t in pair)
+    mask, nan = batch["completion_mask"] != 0, float("nan")
+    dirty = {k: torch.where(mask, x, nan) for k, x in batch.items() if k.endswith("_logps")}
+    found, expected = loss_and_gradients(mine, batch | dirty), loss_and_gradients(theirs, batch)
     assert_close(found[0], expected[0], rtol=1e-5, atol=1e-7)
     assert_same_gradients(found[1], expected[1])
     logged, theirs_logged = (t._metrics["train"] for t in pair)
@@ -93,9 +95,13 @@ def test_the_name_of_a_loss_type_means_that_loss(
     loss_type: str, trl: ModuleType, ours: ModuleType, make: Make
 ) -> None:
     """objective="bnpo" is GRPOConfig(loss_type="bnpo"), on-policy and in eval mode too."""
-    high = {"epsilon_high": 5.0} if loss_type == "cispo" else {}
-    mine = make(ours.GRPOTrainer, objective=loss_type, **{"loss_type": "dapo"} | high)
-    theirs = make(trl.GRPOTrainer, loss_type=loss_type, **high)
+    other = {
+        "cispo": {"epsilon_high": 5.0}, "grpo": {"off_policy_mask_threshold": 0.1},
+        "bnpo": {"gradient_accumulation_steps": 2},
+    }  # fmt: skip
+    options = other.get(loss_type, {})
+    mine = make(ours.GRPOTrainer, objective=loss_type, **{"loss_type": "dapo"} | options)
+    theirs = make(trl.GRPOTrainer, loss_type=loss_type, **options)
     found, expected = (loss_and_gradients(t, make_batch()) for t in (mine, theirs))
     assert_close(found[0], expected[0], rtol=1e-5, atol=1e-6)
     assert_same_gradients(found[1], expected[1])
@@ -333,6 +339,17 @@ def test_bapo_balances_the_bounds_of_each_batch(ours: ModuleType, make: Make) ->
     assert_same_gradients(found[1], expected[1])
 
 
+def test_clip_cov_draws_anew_in_each_step(ours: ModuleType, make: Make) -> None:
+    objective = Objective.clip_cov(fraction=0.2, low=-10, high=10)
+    trainer = make(ours.GRPOTrainer, objective=objective, num_iterations=2, loss_type="grpo")
+    batch = add_logprobs(trainer, make_batch())
+    losses = set()
+    for step in (0, 1, 2, 3, 0, 1, 2, 3):
+        trainer._step = step
+        losses.add(loss_and_gradients(trainer, batch)[0].item())
+    assert 1 < len(losses) <= 4
+
+
 def test_gtpo_weighs_conflicting_tokens_of_a_prompt(ours: ModuleType, make: Make) -> None:
     """The factors of the generated groups follow their rows through TRL's shuffling."""
     trainer = make(
@@ -359,6 +376,13 @@ def test_gtpo_weighs_conflicting_tokens_of_a_prompt(ours: ModuleType, make: Make
     assert (expected > 1).any() and (expected == 0).any()
     # The model has a mean entropy above ln 2: as published, GTPO drops every completion.
     assert trainer.state.log_history[0]["reasonkern/dropped_frac"] == 1
+    trained = whole["completion_mask"].sum()
+    assert trainer.state.log_history[0]["reasonkern/rows_active"] == trained
+    trainer.objective = Objective.gtpo(initial_entropy=2.0)  # drops no completion
+    original(trainer.model, seen[0])
+    dropped = trainer._row_metrics["train"].compute()["dropped_frac"]
+    mask = seen[0]["completion_mask"] != 0
+    assert 0 < dropped == (seen[0]["conflict_weights"][mask] == 0).double().mean()
 
 
 @pytest.mark.parametrize("objective", ["gspo", "gmpo", Objective.gtpo(initial_entropy=2.0)])

@@ -233,6 +233,13 @@ def test_a_loss_with_its_own_numbers(
     assert_close(call(core, "half", b, logp, make_config())[0], expected, **SINGLE)
 
 
+def test_log_probabilities_in_half_precision(core: ModuleType, ours: ModuleType) -> None:
+    b = data()
+    logp = stats(b.logits, b.targets)[0].bfloat16()
+    losses = [call(core, "rk_gppo", b, x, make_config())[0] for x in (logp, logp.float())]
+    assert_close(*losses, **SINGLE)
+
+
 @pytest.mark.parametrize("name", ["rk_gppo", "vanilla", None])
 def test_a_name_that_is_taken_is_refused(core: ModuleType, ours: ModuleType, name: Any) -> None:
     before = dict(core.POLICY_LOSS_REGISTRY)

@@ -30,7 +30,7 @@ class Vllm:
         self.tokens: dict[int, list[int]] = {}  # of each slot in use, prompt included
         self.prompt: dict[int, int] = {}
         self.params: dict[int, Any] = {}
-        length = 200
+        self.length = 40  # of a text, of which a step with drafts may look beyond the end
 
         def both(*shape: int) -> Any:
             array = np.zeros(shape, dtype=np.int32)
@@ -38,7 +38,7 @@ class Vllm:
 
         self.buffers = SimpleNamespace(
             device=torch.device("cpu"), max_num_reqs=slots, vocab_size=V,
-            all_token_ids=both(slots, length), prompt_len=both(slots), prefill_len=both(slots),
+            all_token_ids=both(slots, self.length), prompt_len=both(slots), prefill_len=both(slots),
             total_len=both(slots),
         )  # fmt: skip
         speculative = SimpleNamespace(num_speculative_tokens=drafts) if drafts else None
@@ -85,7 +85,8 @@ class Vllm:
         found = [(r[0], b, x, y) for r, b, x, y in zip(rows, before, logits, out, strict=True)]
         for slot, draft in zip(slots, drafts, strict=True):
             accepted = draft[: self.rng.randint(0, len(draft))]
-            self.tokens[slot] = self.tokens[slot] + accepted + some_tokens(self.rng, 1)
+            tokens = self.tokens[slot] + accepted + some_tokens(self.rng, 1)
+            self.tokens[slot] = tokens[: self.length]
             self._write(slot)
         return found
 
@@ -141,9 +142,10 @@ def test_vllm_rows_equal_a_request_on_its_own(vllm: Any, drafts: int) -> None:
     for step in range(80 if drafts == 0 else 50):
         for slot in range(5):
             used = slot in engine.tokens
-            if used and rng.random() < 0.05:
+            full = used and len(engine.tokens[slot]) == engine.length
+            if full or (used and rng.random() < 0.05):
                 spec, prompt, tokens = specs[slot], engine.prompt[slot], engine.finish(slot)
-                if rng.random() < 0.5:  # preempted: comes back with what it had generated
+                if not full and rng.random() < 0.5:  # preempted: comes back with what it had
                     engine.add(slot, vllm_params(spec), tokens[:prompt], tokens[prompt:])
             elif not used and (step == 0 or rng.random() < 0.5):
                 spec = specs[slot] = rng.choice((*SPECS, SPECS[1], None))
@@ -181,6 +183,10 @@ def test_vllm_refuses_at_admission_what_a_step_would_trip_over(vllm: Any) -> Non
             r"modulation.min_think.wait: expected a first id that ban leaves, got 5",
         ),
         ({"budget": {"tokens": 4, "end": [V]}}, r"modulation.budget.end: .*\[0, 32\), got 32"),
+        (
+            {"min_think": {"tokens": 9, "wait": [5, V]}, "think_end": END},
+            r"modulation.min_think.wait: .*\[0, 32\), got 32",
+        ),
         ({"think_end": V}, r"modulation.think_end: expected token ids in \[0, 32\)"),
         ({"deepconf": {"threshold": 1.0}}, "modulation.deepconf: expected None"),
         (

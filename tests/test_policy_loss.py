@@ -27,7 +27,7 @@ from reasonkern.policy_loss import reference as ref
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-MANY_TILES = 5003  # more than one tile of any backend, a multiple of nothing
+MANY_TILES = 13_195  # more than one tile of any backend, a multiple of nothing
 
 
 def assert_loss_row_dropped(out: cases.Loss, row: Any) -> None:
@@ -71,7 +71,7 @@ def test_vocabulary_a_multiple_of_nothing(backend: Backend, vocab: int) -> None:
 # ---- §2: -inf logits
 
 
-@pytest.mark.parametrize("masked", [1, 511, 1024, 2048, 4096, 4999, MANY_TILES - 1])
+@pytest.mark.parametrize("masked", [1, 511, 1024, 2048, 4096, 8192, MANY_TILES - 1])
 def test_first_tiles_all_minus_inf(backend: Backend, masked: int) -> None:
     x = randn(1, 2, MANY_TILES, seed=masked).float()
     x[0, 0, :masked] = -INF
@@ -91,6 +91,8 @@ def test_target_at_minus_inf(backend: Backend, dtype: torch.dtype) -> None:
         assert torch.isfinite(getattr(got, name)).all(), name
     gradient = run_gradient(backend, backend.to(x), y, got, row_grads(y, dtype))
     assert (gradient[1, 2] == 0).all() and torch.isfinite(gradient).all()
+    capped = run_stats(backend, backend.to(x), y, None, None, 1.0, 30.0)
+    assert capped.logprob[1, 2] == -INF and torch.isfinite(capped.entropy).all()
     out = run_loss(backend, simple_loss(backend.to(x), y))
     assert_loss_row_dropped(out, (1, 2))
     assert out.logprob[1, 2] == -INF and torch.isfinite(out.entropy).all()
@@ -236,6 +238,21 @@ def test_all_rows_masked(backend: Backend, dtype: torch.dtype) -> None:
     assert out.grad_logits.shape == x.shape and all((t == 0).all() for t in out)
     stats = run_stats(backend, backend.to(x), y, torch.zeros(2, 3, dtype=torch.bool))
     assert all((t == 0).all() for t in stats)
+    gradient = run_gradient(backend, backend.to(x), 0 * y, stats, row_grads(y, dtype))
+    assert (gradient == 0).all()
+
+
+def test_each_incoming_gradient_alone(backend: Backend) -> None:
+    """Of logprob, entropy, lse and collision: all together they give the sum."""
+    x, y = backend.to(randn(1, 2, 77, seed=3).float()), torch.tensor([[0, 76]])
+    stats, grads = run_stats(backend, x, y), row_grads(y, x.dtype)
+    each = [
+        run_gradient(backend, x, y, stats, [g * (i == k) for i, g in enumerate(grads)])
+        for k in range(4)
+    ]
+    assert all((gradient != 0).any() for gradient in each)
+    whole = run_gradient(backend, x, y, stats, grads)
+    torch.testing.assert_close(torch.stack(each).sum(0), whole, rtol=1e-5, atol=1e-6)
 
 
 # ---- §1, §2: the shifted form, temperature, soft-cap

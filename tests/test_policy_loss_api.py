@@ -73,6 +73,10 @@ def test_advantage_per_token_and_per_sequence(form: str) -> None:
     for advantage in shapes:
         out, other = run(b, Objective.ppo(), advantage=advantage)
         assert torch.equal(out.loss, expected.loss) and torch.equal(other, grad)
+    for objective in (Objective.ppo(), Objective.gspo()):
+        one, all_equal = torch.tensor(2.0), torch.full_like(b.advantage, 2.0)
+        losses = [run(b, objective, advantage=a)[0].loss for a in (one, all_equal)]
+        assert torch.equal(*losses)
 
 
 def test_advantage_with_as_many_segments_as_tokens_is_per_segment_for_gspo() -> None:
@@ -138,10 +142,15 @@ def test_token_stats_of_one_segment_per_row_needs_no_segments() -> None:
 
 def test_a_mask_of_statistics_may_be_numbers() -> None:
     x, head, y = torch.randn(5, 4), torch.randn(V, 4), torch.arange(5)
-    mask = torch.tensor([1, 0, 1, 1, 0])
+    mask = torch.tensor([[1, 0, 1, 1, 0], [0] * 5]).T[:, 0]
     assert_close(token_stats(x @ head.T, y, mask=mask), token_stats(x @ head.T, y, mask=mask > 0))
     linear = (linear_token_stats(x, head, y, mask=m) for m in (mask.float(), mask > 0))
     assert_close(next(linear), next(linear))
+
+
+def test_a_vocabulary_of_one_token_has_no_stride() -> None:
+    x = torch.randn(1, 3).T
+    assert x.stride() == (1, 3) and (token_stats(x, torch.zeros(3).long()).max_prob == 1).all()
 
 
 def test_softcap() -> None:
@@ -278,8 +287,23 @@ def test_row_inputs_of_other_dtypes_are_converted(dtype: torch.dtype) -> None:
 
 def test_int32_targets() -> None:
     b = make_batch()
-    out = policy_loss(b.logits, b.targets.int(), objective=Objective.ppo(), **b.given())
-    assert torch.equal(out.loss, run(b, Objective.ppo())[0].loss)
+    expected = run(b, Objective.ppo())[0].loss
+    for targets in (b.targets.int(), b.targets.T.int().contiguous().T):
+        out = policy_loss(b.logits, targets, objective=Objective.ppo(), **b.given())
+        assert torch.equal(out.loss, expected)
+
+
+def test_row_inputs_get_no_gradient() -> None:
+    """Not even from a function that multiplies by them."""
+    b = make_batch()
+    for advantage in (b.advantage, spread(b, b.advantage), b.advantage.float()):
+        given = {"advantage": advantage.clone(), "loss_scale": torch.tensor(2.0)}
+        for x in given.values():
+            x.requires_grad_()
+        for objective in (Objective.ppo(), lambda logp, _, ctx: -ctx.advantage * logp):
+            out = policy_loss(b.leaf(), b.targets, objective=objective, **b.given(**given))
+            out.loss.backward()
+            assert all(x.grad is None for x in given.values())
 
 
 # ---- hyper-parameters as tensors

@@ -10,7 +10,7 @@ import pytest
 import torch
 from policy_loss_literal import batch, gradient, make_batch
 from policy_loss_paths import FORMS, PATHS, Calls, head, paths
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.testing import assert_close
 
@@ -97,6 +97,25 @@ def test_second_backward_raises(which: str, inplace: bool) -> None:
     with pytest.raises(RuntimeError, match="differentiated before.*call policy_loss again"):
         loss.backward()
     assert torch.equal(x.grad, first)
+
+
+class NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> None: ...
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@paths("fused", "two-phase half", "sequence")
+def test_backward_without_an_incoming_gradient(
+    objective: Any, dtype: torch.dtype, inplace: bool
+) -> None:
+    loss, x = head(make_batch(), dtype, inplace, objective)
+    NoGradient.apply(loss).backward()
+    assert x.grad is None
 
 
 @paths("two-phase half", "sequence", "custom")
@@ -295,6 +314,24 @@ def test_logits_used_twice(inplace: bool) -> None:
     ).loss
     (loss + x.square().sum()).backward()
     assert_close(x.grad, gradient(*head(b, torch.float32, False, Objective.ppo())) + 2 * b.logits)
+
+
+@pytest.mark.parametrize("which", ["fused", "sequence"])
+def test_what_saved_the_gradient_in_the_logits_place_sees_it_change(which: str) -> None:
+    _, objective, dtype = next(p for p in PATHS if p[0] == which)
+    b = make_batch(torch.float32)
+    x = b.logits.clone().requires_grad_()
+    logits = x * 1
+    before = logits.detach().requires_grad_().square().sum()
+    loss = policy_loss(logits, b.targets, objective=objective, inplace_grad=True, **b.given()).loss
+    changed = "modified by an inplace operation"
+    if which == "fused":  # the gradient is there already
+        with pytest.raises(RuntimeError, match=changed):
+            before.backward()
+    after = logits.detach().requires_grad_().square().sum()
+    (2 * loss).backward()
+    with pytest.raises(RuntimeError, match=changed):
+        after.backward()
 
 
 # ---- memory

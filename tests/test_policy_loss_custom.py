@@ -89,6 +89,12 @@ def test_custom_objective_may_use_the_entropy() -> None:
     )  # fmt: skip
 
 
+def test_rows_that_are_not_read_have_no_custom_loss() -> None:
+    b = make_batch()
+    out = policy_loss(b.leaf(), b.targets, objective=lambda logp, *_: 1 - logp, **b.given())
+    assert torch.equal(out.token_loss, torch.where(b.mask, 1 - out.logprob, 0.0))
+
+
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_custom_loss_without_gradient_would_train_nothing(inplace: bool) -> None:
     """It is refused where a gradient is wanted, and only there; 0 * logprob has one."""

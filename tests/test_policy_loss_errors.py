@@ -323,6 +323,11 @@ OBJECTIVES: list[tuple[str, dict[str, Any], str]] = [
         {"k_positive": 0.0},
         "vespo: expected finite k, lambda > 0, got (0.0, 3.0, 3.0, 2.0)",
     ),
+    (
+        "vespo",
+        {"lambda_negative": float("inf")},
+        "vespo: expected finite k, lambda > 0, got (2.0, 3.0, 3.0, inf)",
+    ),
     ("cispo", {"dual_clip": 3.0}, "dual_clip: expected None for cispo, got 3.0"),
     ("gppo", {"ratio_cap": 3.0}, "ratio_cap: expected None for gppo, got 3.0"),
     ("gmpo", {"dual_clip": 3.0}, "dual_clip: expected None for gmpo, got 3.0"),

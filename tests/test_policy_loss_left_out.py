@@ -146,6 +146,39 @@ def test_all_masked_sequences(name: str, form: str) -> None:
     assert all(torch.isfinite(v) for v in out.metrics.compute().values())
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+@paths()
+def test_what_the_objective_does_not_use_may_hold_anything(
+    objective: Any, dtype: torch.dtype, inplace: bool
+) -> None:
+    b = make_batch(torch.float32)
+    nan = torch.full((B, T), float("nan"))
+    expected, x = head(b, dtype, inplace, objective)
+    loss, y = head(b, dtype, inplace, objective, ref_logprob=nan, rollout_logprob=nan)
+    assert torch.equal(loss, expected) and torch.equal(gradient(loss, y), gradient(expected, x))
+
+
+ENTROPY = {
+    "gspo": Objective.gspo(entropy_coef=0.1),
+    "gmpo": Objective.gmpo(entropy_coef=0.1),
+    "opsm": Objective.ppo(entropy_coef=0.1, opsm=0.1),
+    "importance": Objective.ppo(
+        entropy_coef=0.1, importance=("sequence", "truncate", None, None, True)
+    ),
+}
+
+
+@padded_and_packed
+@pytest.mark.parametrize("name", ENTROPY)
+def test_sequences_of_weight_0_may_have_an_entropy_bonus(name: str, form: str) -> None:
+    b = batch(form)
+    weights = {"weight": torch.zeros(b.targets.shape), "entropy_weight": b.mask.double()}
+    given = b.given("rollout_logprob", **weights)
+    out = policy_loss(b.logits, b.targets, objective=ENTROPY[name], **given)
+    assert_close(out.loss, -0.1 * out.entropy.sum(), rtol=1e-12, atol=0)
+    assert out.loss < 0 and out.metrics.compute()["rows_nonfinite"] == 0
+
+
 # ---- on each path through the logits
 
 

@@ -118,6 +118,7 @@ LOSS: list[tuple[dict[str, Any], str]] = [
         {"num_active": -1, "compact": True},
         "num_active: expected an integer >= 0 or None, got -1",
     ),
+    ({"compact": "no"}, "compact: expected False or True, got 'no'"),
     ({"num_active": 3}, "num_active: expected None without compact=True, got 3"),
     (
         {"num_active": 3, "compact": True},

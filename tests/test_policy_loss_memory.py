@@ -17,7 +17,7 @@ from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned_empty")
 
-MANY_TILES = 5003  # more than one tile of any backend, a multiple of nothing
+MANY_TILES = 13_195  # more than one tile of any backend, a multiple of nothing
 
 
 # ---- §2: addresses

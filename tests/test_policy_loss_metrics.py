@@ -209,6 +209,8 @@ def test_objectives_without_a_ratio_clip_nothing() -> None:
         b.logits, b.targets, objective=Objective.reinforce(0.95, 1.05), **b.given()
     )
     assert bounded.metrics.compute()["clip_frac"] > 0
+    ppo = policy_loss(b.logits, b.targets, objective=Objective.ppo(1.0, 1.0), **b.given())
+    assert ppo.metrics.compute()["clip_frac"] > 0
 
 
 def test_without_reference_or_old_policy() -> None:
@@ -217,6 +219,8 @@ def test_without_reference_or_old_policy() -> None:
     assert not any(name.startswith("kl_ref") for name in values)
     assert values["kl_old_k1"] == values["kl_old_k2"] == values["kl_old_k3"] == 0
     assert values["ratio_min"] == values["ratio_max"] == values["ess_frac"] == 1
+    unused = metrics(b, ref_logprob=torch.full_like(b.logits[..., 0], float("nan"))).compute()
+    assert unused["rows_nonfinite"] == 0 and unused["ratio_max"] > 1
 
 
 def test_entropy_weight_alone_does_not_make_a_row_count() -> None:

@@ -41,6 +41,7 @@ OBJECTIVES = {
     "dapo dual clip": Objective.dapo(dual_clip=3.0),
     "two-sided cap": Objective.grpo(ratio_cap=2.0),
     "cap and dual clip": Objective.dr_grpo(ratio_cap=5.0, dual_clip=3.0),
+    "cap below dual clip": Objective.ppo(ratio_cap=2.0, dual_clip=4.0),
     "gppo": Objective.gppo(),
     "gppo one-sided": Objective.gppo(None, 1.28, beta_low=0.0),
     "ce_gppo dual clip": Objective.ce_gppo(beta_high=0.5, dual_clip=10.0),

@@ -173,6 +173,10 @@ def test_clip_cov_without_candidates_selects_nothing() -> None:
     assert not rk.covariance_mask(lp, a, torch.zeros_like(mask)).any()
     assert not rk.covariance_mask(lp, a, torch.zeros_like(mask), mode="kl").any()
     assert rk.covariance_mask(lp[:0], a[:0], mask[:0]).shape == (0,)
+    signs, both = torch.tensor([-1.0, 1.0]), torch.ones(2)  # whose covariances are 1
+    for low, high, count in ((1.0, 2.0, 0), (0.0, 1.0, 0), (0.5, 1.5, 2)):
+        found = rk.covariance_mask(signs, signs, both, fraction=1.0, low=low, high=high)
+        assert found.sum() == count
 
 
 def test_the_draw_is_seeded_and_even() -> None:

@@ -99,6 +99,23 @@ def test_every_backend_agrees_with_the_definition(
         assert (moved == 0).any() and (moved != 0).any()  # clipped and not
 
 
+def test_offsets_that_are_none_stay_inside_the_rows(backend: Backend) -> None:
+    """On a GPU nobody looks at their values: what is read and written are the rows, all of them."""
+    if backend.name in ("reference", "triton"):
+        pytest.skip("torch's segment_reduce takes offsets as they are")
+    x = [backend.to(randn(1, 10, seed=k).to(torch.float32)) for k in range(3)]
+
+    def found(*offsets: int) -> Any:
+        rows = (x[0], x[1], None, x[2], torch.ones_like(x[0]), None, None, None)
+        args = (backend.to(torch.tensor(offsets)), None, BOUNDS[GSPO], GSPO, 0, False)
+        return backend("sequence_map", *rows, *args)
+
+    for right, *wrong in (((0, 4, 10), (3, 4, 9), (-5, 4, 99)), ((0, 10, 10), (0, 99, 10))):
+        for offsets in wrong:
+            for a, b in zip(found(*offsets), found(*right), strict=True):
+                assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("n", [0, 1, 3000])
 def test_any_number_of_rows(backend: Backend, n: int) -> None:
     """None; one; more than a block has threads."""

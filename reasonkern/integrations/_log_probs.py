@@ -43,24 +43,20 @@ def log_prob_loss(
         ValueError: advantages that differ within a sequence, for a sequence-level objective; a
             missing ``rollout_logprob``.
     """
-
-    def trained(x: Tensor) -> Tensor:
-        return torch.where(mask, x, 0.0)
-
     context = row_context(
         objective,
         logprob.unsqueeze(-1),
         Segments(),
-        old_logprob=trained(old_logprob),
+        old_logprob=old_logprob,
         advantage=_per_sequence(advantage, mask) if objective.level == "sequence" else advantage,
         weight=weight,
         ref_logprob=None,
-        rollout_logprob=None if rollout_logprob is None else trained(rollout_logprob),
+        rollout_logprob=rollout_logprob,
         entropy_weight=None,
         importance=importance,
     )
     check_objective(objective, context, packed=False)
-    known = trained(logprob).to(context.weight)
+    known = torch.where(mask, logprob, 0.0).to(context.weight)
     out = loss_of_statistics(objective, known, torch.zeros_like(known), context)
     return out.loss, loss_metrics(context, *out[2:])
 

@@ -178,7 +178,7 @@ def _loss(
         advantage=x.advantage_per_sample(batch) if by_sequence else rows.spread(x.advantage),
         weight=rows.spread(x.weight),
         objective=o,
-        ref_logprob=rows.spread(x.ref) if o.kl else None,
+        ref_logprob=rows.spread(x.ref),
         rollout_logprob=rows.spread(x.rollout),
         segments=rows.segments,
         temperature=args.rollout_temperature,

@@ -70,7 +70,7 @@ def conflict_token_weights(
     with torch.no_grad():
         trained = mask != 0
         sign = torch.sign(advantage).long()
-        members, spans = _layout(group.long(), trained)
+        members, spans = _layout(group, trained)
         runs = torch.ops.reasonkern.conflict_runs(
             tokens.long().contiguous(), trained.contiguous(), sign, members, spans
         )

@@ -302,7 +302,7 @@ def canonical_head(
     rows = hidden if hidden.ndim == 3 else hidden.unsqueeze(0)
     y = targets.to(torch.int64).contiguous().view(rows.shape[:2])
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return LinearHead(rows.detach(), y, (flat, weight, bias), dtype)
+    return LinearHead(rows, y, (flat, weight, bias), dtype)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -21,7 +21,6 @@ from .inputs import RowContext
 from .objective import Objective
 from .parallel import Parallel, gather
 from .reference_objective import (
-    CLIP,
     DPPO_KL,
     DPPO_TV,
     Hyper,
@@ -214,8 +213,7 @@ def loss_metrics(
     flat = torch.ops.reasonkern.policy_metrics(
         logprob, entropy, context.old_logprob, context.advantage, context.weight,
         context.entropy_weight, factor, context.ref_logprob, log_ratio, finite, hyper, values,
-        objective.kind if objective.level == "token" else CLIP, not objective.leaves_out_ratio,
-        objective.kl is not None,
+        objective.kind, not objective.leaves_out_ratio, objective.kl is not None,
     )  # fmt: skip
     return PolicyMetrics(flat, context.parallel, context.ref_logprob is not None)
 

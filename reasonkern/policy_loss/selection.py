@@ -62,7 +62,7 @@ def high_entropy_mask(
 def select_high(entropy: Tensor, trained: Tensor, rho: float, groups: Groups) -> Tensor:
     """`high_entropy_mask` on checked inputs."""
     count = _added(trained.sum(), groups)
-    rank = torch.minimum(_part(count, rho).ceil().long().clamp_min(1), count)
+    rank = torch.minimum(_part(count, rho).ceil().long(), count)
     return _at_least_kth(entropy, trained, rank, groups)
 
 
@@ -190,7 +190,7 @@ def draw_between(
     eligible = candidates & (cov > low) & (cov < high)
     rank = torch.minimum(_share(count, fraction), _added(eligible.sum(), groups))
     keys = random_keys(cov.numel(), seed, cov.device, groups).view(cov.shape)
-    return eligible & (keys >= kth_largest(keys, eligible, rank, 64, groups)) & (rank > 0)
+    return eligible & (keys >= kth_largest(keys, eligible, rank, 64, groups))
 
 
 def _share(count: Tensor, fraction: float) -> Tensor:
@@ -211,7 +211,7 @@ def _at_least_kth(x: Tensor, used: Tensor, rank: Tensor, groups: Groups) -> Tens
     if x.dtype not in (torch.float32, torch.float64):
         x = x.float()
     keys, bits = ordered_integers(x), 8 * x.element_size()
-    return used & (keys >= kth_largest(keys, used, rank, bits, groups)) & (rank > 0)
+    return used & (keys >= kth_largest(keys, used, rank, bits, groups))
 
 
 def ordered_integers(x: Tensor) -> Tensor:

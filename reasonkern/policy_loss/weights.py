@@ -97,7 +97,7 @@ def token_weights(
     trained = (mask if mask.ndim == 2 else mask.unsqueeze(0)) != 0
     if mode == "token-mean":
         if num_tokens is None:
-            num_tokens = count(trained.sum(), parallel).clamp_min(1)
+            num_tokens = count(trained.sum(), parallel)
         weights = _share(trained, num_tokens)
     else:
         weights = _sequence_weights(
@@ -145,7 +145,7 @@ def _sequence_weights(
             num_sequences = total(length.new_tensor(num_sequences), parallel.data_group)
     elif num_sequences is None:
         # Each trained token carries 1 / length of its sequence, so a non-empty one adds up to 1.
-        num_sequences = count((trained / length.clamp_min(1)).sum(), parallel).round().clamp_min(1)
+        num_sequences = count((trained / length.clamp_min(1)).sum(), parallel).round()
     weights = _share(trained, num_sequences)
     if mode == "seq-mean-token-mean":
         weights = weights / length.clamp_min(1)
