@@ -383,6 +383,6 @@ def _importance(
     if context.old_logprob is not None:
         weight = context.weight  # rows that are not finite included: one pass does not know them
     return importance_weights(
-        o.importance, old, context.rollout_logprob, weight, context.segments,
+        o.importance, old.detach(), context.rollout_logprob, weight, context.segments,
         h.log_ratio_clamp,
     ).detach()  # fmt: skip

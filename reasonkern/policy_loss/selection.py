@@ -190,7 +190,7 @@ def draw_between(
     eligible = candidates & (cov > low) & (cov < high)
     rank = torch.minimum(_share(count, fraction), _added(eligible.sum(), groups))
     keys = random_keys(cov.numel(), seed, cov.device, groups).view(cov.shape)
-    return eligible & (keys >= kth_largest(keys, eligible, rank, 64, groups))
+    return eligible & (keys >= kth_largest(keys, eligible, rank, 64, groups)) & (rank > 0)
 
 
 def _share(count: Tensor, fraction: float) -> Tensor:
@@ -211,7 +211,7 @@ def _at_least_kth(x: Tensor, used: Tensor, rank: Tensor, groups: Groups) -> Tens
     if x.dtype not in (torch.float32, torch.float64):
         x = x.float()
     keys, bits = ordered_integers(x), 8 * x.element_size()
-    return used & (keys >= kth_largest(keys, used, rank, bits, groups))
+    return used & (keys >= kth_largest(keys, used, rank, bits, groups)) & (rank > 0)
 
 
 def ordered_integers(x: Tensor) -> Tensor:
