@@ -40,14 +40,16 @@ def run(world: int, modules: Sequence[str], names: Sequence[str], folder: Path) 
 
 
 PROGRAM = """
-import os, sys
+import datetime, os, sys
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork of a process that has a GPU open has none
 sys.path[:0] = {paths}
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
 {imports}
 child = os.fork()
 rank, folder = int(child == 0), sys.argv[1]
-dist.init_process_group("gloo", f"file://{{folder}}/store", rank=rank, world_size=2)
+store, wait = f"file://{{folder}}/store", datetime.timedelta(seconds={seconds})
+dist.init_process_group("gloo", store, wait, rank=rank, world_size=2)
 {script}
 dist.destroy_process_group()
 sys.exit(child and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
@@ -57,7 +59,8 @@ sys.exit(child and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 def run_script(imports: str, script: str, folder: Path, seconds: float = 120) -> None:
     """Two processes of a group run a script after its imports, with their `rank` and `folder`."""
     here = Path(__file__).parent
-    program = PROGRAM.format(paths=[str(here), str(here.parent)], imports=imports, script=script)
+    paths = [str(here), str(here.parent)]
+    program = PROGRAM.format(paths=paths, imports=imports, script=script, seconds=seconds)
     command = [sys.executable, "-c", program, str(folder)]
     assert subprocess.run(command, timeout=seconds).returncode == 0
 
@@ -70,6 +73,7 @@ def _verdict(name: str, reports: Sequence[dict[str, str]]) -> str:
 
 
 def _fork(world: int, modules: list[str], names: list[str], folder: str) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a fork of a process that has a GPU open has none
     torch.set_num_threads(1)
     checks = {name: f for m in modules for name, f in vars(import_module(m)).items()}
     context = mp.get_context("fork")

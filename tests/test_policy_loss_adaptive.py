@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import policy_loss_literal as literal
@@ -257,6 +258,9 @@ def test_nonfinite_and_masked_rows_take_no_part(name: str) -> None:
     out = policy_loss(x, b.targets, objective=make(), **b.given(*names(name)))
     assert torch.equal(gradient(out.loss, x), expected)
     assert out.metrics.compute()["rows_nonfinite"] == 1
+    o = replace(make(), entropy_coef=0.1)
+    given = b.given(*names(name)) | {"entropy_weight": b.weight}
+    assert policy_loss(damaged, b.targets, objective=o, **given).token_loss[0, 0] == 0
 
 
 @every

@@ -9,7 +9,7 @@ Counts and sums add; minima and maxima combine; variances and covariances merge 
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, Literal, TypeVar
 
@@ -121,7 +121,7 @@ class PolicyMetrics(Metrics):
     """
 
     # `flat` is (len(SUMS) + 2 + 4 * len(PAIRS),), as the operator gives it.
-    has_ref: bool = False
+    has_ref: bool = field(default=False, kw_only=True)
 
     @property
     def sums(self) -> Tensor:
@@ -215,7 +215,7 @@ def loss_metrics(
         context.entropy_weight, factor, context.ref_logprob, log_ratio, finite, hyper, values,
         objective.kind, not objective.leaves_out_ratio, objective.kl is not None,
     )  # fmt: skip
-    return PolicyMetrics(flat, context.parallel, context.ref_logprob is not None)
+    return PolicyMetrics(flat, context.parallel, has_ref=context.ref_logprob is not None)
 
 
 # ---- the definition of the operator; csrc/policy_loss/metrics.h computes the same in one pass

@@ -57,7 +57,8 @@ class MismatchMetrics(Metrics):
 
         * ``sequences``, their number
         * ``old_ppl``, ``rollout_ppl``: perplexity exp(-mean of log p), and of the two ``ppl_ratio``
-          = exp(-mean d) and ``log_ppl_abs_diff`` = abs(mean d)
+          = exp(-mean d) and ``log_ppl_abs_diff`` = abs(mean d); not clamped, so inf where the mean
+          of log p is below -709
         * ``chi2_seq``, ``ess_frac_seq``: as above, of a sequence's product of ratios exp(sum d)
         """
         names = ("low", "high", *TOKEN_SUMS, *SEQUENCE_SUMS)

@@ -301,10 +301,13 @@ def _mapped_rows(
 ) -> tuple[RowLoss, Tensor | None, Tensor | None]:
     """What no operator maps: the map's rows, and factor and log-ratio of `PathOutput`."""
     weight = torch.where(finite, context.weight, 0.0)
+    entropy_weight = context.entropy_weight
+    if entropy_weight is not None:
+        entropy_weight = torch.where(finite, entropy_weight, 0.0)
     old = lp if context.old_logprob is None else context.old_logprob
     factor = _selection(o, lp, old, weight, context, h)
     rows: tuple[Any, ...] = (
-        lp, ent, context.old_logprob, context.advantage, weight, context.entropy_weight, factor,
+        lp, ent, context.old_logprob, context.advantage, weight, entropy_weight, factor,
         context.ref_logprob,
     )  # fmt: skip
     args: tuple[Any, ...]

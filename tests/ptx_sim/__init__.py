@@ -8,7 +8,10 @@ and its place in the Python source: an address outside the tensors that were giv
 race or an unwritten byte in shared memory, a lane that misses an exchange of its warp.
 
 It says nothing about time, what ptxas makes of the PTX, the GPU's approximations (ex2.approx is
-exp2f here), races in global memory, or the order of warps beyond `Simulator.backwards`.
+exp2f here), races in global memory, or the order of warps beyond `Simulator.backwards`. Of shared
+memory it does not see that a lane overwrites what another one of its warp has just read, that two
+threads write the same value, or that a copy by cp.async, which here happens at its wait, is awaited
+too late.
 
 `python -m pytest -p ptx_sim.plugin -k triton FILE` runs existing tests so, with TRITON_INTERPRET=0
 and tests/ on PYTHONPATH; tests/test_ptx_sim.py does.

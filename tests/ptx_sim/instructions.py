@@ -12,7 +12,8 @@ CPP |= {f"{kind}{n}": f"uint{n}_t" for kind in "bu" for n in (8, 16, 32, 64)}
 CPP |= {f"s{n}": f"int{n}_t" for n in (8, 16, 32, 64)}
 
 INT, REAL, SMALL = "[bsu](?:16|32|64)", "f32|f64", "b?f16(?:x2)?"
-ANY = f"{INT}|{REAL}|b?f16"
+FLOAT = f"{REAL}|b?f16"
+ANY = f"{INT}|{FLOAT}"
 SIGNS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "rem": "%", "and": "&", "or": "|"}
 SIGNS |= {"xor": "^", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
 COMPARES = "eq|ne|lt|le|gt|ge"
@@ -50,10 +51,10 @@ ELEMENTWISE = [
     (rf"selp\.(?P<t>{ANY})", "n n n pred", "c ? a : b"),
     (rf"mov\.(?P<t>{ANY}|pred)", "n n", "a"),
     (rf"setp\.(?P<x>{COMPARES})\.(?P<t>{INT})", "pred t t", "a {x} b"),
-    (rf"setp\.(?P<x>{COMPARES})\.(?P<t>{REAL}|{SMALL})", "pred t t", f"!{NAN} && a {{x}} b"),
-    (rf"setp\.(?P<x>{COMPARES})u\.(?P<t>{REAL}|{SMALL})", "pred t t", f"{NAN} || a {{x}} b"),
-    (rf"setp\.num\.(?P<t>{REAL}|{SMALL})", "pred t t", f"!{NAN}"),
-    (rf"setp\.nan\.(?P<t>{REAL}|{SMALL})", "pred t t", NAN),
+    (rf"setp\.(?P<x>{COMPARES})\.(?P<t>{FLOAT})", "pred t t", f"!{NAN} && a {{x}} b"),
+    (rf"setp\.(?P<x>{COMPARES})u\.(?P<t>{FLOAT})", "pred t t", f"{NAN} || a {{x}} b"),
+    (rf"setp\.num\.(?P<t>{FLOAT})", "pred t t", f"!{NAN}"),
+    (rf"setp\.nan\.(?P<t>{FLOAT})", "pred t t", NAN),
     (r"cvt\.rn\.(?P<x>b?f16)x2\.(?P<t>f32)", "b32 t t",
      "uint32_t(bits<uint16_t>({X}(a).x)) << 16 | bits<uint16_t>({X}(b).x)"),
     (rf"cvt(\.rn)?\.(?P<x>{ANY})\.(?P<t>{ANY})", "x t", "converted<{X}, 0>({T}(a))"),
@@ -118,6 +119,8 @@ def lower_exchange(op: str, operands: list[Operand], width: dict[str, str]) -> L
         return Lowered("w.copies.emplace_back();", [])
     if op == "bar.warp.sync":
         return Lowered("w.together(); ++w.sync;", [])
+    if not operands:
+        return None
     head, *more = op.split(".")
     kind = more[-1]
     first, *others = lists = [x if isinstance(x, list) else [x] for x in operands]
@@ -129,6 +132,8 @@ def lower_exchange(op: str, operands: list[Operand], width: dict[str, str]) -> L
         return Lowered(f"{name}<{CPP[kind]}, {CPP[part]}, {n}>(w, o);", given)
     if head == "ld" and more[0] == "param":
         (into,), ((address,),) = first, others
+        if address.offset:
+            raise unknown(f"{op} with an offset")
         body = elementwise([width[into], kind], "a")
         return Lowered(body, [(into, width[into]), (address.base, kind)])
     reads = head.startswith("ld")
@@ -150,6 +155,8 @@ def lower_exchange(op: str, operands: list[Operand], width: dict[str, str]) -> L
         *into, address, of = operands
         given = [*((x, kind) for x in into), (address.base, "b64"), (of, kind)]
         return Lowered(f"atomic_add<{CPP[kind]}>(w, o, {len(into)});", given, (address.offset,))
+    if op.startswith(("shfl.sync.", "redux.sync.")) and operands[-1] != "-1":
+        raise unknown(f"{op} of lanes {operands[-1]}")
     if match := re.fullmatch(r"shfl\.sync\.(up|down|bfly|idx)\.b32", op):
         return Lowered(f"shuffle<'{match[1][0]}'>(w, o);", [(x, "b32") for x in operands[:4]])
     if match := re.fullmatch(r"redux\.sync\.(add|min|max|or)\.([usb]32)", op):

@@ -152,7 +152,7 @@ class Program:
         lowered: list[Lowered | None] = []
         for _, text, where in rows:
             op, _, rest = text.partition(" ")
-            is_control = op in ("bar.sync", "ret", "bra", "bra.uni")
+            is_control = text == "bar.sync 0" or op in ("ret", "bra", "bra.uni")
             lowered.append(None if is_control else lower(op, list(split(rest)), self.width))
             self.lines.append(f"{text} [{where}]")
         functions.add({x.body for x in lowered if x is not None})

@@ -36,7 +36,7 @@ To bits(From x) {
 
 struct half {
   _Float16 x;
-  half(float y) : x(y) {}
+  half(float y) : x(y == y ? _Float16(y) : bits<_Float16>(uint16_t(0x7FFF))) {}
   operator float() const { return x; }
 };
 
@@ -119,6 +119,8 @@ template <class To, char mode, class From>
 To converted(From a) {
   if constexpr (mode == 0) {
     static_assert(!std::is_integral_v<To> || std::is_integral_v<From>);
+    static_assert(!std::is_class_v<To> || std::is_class_v<From> || std::is_same_v<From, float>,
+                  "this conversion would round twice");
     if constexpr (std::is_class_v<From>) return To(result(float(a)));
     return result(To(a));
   } else {
