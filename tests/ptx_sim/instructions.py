@@ -155,13 +155,11 @@ def lower_exchange(op: str, operands: list[Operand], width: dict[str, str]) -> L
         *into, address, of = operands
         given = [*((x, kind) for x in into), (address.base, "b64"), (of, kind)]
         return Lowered(f"atomic_add<{CPP[kind]}>(w, o, {len(into)});", given, (address.offset,))
-    if op.startswith(("shfl.sync.", "redux.sync.")) and operands[-1] != "-1":
-        raise unknown(f"{op} of lanes {operands[-1]}")
     if match := re.fullmatch(r"shfl\.sync\.(up|down|bfly|idx)\.b32", op):
-        return Lowered(f"shuffle<'{match[1][0]}'>(w, o);", [(x, "b32") for x in operands[:4]])
+        return Lowered(f"shuffle<'{match[1][0]}'>(w, o);", [(x, "b32") for x in operands])
     if match := re.fullmatch(r"redux\.sync\.(add|min|max|or)\.([usb]32)", op):
         how = f"[](auto a, auto b) {{ return {REDUCTIONS[match[1]]}; }}"
-        return Lowered(f"reduce<{CPP[kind]}>(w, o, {how});", [(x, kind) for x in operands[:2]])
+        return Lowered(f"reduce<{CPP[kind]}>(w, o, {how});", [(x, kind) for x in operands])
     if re.fullmatch(r"cp\.async\.c[ag]\.shared\.global", op):
         to, of, size, used = operands
         given = [(to.base, "b32"), (of.base, "b64"), (used, "b32")]

@@ -192,6 +192,12 @@ struct Warp {
     if (mask != ALL) fail("not all lanes of the warp are here");
   }
 
+  void exchange(int members) {
+    together();
+    for (int l = 0; l < LANES; ++l)
+      if (at<uint32_t>(members)[l] != ALL) fail("an exchange among some lanes is not known");
+  }
+
   uint8_t* global(uint64_t address, uint32_t size) {
     if (address % size) fail("a misaligned address");
     for (int k = 0; k < block->tensor_count; ++k)
@@ -309,7 +315,7 @@ void atomic_add(Warp& w, const Op& o, int outputs) {
 
 template <char mode>  // up, down, bfly, idx
 void shuffle(Warp& w, const Op& o) {
-  w.together();
+  w.exchange(o.at[4]);
   const auto *a = w.at<uint32_t>(o.at[1]), *by = w.at<uint32_t>(o.at[2]);
   const auto* limit = w.at<uint32_t>(o.at[3]);
   uint32_t x[LANES];
@@ -327,7 +333,7 @@ void shuffle(Warp& w, const Op& o) {
 
 template <class T, class F>
 void reduce(Warp& w, const Op& o, F f) {
-  w.together();
+  w.exchange(o.at[2]);
   const T* x = w.at<T>(o.at[1]);
   T total = x[0];
   for (int l = 1; l < LANES; ++l) total = f(total, x[l]);
