@@ -50,7 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Workers take file after file: the longest of the last ones would keep one core waiting."""
-    items.sort(key=lambda item: item.path.stem != "test_triton_compile")
+    items.sort(key=lambda item: item.path.stem not in ("test_ptx_sim", "test_triton_compile"))
 
 
 @dataclass(frozen=True)
