@@ -12,7 +12,7 @@ from typing import Any
 import ops
 import pytest
 import torch
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy, linear, logsigmoid
 from torch.testing import assert_close
 
 import reasonkern as rk
@@ -195,6 +195,41 @@ def test_gspo_with_its_terms() -> None:
     clipped = torch.minimum(ratio * advantage, ratio.clamp(0.9997, 1.0004) * advantage)
     token = -clipped[:, None] * torch.tensor([[1.0], [2.0]]) + 0.01 * (d.exp() - d - 1)
     assert_close(out.loss, (weight * token).sum())
+
+
+@pytest.mark.parametrize("own", ["dpo", "simpo"])
+def test_preference_losses(own: str) -> None:
+    """Two pairs of the family's page against autograd, from logits and from hidden states."""
+    page = "reasonkern/policy_loss/README.md"
+    (code,) = blocks(page, "## Preference losses")
+    g = torch.Generator().manual_seed(3)
+    hidden, head, ref = (
+        torch.randn(shape, generator=g, dtype=torch.float64)
+        for shape in ((4, 6, D), (V, D), (4, 6))
+    )
+    targets, mask = torch.randint(V, (4, 6), generator=g), torch.rand(4, 6, generator=g) < 0.7
+    ours, chunked, plain = (head.clone().requires_grad_() for _ in range(3))
+
+    logprob = linear(hidden, plain).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
+    if own == "dpo":
+        margin = ((logprob - ref) * mask).sum(-1)
+    else:
+        margin = (logprob * mask).sum(-1) / mask.sum(-1) - torch.tensor([0.5, 0]).repeat(2)
+        (text,) = re.findall(r"`(ctx\.sequence_sum\(.*active\))`", (ROOT / page).read_text())
+        code = re.sub(r"margin = .*", f"margin = {text}", code).replace("1::2])", "1::2] - 0.5)")
+    expected = -logsigmoid(0.1 * (margin[0::2] - margin[1::2])).mean()
+    expected.backward()
+
+    scope = {"rk": rk, "targets": targets, "mask": mask, "ref_logprob": ref}
+    scope["logits"] = linear(hidden, ours)
+    from_hidden = re.sub(r"\.policy_loss\(\s*logits", ".linear_policy_loss(hidden, head", code)
+    from_hidden = re.sub("inplace_grad=True,", "", from_hidden)
+    scope |= {"hidden": hidden, "head": chunked}
+    for trained, now in ((ours, code), (chunked, from_hidden)):
+        exec(now, scope)
+        assert_close(scope["out"].loss, expected)
+        scope["out"].loss.backward()
+        assert_close(trained.grad, plain.grad)
 
 
 # ---- the decoder
