@@ -443,6 +443,16 @@ def test_the_class_itself_is_no_objective() -> None:
         Objective.ppo(clip_ratio=0.2)
 
 
+@pytest.mark.parametrize(
+    ("constructor", "name"),
+    [("dapo", "low"), ("bapo", "ratio_min"), ("gpg", "ratio_max"), ("gtpo", "selection")],
+)
+def test_a_constructor_takes_its_own_arguments(constructor: str, name: str) -> None:
+    """Not those of another one, which would change nothing."""
+    with pytest.raises(TypeError, match=rf"^Objective.{constructor}: expected .*, got {name}$"):
+        getattr(Objective, constructor)(**{name: 0.9})
+
+
 @pytest.mark.parametrize(("name", "epsilon"), [("ppo", 0.2), ("dapo", 0.28), ("gspo", 3e-4)])
 def test_an_epsilon_alone_is_a_bound_and_warned_of(name: str, epsilon: float) -> None:
     """It would clip nothing below: 0.2 is a legal lower bound, and ratio_max has a default."""
