@@ -140,7 +140,8 @@ PADDED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"segments": torch.tensor([0, 4])},
-        "segments: expected None for padded (B, T) tokens, got cu_seqlens",
+        "segments: expected None for padded (B, T) tokens (packed ones of shape (1, N) take "
+        "squeeze(0)), got cu_seqlens",
     ),
     (
         {"objective": Objective.ppo(kl=("k3", 0.1))},
@@ -232,7 +233,8 @@ PACKED: list[tuple[dict[str, Any], str]] = [
     *(
         (
             {"segments": torch.tensor(ends)},
-            f"segments: expected non-decreasing offsets from 0 to 10, got {ends}",
+            "segments: expected non-decreasing offsets from 0 to 10 (padding is a segment, too), "
+            f"got {ends}",
         )
         for ends in ([0, 9], [1, 10], [0, 6, 4, 10], [0, 11])
     ),
