@@ -53,6 +53,9 @@ __all__ = [
     "token_weights",
 ]
 
+# A checkpoint that holds them loads as torch.load does by default, with weights_only.
+torch.serialization.add_safe_globals([MismatchMetrics, PolicyMetrics])
+
 
 def token_stats(
     logits: Tensor,

@@ -27,7 +27,8 @@ class MismatchMetrics(Metrics):
     """What `rollout_mismatch` returns: statistics of the trained tokens, in float64 on the device.
 
     ``a + b`` merges micro-batches, `all_reduce` merges ranks, `compute` gives the values. Pickling
-    leaves process groups behind: `all_reduce` of a copy is given one.
+    leaves process groups behind: `all_reduce` of a copy is given one, unless it is added to metrics
+    that have theirs.
     """
 
     # `flat`: minimum and maximum of old_logprob - rollout_logprob, TOKEN_SUMS, and of known
