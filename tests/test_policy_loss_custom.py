@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -59,24 +61,45 @@ def test_added_terms_of_a_custom_objective(terms: dict[str, Any], form: str) -> 
     assert_close(found[0], found[1], rtol=1e-12, atol=1e-15)
 
 
+def my_gspo(low: float, high: float) -> Callable[[Tensor, Tensor, RowContext], Tensor]:
+    def loss(logp: Tensor, entropy: Tensor, ctx: RowContext) -> Tensor:
+        log_r = torch.where(ctx.active, logp - ctx.old_logprob, 0.0)
+        s = (ctx.sequence_sum(log_r) / ctx.sequence_sum(ctx.active).clamp_min(1)).exp()
+        return -torch.minimum(s * ctx.advantage, s.clamp(low, high) * ctx.advantage)
+
+    return loss
+
+
 @padded_and_packed
 def test_sequence_sum_reproduces_gspo(form: str) -> None:
     """Through ctx.sequence_sum, with its gradient; the result keeps the logits' precision."""
-
-    def my_gspo(logp: Tensor, entropy: Tensor, ctx: RowContext) -> Tensor:
-        log_r = torch.where(ctx.weight != 0, logp - ctx.old_logprob, 0.0)
-        s = (ctx.sequence_sum(log_r) / ctx.sequence_sum(ctx.weight != 0).clamp_min(1)).exp()
-        return -torch.minimum(s * ctx.advantage, s.clamp(0.9, 1.1) * ctx.advantage)
-
     for dtype in (torch.float64, torch.float32):
         b = batch(form).to(dtype)
         found = []
-        for objective in (my_gspo, Objective.gspo(0.9, 1.1)):
+        for objective in (my_gspo(0.9, 1.1), Objective.gspo(0.9, 1.1)):
             x = b.leaf()
             out = policy_loss(x, b.targets, objective=objective, **b.given())
             found.append((out.loss, gradient(out.loss, x)))
         assert_close(found[0], found[1])
         assert out.loss.dtype == dtype
+
+
+@pytest.mark.parametrize("names", [(), ("entropy_weight",)], ids=["", "entropy_weight"])
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@padded_and_packed
+def test_a_nonfinite_row_is_in_no_sequence_sum(form: str, value: float, names: Any) -> None:
+    """A logit of NaN, or a target at -inf: as in the built-in GSPO, the row has no weight."""
+    b = batch(form)
+    logits = b.logits.clone()
+    row = (0, 2) if form == "padded" else (2,)
+    logits[(*row, int(b.targets[row]))] = value
+    found = []
+    for objective in (my_gspo(0.1, 10.0), Objective.gspo(0.1, 10.0)):
+        x = logits.clone().requires_grad_()
+        out = policy_loss(x, b.targets, objective=objective, **b.given(*names))
+        assert out.metrics.compute()["rows_nonfinite"] == 1
+        found.append((out.loss, out.token_loss, gradient(out.loss, x)))
+    assert_close(found[0], found[1], rtol=1e-12, atol=1e-15)
 
 
 def test_custom_objective_may_use_the_entropy() -> None:

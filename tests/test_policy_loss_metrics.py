@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import pickle
 from dataclasses import replace
@@ -19,7 +20,7 @@ from policy_loss_literal import Batch, batch, make_batch, spread, stats
 from torch import Tensor
 from torch.testing import assert_close
 
-from reasonkern import Objective, Parallel, PolicyMetrics, policy_loss
+from reasonkern import Objective, Parallel, PolicyMetrics, policy_loss, rollout_mismatch
 
 LOW, HIGH, DUAL, CAP = 0.8, 1.2, 1.6, 2.0
 OBJECTIVE = Objective.ppo(LOW, HIGH, dual_clip=DUAL, ratio_cap=CAP)
@@ -325,11 +326,24 @@ def test_metrics_of_groups_are_pickled_without_them() -> None:
         copy = pickle.loads(pickle.dumps(given))
         assert given.parallel and torch.equal(copy.sums, given.sums)
         with pytest.raises(ValueError, match="^group: expected a process group: pickling left"):
-            (copy + given).all_reduce()
+            (copy + copy).all_reduce()
         merged = copy.all_reduce(dist.group.WORLD)
         assert_close(merged.compute(), given.all_reduce().compute(), rtol=0, atol=0)
+        for resumed in (copy + given, given + copy):  # whichever comes first has the groups
+            assert resumed.parallel is given.parallel
+            assert resumed.all_reduce().sums[0] == 2 * given.sums[0]
     finally:
         dist.destroy_process_group()
+
+
+def test_metrics_load_from_a_checkpoint_by_default() -> None:
+    mismatch = rollout_mismatch(*torch.randn(2, 3, 4), torch.ones(3, 4))
+    for own in (metrics(make_batch()), mismatch):
+        file = io.BytesIO()
+        torch.save({"metrics": own}, file)
+        file.seek(0)
+        loaded = torch.load(file, weights_only=True)["metrics"]
+        assert_close(loaded.compute(), own.compute(), rtol=0, atol=0)
 
 
 RANK = """

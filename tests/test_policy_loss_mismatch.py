@@ -193,12 +193,13 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"rollout_logprob": R.to("meta")}, "mask: expected the device of rollout_logprob, meta, got "
      "cpu"),
-    ({"segments": torch.tensor([0, 6])}, "segments: expected None for padded (B, T) tokens, got "
-     "cu_seqlens"),
+    ({"segments": torch.tensor([0, 6])}, "segments: expected None for padded (B, T) tokens (packed "
+     "ones of shape (1, N) take squeeze(0)), got cu_seqlens"),
     (
         dict.fromkeys(("old_logprob", "rollout_logprob", "mask"), R[0])
         | {"segments": torch.tensor([0, 2])},
-        "segments: expected non-decreasing offsets from 0 to 3, got [0, 2]",
+        "segments: expected non-decreasing offsets from 0 to 3 (padding is a segment, too), got "
+        "[0, 2]",
     ),
     ({"parallel": 2}, "parallel: expected a Parallel or None, got int"),
 ]  # fmt: skip

@@ -148,14 +148,14 @@ WEIGHT_ERRORS: list[tuple[Any, dict[str, Any], str]] = [
         (
             MASK,
             {"mode": mode, "segments": torch.tensor([0, 3])},
-            r"segments: expected None for padded \(B, T\) tokens, got cu_seqlens",
+            r"segments: expected None for padded \(B, T\) tokens .* take squeeze\(0\)\), got cu_",
         )
         for mode in ("constant", "token-mean")
     ),
     (
         MASK[0],
         {"mode": "seq-mean-token-sum", "segments": torch.tensor([0, 2])},
-        r"segments: expected non-decreasing offsets from 0 to 3, got \[0, 2\]",
+        r"segments: expected non-decreasing offsets from 0 to 3 \(padding .*, got \[0, 2\]",
     ),
     (MASK, {"num_tokens": 0}, "num_tokens: expected a finite number > 0, got 0"),
     (MASK, {"num_sequences": math.nan}, "num_sequences: expected a finite number > 0, got nan"),

@@ -67,8 +67,9 @@ def test_ettrl_label_and_vote_ids() -> None:
         for b in range(200):
             named = [None if i < 0 else i for i in ids[b].tolist()]
             exact = None if w is None else w[b].double().tolist()
-            answer = scaling.vote(named, exact).answer
-            assert got[b] == (-1 if answer is None else answer)
+            voted = scaling.vote(named, exact)
+            assert voted == scaling.vote(named, None if w is None else w[b].double())
+            assert got[b] == (-1 if voted.answer is None else voted.answer)
     assert scaling.vote_ids(ids[:, :0]).tolist() == [-1] * 200
 
 

@@ -248,6 +248,16 @@ def test_errors(change, message):
         rk.compact_kv_(*args.values(), start=start, block_table=table)
 
 
+def test_rows_that_move_nothing_may_name_any_slot():
+    """Padding of a batch of fixed size, whose position is 0 and whose lengths are so -1."""
+    args = {name: make() for name, make in GOOD.items()} | {"key": torch.rand(2, 1, 8, 2)}
+    before = args["key"].clone()
+    args |= {"lengths": torch.tensor([0, -1]), "accepted": torch.tensor([2, 0])}
+    for start in (None, torch.tensor([0, -5])):
+        rk.compact_kv_(*args.values(), start=start)
+        assert torch.equal(args["key"], before)
+
+
 def layer(*shape: int) -> Tensor:
     return torch.zeros(*shape or (2, 1, 8, 2))
 

@@ -53,6 +53,9 @@ __all__ = [
     "token_weights",
 ]
 
+# A checkpoint that holds them loads as torch.load does by default, with weights_only.
+torch.serialization.add_safe_globals([MismatchMetrics, PolicyMetrics])
+
 
 def token_stats(
     logits: Tensor,
@@ -149,7 +152,8 @@ def policy_loss(
     Args:
         logits: (N, V) packed or (B, T, V) padded, float32, bfloat16, float16 or float64, the last
             dimension contiguous. For ``inplace_grad`` pass the model's full logits with shifted
-            targets and weight 0 on the last position: a slice's backward would allocate them again.
+            targets and weight 0 on the last position: a slice's backward would allocate them again,
+            also that of ``logits[0]``; packed ones of shape (1, N, V) take ``squeeze(0)``.
         targets: (N,) or (B, T) token ids.
         old_logprob: log-probabilities of the policy that the ratio is against, shaped like
             ``targets``; None = on-policy, r = 1 with gradient.
@@ -162,7 +166,9 @@ def policy_loss(
         ref_logprob: reference policy's log-probabilities, for an objective with ``kl``.
         rollout_logprob: inference engine's log-probabilities, for ``importance``, ``opsm``, BAPO as
             in the paper and user-defined objectives; the others do not look at them.
-        segments: ``cu_seqlens`` (S + 1,) of packed tokens, for sequence-level terms.
+        segments: ``cu_seqlens`` (S + 1,) of packed tokens, for sequence-level terms; padding behind
+            the last sequence is one more. Where S = N, N values are read as one per token, except
+            the advantages of sequence-level objectives.
         temperature: number > 0, or a tensor of one per row or per sequence. No gradient.
         softcap: z = cap * tanh(x / cap) before the temperature, but -inf stays; None = off.
         entropy_weight: per-row weight of the entropy bonus, floats; None = ``weight``.

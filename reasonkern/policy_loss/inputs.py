@@ -20,6 +20,7 @@ from .sequence import Segments
 
 WEIGHTED = " in rows with a weight (of a mask such as targets != -100)"  # targets of losses
 KEPT = " in rows that mask= keeps (such as targets != -100)"  # targets of statistics
+PADDED = "None for padded (B, T) tokens (packed ones of shape (1, N) take squeeze(0))"
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -38,8 +39,9 @@ class RowContext:
 
     This is the ``ctx`` of a user-defined objective. ``sequence_sum(x)`` sums over each sequence and
     gives the sum back to each of its rows; rows of weight 0 count, too, unless x is 0 there, as
-    ``torch.where(ctx.active, x, 0)`` is. ``parallel`` is what was given to the loss.
-    ``importance`` is a detached factor of the policy term, in the place of the objective's own.
+    ``torch.where(ctx.active, x, 0)`` is. Rows whose logits give nothing finite have weight 0 here.
+    ``parallel`` is what was given to the loss. ``importance`` is a detached factor of the policy
+    term, in the place of the objective's own.
     """
 
     old_logprob: Tensor | None
@@ -183,7 +185,7 @@ def canonical_segments(
     if cu_seqlens is None:
         return Segments(parallel=parallel)
     if not packed:
-        _checks.fail("segments", "None for padded (B, T) tokens", "cu_seqlens")
+        _checks.fail("segments", PADDED, "cu_seqlens")
     _checks.check_dtype("segments", cu_seqlens, torch.int32, torch.int64)
     _checks.check_device("segments", cu_seqlens, targets, "targets")
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
@@ -191,7 +193,8 @@ def canonical_segments(
     if _checks.reads_values(targets):
         ends = cu_seqlens[0].item(), cu_seqlens[-1].item()
         if ends != (0, targets.shape[-1]) or (cu_seqlens.diff() < 0).any():
-            expected = f"non-decreasing offsets from 0 to {targets.shape[-1]}"
+            last = f"{targets.shape[-1]} (padding is a segment, too)"
+            expected = f"non-decreasing offsets from 0 to {last}"
             _checks.fail("segments", expected, cu_seqlens.tolist())
     return Segments.of(targets, cu_seqlens, parallel)
 

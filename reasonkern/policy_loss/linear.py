@@ -152,7 +152,9 @@ def linear_policy_loss(
         ref_logprob: reference policy's log-probabilities, for an objective with ``kl``.
         rollout_logprob: inference engine's log-probabilities, for ``importance``, ``opsm``, BAPO as
             in the paper and user-defined objectives; the others do not look at them.
-        segments: ``cu_seqlens`` (S + 1,) of packed tokens, for sequence-level terms.
+        segments: ``cu_seqlens`` (S + 1,) of packed tokens, for sequence-level terms; padding behind
+            the last sequence is one more. Where S = N, N values are read as one per token, except
+            the advantages of sequence-level objectives.
         temperature: number > 0, or a tensor of one per row or per sequence. No gradient.
         softcap: z = cap * tanh(x / cap) before the temperature, but -inf stays; None = off.
         entropy_weight: per-row weight of the entropy bonus, floats; None = ``weight``.

@@ -66,7 +66,8 @@ class Metrics:
     """Statistics of a set of rows: one float64 vector on their device, cut where it is looked at.
 
     ``a + b`` merges micro-batches, ``all_reduce`` merges ranks, ``compute`` gives the values.
-    Pickling leaves process groups behind: ``all_reduce`` of a copy is given one.
+    Pickling leaves process groups behind: ``all_reduce`` of a copy is given one, unless it is added
+    to metrics that have theirs.
     """
 
     flat: Tensor
@@ -81,7 +82,8 @@ class Metrics:
         """Merges the statistics of two disjoint sets of rows."""
         if type(other) is not type(self):
             return NotImplemented
-        return replace(self, flat=self._merged(other))
+        parallel = other.parallel if self.parallel is False else self.parallel
+        return replace(self, flat=self._merged(other), parallel=parallel)
 
     def __radd__(self: M, other: int) -> M:
         """0, which ``sum(metrics)`` starts from, adds nothing."""
@@ -117,7 +119,8 @@ class PolicyMetrics(Metrics):
     """Statistics over the rows with weight != 0, in float64 on the loss's device.
 
     ``a + b`` merges micro-batches, `all_reduce` merges ranks, `compute` gives the values. Pickling
-    leaves the loss's process groups behind: `all_reduce` of a copy is given one.
+    leaves the loss's process groups behind: `all_reduce` of a copy is given one, unless it is added
+    to metrics that have theirs.
     """
 
     # `flat` is (len(SUMS) + 2 + 4 * len(PAIRS),), as the operator gives it.

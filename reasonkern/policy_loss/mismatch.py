@@ -27,7 +27,8 @@ class MismatchMetrics(Metrics):
     """What `rollout_mismatch` returns: statistics of the trained tokens, in float64 on the device.
 
     ``a + b`` merges micro-batches, `all_reduce` merges ranks, `compute` gives the values. Pickling
-    leaves process groups behind: `all_reduce` of a copy is given one.
+    leaves process groups behind: `all_reduce` of a copy is given one, unless it is added to metrics
+    that have theirs.
     """
 
     # `flat`: minimum and maximum of old_logprob - rollout_logprob, TOKEN_SUMS, and of known
@@ -108,7 +109,8 @@ def rollout_mismatch(
     Args:
         old_logprob: the trainer's log-probabilities of the sampled tokens, (B, T) padded or (N,)
             packed, of the weights that the engine had.
-        rollout_logprob: the engine's, of that shape, at the same temperature.
+        rollout_logprob: the engine's, of that shape, at the same temperature: that of `Sampled` and
+            `Verified` is 1.
         mask: bool or 0/1, of that shape: the tokens that are trained.
         segments: ``cu_seqlens`` (S + 1,) of packed tokens. None = the rows of padded tokens; of
             packed ones the sequences are not known, and their values left out.

@@ -55,17 +55,19 @@ class Objective(ObjectiveFields):
         TypeError: a name that no objective has, or a call of the class itself.
     """
 
-    def __init__(self, *given: object, **fields: Any) -> None:
+    def __init__(self, *given: Any, **fields: Any) -> None:
         """For the named constructors: a name alone would be an objective that clips nothing."""
-        if given or "name" not in fields:
+        if "name" not in fields:
             got = f"Objective({', '.join(map(repr, given))})"
             raise TypeError(f"Objective: expected a constructor, Objective.dapo(), got {got}")
-        for name in fields:
-            if name not in ObjectiveFields.__dataclass_fields__:
+        terms: dict[str, Any] = given[0] if given else {}  # the caller's; a copy has none
+        allowed = [name for name in TERMS if name not in fields]
+        for name in terms:
+            if name not in allowed:
                 own = inspect.signature(getattr(Objective, fields["name"])).parameters
-                expected = ", ".join([*(p for p in own if p != "terms"), *TERMS])
+                expected = ", ".join([*(p for p in own if p != "terms"), *allowed])
                 raise TypeError(f"Objective.{fields['name']}: expected {expected}, got {name}")
-        super().__init__(**fields)
+        super().__init__(**fields, **terms)
         self._warn_of_epsilon()
 
     def _warn_of_epsilon(self) -> None:
@@ -91,7 +93,7 @@ class Objective(ObjectiveFields):
         Keywords: ``dual_clip=c`` (A < 0: loss at most -cA, arXiv 1912.09729) and ``ratio_cap``
         (r <- min(r, cap) in the unclipped branch: two-sided clipping of INTELLECT-2, 2505.07291).
         """
-        return cls(name="ppo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(terms, name="ppo", ratio_min=ratio_min, ratio_max=ratio_max)
 
     @classmethod
     def grpo(
@@ -101,21 +103,21 @@ class Objective(ObjectiveFields):
 
         Use weights of mode ``seq-mean-token-mean``; the paper adds ``kl=("k3", 0.04)``.
         """
-        return cls(name="grpo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(terms, name="grpo", ratio_min=ratio_min, ratio_max=ratio_max)
 
     @classmethod
     def dapo(
         cls, ratio_min: Number | None = 0.8, ratio_max: Number | None = 1.28, **terms: Any
     ) -> Objective:
         """PPO's loss with clip-higher (DAPO, arXiv 2503.14476); weights of mode ``token-mean``."""
-        return cls(name="dapo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(terms, name="dapo", ratio_min=ratio_min, ratio_max=ratio_max)
 
     @classmethod
     def dr_grpo(
         cls, ratio_min: Number | None = 0.8, ratio_max: Number | None = 1.2, **terms: Any
     ) -> Objective:
         """PPO's loss without length or std normalisation (arXiv 2503.20783); mode ``constant``."""
-        return cls(name="dr_grpo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(terms, name="dr_grpo", ratio_min=ratio_min, ratio_max=ratio_max)
 
     @classmethod
     def tppo(
@@ -126,7 +128,7 @@ class Objective(ObjectiveFields):
         The paper released no code and its bounds are not known to us: these are DAPO's. Weights
         from its policy mask, advantages from its extended GAE (bootstrap with the last value).
         """
-        return cls(name="tppo", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(terms, name="tppo", ratio_min=ratio_min, ratio_max=ratio_max)
 
     @classmethod
     def gppo(
@@ -142,8 +144,8 @@ class Objective(ObjectiveFields):
         Tokens on the clipped side keep the gradient ``beta * bound * A`` instead of 0.
         """
         return cls(
-            name="gppo", kind=GPPO, ratio_min=ratio_min, ratio_max=ratio_max, low=beta_low,
-            high=beta_high, **terms,
+            terms, name="gppo", kind=GPPO, ratio_min=ratio_min, ratio_max=ratio_max,
+            low=beta_low, high=beta_high,
         )  # fmt: skip
 
     @classmethod
@@ -161,8 +163,8 @@ class Objective(ObjectiveFields):
         1.2, and a lower factor of 0.5 for 1.5B and 0.75 for 7B.
         """
         return cls(
-            name="ce_gppo", kind=GPPO, ratio_min=ratio_min, ratio_max=ratio_max, low=beta_low,
-            high=beta_high, **terms,
+            terms, name="ce_gppo", kind=GPPO, ratio_min=ratio_min, ratio_max=ratio_max,
+            low=beta_low, high=beta_high,
         )  # fmt: skip
 
     @classmethod
@@ -173,14 +175,14 @@ class Objective(ObjectiveFields):
 
         The upper bound is the one ScaleRL recommends (arXiv 2510.13786), without a lower one.
         """
-        return cls(name="cispo", kind=CISPO, ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(terms, name="cispo", kind=CISPO, ratio_min=ratio_min, ratio_max=ratio_max)
 
     @classmethod
     def sapo(
         cls, tau_positive: Number = 1.0, tau_negative: Number = 1.05, **terms: Any
     ) -> Objective:
         """-A (4/tau) sigmoid(tau (r - 1)), tau by the sign of A (SAPO, arXiv 2511.20347)."""
-        return cls(name="sapo", kind=SAPO, low=tau_positive, high=tau_negative, **terms)
+        return cls(terms, name="sapo", kind=SAPO, low=tau_positive, high=tau_negative)
 
     @classmethod
     def reinforce(
@@ -190,12 +192,12 @@ class Objective(ObjectiveFields):
 
         ``reinforce(0.1, 10)`` is torchforge's clamped detached ratio.
         """
-        return cls(name="reinforce", kind=CISPO, ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(terms, name="reinforce", kind=CISPO, ratio_min=ratio_min, ratio_max=ratio_max)
 
     @classmethod
     def gpg(cls, **terms: Any) -> Objective:
         """-A logp (GPG, arXiv 2504.02546); its rescaling of A is the caller's."""
-        return cls(name="gpg", kind=CISPO, ratio_min=1.0, ratio_max=1.0, **terms)
+        return cls(terms, name="gpg", kind=CISPO, ratio_min=1.0, ratio_max=1.0)
 
     @classmethod
     def rloo(cls, **terms: Any) -> Objective:
@@ -203,7 +205,7 @@ class Objective(ObjectiveFields):
 
         An answer is one action there: weights of mode ``seq-mean-token-sum``.
         """
-        return cls(name="rloo", kind=CISPO, ratio_min=1.0, ratio_max=1.0, **terms)
+        return cls(terms, name="rloo", kind=CISPO, ratio_min=1.0, ratio_max=1.0)
 
     @classmethod
     def dppo_tv(
@@ -219,8 +221,8 @@ class Objective(ObjectiveFields):
         arXiv 2602.04879; thresholds of the authors' verl recipe, ratio_max of verl's loss).
         """
         return cls(
-            name="dppo_tv", kind=DPPO_TV, ratio_max=ratio_max, low=threshold_low,
-            high=threshold_high, **terms,
+            terms, name="dppo_tv", kind=DPPO_TV, ratio_max=ratio_max, low=threshold_low,
+            high=threshold_high,
         )  # fmt: skip
 
     @classmethod
@@ -233,8 +235,8 @@ class Objective(ObjectiveFields):
     ) -> Objective:
         """As `dppo_tv`, with Bernoulli KL(p_old || p) <= threshold or p moving back to p_old."""
         return cls(
-            name="dppo_kl", kind=DPPO_KL, ratio_max=ratio_max, low=threshold_low,
-            high=threshold_high, **terms,
+            terms, name="dppo_kl", kind=DPPO_KL, ratio_max=ratio_max, low=threshold_low,
+            high=threshold_high,
         )  # fmt: skip
 
     @classmethod
@@ -244,7 +246,7 @@ class Objective(ObjectiveFields):
         By token, as in verl, which has no default of beta: this one is ours. In the paper logp and
         old, its reference, are of the whole answer.
         """
-        return cls(name="dro", kind=DRO, low=beta, **terms)
+        return cls(terms, name="dro", kind=DRO, low=beta)
 
     # ---- sequence-level objectives (two passes over the logits)
 
@@ -256,7 +258,7 @@ class Objective(ObjectiveFields):
 
         With weights of mode ``seq-mean-token-sum`` it is LUSPO (2602.05261).
         """
-        return cls(name="gspo", level="sequence", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(terms, name="gspo", level="sequence", ratio_min=ratio_min, ratio_max=ratio_max)
 
     @classmethod
     def gmpo(
@@ -266,7 +268,7 @@ class Objective(ObjectiveFields):
         **terms: Any,
     ) -> Objective:
         """-A exp(mean of one-sidedly clipped log-ratios) (GMPO, arXiv 2507.20673)."""
-        return cls(name="gmpo", level="sequence", ratio_min=ratio_min, ratio_max=ratio_max, **terms)
+        return cls(terms, name="gmpo", level="sequence", ratio_min=ratio_min, ratio_max=ratio_max)
 
     @classmethod
     def vespo(
@@ -283,7 +285,7 @@ class Objective(ObjectiveFields):
         ``importance`` is a factor of the loss; the authors' code multiplies w by it.
         """
         shape = (k_positive, lambda_positive, k_negative, lambda_negative)
-        return cls(name="vespo", level="sequence", vespo_shape=shape, **terms)
+        return cls(terms, name="vespo", level="sequence", vespo_shape=shape)
 
     # ---- objectives that look at the whole batch (two passes over the logits)
 
@@ -305,7 +307,7 @@ class Objective(ObjectiveFields):
         """
         if variant == "code":
             terms = {"dual_clip": 3.0, **terms}
-        return cls(name="bapo", rule=BalancedBounds(variant, low, high, target), **terms)
+        return cls(terms, name="bapo", rule=BalancedBounds(variant, low, high, target))
 
     @classmethod
     def clip_cov(
@@ -325,7 +327,7 @@ class Objective(ObjectiveFields):
         the bounds to [0, 2].
         """
         rule = CovarianceSelection("clip", fraction, low, high, 0.0, seed)
-        return cls(name="clip_cov", ratio_min=ratio_min, ratio_max=ratio_max, rule=rule, **terms)
+        return cls(terms, name="clip_cov", ratio_min=ratio_min, ratio_max=ratio_max, rule=rule)
 
     @classmethod
     def kl_cov(cls, fraction: float = 2e-4, coef: float = 1.0, **terms: Any) -> Objective:
@@ -335,7 +337,7 @@ class Objective(ObjectiveFields):
         verl's configuration has 2e-4 and 0.1.
         """
         rule = CovarianceSelection("kl", fraction, 0.0, 0.0, coef, 0)
-        return cls(name="kl_cov", rule=rule, **terms)
+        return cls(terms, name="kl_cov", rule=rule)
 
     @classmethod
     def high_entropy(
@@ -351,9 +353,7 @@ class Objective(ObjectiveFields):
         ones: then divide the weights by rho. See `reasonkern.high_entropy_mask`.
         """
         rule = HighEntropySelection(rho)
-        return cls(
-            name="high_entropy", ratio_min=ratio_min, ratio_max=ratio_max, rule=rule, **terms
-        )
+        return cls(terms, name="high_entropy", ratio_min=ratio_min, ratio_max=ratio_max, rule=rule)
 
     @classmethod
     def gtpo(
@@ -375,8 +375,8 @@ class Objective(ObjectiveFields):
         check(known, "conflict_weights", "a tensor or None", conflict_weights)
         rule = EntropyFilter(max_entropy, coef, initial_entropy)
         return cls(
-            name="gtpo", kind=CISPO, ratio_min=1.0, ratio_max=1.0, selection=conflict_weights,
-            rule=rule, **terms,
+            terms, name="gtpo", kind=CISPO, ratio_min=1.0, ratio_max=1.0,
+            selection=conflict_weights, rule=rule,
         )  # fmt: skip
 
     @classmethod
@@ -388,4 +388,4 @@ class Objective(ObjectiveFields):
         """
         if not callable(function):
             fail("custom", "a function (logprob, entropy, ctx) -> token_loss", repr(function))
-        return cls(name="custom", level="custom", function=function, **terms)
+        return cls(terms, name="custom", level="custom", function=function)

@@ -44,7 +44,8 @@ class KL(_KL):
     Another estimator, or a coefficient that is negative or not finite, is a ValueError.
 
     Attributes:
-        estimator: "k1", "k2" or "k3".
+        estimator: "k1", "k2" or "k3". Plain k1's gradient does not know ref; k2's is that of
+            KL(policy || ref) where the policy has drawn the tokens.
         coef: factor of the term, a number >= 0 or a tensor.
         unbiased: multiplies k by the ratio to the old policy; the gradient flows through it, too.
     """

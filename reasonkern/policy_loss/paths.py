@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -300,10 +301,7 @@ def _mapped_rows(
     o: Objective, lp: Tensor, ent: Tensor, finite: Tensor, context: RowContext, h: Hyper
 ) -> tuple[RowLoss, Tensor | None, Tensor | None]:
     """What no operator maps: the map's rows, and factor and log-ratio of `PathOutput`."""
-    weight = torch.where(finite, context.weight, 0.0)
-    entropy_weight = context.entropy_weight
-    if entropy_weight is not None:
-        entropy_weight = torch.where(finite, entropy_weight, 0.0)
+    weight, entropy_weight = _finite_weights(finite, context)
     old = lp if context.old_logprob is None else context.old_logprob
     factor = _selection(o, lp, old, weight, context, h)
     rows: tuple[Any, ...] = (
@@ -320,12 +318,21 @@ def _mapped_rows(
     return mapped, factor, log_ratio if o.name == "gspo" else None
 
 
+def _finite_weights(finite: Tensor, context: RowContext) -> tuple[Tensor, Tensor | None]:
+    """Weight and entropy weight, 0 in rows that are not finite: they are in no sequence."""
+    weight, entropy_weight = context.weight, context.entropy_weight
+    if entropy_weight is not None:
+        entropy_weight = torch.where(finite, entropy_weight, 0.0)
+    return torch.where(finite, weight, 0.0), entropy_weight
+
+
 def _custom_rows(
     o: Objective, lp: Tensor, ent: Tensor, finite: Tensor, context: RowContext, h: Hyper
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     assert o.function is not None
     lp, ent = _FiniteGradient.apply(lp), _FiniteGradient.apply(ent)  # type: ignore[no-untyped-call]
-    token_loss = o.function(lp, ent, context)
+    weight, entropy_weight = _finite_weights(finite, context)
+    token_loss = o.function(lp, ent, replace(context, weight=weight, entropy_weight=entropy_weight))
     if not isinstance(token_loss, Tensor) or token_loss.shape != lp.shape:
         shaped = isinstance(token_loss, Tensor)
         got = tuple(token_loss.shape) if shaped else type(token_loss).__name__
@@ -334,7 +341,6 @@ def _custom_rows(
         expected = "a token_loss with a gradient to logprob or entropy (0 * logprob has a zero one)"
         _checks.fail("objective", expected, "one without, which would train nothing")
     old = lp if context.old_logprob is None else context.old_logprob
-    weight = torch.where(finite, context.weight, 0.0)
     factor = _selection(o, lp.detach(), old.detach(), weight, context, h)
     if factor is not None:
         token_loss = factor * token_loss

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._checks import check_tensor
-from .inputs import canonical_segments
+from .inputs import PADDED, canonical_segments
 from .parallel import Parallel, check_parallel, total
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant")
@@ -93,7 +93,7 @@ def token_weights(
     _check_normalisers(mode, max_length, num_tokens, num_sequences)
     check_parallel(parallel)
     if segments is not None and mask.ndim == 2:
-        _checks.fail("segments", "None for padded (B, T) tokens", "cu_seqlens")
+        _checks.fail("segments", PADDED, "cu_seqlens")
     trained = (mask if mask.ndim == 2 else mask.unsqueeze(0)) != 0
     if mode == "token-mean":
         if num_tokens is None:

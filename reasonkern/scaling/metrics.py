@@ -21,7 +21,8 @@ def pass_at_k(n: int | Tensor, c: int | Tensor, k: int) -> Tensor:
 
     Args:
         n: samples per problem, a number or integer tensor.
-        c: right ones among them, a number or integer tensor; 0 <= c <= n.
+        c: right ones among them, a number or integer tensor (``correct.sum(-1)`` of verdicts);
+            0 <= c <= n.
         k: 1 <= k <= n.
 
     Returns:
@@ -40,7 +41,7 @@ def pass_at_k(n: int | Tensor, c: int | Tensor, k: int) -> Tensor:
     for name, x in (("n", n), ("c", c)):
         if not isinstance(x, Tensor):
             _checks.check_integer(name, x, 0)
-        elif check_tensor(name, x).dtype.is_floating_point:
+        elif check_tensor(name, x).dtype.is_floating_point or x.dtype == torch.bool:
             _checks.fail(name, "an integer or a tensor of integers", x.dtype)
     if isinstance(n, Tensor) and isinstance(c, Tensor):
         _checks.check_device("c", c, n, "n")

@@ -41,17 +41,21 @@ class Vote(NamedTuple):
 
 
 def vote(
-    answers: Sequence[Hashable], weights: Sequence[float] | None = None, *, tie: str = "earliest"
+    answers: Sequence[Hashable],
+    weights: Sequence[float] | Tensor | None = None,
+    *,
+    tie: str = "earliest",
 ) -> Vote:
     """Majority vote over answers already brought to one form (self-consistency, arXiv 2203.11171).
 
     Also the mode over subthoughts (arXiv 2504.20708: ties go to the earliest answer), the label of
     ETTRL, the agreement of SIFT's two predictions (``tie="none"``: two answers that differ elect
-    nobody), the last step of DeepPrune and of multi-agent debate.
+    nobody), the last step of DeepPrune and of multi-agent debate; with the traces' confidences as
+    weights, 0 for a trace that is filtered out, that of DeepConf (arXiv 2508.15260).
 
     Args:
         answers: one per sample; None is no answer and no vote.
-        weights: one number >= 0 per sample; None = 1 each.
+        weights: one number >= 0 per sample, a list or a tensor; None = 1 each.
         tie: "earliest": the answer that appeared first wins; "latest": the one whose first
             appearance is last; "none": nobody.
 
@@ -71,6 +75,8 @@ def vote(
     _checks.check_list("answers", answers, "answers, one per sample")
     if weights is None:
         weights = [1.0] * len(answers)
+    elif isinstance(weights, Tensor):
+        weights = weights.tolist()
     _checks.check_list("weights", weights, "numbers, one per answer")
     if len(weights) != len(answers):
         _checks.fail("weights", f"{len(answers)} numbers, one per answer", len(weights))

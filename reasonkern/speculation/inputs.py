@@ -326,8 +326,9 @@ def check_slots(
     _checks.check_range("accepted", accepted, 0, path.shape[1] + 1)
     steps = torch.arange(path.shape[1], device=path.device)
     moves = steps < accepted.unsqueeze(-1)
-    _checks.check_range("lengths", lengths, 0, slots + 1)
-    if start is not lengths and (start < lengths).any():
+    moved = accepted > 0  # padding may have any slot
+    _checks.check_range("lengths", lengths, 0, slots + 1, where=moved)
+    if start is not lengths and (moved & (start < lengths)).any():
         _checks.fail("start", "slots >= lengths", start.tolist())
     _checks.check_range("path", path, 0, max(slots, 1), where=moves)
     source = start.unsqueeze(-1) + path

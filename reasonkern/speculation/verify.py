@@ -339,7 +339,7 @@ def compact_kv_(
             one tensor, as in MLA. A list where ``key`` is one.
         lengths: (B,) int64 committed tokens in the cache, the root's slot excluded.
         path: (B, P) int64, `Verified.path`.
-        accepted: (B,) int64, `Verified.length`; 0 moves nothing.
+        accepted: (B,) int64, `Verified.length`; 0 moves nothing, whatever the other arguments say.
         start: (B,) int64 slot of the root, >= lengths. None = lengths.
         block_table: (B, max_blocks) int32 or int64: block of each run of block_size slots. With
             ``row[:, None]`` and a cache (R, S, H, D) request b has row ``row[b]`` of it. None =
