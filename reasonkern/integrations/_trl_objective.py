@@ -158,18 +158,18 @@ def terms(args: Any) -> dict[str, Any]:
     return terms
 
 
-def trl_objective(args: Any, loss_type: str, terms: dict[str, Any]) -> Objective:
+def trl_objective(args: Any, loss_type: str) -> Objective:
     """TRL's loss type with TRL's numbers."""
     high = args.epsilon if args.epsilon_high is None else args.epsilon_high
     if loss_type == "cispo":
-        return Objective.cispo(high, **terms)
+        return Objective.cispo(high)
     if loss_type == "sapo":
-        return Objective.sapo(args.sapo_temperature_pos, args.sapo_temperature_neg, **terms)
+        return Objective.sapo(args.sapo_temperature_pos, args.sapo_temperature_neg)
     if loss_type == "vespo":
         shape = (args.vespo_k_pos, args.vespo_lambda_pos, args.vespo_k_neg, args.vespo_lambda_neg)
-        return Objective.vespo(*shape, **terms)
+        return Objective.vespo(*shape)
     build = Objective.gspo if args.importance_sampling_level == "sequence" else Objective.ppo
-    return build(1 - args.epsilon, 1 + high, ratio_cap=args.delta, **terms)
+    return build(1 - args.epsilon, 1 + high, ratio_cap=args.delta)
 
 
 def named_objective(name: str) -> Objective:

@@ -120,7 +120,7 @@ class GRPOTrainer(_Base):
     def _trls(self, loss_type: Any) -> Objective:
         self.loss_type: str = loss_type or self.args.loss_type
         check_config(self.args, self.loss_type)
-        return trl_objective(self.args, self.loss_type, self._terms())
+        return with_terms(trl_objective(self.args, self.loss_type), self._terms())
 
     def _own(self, objective: Any) -> Objective:
         check_config(self.args, self.loss_type, objective)
