@@ -209,6 +209,8 @@ def test_deepdistill() -> None:
     tenths = torch.full((1, 3), 0.1, dtype=torch.float64)
     assert tenths.std(correction=0) > 0  # from rounding
     assert scaling.difficulty_grade(tenths).variation == 0
+    six = scaling.difficulty_grade(tenths.repeat(1, 2), thresholds=(0.1,))
+    assert six.pass_rate == 0.1 and six.grade == 0  # the mean of six is less
     assert scaling.difficulty_grade(scores, thresholds=()).grade.tolist() == [0] * 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no problems are no reason to warn
@@ -238,14 +240,14 @@ def test_deep_self_evolving_reasoning() -> None:
 
 def test_a_star_decoding() -> None:
     frontier = scaling.AStarFrontier(budget=6)
-    assert frontier.push(["a", "b", "c"], [0.5, 0.75, 0.5]) == 3 and len(frontier) == 3
+    assert frontier.push(["c", "b", "a"], [0.5, 0.75, 0.5]) == 3 and len(frontier) == 3
     (best,) = frontier.pop()
     assert (best.state, best.cost, best.priority) == ("b", 0.0, 0.25)
     frontier.push(["b1", "b2"], [0.25, 1.0], parent=best)
     order = frontier.pop(10)
     # b1: h rose from .25 to .75, so g = .5 and f = 1.25; b2: h fell, g stays 0.
     assert [(n.state, n.cost, n.priority) for n in order] == [
-        ("b2", 0.0, 0.0), ("a", 0.0, 0.5), ("c", 0.0, 0.5), ("b1", 0.5, 1.25),
+        ("b2", 0.0, 0.0), ("c", 0.0, 0.5), ("a", 0.0, 0.5), ("b1", 0.5, 1.25),
     ]  # fmt: skip
     assert len(frontier) == 0 and frontier.pop() == [] and not frontier.exhausted
     assert frontier.push(["x", "y"], [0.1, 0.9]) == 1 and frontier.exhausted
@@ -380,6 +382,17 @@ def test_deepprune_judge_loss(gamma: float, alpha: float | None) -> None:
         torch.testing.assert_close(scaling.focal_bce(x, y, gamma=0.0), plain)
     sure = scaling.focal_bce(torch.tensor([torch.inf, -torch.inf]), y[:2], gamma=gamma)
     assert sure.tolist() == [0, 0]
+    half = (
+        x.detach().bfloat16().requires_grad_()
+    )  # an exponent in half precision is off by percents
+    for target in (0, 1):
+        got, exact = (
+            scaling.focal_bce(z, torch.full((8,), target), gamma=gamma, alpha=alpha)
+            for z in (half, half.double())
+        )
+        grads = (torch.autograd.grad(out.sum(), half)[0].double() for out in (got, exact))
+        for a, b in ((got.double(), exact), grads):
+            torch.testing.assert_close(a, b, rtol=2**-8, atol=1e-36)
     small = x[2:6].detach().requires_grad_()
     torch.autograd.gradcheck(
         lambda z: scaling.focal_bce(z, y[2:6], gamma=gamma, alpha=alpha), small

@@ -114,10 +114,10 @@ def difficulty_grade(
     x = scores.double()
     if _checks.reads_values(x):
         _checks.check_all("scores", x, (x >= 0) & x.isfinite(), "finite numbers >= 0")
-    mean = x.mean(1)
-    std = x.std(1, correction=0) if len(x) else mean  # torch warns of a std of no numbers
     # Of equal scores the mean, and so the deviation, may be off in the last digit.
     differ = x.amax(1) > x.amin(1)
+    mean = torch.where(differ, x.mean(1), x[:, 0])
+    std = x.std(1, correction=0) if len(x) else mean  # torch warns of a std of no numbers
     variation = torch.where(differ, std / torch.where(differ, mean, 1.0), 0.0)
     grade = torch.zeros_like(mean, dtype=torch.int64)
     for threshold in thresholds:

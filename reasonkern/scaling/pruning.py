@@ -187,10 +187,11 @@ def focal_bce(
     _checks.check_number("gamma", gamma, 0.0)
     if alpha is not None:
         _checks.check_number("alpha", alpha, 0, 1)
-    signed = torch.where(target != 0, logit, -logit)
+    x = logit if logit.dtype == torch.float64 else logit.float()  # an exponent needs its digits
+    signed = torch.where(target != 0, x, -x)
     loss = -logsigmoid(signed)
     if gamma > 0:  # 0 times the logarithm of 0 is NaN
         loss = torch.exp(gamma * logsigmoid(-signed)) * loss
     if alpha is not None:
         loss = torch.where(target != 0, alpha * loss, (1 - alpha) * loss)
-    return loss
+    return loss.to(logit.dtype)
