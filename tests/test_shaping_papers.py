@@ -114,6 +114,9 @@ def test_nan_is_not_taken_for_zero() -> None:
     reward, group = torch.tensor([0.0, torch.nan, 1.0, 1.0]), torch.tensor([0, 0, 1, 1])
     assert shaping.group_advantages(reward, group, baseline="none")[:2].isnan().all()
     assert shaping.group_advantages(reward, group, scale="batch-std").isnan().all()
+    reward[1] = torch.inf
+    by_mean = shaping.group_advantages(reward, group, scale="none")
+    assert by_mean[0] == -torch.inf and by_mean[1].isnan() and not by_mean[2:].any()
 
 
 @pytest.mark.parametrize("baseline", ["group-mean", "leave-one-out", "batch-mean"])
@@ -148,6 +151,10 @@ def test_results_are_constants_of_the_loss() -> None:
         shaping.elliptical_bonus(x[:, None], GROUP),
         shaping.overlong_penalty(ones, max_length=2, buffer=1),
         shaping.length_adaptive_lambda(ones),
+        shaping.grpo_lambda(ones, BITS, GROUP, alpha=0.5),
+        shaping.concise_gated(ones, BITS, GROUP, limit=2),
+        shaping.adactrl(ones, BITS, GROUP, 0 * GROUP),
+        shaping.format_length_surrogate(ones, BITS),
     ):
         assert not out.requires_grad
 
@@ -229,6 +236,8 @@ def test_ettrl() -> None:
     got = shaping.entropy_reshape(advantage, h, GROUP, active=active)
     check(got, expected, rel=1e-12)
     assert got[1] == 0 and got.isfinite().all()
+    equal = shaping.entropy_reshape(advantage, torch.full_like(h, 0.1), GROUP)
+    assert torch.equal(equal, advantage)  # a plain mean of three is off
 
 
 def test_conciser() -> None:

@@ -75,6 +75,7 @@ CALLS: dict[str, Callable[[Fakes], Any]] = {
     "tail_answers": lambda f: scaling.tail_answers(f.ids[None], 2),
     "vote_ids": lambda f: scaling.vote_ids(f.ids, f.rows),
 }  # fmt: skip
+FLOAT64 = {"difficulty_grade", "length_statistics", "markov_improvement", "pass_at_k"}
 # Tested with policy_loss; on the host by nature; a generator of a device needs the device.
 ELSEWHERE = {"conflict_token_weights", "covariance_mask", "entropy_filter", "high_entropy_mask"}
 ON_THE_HOST = {
@@ -99,6 +100,8 @@ def test_no_value_is_read(fakes: Fakes, name: str) -> None:
     out = CALLS[name](fakes)
     for x in (out,) if isinstance(out, torch.Tensor) else out or ():
         assert x.device.type == "meta"
+        wide = name in FLOAT64 and x.is_floating_point()
+        assert x.dtype in (torch.bool, torch.int64, torch.float64 if wide else torch.float32)
 
 
 def test_a_read_would_be_noticed(fakes: Fakes) -> None:
