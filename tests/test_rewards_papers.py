@@ -176,6 +176,7 @@ def test_laser() -> None:
         check(got, lambda i, g=gain, s=loss: -0.5 if not BITS[i]
               else 1 + (g if LENGTH[i] <= 30 else -s))  # fmt: skip
     assert (LENGTH[BITS] == 30).any()  # on the target counts as within
+    assert shaping.laser(LENGTH, BITS, target=0)[3] == 1.5 and LENGTH[3] == 0
 
 
 def test_laser_takes_lengths_of_any_dtype() -> None:
@@ -198,18 +199,22 @@ def test_laser_d_and_de() -> None:
     assert {level(i) for i in range(N)} == {0, 1, 2}
     repetitive = LENGTH == 80
 
-    def d(i: int) -> float:
+    def d(i: int, bonus: float = 0.5, wrong: float = -0.5) -> float:
         if not BITS[i]:
-            return -0.5
-        return 1.5 if LENGTH[i] <= targets[level(i)] else 1.0
+            return wrong
+        return 1 + bonus if LENGTH[i] <= targets[level(i)] else 1.0
 
-    def de(i: int) -> float:
+    def de(i: int, bonus: float = 0.5, wrong: float = -0.5) -> float:
         explores = not BITS[i] and LENGTH[i] > targets[level(i)] and not repetitive[i]
-        return 0.0 if explores else d(i)
+        return wrong + bonus if explores else d(i, bonus, wrong)
 
     check(shaping.laser_d(LENGTH, BITS, GROUP, targets=targets), d)
     check(shaping.laser_d(LENGTH, BITS, GROUP, targets=torch.tensor(targets)), d)
     check(shaping.laser_de(LENGTH, BITS, GROUP, targets=targets, repetitive=repetitive), de)
+    other = {"targets": targets, "bonus": 0.25, "wrong": -2.0}
+    check(shaping.laser_d(LENGTH, BITS, GROUP, **other), lambda i: d(i, 0.25, -2.0))
+    explored = shaping.laser_de(LENGTH, BITS, GROUP, repetitive=repetitive, **other)
+    check(explored, lambda i: de(i, 0.25, -2.0))
     assert {d(i) for i in range(N)} == {-0.5, 1.0, 1.5} and 0.0 in {de(i) for i in range(N)}
     assert repetitive.any()
     assert (LENGTH[~BITS] == 60).any() and (LENGTH[~BITS] == 40).any()  # not longer than its target
@@ -241,6 +246,16 @@ def test_laser_target_search() -> None:
         return 1000
 
     assert got.tolist() == [search(0, 5), search(1, 2), search(2, 1)] == [200, 200, 1000]
+    for rollouts, high, medium in ((6, 4, 2), (1, 1, 1)):
+        grid = {"lower": 100, "upper": 1000, "step": 100, "rollouts": rollouts}
+        other = shaping.adaptive_length_targets(length, correct, group, **grid)
+        assert other.tolist() == [search(0, high), search(1, medium), 1000]
+    one = shaping.adaptive_length_targets(  # right answer of a hundred, by the usual steps
+        length[200:], torch.arange(100) == 99, group[200:], lower=1, upper=5000
+    )
+    assert one.tolist() == [5000, 5000, 1025]
+    one = shaping.adaptive_length_targets(length, correct, group, lower=7, upper=7)
+    assert one.tolist() == [7, 7, 7]
     uneven = shaping.adaptive_length_targets(length, correct, group, lower=128, upper=1000, step=64)
     assert uneven.tolist() == [256, 256, 960]
     nobody = torch.zeros(300, dtype=torch.bool)

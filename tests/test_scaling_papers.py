@@ -34,9 +34,12 @@ def test_beyond_the_last_answer() -> None:
     assert scaling.subthought_split("a+b? (a+b)", ["a+b"]) == ["a+b? (", "a+b)"]
     assert scaling.subthought_split("x\n\ny</t>z", ["\n\n", "</t>"]) == ["x", "\n\ny", "</t>z"]
     assert scaling.subthought_split("x Wait y But", {"But", "Wait"}) == ["x ", "Wait y ", "But"]
+    assert scaling.subthought_split("x But So y", ["So", "But", "But So"]) == ["x ", "But So y"]
     assert len(set(scaling.MARKERS)) == 32
     assert scaling.vote(["4", "5", "5", "4", None], tie="earliest").answer == "4"
     assert scaling.vote(["4", "5", "5", "4"], tie="latest").answer == "5"
+    assert scaling.vote(["4", "5", "4"], tie="latest").answer == "4"
+    assert scaling.vote(["4", "5", "6"], tie="latest").answer == "6"
 
 
 def test_two_heads_are_better() -> None:
@@ -70,6 +73,8 @@ def test_ettrl_label_and_vote_ids() -> None:
             answer = scaling.vote(named, exact).answer
             assert got[b] == (-1 if answer is None else answer)
     assert scaling.vote_ids(ids[:, :0]).tolist() == [-1] * 200
+    no_weight = scaling.vote_ids(torch.tensor([[3, -7], [-7, 4]]), torch.tensor([[0.0, 1.0]] * 2))
+    assert no_weight.tolist() == [-1, 4]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -121,8 +126,12 @@ def test_role_of_temperature_sampling() -> None:
     assert not scaling.temperature_vote(answers, temperature, intra=0.9, cross=2 / 3).done
     ten = scaling.temperature_vote(["a"] * 7 + ["b", "c", "d"], list(range(10)), cross=0.7)
     assert ten.done and ten.answer == "a"
-    easy = scaling.temperature_vote(["x"] * 4, [1.0, 0.5, 1.0, 0.5])
-    assert easy.done and list(easy.by_temperature) == [0.5, 1.0]
+    # Two of five temperatures are sure of a; the winners of the other three, not sure, are b.
+    split = ["a"] * 4 + ["b", "c"] * 3
+    two = scaling.temperature_vote(split, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4], cross=0.4)
+    assert (two.answer, two.done) == ("a", True)
+    easy = scaling.temperature_vote(["x"] * 4, [0.9, 1.2, 0.9, 0.6])
+    assert easy.done and list(easy.by_temperature) == [0.6, 0.9, 1.2]
     assert scaling.temperature_vote([], []) == (None, False, {})
     silent = scaling.temperature_vote([None, "y"], [0.0, 1.0])
     assert (silent.answer, silent.done) == ("y", False)

@@ -404,12 +404,14 @@ def test_enigmata() -> None:
 
 
 def test_pta_grpo() -> None:
-    parts = {"answer": BITS.double(), "plan": randn(N, seed=15), "length": LENGTH.double()}
+    parts = {"answer": BITS.float(), "plan": randn(N, seed=15), "length": LENGTH.double()}
     parts["length"][~BITS] = torch.nan  # behind a closed gate
     weights = {"answer": 1.0, "plan": 0.25, "length": -0.01}
-    got = shaping.mix_rewards(parts, weights, {"length": BITS})
-    check(got, lambda i: BITS[i].item() + 0.25 * parts["plan"][i].item()
+    half = torch.full((N,), 0.5)
+    got = shaping.mix_rewards(parts, weights, {"length": BITS, "plan": half})
+    check(got, lambda i: BITS[i].item() + 0.125 * parts["plan"][i].item()
           - (0.01 * LENGTH[i].item() if BITS[i] else 0.0), rel=1e-12)  # fmt: skip
+    assert got.dtype == torch.float64
 
 
 def test_rlsp() -> None:
