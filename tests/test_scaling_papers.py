@@ -189,6 +189,14 @@ def test_math_beyond(n: int, k: int) -> None:
         assert abs(Fraction(p) - exact) <= Fraction(1, 10**14) * exact, c
 
 
+def test_pass_at_k_of_impossible_counts_is_nan_where_none_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("reasonkern._checks.reads_values", lambda _: False)  # as on CUDA
+    got = scaling.pass_at_k(torch.tensor([4, 4, 4, 1]), torch.tensor([2, 5, -1, 1]), 2)
+    assert got.isnan().tolist() == [False, True, True, True]
+
+
 def test_reasoning_meets_compression() -> None:
     """pass@k over repeats, and what the answers cost in tokens."""
     n = torch.tensor([[8, 8], [16, 16]])
@@ -198,10 +206,15 @@ def test_reasoning_meets_compression() -> None:
         for j in range(2):
             exact = exact_pass_at_k(int(n[i, j]), int(c[i, j]), 2)
             assert got[i, j].item() == pytest.approx(float(exact), rel=1e-15)
+    assert scaling.pass_at_k(n[:, 0], 4, 2).tolist() == pytest.approx([11 / 14, 9 / 20])
+    assert scaling.pass_at_k(4, 4, 2) == 1
     length, correct = torch.tensor([10, 20, 60, 90]), torch.tensor([True, False, True, False])
     out = scaling.length_statistics(length, correct)
     deviation = math.sqrt(sum((x - 45) ** 2 for x in (10, 20, 60, 90)) / 3)
     assert [x.item() for x in out] == pytest.approx([45, deviation, 35, 55])
+    assert scaling.length_statistics(length.view(2, 2), correct.view(2, 2)) == out
+    assert scaling.length_statistics(length[:2], correct[:2]).std == math.sqrt(50)
+    assert all(x.isnan() for x in scaling.length_statistics(length[:0], correct[:0]))
     alone = scaling.length_statistics(length[:1], correct[:1])
     assert (alone.mean, alone.mean_correct) == (10, 10)
     assert alone.std.isnan() and alone.mean_wrong.isnan()
@@ -213,6 +226,7 @@ def test_deepdistill() -> None:
     assert rate.tolist() == [1, 0.5, 0, 0.25] and grade.tolist() == [0, 1, 2, 2]
     expected = [0.0, 1.0, 0.0, math.sqrt(3 / 16) / 0.25]
     assert variation.tolist() == pytest.approx(expected)
+    assert scaling.difficulty_grade(scores[:, :1]).grade.tolist() == [0, 0, 2, 2]
     at = torch.arange(9) < torch.tensor([[6], [3]])  # 2/3 and 1/3 are not below the thresholds
     assert scaling.difficulty_grade(at).grade.tolist() == [0, 1]
     tenths = torch.full((1, 3), 0.1, dtype=torch.float64)
@@ -242,6 +256,7 @@ def test_deep_self_evolving_reasoning() -> None:
     ids = torch.arange(12).view(1, 2, 6)
     assert scaling.tail_answers(ids, 2).tolist() == [[5, 11, 4, 10]]
     assert scaling.tail_answers(ids, 99).shape == (1, 12)
+    assert scaling.tail_answers(ids.view(1, 1, 12)).shape == (1, 10)
 
 
 # ---- search, routing, pruning

@@ -118,7 +118,7 @@ def difficulty_grade(
     differ = x.amax(1) > x.amin(1)
     mean = torch.where(differ, x.mean(1), x[:, 0])
     std = x.std(1, correction=0) if len(x) else mean  # torch warns of a std of no numbers
-    variation = torch.where(differ, std / torch.where(differ, mean, 1.0), 0.0)
+    variation = torch.where(differ, std / mean, 0.0)
     grade = torch.zeros_like(mean, dtype=torch.int64)
     for threshold in thresholds:
         grade += mean < threshold
@@ -168,15 +168,14 @@ def length_statistics(length: Tensor, correct: Tensor) -> LengthStatistics:
     _checks.check_dtype("correct", correct, torch.bool)
     _checks.check_shape("length", length, correct.shape, "correct.shape")
     _checks.check_device("length", length, correct, "correct")
-    x = length.double().flatten()
-    right = correct.flatten()
+    x = length.double()
 
     def mean(where: Tensor) -> Tensor:
         return torch.where(where, x, 0.0).sum() / where.sum()
 
-    every = torch.ones_like(right)
+    every = torch.ones_like(correct)
     deviation = (x - mean(every)).square().sum() / (x.numel() - 1 if x.numel() > 1 else torch.nan)
-    return LengthStatistics(mean(every), deviation.sqrt(), mean(right), mean(~right))
+    return LengthStatistics(mean(every), deviation.sqrt(), mean(correct), mean(~correct))
 
 
 @documented
@@ -231,14 +230,12 @@ def markov_improvement(correct: Tensor, *, prior: float = 0.0) -> Improvement:
     def rate(state: Tensor, change: Tensor) -> Tensor:
         seen = state.sum().double() + 2 * prior
         changed = (state & change).sum().double() + prior
-        return torch.where(seen > 0, changed / seen.clamp_min(1e-300), 0.0)
+        return changed / seen.clamp_min(1e-300)  # of nothing seen nothing changed
 
     improve, degrade = rate(~before, after), rate(before, ~after)
     either = improve + degrade
-    share = improve / torch.where(either > 0, either, 1.0)
-    return Improvement(
-        improve, degrade, torch.where(either > 0, share, correct[:, -1].double().mean())
-    )
+    last = correct[:, -1].double().mean()
+    return Improvement(improve, degrade, torch.where(either > 0, improve / either, last))
 
 
 def tail_answers(answer_ids: Tensor, last: int = 10) -> Tensor:
