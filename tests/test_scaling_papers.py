@@ -199,7 +199,7 @@ def test_pass_at_k_of_impossible_counts_is_nan_where_none_are_read(
 
 def test_reasoning_meets_compression() -> None:
     """pass@k over repeats, and what the answers cost in tokens."""
-    n = torch.tensor([[8, 8], [16, 16]])
+    n = torch.tensor([[8, 9], [16, 12]])
     c = torch.tensor([[1, 8], [0, 4]])
     got = scaling.pass_at_k(n, c, 2)
     for i in range(2):

@@ -40,6 +40,8 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sh.adactrl(X, BITS, GROUP, GROUP[:1]), "tag: expected shape"),
     (lambda: sh.adactrl(X, BITS, GROUP, X), "tag: expected dtype torch.int64"),
     (lambda: sh.pass_at_k_reward(ROWS, GROUP), r"reward: expected shape \(N,\)"),
+    (lambda: sh.entropy_reshape(ROWS, X, GROUP), r"advantage: expected shape \(N,\)"),
+    (lambda: sh.dynamic_sampling_mask(ROWS, GROUP), r"reward: expected shape \(N,\)"),
     (lambda: sh.entropy_reshape(X, ROWS, GROUP), r"entropy_mean: expected shape \(N,\)"),
     (lambda: sh.entropy_reshape(X, X[:2], GROUP), r"entropy_mean: .* advantage.shape = \(3,\)"),
     (lambda: sh.entropy_reshape(X, X.to("meta"), GROUP), "entropy_mean: .* device of advantage"),
@@ -124,7 +126,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     # choices
     (lambda: sh.group_advantages(X, GROUP, baseline="median"), "baseline: expected 'group-mean'"),
     (lambda: sh.group_advantages(X, GROUP, scale="max"), "scale: expected 'std'"),
-    (lambda: sh.group_advantages(X, GROUP, baseline="length-weighted"), "length: expected a ten"),
+    (lambda: sh.group_advantages(X, GROUP, baseline="length-weighted"), "length: .* for base"),
     (lambda: sh.elliptical_bonus(FEATURES, GROUP, mode="x"), "mode: expected 'leave-one-out'"),
     (lambda: sh.laser(X, BITS, target=1, mode="x"), "mode: expected 'reward'"),
     (lambda: sh.composed_all_correct(ROWS.bool(), mode="first"), "mode: expected 'all' or 'last'"),

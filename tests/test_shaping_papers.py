@@ -109,6 +109,12 @@ def test_equal_rewards_give_exactly_zero(baseline: str, scale: str) -> None:
             assert torch.equal(got, torch.zeros(n, dtype=torch.float64))
 
 
+def test_length_weighted_baseline_of_next_to_no_tokens() -> None:
+    reward, group = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0, 0, 1, 1])
+    kind = {"length": torch.tensor([1, 0, 0, 0]), "baseline": "length-weighted", "scale": "none"}
+    assert shaping.group_advantages(reward, group, **kind).tolist() == [0, -1, 0.5, -0.5]
+
+
 def test_nan_is_not_taken_for_zero() -> None:
     """0 over a standard deviation that is NaN is no advantage of 0."""
     reward, group = torch.tensor([0.0, torch.nan, 1.0, 1.0]), torch.tensor([0, 0, 1, 1])
@@ -119,11 +125,22 @@ def test_nan_is_not_taken_for_zero() -> None:
     assert by_mean[0] == -torch.inf and by_mean[1].isnan() and not by_mean[2:].any()
 
 
+def test_a_group_of_one_gives_zero_whatever_its_reward() -> None:
+    reward, group = torch.tensor([torch.nan, 0.5, 0.5]), torch.tensor([0, 1, 1])
+    for baseline in ("group-mean", "leave-one-out", "length-weighted"):
+        kind = {"baseline": baseline, "scale": "none", "length": torch.ones(3)}
+        assert shaping.group_advantages(reward, group, **kind).tolist() == [0, 0, 0]
+    parts = {"normalise": "per-component", "group": group}
+    assert shaping.mix_rewards({"a": reward}, {"a": 1.0}, **parts).tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("baseline", ["group-mean", "leave-one-out", "batch-mean"])
 def test_equal_rewards_give_exactly_zero_without_eps(baseline: str) -> None:
     reward, group = torch.full((4,), 0.1), torch.tensor([0, 0, 1, 1])
     out = shaping.group_advantages(reward, group, baseline=baseline, eps=0.0)
     assert out.tolist() == [0, 0, 0, 0]
+    plain = shaping.group_advantages(reward, group, baseline="none", eps=0.0)
+    assert plain.tolist() == [torch.inf] * 4
     kind = {"normalise": "per-component", "group": group, "eps": 0.0}
     assert shaping.mix_rewards({"a": reward}, {"a": 1.0}, **kind).tolist() == [0, 0, 0, 0]
 
