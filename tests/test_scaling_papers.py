@@ -371,6 +371,10 @@ def test_deepprune() -> None:
     one = scaling.greedy_cluster(scores, max_members=1, seed=5)
     assert one == scaling.greedy_cluster(scores, max_members=1, seed=5)
     assert sorted(sum(one, [])) == list(range(6))
+    torn = [[1, 0, 0], [1, 1, 0], [1, 0, 1]]  # the third is like the first, not like the second
+    assert scaling.greedy_cluster(torn, max_members=2) == [[0, 1], [2]]
+    seen = [scaling.greedy_cluster(torn, max_members=1, seed=s) for s in range(20)]
+    assert [[0, 1], [2]] in seen and [[0, 1, 2]] in seen
     plan = scaling.finish_plan
     assert plan([{4}, {3, 0, 1}], 2, 1) == [0, 1]
     assert plan([[0, 1, 4], [2, 3]], 2, 9) == [0, 1] and plan([[0, 1, 4], [2, 3]], 9, 1) == [
@@ -386,7 +390,7 @@ def test_deepprune() -> None:
     assert plan([[3], [5]], 1, 9) == [3, 5]
 
 
-@pytest.mark.parametrize(("gamma", "alpha"), [(0.0, None), (2.0, None), (1.5, 0.1)])
+@pytest.mark.parametrize(("gamma", "alpha"), [(0.0, None), (2.0, None), (0.5, 0.1)])
 def test_deepprune_judge_loss(gamma: float, alpha: float | None) -> None:
     x = torch.tensor([-800.0, -30.0, -1.0, 0.0, 0.3, 5.0, 40.0, 800.0]).double().requires_grad_()
     for target in (0, 1):
@@ -401,6 +405,7 @@ def test_deepprune_judge_loss(gamma: float, alpha: float | None) -> None:
             expected = -weight * math.exp(gamma * log_q) * log_p
             assert got[i].item() == pytest.approx(expected, rel=1e-12, abs=1e-300)
     y = torch.tensor([1, 0, 1, 0, 1, 0, 1, 0]).double()
+    assert torch.equal(scaling.focal_bce(x, y), scaling.focal_bce(x, y, gamma=2.0))
     if gamma == 0 and alpha is None:
         plain = torch.nn.functional.binary_cross_entropy_with_logits(x, y, reduction="none")
         torch.testing.assert_close(scaling.focal_bce(x, y, gamma=0.0), plain)

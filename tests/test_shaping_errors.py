@@ -99,7 +99,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sc.length_statistics(X.to("meta"), BITS), "length: expected the device of correct"),
     (lambda: sc.focal_bce(X, X.to("meta")), "target: expected the device of logit"),
     (lambda: sc.focal_bce(GROUP, X), "logit: expected floating point, got torch.int64"),
-    (lambda: sc.greedy_cluster(ROWS[..., None]), "scores: expected a square matrix"),
+    (lambda: sc.greedy_cluster(torch.zeros(2, 2, 1)), "scores: expected a square matrix"),
     (lambda: sc.greedy_cluster(FEATURES.to("meta")), "scores: expected a tensor with values"),
     (lambda: sc.pass_at_k(X.long(), X[:2].long(), 1), "c: expected a shape that broadcasts"),
     # values that would otherwise vanish in a comparison
@@ -191,7 +191,8 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sc.route_peers(["a", "b"], 2), "top_k: expected at most 1"),
     (lambda: sc.route_peers(["a", "b"], -2), "top_k: expected an integer >= 0, or -1"),
     (lambda: sc.select_diverse(["a"], 2), r"k: expected an integer in \[0, 1\]"),
-    (lambda: sc.greedy_cluster([[1.0]], max_clusters=0), "max_clusters: expected an integer >= 1"),
+    (lambda: sc.greedy_cluster([[1.0]], max_clusters=0), "max_clusters: .* integer >= 1 or None"),
+    (lambda: sc.greedy_cluster([[1.0]], math.nan), "tau: expected a finite number, got nan"),
     (lambda: sc.finish_plan([[0]], 0, 1), "per_cluster: expected an integer >= 1"),
     (lambda: sc.finish_plan([[0], []], 1, 1), "clusters: expected clusters with members"),
     (lambda: sc.AStarFrontier(0), "budget: expected an integer >= 1 or None"),

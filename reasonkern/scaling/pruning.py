@@ -146,7 +146,7 @@ def finish_plan(
     if not len(clusters):
         return []
     largest = max(clusters, key=len)
-    if len(largest) > 1 or len(clusters) == 1:
+    if len(largest) > 1:
         return sorted(largest)[:per_cluster]
     every = [trace for cluster in clusters for trace in cluster]
     return sorted(random.Random(seed).sample(every, min(singletons, len(every))))
