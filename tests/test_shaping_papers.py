@@ -147,9 +147,10 @@ def test_equal_rewards_give_exactly_zero_without_eps(baseline: str) -> None:
 
 def test_bounds_of_elliptical_bonus_may_be_any_size() -> None:
     features, group = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(3)
-    given = {"max_groups": 1 << 62, "max_group_size": 1 << 62}
-    bounded = shaping.elliptical_bonus(features, group.long(), **given)
-    assert torch.equal(bounded, shaping.elliptical_bonus(features, group.long()))
+    for groups, size in ((1 << 62, 1 << 62), (1, 3)):
+        given = {"max_groups": groups, "max_group_size": size}
+        bounded = shaping.elliptical_bonus(features, group.long(), **given)
+        assert torch.equal(bounded, shaping.elliptical_bonus(features, group.long()))
     nothing = shaping.elliptical_bonus(features[:, :0], group.long(), project=2)
     assert nothing.tolist() == [0, 0, 0]
 
@@ -331,6 +332,8 @@ def test_representation_based_exploration(mode: str, lam: float) -> None:
             assert not shaping.elliptical_bonus(features, GROUP, ridge, mode)[g == GROUP].any()
     hints = shaping.elliptical_bonus(features, GROUP, lam, mode, max_groups=9, max_group_size=6)
     torch.testing.assert_close(hints, got, rtol=1e-9, atol=1e-12)
+    if (lam, mode) == (0.01, "leave-one-out"):
+        assert torch.equal(shaping.elliptical_bonus(features, GROUP), got)
 
 
 def test_representation_based_exploration_saturation_and_remedies() -> None:
@@ -339,8 +342,15 @@ def test_representation_based_exploration_saturation_and_remedies() -> None:
     torch.testing.assert_close(bonus, torch.full_like(bonus, 7.0), rtol=1e-6, atol=0)
     relative = shaping.elliptical_bonus(features, group, 1.0, lam_relative=True)
     assert relative.std() > 0.01 and relative.max() < 3
-    scaled = shaping.elliptical_bonus(100 * features, group, 1.0, lam_relative=True)
-    torch.testing.assert_close(scaled, relative)
+    for scale in (100, 0.1):
+        scaled = shaping.elliptical_bonus(scale * features, group, 1.0, lam_relative=True)
+        torch.testing.assert_close(scaled, relative)
+    trace = (features - features.mean(0)).square().sum().item()
+    torch.testing.assert_close(shaping.elliptical_bonus(features, group, trace / 7), relative)
+    alone = shaping.elliptical_bonus(features, torch.arange(8), 1.0, lam_relative=True)
+    assert not alone.any()
+    for ridge in (0.03, 0.1, 0.7):  # K is less than a digit of λ
+        assert (shaping.elliptical_bonus(1e-9 * features, group, ridge) >= 0).all()
     equal = shaping.elliptical_bonus(features[:1].expand(8, -1), group, 1.0, lam_relative=True)
     assert not equal.any()
     narrow = shaping.elliptical_bonus(features, group, project=16, seed=1)
@@ -350,6 +360,28 @@ def test_representation_based_exploration_saturation_and_remedies() -> None:
         shaping.elliptical_bonus(1e4 * features, group, 1e-3)
     with pytest.raises(ValueError, match="max_group_size: expected at least 8"):
         shaping.elliptical_bonus(features, group, max_group_size=4)
+
+
+def test_representation_based_exploration_is_nan_where_no_value_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on CUDA: what has no place, no ridge or no number spoils its own group only."""
+    features, group = randn(8, 3, seed=9), torch.arange(8) // 3
+    usual = shaping.elliptical_bonus(features, group)
+    large, broken = features.clone(), features.clone()
+    large[:3] *= 1e8
+    broken[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="lam: expected a ridge of at least 1e-12 tr K"):
+        shaping.elliptical_bonus(large, group)
+    monkeypatch.setattr("reasonkern._checks.reads_values", lambda _: False)
+    for x, bounds, spoilt in (
+        (features, {"max_groups": 2}, [6, 7]), (features, {"max_group_size": 2}, [*range(6)]),
+        (large, {}, [0, 1, 2]), (broken, {}, [0, 1, 2]),
+    ):  # fmt: skip
+        got = shaping.elliptical_bonus(x, group, **bounds)
+        nan = torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor(spoilt), True)
+        assert torch.equal(got.isnan(), nan)
+        torch.testing.assert_close(got[~nan], usual[~nan])
 
 
 def test_representation_based_exploration_compiles_with_its_bounds() -> None:
@@ -375,6 +407,8 @@ def test_sparse_projection_keeps_lengths() -> None:
     p = sparse_projection(400, 256, 0, torch.device("cpu"))
     assert (p == 0).double().mean().item() == pytest.approx(1 - 1 / 20, abs=0.005)
     assert p.mean().abs() < 1e-3
+    every = sparse_projection(1, 4, 0, torch.device("cpu"))  # of one feature, with density 1
+    assert every.abs().tolist() == [[0.5] * 4]
     x = randn(30, 400, seed=10)
     torch.testing.assert_close(((x @ p).square().sum(1) / x.square().sum(1)).mean(),
                                torch.ones((), dtype=torch.float64), rtol=0.1, atol=0)  # fmt: skip
