@@ -45,7 +45,12 @@ def pass_at_k(n: int | Tensor, c: int | Tensor, k: int) -> Tensor:
     if isinstance(n, Tensor) and isinstance(c, Tensor):
         _checks.check_device("c", c, n, "n")
     at = next((x.device for x in (n, c) if isinstance(x, Tensor)), None)
-    total, right = (torch.as_tensor(x, dtype=torch.float64, device=at) for x in (n, c))
+    total, right = (
+        x.double()
+        if isinstance(x, Tensor)
+        else torch.full((), int(x), dtype=torch.float64, device=at)
+        for x in (n, c)
+    )
     try:
         total, right = torch.broadcast_tensors(total, right)
     except RuntimeError:
