@@ -435,6 +435,9 @@ def test_t_ppo() -> None:
     policy, critic = shaping.tppo_masks(mask, window, ~cut, drop_tail=2)
     assert policy.tolist() == [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]
     assert critic.tolist() == [[0] * 6, [1, 1, 1, 1, 0, 0]]
+    policy, critic = shaping.tppo_masks(mask, window, ~cut, truncated=~cut, drop_tail=1)
+    assert policy.tolist() == [[0, 0, 1, 1, 1, 0], [0] * 6]
+    assert critic.tolist() == [[0] * 6, [1, 1, 1, 1, 0, 0]]
     assert shaping.tppo_masks(mask, window, ~cut)[0].tolist() == (mask & window).tolist()
 
 
