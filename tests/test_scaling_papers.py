@@ -322,19 +322,22 @@ def test_leap() -> None:
     assert drawn == scaling.route_peers(TEXTS, 3, strategy="random", seed=1)
     assert all(i not in peers and len(set(peers)) == 3 for i, peers in enumerate(drawn))
     assert scaling.route_peers([], -1) == [] and scaling.route_peers(["a"], -1) == [[]]
+    assert scaling.route_peers(["a"], -1, strategy="random") == [[]]
 
 
 def test_ded() -> None:
     pytest.importorskip("rapidfuzz")
-    texts = [*TEXTS, "abc"]  # far from the first pick, near the third: not what comes next
-    s = scaling.text_similarity(texts)
-    got = scaling.select_diverse(texts, 4)
-    lowest = min((s[i, j], i) for i in range(7) for j in range(7))[1]
-    expected = [lowest]
-    while len(expected) < 4:
-        rest = [j for j in range(7) if j not in expected]
-        expected.append(min(rest, key=lambda j: (max(s[j, c] for c in expected), j)))
-    assert got == expected
+    for texts, first in (
+        ([*TEXTS, "abc"], 0),  # far from the first pick, near the third: not what comes next
+        (list(filter(None, TEXTS)), 1),
+    ):
+        s, n = scaling.text_similarity(texts), len(texts)
+        lowest = min((s[i, j], i) for i in range(n) for j in range(n))[1]
+        expected = [lowest]
+        while len(expected) < 4:
+            rest = [j for j in range(n) if j not in expected]
+            expected.append(min(rest, key=lambda j: (max(s[j, c] for c in expected), j)))
+        assert scaling.select_diverse(texts, 4) == expected and lowest == first
     assert scaling.select_diverse(TEXTS, 0) == [] and scaling.select_diverse(["a"], 1) == [0]
     assert sorted(scaling.select_diverse(["x"] * 3, 3)) == [0, 1, 2]
 

@@ -193,6 +193,7 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: sc.subthought_split("a", []), "markers: expected one word or more"),
     (lambda: sc.subthought_split("a", ["", "b"]), "markers: expected one word or more"),
     (lambda: sc.route_peers(["a", "b"], 2), "top_k: expected at most 1"),
+    (lambda: sc.route_peers(["a", "b"], 0.5), "top_k: expected an integer >= 0, or -1"),
     (lambda: sc.route_peers(["a", "b"], -2), "top_k: expected an integer >= 0, or -1"),
     (lambda: sc.select_diverse(["a"], 2), r"k: expected an integer in \[0, 1\]"),
     (lambda: sc.greedy_cluster([[1.0]], max_clusters=0), "max_clusters: .* integer >= 1 or None"),
