@@ -132,6 +132,7 @@ def test_r_horizon() -> None:
     assert shaping.composed_all_correct(correct, valid=valid).tolist() == [1, 0, 1, 1, 0, 0]
     assert shaping.composed_all_correct(correct, mode="last").tolist() == [1, 1, 0, 1, 1, 0]
     last = shaping.composed_all_correct(correct, valid=valid, mode="last")
+    assert last.dtype == shaping.composed_all_correct(correct).dtype == torch.float32
     assert last.tolist() == [1, 1, 1, 1, 0, 0]
 
 
