@@ -189,12 +189,14 @@ def test_math_beyond(n: int, k: int) -> None:
         assert abs(Fraction(p) - exact) <= Fraction(1, 10**14) * exact, c
 
 
-def test_pass_at_k_of_impossible_counts_is_nan_where_none_are_read(
+def test_impossible_counts_and_scores_are_nan_where_none_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("reasonkern._checks.reads_values", lambda _: False)  # as on CUDA
     got = scaling.pass_at_k(torch.tensor([4, 4, 4, 1]), torch.tensor([2, 5, -1, 1]), 2)
     assert got.isnan().tolist() == [False, True, True, True]
+    unknown = scaling.difficulty_grade(torch.tensor([[1.0, torch.nan], [1.0, 1.0]]))
+    assert [x.isnan().tolist() for x in unknown[:2]] == [[True, False]] * 2
 
 
 def test_reasoning_meets_compression() -> None:

@@ -120,7 +120,7 @@ def difficulty_grade(
     if _checks.reads_values(x):
         _checks.check_all("scores", x, (x >= 0) & x.isfinite(), "finite numbers >= 0")
     # Of equal scores the mean, and so the deviation, may be off in the last digit.
-    differ = x.amax(1) > x.amin(1)
+    differ = x.amax(1) != x.amin(1)  # NaN differs
     mean = torch.where(differ, x.mean(1), x[:, 0])
     std = x.std(1, correction=0) if len(x) else mean  # torch warns of a std of no numbers
     variation = torch.where(differ, std / mean, 0.0)
