@@ -294,6 +294,16 @@ def test_front_in_half_precision_and_any_strides() -> None:
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, b)
     assert gae(reward.double(), value.double(), lam=0.9)[0].dtype == torch.float64
+    rest = {"bootstrap": "given", "bootstrap_value": GIVEN, "truncated": TRUNCATED, "lam": ROW_LAM}
+    strided = {name: x if name == "bootstrap" else torch.stack((x, x), 1)[:, 0]
+               for name, x in rest.items()}  # fmt: skip
+    expected = torch.ops.reasonkern.gae(
+        reward, value, mask, ROW_LAM, ROW_LAM, GIVEN, TRUNCATED, 1.0, 0.0, 0.0, False
+    )
+    columns = (x.T.contiguous().T for x in (reward, value, mask))
+    for got in (gae(reward, value, mask, **rest), gae(*columns, **strided)):
+        for a, b in zip(got, expected, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_a_mask_may_be_numbers() -> None:
@@ -321,20 +331,22 @@ def test_compiles_without_a_graph_break() -> None:
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"reward": torch.zeros(3)}, r"reward: expected shape \(B, T\), got \(3,\)"),
     ({"reward": torch.zeros(2, 3, dtype=torch.int64)}, "reward: expected dtype"),
-    ({"value": torch.zeros(2, 4)}, "value: expected shape"),
+    ({"value": torch.zeros(2, 4)}, r"value: expected shape \(B, T\) = \(2, 3\)"),
     ({"value": torch.zeros(2, 3).double()}, "value: expected dtype torch.float32"),
     ({"mask": torch.full((2, 3), 2)}, r"mask: expected bool or 0/1 values, got 2 at \(0, 0\)"),
     ({"mask": torch.ones(3, 2, dtype=torch.bool)}, "mask: expected shape"),
     ({"gamma": 1.5}, r"gamma: expected a number in \[0, 1\], got 1.5"),
     ({"lam": -0.1}, r"lam: expected a number in \[0, 1\], got -0.1"),
-    ({"lam": torch.tensor([0.5, 1.5])}, r"lam: expected values in \[0, 1\], got 1.5 at \(1,\)"),
-    ({"lam": torch.tensor([0.5, torch.nan])}, r"lam: .* got nan"),
+    ({"lam": torch.tensor([0.5, -0.1])}, r"lam: expected values in \[0, 1\], got -0.1"),
+    ({"lam": torch.tensor([0.0, 1.5])}, r"lam: expected values in \[0, 1\], got 1.5 at \(1,\)"),
+    ({"lam": torch.tensor([1.0, torch.nan])}, r"lam: .* got nan at \(1,\)"),
     ({"lam_value": torch.ones(3)}, "lam_value: expected shape"),
     ({"bootstrap": "first"}, "bootstrap: expected 'zero' or 'last' or 'given', got 'first'"),
     ({"bootstrap": "given"}, "bootstrap_value: expected a tensor"),
     ({"bootstrap_value": torch.ones(2)}, "bootstrap_value: expected None"),
+    ({"bootstrap": "given", "bootstrap_value": torch.ones(3)}, "bootstrap_value: expected shape"),
     ({"truncated": torch.ones(2)}, "truncated: expected dtype torch.bool"),
-    ({"truncated": torch.ones(3, dtype=torch.bool)}, "truncated: expected shape"),
+    ({"truncated": torch.ones(3, dtype=torch.bool)}, r"truncated: expected shape \(B,\)"),
 ]  # fmt: skip
 
 

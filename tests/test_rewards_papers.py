@@ -24,6 +24,7 @@ def test_demystifying_agentic_rl() -> None:
     assert got[0] == 0 and not got[0].signbit() and got[-1] == -1
     half = shaping.overlong_penalty(length, max_length=20480, buffer=4096, factor=0.5)
     assert half[-1] == -0.5
+    assert shaping.overlong_penalty(length[:2], max_length=1, buffer=1).tolist() == [0, -1]
 
 
 def test_grpo_lambda() -> None:
@@ -43,10 +44,16 @@ def test_grpo_lambda() -> None:
             return 1 - 0.6 / (1 + math.exp(-z))
 
         check(got, expected)
+        if fraction == 0.2:
+            assert torch.equal(got, shaping.grpo_lambda(LENGTH, BITS, GROUP, alpha=0.6))
     # 0.07 of 100 groups are 7, although the product of the floats is more.
     hundred = torch.arange(100)
-    seven = shaping.grpo_lambda(hundred, hundred >= 0, hundred, alpha=1.0, top_fraction=0.07)
-    assert (seven < 1).sum() == 7 and (seven[:7] < 1).all()
+    for k in range(1, 101):
+        one_by_one = {"alpha": 1.0, "top_fraction": k / 100}
+        top_k = shaping.grpo_lambda(hundred, hundred >= 0, hundred, **one_by_one)
+        assert (top_k < 1).sum() == k and (top_k[:k] < 1).all()
+    near = shaping.grpo_lambda(torch.tensor([10, 11]), BITS[:2], 0 * GROUP[:2], alpha=1.0)
+    check(near, lambda i: 1 - 1 / (1 + math.exp((0.5 - i) / math.sqrt(0.5))))
     one = shaping.grpo_lambda(LENGTH, BITS, GROUP, alpha=0.6, top_fraction=0.4)
     assert one[3] == pytest.approx(0.7)  # the only answer of its group: σ(0)
     nobody = torch.zeros(N, dtype=torch.bool)
@@ -68,7 +75,7 @@ def test_s_grpo() -> None:
 
 def test_adactrl() -> None:
     tag = torch.tensor([0, 0, 1, 0, 1, -1, 0, 1, 0, 0, -1, 1, 0, 1, 0])
-    got = shaping.adactrl(LENGTH, BITS, GROUP, tag, length_weight=0.3)
+    got = shaping.adactrl(LENGTH, BITS, GROUP, tag)
 
     def expected(i: int) -> float:
         gold = 0 if accuracy(i) > 0.625 else 1
@@ -76,12 +83,13 @@ def test_adactrl() -> None:
         longest = max(LENGTH[j].item() for j in members(i))
         share = LENGTH[i].item() / longest if longest else 0.0
         short = 1 - (1 - math.cos(math.pi * share)) / 2 if BITS[i] and tag[i] == 0 else 0.0
-        return (1.0 if BITS[i] else -1.0) + 0.5 * label + 0.3 * short
+        return (1.0 if BITS[i] else -1.0) + 0.5 * label + 0.5 * short
 
     check(got, expected)
     exact = torch.zeros(8, dtype=torch.int64)  # 5 of 8 right is not above 0.625
-    five = torch.arange(8) < 5
+    five, six = torch.arange(8) < 5, torch.arange(8) < 6
     assert shaping.adactrl(exact, five, exact, exact + 1, length_weight=0.0)[0] == 1.5
+    assert shaping.adactrl(exact, six, exact, exact + 1, length_weight=0.0)[0] == 1
     for size in range(1, 30):  # nor is any other accuracy above itself
         zeros = torch.zeros(size, dtype=torch.int64)
         for right in range(size + 1):
@@ -98,14 +106,16 @@ def test_format_and_length_surrogate() -> None:
     soft = torch.tensor([1, 0, 1, 0, 1, 1, 1, 0]).bool()
     got = shaping.format_length_surrogate(length, answer, soft)
 
-    def expected(i: int) -> float:
-        x = length[i].item() / 3072
-        f = 1 - (1 - x / 0.5) ** 2 if x <= 0.5 else 1 - 2 * ((x - 0.5) / 0.5) ** 2
+    def expected(i: int, scale: float = 3072.0, p: float = 0.5) -> float:
+        x = length[i].item() / scale
+        f = 1 - (1 - x / p) ** 2 if x <= p else 1 - 2 * ((x - p) / (1 - p)) ** 2
         if not answer[i]:
             return min(0.0, f)
         return 0.5 * (soft[i].item() + answer[i].item()) + f
 
     check(got, expected)
+    other = shaping.format_length_surrogate(length, answer, soft, scale=1.0, peak=0.25)
+    check(other, lambda i: expected(i, 1.0, 0.25))
     assert got[5] < -1 and got[6] == 0
     assert torch.equal(
         shaping.format_length_surrogate(length, answer),
@@ -114,13 +124,16 @@ def test_format_and_length_surrogate() -> None:
 
 
 def test_r_horizon() -> None:
-    correct = torch.tensor([[1, 1, 1], [1, 0, 1], [1, 1, 0], [0, 1, 1], [1, 1, 1]]).bool()
-    valid = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [0, 1, 1], [0, 0, 0]]).bool()
-    assert shaping.composed_all_correct(correct).tolist() == [1, 0, 0, 0, 1]
-    assert shaping.composed_all_correct(correct, valid=valid).tolist() == [1, 0, 1, 1, 0]
-    assert shaping.composed_all_correct(correct, mode="last").tolist() == [1, 1, 0, 1, 1]
+    correct = torch.tensor(
+        [[1, 1, 1], [1, 0, 1], [1, 1, 0], [0, 1, 1], [1, 1, 1], [1, 1, 0]]
+    ).bool()
+    valid = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [0, 1, 1], [0, 0, 0], [1, 0, 1]]).bool()
+    assert shaping.composed_all_correct(correct).tolist() == [1, 0, 0, 0, 1, 0]
+    assert shaping.composed_all_correct(correct, valid=valid).tolist() == [1, 0, 1, 1, 0, 0]
+    assert shaping.composed_all_correct(correct, mode="last").tolist() == [1, 1, 0, 1, 1, 0]
     last = shaping.composed_all_correct(correct, valid=valid, mode="last")
-    assert last.tolist() == [1, 1, 1, 1, 0]
+    assert last.dtype == shaping.composed_all_correct(correct).dtype == torch.float32
+    assert last.tolist() == [1, 1, 1, 1, 0, 0]
 
 
 def test_spc() -> None:
@@ -129,6 +142,7 @@ def test_spc() -> None:
     generator, critic = shaping.zero_sum_rewards(detected, harmful)
     assert critic.tolist() == [1, -1, 0, 0] and generator.tolist() == [-1, 1, 0, 0]
     assert not (generator + critic).any() and not generator[2:].signbit().any()
+    assert shaping.zero_sum_rewards(detected)[1].tolist() == [1, -1, 1, -1]
 
 
 def test_pass_at_k_reward() -> None:
@@ -143,6 +157,8 @@ def test_pass_at_k_reward() -> None:
 
     check(got, expected)
     assert got.dtype == torch.float64 and (got > 0).sum() == 3
+    two = shaping.pass_at_k_reward(torch.tensor([0.25, 1.0]), 0 * GROUP[:2])
+    assert two.tolist() == [0, 0.75]
     small = shaping.pass_at_k_reward(r.float(), GROUP)
     assert small.dtype == torch.float32 and (small > 0).sum() == 3
 
@@ -161,6 +177,7 @@ def test_laser() -> None:
         check(got, lambda i, g=gain, s=loss: -0.5 if not BITS[i]
               else 1 + (g if LENGTH[i] <= 30 else -s))  # fmt: skip
     assert (LENGTH[BITS] == 30).any()  # on the target counts as within
+    assert shaping.laser(LENGTH, BITS, target=0)[3] == 1.5 and LENGTH[3] == 0
 
 
 def test_laser_takes_lengths_of_any_dtype() -> None:
@@ -183,18 +200,22 @@ def test_laser_d_and_de() -> None:
     assert {level(i) for i in range(N)} == {0, 1, 2}
     repetitive = LENGTH == 80
 
-    def d(i: int) -> float:
+    def d(i: int, bonus: float = 0.5, wrong: float = -0.5) -> float:
         if not BITS[i]:
-            return -0.5
-        return 1.5 if LENGTH[i] <= targets[level(i)] else 1.0
+            return wrong
+        return 1 + bonus if LENGTH[i] <= targets[level(i)] else 1.0
 
-    def de(i: int) -> float:
+    def de(i: int, bonus: float = 0.5, wrong: float = -0.5) -> float:
         explores = not BITS[i] and LENGTH[i] > targets[level(i)] and not repetitive[i]
-        return 0.0 if explores else d(i)
+        return wrong + bonus if explores else d(i, bonus, wrong)
 
     check(shaping.laser_d(LENGTH, BITS, GROUP, targets=targets), d)
     check(shaping.laser_d(LENGTH, BITS, GROUP, targets=torch.tensor(targets)), d)
     check(shaping.laser_de(LENGTH, BITS, GROUP, targets=targets, repetitive=repetitive), de)
+    other = {"targets": targets, "bonus": 0.25, "wrong": -2.0}
+    check(shaping.laser_d(LENGTH, BITS, GROUP, **other), lambda i: d(i, 0.25, -2.0))
+    explored = shaping.laser_de(LENGTH, BITS, GROUP, repetitive=repetitive, **other)
+    check(explored, lambda i: de(i, 0.25, -2.0))
     assert {d(i) for i in range(N)} == {-0.5, 1.0, 1.5} and 0.0 in {de(i) for i in range(N)}
     assert repetitive.any()
     assert (LENGTH[~BITS] == 60).any() and (LENGTH[~BITS] == 40).any()  # not longer than its target
@@ -226,6 +247,16 @@ def test_laser_target_search() -> None:
         return 1000
 
     assert got.tolist() == [search(0, 5), search(1, 2), search(2, 1)] == [200, 200, 1000]
+    for rollouts, high, medium in ((6, 4, 2), (1, 1, 1)):
+        grid = {"lower": 100, "upper": 1000, "step": 100, "rollouts": rollouts}
+        other = shaping.adaptive_length_targets(length, correct, group, **grid)
+        assert other.tolist() == [search(0, high), search(1, medium), 1000]
+    one = shaping.adaptive_length_targets(  # right answer of a hundred, by the usual steps
+        length[200:], torch.arange(100) == 99, group[200:], lower=1, upper=5000
+    )
+    assert one.tolist() == [5000, 5000, 1025]
+    one = shaping.adaptive_length_targets(length, correct, group, lower=7, upper=7)
+    assert one.tolist() == [7, 7, 7]
     uneven = shaping.adaptive_length_targets(length, correct, group, lower=128, upper=1000, step=64)
     assert uneven.tolist() == [256, 256, 960]
     nobody = torch.zeros(300, dtype=torch.bool)
@@ -246,6 +277,7 @@ def test_nothing_depends_on_the_default_dtype(dtype: torch.dtype) -> None:
             shaping.laser_d(long, BITS, GROUP, targets=targets, bonus=0.3),
             shaping.laser_de(long, BITS, GROUP, targets=targets),
             *shaping.zero_sum_rewards(BITS, REWARD > 0),
+            shaping.adactrl(long, BITS, GROUP, 0 * GROUP, tag_weight=0.3),
             shaping.conflict_token_weights(ids, sign, GROUP, mask, amplify=1.1),
         ]
 

@@ -34,9 +34,12 @@ def test_beyond_the_last_answer() -> None:
     assert scaling.subthought_split("a+b? (a+b)", ["a+b"]) == ["a+b? (", "a+b)"]
     assert scaling.subthought_split("x\n\ny</t>z", ["\n\n", "</t>"]) == ["x", "\n\ny", "</t>z"]
     assert scaling.subthought_split("x Wait y But", {"But", "Wait"}) == ["x ", "Wait y ", "But"]
+    assert scaling.subthought_split("x But So y", ["So", "But", "But So"]) == ["x ", "But So y"]
     assert len(set(scaling.MARKERS)) == 32
     assert scaling.vote(["4", "5", "5", "4", None], tie="earliest").answer == "4"
     assert scaling.vote(["4", "5", "5", "4"], tie="latest").answer == "5"
+    assert scaling.vote(["4", "5", "4"], tie="latest").answer == "4"
+    assert scaling.vote(["4", "5", "6"], tie="latest").answer == "6"
 
 
 def test_two_heads_are_better() -> None:
@@ -71,6 +74,8 @@ def test_ettrl_label_and_vote_ids() -> None:
             assert voted == scaling.vote(named, None if w is None else w[b].double())
             assert got[b] == (-1 if voted.answer is None else voted.answer)
     assert scaling.vote_ids(ids[:, :0]).tolist() == [-1] * 200
+    no_weight = scaling.vote_ids(torch.tensor([[3, -7], [-7, 4]]), torch.tensor([[0.0, 1.0]] * 2))
+    assert no_weight.tolist() == [-1, 4]
 
 
 class LargestTensor(TorchDispatchMode):
@@ -122,8 +127,12 @@ def test_role_of_temperature_sampling() -> None:
     assert not scaling.temperature_vote(answers, temperature, intra=0.9, cross=2 / 3).done
     ten = scaling.temperature_vote(["a"] * 7 + ["b", "c", "d"], list(range(10)), cross=0.7)
     assert ten.done and ten.answer == "a"
-    easy = scaling.temperature_vote(["x"] * 4, [1.0, 0.5, 1.0, 0.5])
-    assert easy.done and list(easy.by_temperature) == [0.5, 1.0]
+    # Two of five temperatures are sure of a; the winners of the other three, not sure, are b.
+    split = ["a"] * 4 + ["b", "c"] * 3
+    two = scaling.temperature_vote(split, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4], cross=0.4)
+    assert (two.answer, two.done) == ("a", True)
+    easy = scaling.temperature_vote(["x"] * 4, [0.9, 1.2, 0.9, 0.6])
+    assert easy.done and list(easy.by_temperature) == [0.6, 0.9, 1.2]
     assert scaling.temperature_vote([], []) == (None, False, {})
     silent = scaling.temperature_vote([None, "y"], [0.0, 1.0])
     assert (silent.answer, silent.done) == ("y", False)
@@ -181,19 +190,34 @@ def test_math_beyond(n: int, k: int) -> None:
         assert abs(Fraction(p) - exact) <= Fraction(1, 10**14) * exact, c
 
 
+def test_impossible_counts_and_scores_are_nan_where_none_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("reasonkern._checks.reads_values", lambda _: False)  # as on CUDA
+    got = scaling.pass_at_k(torch.tensor([4, 4, 4, 1]), torch.tensor([2, 5, -1, 1]), 2)
+    assert got.isnan().tolist() == [False, True, True, True]
+    unknown = scaling.difficulty_grade(torch.tensor([[1.0, torch.nan], [1.0, 1.0]]))
+    assert [x.isnan().tolist() for x in unknown[:2]] == [[True, False]] * 2
+
+
 def test_reasoning_meets_compression() -> None:
     """pass@k over repeats, and what the answers cost in tokens."""
-    n = torch.tensor([[8, 8], [16, 16]])
+    n = torch.tensor([[8, 9], [16, 12]])
     c = torch.tensor([[1, 8], [0, 4]])
     got = scaling.pass_at_k(n, c, 2)
     for i in range(2):
         for j in range(2):
             exact = exact_pass_at_k(int(n[i, j]), int(c[i, j]), 2)
             assert got[i, j].item() == pytest.approx(float(exact), rel=1e-15)
+    assert scaling.pass_at_k(n[:, 0], 4, 2).tolist() == pytest.approx([11 / 14, 9 / 20])
+    assert scaling.pass_at_k(4, 4, 2) == 1
     length, correct = torch.tensor([10, 20, 60, 90]), torch.tensor([True, False, True, False])
     out = scaling.length_statistics(length, correct)
     deviation = math.sqrt(sum((x - 45) ** 2 for x in (10, 20, 60, 90)) / 3)
     assert [x.item() for x in out] == pytest.approx([45, deviation, 35, 55])
+    assert scaling.length_statistics(length.view(2, 2), correct.view(2, 2)) == out
+    assert scaling.length_statistics(length[:2], correct[:2]).std == math.sqrt(50)
+    assert all(x.isnan() for x in scaling.length_statistics(length[:0], correct[:0]))
     alone = scaling.length_statistics(length[:1], correct[:1])
     assert (alone.mean, alone.mean_correct) == (10, 10)
     assert alone.std.isnan() and alone.mean_wrong.isnan()
@@ -205,11 +229,14 @@ def test_deepdistill() -> None:
     assert rate.tolist() == [1, 0.5, 0, 0.25] and grade.tolist() == [0, 1, 2, 2]
     expected = [0.0, 1.0, 0.0, math.sqrt(3 / 16) / 0.25]
     assert variation.tolist() == pytest.approx(expected)
+    assert scaling.difficulty_grade(scores[:, :1]).grade.tolist() == [0, 0, 2, 2]
     at = torch.arange(9) < torch.tensor([[6], [3]])  # 2/3 and 1/3 are not below the thresholds
     assert scaling.difficulty_grade(at).grade.tolist() == [0, 1]
     tenths = torch.full((1, 3), 0.1, dtype=torch.float64)
     assert tenths.std(correction=0) > 0  # from rounding
     assert scaling.difficulty_grade(tenths).variation == 0
+    six = scaling.difficulty_grade(tenths.repeat(1, 2), thresholds=(0.1,))
+    assert six.pass_rate == 0.1 and six.grade == 0  # the mean of six is less
     assert scaling.difficulty_grade(scores, thresholds=()).grade.tolist() == [0] * 4
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no problems are no reason to warn
@@ -232,6 +259,7 @@ def test_deep_self_evolving_reasoning() -> None:
     ids = torch.arange(12).view(1, 2, 6)
     assert scaling.tail_answers(ids, 2).tolist() == [[5, 11, 4, 10]]
     assert scaling.tail_answers(ids, 99).shape == (1, 12)
+    assert scaling.tail_answers(ids.view(1, 1, 12)).shape == (1, 10)
 
 
 # ---- search, routing, pruning
@@ -239,14 +267,14 @@ def test_deep_self_evolving_reasoning() -> None:
 
 def test_a_star_decoding() -> None:
     frontier = scaling.AStarFrontier(budget=6)
-    assert frontier.push(["a", "b", "c"], [0.5, 0.75, 0.5]) == 3 and len(frontier) == 3
+    assert frontier.push(["c", "b", "a"], [0.5, 0.75, 0.5]) == 3 and len(frontier) == 3
     (best,) = frontier.pop()
     assert (best.state, best.cost, best.priority) == ("b", 0.0, 0.25)
     frontier.push(["b1", "b2"], [0.25, 1.0], parent=best)
     order = frontier.pop(10)
     # b1: h rose from .25 to .75, so g = .5 and f = 1.25; b2: h fell, g stays 0.
     assert [(n.state, n.cost, n.priority) for n in order] == [
-        ("b2", 0.0, 0.0), ("a", 0.0, 0.5), ("c", 0.0, 0.5), ("b1", 0.5, 1.25),
+        ("b2", 0.0, 0.0), ("c", 0.0, 0.5), ("a", 0.0, 0.5), ("b1", 0.5, 1.25),
     ]  # fmt: skip
     assert len(frontier) == 0 and frontier.pop() == [] and not frontier.exhausted
     assert frontier.push(["x", "y"], [0.1, 0.9]) == 1 and frontier.exhausted
@@ -297,19 +325,22 @@ def test_leap() -> None:
     assert drawn == scaling.route_peers(TEXTS, 3, strategy="random", seed=1)
     assert all(i not in peers and len(set(peers)) == 3 for i, peers in enumerate(drawn))
     assert scaling.route_peers([], -1) == [] and scaling.route_peers(["a"], -1) == [[]]
+    assert scaling.route_peers(["a"], -1, strategy="random") == [[]]
 
 
 def test_ded() -> None:
     pytest.importorskip("rapidfuzz")
-    texts = [*TEXTS, "abc"]  # far from the first pick, near the third: not what comes next
-    s = scaling.text_similarity(texts)
-    got = scaling.select_diverse(texts, 4)
-    lowest = min((s[i, j], i) for i in range(7) for j in range(7))[1]
-    expected = [lowest]
-    while len(expected) < 4:
-        rest = [j for j in range(7) if j not in expected]
-        expected.append(min(rest, key=lambda j: (max(s[j, c] for c in expected), j)))
-    assert got == expected
+    for texts, first in (
+        ([*TEXTS, "abc"], 0),  # far from the first pick, near the third: not what comes next
+        (list(filter(None, TEXTS)), 1),
+    ):
+        s, n = scaling.text_similarity(texts), len(texts)
+        lowest = min((s[i, j], i) for i in range(n) for j in range(n))[1]
+        expected = [lowest]
+        while len(expected) < 4:
+            rest = [j for j in range(n) if j not in expected]
+            expected.append(min(rest, key=lambda j: (max(s[j, c] for c in expected), j)))
+        assert scaling.select_diverse(texts, 4) == expected and lowest == first
     assert scaling.select_diverse(TEXTS, 0) == [] and scaling.select_diverse(["a"], 1) == [0]
     assert sorted(scaling.select_diverse(["x"] * 3, 3)) == [0, 1, 2]
 
@@ -346,6 +377,10 @@ def test_deepprune() -> None:
     one = scaling.greedy_cluster(scores, max_members=1, seed=5)
     assert one == scaling.greedy_cluster(scores, max_members=1, seed=5)
     assert sorted(sum(one, [])) == list(range(6))
+    torn = [[1, 0, 0], [1, 1, 0], [1, 0, 1]]  # the third is like the first, not like the second
+    assert scaling.greedy_cluster(torn, max_members=2) == [[0, 1], [2]]
+    seen = [scaling.greedy_cluster(torn, max_members=1, seed=s) for s in range(20)]
+    assert [[0, 1], [2]] in seen and [[0, 1, 2]] in seen
     plan = scaling.finish_plan
     assert plan([{4}, {3, 0, 1}], 2, 1) == [0, 1]
     assert plan([[0, 1, 4], [2, 3]], 2, 9) == [0, 1] and plan([[0, 1, 4], [2, 3]], 9, 1) == [
@@ -361,7 +396,7 @@ def test_deepprune() -> None:
     assert plan([[3], [5]], 1, 9) == [3, 5]
 
 
-@pytest.mark.parametrize(("gamma", "alpha"), [(0.0, None), (2.0, None), (1.5, 0.1)])
+@pytest.mark.parametrize(("gamma", "alpha"), [(0.0, None), (2.0, None), (0.5, 0.1)])
 def test_deepprune_judge_loss(gamma: float, alpha: float | None) -> None:
     x = torch.tensor([-800.0, -30.0, -1.0, 0.0, 0.3, 5.0, 40.0, 800.0]).double().requires_grad_()
     for target in (0, 1):
@@ -376,11 +411,23 @@ def test_deepprune_judge_loss(gamma: float, alpha: float | None) -> None:
             expected = -weight * math.exp(gamma * log_q) * log_p
             assert got[i].item() == pytest.approx(expected, rel=1e-12, abs=1e-300)
     y = torch.tensor([1, 0, 1, 0, 1, 0, 1, 0]).double()
+    assert torch.equal(scaling.focal_bce(x, y), scaling.focal_bce(x, y, gamma=2.0))
     if gamma == 0 and alpha is None:
         plain = torch.nn.functional.binary_cross_entropy_with_logits(x, y, reduction="none")
         torch.testing.assert_close(scaling.focal_bce(x, y, gamma=0.0), plain)
     sure = scaling.focal_bce(torch.tensor([torch.inf, -torch.inf]), y[:2], gamma=gamma)
     assert sure.tolist() == [0, 0]
+    half = (
+        x.detach().bfloat16().requires_grad_()
+    )  # an exponent in half precision is off by percents
+    for target in (0, 1):
+        got, exact = (
+            scaling.focal_bce(z, torch.full((8,), target), gamma=gamma, alpha=alpha)
+            for z in (half, half.double())
+        )
+        grads = (torch.autograd.grad(out.sum(), half)[0].double() for out in (got, exact))
+        for a, b in ((got.double(), exact), grads):
+            torch.testing.assert_close(a, b, rtol=2**-8, atol=1e-36)
     small = x[2:6].detach().requires_grad_()
     torch.autograd.gradcheck(
         lambda z: scaling.focal_bce(z, y[2:6], gamma=gamma, alpha=alpha), small

@@ -109,11 +109,29 @@ def test_equal_rewards_give_exactly_zero(baseline: str, scale: str) -> None:
             assert torch.equal(got, torch.zeros(n, dtype=torch.float64))
 
 
+def test_length_weighted_baseline_of_next_to_no_tokens() -> None:
+    reward, group = torch.tensor([1.0, 0.0, 1.0, 0.0]), torch.tensor([0, 0, 1, 1])
+    kind = {"length": torch.tensor([1, 0, 0, 0]), "baseline": "length-weighted", "scale": "none"}
+    assert shaping.group_advantages(reward, group, **kind).tolist() == [0, -1, 0.5, -0.5]
+
+
 def test_nan_is_not_taken_for_zero() -> None:
     """0 over a standard deviation that is NaN is no advantage of 0."""
     reward, group = torch.tensor([0.0, torch.nan, 1.0, 1.0]), torch.tensor([0, 0, 1, 1])
     assert shaping.group_advantages(reward, group, baseline="none")[:2].isnan().all()
     assert shaping.group_advantages(reward, group, scale="batch-std").isnan().all()
+    reward[1] = torch.inf
+    by_mean = shaping.group_advantages(reward, group, scale="none")
+    assert by_mean[0] == -torch.inf and by_mean[1].isnan() and not by_mean[2:].any()
+
+
+def test_a_group_of_one_gives_zero_whatever_its_reward() -> None:
+    reward, group = torch.tensor([torch.nan, 0.5, 0.5]), torch.tensor([0, 1, 1])
+    for baseline in ("group-mean", "leave-one-out", "length-weighted"):
+        kind = {"baseline": baseline, "scale": "none", "length": torch.ones(3)}
+        assert shaping.group_advantages(reward, group, **kind).tolist() == [0, 0, 0]
+    parts = {"normalise": "per-component", "group": group}
+    assert shaping.mix_rewards({"a": reward}, {"a": 1.0}, **parts).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("baseline", ["group-mean", "leave-one-out", "batch-mean"])
@@ -121,15 +139,18 @@ def test_equal_rewards_give_exactly_zero_without_eps(baseline: str) -> None:
     reward, group = torch.full((4,), 0.1), torch.tensor([0, 0, 1, 1])
     out = shaping.group_advantages(reward, group, baseline=baseline, eps=0.0)
     assert out.tolist() == [0, 0, 0, 0]
+    plain = shaping.group_advantages(reward, group, baseline="none", eps=0.0)
+    assert plain.tolist() == [torch.inf] * 4
     kind = {"normalise": "per-component", "group": group, "eps": 0.0}
     assert shaping.mix_rewards({"a": reward}, {"a": 1.0}, **kind).tolist() == [0, 0, 0, 0]
 
 
 def test_bounds_of_elliptical_bonus_may_be_any_size() -> None:
     features, group = torch.randn(3, 2, generator=torch.Generator().manual_seed(0)), torch.zeros(3)
-    given = {"max_groups": 1 << 62, "max_group_size": 1 << 62}
-    bounded = shaping.elliptical_bonus(features, group.long(), **given)
-    assert torch.equal(bounded, shaping.elliptical_bonus(features, group.long()))
+    for groups, size in ((1 << 62, 1 << 62), (1, 3)):
+        given = {"max_groups": groups, "max_group_size": size}
+        bounded = shaping.elliptical_bonus(features, group.long(), **given)
+        assert torch.equal(bounded, shaping.elliptical_bonus(features, group.long()))
     nothing = shaping.elliptical_bonus(features[:, :0], group.long(), project=2)
     assert nothing.tolist() == [0, 0, 0]
 
@@ -148,6 +169,10 @@ def test_results_are_constants_of_the_loss() -> None:
         shaping.elliptical_bonus(x[:, None], GROUP),
         shaping.overlong_penalty(ones, max_length=2, buffer=1),
         shaping.length_adaptive_lambda(ones),
+        shaping.grpo_lambda(ones, BITS, GROUP, alpha=0.5),
+        shaping.concise_gated(ones, BITS, GROUP, limit=2),
+        shaping.adactrl(ones, BITS, GROUP, 0 * GROUP),
+        shaping.format_length_surrogate(ones, BITS),
     ):
         assert not out.requires_grad
 
@@ -229,6 +254,8 @@ def test_ettrl() -> None:
     got = shaping.entropy_reshape(advantage, h, GROUP, active=active)
     check(got, expected, rel=1e-12)
     assert got[1] == 0 and got.isfinite().all()
+    equal = shaping.entropy_reshape(advantage, torch.full_like(h, 0.1), GROUP)
+    assert torch.equal(equal, advantage)  # a plain mean of three is off
 
 
 def test_conciser() -> None:
@@ -305,6 +332,8 @@ def test_representation_based_exploration(mode: str, lam: float) -> None:
             assert not shaping.elliptical_bonus(features, GROUP, ridge, mode)[g == GROUP].any()
     hints = shaping.elliptical_bonus(features, GROUP, lam, mode, max_groups=9, max_group_size=6)
     torch.testing.assert_close(hints, got, rtol=1e-9, atol=1e-12)
+    if (lam, mode) == (0.01, "leave-one-out"):
+        assert torch.equal(shaping.elliptical_bonus(features, GROUP), got)
 
 
 def test_representation_based_exploration_saturation_and_remedies() -> None:
@@ -313,8 +342,15 @@ def test_representation_based_exploration_saturation_and_remedies() -> None:
     torch.testing.assert_close(bonus, torch.full_like(bonus, 7.0), rtol=1e-6, atol=0)
     relative = shaping.elliptical_bonus(features, group, 1.0, lam_relative=True)
     assert relative.std() > 0.01 and relative.max() < 3
-    scaled = shaping.elliptical_bonus(100 * features, group, 1.0, lam_relative=True)
-    torch.testing.assert_close(scaled, relative)
+    for scale in (100, 0.1):
+        scaled = shaping.elliptical_bonus(scale * features, group, 1.0, lam_relative=True)
+        torch.testing.assert_close(scaled, relative)
+    trace = (features - features.mean(0)).square().sum().item()
+    torch.testing.assert_close(shaping.elliptical_bonus(features, group, trace / 7), relative)
+    alone = shaping.elliptical_bonus(features, torch.arange(8), 1.0, lam_relative=True)
+    assert not alone.any()
+    for ridge in (0.03, 0.1, 0.7):  # K is less than a digit of λ
+        assert (shaping.elliptical_bonus(1e-9 * features, group, ridge) >= 0).all()
     equal = shaping.elliptical_bonus(features[:1].expand(8, -1), group, 1.0, lam_relative=True)
     assert not equal.any()
     narrow = shaping.elliptical_bonus(features, group, project=16, seed=1)
@@ -324,6 +360,28 @@ def test_representation_based_exploration_saturation_and_remedies() -> None:
         shaping.elliptical_bonus(1e4 * features, group, 1e-3)
     with pytest.raises(ValueError, match="max_group_size: expected at least 8"):
         shaping.elliptical_bonus(features, group, max_group_size=4)
+
+
+def test_representation_based_exploration_is_nan_where_no_value_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on CUDA: what has no place, no ridge or no number spoils its own group only."""
+    features, group = randn(8, 3, seed=9), torch.arange(8) // 3
+    usual = shaping.elliptical_bonus(features, group)
+    large, broken = features.clone(), features.clone()
+    large[:3] *= 1e8
+    broken[1, 2] = torch.nan
+    with pytest.raises(ValueError, match="lam: expected a ridge of at least 1e-12 tr K"):
+        shaping.elliptical_bonus(large, group)
+    monkeypatch.setattr("reasonkern._checks.reads_values", lambda _: False)
+    for x, bounds, spoilt in (
+        (features, {"max_groups": 2}, [6, 7]), (features, {"max_group_size": 2}, [*range(6)]),
+        (large, {}, [0, 1, 2]), (broken, {}, [0, 1, 2]),
+    ):  # fmt: skip
+        got = shaping.elliptical_bonus(x, group, **bounds)
+        nan = torch.zeros(8, dtype=torch.bool).index_fill(0, torch.tensor(spoilt), True)
+        assert torch.equal(got.isnan(), nan)
+        torch.testing.assert_close(got[~nan], usual[~nan])
 
 
 def test_representation_based_exploration_compiles_with_its_bounds() -> None:
@@ -349,6 +407,8 @@ def test_sparse_projection_keeps_lengths() -> None:
     p = sparse_projection(400, 256, 0, torch.device("cpu"))
     assert (p == 0).double().mean().item() == pytest.approx(1 - 1 / 20, abs=0.005)
     assert p.mean().abs() < 1e-3
+    every = sparse_projection(1, 4, 0, torch.device("cpu"))  # of one feature, with density 1
+    assert every.abs().tolist() == [[0.5] * 4]
     x = randn(30, 400, seed=10)
     torch.testing.assert_close(((x @ p).square().sum(1) / x.square().sum(1)).mean(),
                                torch.ones((), dtype=torch.float64), rtol=0.1, atol=0)  # fmt: skip
@@ -375,6 +435,9 @@ def test_t_ppo() -> None:
     policy, critic = shaping.tppo_masks(mask, window, ~cut, drop_tail=2)
     assert policy.tolist() == [[0, 0, 1, 0, 0, 0], [0, 0, 0, 1, 0, 0]]
     assert critic.tolist() == [[0] * 6, [1, 1, 1, 1, 0, 0]]
+    policy, critic = shaping.tppo_masks(mask, window, ~cut, truncated=~cut, drop_tail=1)
+    assert policy.tolist() == [[0, 0, 1, 1, 1, 0], [0] * 6]
+    assert critic.tolist() == [[0] * 6, [1, 1, 1, 1, 0, 0]]
     assert shaping.tppo_masks(mask, window, ~cut)[0].tolist() == (mask & window).tolist()
 
 
@@ -395,12 +458,14 @@ def test_enigmata() -> None:
 
 
 def test_pta_grpo() -> None:
-    parts = {"answer": BITS.double(), "plan": randn(N, seed=15), "length": LENGTH.double()}
+    parts = {"answer": BITS.float(), "plan": randn(N, seed=15), "length": LENGTH.double()}
     parts["length"][~BITS] = torch.nan  # behind a closed gate
     weights = {"answer": 1.0, "plan": 0.25, "length": -0.01}
-    got = shaping.mix_rewards(parts, weights, {"length": BITS})
-    check(got, lambda i: BITS[i].item() + 0.25 * parts["plan"][i].item()
+    half = torch.full((N,), 0.5)
+    got = shaping.mix_rewards(parts, weights, {"length": BITS, "plan": half})
+    check(got, lambda i: BITS[i].item() + 0.125 * parts["plan"][i].item()
           - (0.01 * LENGTH[i].item() if BITS[i] else 0.0), rel=1e-12)  # fmt: skip
+    assert got.dtype == torch.float64
 
 
 def test_rlsp() -> None:

@@ -1,9 +1,12 @@
-"""No function waits for the device: each runs on meta tensors, which have no values to read."""
+"""No function waits for the device: each runs on meta tensors, which have no values to read.
+
+Nor does one copy numbers from the host, which waits, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -28,7 +31,12 @@ class Fakes:
 
 
 @pytest.fixture
-def fakes() -> Fakes:
+def fakes(monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    def copy(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("a copy from the host waits for the device: fill a tensor there")
+
+    for name in ("tensor", "as_tensor"):
+        monkeypatch.setattr(torch, name, copy)
     return Fakes()
 
 
@@ -71,10 +79,11 @@ CALLS: dict[str, Callable[[Fakes], Any]] = {
     "focal_bce": lambda f: scaling.focal_bce(f.reward, f.correct, alpha=0.25),
     "length_statistics": lambda f: scaling.length_statistics(f.length, f.correct),
     "markov_improvement": lambda f: scaling.markov_improvement(f.mask),
-    "pass_at_k": lambda f: scaling.pass_at_k(f.length, f.group, 3),
+    "pass_at_k": lambda f: scaling.pass_at_k(9, f.group, 3),
     "tail_answers": lambda f: scaling.tail_answers(f.ids[None], 2),
     "vote_ids": lambda f: scaling.vote_ids(f.ids, f.rows),
 }  # fmt: skip
+FLOAT64 = {"difficulty_grade", "length_statistics", "markov_improvement", "pass_at_k"}
 # Tested with policy_loss; on the host by nature; a generator of a device needs the device.
 ELSEWHERE = {"conflict_token_weights", "covariance_mask", "entropy_filter", "high_entropy_mask"}
 ON_THE_HOST = {
@@ -99,6 +108,8 @@ def test_no_value_is_read(fakes: Fakes, name: str) -> None:
     out = CALLS[name](fakes)
     for x in (out,) if isinstance(out, torch.Tensor) else out or ():
         assert x.device.type == "meta"
+        wide = name in FLOAT64 and x.is_floating_point()
+        assert x.dtype in (torch.bool, torch.int64, torch.float64 if wide else torch.float32)
 
 
 def test_a_read_would_be_noticed(fakes: Fakes) -> None:

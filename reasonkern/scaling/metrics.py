@@ -46,7 +46,12 @@ def pass_at_k(n: int | Tensor, c: int | Tensor, k: int) -> Tensor:
     if isinstance(n, Tensor) and isinstance(c, Tensor):
         _checks.check_device("c", c, n, "n")
     at = next((x.device for x in (n, c) if isinstance(x, Tensor)), None)
-    total, right = (torch.as_tensor(x, dtype=torch.float64, device=at) for x in (n, c))
+    total, right = (
+        x.double()
+        if isinstance(x, Tensor)
+        else torch.full((), int(x), dtype=torch.float64, device=at)
+        for x in (n, c)
+    )
     try:
         total, right = torch.broadcast_tensors(total, right)
     except RuntimeError:
@@ -115,11 +120,11 @@ def difficulty_grade(
     x = scores.double()
     if _checks.reads_values(x):
         _checks.check_all("scores", x, (x >= 0) & x.isfinite(), "finite numbers >= 0")
-    mean = x.mean(1)
-    std = x.std(1, correction=0) if len(x) else mean  # torch warns of a std of no numbers
     # Of equal scores the mean, and so the deviation, may be off in the last digit.
-    differ = x.amax(1) > x.amin(1)
-    variation = torch.where(differ, std / torch.where(differ, mean, 1.0), 0.0)
+    differ = x.amax(1) != x.amin(1)  # NaN differs
+    mean = torch.where(differ, x.mean(1), x[:, 0])
+    std = x.std(1, correction=0) if len(x) else mean  # torch warns of a std of no numbers
+    variation = torch.where(differ, std / mean, 0.0)
     grade = torch.zeros_like(mean, dtype=torch.int64)
     for threshold in thresholds:
         grade += mean < threshold
@@ -169,15 +174,14 @@ def length_statistics(length: Tensor, correct: Tensor) -> LengthStatistics:
     _checks.check_dtype("correct", correct, torch.bool)
     _checks.check_shape("length", length, correct.shape, "correct.shape")
     _checks.check_device("length", length, correct, "correct")
-    x = length.double().flatten()
-    right = correct.flatten()
+    x = length.double()
 
     def mean(where: Tensor) -> Tensor:
         return torch.where(where, x, 0.0).sum() / where.sum()
 
-    every = torch.ones_like(right)
+    every = torch.ones_like(correct)
     deviation = (x - mean(every)).square().sum() / (x.numel() - 1 if x.numel() > 1 else torch.nan)
-    return LengthStatistics(mean(every), deviation.sqrt(), mean(right), mean(~right))
+    return LengthStatistics(mean(every), deviation.sqrt(), mean(correct), mean(~correct))
 
 
 @documented
@@ -232,14 +236,12 @@ def markov_improvement(correct: Tensor, *, prior: float = 0.0) -> Improvement:
     def rate(state: Tensor, change: Tensor) -> Tensor:
         seen = state.sum().double() + 2 * prior
         changed = (state & change).sum().double() + prior
-        return torch.where(seen > 0, changed / seen.clamp_min(1e-300), 0.0)
+        return changed / seen.clamp_min(1e-300)  # of nothing seen nothing changed
 
     improve, degrade = rate(~before, after), rate(before, ~after)
     either = improve + degrade
-    share = improve / torch.where(either > 0, either, 1.0)
-    return Improvement(
-        improve, degrade, torch.where(either > 0, share, correct[:, -1].double().mean())
-    )
+    last = correct[:, -1].double().mean()
+    return Improvement(improve, degrade, torch.where(either > 0, improve / either, last))
 
 
 def tail_answers(answer_ids: Tensor, last: int = 10) -> Tensor:

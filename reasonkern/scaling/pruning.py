@@ -146,7 +146,7 @@ def finish_plan(
     if not len(clusters):
         return []
     largest = max(clusters, key=len)
-    if len(largest) > 1 or len(clusters) == 1:
+    if len(largest) > 1:
         return sorted(largest)[:per_cluster]
     every = [trace for cluster in clusters for trace in cluster]
     return sorted(random.Random(seed).sample(every, min(singletons, len(every))))
@@ -187,10 +187,11 @@ def focal_bce(
     _checks.check_number("gamma", gamma, 0.0)
     if alpha is not None:
         _checks.check_number("alpha", alpha, 0, 1)
-    signed = torch.where(target != 0, logit, -logit)
+    x = logit if logit.dtype == torch.float64 else logit.float()  # an exponent needs its digits
+    signed = torch.where(target != 0, x, -x)
     loss = -logsigmoid(signed)
     if gamma > 0:  # 0 times the logarithm of 0 is NaN
         loss = torch.exp(gamma * logsigmoid(-signed)) * loss
     if alpha is not None:
         loss = torch.where(target != 0, alpha * loss, (1 - alpha) * loss)
-    return loss
+    return loss.to(logit.dtype)

@@ -130,7 +130,7 @@ def select_diverse(texts: Sequence[str], k: int) -> list[int]:
     rows = similarity.min(1)
     first = int(rows.argmin())
     chosen = [first]
-    nearest = similarity[first].copy()
+    nearest = similarity[first]
     while len(chosen) < k:
         nearest[chosen] = float("inf")
         chosen.append(int(nearest.argmin()))

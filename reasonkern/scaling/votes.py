@@ -216,7 +216,7 @@ def subthought_split(text: str, markers: Collection[str] = MARKERS) -> list[str]
     pattern = "|".join(re.escape(marker) for marker in longest_first)
     edge = r"(?!(?<=\w)\w)"  # not between two letters, which a marker such as "\n\n" may touch
     cuts = [m.start() for m in re.finditer(rf"{edge}(?:{pattern}){edge}", text)]
-    bounds = [0, *(c for c in cuts if c > 0), len(text)]
+    bounds = [0, *cuts, len(text)]
     return [text[a:b] for a, b in pairwise(bounds) if a < b]
 
 
@@ -351,7 +351,7 @@ def flexible_verification(votes: Tensor, agreement: float = 1.0) -> Verification
     k = votes.shape[1]
     # 0.7 * 10 is a little more than 7; half of the votes are never enough.
     needed = max(math.ceil(agreement * k - 1e-9), k // 2 + 1)
-    yes = votes.long().cumsum(1)
+    yes = votes.cumsum(1)
     seen = torch.arange(1, k + 1, device=votes.device)
     larger, smaller = torch.maximum(yes, seen - yes), torch.minimum(yes, seen - yes)
     closed = (larger >= needed) | (smaller > k - needed)

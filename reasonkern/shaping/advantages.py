@@ -152,8 +152,7 @@ def entropy_reshape(
     _checks.check_finite("entropy_mean", entropy_mean, counted, "finite numbers")
     mean = groups.mean(entropy_mean, counted)
     usable = counted & (mean != 0)
-    ratio = wide(entropy_mean) / torch.where(usable, mean, 1.0)
-    factor = torch.where(usable, (2 - ratio).clamp_min(0), 1.0)
+    factor = torch.where(usable, (2 - wide(entropy_mean) / mean).clamp_min(0), 1.0)
     return narrow(wide(advantage) * factor, advantage)
 
 

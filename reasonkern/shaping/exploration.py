@@ -125,8 +125,8 @@ def _by_group(
     trace = gram.diagonal(dim1=1, dim2=2).sum(1, True)
     ridge = torch.full_like(size, lam)
     if relative:
-        ridge = lam * trace / (size - 1).clamp_min(1)
-        ridge = torch.where(ridge > 0, ridge, 1.0)  # all features equal: K = 0, the bonus is 0
+        ridge = lam * trace / (size - 1)
+        ridge = torch.where(ridge > 0, ridge, 1.0)  # one or equal features: K = 0, the bonus is 0
     lost = ridge < SMALLEST_RIDGE * trace
     if _checks.reads_values(phi) and lost.any():
         _checks.fail(
@@ -134,7 +134,10 @@ def _by_group(
         )
     matrix = gram + torch.diag_embed(ridge.expand(shape))
     factor, _ = torch.linalg.cholesky_ex(matrix)
-    diagonal = torch.cholesky_inverse(factor).diagonal(dim1=1, dim2=2) * ridge
+    one = torch.eye(shape[1], dtype=phi.dtype, device=phi.device)
+    # Not cholesky_inverse, which waits for the device to raise where a matrix is singular.
+    root = torch.linalg.solve_triangular(factor, one, upper=False)
+    diagonal = root.square().sum(1) * ridge
     bonus = 1 / diagonal - 1 if mode == "leave-one-out" else 1 - diagonal
     bonus = torch.where(trace == 0, 0.0, bonus.clamp_min(0))  # else 2e-16, by rounding of some λ
     bonus = torch.where(lost, torch.nan, bonus)
@@ -148,6 +151,6 @@ def sparse_projection(width: int, project: int, seed: int, device: torch.device)
     seed = _checks.check_seed("seed", seed)
     sparsity = math.sqrt(max(width, 1))
     drawn = uniform(width * project, seed, device).view(width, project)
-    sign = torch.sign(drawn - 0.5 / sparsity).neg()  # +1 with probability 1 / (2 sparsity)
+    sign = torch.sign(drawn - 0.5 / sparsity)  # -1 with probability 1 / (2 sparsity)
     value = torch.where(drawn < 1 / sparsity, sign, 0.0)
     return value * math.sqrt(sparsity / project)

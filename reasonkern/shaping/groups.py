@@ -57,7 +57,6 @@ class Groups:
     """
 
     def __init__(self, group: Tensor, like: Tensor, like_name: str) -> None:
-        check_vector("group", group)
         _checks.check_dtype("group", group, torch.int64)
         _checks.check_shape("group", group, like.shape[:1], f"{like_name}.shape[:1]")
         _checks.check_device("group", group, like, like_name)
@@ -112,9 +111,8 @@ class Groups:
         shifted = wide(x) - anchor
         if weight is None:
             return anchor + self.sum(shifted) / self.size()
-        total = self.sum(weight)
         weighted = self.sum(torch.where(weight > 0, shifted * weight, 0.0))
-        return torch.where(total > 0, anchor + weighted / total.clamp_min(1e-300), 0.0)
+        return anchor + weighted / self.sum(weight).clamp_min(1e-300)
 
     def std(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
         """Bessel-corrected standard deviation over the group (where weight is 1); 0 for one."""

@@ -95,14 +95,13 @@ def grpo_lambda(
     _checks.check_number("alpha", alpha, 0.0)
     _checks.check_number("top_fraction", top_fraction, 0, 1)
     groups = Groups(group, correct, "correct")
-    exists = groups.exists()
-    accuracy = groups.reduce(correct, "sum") / (groups.offsets.diff().clamp_min(1))
-    order = torch.where(exists, accuracy, -1.0).argsort(descending=True, stable=True)
+    accuracy = groups.reduce(correct, "sum") / groups.offsets.diff().clamp_min(1)
+    order = accuracy.argsort(descending=True, stable=True)
     place = torch.empty_like(order).scatter_(
         0, order, torch.arange(len(order), device=order.device)
     )
     # 0.07 * 100 is a little more than 7.
-    count = (top_fraction * exists.sum().double() - 1e-9).ceil().clamp_min(1)
+    count = (top_fraction * groups.exists().sum().double() - 1e-9).ceil().clamp_min(1)
     efficient = groups.spread(place < count)
     std = groups.std(length, correct)
     z = (wide(length) - groups.mean(length, correct)) / torch.where(std > 0, std, 1.0)
@@ -318,7 +317,7 @@ def composed_all_correct(
     _checks.check_device("valid", used, correct, "correct")
     if mode == "all":
         return (used.any(1) & (correct | ~used).all(1)).float()
-    from_end = used.flip(1).long().cumsum(1).flip(1)
+    from_end = used.flip(1).cumsum(1).flip(1)
     return (used & correct & (from_end == 1)).any(1).float()
 
 
