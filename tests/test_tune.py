@@ -51,8 +51,8 @@ def test_counts_of_real_walks_need_no_closure() -> None:
 
 
 def test_a_later_sibling_keeps_the_earlier_ones() -> None:
-    tree = DraftTree([-1, 0, 0, 0])
-    assert tune_tree([9, 1, 0, 5], 3, tree=tree).max_children == 2
+    tree = DraftTree([-1, 0, 0, 0, 3])
+    assert tune_tree([9, 1, 0, 5, 4], 4, tree=tree).parents.tolist() == [-1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -172,12 +172,17 @@ def test_tune_writes_a_tree_and_a_picture(tmp_path: Path, capsys: Any) -> None:
     assert fitted >= default > 1 and fitted >= held_out > 1
 
 
-def test_held_out_problems_are_not_those_of_the_tree() -> None:
+def test_held_out_problems_are_not_those_of_the_tree(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One repeats itself, in the other a token has two successors: neither tree fits the other."""
     one = [TokenTrace(np.arange(50), group=0)] * 2
     other = [TokenTrace(np.array(([1, 2, 1, 3] * 40)[n:]), group=1) for n in (0, 1)]
     config = TuneConfig(Path("-"), nodes=5, orders=(1,))
+    monkeypatch.setitem(sys.modules, "tqdm", None)
     found = investigate([*one, *other], 60, config)
+    done, told = re.findall(r"(\d+)/(\d+) ", capsys.readouterr().out)[-1]
+    assert done == told  # of all replays
 
     trees = [investigate(half, 60, config).tree for half in (other, one)]
     rates = [
@@ -261,6 +266,15 @@ def test_bad_options(tmp_path: Path, capsys: Any, arguments: list[str], message:
     filled = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
     assert main(["tune", str(traces), *filled]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_picture_alone_needs_matplotlib(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    command = ["tune", str(write(tmp_path / "traces.jsonl", [{"text": "abc"}])), "--nodes", "1"]
+    assert main(command) == 0 and main([*command, "--png", "tree.png"]) == 2
+    assert "--png needs matplotlib (pip install" in capsys.readouterr().err
 
 
 def test_candidates_that_are_none_take_no_place_and_null_is_no_field(tmp_path: Path) -> None:
