@@ -243,7 +243,9 @@ def test_g_test_of_a_true_law_is_uniform():
     [
         ({"vocab": 1}, "vocab: expected an integer"), ({"depth": 0}, "depth: expected an integer"),
         ({"vocab": 7, "exact": True}, "vocab: expected"), ({"draws": 0}, "draws: expected"),
-        ({"children": 17}, "children: expected an integer"),
+        ({"children": 17}, "children: expected an integer"), ({"depth": 9}, r"depth: .*\[1, 8\]"),
+        ({"children": 4, "exact": True}, r"children: expected an integer in \[1, 3\]"),
+        ({"depth": 4, "exact": True}, r"depth: expected an integer in \[1, 3\], got 4"),
         ({"vocab": 2}, r"children: expected an integer in \[1, 2\] \(vocab = 2\), got 3"),
     ],
 )  # fmt: skip

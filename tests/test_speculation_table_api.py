@@ -340,6 +340,14 @@ LOGITS = torch.tensor([[-0.5, -2.0]])
         ({"topk_logits": LOGITS + torch.nan}, "topk_logits: expected log-probabilities .* no NaN"),
         ({"topk_logits": LOGITS + 0.5}, "at most 1.001 together, got .* in row 0"),
         (
+            {
+                "context": torch.tensor([[2, 3, -1], [1, 2, 3], [1, 2, 3]]),
+                "topk_ids": IDS.repeat(3, 1),
+                "topk_logits": LOGITS + torch.tensor([[torch.nan], [0.0], [torch.nan]]),
+            },
+            "topk_logits: expected log-probabilities .* in row 2",
+        ),
+        (
             {"lse": torch.tensor([-0.5])},
             "topk_logits: expected logits with no NaN .* with lse -0.5",
         ),
