@@ -113,6 +113,7 @@ SPECS: list[tuple[Callable[[], Any], str]] = [
 STATES: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.ModulationState(0, state_of().sets), "max_requests: expected an integer in"),
     (lambda: rk.ModulationState(True, state_of().sets), "max_requests: expected .* got True"),
+    (lambda: rk.ModulationState(1 << 31), r"max_requests: .* in \[1, 2147483647\], got 2147483648"),
     (lambda: state_of().load_state_dict(None), "state: expected a mapping, as state_dict returns"),
     (lambda: rk.ModulationState(1, {"a": [1]}), "sets: expected a TokenSets or None, got dict"),
     (lambda: rk.ModulationState(1).add(0, rk.Modulation(cyclic=rk.Cyclic(1.0, 5)), []),
@@ -125,6 +126,7 @@ STATES: list[tuple[Callable[[], Any], str]] = [
     (lambda: state_of().add(0, {}, []), "spec: expected a Modulation, got dict"),
     (lambda: state_of(rk.Modulation(ban=rk.Ban("none"))), "ban.set: expected 'reflect' or 'other'"),
     (lambda: state_of().add(0, rk.Modulation(), [-1]), "prompt_tokens: expected values in"),
+    (lambda: state_of().add(0, rk.Modulation(), ONE.to("meta")), "prompt_tokens: .* with values"),
     (lambda: state_of().add(0, rk.Modulation(), [], [1.5]), "generated_tokens: expected"),
     (lambda: state_of().add(0, rk.Modulation(), [], [[1]]), "generated_tokens: expected one dim"),
     (lambda: state_of(rk.Modulation(
