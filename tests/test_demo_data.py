@@ -45,6 +45,16 @@ def test_tokenizer_learns_words_deterministically():
     assert tokenizer.VOCABULARY >= 32_000
 
 
+def test_the_vocabulary_and_what_it_is_learnt_from_are_bounded():
+    most = tokenizer.VOCABULARY - tokenizer.FIRST_PIECE
+    full = tokenizer.Tokenizer([b"%d" % n for n in range(most)])
+    assert full.decode([tokenizer.VOCABULARY - 1]) == str(most - 1)
+    with pytest.raises(ValueError, match=f"pieces: at most {most} fit, got {most + 1}"):
+        tokenizer.Tokenizer([*full.pieces, b"x"])
+    learnt = tokenizer.Tokenizer.learn(["aaaa", "bbbbbbbbbb"], characters=2)
+    assert learnt.pieces == [b"aa"] and learnt.decode([tokenizer.FIRST_PIECE + 1]) == ""
+
+
 def test_tokenizer_keeps_digits_apart():
     assert len(TOKENIZER.encode("1234")) == 4
 
@@ -183,7 +193,18 @@ def test_windows_cover_the_text(window, prompt, text):
     starts = encoded.starts(window)
     targets = {t for s in starts for t in range(s + 1, min(s + window, prompt + text))}
     assert targets >= set(range(prompt, prompt + text))
-    assert starts == sorted(set(starts))
+    assert starts == sorted(set(starts)) and starts[0] + window > prompt
+
+
+def test_long_traces_give_windows_from_their_beginning_to_their_end():
+    right, wrong = (windows.Encoded(list(range(100)), 5, 0, a) for a in (0.5, -2.0))
+    batches = windows.logged_batches([right, wrong], 2, 4, 16, Random(0))
+    starts = right.starts(16)
+    expected = sorted(2 * [starts[0], starts[2], starts[4], starts[6]])
+    assert len(starts) == 7 and expected[-1] == 84
+    assert sorted(torch.cat([batch.ids[:, 0] for batch in batches]).tolist()) == expected
+    alone = windows.Encoded([1] * 20, 5, 0, None)  # of a group with one outcome
+    assert windows.random_batch([alone], 2, 16, Random(0)).advantage.tolist() == [0, 0]
 
 
 def test_a_huge_group_is_cut_with_both_outcomes():

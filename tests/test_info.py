@@ -81,6 +81,14 @@ def test_cuda_backend_needs_evidence(machine, setup, choice):
     assert rows()[choice]["serves"] == ["cuda (sm_90)"]
 
 
+def test_the_backend_is_that_of_the_tensors_device(machine, monkeypatch):
+    machine(evidence=CUDA_RAN, compiled=(90, 100))
+    monkeypatch.setattr(_load, "_architecture", lambda device: f"sm_{90 + 10 * device}")
+    devices = [None, *map(torch.device, ("cuda", "cuda:0", "cuda:1"))]
+    chosen = [_load.choose_cuda_backend(TOY, device) for device in devices]
+    assert chosen == ["cuda", "cuda", "cuda", "triton"]
+
+
 @pytest.mark.parametrize(
     ("named", "setup", "choice"),
     [
@@ -182,6 +190,20 @@ def test_an_op_with_autograd_has_a_gradient(define):
     assert torch.equal(x.grad, torch.full((2,), 5.0))
 
 
+def test_arguments_that_triton_does_not_take_go_to_the_next_backend(define, monkeypatch):
+    kernels = {}
+    monkeypatch.setattr(_load.LIBRARY, "impl", lambda name, fn, key, **_: kernels.update({key: fn}))
+    define(triton=lambda x: 3 * x, triton_serves=lambda x: len(x) > 1)
+    monkeypatch.setattr(
+        _load, "choose_cuda_backend",
+        lambda name, device, *, triton_serves=True: "triton" if triton_serves else "reference",
+    )  # fmt: skip
+    assert kernels["CUDA"](torch.ones(2)).tolist() == [3, 3]
+    assert kernels["CUDA"](torch.ones(1)).tolist() == [2]
+    monkeypatch.setattr(_load, "choose_cuda_backend", lambda name, device, **_: "reference")
+    assert kernels["CUDA"](torch.ones(2)).tolist() == [2, 2]
+
+
 def test_arguments_that_triton_does_not_take_are_a_fallback_too(machine):
     machine(cuda="library _C_cuda is not built")
     assert _load.choose_cuda_backend(TOY) == "triton"
@@ -220,6 +242,12 @@ def test_library_without_the_op_is_not_a_backend(machine):
     with pytest.raises(RuntimeError, match="on cpu: library _C was built without this op"):
         _load.implementation(TOY, "cpu")
     assert _load.implementation(TOY, "cuda") is double
+
+
+def test_a_library_that_is_there_serves():
+    serves = {row["backend"]: row["serves"] for row in _load.info()["ops"]["policy_loss"]}
+    built = _load.available("cpu")
+    assert ("cpu" in serves["cpu"], "cpu" in serves["reference"]) == (built, not built)
 
 
 def test_the_ops_of_cuda_are_in_its_sources():

@@ -62,6 +62,11 @@ def test_slots_are_reused_without_a_trace():
         rk.commit_(used, ONE, torch.tensor([[3, 2, 1]]), torch.tensor([3]), entropy=statistic,
                    confidence=statistic)  # fmt: skip
         used.remove(0)
+    used.tensors.records[0, at.STOPPED] = 1  # of the request that was here
+    assert not used.stopped.any() and used.max_id == max(used.sets.max_id, -1)
+    loaded = make_state(1)
+    loaded.load_state_dict(used.state_dict())
+    assert loaded.max_id == used.max_id
     spec, prompt = requests[0]
     used.add(0, spec, prompt)
     fresh.add(0, spec, prompt)
@@ -291,6 +296,21 @@ def test_generated_tokens_of_any_strides():
     assert state.tensors.progress[0, at.T] == 3
     with pytest.raises(ValueError, match="prompt_tokens: expected a sequence of token ids"):
         state.add(1, rk.Modulation(), [None])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        rk.Modulation(think_start=11, think_end=9),
+        rk.Modulation(budget=rk.Budget(1, [9, 2])),
+        rk.Modulation(min_think=rk.MinThink(1, 0, [9, 3]), think_end=2),
+        rk.Modulation(deepconf=rk.DeepConf(1.0, eos=9)),
+    ],
+)
+def test_the_largest_id_that_is_written_bounds_the_vocabulary(spec):
+    state = rk.ModulationState(1)
+    state.add(0, spec, [])
+    assert state.max_id == 9
 
 
 def test_failure_functions():

@@ -17,6 +17,7 @@ from modulation_cases import (
 )
 
 import reasonkern as rk
+from reasonkern.modulation import layout as at
 
 OPS = torch.ops.reasonkern
 ONE = torch.tensor([0])
@@ -30,7 +31,7 @@ class Pieces:
         return {"\u2581Wait": 3, "but": 4}
 
 
-NAN = float("nan")
+NAN, INF = float("nan"), float("inf")
 SPECS: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.Cyclic(5.0, 0.0), "period: expected a finite number >= 1e-06, got 0.0"),
     (lambda: rk.Cyclic(5.0, 9e-7), "period: expected a finite number >= 1e-06, got 9e-07"),
@@ -47,14 +48,21 @@ SPECS: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.Cyclic(1.0, 5, set=3), "set: expected the name of a token set, got 3"),
     (lambda: rk.TIP(NAN), "alpha: expected a finite number"),
     (lambda: rk.TIP(3.0, 1.5), "beta: expected an integer >= 0, got 1.5"),
+    (lambda: rk.TIP(3.0, 1 << 62), "beta: expected an integer >= 0, got 4611686018427387904"),
+    (lambda: rk.TIP(set=3), "set: expected the name of a token set, got 3"),
+    (lambda: rk.Constant(1.0, None), "set: expected the name of a token set, got None"),
+    (lambda: rk.Ban(3), "set: expected the name of a token set, got 3"),
+    (lambda: rk.Schedule([(0, 1.0)], 3), "set: expected the name of a token set, got 3"),
     (lambda: rk.Constant(-float("inf")), "bias: expected a finite number, got -inf"),
     (lambda: rk.Schedule([]), r"points: expected 1 to 32 pairs \(t, d\)"),
     (lambda: rk.Schedule({0: 1.0}), r"points: expected a sequence of pairs \(t, d\), got \{0: 1"),
     (lambda: rk.Schedule([0, 1]), r"points: expected a sequence of pairs \(t, d\), got \[0, 1\]"),
     (lambda: rk.Schedule([(1, 0.0), (1, 1.0)]), "points: expected ascending integers t"),
     (lambda: rk.Schedule([(-(1 << 62), 0.0)]), r"points: expected integers t in \(-2.62"),
+    (lambda: rk.Schedule([(0, 0.0), (1 << 62, 0.0)]), r"points: expected integers t in \(-2.62"),
     (lambda: rk.Schedule([(1, NAN)]), "points: expected a finite number, got nan"),
     (lambda: rk.SoftBudget(1.0), r"start: expected a fraction in \[0, 1\), got 1.0"),
+    (lambda: rk.SoftBudget(-0.1), "start: expected a finite number >= 0, got -0.1"),
     (lambda: rk.SoftBudget(0.5, 0.0), "margin: expected a finite number > 0"),
     (lambda: rk.Budget(-1, [3]), "tokens: expected an integer >= 0, got -1"),
     (lambda: rk.Budget(True, [3]), "tokens: expected an integer >= 0, got True"),
@@ -67,11 +75,15 @@ SPECS: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.MinThink(wait=[1]), "tokens, ignore: expected one of them > 0"),
     (lambda: rk.MinThink(5), "wait: expected 1 to 32 ids, got 0"),
     (lambda: rk.MinThink(5, -1, [1]), "ignore: expected an integer >= 0"),
+    (lambda: rk.MinThink(-1, 1, [1]), "tokens: expected an integer >= 0"),
     (lambda: rk.DeepConf(NAN), "threshold: expected a finite number"),
     (lambda: rk.DeepConf(1.0, 4096), r"window: expected an integer in \[1, 2048\], got 4096"),
     (lambda: rk.DeepConf(1.0, eos=-1), "eos: expected token ids"),
     (lambda: rk.EntropyTrigger(1), r"window: expected an integer in \[2, 64\], got 1"),
     (lambda: rk.EntropyTrigger(k=-1.0), "k: expected a finite number >= 0"),
+    (lambda: rk.EntropyTrigger(floor=NAN), "floor: expected a finite number >= 0"),
+    (lambda: rk.EntropyTrigger(min_std=NAN), "min_std: expected a finite number >= 0"),
+    (lambda: rk.EntropyTrigger(first=NAN), "first: expected a finite number >= 0"),
     (lambda: rk.Modulation(tip=rk.Ban()), r"tip: expected None or a TIP, got Ban\(set='reflect'\)"),
     (lambda: rk.Modulation(think_end=1.5), "think_end: expected token ids"),
     (lambda: rk.Modulation(think_start=3, think_end=3), "think_end: expected another id than"),
@@ -101,6 +113,7 @@ SPECS: list[tuple[Callable[[], Any], str]] = [
 STATES: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.ModulationState(0, state_of().sets), "max_requests: expected an integer in"),
     (lambda: rk.ModulationState(True, state_of().sets), "max_requests: expected .* got True"),
+    (lambda: rk.ModulationState(1 << 31), r"max_requests: .* in \[1, 2147483647\], got 2147483648"),
     (lambda: state_of().load_state_dict(None), "state: expected a mapping, as state_dict returns"),
     (lambda: rk.ModulationState(1, {"a": [1]}), "sets: expected a TokenSets or None, got dict"),
     (lambda: rk.ModulationState(1).add(0, rk.Modulation(cyclic=rk.Cyclic(1.0, 5)), []),
@@ -113,6 +126,7 @@ STATES: list[tuple[Callable[[], Any], str]] = [
     (lambda: state_of().add(0, {}, []), "spec: expected a Modulation, got dict"),
     (lambda: state_of(rk.Modulation(ban=rk.Ban("none"))), "ban.set: expected 'reflect' or 'other'"),
     (lambda: state_of().add(0, rk.Modulation(), [-1]), "prompt_tokens: expected values in"),
+    (lambda: state_of().add(0, rk.Modulation(), ONE.to("meta")), "prompt_tokens: .* with values"),
     (lambda: state_of().add(0, rk.Modulation(), [], [1.5]), "generated_tokens: expected"),
     (lambda: state_of().add(0, rk.Modulation(), [], [[1]]), "generated_tokens: expected one dim"),
     (lambda: state_of(rk.Modulation(
@@ -151,6 +165,7 @@ ROWS: list[tuple[Callable[[], Any], str]] = [
     (lambda: call(torch.tensor([4])), r"slot: expected values in \[-1, 4\), got 4 at \(0,\)"),
     (lambda: call(torch.tensor([-2])), r"slot: expected values in \[-1, 4\), got -2"),
     (lambda: call(ONE, 1), r"local_pos: expected 0 or a \(R,\) tensor, got 1"),
+    (lambda: call(ONE, False), r"local_pos: expected 0 or a \(R,\) tensor, got False"),
     (lambda: call(ONE, ONE), r"draft_tokens: expected a \(R,\) tensor beside local_pos"),
     (lambda: call(ONE, ONE + 2, ONE + 1), r"local_pos: expected the number .* got 2 at \(0,\)"),
     (lambda: call(torch.tensor([0, 1]), 2 * LOCAL, LOCAL, logits=torch.zeros(2, VOCAB)),
@@ -159,6 +174,8 @@ ROWS: list[tuple[Callable[[], Any], str]] = [
                   logits=torch.zeros(3, VOCAB)), r"local_pos: .* of its slot, got 2 at \(2,\)"),
     (lambda: call(torch.tensor([0, 0, 0]), torch.tensor([0, 2, 1]), LOCAL3,
                   logits=torch.zeros(3, VOCAB)), r"local_pos: .* of its slot, got 2 at \(1,\)"),
+    (lambda: call(torch.tensor([0, 0, 0]), torch.tensor([2, 0, 1]), LOCAL3,
+                  logits=torch.zeros(3, VOCAB)), r"local_pos: .* of its slot, got 2 at \(0,\)"),
     (lambda: call(ONE, 0, LOCAL), r"draft_tokens: expected shape \(R,\)"),
     (lambda: call(ONE, LOCAL, LOCAL[None], LOCAL, logits=torch.zeros(2, VOCAB)),
      "local_pos: expected 0 beside parents"),
@@ -168,6 +185,12 @@ ROWS: list[tuple[Callable[[], Any], str]] = [
      r"parents: expected -1, then the number of an earlier node each, got 1 at \(1,\)"),
     (lambda: call(ONE, 0, LOCAL[None], [-1, 0], logits=torch.zeros(2, VOCAB)),
      "parents: expected a tensor, got list"),
+    (lambda: call(ONE, 1, LOCAL[None], torch.tensor([-1, 0]), logits=torch.zeros(2, VOCAB)),
+     "local_pos: expected 0 beside parents, which say it, got 1"),
+    (lambda: call(ONE, 0, LOCAL[None], LOCAL[:0], logits=torch.zeros(2, VOCAB)),
+     r"parents: expected shape \(N,\) with 1 to 4096 nodes, got \(0,\)"),
+    (lambda: call(ONE, 0, torch.zeros(1, 4097).long(), torch.arange(4097) - 1,
+                  logits=torch.zeros(4097, VOCAB)), r"parents: .* 1 to 4096 nodes, got \(4097,\)"),
     (lambda: call(ONE, 0, None, torch.tensor([-1, 0]), logits=torch.zeros(2, VOCAB)),
      "draft_tokens: expected a tensor, got NoneType"),
     (lambda: call(spec=SOFT), "allow_dense: expected True for requests with a soft budget"),
@@ -176,6 +199,11 @@ ROWS: list[tuple[Callable[[], Any], str]] = [
     (lambda: call(spec=WAITS, temperature=LOCAL / 1), r"temperature: expected shape \(R,\)"),
     (lambda: call(spec=WAITS, temperature=torch.tensor([NAN])),
      r"temperature: expected finite values >= 0, got nan at \(0,\)"),
+    (lambda: call(spec=WAITS, temperature=torch.tensor([-1.0])), "finite values >= 0, got -1.0"),
+    (lambda: call(spec=WAITS, temperature=torch.tensor([INF])), "finite values >= 0, got inf"),
+    (lambda: call(spec=WAITS, temperature=torch.ones(1, device="meta")),
+     "temperature: expected the device of state"),
+    (lambda: call(allow_dense="no"), "allow_dense: expected False or True, got 'no'"),
     (lambda: call(spec=WAITS, temperature=ONE), "temperature: expected dtype torch.float32"),
 ]  # fmt: skip
 
@@ -203,6 +231,10 @@ COMMITS: list[tuple[Callable[[], Any], str]] = [
     (lambda: push(spec=TRIGGER), r"entropy: expected a \(B, D \+ 1\) tensor for requests"),
     (lambda: push(spec=CONF, confidence=ONE[None]), "confidence: expected dtype torch.float32"),
     (lambda: push(spec=CONF, confidence=torch.zeros(2, 1)), r"confidence: expected shape \(B, D"),
+    (lambda: push(spec=CONF, confidence=torch.zeros(1, 1, device="meta")),
+     "confidence: expected the device of state"),
+    (lambda: push(LOCAL, torch.ones(2, 2).long(), LOCAL, spec=CONF, confidence=torch.ones(2, 2).T),
+     "confidence: expected a contiguous tensor"),
 ]  # fmt: skip
 
 
@@ -217,10 +249,18 @@ def test_errors_name_the_argument(wrong, message):
 def test_the_checks_are_the_same_without_the_cpu_library(monkeypatch):
     """Where no kernel checks, the fronts do so first."""
     monkeypatch.setattr("reasonkern.modulation.op.has_cpu_kernels", lambda: False)
-    for wrong, message in ROWS:
+    for wrong, message in ROWS + COMMITS:
         with pytest.raises(ValueError, match=message):
             wrong()
     assert call(logits=Z.clone())[0, 1] == 1
+    spec = rk.Modulation(constant=rk.Constant(1.0), think_end=END)
+    padded = torch.tensor([0, 0, -1, -1]), torch.tensor([0, 1, 7, 0]), torch.tensor([3, END, 3, 3])
+    rows = call(*padded, spec=spec, logits=torch.zeros(4, VOCAB))
+    assert rows[:, 1].tolist() == [1, 0, 0, 0]
+    state = state_of(spec)
+    slot, length = torch.tensor([-1, 0, -1]), torch.tensor([0, 2, 1])
+    rk.commit_(state, slot, torch.ones(3, 2, dtype=torch.int64), length)
+    assert state.tensors.progress[:, at.T].tolist() == [2, 0, 0, 0]
 
 
 def test_raw_operators_refuse_what_they_cannot_read():

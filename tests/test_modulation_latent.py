@@ -69,18 +69,20 @@ def test_labels_and_masks_of_any_stride_and_more_rows_than_there_are() -> None:
     mask = torch.arange(N) % 3 > 0
     expected = rk.srgen_delta((hidden, weight), labels, last, weight, mask=mask)
     strided, masks = torch.stack((labels, labels), -1)[:, 0], torch.stack((mask, mask), -1)[:, 0]
-    out = rk.srgen_delta(
-        (hidden, weight), strided.int(), last, weight, mask=masks, chunk_rows=1 << 70
-    )
-    torch.testing.assert_close(out, expected)
+    for y in (strided, labels.int()):
+        out = rk.srgen_delta((hidden, weight), y, last, weight, mask=masks, chunk_rows=1 << 70)
+        torch.testing.assert_close(out, expected)
     latents = rk.latent_policy_gradient(hidden, weight, 1.0, chunk_rows=1 << 70)
     torch.testing.assert_close(latents, rk.latent_policy_gradient(hidden, weight, 1.0))
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("form", ["logits", "hidden"])
-def test_srgen_in_lower_precision(form: str, dtype: torch.dtype) -> None:
+def test_srgen_in_lower_precision(
+    form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """float32 arithmetic on the logits as they are: the cached ones, or the head's rounded ones."""
+    monkeypatch.setattr(latent, "HEAD_ROWS", 20)
     hidden, labels, last, weight = operands(dtype)
     z = hidden @ weight.T
     out = rk.srgen_delta(z if form == "logits" else (hidden, weight), labels, last, weight)
@@ -132,6 +134,11 @@ def test_srgen_with_nothing_before_it_lowers_the_entropy() -> None:
                     (weight @ last, out.logits))  # fmt: skip
     torch.testing.assert_close(out.losses[:1], first)
     assert final < first
+    mask = torch.zeros(2, dtype=torch.bool)  # of no position either
+    masked = rk.srgen_delta(
+        torch.zeros(2, V, dtype=F64), mask.long(), last, weight, mask=mask, lam=1.0, steps=20
+    )
+    torch.testing.assert_close(masked, out)
 
 
 class Largest(TorchDispatchMode):
@@ -182,6 +189,8 @@ def test_latent_gradient_is_autograd(chunk_rows: int | None) -> None:
     torch.testing.assert_close(out.logprob, rows.detach(), rtol=0, atol=1e-10)
     torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-10)
     assert not a.grad[4].any() and not out.logprob.requires_grad
+    wanted = weight.requires_grad_(), reward.requires_grad_()
+    assert not rk.latent_policy_gradient(hidden, *wanted).loss.requires_grad
 
 
 def test_latent_states_may_be_a_view_or_half_or_none_or_broken() -> None:
@@ -272,12 +281,19 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.srgen_delta((L, W), Y, L, W), r"prefix\[0\]: expected shape \(N, D\)"),
     (lambda: rk.srgen_delta(Z.long(), Y, L, W), "prefix: expected dtype"),
     (lambda: rk.srgen_delta(Z.to("meta"), Y, L, W), "prefix: expected the device of weight"),
+    (lambda: rk.srgen_delta((H.to("meta"), W.to("meta")), Y, L, W),
+     r"prefix\[0\]: expected the device of weight"),
+    (lambda: rk.srgen_delta((H, W.double()), Y, L, W), r"prefix\[1\]: expected dtype torch.float"),
+    (lambda: rk.srgen_delta(Z, Y.to("meta"), L, W), "labels: expected the device of weight"),
     (lambda: rk.srgen_delta(Z, Y[:2], L, W), r"labels: expected shape \(N,\) = \(3,\)"),
     (lambda: rk.srgen_delta(Z, Y.float(), L, W), "labels: expected dtype torch.int64"),
     (lambda: rk.srgen_delta(Z, Y + 4, L, W), r"labels: expected values in \[0, 4\), got 4"),
     (lambda: rk.srgen_delta(Z, Y, H, W), r"last_hidden: expected shape \(D,\)"),
     (lambda: rk.srgen_delta(Z, Y, L, W.t()), r"weight: expected shape \(V, 2\)"),
     (lambda: rk.srgen_delta(Z, Y, L, W, mask=Y), "mask: expected dtype torch.bool"),
+    (lambda: rk.srgen_delta(Z, Y, L, W, mask=MASK[0]), r"mask: expected shape \(N,\) = \(3,\)"),
+    (lambda: rk.srgen_delta(Z, Y, L, W, mask=MASK[:, 0].to("meta")),
+     "mask: expected the device of weight"),
     (lambda: rk.srgen_delta(Z, Y, L, W, temperature=0), "temperature: expected .* > 0, got 0"),
     (lambda: rk.srgen_delta(Z, Y, L, W, lam=1.5), r"lam: expected a number in \[0, 1\], got 1.5"),
     (lambda: rk.srgen_delta(Z, Y, L, W, steps=0), "steps: expected an integer >= 1, got 0"),
@@ -286,6 +302,10 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.latent_policy_gradient(L, W, 1.0), r"hidden: expected shape \(N, D\)"),
     (lambda: rk.latent_policy_gradient(H, W[:, :1], 1.0), r"weight: expected shape \(V, 2\)"),
     (lambda: rk.latent_policy_gradient(H, W.double(), 1.0), "weight: expected dtype torch.float32"),
+    (lambda: rk.latent_policy_gradient(H, W.to("meta"), 1.0), "weight: expected the device of hid"),
+    (lambda: rk.latent_policy_gradient(H[:, :0], W[:, :0], 1.0), r"hidden: .* D >= 1, got \(3, 0"),
+    (lambda: rk.latent_policy_gradient(H, W[:0], 1.0), r"weight: .* V >= 1, got \(0, 2\)"),
+    (lambda: rk.latent_policy_gradient(H, W, Z[:, 0].to("meta")), "reward: expected the device of"),
     (lambda: rk.latent_policy_gradient(H, W, NAN), "reward: expected a finite number"),
     (lambda: rk.latent_policy_gradient(H, W, L), r"reward: expected shape \(N,\) = \(3,\)"),
     (lambda: rk.latent_policy_gradient(H, W, Z[:, 0] / 0), "reward: expected finite numbers"),
@@ -293,11 +313,17 @@ WRONG: list[tuple[Callable[[], Any], str]] = [
     (lambda: rk.entropy_forks(Z.long(), MASK, 1), "entropy: expected dtype"),
     (lambda: rk.entropy_forks(Z, MASK[:2], 1), "mask: expected shape entropy.shape"),
     (lambda: rk.entropy_forks(Z, Z, 1), "mask: expected dtype torch.bool"),
+    (lambda: rk.entropy_forks(Z, MASK.to("meta"), 1), "mask: expected the device of entropy"),
     (lambda: rk.entropy_forks(Z, MASK, -1), r"n: expected an integer in \[0, 2\^31\), got -1"),
+    (lambda: rk.entropy_forks(Z, MASK, 1 << 31), r"n: expected an integer in \[0, 2\^31\), got 21"),
     (lambda: rk.entropy_forks(Z / 0, MASK, 1), r"entropy: expected finite .* the mask, got nan"),
     (lambda: rk.completion_probe(L, SLOT, [0], [1]), r"logits: expected shape \(R, V\)"),
     (lambda: rk.completion_probe(Z, SLOT[:2], [0], [1]), r"slot: expected shape \(R,\)"),
     (lambda: rk.completion_probe(Z, Z[:, 0], [0], [1]), "slot: expected dtype torch.int64"),
+    (lambda: rk.completion_probe(Z, SLOT.to("meta"), [0], [1]), "slot: expected the device of log"),
+    (lambda: rk.completion_probe(Z, SLOT, IDS.float(), IDS), "ids_a: expected dtype torch.int64"),
+    (lambda: rk.completion_probe(Z, SLOT, IDS, IDS.to("meta")), "ids_b: expected the device of l"),
+    (lambda: rk.completion_probe(Z, SLOT, IDS[:, :0], IDS), r"ids_a: .* K >= 1, got \(1, 0\)"),
     (lambda: rk.completion_probe(Z, SLOT - 2, [0], [1]), "slot: expected values in .*got -2"),
     (lambda: rk.completion_probe(Z, SLOT + 1, IDS, IDS), r"slot: expected values in \[-1, 1\)"),
     (lambda: rk.completion_probe(Z, SLOT, [], [1]), r"ids_a: expected one id or more"),

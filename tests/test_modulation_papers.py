@@ -99,6 +99,12 @@ def step(t: int) -> Tensor:
     return randn(V, seed=100 + t)
 
 
+def test_published_settings() -> None:
+    """Of the TIP paper, of DeepConf's groups, of SRGen's trigger."""
+    assert rk.TIP() == rk.TIP(3.0, 600) and rk.DeepConf(0.0) == rk.DeepConf(0.0, 2048, None)
+    assert rk.EntropyTrigger() == rk.EntropyTrigger(25, 4.0, 1.8, 0.5, 3.0)
+
+
 def test_cyclicreflex() -> None:
     """CyclicReflex (2506.11077): paper and code, published A and C, until the end of thinking."""
     text = [7] * 250 + [THINK_END] + [7] * 20

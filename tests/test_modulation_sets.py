@@ -9,6 +9,7 @@ from modulation_cases import BYTE_LEVEL, SENTENCES, Vocabulary
 
 import reasonkern as rk
 from reasonkern.modulation import layout as at
+from reasonkern.modulation.sets import _BYTES
 
 
 def test_ids_are_sorted_and_given_once():
@@ -71,8 +72,19 @@ def test_a_letter_of_maltese_makes_no_byte_level():
         for variants, ids in (("exact", (102,)), ("all", (101, 102))):
             sets = rk.TokenSets.from_tokenizer(sentences, {"a": ["é"]}, variants=variants)
             assert sets["a"] == ids
-    byte_level = Vocabulary("Ġo", "ĠcafÃ©", "Ã©", "▁of▁sentence")
+    byte_level = Vocabulary("Ġo", "ĠcafÃ©", "Ã©", "▁of▁sentence", "Ã")  # the last: half a letter
     assert rk.TokenSets.from_tokenizer(byte_level, {"a": ["é"]}, variants="all")["a"] == (101, 102)
+    neither = Vocabulary("wait", "é")  # no piece has a space: text as it is
+    assert rk.TokenSets.from_tokenizer(neither, {"a": ["é"]})["a"] == (101,)
+
+
+def test_every_byte_has_its_character():
+    """GPT-2's table, as it publishes it."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                 *range(ord("®"), ord("ÿ") + 1)]  # fmt: skip
+    others = [byte for byte in range(256) if byte not in printable]
+    expected = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(others)}
+    assert expected == _BYTES
 
 
 def test_strings_of_several_tokens_are_named():

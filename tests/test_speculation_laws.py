@@ -129,7 +129,7 @@ def test_equality_is_lossless(shared):
     report = rk.check_verifier(ours("shared"), draws=2**14, shared=shared)
     assert report and not report.broken, str(report)
     assert [law.name for law in report.laws] == [
-        "marginal", "joint", "length > 1", "length > 2", "length > 3"
+        "marginal", "pair", "joint", "length > 1", "length > 2", "length > 3"
     ]  # fmt: skip
 
 
@@ -194,6 +194,18 @@ def test_a_mistake_below_the_root_breaks_the_later_laws_only():
     assert report.broken == ("joint", "length > 2"), str(report)
 
 
+@pytest.mark.parametrize("mode", ["shared", "rejection"])
+def test_noise_that_neighbours_share_is_found(mode):
+    """Each of them alone has the target's law."""
+
+    def shared(logits, draft, tree, temperature, seed, position):
+        seed = seed[torch.arange(len(seed)) // 2 * 2]
+        return ours(mode)(logits, draft, tree, temperature, seed, position)
+
+    report = rk.check_verifier(shared, draws=2**14 + 1)
+    assert report.broken == ("pair",), str(report)
+
+
 def test_laws_without_draws_are_not_tested():
     """Plain sampling never emits a second token; 16 draws tell nothing."""
 
@@ -205,7 +217,7 @@ def test_laws_without_draws_are_not_tested():
     assert report and report.untested == ("length > 1", "length > 2", "length > 3")
     assert "length > 1   not tested (too few draws, n = 0)" in str(report)
     report = rk.check_verifier(ours("shared"), draws=16)
-    assert not report and not report.broken and len(report.untested) == 5
+    assert not report and not report.broken and len(report.untested) == 6
     assert "holds" not in str(report)
 
 
@@ -231,7 +243,9 @@ def test_g_test_of_a_true_law_is_uniform():
     [
         ({"vocab": 1}, "vocab: expected an integer"), ({"depth": 0}, "depth: expected an integer"),
         ({"vocab": 7, "exact": True}, "vocab: expected"), ({"draws": 0}, "draws: expected"),
-        ({"children": 17}, "children: expected an integer"),
+        ({"children": 17}, "children: expected an integer"), ({"depth": 9}, r"depth: .*\[1, 8\]"),
+        ({"children": 4, "exact": True}, r"children: expected an integer in \[1, 3\]"),
+        ({"depth": 4, "exact": True}, r"depth: expected an integer in \[1, 3\], got 4"),
         ({"vocab": 2}, r"children: expected an integer in \[1, 2\] \(vocab = 2\), got 3"),
     ],
 )  # fmt: skip

@@ -96,6 +96,13 @@ def test_all_nodes_learn_from_every_valid_node() -> None:
     assert entries(table) == entries(expected)
 
 
+def test_a_vocabulary_may_be_smaller_than_what_a_table_keeps() -> None:
+    table, tokens = small(vocab_size=3), torch.tensor([[1, 2]])
+    nodes = torch.zeros(1, 2, 3), Draft(tokens, tokens > 0), CHAIN
+    table.update_verified(torch.tensor([[-1, -1, 1]]), None, all_nodes=nodes)
+    assert table.stats()["rows"] == 2
+
+
 def test_padding_teaches_nothing() -> None:
     table = small()
     ids, logits, lse = laws(2)
@@ -114,7 +121,7 @@ def test_other_integer_and_float_types() -> None:
     context = torch.arange(15).view(5, 3)
     first.update(context, ids, logits.float(), lse=lse, scope=torch.arange(5) % 4)
     second.update(
-        context.to(torch.int16), ids.to(torch.uint8), logits, lse=lse.double(),
+        context.to(torch.int16).T.contiguous().T, ids.to(torch.uint8), logits, lse=lse.double(),
         scope=(torch.arange(5) % 4).int(),
     )  # fmt: skip
     assert entries(first) == entries(second)
@@ -190,7 +197,8 @@ for step in range(5):
     b = random_batch(2 * step + rank, rows=30)
     scope = b.scope if step else None
     lse, logits = (b.lse, b.logits) if step != 1 else (None, b.logits - b.lse[:, None])
-    table.update(b.context, b.ids, logits, lse=lse, scope=scope, process_group=dist.group.WORLD)
+    context, ids, logits = (x.repeat(1, 2)[:, : x.shape[1]] for x in (b.context, b.ids, logits))
+    table.update(context, ids, logits, lse=lse, scope=scope, process_group=dist.group.WORLD)
 torch.save(state_tensors(table), f"{folder}/{rank}.pt")
 """
 
@@ -321,6 +329,10 @@ LOGITS = torch.tensor([[-0.5, -2.0]])
         ({"context": CONTEXT + 47}, r"context: expected values in \[-1, 50\), got 50 at \(0, 2\)"),
         ({"topk_ids": IDS[0]}, r"topk_ids: expected shape \(rows, k\) = \(1, 1 to 4\), got \(2,\)"),
         ({"topk_ids": IDS.repeat(1, 3)}, r"topk_ids: expected shape .* got \(1, 6\)"),
+        (
+            {"topk_ids": IDS[:, :0], "topk_logits": LOGITS[:, :0]},
+            r"topk_ids: expected shape .* got \(1, 0\)",
+        ),
         ({"topk_ids": IDS + 45}, r"topk_ids: expected values in \[-1, 50\), got 50 at \(0, 1\)"),
         ({"topk_ids": IDS - 6}, r"topk_ids: expected values in \[-1, 50\), got -2 at \(0, 0\)"),
         ({"topk_logits": LOGITS[:, :1]}, r"topk_logits: expected shape of topk_ids = \(1, 2\)"),
@@ -328,10 +340,19 @@ LOGITS = torch.tensor([[-0.5, -2.0]])
         ({"topk_logits": LOGITS + torch.nan}, "topk_logits: expected log-probabilities .* no NaN"),
         ({"topk_logits": LOGITS + 0.5}, "at most 1.001 together, got .* in row 0"),
         (
+            {
+                "context": torch.tensor([[2, 3, -1], [1, 2, 3], [1, 2, 3]]),
+                "topk_ids": IDS.repeat(3, 1),
+                "topk_logits": LOGITS + torch.tensor([[torch.nan], [0.0], [torch.nan]]),
+            },
+            "topk_logits: expected log-probabilities .* in row 2",
+        ),
+        (
             {"lse": torch.tensor([-0.5])},
             "topk_logits: expected logits with no NaN .* with lse -0.5",
         ),
         ({"lse": torch.zeros(2)}, r"lse: expected shape \(rows,\) = \(1,\), got \(2,\)"),
+        ({"scope": -1}, r"scope: expected an integer in \[0, 4\), got -1"),
         ({"scope": 4}, r"scope: expected an integer in \[0, 4\), got 4"),
         ({"scope": torch.tensor([-1])}, r"scope: expected values in \[0, 4\), got -1"),
         ({"scope": torch.tensor([0, 1])}, r"scope: expected shape \(rows,\) = \(1,\), got \(2,\)"),
@@ -377,6 +398,8 @@ def test_bad_sequences_and_steps() -> None:
         small().update_from_sequence(tokens[0], ids[0], logits[0])
     with pytest.raises(ValueError, match=r"topk_logits: expected shape \(batch, length, k\)"):
         small().update_from_sequence(tokens, ids, logits[:, 1:], lse=lse)
+    with pytest.raises(ValueError, match=r"lse: expected shape \(batch, length\) = \(2, 5\)"):
+        small().update_from_sequence(tokens, ids, logits, lse=lse[..., None])
     with pytest.raises(ValueError, match=r"lengths: expected values in \[0, 6\), got 6 at \(1,\)"):
         small().update_from_sequence(tokens, ids, logits, lengths=torch.tensor([0, 6]))
     with pytest.raises(ValueError, match=r"lengths: expected shape \(batch,\) = \(2,\), got \(1,"):

@@ -20,6 +20,7 @@ from test_speculation_tree import parent_lists
 
 from reasonkern import DraftTree, tune_tree
 from reasonkern.__main__ import main
+from reasonkern._progress import counted
 from reasonkern.speculation.cli import TuneConfig, investigate, read_traces
 from reasonkern.speculation.replay import TokenTrace, replay
 from reasonkern.speculation.tokenizers import TokenizerError, load_tokenizer
@@ -50,8 +51,8 @@ def test_counts_of_real_walks_need_no_closure() -> None:
 
 
 def test_a_later_sibling_keeps_the_earlier_ones() -> None:
-    tree = DraftTree([-1, 0, 0, 0])
-    assert tune_tree([9, 1, 0, 5], 3, tree=tree).max_children == 2
+    tree = DraftTree([-1, 0, 0, 0, 3])
+    assert tune_tree([9, 1, 0, 5, 4], 4, tree=tree).parents.tolist() == [-1, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,18 @@ def test_groups_do_not_help_each_other() -> None:
     assert alone.steps.tolist() == [50, 2 + 10] and separate.steps.tolist() == [100]
 
 
+def test_groups_are_replayed_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    traces = [TokenTrace(np.arange(9) % (2 + n % 3), group=n) for n in range(5)] * 2
+    told: list[int] = []
+    found = []
+    for together in (64, 2):
+        monkeypatch.setattr("reasonkern.speculation.replay.TOGETHER", together)
+        found.append(replay(traces, DraftTree.chain(3), vocab_size=4, advance=told.append))
+    assert sum(told) == 2 * 90 and min(told) > 0
+    for name, value in vars(found[0]).items():
+        assert np.array_equal(value, getattr(found[1], name)), name
+
+
 def test_the_prompt_is_learnt_first() -> None:
     tokens = np.arange(50)
     trace = TokenTrace(tokens, prompt=np.append(tokens, 60))
@@ -150,19 +163,26 @@ def test_tune_writes_a_tree_and_a_picture(tmp_path: Path, capsys: Any) -> None:
     for title in ("orders  ", "nodes  ", "trajectory  "):
         assert title in printed
     assert re.search(r"^1 +1\.00$", printed, re.M)  # a tree of the root alone
-    assert re.search(r"^4,3,2 +[1-9]", printed, re.M) and printed.count("\n1 ") == 2
+    orders = re.findall(r"^([2-4,]+) +[1-9]\.\d\d$", printed, re.M)[:3]
+    assert orders == ["2", "3,2", "4,3,2"] and printed.count("\n1 ") == 2
+    assert 98 <= sum(map(int, re.findall(r": (\d+) %", printed))) <= 102
     assert "(bytes, vocabulary 256)" in printed
     rates = re.findall(r"^(?:DraftTree.default\(12\)|tuned.*[a-z])  +([\d.]+)$", printed, re.M)
     default, fitted, held_out = map(float, rates)
     assert fitted >= default > 1 and fitted >= held_out > 1
 
 
-def test_held_out_problems_are_not_those_of_the_tree() -> None:
+def test_held_out_problems_are_not_those_of_the_tree(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One repeats itself, in the other a token has two successors: neither tree fits the other."""
     one = [TokenTrace(np.arange(50), group=0)] * 2
     other = [TokenTrace(np.array(([1, 2, 1, 3] * 40)[n:]), group=1) for n in (0, 1)]
     config = TuneConfig(Path("-"), nodes=5, orders=(1,))
+    monkeypatch.setitem(sys.modules, "tqdm", None)
     found = investigate([*one, *other], 60, config)
+    done, told = re.findall(r"(\d+)/(\d+) ", capsys.readouterr().out)[-1]
+    assert done == told  # of all replays
 
     trees = [investigate(half, 60, config).tree for half in (other, one)]
     rates = [
@@ -181,9 +201,19 @@ def test_token_ids_need_no_tokenizer(tmp_path: Path, capsys: Any) -> None:
     assert "(token ids, vocabulary 300,001)" in printed and "without logits" not in printed
     assert "(one problem: what the tree brings on another is not measured)" in printed
     assert "1 trace of 1 problem, 27 tokens" in printed and "warning" not in printed
-    write(traces, [{"tokens": [7, 5] * 9}, {"text": "abab"}])
-    assert main(["tune", str(traces), "--nodes", "4", "--orders", "2"]) == 0
-    assert "(bytes and token ids, vocabulary 256)" in capsys.readouterr().out
+    law = {"topk_ids": [[500, 7]] * 18, "topk_logprobs": [[-1.0, -1.0]] * 18}
+    for more, largest, problems in (
+        ({}, 255, 2),
+        ({"prompt_tokens": [400]}, 400, 1),
+        (law, 500, 2),
+    ):
+        write(
+            traces, [{"tokens": [7, 5] * 9} | more, {"text": "abab"} | more | ({"text": "ab" * 9})]
+        )
+        assert main(["tune", str(traces), "--nodes", "4", "--orders", "2"]) == 0
+        printed = capsys.readouterr().out
+        assert f"2 traces of {counted(problems, 'problem')}, " in printed
+        assert f"(bytes and token ids, vocabulary {largest + 1})" in printed
 
 
 @pytest.mark.parametrize(
@@ -195,6 +225,8 @@ def test_token_ids_need_no_tokenizer(tmp_path: Path, capsys: Any) -> None:
         ({"text": ""}, "line 2: expected a non-empty 'tokens'"),
         ({"text": 3}, "line 2: field 'text' must be a string, got int 3"),
         ({"tokens": [1, -2]}, "line 2: field 'tokens' must be token ids"),
+        ({"tokens": [1, True]}, "line 2: field 'tokens' must be token ids"),
+        ({"tokens": [1 << 26]}, "line 2: field 'tokens' must be token ids"),
         ({"text": "a", "prompt": []}, "line 2: field 'prompt' must be a string"),
         ({"text": "a", "problem_id": {}}, "line 2: field 'problem_id' must be"),
         ({"text": "ab", "topk_ids": [[1]]}, "line 2: 'topk_ids' and 'topk_logprobs' must"),
@@ -202,6 +234,8 @@ def test_token_ids_need_no_tokenizer(tmp_path: Path, capsys: Any) -> None:
             {"text": "ab", "topk_ids": [[1], [2]], "topk_logprobs": [[0.1], [0.1]]},
             "line 2: 'topk_logprobs' must be log-probabilities",
         ),
+        ({"text": "a", "topk_ids": [[-2, 1]], "topk_logprobs": [[0, 0]]}, "line 2: .* of ids"),
+        ({"text": "a", "topk_ids": [[1 << 26]], "topk_logprobs": [[0]]}, "line 2: .* of ids"),
         ({"text": "a", "topk_ids": [[]], "topk_logprobs": [[]]}, "line 2: 'topk_ids' .* one row"),
         ({"text": "a", "topk_ids": [[1.5]], "topk_logprobs": [[0]]}, "line 2: .* be integers"),
         ({"text": "a", "topk_ids": [["1"]], "topk_logprobs": [["0"]]}, "line 2: .* be integers"),
@@ -223,6 +257,7 @@ def test_a_bad_line_is_named(tmp_path: Path, capsys: Any, line: Any, message: st
         (["--tokenizer", "nowhere"], "--tokenizer nowhere: expected bytes, mistral-common, a"),
         (["--tokenizer", "{tmp}"], "expected bytes, mistral-common, a tokenizer.json or a model's"),
         (["-o", "{tmp}/no/tree.json"], "tree.json: there is no folder"),
+        (["--png", "{tmp}/no/tree.png"], "tree.png: there is no folder"),
         (["-o", "{tmp}"], "expected the name of a file, got a folder"),
     ],
 )
@@ -231,6 +266,15 @@ def test_bad_options(tmp_path: Path, capsys: Any, arguments: list[str], message:
     filled = [a.replace("{tmp}", str(tmp_path)) for a in arguments]
     assert main(["tune", str(traces), *filled]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_picture_alone_needs_matplotlib(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    command = ["tune", str(write(tmp_path / "traces.jsonl", [{"text": "abc"}])), "--nodes", "1"]
+    assert main(command) == 0 and main([*command, "--png", "tree.png"]) == 2
+    assert "--png needs matplotlib (pip install" in capsys.readouterr().err
 
 
 def test_candidates_that_are_none_take_no_place_and_null_is_no_field(tmp_path: Path) -> None:

@@ -374,7 +374,7 @@ def _check_labels(
     _checks.check_dtype("mask", mask, torch.bool)
     _checks.check_device("mask", mask, weight, "weight")
     _checks.check_range("labels", labels, 0, weight.shape[0], where=mask)
-    return labels.to(torch.int64).contiguous(), mask.contiguous()
+    return labels.to(torch.int64).contiguous(), mask
 
 
 def _check_numbers(temperature: float, lam: float, steps: int, lr: float) -> None:

@@ -40,12 +40,13 @@ def check_verifier(
     A toy target (the next token's law depends on the last token and the depth, some tokens are
     impossible) and a toy drafter (another law, on half of the vocabulary) make ``draws``
     independent steps. Children are drawn without replacement by Gumbel-Top-K, in the order of their
-    ranks. G-tests then compare three kinds of laws with the target's: "marginal", of the first
-    token; "joint", of the first three, where the target itself continues shorter steps; and
+    ranks. G-tests then compare four kinds of laws with the target's: "marginal", of the first
+    token; "pair", of the first tokens of two neighbours in the batch, which are independent;
+    "joint", of the first three tokens, where the target itself continues shorter steps; and
     "length > j", of token j given the one before it, over the steps that emitted it. A law is
-    broken when its p-value is below 1e-6, and not tested where too few steps come to it. All are
-    laws of one step: noise that requests share breaks none of them. The default's draws take 10 to
-    20 s with `verify_tree` on a core of a CPU; 2^14 are a quick look, below a second.
+    broken when its p-value is below 1e-6, and not tested where too few steps come to it. Noise that
+    requests further apart share may break none of them. The default's draws take 10 to 20 s with
+    `verify_tree` on a core of a CPU; 2^14 are a quick look, below a second.
 
     With ``exact``, the law is enumerated instead: ``fn`` is run once for every outcome of every
     random choice and the laws must agree to a total variation of 1e-12. ``fn`` then takes its
@@ -160,6 +161,7 @@ class Counts:
         v, self.joint_length = toy.vocab, min(JOINT, toy.depth + 1)
         zeros = toy.target.new_zeros  # float32 would not tell 2^24 from the next count
         self.first = zeros(v)
+        self.pair = zeros(v * v)
         self.later = [zeros(v * v) for _ in range(toy.depth)]
         self.joint = zeros(v**self.joint_length)
         self.generator = torch.Generator().manual_seed(toy.seed)
@@ -167,6 +169,8 @@ class Counts:
     def add(self, tokens: Tensor, length: Tensor) -> None:
         v = self.toy.vocab
         self.first += torch.bincount(tokens[:, 0], minlength=v)
+        one, other = tokens[: len(tokens) // 2 * 2, 0].view(-1, 2).T
+        self.pair += torch.bincount(one * v + other, minlength=v * v)
         for j in range(1, self.depth + 1):
             pair = tokens[:, j - 1] * v + tokens[:, j]
             self.later[j - 1] += torch.bincount(pair[length > j], minlength=v * v)
@@ -179,7 +183,9 @@ class Counts:
 
     def laws(self) -> tuple[Law, ...]:
         v, target = self.toy.vocab, self.toy.target
-        laws = [g_test("marginal", self.first[None], target[0, :1])]
+        first = target[0, :1]
+        laws = [g_test("marginal", self.first[None], first)]
+        laws.append(g_test("pair", self.pair[None], (first.T * first).view(1, -1)))
         law = self.toy.joint(self.joint_length)
         laws.append(g_test("joint", self.joint[None], law[None]))
         for j, seen in enumerate(self.later, start=1):

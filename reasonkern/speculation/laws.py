@@ -17,7 +17,8 @@ class Law:
     """One law: whether it holds, and by what evidence.
 
     Attributes:
-        name: "marginal", "joint", or "length > j": the j-th token, given that it was emitted.
+        name: "marginal", "pair", "joint", or "length > j": the j-th token, given that it was
+            emitted.
         holds: whether it is the target's law, as far as the test can tell.
         total_variation: distance to the target's law: exact, or estimated from the draws (then
             never quite 0).

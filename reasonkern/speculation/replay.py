@@ -58,8 +58,8 @@ class Replayed:
 class _Row:
     """One group under replay: a row of the batch."""
 
-    def __init__(self, traces: Sequence[TokenTrace], scope: int, width: int, depth: int) -> None:
-        self.scope, self._traces, self._width, self._depth = scope, traces, width, depth
+    def __init__(self, traces: Sequence[TokenTrace], scope: int, width: int) -> None:
+        self.scope, self._traces, self._width = scope, traces, width
         self.index = -1
         self.open_next()
 
@@ -71,11 +71,10 @@ class _Row:
         trace = self.trace = self._traces[self.index]
         prompt = len(trace.prompt)
         before = np.full(self._width, -1)
-        whole = np.concatenate((before, trace.prompt, trace.tokens, np.full(self._depth, -2)))
+        whole = np.concatenate((before, trace.prompt, trace.tokens))
         windows = sliding_window_view(whole, self._width)  # [i]: what precedes token i
-        self.prompt_windows = windows[1:prompt] if self.index == 0 else windows[:0]
+        self.prompt_windows = windows[1:prompt]
         self.windows = windows[prompt:]
-        self.future = whole[self._width + prompt :]
 
     @property
     def done(self) -> bool:
@@ -108,7 +107,7 @@ def replay(
             capacity, vocab_size=vocab_size, orders=orders, topk=topk, max_scopes=TOGETHER
         )
         rows = [
-            _Row(group, scope, orders[0], tree.depth)
+            _Row(group, scope, orders[0])
             for scope, group in enumerate(members[first : first + TOGETHER])
         ]
         _replay_rows(rows, table, tree, total, advance)
@@ -135,7 +134,7 @@ def _replay_rows(
         tokens, valid = draft.tokens.numpy(), draft.valid.numpy()
         lessons, emitted = [], 0
         for b, row in enumerate(rows):
-            path = _walk(tokens[b], valid[b], children, row.future[row.position :])
+            path = _walk(tokens[b], valid[b], children, row.trace.tokens[row.position :])
             total.accepted[path] += 1
             begin, end = row.position, min(row.position + len(path), len(row.trace.tokens))
             lessons.append((row, row.windows[begin:end], _laws(row.trace, begin, end)))
