@@ -157,6 +157,11 @@ WEIGHT_ERRORS: list[tuple[Any, dict[str, Any], str]] = [
         {"mode": "seq-mean-token-sum", "segments": torch.tensor([0, 2])},
         r"segments: expected non-decreasing offsets from 0 to 3, got \[0, 2\]",
     ),
+    (
+        MASK[0],
+        {"mode": "seq-mean-token-sum", "segments": torch.tensor([0, 3]).to("meta")},
+        "segments: expected the device of mask, cpu, got meta",
+    ),
     (MASK, {"num_tokens": 0}, "num_tokens: expected a finite number > 0, got 0"),
     (MASK, {"num_sequences": math.nan}, "num_sequences: expected a finite number > 0, got nan"),
     (

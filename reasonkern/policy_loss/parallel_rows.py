@@ -39,7 +39,7 @@ def sharded_statistics(
         own = torch.full((8, *targets.shape), -torch.inf, dtype=dtype, device=targets.device)
     valid = (targets >= 0) & (targets < shard.vocab)
     # The operators round the temperature to the accumulator's type.
-    t = temperature if isinstance(temperature, Tensor) else own.new_tensor(temperature)
+    t = temperature if isinstance(temperature, Tensor) else own.new_full((), temperature)
     parts = gather(own, shard.group).double().unbind(1)
     out = merge_statistics(parts, owner, mask, valid, t)
     return tuple(x.bool() if i == IS_TOP1 else x.to(dtype) for i, x in enumerate(out))
