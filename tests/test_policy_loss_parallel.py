@@ -69,6 +69,7 @@ TWO = (
     "window_over_two_ranks",
     "default_weights_over_data_ranks",
     "pieces_on_two_ranks",
+    "sums_over_pieces_are_differentiable_once",
     "weights_of_pieces",
     "mismatch_of_pieces",
     "compiled_breaks_the_graph_and_agrees",
@@ -80,6 +81,7 @@ FOUR = (
     "grid_of_vocabulary_and_data",
     "grid_of_vocabulary_and_pieces",
     "grid_of_pieces_and_data",
+    "grid_of_a_batch",
     "worked_example",
     "slime_grid",
 )
@@ -196,6 +198,7 @@ def test_confident_rows_keep_their_digits() -> None:
     [
         ({"vocab_group": object()}, "vocab_group: expected torch.distributed.init_process_group"),
         ({"data_group": "world"}, "data_group: expected torch.distributed.init_process_group"),
+        ({"segment_group": 0}, "segment_group: expected torch.distributed.init_process_group"),
         ({"vocab_size": 0}, r"vocab_size: expected an integer >= 1 or None, got 0"),
         ({"vocab_size": 1.5}, r"vocab_size: expected an integer >= 1 or None, got 1.5"),
         ({"vocab_size": True}, r"vocab_size: expected an integer >= 1 or None, got True"),
