@@ -85,6 +85,9 @@ def default_weights_over_data_ranks() -> None:
                     mine, mode, count_empty=count_empty, parallel=Parallel(data_group=world())
                 )
             assert_close(got, whole[2 * rank() : 2 * rank() + 2])
+            columns = Parallel(vocab_group=world())  # whose ranks hold the same rows
+            got = rk.token_weights(b.mask, mode, count_empty=count_empty, parallel=columns)
+            assert torch.equal(got, whole)
     empty = rk.token_weights(torch.zeros(2, 3), parallel=Parallel(data_group=world()))
     assert torch.equal(empty, torch.zeros(2, 3))
 

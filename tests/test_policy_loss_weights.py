@@ -171,6 +171,12 @@ WEIGHT_ERRORS: list[tuple[Any, dict[str, Any], str]] = [
     ),
     (
         MASK,
+        {"num_tokens": torch.tensor(6).to("meta")},
+        "num_tokens: expected the device of mask, cpu, got meta",
+    ),
+    (MASK, {"parallel": 2}, "parallel: expected a Parallel or None, got int"),
+    (
+        MASK,
         {"mode": "seq-mean-token-mean", "num_tokens": 6},
         "num_tokens: expected None in mode seq-mean-token-mean, which takes num_sequences, got 6",
     ),
