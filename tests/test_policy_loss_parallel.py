@@ -6,6 +6,7 @@ The checks are in `parallel_checks*.py`; one spawn per number of processes runs 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ NUMERICS = (
     "numerics_vocabularies",
     "numerics_shards_of_minus_inf",
     "numerics_nonfinite_rows",
+    "numerics_targets_of_no_rank",
     "numerics_inactive_rows",
     "numerics_offset_temperature_softcap",
     "numerics_ties",
@@ -171,6 +173,23 @@ def accumulators() -> int:
     level = ctypes.CDLL(str(path)).reasonkern_cpu_capability
     level.restype = ctypes.c_char_p
     return {b"baseline": 32, b"v3": 64, b"v4": 128}[level()]
+
+
+def test_target_in_a_part_of_minus_inf() -> None:
+    x, y = torch.zeros(1, 1, 9).double(), torch.tensor([[4]])
+    x[..., :6] = -torch.inf
+    whole = rk.token_stats(x, y)
+    for cuts in ([3], [3, 6]):
+        for got, expected in zip(merged(x, y, cuts, 1.0), whole, strict=True):
+            assert_close(got.to(expected), expected)
+
+
+def test_a_part_of_one_column_keeps_its_digits() -> None:
+    """ln of its share is -ln(1 + the others'), where 1 + the others' is rounded to 1."""
+    x = torch.zeros(1, 1, 1000).double()
+    x[..., 417] = 40.0
+    got = merged(x, torch.tensor([[417]]), [417, 418], 1.0).logprob.item()
+    assert got == pytest.approx(-math.log1p(999 * math.exp(-40)), rel=1e-9, abs=0.0)
 
 
 def test_confident_rows_keep_their_digits() -> None:
