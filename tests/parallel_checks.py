@@ -319,6 +319,31 @@ def linear_hidden_of_any_strides() -> None:
 # ---- DTensor
 
 
+def linear_group_of_one_rank() -> None:
+    """The single-process path, to the bit."""
+    groups = [dist.new_group([r]) for r in range(size())]
+    b, x = linear_problem("packed", torch.float32)
+    expected, whole = run_linear(b, x, OBJECTIVES["dapo_entropy"], None)
+    got, parts = run_linear(b, x, OBJECTIVES["dapo_entropy"], Parallel(groups[rank()]))
+    for a, e in zip((*got[:4], *parts), (*expected[:4], *whole), strict=True):
+        assert torch.equal(a, e)
+
+
+def second_derivatives() -> None:
+    """Refused on every rank, one without columns included: nothing is silently left out."""
+    b, x = linear_problem("padded", torch.float64)
+    given = b.given(objective=OBJECTIVES["dapo_entropy"], parallel=Parallel(world()))
+    logits, hidden = (t.clone().requires_grad_() for t in (own(b.logits), x[0]))
+    head, bias = own_rows(x)[1:]
+    for leaf, out in (
+        (logits, rk.policy_loss(logits, b.targets, **given)),
+        (hidden, rk.linear_policy_loss(hidden, head, b.targets, bias=bias, **given)),
+    ):
+        loss = out.loss + leaf.pow(3).sum()  # which has them
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        refused(RuntimeError, "no second derivatives", gradient.square().sum().backward)
+
+
 def dtensor_logits() -> None:
     from torch.distributed.tensor import (
         DTensor,

@@ -62,6 +62,8 @@ VOCABULARY = (
     "linear_padding_and_own_reduction",
     "linear_statistics_and_frozen_head",
     "linear_hidden_of_any_strides",
+    "linear_group_of_one_rank",
+    "second_derivatives",
     "dtensor_logits",
     "errors",
 )

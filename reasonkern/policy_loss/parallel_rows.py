@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _load
-from .op import claim_backward, save_stats
+from .op import claim_backward, marks_gradients, save_stats
 from .parallel import VocabShard, gather, in_rank_order, untraced
 from .reference import accumulator_dtype
 
@@ -130,7 +129,7 @@ class _ShardedStats(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @marks_gradients
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         temperature, softcap, shard, inplace = ctx.given
         if inplace:
