@@ -162,6 +162,23 @@ def backward_twice() -> None:
     )  # fmt: skip
     out.loss.backward(retain_graph=True)
     refused(RuntimeError, "differentiated before", out.loss.backward)
+    leaf = own(b.logits).clone().requires_grad_()
+    out = rk.policy_loss(
+        leaf, b.targets, objective=Objective.ppo(), parallel=Parallel(world()), **b.given()
+    )
+    first, second = (torch.autograd.grad(out.loss, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def in_place_over_logits_that_another_op_saved() -> None:
+    b = make_batch()
+    logits = own(b.logits).clone().requires_grad_() * 1.0
+    squares = logits.square().sum()
+    out = rk.policy_loss(
+        logits, b.targets, objective=Objective.ppo(), parallel=Parallel(world()),
+        inplace_grad=True, **b.given(),
+    )  # fmt: skip
+    refused(RuntimeError, "modified by an inplace operation", (out.loss + squares).backward)
 
 
 def group_of_one_rank() -> None:

@@ -57,6 +57,7 @@ VOCABULARY = (
     "empty_batches",
     "one_gather_forward_none_backward",
     "backward_twice",
+    "in_place_over_logits_that_another_op_saved",
     "group_of_one_rank",
     "linear_loss_of_every_objective",
     "linear_padding_and_own_reduction",

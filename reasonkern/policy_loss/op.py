@@ -164,7 +164,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Tensor:
         raise RuntimeError(
-            "reasonkern: policy_loss and token_stats have no second derivatives; their gradient "
+            "reasonkern: losses and token statistics have no second derivatives; their gradient "
             "was differentiated (create_graph=True and a backward through the result)"
         )
 
