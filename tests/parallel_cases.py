@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -25,6 +26,7 @@ OBJECTIVES: dict[str, Any] = {
     "gmpo": Objective.gmpo(),
     "vespo": Objective.vespo(),
     "opsm": Objective.ppo(opsm=0.05),
+    "gtpo": Objective.gtpo(max_entropy=1.6),
     "sequence_importance": Objective.ppo(importance=("sequence", "truncate", 0.5, 2.0)),
     "custom": lambda logprob, entropy, ctx: (
         -(
@@ -70,6 +72,24 @@ def grid() -> tuple[Any, Any]:
     rows = [dist.new_group(list(pair)) for pair in ((0, 1), (2, 3))]
     columns = [dist.new_group(list(pair)) for pair in ((0, 2), (1, 3))]
     return rows[rank() // 2], columns[rank() % 2]
+
+
+@contextmanager
+def gathered() -> Iterator[list[Tensor]]:
+    """What `all_gather` is given; NCCL refuses strides that gloo takes."""
+    found: list[Tensor] = []
+    gather = dist.all_gather
+
+    def watched(parts: list[Tensor], x: Tensor, **options: Any) -> Any:
+        assert x.is_contiguous()
+        found.append(x)
+        return gather(parts, x, **options)
+
+    dist.all_gather = watched
+    try:
+        yield found
+    finally:
+        dist.all_gather = gather
 
 
 def same_on_all_ranks(*tensors: Tensor) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import policy_loss_cases as cases
 import torch
 import torch.distributed as dist
+from contract import NoHostData
 from parallel_cases import (
     EXACT,
     OBJECTIVES,
@@ -21,6 +22,7 @@ from parallel_cases import (
     ROWS,
     bounds,
     compare,
+    gathered,
     grid,
     own,
     rank,
@@ -33,6 +35,7 @@ from parallel_cases import (
 from policy_loss_literal import Batch, V, batch, make_batch
 from tolerance import randn
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.testing import assert_close
 
 import reasonkern as rk
@@ -105,6 +108,10 @@ def padding_columns() -> None:
             got, part = run_loss(b, own(padded, at), objective, parallel, inplace_grad=inplace)
             compare(got, expected, **EXACT)
             assert_close(part, own(whole, at), **EXACT)
+    certain = rk.token_stats(
+        own(b.logits), torch.zeros_like(b.targets), parallel=Parallel(world(), vocab_size=1)
+    )
+    assert (certain.logprob == 0).all() and (certain.max_prob == 1).all()
 
 
 def statistics_and_their_gradients() -> None:
@@ -139,21 +146,12 @@ def empty_batches() -> None:
 
 
 def one_gather_forward_none_backward() -> None:
-    b, calls = make_batch(), []
+    b = make_batch()
     parallel = Parallel(world())
     rk.token_stats(own(b.logits), b.targets.clamp_min(0), parallel=parallel)
-    gather = dist.all_gather
-
-    def counting(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args[1].shape)
-        return gather(*args, **kwargs)
-
-    dist.all_gather = counting
-    try:
+    with gathered() as found, NoHostData():
         run_loss(b, own(b.logits), OBJECTIVES["gspo"], parallel)
-    finally:
-        dist.all_gather = gather
-    assert calls == [(8, *b.targets.shape)]
+    assert [x.shape for x in found] == [(8, *b.targets.shape)]
 
 
 def backward_twice() -> None:
@@ -164,6 +162,23 @@ def backward_twice() -> None:
     )  # fmt: skip
     out.loss.backward(retain_graph=True)
     refused(RuntimeError, "differentiated before", out.loss.backward)
+    leaf = own(b.logits).clone().requires_grad_()
+    out = rk.policy_loss(
+        leaf, b.targets, objective=Objective.ppo(), parallel=Parallel(world()), **b.given()
+    )
+    first, second = (torch.autograd.grad(out.loss, leaf, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def in_place_over_logits_that_another_op_saved() -> None:
+    b = make_batch()
+    logits = own(b.logits).clone().requires_grad_() * 1.0
+    squares = logits.square().sum()
+    out = rk.policy_loss(
+        logits, b.targets, objective=Objective.ppo(), parallel=Parallel(world()),
+        inplace_grad=True, **b.given(),
+    )  # fmt: skip
+    refused(RuntimeError, "modified by an inplace operation", (out.loss + squares).backward)
 
 
 def group_of_one_rank() -> None:
@@ -321,6 +336,31 @@ def linear_hidden_of_any_strides() -> None:
 # ---- DTensor
 
 
+def linear_group_of_one_rank() -> None:
+    """The single-process path, to the bit."""
+    groups = [dist.new_group([r]) for r in range(size())]
+    b, x = linear_problem("packed", torch.float32)
+    expected, whole = run_linear(b, x, OBJECTIVES["dapo_entropy"], None)
+    got, parts = run_linear(b, x, OBJECTIVES["dapo_entropy"], Parallel(groups[rank()]))
+    for a, e in zip((*got[:4], *parts), (*expected[:4], *whole), strict=True):
+        assert torch.equal(a, e)
+
+
+def second_derivatives() -> None:
+    """Refused on every rank, one without columns included: nothing is silently left out."""
+    b, x = linear_problem("padded", torch.float64)
+    given = b.given(objective=OBJECTIVES["dapo_entropy"], parallel=Parallel(world()))
+    logits, hidden = (t.clone().requires_grad_() for t in (own(b.logits), x[0]))
+    head, bias = own_rows(x)[1:]
+    for leaf, out in (
+        (logits, rk.policy_loss(logits, b.targets, **given)),
+        (hidden, rk.linear_policy_loss(hidden, head, b.targets, bias=bias, **given)),
+    ):
+        loss = out.loss + leaf.pow(3).sum()  # which has them
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        refused(RuntimeError, "no second derivatives", gradient.square().sum().backward)
+
+
 def dtensor_logits() -> None:
     from torch.distributed.tensor import (
         DTensor,
@@ -331,22 +371,34 @@ def dtensor_logits() -> None:
     )
 
     mesh = init_device_mesh("cpu", (size(),))
+    groups = (None, Parallel(vocab_group=mesh.get_group()), Parallel(vocab_size=V))
+    spread: list[Any] = [(mesh, [Shard(-1)], parallel) for parallel in groups]
+    if size() == 4:
+        square = init_device_mesh("cpu", (2, 2))
+        spread += [(square, p, None) for p in ([Replicate(), Shard(2)], [Shard(2), Replicate()])]
     b = make_batch()
     for objective in (OBJECTIVES["dapo_entropy"], OBJECTIVES["vespo"]):
         expected, gradient = run_loss(b, b.logits, objective, None)
-        for parallel in (None, Parallel(vocab_group=mesh.get_group()), Parallel(vocab_size=V)):
-            spread = distribute_tensor(b.logits, mesh, [Shard(-1)])  # 13 columns: uneven
-            leaf = spread.detach().requires_grad_()
+        for where, placements, parallel in spread:
+            padding = 5 if parallel == groups[2] else 0  # without it 13 columns: uneven
+            logits = pad(b.logits, (0, padding), value=cases.NAN)
+            leaf = distribute_tensor(logits, where, placements).detach().requires_grad_()
             out = rk.policy_loss(
                 leaf, b.targets, objective=objective, parallel=parallel, **b.given(*ROWS)
             )
             (3 * out.loss).backward()
             compare(out, expected, **EXACT)
             assert isinstance(leaf.grad, DTensor)
-            assert_close(leaf.grad.full_tensor(), gradient, **EXACT)
+            assert_close(leaf.grad.full_tensor(), pad(gradient, (0, padding)), **EXACT)
     refused(
         ValueError, r"logits: expected a DTensor with one Shard\(2\), otherwise Replicate",
         lambda: rk.token_stats(distribute_tensor(b.logits, mesh, [Replicate()]), b.targets),
+    )  # fmt: skip
+    refused(
+        ValueError, r"targets: expected values in \[0, 13\) in rows .*, got 13",
+        lambda: rk.token_stats(
+            distribute_tensor(b.logits, mesh, [Shard(2)]), torch.full_like(b.targets, V)
+        ),
     )  # fmt: skip
     refused(
         ValueError, "vocab_group: expected None or the group of the DTensor's mesh",
@@ -368,16 +420,23 @@ def errors() -> None:
     def stats(parallel: Any, logits: Tensor = mine, targets: Tensor = y) -> Any:
         return rk.token_stats(logits, targets, parallel=parallel)
 
-    refused(
-        ValueError, f"vocab_size: expected at most the {V} columns of all ranks, got 14",
-        lambda: stats(Parallel(world(), vocab_size=14)),
-    )  # fmt: skip
+    for given, logits, limit in ((14, mine, V), (None, mine[..., :0], 0)):
+        refused(
+            ValueError, rf"vocab_size: expected an integer in \[1, {limit}\], the columns of all",
+            lambda given=given, x=logits: stats(Parallel(world(), vocab_size=given), x),
+        )  # fmt: skip
     parallel = Parallel(world())
     stats(parallel)
-    refused(
-        ValueError, f"logits: expected {columns} columns as in the first use of this Parallel",
-        lambda: stats(parallel, torch.zeros(*y.shape, columns + 1)),
-    )  # fmt: skip
+    for other in (columns + 1, abs(columns - 1)):
+        refused(
+            ValueError, f"logits: expected {columns} columns as in the first use of this Parallel",
+            lambda other=other: stats(parallel, torch.zeros(*y.shape, other)),
+        )  # fmt: skip
+    for logits, message in (
+        ([0.0], "logits: expected a tensor, got list"),
+        (torch.tensor(0.0), r"logits: expected shape \(N, V\) or \(B, T, V\), got \(\)"),
+    ):
+        refused(ValueError, message, lambda logits=logits: stats(parallel, logits))
     refused(
         ValueError, r"targets: expected values in \[0, 13\) in rows .*, got 13",
         lambda: stats(parallel, mine, torch.full_like(y, 13)),

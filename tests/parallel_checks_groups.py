@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from contract import NoHostData
 from parallel_cases import (
     EXACT,
     OBJECTIVES,
+    gathered,
     grid,
     own,
     rank,
@@ -18,6 +21,7 @@ from parallel_cases import (
     run_loss,
     world,
 )
+from policy_loss_adaptive_cases import ADAPTIVE
 from policy_loss_literal import Batch, V, make_batch
 from torch import Tensor
 from torch.testing import assert_close
@@ -76,14 +80,19 @@ def default_weights_over_data_ranks() -> None:
     for mode in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "constant"):
         for count_empty in (True, False):
             whole = rk.token_weights(b.mask, mode, count_empty=count_empty)
-            got = rk.token_weights(
-                mine, mode, count_empty=count_empty, parallel=Parallel(data_group=world())
-            )
+            with NoHostData():
+                got = rk.token_weights(
+                    mine, mode, count_empty=count_empty, parallel=Parallel(data_group=world())
+                )
             assert_close(got, whole[2 * rank() : 2 * rank() + 2])
+            columns = Parallel(vocab_group=world())  # whose ranks hold the same rows
+            got = rk.token_weights(b.mask, mode, count_empty=count_empty, parallel=columns)
+            assert torch.equal(got, whole)
     empty = rk.token_weights(torch.zeros(2, 3), parallel=Parallel(data_group=world()))
     assert torch.equal(empty, torch.zeros(2, 3))
 
 
+SEQUENCE_LEVEL = ("gspo", "gmpo", "vespo", "opsm", "gtpo", "sequence_importance", "custom")
 PIECES = ((0, 1, 6), (0, 6, 6))  # of rows of 6 tokens; in the second the last rank has none
 
 
@@ -110,7 +119,7 @@ def pieces_of_sequences(vocab: Any = None, segment: Any = None) -> None:
             lengths = b.mask.sum(-1).add(b.mask.any(-1)).clamp(at[r], at[r + 1]) - at[r]
             if packed:
                 mine = pack_pieces(mine, lengths)
-            for name in ("gspo", "gmpo", "vespo", "opsm", "sequence_importance", "custom"):
+            for name in SEQUENCE_LEVEL:
                 expected, gradient = run_loss(b, b.logits, OBJECTIVES[name], None)
                 logits, part_of = mine.logits, gradient[:, at[r] : at[r + 1]]
                 if packed:
@@ -130,6 +139,17 @@ def pieces_of_sequences(vocab: Any = None, segment: Any = None) -> None:
 
 def pieces_on_two_ranks() -> None:
     pieces_of_sequences(segment=world())
+
+
+def sums_over_pieces_are_differentiable_once() -> None:
+    x = torch.arange(3.0).add(rank()).requires_grad_()
+    with gathered() as found:
+        total = ranks.group_total(x.square(), world())
+        (gradient,) = torch.autograd.grad(total.sum(), x, create_graph=True)
+    assert len(found) == 2
+    assert torch.equal(gradient, 2 * x * dist.get_world_size())
+    (factor,) = torch.autograd.grad(total.square().sum(), x, create_graph=True)
+    refused(RuntimeError, "once_differentiable", factor.sum().backward)
 
 
 def weights_of_pieces() -> None:
@@ -175,6 +195,31 @@ def grid_of_vocabulary_and_data() -> None:
 def grid_of_vocabulary_and_pieces() -> None:
     row, column = grid()
     pieces_of_sequences(vocab=row, segment=column)
+
+
+def grid_of_a_batch() -> None:
+    """A rule sees the tokens of all ranks in the order of data, then pieces."""
+    rules = ("bapo paper", "bapo code", "clip_cov", "kl_cov", "high_entropy")
+    for (segment, data), seed in product((grid(), grid()[::-1]), range(3)):
+        b = make_batch(seed=seed)
+        advantage = b.advantage.unsqueeze(-1) if seed else torch.ones(1).double()  # 1: all tied
+        b = replace(b, advantage=advantage.expand_as(b.targets))
+        halves = [b.map(lambda x, d=d: x[2 * d : 2 * d + 2]) for d in range(2)]
+        parts = [
+            half.map(lambda x, s=s: x[:, 3 * s : 3 * s + 3].flatten(0, 1))
+            for half in halves
+            for s in range(2)
+        ]
+        names = [name for name, x in vars(b).items() if x is not None]
+        whole = replace(b, **{n: torch.cat([getattr(p, n) for p in parts]) for n in names})
+        at = 2 * data.rank() + segment.rank()
+        parallel = Parallel(data_group=data, segment_group=segment)
+        for name in rules:
+            objective = ADAPTIVE[name][0]()
+            expected, gradient = run_loss(whole, whole.logits, objective, None)
+            got, part = run_loss(parts[at], parts[at].logits, objective, parallel)
+            assert_close(got.token_loss, expected.token_loss.chunk(4)[at], **EXACT)
+            assert_close(part, gradient.chunk(4)[at], **EXACT)
 
 
 def grid_of_pieces_and_data() -> None:

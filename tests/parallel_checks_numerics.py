@@ -13,6 +13,7 @@ from parallel_cases import (
     own,
     rank,
     same_on_all_ranks,
+    size,
     world,
 )
 from policy_loss_cases import LossArgs
@@ -95,6 +96,16 @@ def numerics_nonfinite_rows() -> None:
     single.test_plus_inf_under_softcap_is_nonfinite(group_backend())
     for target in (-1, -100, 50, 2**31 + 1, 2**40, -(2**40)):
         single.test_invalid_target_in_an_active_row(group_backend(), target)
+
+
+def numerics_targets_of_no_rank() -> None:
+    """Also where the rank that they are nearest to has no columns."""
+    x = torch.zeros(1, 1, 9)
+    for at, target in (((0,) * size() + (9,), -1), ((0,) + (9,) * size(), 9)):
+        shard = ranks.VocabShard(world(), rank(), at)
+        y = torch.tensor([[target]])
+        out = rows_over_ranks.token_stats(own(x, at), y, None, None, 1.0, 0.0, shard)
+        assert all(torch.isnan(stat).all() for stat in (*out[:6], out[7])) and not out[6].any()
 
 
 def numerics_inactive_rows() -> None:

@@ -193,6 +193,16 @@ def test_latent_gradient_is_autograd(chunk_rows: int | None) -> None:
     assert not rk.latent_policy_gradient(hidden, *wanted).loss.requires_grad
 
 
+def test_latent_second_derivatives_are_refused() -> None:
+    """Also where another term of the graph has them: nothing is silently left out."""
+    hidden, _, _, weight = operands()
+    hidden.requires_grad_()
+    loss = rk.latent_policy_gradient(hidden, weight, 1.0).loss + hidden.pow(3).sum()
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        gradient.square().sum().backward()
+
+
 def test_latent_states_may_be_a_view_or_half_or_none_or_broken() -> None:
     hidden, _, _, weight = operands()
     view = hidden.t().contiguous().t()

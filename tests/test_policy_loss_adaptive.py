@@ -115,10 +115,68 @@ def test_hard_enough(name: str) -> None:
         plain = policy_loss(b.logits, b.targets, objective=unruled, **b.given())
         changed.append((out.token_loss != plain.token_loss)[used].double().mean().item())
         dropped.append((out.token_loss == 0)[used].double().mean().item())
+        if name in ("clip_cov", "high_entropy", "gtpo"):
+            assert out.metrics.compute()["dropped_frac"].item() == pytest.approx(dropped[-1])
     if name == "gtpo":  # every advantage changes
         assert set(changed) == {1.0} and any(0 < share < 1 for share in dropped)
     else:
         assert any(0 < share < 1 for share in changed)
+
+
+@pytest.mark.parametrize(("variant", "target"), [("paper", 0.9), ("code", 5.0)])
+def test_bapo_searches_what_it_is_given(variant: str, target: float) -> None:
+    """Ratios as the loss clamps them; probabilities as weights in the paper's variant alone."""
+    given: dict[str, Any] = {"low": (0.5, 0.9, 0.01), "high": (1.1, 1.5, 0.01), "target": target}
+    paper = variant == "paper"
+    matters = set()
+    for seed in SEEDS:
+        b = make_batch(seed=seed).clean()
+        logprob, _ = stats(b.logits, b.targets.clamp_min(0))
+        r = (logprob - b.old_logprob).clamp(-0.3, 0.3).exp()
+        rows = {"ratio": r, "advantage": advantages(b), "mask": b.weight != 0, "variant": variant}
+        if paper:
+            rows["rollout_logprob"] = b.rollout_logprob
+        low, high = rk.bapo_bounds(**rows, **given)
+        for change in ({name: None} for name in given):
+            if rk.bapo_bounds(**rows, **given | change) != (low, high):
+                matters |= set(change)
+        if paper and rk.bapo_bounds(**rows | {"rollout_logprob": 0 * r}, **given) != (low, high):
+            matters.add("rollout_logprob")
+        o = Objective.bapo(variant, log_ratio_clamp=0.3, **given)
+        got = policy_loss(b.logits, b.targets, objective=o, **b.given("rollout_logprob"))
+        dual = None if paper else 3.0
+        ppo = Objective.ppo(low, high, log_ratio_clamp=0.3, dual_clip=dual)
+        expected = policy_loss(b.logits, b.targets, objective=ppo, **b.given())
+        torch.testing.assert_close(got.token_loss, expected.token_loss)
+    assert matters == {*given, *(["rollout_logprob"] if paper else [])}
+
+
+@every
+def test_selection_multiplies_what_a_rule_chose(name: str) -> None:
+    make, _ = ADAPTIVE[name]
+    b = make_batch(seed=1).clean()
+    plain, selected = (
+        policy_loss(b.logits, b.targets, objective=o, **b.given(*names(name))).token_loss
+        for o in (make(), replace(make(), selection=LAMBDA))
+    )
+    torch.testing.assert_close(selected, LAMBDA * plain)
+
+
+@every
+def test_rows_of_an_entropy_weight_alone_enter_no_rule(name: str) -> None:
+    make, _ = ADAPTIVE[name]
+    for seed in SEEDS:
+        b = make_batch(seed=seed).clean()
+        trained = b.weight.clone()
+        trained[0, ::2] = trained[2] = 0
+        given = b.given(*names(name), weight=trained)
+        plain, beside = (
+            policy_loss(b.logits, b.targets, objective=make(), entropy_weight=w, **given)
+            for w in (None, b.weight)
+        )
+        used = trained != 0
+        assert torch.equal(beside.token_loss[used], plain.token_loss[used])
+        assert beside.metrics.compute()["rows_nonfinite"] == 0
 
 
 # ---- every backend, float32
@@ -300,6 +358,7 @@ OBJECTIVE_ERRORS: list[tuple[str, dict[str, Any], str]] = [
     ("bapo", {"variant": "both"}, "variant: expected 'paper' or 'code', got 'both'"),
     ("bapo", {"low": (0.9, 0.6, 0.1)}, "low: expected start <= max within 1000 steps"),
     ("clip_cov", {"fraction": 0.0}, r"fraction: expected a number in \(0, 1\], got 0.0"),
+    ("clip_cov", {"low": 6.0}, "high: expected a finite number >= 6, got 5.0"),
     ("kl_cov", {"fraction": 1.5}, r"fraction: expected a number in \(0, 1\], got 1.5"),
     ("kl_cov", {"coef": -1.0}, "coef: expected a finite number >= 0, got -1.0"),
     ("high_entropy", {"rho": 2.0}, r"rho: expected a number in \(0, 1\], got 2.0"),

@@ -26,6 +26,17 @@ def test_in_place_equals_functional(form: str, objective: Any, dtype: torch.dtyp
     assert grads[0].dtype == dtype and grads[0].any() and torch.equal(*grads)
 
 
+def test_in_place_over_no_rows_of_one_column() -> None:
+    """torch gives them a stride of 0, as it gives rows that share memory."""
+    x = torch.zeros(2, 0, 1).requires_grad_() * 1
+    assert x.stride(0) == 0
+    rows = torch.zeros(2, 0)
+    out = policy_loss(
+        x, rows.long(), advantage=rows, weight=rows, objective=Objective.ppo(), inplace_grad=True
+    )
+    assert gradient(out.loss, x).shape == x.shape
+
+
 @paths()
 def test_in_place_gradient_is_written_over_the_logits(objective: Any, dtype: torch.dtype) -> None:
     b = make_batch(torch.float32)

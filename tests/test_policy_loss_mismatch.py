@@ -201,6 +201,11 @@ ERRORS: list[tuple[dict[str, Any], str]] = [
         "segments: expected non-decreasing offsets from 0 to 3 (padding is a segment, too), got "
         "[0, 2]",
     ),
+    (
+        dict.fromkeys(("old_logprob", "rollout_logprob", "mask"), R[0])
+        | {"segments": torch.tensor([0, 3]).to("meta")},
+        "segments: expected the device of mask, cpu, got meta",
+    ),
     ({"parallel": 2}, "parallel: expected a Parallel or None, got int"),
 ]  # fmt: skip
 

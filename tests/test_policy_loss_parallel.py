@@ -6,6 +6,7 @@ The checks are in `parallel_checks*.py`; one spawn per number of processes runs 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ NUMERICS = (
     "numerics_vocabularies",
     "numerics_shards_of_minus_inf",
     "numerics_nonfinite_rows",
+    "numerics_targets_of_no_rank",
     "numerics_inactive_rows",
     "numerics_offset_temperature_softcap",
     "numerics_ties",
@@ -55,11 +57,14 @@ VOCABULARY = (
     "empty_batches",
     "one_gather_forward_none_backward",
     "backward_twice",
+    "in_place_over_logits_that_another_op_saved",
     "group_of_one_rank",
     "linear_loss_of_every_objective",
     "linear_padding_and_own_reduction",
     "linear_statistics_and_frozen_head",
     "linear_hidden_of_any_strides",
+    "linear_group_of_one_rank",
+    "second_derivatives",
     "dtensor_logits",
     "errors",
 )
@@ -69,6 +74,7 @@ TWO = (
     "window_over_two_ranks",
     "default_weights_over_data_ranks",
     "pieces_on_two_ranks",
+    "sums_over_pieces_are_differentiable_once",
     "weights_of_pieces",
     "mismatch_of_pieces",
     "compiled_breaks_the_graph_and_agrees",
@@ -80,6 +86,7 @@ FOUR = (
     "grid_of_vocabulary_and_data",
     "grid_of_vocabulary_and_pieces",
     "grid_of_pieces_and_data",
+    "grid_of_a_batch",
     "worked_example",
     "slime_grid",
 )
@@ -171,6 +178,23 @@ def accumulators() -> int:
     return {b"baseline": 32, b"v3": 64, b"v4": 128}[level()]
 
 
+def test_target_in_a_part_of_minus_inf() -> None:
+    x, y = torch.zeros(1, 1, 9).double(), torch.tensor([[4]])
+    x[..., :6] = -torch.inf
+    whole = rk.token_stats(x, y)
+    for cuts in ([3], [3, 6]):
+        for got, expected in zip(merged(x, y, cuts, 1.0), whole, strict=True):
+            assert_close(got.to(expected), expected)
+
+
+def test_a_part_of_one_column_keeps_its_digits() -> None:
+    """ln of its share is -ln(1 + the others'), where 1 + the others' is rounded to 1."""
+    x = torch.zeros(1, 1, 1000).double()
+    x[..., 417] = 40.0
+    got = merged(x, torch.tensor([[417]]), [417, 418], 1.0).logprob.item()
+    assert got == pytest.approx(-math.log1p(999 * math.exp(-40)), rel=1e-9, abs=0.0)
+
+
 def test_confident_rows_keep_their_digits() -> None:
     """H and logp of 1e-8 from rounded float32 parts; from sums recovered from them they are 0."""
     x = torch.zeros(1, 2, 1000)
@@ -196,6 +220,7 @@ def test_confident_rows_keep_their_digits() -> None:
     [
         ({"vocab_group": object()}, "vocab_group: expected torch.distributed.init_process_group"),
         ({"data_group": "world"}, "data_group: expected torch.distributed.init_process_group"),
+        ({"segment_group": 0}, "segment_group: expected torch.distributed.init_process_group"),
         ({"vocab_size": 0}, r"vocab_size: expected an integer >= 1 or None, got 0"),
         ({"vocab_size": 1.5}, r"vocab_size: expected an integer >= 1 or None, got 1.5"),
         ({"vocab_size": True}, r"vocab_size: expected an integer >= 1 or None, got True"),

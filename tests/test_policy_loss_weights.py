@@ -157,6 +157,11 @@ WEIGHT_ERRORS: list[tuple[Any, dict[str, Any], str]] = [
         {"mode": "seq-mean-token-sum", "segments": torch.tensor([0, 2])},
         r"segments: expected non-decreasing offsets from 0 to 3 \(padding .*, got \[0, 2\]",
     ),
+    (
+        MASK[0],
+        {"mode": "seq-mean-token-sum", "segments": torch.tensor([0, 3]).to("meta")},
+        "segments: expected the device of mask, cpu, got meta",
+    ),
     (MASK, {"num_tokens": 0}, "num_tokens: expected a finite number > 0, got 0"),
     (MASK, {"num_sequences": math.nan}, "num_sequences: expected a finite number > 0, got nan"),
     (
@@ -164,6 +169,12 @@ WEIGHT_ERRORS: list[tuple[Any, dict[str, Any], str]] = [
         {"num_tokens": MASK},
         r"num_tokens: expected a number or a 0-dim tensor, got shape \(2, 3\)",
     ),
+    (
+        MASK,
+        {"num_tokens": torch.tensor(6).to("meta")},
+        "num_tokens: expected the device of mask, cpu, got meta",
+    ),
+    (MASK, {"parallel": 2}, "parallel: expected a Parallel or None, got int"),
     (
         MASK,
         {"mode": "seq-mean-token-mean", "num_tokens": 6},

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _checks
 from .._fields import documented
 from ..policy_loss.chunks import HeadChunks, Needs, Plan, Selection, chunk_size
 from ..policy_loss.inputs import LOGITS_DTYPES, RowContext, Scaling
 from ..policy_loss.objective import Objective
+from ..policy_loss.op import marks_gradients
 from ..policy_loss.paths import fused_args
 from ..policy_loss.reference import accumulator_dtype
 from ..policy_loss.sequence import Segments
@@ -211,7 +211,7 @@ class _LatentPolicy(torch.autograd.Function):
         return loss.sum(), tokens, logprob
 
     @staticmethod
-    @once_differentiable
+    @marks_gradients
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad, None, None, None

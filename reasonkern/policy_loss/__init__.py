@@ -216,6 +216,7 @@ def policy_loss(
         entropy_weight=entropy_weight,
     )  # fmt: skip
     _checks.check_choice("inplace_grad", inplace_grad, (False, True))
+    inplace_grad = inplace_grad and y.numel() > 0  # without rows strides may be 0
     if inplace_grad and any(
         n > 1 and not s for n, s in zip(rows.shape, rows.stride(), strict=True)
     ):

@@ -179,7 +179,11 @@ def _spread(name: str, x: Tensor, shape: torch.Size, segments: Segments | None) 
 
 
 def canonical_segments(
-    cu_seqlens: Tensor | None, targets: Tensor, packed: bool, parallel: Parallel | None = None
+    cu_seqlens: Tensor | None,
+    targets: Tensor,
+    packed: bool,
+    parallel: Parallel | None = None,
+    device_of: str = "targets",
 ) -> Segments:
     """Checks ``cu_seqlens``: int, (S + 1,), from 0 to N and, on CPU, non-decreasing."""
     if cu_seqlens is None:
@@ -187,7 +191,7 @@ def canonical_segments(
     if not packed:
         _checks.fail("segments", PADDED, "cu_seqlens")
     _checks.check_dtype("segments", cu_seqlens, torch.int32, torch.int64)
-    _checks.check_device("segments", cu_seqlens, targets, "targets")
+    _checks.check_device("segments", cu_seqlens, targets, device_of)
     if cu_seqlens.ndim != 1 or cu_seqlens.numel() < 2:
         _checks.fail("segments", "cu_seqlens of shape (S + 1,), S >= 1", tuple(cu_seqlens.shape))
     if _checks.reads_values(targets):

@@ -141,7 +141,7 @@ def rollout_mismatch(
     trained, old, rollout = (
         x.unsqueeze(0) if packed else x for x in (trained, old_logprob, rollout_logprob)
     )
-    of = canonical_segments(segments, trained, packed, parallel)
+    of = canonical_segments(segments, trained, packed, parallel, "mask")
     with torch.no_grad():
         used = trained & torch.isfinite(old) & torch.isfinite(rollout)
         old, rollout = (torch.where(used, x.double(), 0.0) for x in (old, rollout))

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from .. import _load
 from . import conflict, metrics, reference, reference_objective, sequence
+
+Backward = Callable[..., tuple[Tensor | None, ...]]
 
 LOGITS_ARGS = "Tensor targets, Tensor? mask, Tensor? row_temperature"
 GRAD_ARGS = (
@@ -161,7 +164,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Tensor:
         raise RuntimeError(
-            "reasonkern: policy_loss and token_stats have no second derivatives; their gradient "
+            "reasonkern: losses and token statistics have no second derivatives; their gradient "
             "was differentiated (create_graph=True and a backward through the result)"
         )
 
@@ -171,6 +174,21 @@ def once_differentiable(gradient: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return gradient
     marked: Tensor = _OnceDifferentiable.apply(gradient.detach().requires_grad_())  # type: ignore[no-untyped-call]
+    return marked
+
+
+def marks_gradients(backward: Backward) -> Backward:
+    """Decorates the backward of an autograd.Function with `once_differentiable`.
+
+    That of torch does not mark what comes of incoming gradients that are constants.
+    """
+
+    @wraps(backward)
+    def marked(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            out = backward(ctx, *grads)
+        return tuple(None if g is None else once_differentiable(g) for g in out)
+
     return marked
 
 

@@ -250,7 +250,9 @@ def _shard(
         bounds.append(bounds[-1] + count)
     size = bounds[-1] if vocab_size is None else vocab_size
     if not 1 <= size <= bounds[-1]:
-        _checks.fail("vocab_size", f"at most the {bounds[-1]} columns of all ranks", size)
+        _checks.fail(
+            "vocab_size", f"an integer in [1, {bounds[-1]}], the columns of all ranks", size
+        )
     return VocabShard(group, rank, tuple(min(b, size) for b in bounds))
 
 

@@ -10,13 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _load
 from .chunks import Plan
 from .inputs import Scaling
 from .linear_op import OPS, to_inputs
-from .op import save_stats
+from .op import marks_gradients, save_stats
 from .parallel import (
     Parallel,
     VocabShard,
@@ -59,7 +58,7 @@ class _ShardedLinearStats(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @marks_gradients
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, owner, row_temperature, *saved = ctx.saved_tensors
         temperature, softcap, plan, shard, reduce_dhidden = ctx.given

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import _load
-from .op import claim_backward, save_stats
+from .op import claim_backward, marks_gradients, save_stats
 from .parallel import VocabShard, gather, in_rank_order, untraced
 from .reference import accumulator_dtype
 
@@ -39,7 +38,7 @@ def sharded_statistics(
         own = torch.full((8, *targets.shape), -torch.inf, dtype=dtype, device=targets.device)
     valid = (targets >= 0) & (targets < shard.vocab)
     # The operators round the temperature to the accumulator's type.
-    t = temperature if isinstance(temperature, Tensor) else own.new_tensor(temperature)
+    t = temperature if isinstance(temperature, Tensor) else own.new_full((), temperature)
     parts = gather(own, shard.group).double().unbind(1)
     out = merge_statistics(parts, owner, mask, valid, t)
     return tuple(x.bool() if i == IS_TOP1 else x.to(dtype) for i, x in enumerate(out))
@@ -130,7 +129,7 @@ class _ShardedStats(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @marks_gradients
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         temperature, softcap, shard, inplace = ctx.given
         if inplace:

@@ -71,7 +71,8 @@ def stats_kernel(
     m = tl.where(good, sums.top * scale.inv_temperature, float("nan"))
     tl.store(lse + row, m + tl.log(sums.s))
     tl.store(collision + row, sums.q * inv_s * inv_s)
-    tl.store(varentropy + row, sums.w * inv_s - mean * mean)
+    spread = tl.maximum(sums.w * inv_s - mean * mean, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(varentropy + row, spread)
     tl.store(max_prob + row, inv_s)
     tl.store(is_top1 + row, top)
     # A row of -inf is told from one with a NaN or +inf: a shard of a vocabulary may be all masked.

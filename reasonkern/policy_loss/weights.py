@@ -137,12 +137,12 @@ def _sequence_weights(
 ) -> Tensor:
     if packed and cu_seqlens is None:
         _checks.fail("segments", f"cu_seqlens for packed tokens in mode {mode}", None)
-    segments = canonical_segments(cu_seqlens, trained, packed, parallel)
+    segments = canonical_segments(cu_seqlens, trained, packed, parallel, "mask")
     length = segments.sum(trained)
     if num_sequences is None and count_empty:
         num_sequences = float(segments.count(trained))
         if parallel is not None:  # pieces of one sequence count once
-            num_sequences = total(length.new_tensor(num_sequences), parallel.data_group)
+            num_sequences = total(length.new_full((), num_sequences), parallel.data_group)
     elif num_sequences is None:
         # Each trained token carries 1 / length of its sequence, so a non-empty one adds up to 1.
         num_sequences = count((trained / length.clamp_min(1)).sum(), parallel).round()
