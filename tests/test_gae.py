@@ -294,6 +294,9 @@ def test_front_in_half_precision_and_any_strides() -> None:
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == torch.float32 and torch.equal(a, b)
     assert gae(reward.double(), value.double(), lam=0.9)[0].dtype == torch.float64
+    cut = F.pad(value, (0, 3))[:, :T]  # rows apart, and other than those of `reward`
+    for a, b in zip(gae(reward, cut, lam=0.9), gae(reward, value, lam=0.9), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_mask_may_be_numbers() -> None:
