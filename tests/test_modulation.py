@@ -459,6 +459,8 @@ def test_a_soft_budget_ramps_and_stays_below_the_top(backend, dtype):
     error = max(abs(a - b) for a, b in zip(values[5:10], ramp, strict=True))
     assert error <= 8 * torch.finfo(dtype).eps
     assert row_of(backend, spec, z, [1] * 7 + [7])[END] > 0  # the next id of the phrase
+    sooner = rk.Modulation(budget=rk.Budget(10, [7, END], rk.SoftBudget(0.45)), think_end=END)
+    assert row_of(backend, sooner, z, [1] * 5)[7] > row_of(backend, sooner, z, [1] * 4)[7]
     early = rk.Modulation(budget=rk.Budget(10, [END, 7], rk.SoftBudget(0.5)), think_end=END)
     assert torch.equal(row_of(backend, early, z, [1] * 9 + [END]), z)  # the budget is not spent
     assert torch.equal(row_of(backend, spec, z, [1] * 9, dense=False), z)

@@ -168,8 +168,8 @@ def test_scopes_that_are_none_find_nothing(backend):
 
 
 def bad_rows() -> Batch:
-    """Ten of them and one whose newest token is none, then three that are right."""
-    batch = random_batch(5, rows=14, vocab=40)
+    """Twelve of them, then three that are right."""
+    batch = random_batch(5, rows=15, vocab=40)
     batch.context[batch.context[:, -1] < 0] = 1
     batch.ids.clamp_(min=0)
     batch.ids[0, 1], batch.ids[1, 0] = 50, -2
@@ -180,7 +180,8 @@ def bad_rows() -> Batch:
     batch.logits[9] = torch.tensor([0.0, -20.0, -20.0, -20.0])  # p = 2.2: over 31 bits
     batch.lse[9] = -0.8
     batch.context[10, 2] = -2
-    batch.ids[11, 3], batch.logits[11, 3] = -1, math.nan  # of no candidate
+    batch.logits[11, 0] = 310.0  # e^300 wraps around to less than a unit
+    batch.ids[12, 3], batch.logits[12, 3] = -1, math.nan  # of no candidate
     return batch
 
 
@@ -204,8 +205,8 @@ def test_a_token_twice_in_an_entry(backend):
 def test_a_bad_row_is_ignored_and_counted(backend):
     table, expected = small().to(backend.device), small()
     run_update(backend, table, Batch(*map(backend.to, vars(bad_rows()).values())))
-    run_update(define, expected, bad_rows().take(slice(11, None)))
-    assert table.stats()["rejected"] == 11 and table.stats()["rows"] == 3
+    run_update(define, expected, bad_rows().take(slice(12, None)))
+    assert table.stats()["rejected"] == 12 and table.stats()["rows"] == 3
     assert entries(table) == entries(expected) and len(expected)
 
 

@@ -222,6 +222,13 @@ def test_greedy_ties_go_to_the_lower_id() -> None:
         assert draft.tokens.tolist() == [[1, 4, 6, 9]]
     assert draft.q_logprob[0, 0].exp().tolist() == [1.0, 0.0, 0.0]
     assert draft.q_ids[0, 0, 0] == 4
+    # The entry's first one is likelier, by less than its code tells.
+    table.update(torch.tensor([[2]]), torch.tensor([[9, 4]]), torch.tensor([[0.25, 0.24999]]).log())
+    draft = table.draft(
+        torch.tensor([[2]]), DraftTree.chain(2), temperature=0, seed=1, position=0, mode="rejection"
+    )
+    assert draft.tokens.tolist() == [[2, 4]] and draft.q_ids[0, 0].tolist() == [9, 4, -1]
+    assert draft.q_logprob[0, 0].exp().tolist() == [0.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
