@@ -304,6 +304,9 @@ def test_front_in_half_precision_and_any_strides() -> None:
     for got in (gae(reward, value, mask, **rest), gae(*columns, **strided)):
         for a, b in zip(got, expected, strict=True):
             assert torch.equal(a, b)
+    cut = F.pad(value, (0, 3))[:, :T]  # rows apart, and other than those of `reward`
+    for a, b in zip(gae(reward, cut, lam=0.9), gae(reward, value, lam=0.9), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_mask_may_be_numbers() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
@@ -228,6 +229,10 @@ def test_an_amplitude_of_zero_changes_no_bit(backend, dtype):
     for generated in ([], [0, 0], [5, 3, 1]):
         assert torch.equal(bits(row_of(backend, spec, z, generated)), bits(z))
     assert not torch.equal(bits(z + 0), bits(z))  # adding would have changed one
+    opposite = rk.Modulation(
+        constant=rk.Constant(1.0, "reflect"), schedule=rk.Schedule([(0, -1.0)], "other")
+    )
+    assert row_of(backend, opposite, -torch.zeros(VOCAB, dtype=dtype))[3].signbit()
 
 
 def test_sums_of_overlapping_sets_are_rounded_once(backend):
@@ -256,10 +261,24 @@ def test_a_ban_that_leaves_nothing_finite_is_not_applied(backend, dtype):
     z = torch.full((VOCAB,), -INF, dtype=dtype)
     z[6], z[0] = 1.0, NAN
     assert row_of(backend, spec, z)[6] == 2.0
+    beside = replace(spec, constant=rk.Constant(1.0, "reflect"))  # which is at -inf, banned or not
+    assert row_of(backend, beside, z)[6] == 1.0
     z[15] = INF  # not finite
     assert row_of(backend, spec, z)[6] == 2.0
     z[15] = 0.0
     assert row_of(backend, spec, z)[6] == -INF
+
+
+def test_a_set_ends_where_the_next_one_begins(backend):
+    """The first id of the next one is not its own, though larger than all of them."""
+    sets = rk.TokenSets.from_ids({"first": [1], "second": [5], "third": [6]})
+    state = rk.ModulationState(2, sets)
+    state.add(0, rk.Modulation(ban=rk.Ban("first")), [])
+    state.add(1, rk.Modulation(tip=rk.TIP(3.0, 2, "second")), [], [8, 8, 8, 6])  # no switch
+    z = torch.full((2, VOCAB), -INF)
+    z[:, [1, 5]] = 0.0
+    got = modulate(backend, z, state, torch.arange(2))
+    assert got[0, 1] == -INF and got[0, 5] == 0.0 and torch.equal(got[1], z[1])
 
 
 def test_a_force_is_all_that_happens(backend, dtype):
@@ -292,6 +311,9 @@ def test_forces_by_rank(backend):
     assert state.stopped.tolist() == [True]
     state.remove(0)
     assert state.stopped.tolist() == [False]
+    state = one(replace(spec, deepconf=rk.DeepConf(1.0, 1)), (), [0, 7])  # without an end
+    state.tensors.progress[0, at.STOPPED] = 1
+    assert modulate(backend, z[None], state, torch.tensor([0])).argmax() == 8
     z[9] = -INF  # then nothing is forced, the phrase of the next rank neither
     state = one(spec, (), [0, 7])
     state.tensors.progress[0, at.STOPPED] = 1
@@ -398,6 +420,14 @@ def test_waiting_greedily_and_where_it_is_not_allowed(backend):
     assert got[0] == 3.0 and got[END] == -INF and got.argmax() == 0
     z[0] = -INF
     assert torch.equal(row_of(backend, spec, z, temperature=0.0), z)
+    for heat in (0.0, 1.0):
+        for pair in ((NAN, 1.0), (1.0, NAN), (INF, INF)):
+            z[0], z[END] = pair
+            got, expected = row_of(backend, spec, z, temperature=heat)[0], z[0] + z[END]
+            assert torch.equal(got, expected) or got.isnan() and expected.isnan()
+    z[0], z[END] = 1.0, 3.0
+    bare = modulate(backend, z[None], one(spec), torch.tensor([0]))[0]  # no temperature
+    assert torch.equal(bits(bare), bits(row_of(backend, spec, z)))
     z[0], z[END] = 1.0, -INF
     assert torch.equal(row_of(backend, spec, z), z)
     assert row_of(backend, spec, torch.zeros(VOCAB), [4, 4])[END] == 0
@@ -429,6 +459,8 @@ def test_a_soft_budget_ramps_and_stays_below_the_top(backend, dtype):
     error = max(abs(a - b) for a, b in zip(values[5:10], ramp, strict=True))
     assert error <= 8 * torch.finfo(dtype).eps
     assert row_of(backend, spec, z, [1] * 7 + [7])[END] > 0  # the next id of the phrase
+    sooner = rk.Modulation(budget=rk.Budget(10, [7, END], rk.SoftBudget(0.45)), think_end=END)
+    assert row_of(backend, sooner, z, [1] * 5)[7] > row_of(backend, sooner, z, [1] * 4)[7]
     early = rk.Modulation(budget=rk.Budget(10, [END, 7], rk.SoftBudget(0.5)), think_end=END)
     assert torch.equal(row_of(backend, early, z, [1] * 9 + [END]), z)  # the budget is not spent
     assert torch.equal(row_of(backend, spec, z, [1] * 9, dense=False), z)
@@ -436,3 +468,6 @@ def test_a_soft_budget_ramps_and_stays_below_the_top(backend, dtype):
     assert torch.equal(row_of(backend, spec, z, [1] * 9), z)
     z[7] = -INF
     assert torch.equal(row_of(backend, spec, z, [1] * 9), z)
+    z[:] = -8.0
+    z[4] = -4.0
+    assert row_of(backend, spec, z, [1] * 9)[7] == -8.0 + 0.8 * 3.75

@@ -96,6 +96,7 @@ def test_backends_agree_on_rows_and_progress(backend):
             length = torch.randint(0, 5, (count,), generator=g)
             entropy, confidence = torch.rand(2, count, 4, generator=g).unbind(0)
             entropy[torch.rand(count, 4, generator=g) < 0.1] = NAN
+            confidence[torch.rand(count, 4, generator=g) < 0.1] = INF
             rows = (slot, tokens, length, entropy.contiguous(), confidence.contiguous())
             if op is None:
                 commit(backend, state, *rows)
@@ -130,6 +131,15 @@ def test_forced_rows_say_nothing_to_the_windows(backend, force):
     assert state.tensors.numbers[0, at.CONFIDENCE_SUM] == 10.5
     assert state.tensors.entropy[0, :4].tolist() == [1.0, 2.0, 0.0, 0.0]
     assert bool(state.stopped[0]) == (force == "stop")
+
+
+def test_a_mean_at_the_threshold_stops_nothing(backend):
+    state = one(rk.Modulation(deepconf=rk.DeepConf(5.25, 2)))
+    one_row = torch.tensor([0])
+    for value, stops in ((5.0, False), (5.5, False), (4.5, True)):
+        confidence = torch.tensor([[value]])
+        commit(backend, state, one_row, one_row[None], one_row + 1, None, confidence)
+        assert bool(state.stopped[0]) == stops
 
 
 def test_all_sets_and_more_entries_than_are_taken_at_once(backend):

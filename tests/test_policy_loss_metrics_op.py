@@ -46,6 +46,7 @@ def rows(n: int, dtype: torch.dtype) -> dict[str, Tensor]:
     zeros = (("advantage", 11), ("weight", 5), ("entropy_weight", 3), ("importance", 7))
     for name, period in zeros:
         out[name][pick % period == 1] = 0
+    out["weight"][pick == 0] = 0  # no row before the second one counts
     for k, name in enumerate(out):
         out[name][pick == 20 + 2 * k] = NAN if k % 2 else INF if name == "importance" else -INF
     out["weight"][(pick >= 20) & (pick < 38)] = 1
@@ -65,7 +66,9 @@ def arguments(given: dict[str, Tensor], **other: Any) -> list[Any]:
 def cases(n: int, dtype: torch.dtype) -> dict[str, list[Any]]:
     every = rows(n, dtype)
     required = {name: every[name] for name in REQUIRED}
-    usual = required | {"old_logprob": every["old_logprob"]}
+    weighted = required | {"importance": every["importance"]}
+    # Of -inf the estimators of the KL divergence are infinite, and so are their sums.
+    usual = required | {"old_logprob": every["old_logprob"].clamp_min(-6)}
     per_row = torch.tensor(BOUNDS)[:, None] * (1 + 0.1 * randn(1, every["weight"].numel(), seed=10))
     return {
         "every input": arguments(every),
@@ -77,6 +80,7 @@ def cases(n: int, dtype: torch.dtype) -> dict[str, list[Any]]:
         "dppo_kl": arguments(usual, kind=DPPO_KL),
         "dppo_kl on-policy": arguments(required, kind=DPPO_KL),
         "unbounded": arguments(usual, values=[0.0, INF, INF, INF, 0.0, 0.0, 0.0, 0.0, INF]),
+        "at the bounds": arguments(weighted, values=[1.0] * 9),
         "one hyper": arguments(every, hyper=torch.tensor(BOUNDS, dtype=dtype)[:, None]),
         "hyper per row": arguments(every, hyper=per_row.to(dtype)),
     }
@@ -102,7 +106,10 @@ def test_every_backend_agrees_with_the_definition(
     regions = [sums[f"clip_{side}"] for side in ("pos_low", "pos_high", "neg_low", "neg_high")]
     if name in ("every input", "usual", "not needed ref", *HYPER_CASES):
         assert min(regions) > 0 and sums["dual_or_cap"] > 0
-    assert (sums["dropped"] > 0) == (name in ("every input", "not needed ref", *HYPER_CASES))
+    if name == "at the bounds":  # of a ratio of 1
+        assert max(regions) == sums["dual_or_cap"] == 0
+    weighted = ("every input", "not needed ref", "at the bounds", *HYPER_CASES)
+    assert (sums["dropped"] > 0) == (name in weighted)
     if name in ("dppo_tv", "dppo_kl"):
         assert regions[0] == regions[3] == 0 and min(regions[1:3]) > 0
 

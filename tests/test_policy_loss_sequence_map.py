@@ -30,18 +30,19 @@ def rows(packed: bool, dtype: torch.dtype) -> list[Tensor]:
     logp = -1 - randn(S, T, seed=1).abs()
     entropy, weight = randn(S, T, seed=2).abs(), randn(S, T, seed=3).abs()
     old = logp - 0.05 * randn(S, T, seed=4) - 0.03 * randn(S, 1, seed=5)
-    old[5], old[6] = logp[5] + 1, logp[6] - 1  # beyond the clamp of the log-ratio
+    old[5], old[6] = logp[5] + 4, logp[6] - 4  # beyond the clamps of a log-ratio, mean or sum
     advantage = randn(S, 1, seed=6).sign() * torch.linspace(0.5, 2, S, dtype=logp.dtype)[:, None]
-    advantage[3] = 0
+    advantage[[3, 11]] = 0
     importance, ref = randn(S, T, seed=7).abs(), logp - 0.1 * randn(S, T, seed=8)
     entropy_weight = weight.flip(0).contiguous()
-    weight[:, ::4] = 0
+    weight[:, ::4], weight[4, 5] = 0, -1
     weight[2], entropy_weight[2] = 0, 0  # a sequence without tokens
     entropy_weight[::2, 4] = 0
     logp[0, 1], entropy[0, 2], logp[7, 4] = -INF, NAN, NAN  # rows that take no part
     old[0, 4], importance[4, 0], ref[1, 4] = NAN, NAN, NAN  # in rows of weight 0
     if not packed:
-        old[8, 1], importance[9, 1], ref[10, 1] = NAN, INF, NAN  # leave out sequences, and a row
+        # These leave out sequences, one with A = 0, and a row.
+        old[8, 1], old[11, 1], importance[9, 1], ref[10, 1] = NAN, NAN, INF, NAN
     given = [logp, entropy, old, advantage.expand(S, T), weight, entropy_weight, importance, ref]
     if packed:
         ids = Segments.of(torch.empty(1, S * T), CU_SEQLENS).ids
@@ -58,6 +59,7 @@ def arguments(kind: int, form: str, dtype: torch.dtype = torch.float32) -> list[
         given[5] = given[6] = given[7] = None
     elif form == "on-policy":
         given[2] = None
+        values = values if kind == VESPO else [1.0, 1.0, *values[2:]]  # at, not beyond, the bounds
     elif form == "hyper per row":
         hyper = torch.tensor(values)[:, None] * (1 + 0.01 * randn(1, S * T, seed=10))
         hyper = hyper.to(dtype)

@@ -22,7 +22,7 @@ from speculation_table_cases import (
 )
 from torch import Tensor
 
-from reasonkern import DraftTree, NgramTable
+from reasonkern import DraftTree, NgramTable, _load
 from reasonkern.speculation import noise
 
 # ---- bounds: eviction, memory
@@ -58,6 +58,19 @@ def test_the_oldest_then_the_rarest_is_evicted() -> None:
     assert not known(0) and table.stats()["evictions"] == 8
 
 
+def test_the_age_goes_before_any_count() -> None:
+    """Of a set of eight, the oldest goes, a call older than the next and 300 times as frequent."""
+    for more in range(2):
+        table = NgramTable(8, vocab_size=100, orders=(1,), topk=2, max_count=1000)
+        table.update(*one_hot([[0]] * 300))
+        for token in (*range(1, 8), *[7] * more, 8):
+            table.update(*one_hot([[token]]))
+        draft = table.draft(
+            torch.arange(9)[:, None], DraftTree.chain(2), temperature=0, seed=0, position=0
+        )
+        assert draft.valid[:, 1].tolist() == [False] + [True] * 8
+
+
 def test_drafting_does_not_make_an_entry_younger() -> None:
     table = NgramTable(8, vocab_size=100, orders=(1,), topk=2)
     for token in range(8):
@@ -80,6 +93,17 @@ def test_ages_survive_the_wrap_of_the_call_counter() -> None:
         torch.arange(8)[:, None], DraftTree.chain(2), temperature=0, seed=0, position=0
     ).valid[:, 1]
     assert known.tolist() == [False] + [True] * 7
+
+
+def test_more_rows_of_a_key_than_a_product_of_64_bits_takes() -> None:
+    """A sum of 2^18 probabilities of 1 in units of 2^-30, times max_count."""
+    if not _load.available("cpu"):
+        pytest.skip(_load.reason("cpu"))  # the definition takes rows one by one
+    table = NgramTable(8, vocab_size=100, orders=(1,), topk=2, max_count=32767, storage="exact")
+    context = torch.full((1 << 18 | 1 << 8, 1), 7)
+    table.update(context, torch.ones_like(context), torch.zeros(context.shape))
+    state = state_tensors(table)
+    assert state["counts"].max() == 32767 and state["extra"].max() == 32767 << 30
 
 
 @pytest.mark.parametrize(("vocab", "entry"), [(1 << 18, 62), ((1 << 18) + 1, 74)])
@@ -198,6 +222,13 @@ def test_greedy_ties_go_to_the_lower_id() -> None:
         assert draft.tokens.tolist() == [[1, 4, 6, 9]]
     assert draft.q_logprob[0, 0].exp().tolist() == [1.0, 0.0, 0.0]
     assert draft.q_ids[0, 0, 0] == 4
+    # The entry's first one is likelier, by less than its code tells.
+    table.update(torch.tensor([[2]]), torch.tensor([[9, 4]]), torch.tensor([[0.25, 0.24999]]).log())
+    draft = table.draft(
+        torch.tensor([[2]]), DraftTree.chain(2), temperature=0, seed=1, position=0, mode="rejection"
+    )
+    assert draft.tokens.tolist() == [[2, 4]] and draft.q_ids[0, 0].tolist() == [9, 4, -1]
+    assert draft.q_logprob[0, 0].exp().tolist() == [0.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
