@@ -349,7 +349,7 @@ def test_representation_based_exploration_saturation_and_remedies() -> None:
     torch.testing.assert_close(shaping.elliptical_bonus(features, group, trace / 7), relative)
     alone = shaping.elliptical_bonus(features, torch.arange(8), 1.0, lam_relative=True)
     assert not alone.any()
-    for ridge in (0.03, 0.1, 0.7):  # K is less than a digit of λ
+    for ridge in (0.1, 3.0, 7.0):  # K is less than a digit of λ
         assert (shaping.elliptical_bonus(1e-9 * features, group, ridge) >= 0).all()
     equal = shaping.elliptical_bonus(features[:1].expand(8, -1), group, 1.0, lam_relative=True)
     assert not equal.any()
