@@ -156,13 +156,15 @@ def one_gather_forward_none_backward() -> None:
 
 def backward_twice() -> None:
     b = make_batch()
+    leaf = own(b.logits).clone().requires_grad_()
+    logits = leaf * 1.0
     out = rk.policy_loss(
-        (own(b.logits).clone().requires_grad_() * 1.0), b.targets, objective=Objective.ppo(),
-        parallel=Parallel(world()), inplace_grad=True, **b.given(),
+        logits, b.targets, objective=Objective.ppo(), parallel=Parallel(world()),
+        inplace_grad=True, **b.given(),
     )  # fmt: skip
     out.loss.backward(retain_graph=True)
+    assert torch.equal(logits.detach(), leaf.grad)
     refused(RuntimeError, "differentiated before", out.loss.backward)
-    leaf = own(b.logits).clone().requires_grad_()
     out = rk.policy_loss(
         leaf, b.targets, objective=Objective.ppo(), parallel=Parallel(world()), **b.given()
     )
@@ -308,17 +310,29 @@ def linear_padding_and_own_reduction() -> None:
 def linear_statistics_and_frozen_head() -> None:
     _, x = linear_problem("padded", torch.float64)
     y, mask = make_batch().targets.clamp_min(0), make_batch().mask
-    results = []
+    for temperature in (0.7, torch.tensor([0.7, 1.3, 0.9, 2.0])):
+        results = []
+        for operands, parallel in ((x, None), (own_rows(x), Parallel(world()))):
+            hidden = operands[0].clone().requires_grad_()
+            stats = rk.linear_token_stats(
+                hidden, operands[1], y, bias=operands[2], mask=mask, temperature=temperature,
+                softcap=4.0, parallel=parallel,
+            )  # fmt: skip
+            sum(getattr(stats, name).sum() for name in ("logprob", "lse", "collision")).backward()
+            results.append((*stats, hidden.grad))
+        for got, expected in zip(results[1], results[0], strict=True):
+            assert_close(got, expected, **EXACT)
+
+
+def linear_frozen_hidden() -> None:
+    _, x = linear_problem("packed", torch.float64)
+    y = torch.arange(len(x[0])) % V
+    gradients = []
     for operands, parallel in ((x, None), (own_rows(x), Parallel(world()))):
-        hidden = operands[0].clone().requires_grad_()
-        stats = rk.linear_token_stats(
-            hidden, operands[1], y, bias=operands[2], mask=mask, temperature=0.7, softcap=4.0,
-            parallel=parallel,
-        )  # fmt: skip
-        sum(getattr(stats, name).sum() for name in ("logprob", "lse", "collision")).backward()
-        results.append((*stats, hidden.grad))
-    for got, expected in zip(results[1], results[0], strict=True):
-        assert_close(got, expected, **EXACT)
+        head = operands[1].clone().requires_grad_()
+        stats = rk.linear_token_stats(x[0], head, y, bias=operands[2], parallel=parallel)
+        gradients += torch.autograd.grad(stats.logprob.sum(), head)
+    assert_close(gradients[1], own(gradients[0].t()).t(), **EXACT)
 
 
 def linear_hidden_of_any_strides() -> None:

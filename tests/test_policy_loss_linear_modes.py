@@ -138,6 +138,7 @@ STATS: list[tuple[dict[str, Any], str]] = [
     ),
     ({"chunk_rows": -5}, "chunk_rows: expected an integer >= 1 or None, got -5"),
     ({"softcap": 0.0}, "softcap: expected a finite number > 0, got 0.0"),
+    ({"parallel": 2}, "parallel: expected a Parallel or None, got int"),
 ]  # fmt: skip
 
 

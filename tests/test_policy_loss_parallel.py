@@ -62,6 +62,7 @@ VOCABULARY = (
     "linear_loss_of_every_objective",
     "linear_padding_and_own_reduction",
     "linear_statistics_and_frozen_head",
+    "linear_frozen_hidden",
     "linear_hidden_of_any_strides",
     "linear_group_of_one_rank",
     "second_derivatives",
