@@ -149,7 +149,8 @@ def linear_policy_loss(
             Rows whose weight and entropy weight are 0 take no part, whatever their hidden states
             and target.
         objective: an `Objective`, or a torch function ``(logprob, entropy, ctx) -> token_loss``.
-        ref_logprob: reference policy's log-probabilities, for an objective with ``kl``.
+        ref_logprob: reference policy's log-probabilities, for an objective with ``kl`` and for
+            user-defined ones.
         rollout_logprob: inference engine's log-probabilities, for ``importance``, ``opsm``, BAPO as
             in the paper and user-defined objectives; the others do not look at them.
         segments: ``cu_seqlens`` (S + 1,) of packed tokens, for sequence-level terms; padding behind
