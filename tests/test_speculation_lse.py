@@ -120,6 +120,6 @@ def test_lse_of_narrower_instruction_sets(level):
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *(f"{__file__}::{t.__name__}" for t in tests),
          "-p", "no:cacheprovider"],
-        env={**os.environ, "REASONKERN_CPU": level}, capture_output=True, text=True, timeout=120,
+        env={**os.environ, "REASONKERN_CPU": level}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0 and "14 passed" in done.stdout, done.stdout

@@ -35,7 +35,7 @@ __device__ __forceinline__ void write_stats(const StatsOut<acc_t<T>>& out, int64
   out.entropy[row] = stats.entropy;
   out.lse[row] = a.m / scale.temperature.value + stats.log_sum;
   out.collision[row] = stats.finite ? A(collision) : nan;
-  out.varentropy[row] = stats.finite ? A(second - mean * mean) : nan;
+  out.varentropy[row] = stats.finite ? A(std::fmax(second - mean * mean, 0.0)) : nan;
   out.max_prob[row] = stats.inv_sum;
   // A row of -inf is told from one with a NaN or +inf: a shard of a vocabulary may be all masked.
   const bool empty = valid && a.m == -kInfinity<A> && !std::isnan(a.s);
