@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -454,6 +455,12 @@ def test_a_constructor_takes_its_own_arguments(constructor: str, name: str) -> N
     """Not those of another one, which would change nothing."""
     with pytest.raises(TypeError, match=rf"^Objective.{constructor}: expected .*, got {name}$"):
         getattr(Objective, constructor)(**{name: 0.9})
+
+
+def test_a_penalty_that_would_change_nothing_is_refused() -> None:
+    """No constructor takes one, but `dataclasses.replace` does."""
+    with raises("objective log_ratio_penalty: expected 0 unless level is token, got 0.1"):
+        replace(Objective.gspo(), log_ratio_penalty=0.1)
 
 
 @pytest.mark.parametrize(("name", "epsilon"), [("ppo", 0.2), ("dapo", 0.28), ("gspo", 3e-4)])

@@ -215,7 +215,7 @@ def test_preference_losses(own: str) -> None:
         margin = ((logprob - ref) * mask).sum(-1)
     else:
         margin = (logprob * mask).sum(-1) / mask.sum(-1) - torch.tensor([0.5, 0]).repeat(2)
-        (text,) = re.findall(r"`(ctx\.sequence_sum\(.*active\))`", (ROOT / page).read_text())
+        (text,) = re.findall(r"`(ctx\.sequence_sum\(.*\(1\))`", (ROOT / page).read_text())
         code = re.sub(r"margin = .*", f"margin = {text}", code).replace("1::2])", "1::2] - 0.5)")
     expected = -logsigmoid(0.1 * (margin[0::2] - margin[1::2])).mean()
     expected.backward()

@@ -417,9 +417,7 @@ def test_deepprune_judge_loss(gamma: float, alpha: float | None) -> None:
         torch.testing.assert_close(scaling.focal_bce(x, y, gamma=0.0), plain)
     sure = scaling.focal_bce(torch.tensor([torch.inf, -torch.inf]), y[:2], gamma=gamma)
     assert sure.tolist() == [0, 0]
-    half = (
-        x.detach().bfloat16().requires_grad_()
-    )  # an exponent in half precision is off by percents
+    half = x.detach().bfloat16().requires_grad_()  # where an exponent is off by percents
     for target in (0, 1):
         got, exact = (
             scaling.focal_bce(z, torch.full((8,), target), gamma=gamma, alpha=alpha)

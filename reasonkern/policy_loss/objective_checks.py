@@ -121,6 +121,9 @@ def _validate_terms(o: ObjectiveFields) -> None:
     kind = type(o.selection).__name__
     check(o.selection is None or isinstance(o.selection, Tensor), "selection", "a tensor", kind)
     check(o.rule is None or o.level == "token", "rule", "None unless level is token", o.level)
+    expected = "0 unless level is token"
+    penalty = o.log_ratio_penalty
+    check(o.level == "token" or not o.is_penalised, "log_ratio_penalty", expected, penalty)
     if isinstance(o.log_ratio_clamp, (int, float)):
         check(o.log_ratio_clamp > 0, "log_ratio_clamp", "a number > 0 or None", o.log_ratio_clamp)
     if isinstance(o.entropy_coef, (int, float)):
