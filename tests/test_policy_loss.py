@@ -11,6 +11,7 @@ from conftest import Backend
 from contract import assert_same_bits
 from policy_loss_cases import INF, NAN, LossArgs, Stats
 from policy_loss_checks import (
+    REFERENCE,
     check_loss,
     check_stats,
     literal_gradient,
@@ -44,6 +45,19 @@ def test_statistics_and_gradient_on_hard_rows(backend: Backend, dtype: torch.dty
     x, y = cases.hard_logits(1000, dtype)
     cases.assert_hard(x, y)
     check_stats(backend, backend.to(x), y)
+
+
+def test_reference_is_autograd_through_log_softmax() -> None:
+    """Elsewhere the reference is the truth, and an error of it would widen what is allowed."""
+    x, y = cases.hard_logits(300, torch.float64, seed=16)
+    grads, t = row_grads(y, x.dtype), 0.5 + randn(*y.shape, seed=17).abs()
+    for scaling in ((None, 1.0, 0.0), (None, 0.7, 0.0), (t, 1.0, 25.0)):
+        stats = Stats(*ref.token_stats(x, y, None, *scaling))
+        expected, slope = literal_gradient(x, y, None, grads, *scaling)
+        for got, e in zip(stats, expected, strict=True):
+            torch.testing.assert_close(got, e, rtol=1e-10, atol=1e-10)
+        got = run_gradient(REFERENCE, x, y, stats, grads, *scaling)
+        torch.testing.assert_close(got, slope, rtol=1e-10, atol=1e-10)
 
 
 def test_fp32_accumulation_whatever_the_dtype(backend: Backend, dtype: torch.dtype) -> None:

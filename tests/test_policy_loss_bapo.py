@@ -183,3 +183,10 @@ def test_errors(changes: dict[str, Any], message: str) -> None:
     rows = [given.pop(name) for name in ("ratio", "advantage", "mask")]
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         rk.bapo_bounds(*rows, **given)
+
+
+def test_a_share_at_the_target_stops_the_search() -> None:
+    one, grids = torch.ones(2), {"low": (0.5, 0.9, 0.1), "high": (1.5, 2.0, 0.1)}
+    sides = torch.tensor([1.0, -1.0])
+    found = rk.bapo_bounds(one, sides, one, rollout_logprob=0 * one, target=0.5, **grids)
+    assert [x.item() for x in found] == [0.5, 1.5]

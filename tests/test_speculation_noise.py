@@ -183,6 +183,20 @@ def test_streams_depths_positions_and_seeds_differ():
     assert len(seen) == 3 * 3 * 7
 
 
+@pytest.mark.parametrize(("seed", "position", "stream", "depth"), CASES)
+def test_words_are_laid_out_as_the_contract_says(seed, position, stream, depth):
+    """Token v has word v % 4 of counter (v / 4, position, stream and depth) under key seed."""
+    expected = []
+    for v in range(23):
+        counter = (v // 4, position % 2**32, position // 2**32, 256 * depth + stream)
+        words = noise.philox(tuple(map(torch.tensor, counter)), torch.tensor(seed))
+        expected.append(int(words[v % 4]))
+    where = torch.tensor(seed), torch.tensor(position)
+    assert noise.words(*where, torch.arange(23), stream, depth).tolist() == expected
+    row = noise.row_words(*(x[None] for x in where), 23, stream, depth)
+    assert row.tolist() == [expected]
+
+
 def test_words_do_not_depend_on_shape_or_row():
     seed, position = torch.tensor([3, 4, 3]), torch.tensor([8, 8, 8])
     token = torch.arange(37)

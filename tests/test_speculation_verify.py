@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -21,7 +22,7 @@ from tolerance import ulp
 from torch import Tensor
 
 from reasonkern import DraftTree, Status, _load
-from reasonkern.speculation import reference_row
+from reasonkern.speculation import noise, reference_row
 from reasonkern.speculation.tree import MAX_NODES
 
 OUTPUTS = ("tokens", "length", "path", "topk_ids", "topk_logits", "lse", "status")
@@ -85,6 +86,30 @@ def test_sample_random_rows(backend, monkeypatch, filters, masked):
         logits = random_logits((batch, vocab), seed)
         mask = random_mask(logits.shape, seed) if masked else None
         sample_everywhere(backend, logits, mask, rows(batch, vocab, seed, filters))
+
+
+def literal_sample(x: Tensor, words: Tensor, temperature, top_k, top_p, min_p, seed, position):
+    """One row token by token: mask, temperature, top-k, top-p, min-p, and Gumbel's maximum."""
+    legal = [v for v in range(len(x)) if int(words[v // 32]) >> v % 32 & 1]
+    z = x / (temperature if temperature > 0 else 1)
+    score = z + noise.gumbel_noise(seed, position, torch.arange(len(x))) if temperature > 0 else z
+    order = sorted(legal, key=lambda v: (-z[v], v))[: top_k if top_k > 0 else None]
+    odds = [math.exp(z[v] - z[order[0]]) for v in order]
+    kept = [
+        v for i, v in enumerate(order)
+        if (i == 0 or top_p >= 1 or sum(odds[:i]) < top_p * sum(odds)) and odds[i] >= min_p
+    ]  # fmt: skip
+    return max(kept if temperature > 0 else order[:1], key=lambda v: (score[v], -v))
+
+
+def test_the_definition_is_the_literal_sampler():
+    """Every backend is compared with the definition, which nothing else holds."""
+    sample = _load.implementation("sample", "reference")
+    for seed in range(12):
+        logits, r = random_logits((6, 45), seed), rows(6, 45, seed)
+        words = random_mask((6, 45), seed)
+        got = sample(logits, words, *r.args()).tolist()
+        assert got == [literal_sample(*row) for row in zip(logits, words, *r.args(), strict=True)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
