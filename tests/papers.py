@@ -121,7 +121,7 @@ PAPERS = (
           "Scaling",
           ("scaling.temperature_vote", "sample"),
           (SCALING + "role_of_temperature_sampling",
-           "test_speculation_verify.py::test_sample_random_rows")),
+           "test_speculation_sample.py::test_sample_random_rows")),
     Paper(20, "2502.06773", "RLSP",
           "On the Emergence of Thinking in LLMs I: Searching for the Right Intuition",
           ("shaping.mix_rewards",), (SHAPING + "rlsp",)),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from reasonkern import DraftTree
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INF = float("inf")
 
 
@@ -178,3 +179,14 @@ def random_step(
         num_nodes=torch.randint(1, nodes + 1, (batch,), generator=g),
         node_mask=random_mask(logits.shape, seed) | random_mask(logits.shape, seed + 1),
     )
+
+
+def on(backend, args):
+    return [backend.to(a) for a in args]
+
+
+def cases(backend, few: int, many: int) -> range:
+    """Interpreted filters take seconds a row: one case there."""
+    if backend.name == "triton" and backend.slow:
+        return range(1)
+    return range(few if backend.slow else many)

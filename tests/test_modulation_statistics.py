@@ -9,6 +9,7 @@ import torch
 from contract import assert_same_bits
 from modulation_sampler_cases import call
 from speculation_cases import (
+    DTYPES,
     INF,
     Rows,
     generator,
@@ -17,7 +18,8 @@ from speculation_cases import (
     random_step,
     rows,
 )
-from test_speculation_verify import DTYPES, OUTPUTS, bad_rows
+from test_speculation_sample import bad_rows
+from test_speculation_verify import OUTPUTS
 from tolerance import ulp
 from torch import Tensor
 from torch.distributions import Categorical

@@ -177,6 +177,7 @@ def test_lanes_that_part_meet_again(simulator):
 COMPILED = "ptx_sim.plugin" in sys.modules
 RUNS = [
     ("test_ptx_sim.py", "compiled"),
+    ("test_speculation_sample.py", "triton"),
     ("test_speculation_verify.py", "triton"),
     ("test_modulation_sampler.py", "triton and (walk or overflow or take_the_top)"),
 ]
